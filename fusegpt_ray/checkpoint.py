@@ -1,0 +1,226 @@
+"""Lazy reading and streamed writing of (sharded) safetensors, anywhere fsspec reaches.
+
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
+(https://github.com/huggingface/safetensors#format). The library's own reader needs a local file and its writer the whole file
+in memory; we read single tensors by byte ranges and write tensor by tensor. Nothing here ever unpickles.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusegpt_ray import storage
+from fusegpt_ray.errors import UserError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where one tensor lies: bytes [begin, end) of a safetensors file."""
+
+    file: str
+    name: str
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.code]
+
+    def to_json(self) -> list[Any]:
+        return [self.file, self.name, self.code, list(self.shape), self.begin, self.end]
+
+    @classmethod
+    def from_json(cls, row: Sequence[Any]) -> TensorRef:
+        file, name, code, shape, begin, end = row
+        return cls(file, name, code, tuple(shape), begin, end)
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written: for manifests and journals."""
+
+    bytes: int
+    sha256: str
+
+
+def read_header(file: str, key: str) -> dict[str, TensorRef]:
+    """The tensors of one safetensors file, checked against its size; only the header is read.
+
+    Raises:
+        UserError: not a whole safetensors file; `key` is the recipe key the message names.
+    """
+
+    def bad(problem: str) -> UserError:
+        return UserError(key, file, problem, "download or convert the checkpoint again (safetensors only)")
+
+    try:
+        total = storage.size(file)
+        (prefix,) = storage.read_ranges(file, [(0, min(8, total))])
+    except FileNotFoundError as error:
+        raise bad("this safetensors file is missing") from error
+    except PermissionError as error:
+        raise bad("this file may not be read") from error
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+        raise bad("not a safetensors file (its header does not fit in it)")
+    (raw,) = storage.read_ranges(file, [(8, 8 + length)])
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise bad(f"damaged safetensors header ({error})") from error
+    data_end = max((ref.end for ref in refs.values()), default=8 + length)
+    if data_end != total or sum(ref.end - ref.begin for ref in refs.values()) != total - 8 - length:
+        raise bad("truncated, or with bytes that belong to no tensor")
+    return refs
+
+
+def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int) -> TensorRef:
+    shape = tuple(entry["shape"])
+    begin, end = (data + int(offset) for offset in entry["data_offsets"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r}")
+    if any(not isinstance(size, int) or size < 0 for size in shape):
+        raise ValueError(f"{name} has the shape {shape}")
+    if not data <= begin <= end <= total or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+        raise ValueError(f"{name} lies outside the file or has another size than its shape says")
+    return TensorRef(file, name, entry["dtype"], shape, begin, end)
+
+
+def read_index(folder: str, key: str) -> dict[str, TensorRef]:
+    """Every tensor of the checkpoint in `folder`, sharded or not; only headers are read.
+
+    Raises:
+        UserError: no safetensors, a damaged file, or an index that does not match its shards.
+    """
+    files = storage.names(folder)
+    if INDEX in files:
+        try:
+            weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
+        outside = [shard for shard in weight_map.values() if "/" in str(shard) or "\\" in str(shard)]
+        if outside:
+            raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0]!r}", "use a trusted checkpoint")
+        refs: dict[str, TensorRef] = {}
+        for shard in sorted(set(weight_map.values())):
+            refs |= read_header(storage.join(folder, shard), key)
+        missing = sorted(set(weight_map) - set(refs))
+        if missing:
+            raise UserError(key, folder, f"{INDEX} lists {missing[0]}, no shard has it", "download the checkpoint again")
+        return refs
+    if SINGLE in files:
+        return read_header(storage.join(folder, SINGLE), key)
+    others = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
+    if others:
+        fix = "convert it: AutoModel….from_pretrained(…).save_pretrained(folder) writes safetensors"
+        raise UserError(key, folder, f"not a safetensors checkpoint (found {others[0]}); pickles are never opened", fix)
+    raise UserError(key, folder, f"holds no {SINGLE} and no {INDEX}", "give the folder of a Hugging Face checkpoint")
+
+
+def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
+    """Read the named tensors from their files into memory (CPU), each byte once."""
+    tensors: dict[str, torch.Tensor] = {}
+    by_file: dict[str, list[str]] = {}
+    for name, ref in refs.items():
+        by_file.setdefault(ref.file, []).append(name)
+    for file, members in by_file.items():
+        parts = storage.read_ranges(file, [(refs[name].begin, refs[name].end) for name in members])
+        for name, part in zip(members, parts, strict=True):
+            ref = refs[name]
+            if len(part) != ref.end - ref.begin:
+                raise OSError(f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes")
+            # bytearray: torch wants writable memory, and the copy is dropped with the tensor.
+            flat = torch.frombuffer(bytearray(part), dtype=ref.dtype) if part else torch.empty(0, dtype=ref.dtype)
+            tensors[name] = flat.reshape(ref.shape)
+    return tensors
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: its size is known now, its values are fetched when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
+    """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        span = [offset, offset + entry.bytes]
+        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
+        offset += entry.bytes
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    digest, total = hashlib.sha256(), 0
+    refs = {}
+    with storage.writing(file) as out:
+
+        def put(data: bytes | memoryview) -> None:
+            nonlocal total
+            out.write(data)
+            digest.update(data)
+            total += len(data)
+
+        put(struct.pack("<Q", len(raw)))
+        put(raw)
+        for entry in entries:
+            tensor = entry.load().to(dtype=entry.dtype).contiguous()
+            assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
+            refs[entry.name] = TensorRef(file, entry.name, CODES[entry.dtype], entry.shape, total, total + entry.bytes)
+            put(tensor.view(-1).view(torch.uint8).numpy().data if entry.bytes else b"")
+    return FileRecord(total, digest.hexdigest()), refs
+
+
+def plan_shards(entries: Iterable[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
+    """File name → its tensors, in order, each file at most `shard_bytes` (or one tensor)."""
+    shards: list[list[Entry]] = [[]]
+    room = shard_bytes
+    for entry in entries:
+        if shards[-1] and entry.bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(entry)
+        room -= entry.bytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}

@@ -1,0 +1,113 @@
+"""Fine-tuning a group: optimizer, schedule and the training loop, the same for plain torch and for DeepSpeed.
+
+Notable: a batch of states is a whole loss batch (or a worker's fixed share of it), batches come in the same order every epoch, and the
+loop never waits for the device: losses stay on it until an epoch ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.recipe import Fusion
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""States entering the group and the teacher's states leaving it, [b, T, D] each, b = loss batch / workers."""
+
+
+def make_optimizer(student: nn.Module, settings: Fusion) -> torch.optim.Adam:
+    """Adam with two rates: one for the fusion coefficients C, D, c; another for LoRA and norm weights. No weight decay."""
+    named = [(name, value) for name, value in student.named_parameters() if value.requires_grad]
+    coefficients = [value for name, value in named if is_coefficient(name)]
+    rest = [value for name, value in named if not is_coefficient(name)]
+    groups = [
+        {"params": coefficients, "lr": settings.learning_rate},
+        {"params": rest, "lr": settings.lora_learning_rate},
+    ]
+    return torch.optim.Adam([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
+
+
+def is_coefficient(name: str) -> bool:
+    """Whether a parameter of a student is one of C0, D0, c0, C1, …"""
+    last = name.rsplit(".", 1)[-1]
+    return last[0] in "CDc" and last[1:].isdigit()
+
+
+def cosine_to_zero(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Each rate × ½ (1 + cos(π·step / steps)), restarted for every removed block."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
+
+
+class Stepper(Protocol):
+    """One optimizer step on one batch."""
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward, update. Returns the loss (a scalar on the device, detached)."""
+
+
+@dataclass
+class TorchStepper:
+    """One process, plain torch."""
+
+    student: nn.Module
+    settings: Fusion
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def make(cls, student: nn.Module, settings: Fusion, steps: int, device: torch.device, compute_dtype: torch.dtype) -> TorchStepper:
+        optimizer = make_optimizer(student, settings)
+        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, compute_dtype)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
+        with arithmetic(self.device, self.compute_dtype):
+            out = self.student(entering)
+        loss = LOSSES[self.settings.loss](out, leaving, False)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return loss.detach()
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Autocast where norms learn in float32 beside 16-bit weights; nothing in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def train(
+    stepper: Stepper,
+    epoch: Callable[[], Iterable[Batch]],
+    epochs: int,
+    done: Callable[[int, float], None],
+) -> list[float]:
+    """Run `epochs` passes over `epoch()`; `done(epochs so far, mean loss)` after each. Returns the mean loss of each epoch.
+
+    Raises:
+        FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
+    """
+    means: list[float] = []
+    for number in range(1, epochs + 1):
+        losses = [stepper.step(batch) for batch in epoch()]
+        mean = torch.stack(losses).mean().item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(f"the fine-tuning loss became {mean} in epoch {number}: lower fusion.learning_rate")
+        means.append(mean)
+        done(number, mean)
+    return means
+
+
+def batches_of(entering: torch.Tensor, leaving: torch.Tensor, size: int) -> Iterator[Batch]:
+    """Consecutive batches of `size` windows, in order; a remainder smaller than that would change the loss, so there is none."""
+    assert len(entering) == len(leaving) and len(entering) % size == 0, (len(entering), len(leaving), size)
+    return zip(entering.split(size), leaving.split(size), strict=True)

@@ -1,0 +1,84 @@
+"""The fused linear layer: W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,  b' = b + Σ_k c_k ⊙ b_k  (paper, Eq. 7–10).
+
+Shapes: O outputs, I inputs, R rank; weights are [O, I], except GPT-2's Conv1D, whose weight is [I, O].
+
+Notable:
+- W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor, and never touched by ZeRO;
+- A, B, C, D and c may be float32 masters while W is bf16: the sum is formed in the masters' dtype once a forward and then cast;
+- at the start B, C and c are zero, so the layer is exactly the linear layer it replaces.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+Linear: TypeAlias = nn.Linear | Conv1D
+
+
+class FusedLinear(nn.Module):
+    """A linear layer that takes in the same-named layers of removed blocks, and learns a low-rank update of its own.
+
+    Its parameters are all its own (C0, D0, c0, C1, …), not those of submodules: ZeRO-3 gathers what a module itself holds.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def __init__(
+        self,
+        own: Linear,
+        donors: list[Linear],
+        rank: int,
+        lora_rank: int,
+        dtype: torch.dtype,
+        generator: torch.Generator,
+    ) -> None:
+        """`own` is the frozen layer, `donors` the removed blocks' layers in order of removal; `dtype` is that of what learns."""
+        super().__init__()
+        self.transposed = isinstance(own, Conv1D)
+        self.terms = len(donors)
+        rows, columns = own.weight.shape
+
+        def learn(name: str, value: torch.Tensor) -> None:
+            self.register_parameter(name, nn.Parameter(value.to(own.weight.device, dtype)))
+
+        self.register_buffer("weight", own.weight.detach(), persistent=False)
+        self.register_buffer("bias", None if own.bias is None else own.bias.detach(), persistent=False)
+        learn("B", torch.zeros(rows, lora_rank))
+        learn("A", _kaiming(lora_rank, columns, generator))
+        for k, donor in enumerate(donors):
+            self.register_buffer(f"donor_weight{k}", donor.weight.detach(), persistent=False)
+            learn(f"C{k}", torch.zeros(rows, rank))
+            learn(f"D{k}", _kaiming(rank, columns, generator))
+            if donor.bias is not None:
+                self.register_buffer(f"donor_bias{k}", donor.bias.detach(), persistent=False)
+                learn(f"c{k}", torch.zeros(donor.bias.shape))
+
+    def fused(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32)."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            weight, bias = self.weight + self.B @ self.A, self.bias
+            for k in range(self.terms):
+                weight = weight + (getattr(self, f"C{k}") @ getattr(self, f"D{k}")) * getattr(self, f"donor_weight{k}")
+                if bias is not None:
+                    bias = bias + getattr(self, f"c{k}") * getattr(self, f"donor_bias{k}")
+        return weight, bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., I] → [..., O] in the frozen weight's dtype."""
+        weight, bias = self.fused()
+        dtype = self.weight.dtype
+        weight = weight.to(dtype)
+        return nn.functional.linear(x.to(dtype), weight.T if self.transposed else weight, None if bias is None else bias.to(dtype))
+
+
+def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    """Kaiming uniform with a = √5, as nn.Linear starts; on the CPU in float32, so that every device starts the same."""
+    return nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)

@@ -1,0 +1,67 @@
+"""What a group is fine-tuned to: its output states should stay what the teacher's are.
+
+Shapes: B windows of one loss batch, b of them on this worker, T tokens, D hidden size.
+
+The paper's loss is a KL divergence between softmaxes *over the batch*: the batch is a dimension of the loss. Workers that split a loss
+batch therefore share the softmax's normaliser, by two all-reduces of [T, D], instead of gathering the batch's states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+Loss = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+
+
+class _LogSumExp(torch.autograd.Function):
+    """log Σ_B exp(h) over the whole batch, of which this worker holds b rows: [T, D], with the gradient to every worker's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, h_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
+        high_TD = h_bTD.amax(dim=0)
+        if shared:
+            dist.all_reduce(high_TD, dist.ReduceOp.MAX)
+        total_TD = (h_bTD - high_TD).exp().sum(dim=0)
+        if shared:
+            dist.all_reduce(total_TD)
+        out_TD = total_TD.log() + high_TD
+        ctx.save_for_backward(h_bTD, out_TD)
+        ctx.shared = shared
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        h_bTD, out_TD = ctx.saved_tensors
+        grad_TD = grads[0].contiguous()
+        if ctx.shared:  # every worker's loss depends on the shared normaliser
+            grad_TD = grad_TD.clone()
+            dist.all_reduce(grad_TD)
+        return (h_bTD - out_TD).exp() * grad_TD, None
+
+
+def batch_kl(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
+    """KL(P‖Q), P and Q softmaxes over the batch of teacher's and student's states; summed, divided by B (paper's code).
+
+    With `shared`, the workers of the default process group each hold b = B / workers rows, and the mean over workers of what
+    they return is the loss (data-parallel training averages gradients, so its gradient is the loss's too).
+    """
+    student, teacher = student_bTD.float(), teacher_bTD.float()
+    log_q = student - _LogSumExp.apply(student, shared)
+    log_p = teacher - _LogSumExp.apply(teacher, shared)
+    return (log_p.exp() * (log_p - log_q)).sum() / student.shape[0]
+
+
+def normalized_mse(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
+    """Mean squared error between the states, each divided by its root mean square over D, as the next norm will see them."""
+
+    def normalize(h: torch.Tensor) -> torch.Tensor:
+        return h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
+
+    return (normalize(student_bTD.float()) - normalize(teacher_bTD.float())).pow(2).mean()
+
+
+LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "normalized_mse": normalized_mse}

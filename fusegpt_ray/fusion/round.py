@@ -1,0 +1,125 @@
+"""One round of fusing, as data and as the steps every engine runs: states → student → (fine-tuning) → new blocks on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from fusegpt_ray import storage
+from fusegpt_ray.anatomy import Context
+from fusegpt_ray.checkpoint import Entry, TensorRef, write_safetensors
+from fusegpt_ray.fusion.group import group_span
+from fusegpt_ray.fusion.student import (
+    DonorCache,
+    Plan,
+    Student,
+    build_block,
+    folded_tensors,
+    learned_tensors,
+    terms_of,
+)
+from fusegpt_ray.recipe import Fusion
+from fusegpt_ray.runner import Runner
+from fusegpt_ray.stack import Block, Stack, Terms
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round does: fuse block `donor` of `stack` into its group."""
+
+    stack: Stack
+    dense: Stack
+    donor: int
+    """Dense number of the block to remove."""
+    settings: Fusion
+    fuse: bool
+    """False for the method `mi+ft`: the group is fine-tuned, nothing is fused into it."""
+    seed: int
+    folder: str
+    """Where the new blocks' files go."""
+
+    @property
+    def span(self) -> range:
+        """Positions of the group in `stack`, the donor included."""
+        return group_span(self.stack.position(self.donor), len(self.stack), self.settings.group_size)
+
+    @property
+    def group(self) -> tuple[Block, ...]:
+        return tuple(self.stack.blocks[position] for position in self.span)
+
+    @property
+    def neighbours(self) -> tuple[Block, ...]:
+        return tuple(block for block in self.group if block.dense != self.donor)
+
+    @property
+    def donor_block(self) -> Block:
+        return self.stack.blocks[self.stack.position(self.donor)]
+
+    def plan(self, compute_dtype: torch.dtype) -> Plan:
+        trained = torch.float32 if self.settings.trained_dtype == "float32" else compute_dtype
+        return Plan(self.fuse, self.settings.rank, self.settings.lora_rank, self.seed, compute_dtype, trained)
+
+
+def teacher(job: Round) -> tuple[Stack, int]:
+    """The teacher's stack and the position whose entering states the group's output should equal.
+
+    The dense teacher is taken at the depth where the next block left in the model stood in the dense one (or at its end): blocks
+    removed in between belong to what the group has to make up for.
+    """
+    if job.settings.teacher == "current":
+        return job.stack, job.span.stop
+    after = job.stack.blocks[job.span.stop :]
+    return job.dense, job.dense.position(after[0].dense) if after else len(job.dense)
+
+
+@torch.no_grad()
+def group_states(runner: Runner, job: Round, windows_WT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """States entering the group and the teacher's leaving it, [W, T, D] each. One walk where both lie on the same blocks."""
+    model, stop = teacher(job)
+    start = job.span.start
+    entering = None
+    if job.stack.blocks[:start] != model.blocks[:start]:
+        for entering in runner.walk(job.stack, windows_WT, start):  # noqa: B007 - the last one is wanted
+            pass
+    h_WTD = None
+    for position, h_WTD in enumerate(runner.walk(model, windows_WT, stop)):
+        if position == start and entering is None:
+            entering = h_WTD
+    assert entering is not None and h_WTD is not None
+    return entering, h_WTD
+
+
+def build_student(job: Round, moulds: Sequence[nn.Module], contexts: Sequence[Context], plan: Plan, device: torch.device) -> Student:
+    """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
+    donors = DonorCache(moulds[job.donor], device, plan.compute_dtype)
+    blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
+    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours])
+
+
+def save_group(job: Round, student: Student) -> dict[int, Block]:
+    """Write the learned group; returns the new blocks by dense number.
+
+    Two files a block: its weights folded to plain ones (float32 where something learned, for scoring and publishing) and, unless every
+    round is folded, what it learned, so that the next round goes on from there.
+    """
+    saved = {}
+    for neighbour, block in zip(job.neighbours, student.blocks, strict=True):
+        name = storage.join(job.folder, f"without-{job.donor:03d}-block-{neighbour.dense:03d}")
+        folded = folded_tensors(block)
+        assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
+        weights = {**neighbour.weights, **_write(f"{name}.safetensors", folded)}
+        terms = None
+        if job.settings.fold == "at_end":
+            base, donors = terms_of(neighbour, job.donor_block if job.fuse else None)
+            terms = Terms(base, donors, _write(f"{name}.learned.safetensors", learned_tensors(block)))
+        saved[neighbour.dense] = Block(neighbour.dense, weights, terms)
+    return saved
+
+
+def _write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+    entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
+    return write_safetensors(file, entries)[1]

@@ -1,0 +1,135 @@
+"""The student of a round: the group without the donor, its linear layers fused; and its way back to plain weights.
+
+Notable: everything that learns starts from a generator seeded by (seed, donor, block), never by the order in which things are built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fusegpt_ray.anatomy import Context, load_block, run_block
+from fusegpt_ray.checkpoint import read_tensors
+from fusegpt_ray.fusion.linear import FusedLinear, Linear
+from fusegpt_ray.stack import Block, Refs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a student is made: ranks, dtypes, seed, and whether a donor is fused at all (method `mi+ft` has none)."""
+
+    fuse: bool
+    rank: int
+    lora_rank: int
+    seed: int
+    compute_dtype: torch.dtype
+    trained_dtype: torch.dtype
+
+
+class Student(nn.Module):
+    """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
+
+    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.contexts = contexts
+
+    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        for block, context in zip(self.blocks, self.contexts, strict=True):
+            h_BTD = run_block(block, h_BTD, context)
+        return h_BTD
+
+
+def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, ...]]:
+    """A neighbour's frozen weights and its donors' in order, `donor` last. A donor that was itself fused counts as plain weights."""
+    base = neighbour.terms.base if neighbour.terms else neighbour.weights
+    donors = neighbour.terms.donors if neighbour.terms else ()
+    return base, (*donors, donor.weights) if donor is not None else donors
+
+
+def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, device: torch.device, donors: DonorCache) -> nn.Module:
+    """One neighbour as a learnable block: LoRA, fused terms and norm weights learn; what it learned before is kept."""
+    base, donor_refs = terms_of(neighbour, donor if plan.fuse else None)
+    block = load_block(mould, read_tensors(base), device, plan.compute_dtype)
+    donor_blocks = [donors.get(refs) for refs in donor_refs]
+    for name, own in list(linear_layers(block)):
+        fused = FusedLinear(
+            own,
+            [_layer(donor_block, name) for donor_block in donor_blocks],
+            plan.rank,
+            plan.lora_rank,
+            plan.trained_dtype,
+            _generator(plan.seed, donor.dense, neighbour.dense, name),
+        )
+        block.set_submodule(name, fused)
+    for norm in filter(is_norm, block.modules()):
+        for key, parameter in list(norm.named_parameters(recurse=False)):
+            norm.register_parameter(key, nn.Parameter(parameter.detach().to(plan.trained_dtype)))
+    if neighbour.terms:
+        learned = {key: value.to(plan.trained_dtype) for key, value in read_tensors(neighbour.terms.learned).items()}
+        known = dict(block.named_parameters())
+        assert set(learned) <= set(known), sorted(set(learned) - set(known))
+        with torch.no_grad():
+            for key, value in learned.items():
+                known[key].copy_(value)
+    return block
+
+
+class DonorCache:
+    """Donor blocks by their weights, so that neighbours fused with the same donor share one copy of it."""
+
+    def __init__(self, mould: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self.mould, self.device, self.dtype = mould, device, dtype
+        self._blocks: dict[tuple[object, ...], nn.Module] = {}
+
+    def get(self, refs: Refs) -> nn.Module:
+        key = tuple(refs[name] for name in sorted(refs))
+        if key not in self._blocks:
+            self._blocks[key] = load_block(self.mould, read_tensors(refs), self.device, self.dtype)
+        return self._blocks[key]
+
+
+def learned_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that learns, by parameter name, on the CPU."""
+    return {name: value.detach().cpu() for name, value in block.named_parameters() if value.requires_grad}
+
+
+@torch.no_grad()
+def folded_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
+    """The plain weights of all that fine-tuning changed, what was learned folded in, in the dtype it learned in, on the CPU."""
+    out = {}
+    for name, module in block.named_modules():
+        if isinstance(module, FusedLinear):
+            weight, bias = module.fused()
+            out[f"{name}.weight"] = weight.cpu()
+            if bias is not None:
+                out[f"{name}.bias"] = bias.cpu()
+        elif is_norm(module):
+            out |= {f"{name}.{key}": value.detach().cpu() for key, value in module.named_parameters(recurse=False)}
+    return out
+
+
+def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _layer(block: nn.Module, name: str) -> Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear | Conv1D), (name, type(layer))
+    return layer
+
+
+def _generator(seed: int, *labels: object) -> torch.Generator:
+    digest = hashlib.sha256(repr((seed, *labels)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

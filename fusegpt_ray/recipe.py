@@ -1,0 +1,335 @@
+"""What the user asks for: one YAML file, checked key by key, without importing torch.
+
+Notable:
+- an unknown key is an error that names the nearest valid key;
+- `fusion.preset` fills in only what the recipe leaves unsaid;
+- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, still before weights are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from fusegpt_ray.errors import UserError
+
+Method = Literal["mi", "mi+ft", "fusegpt"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # method.md, the paper's public code, row by row.
+    "paper": {
+        "loss": "batch_kl",
+        "teacher": "current",
+        "learning_rate": 1e-3,
+        "lora_learning_rate": 9.65e-6,
+        "trained_dtype": "model",
+        "fold": "at_end",
+    },
+    # Where the paper's recipe leaks (benchmarks/quality.py measures each): a teacher that degrades with the model, a loss
+    # blind to shifts common to the batch, a LoRA rate that moves nothing, bf16 masters.
+    "default": {
+        "loss": "normalized_mse",
+        "teacher": "dense",
+        "learning_rate": 1e-3,
+        "lora_learning_rate": 3e-4,
+        "trained_dtype": "float32",
+        "fold": "at_end",
+    },
+}
+
+
+class Section(BaseModel):
+    """One section of the recipe: immutable, every key known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    """The dense model."""
+
+    source: str
+    """Local folder, Hugging Face hub id, or any fsspec URI (s3://…, gs://…) of a safetensors checkpoint."""
+    revision: str | None = None
+    """Hub only: branch, tag or commit."""
+    dtype: Dtype = "auto"
+    """Arithmetic of scoring and fine-tuning; `auto`: float32 on a CPU, the checkpoint's own on a GPU. Never the output's dtype."""
+
+
+class Text(Section):
+    """Where text comes from."""
+
+    data: str
+    """Text, JSONL or Parquet file(s): a path, glob or fsspec URI; or a `datasets` id such as `wikitext`."""
+    config: str | None = None
+    """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
+    split: str = "train"
+    """`datasets` only: the split."""
+    revision: str | None = None
+    """`datasets` only: branch, tag or commit."""
+    column: str = "text"
+    """The column that holds the text (JSONL, Parquet, `datasets`)."""
+
+
+class Calibration(Text):
+    """Windows of text that scoring and fine-tuning see."""
+
+    windows: int = Field(1024, ge=1)
+    """How many windows fine-tuning uses; scoring uses the first `importance.windows` of them."""
+    length: int = Field(2048, ge=2)
+    """Tokens a window."""
+    seed: int = 0
+    """Where the windows start: random.Random(seed), as in the paper's code."""
+    piece_mb: int = Field(64, ge=1)
+    """Rows are joined and tokenised in pieces of at most this many megabytes, so that any corpus streams."""
+
+
+class Evaluation(Text):
+    """Held-out text for the perplexities of the report."""
+
+    split: str = "test"
+    """`datasets` only: the split."""
+    length: int | None = Field(None, ge=2)
+    """Tokens a window; left out: `calibration.length`."""
+    windows: int | None = Field(None, ge=1)
+    """Only the first so many windows; left out: the whole text."""
+
+
+class Importance(Section):
+    """How the block to remove is chosen (Macro Influence)."""
+
+    windows: int = Field(32, ge=1)
+    """How many windows score the blocks: the first ones of the calibration."""
+    batch: int = Field(4, ge=1)
+    """Windows that walk the blocks together. Fixed by the recipe, never by the cluster, so that sums are the same on any."""
+    rows: int = Field(16, ge=1)
+    """Windows × candidates that pass a block in one call: bounds the memory of activations."""
+
+
+class Fusion(Section):
+    """How the chosen block is fused into its neighbours, and how the group is fine-tuned (method.md)."""
+
+    preset: Literal["default", "paper"] = "default"
+    """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default` as measured best here."""
+    group_size: int = Field(7, ge=1)
+    """Neighbours that take the donor in; with the donor, one block more."""
+    rank: int = Field(128, ge=1)
+    """Rank r of the fusion coefficients C·D."""
+    lora_rank: int = Field(128, ge=1)
+    """Rank of the low-rank update B·A on the neighbours' own weights."""
+    epochs: int = Field(20, ge=1)
+    """Passes over the calibration windows for each removed block."""
+    batch: int = Field(8, ge=2)
+    """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""
+    loss: Literal["batch_kl", "normalized_mse"] = "normalized_mse"
+    """`batch_kl`: the paper's KL of softmaxes over the batch. `normalized_mse`: squared error between RMS-normalised states."""
+    teacher: Literal["current", "dense"] = "dense"
+    """`current`: the group as it was before this round (paper). `dense`: the dense model at the same depth; errors do not pile up."""
+    learning_rate: float = Field(1e-3, gt=0)
+    """Adam's rate for the fusion coefficients C, D and c."""
+    lora_learning_rate: float = Field(3e-4, gt=0)
+    """Adam's rate for everything else that learns: LoRA and norm weights."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's betas."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's epsilon."""
+    trained_dtype: Literal["float32", "model"] = "float32"
+    """`float32`: masters and optimizer state in float32. `model`: in the arithmetic's dtype, bf16 on GPUs (paper)."""
+    fold: Literal["at_end", "each_round"] = "at_end"
+    """`at_end`: a neighbour keeps training the terms of earlier rounds (paper). `each_round`: they are folded; less memory."""
+
+
+class Cluster(Section):
+    """Where the work runs. Nothing here changes the result beyond floating-point reordering."""
+
+    engine: Literal["ray", "local"] = "ray"
+    """`ray`: a Ray cluster, or a local Ray if none runs. `local`: one process, neither Ray nor DeepSpeed imported."""
+    address: str | None = None
+    """Ray address; left out: the cluster this job runs in (RAY_ADDRESS), else a local Ray."""
+    replicas: int = Field(1, ge=1)
+    """Model replicas that score blocks and compute states in parallel."""
+    gpus_per_replica: float | None = Field(None, ge=0)
+    """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0."""
+    workers: int = Field(1, ge=1)
+    """Data-parallel training workers of a group; divides `fusion.batch`."""
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """DeepSpeed ZeRO stage of the training workers."""
+    object_store_gb: float | None = Field(None, gt=0)
+    """Size of a local Ray's object store; left out: 1 GB. A cluster's own is set where it is started."""
+
+
+class Output(Section):
+    """Where finished models go."""
+
+    uri: str
+    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """First part of the published folders' names."""
+    shard_gb: float = Field(5.0, gt=0)
+    """Largest safetensors file."""
+
+
+def _one_or_many(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class Recipe(Section):
+    """One compression run."""
+
+    model: Model
+    sparsity: Annotated[tuple[float, ...], BeforeValidator(_one_or_many)] = (0.25,)
+    """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single run."""
+    method: Method = "fusegpt"
+    """`mi`: drop blocks only. `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
+    seed: int = 0
+    """Initial values of everything that learns."""
+    calibration: Calibration
+    evaluation: dict[str, Evaluation] = {}
+    """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model."""
+    importance: Importance = Importance()
+    fusion: Fusion = Fusion()
+    cluster: Cluster = Cluster()
+    output: Output
+
+    @model_validator(mode="before")
+    @classmethod
+    def _apply_preset(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and isinstance(data.get("fusion") or {}, Mapping):
+            fusion = dict(data.get("fusion") or {})
+            preset = PRESETS.get(fusion.get("preset", "default"), {})
+            return {**data, "fusion": {**preset, **fusion}}
+        return data
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        for value in self.sparsity:
+            if not (math.isfinite(value) and 0 < value < 1):
+                raise UserError("sparsity", value, "not between 0 and 1", "give the fraction to remove, such as 0.25")
+        percents = [percent(value) for value in self.sparsity]
+        if not percents or len(set(percents)) < len(percents):
+            raise UserError(
+                "sparsity",
+                list(self.sparsity),
+                "two of them have the same name, or there is none",
+                "list each one once",
+            )
+        if self.calibration.windows < self.importance.windows:
+            raise UserError(
+                "importance.windows",
+                self.importance.windows,
+                f"scoring uses the first of the {self.calibration.windows} calibration windows",
+                "lower it, or raise calibration.windows",
+            )
+        if self.method != "mi" and self.calibration.windows % self.fusion.batch:
+            raise UserError(
+                "calibration.windows",
+                self.calibration.windows,
+                f"not a multiple of fusion.batch = {self.fusion.batch}, and the batch is a dimension of the loss",
+                f"use {math.ceil(self.calibration.windows / self.fusion.batch) * self.fusion.batch}",
+            )
+        if self.fusion.batch % self.cluster.workers:
+            raise UserError(
+                "cluster.workers",
+                self.cluster.workers,
+                f"does not divide fusion.batch = {self.fusion.batch}, so workers would hold unequal parts of a loss batch",
+                f"use one of {[n for n in range(1, self.fusion.batch + 1) if self.fusion.batch % n == 0]}",
+            )
+        return self
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML recipe; `overrides` are `key=value` with dotted keys and YAML values, as given to `--set`.
+
+        Raises:
+            UserError: the file is missing or not YAML, or a key or value in it is wrong.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from error
+        except (yaml.YAMLError, RecursionError) as error:
+            raise UserError("recipe", str(path), f"not valid YAML ({error})", "see examples/quickstart.yaml") from error
+        if not isinstance(data, dict):
+            raise UserError("recipe", str(path), "not a mapping of keys to values", "see examples/quickstart.yaml")
+        for override in overrides:
+            _override(data, override)
+        return cls.parse(data)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """The recipe in `data`.
+
+        Raises:
+            UserError: a key is unknown or missing, or a value is wrong.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise _explain(cls, error) from error
+
+
+def percent(sparsity: float) -> str:
+    """The sparsity in a model's name: 0.25 → "25", 0.125 → "12.5"."""
+    return f"{sparsity * 100:.6f}".rstrip("0").rstrip(".")
+
+
+def blocks_to_remove(dense_blocks: int, sparsity: float) -> int:
+    """ceil(N × sparsity) (paper, section 3); the tolerance keeps 20 × 0.15 at 3, not 4, where floats overshoot."""
+    return math.ceil(dense_blocks * sparsity - 1e-9)
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError("--set", override, "not of the form key=value", "write for example --set fusion.epochs=5")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError("--set", override, f"the value is not YAML ({error})", "quote it") from error
+    *parents, last = key.split(".")
+    section: Any = data
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise UserError("--set", override, f"{parent} is not a section", "see the recipe's keys in the README")
+    section[last] = value
+
+
+def _explain(root: type[BaseModel], error: ValidationError) -> UserError:
+    """The first of pydantic's complaints as one message with key, value and fix."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(path) or "recipe"
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        prefix = "".join(f"{part}." for part in path[:-1])
+        fix = f"did you mean {prefix}{near[0]}?" if near else f"the keys here are {', '.join(sorted(known))}"
+        return UserError(key, first["input"], "unknown key", fix.rstrip("?") if near else fix)
+    if first["type"] == "missing":
+        return UserError(key, None, "missing", f"add {key} to the recipe")
+    value = first["input"]
+    return UserError(key, value if len(repr(value)) < 200 else "…", first["msg"][0].lower() + first["msg"][1:], f"change {key}")
+
+
+def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
+    model: type[BaseModel] = root
+    for part in path:
+        if model is Recipe and part == "evaluation":
+            model = Evaluation
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+    return list(model.model_fields)

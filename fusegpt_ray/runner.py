@@ -1,0 +1,79 @@
+"""Runs a stack block by block: a block is read, used for all rows at hand, and forgotten. The whole model is never in memory.
+
+Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from fusegpt_ray.anatomy import Context, Trunk, load_block, run_block
+from fusegpt_ray.checkpoint import DTYPES, read_tensors
+from fusegpt_ray.stack import Block, Stack
+
+
+def pick_device() -> torch.device:
+    """The accelerator torch sees, else the CPU. (Ray's resources say where a task runs, torch says what is there.)"""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
+    """The arithmetic's dtype for the recipe's `model.dtype`."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cpu":
+        return torch.float32
+    sizes: dict[str, int] = {}
+    for ref in stack.trunk.values():
+        sizes[ref.code] = sizes.get(ref.code, 0) + ref.end - ref.begin
+    return DTYPES[max(sizes, key=lambda code: sizes[code])]
+
+
+class Runner:
+    """Runs the blocks of stacks that share one trunk."""
+
+    def __init__(self, stack: Stack, device: torch.device, dtype: torch.dtype, rows: int) -> None:
+        """`rows`: how many rows pass a block in one call, which bounds the memory of activations."""
+        self.device, self.dtype, self.rows = device, dtype, rows
+        self.trunk = Trunk(stack, device, dtype)
+
+    @torch.no_grad()
+    def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
+        """States [W, T, D] entering the first block."""
+        return torch.cat([self.trunk.embed(part) for part in windows_WT.split(self.rows)])
+
+    def load(self, block: Block) -> nn.Module:
+        """Read one block's weights, once."""
+        return load_block(self.trunk.bare_blocks[block.dense], read_tensors(block.weights), self.device, self.dtype)
+
+    @torch.no_grad()
+    def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+        """States [B, T, D] after the block, which was number `dense` of the dense model; at most `rows` rows a call."""
+        parts = h_BTD.split(self.rows)
+        return torch.cat([run_block(module, part, self.context(dense, part)) for part in parts])
+
+    def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
+        rows, length, _ = h_BTD.shape
+        return self.trunk.contexts(rows, length)[dense]
+
+    @torch.no_grad()
+    def walk(self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None) -> Iterator[torch.Tensor]:
+        """The states [W, T, D] entering block 0, 1, …, and last those after the last block (or entering block `stop`)."""
+        h_BTD = self.embed(windows_WT)
+        yield h_BTD
+        for block in stack.blocks[:stop]:
+            h_BTD = self.apply(self.load(block), block.dense, h_BTD)
+            yield h_BTD
+
+    @torch.no_grad()
+    def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy (nats) of predicting tokens 1 … T−1 of each window from the states after the last block: [W] float64."""
+        means = []
+        for h_1TD, ids_1T in zip(h_WTD.split(1), windows_WT.split(1), strict=True):  # one window's logits at a time
+            logits_TV = self.trunk.logits(h_1TD)[0, :-1].float()
+            loss_T = nn.functional.cross_entropy(logits_TV, ids_1T[0, 1:].to(self.device), reduction="none")
+            means.append(loss_T.double().mean().cpu())
+        return torch.stack(means)
