@@ -1,0 +1,34 @@
+"""Make GPT-style models shallower by fusing blocks, on one machine or a Ray cluster.
+
+    from fusegpt_ray import Recipe, compress, score, evaluate
+
+Names are imported when first used: reading a recipe or showing help needs no torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fusegpt_ray.errors import UserError
+    from fusegpt_ray.pipeline import compress, evaluate, score
+    from fusegpt_ray.recipe import Evaluation, Recipe
+
+__all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "score"]
+
+_HOMES = {
+    "Recipe": "recipe",
+    "Evaluation": "recipe",
+    "UserError": "errors",
+    "compress": "pipeline",
+    "evaluate": "pipeline",
+    "score": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -110,6 +110,12 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
     return outermost[0]
 
 
+def block_moulds(raw: Mapping[str, Any]) -> list[nn.Module]:
+    """The dense model's blocks without weights, by dense number, for whoever needs no trunk (see `load_block`)."""
+    model = build_skeleton(raw)
+    return list(model.get_submodule(find_blocks(model)))
+
+
 def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Stack:
     """The stack of a whole dense checkpoint: its config.json and the tensors of its files.
 
@@ -194,9 +200,9 @@ class Trunk:
         self.device, self.dtype = device, dtype
         self.model = build_skeleton(stack.config)
         path = find_blocks(self.model)
-        self.bare_blocks: list[nn.Module] = list(self.model.get_submodule(path))
-        """The dense model's blocks, by dense number, without weights: the moulds that `load_block` fills."""
-        self.splices = [_Splice(block) for block in self.bare_blocks]
+        self.moulds: list[nn.Module] = list(self.model.get_submodule(path))
+        """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
+        self.splices = [_Splice(block) for block in self.moulds]
         self.model.set_submodule(path, nn.ModuleList(self.splices))
         expected = self.model.state_dict()
         renamings = get_model_conversion_mapping(self.model)
@@ -247,7 +253,7 @@ class Trunk:
             finally:
                 hook.remove()
             assert first.h_BTD is not None and first.context is not None
-            as_tuple = _returns_tuple(self.bare_blocks[0], first.h_BTD, first.context)
+            as_tuple = _returns_tuple(self.moulds[0], first.h_BTD, first.context)
             for splice in self.splices:
                 splice.returns_tuple = as_tuple
         return self.model(input_ids=ids_BT.to(self.device), use_cache=False, **options).logits
@@ -262,7 +268,7 @@ def _stop(*_: Any) -> None:
 
 
 def load_block(mould: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A block of its own with these weights: `mould` is `Trunk.bare_blocks[dense]`."""
+    """A block of its own with these weights: `mould` is `Trunk.moulds[dense]`."""
     block = copy.deepcopy(mould)
     _assign(block, weights, dtype)
     return block.to(device)

@@ -69,8 +69,12 @@ class TensorRef:
 class FileRecord:
     """What was written: for manifests and journals."""
 
-    bytes: int
+    size: int
     sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> FileRecord:
+        return cls(len(data), hashlib.sha256(data).hexdigest())
 
 
 def read_header(file: str, key: str) -> dict[str, TensorRef]:

@@ -12,7 +12,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -49,6 +49,9 @@ class Section(BaseModel):
     """One section of the recipe: immutable, every key known."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+S = TypeVar("S", bound=Section)
 
 
 class Model(Section):
@@ -268,10 +271,15 @@ class Recipe(Section):
         Raises:
             UserError: a key is unknown or missing, or a value is wrong.
         """
+        return cls.check(cls, data, "recipe")
+
+    @staticmethod
+    def check(section: type[S], data: Any, name: str) -> S:
+        """One section of a recipe given by other means, such as command-line arguments; `name` is for the message."""
         try:
-            return cls.model_validate(data)
+            return section.model_validate(data)
         except ValidationError as error:
-            raise _explain(cls, error) from error
+            raise _explain(section, error, name) from error
 
 
 def percent(sparsity: float) -> str:
@@ -303,14 +311,14 @@ def _override(data: dict[str, Any], override: str) -> None:
     section[last] = value
 
 
-def _explain(root: type[BaseModel], error: ValidationError) -> UserError:
+def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserError:
     """The first of pydantic's complaints as one message with key, value and fix."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return cause
     path = [str(part) for part in first["loc"]]
-    key = ".".join(path) or "recipe"
+    key = ".".join(path if root is Recipe else [name, *path]) or name
     if first["type"] == "extra_forbidden":
         known = _keys_at(root, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)

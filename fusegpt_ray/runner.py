@@ -47,7 +47,7 @@ class Runner:
 
     def load(self, block: Block) -> nn.Module:
         """Read one block's weights, once."""
-        return load_block(self.trunk.bare_blocks[block.dense], read_tensors(block.weights), self.device, self.dtype)
+        return load_block(self.trunk.moulds[block.dense], read_tensors(block.weights), self.device, self.dtype)
 
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:

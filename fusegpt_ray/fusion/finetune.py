@@ -49,7 +49,10 @@ class Stepper(Protocol):
     """One optimizer step on one batch."""
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Forward, backward, update. Returns the loss (a scalar on the device, detached)."""
+        """Forward, backward, update. Returns this worker's loss (a scalar on the device, detached)."""
+
+    def mean(self, losses: torch.Tensor) -> float:
+        """The mean of an epoch's losses, over all workers."""
 
 
 @dataclass
@@ -79,6 +82,9 @@ class TorchStepper:
         self.schedule.step()
         return loss.detach()
 
+    def mean(self, losses: torch.Tensor) -> float:
+        return losses.mean().item()
+
 
 def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Autocast where norms learn in float32 beside 16-bit weights; nothing in float32."""
@@ -99,7 +105,7 @@ def train(
     means: list[float] = []
     for number in range(1, epochs + 1):
         losses = [stepper.step(batch) for batch in epoch()]
-        mean = torch.stack(losses).mean().item()
+        mean = stepper.mean(torch.stack(losses))
         if not math.isfinite(mean):
             raise FloatingPointError(f"the fine-tuning loss became {mean} in epoch {number}: lower fusion.learning_rate")
         means.append(mean)

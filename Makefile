@@ -1,0 +1,31 @@
+# Two commands do all the set-up on a fresh machine:
+#   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
+#   make test         style, types and the whole test suite
+# Both make .venv first. On a GPU machine: make TORCH= CONSTRAINTS= quickstart (pip then takes torch's own CUDA build).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= -c constraints.txt
+BIN := .venv/bin
+
+.PHONY: quickstart test install clean
+
+quickstart: install
+	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(if $(TORCH),$(BIN)/pip install --quiet $(CONSTRAINTS) $(TORCH))
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

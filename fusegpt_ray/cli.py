@@ -1,0 +1,123 @@
+"""The verbs for a person at a terminal; `jobs/` calls the same functions from a Ray job.
+
+Exit codes: 0 done; 1 the run failed (it says where it stopped); 2 the user's mistake (one message: key, value, fix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe import Cluster, Evaluation, Recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    _quiet()
+    try:
+        return int(arguments.run(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
+        return 130
+    except Exception as error:  # the last place: say what failed and keep the trace for whoever mends it
+        logging.getLogger("fusegpt_ray").debug("failed", exc_info=True)
+        import traceback
+
+        traceback.print_exc()
+        print(f"failed: {error}\nThe same command goes on from the last finished round.", file=sys.stderr)
+        return 1
+
+
+def _compress(arguments: argparse.Namespace) -> int:
+    recipe = Recipe.load(arguments.recipe, arguments.set)
+    from fusegpt_ray.pipeline import compress
+
+    compress(recipe)
+    return 0
+
+
+def _score(arguments: argparse.Namespace) -> int:
+    recipe = Recipe.load(arguments.recipe, arguments.set)
+    from fusegpt_ray.pipeline import score
+
+    result = score(recipe)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        from fusegpt_ray.report import score_table
+
+        Console().print(score_table(result))
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    text = {"data": arguments.data, "length": arguments.length, "windows": arguments.windows}
+    text |= {key: value for key in ("config", "split", "column") if (value := getattr(arguments, key))}
+    data = Recipe.check(Evaluation, text, "evaluate")
+    cluster = Recipe.check(Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster")
+    from fusegpt_ray.pipeline import evaluate
+
+    result = evaluate(arguments.model, data, revision=arguments.revision, dtype=arguments.dtype, cluster=cluster)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        print(f"perplexity {result['perplexity']:.4f}  ({result['windows']} windows of {result['length']} tokens of {result['data']})")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusegpt", description="Make GPT-style models shallower by fusing blocks.")
+    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
+    _recipe_arguments(verb)
+    verb.set_defaults(run=_compress)
+
+    verb = verbs.add_parser("score", help="how much each block of the dense model matters")
+    _recipe_arguments(verb)
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    verb.set_defaults(run=_score)
+
+    verb = verbs.add_parser("evaluate", help="perplexity of a model over consecutive windows of a text")
+    verb.add_argument("model", metavar="MODEL", help="folder, hub id or URI of a checkpoint")
+    verb.add_argument("--data", required=True, help="text, JSONL or Parquet file (path or URI), or a `datasets` id")
+    verb.add_argument("--length", type=int, required=True, help="tokens a window")
+    verb.add_argument("--windows", type=int, help="only the first so many windows")
+    verb.add_argument("--config", help="`datasets` only: the configuration")
+    verb.add_argument("--split", help="`datasets` only: the split (default: test)")
+    verb.add_argument("--column", help="the column that holds the text (default: text)")
+    verb.add_argument("--revision", help="hub models only: branch, tag or commit")
+    verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="arithmetic")
+    verb.add_argument("--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray")
+    verb.add_argument("--replicas", type=int, default=1, help="Ray only: replicas that share the windows")
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    verb.set_defaults(run=_evaluate)
+    return parser
+
+
+def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/quickstart.yaml")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as sparsity=0.3")
+
+
+def _quiet() -> None:
+    """Our display is the one display: libraries keep their progress bars and their chatter to themselves."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Scoring and evaluation as Ray tasks, each on a model replica of its own (which is read block by block).
+
+Shapes: W windows, N blocks, T tokens.
+
+Windows are split over replicas in whole batches, so that every window meets the same arithmetic on any number of replicas; the sums
+come back per window and are added in the windows' order. Tasks are pure functions of their arguments: a lost one is simply run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+
+from fusegpt_ray.anatomy import Context
+from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
+from fusegpt_ray.importance.sweep import scores, sweep
+from fusegpt_ray.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.stack import Stack
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What one replica takes of the cluster, and how it computes."""
+
+    count: int
+    cpus: float
+    gpus: float
+    threads: int
+    """Threads of torch on a CPU."""
+    dtype: str
+    rows: int
+
+    @property
+    def resources(self) -> dict[str, Any]:
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus}
+
+    def runner(self, stack: Stack) -> Runner:
+        """Built inside the task, on the device torch sees there."""
+        torch.set_num_threads(self.threads)
+        device = pick_device()
+        return Runner(stack, device, pick_dtype(self.dtype, stack, device), self.rows)
+
+
+def score(stack: Stack, windows_WT: np.ndarray, batch: int, replica: Replica) -> dict[int, float]:
+    """Macro Influence by dense block number."""
+    shares = _shares(windows_WT, batch, replica.count)
+    tasks = [_sweep.options(**replica.resources).remote(stack, share, batch, replica) for share in shares]
+    sums_WN = torch.from_numpy(np.concatenate(ray.get(tasks)))
+    return scores(stack, sums_WN, windows_WT.shape[1])
+
+
+def evaluate(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> float:
+    """Perplexity."""
+    shares = _shares(windows_WT, CHUNK, replica.count)
+    tasks = [_losses.options(**replica.resources).remote(stack, share, replica) for share in shares]
+    return perplexity(torch.from_numpy(np.concatenate(ray.get(tasks))))
+
+
+def contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Context]:
+    """See `Trunk.contexts`; on the CPU. A task of its own, so that only a replica ever holds the trunk."""
+    return ray.get(_contexts.options(**replica.resources).remote(stack, rows, length, replica))
+
+
+@ray.remote
+def _contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Context]:
+    return [context.to("cpu") for context in replica.runner(stack).trunk.contexts(rows, length)]
+
+
+@ray.remote
+def _sweep(stack: Stack, windows_WT: np.ndarray, batch: int, replica: Replica) -> np.ndarray:
+    return sweep(replica.runner(stack), stack, torch.tensor(windows_WT), batch).numpy()
+
+
+@ray.remote
+def _losses(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> np.ndarray:
+    return window_losses(replica.runner(stack), stack, torch.tensor(windows_WT)).numpy()
+
+
+def _shares(windows_WT: np.ndarray, batch: int, replicas: int) -> list[np.ndarray]:
+    """Consecutive windows for each replica, in whole batches, as even as those allow."""
+    batches = -(-len(windows_WT) // batch)
+    cuts = [batch * (batches * i // replicas) for i in range(1, replicas)]
+    return [share for share in np.split(windows_WT, cuts) if len(share)]

@@ -1,0 +1,80 @@
+"""The states entering a group and the teacher's states leaving it, computed once by replicas and kept in Ray's object store.
+
+Shapes: W windows, T tokens, D hidden size.
+
+Notable: each training worker gets a dataset of its own with its rows of every loss batch, in order (row r of a batch always goes
+to the same worker); Ray Data's own splitting promises no order. bf16 travels as int16, which Arrow and Ray Data can hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import ray.data
+import torch
+
+from fusegpt_ray.distributed.scoring import Replica
+from fusegpt_ray.evaluate import CHUNK
+from fusegpt_ray.fusion.finetune import Batch
+from fusegpt_ray.fusion.round import Round, group_states
+
+
+class _Walker:
+    """A replica: walks a chunk of windows to the group's ends, and yields their states a few windows at a time."""
+
+    def __init__(self, job: Round, replica: Replica) -> None:
+        self.job = job
+        self.runner = replica.runner(job.dense)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
+        entering, leaving = group_states(self.runner, self.job, torch.tensor(batch["window"]))
+        for first in range(0, len(entering), self.runner.rows):
+            part = slice(first, first + self.runner.rows)
+            yield {
+                "window": batch["number"][part],
+                "entering": _to_numpy(entering[part]),
+                "leaving": _to_numpy(leaving[part]),
+            }
+
+
+def state_datasets(job: Round, windows_WT: np.ndarray, workers: int, replica: Replica) -> dict[str, ray.data.Dataset]:
+    """`states-<rank>` → the states of the windows that this training worker sees, materialised, in the order it sees them."""
+    share = job.settings.batch // workers
+    # [loss batches, workers, share] → each worker's windows together, in the order of the loss batches.
+    numbers = np.arange(len(windows_WT)).reshape(-1, workers, share).swapaxes(0, 1).ravel()
+    with ray.data.DataContext.current(_context()):
+        rows = ray.data.from_items([{"number": int(n), "window": windows_WT[n]} for n in numbers], override_num_blocks=1)
+        replicas = min(replica.count, -(-len(numbers) // CHUNK))
+        states = rows.map_batches(
+            _Walker,
+            fn_constructor_args=(job, replica),
+            batch_size=CHUNK,
+            compute=ray.data.ActorPoolStrategy(size=replicas),
+            **replica.resources,
+        ).materialize()
+        parts = states.split_at_indices([len(numbers) * rank // workers for rank in range(1, workers)]) if workers > 1 else [states]
+    return {f"states-{rank}": part for rank, part in enumerate(parts)}
+
+
+def batches(shard: ray.data.DataIterator, size: int) -> Iterator[Batch]:
+    """The batches of one worker, in order."""
+    for batch in shard.iter_batches(batch_size=size, batch_format="numpy", prefetch_batches=2):
+        yield _to_torch(batch["entering"]), _to_torch(batch["leaving"])
+
+
+def _context() -> ray.data.DataContext:
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    return context
+
+
+def _to_numpy(h: torch.Tensor) -> np.ndarray:
+    h = h.cpu()
+    return (h.view(torch.int16) if h.dtype == torch.bfloat16 else h).numpy()
+
+
+def _to_torch(array: np.ndarray) -> torch.Tensor:
+    tensor = torch.from_numpy(np.array(array))  # a copy: what comes from the object store is read-only
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

@@ -1,0 +1,231 @@
+"""Fine-tuning a group as a Ray Train job that runs DeepSpeed: data-parallel, ZeRO 0–3, on GPUs or (with gloo) on CPUs.
+
+Notable:
+- a worker holds the group's blocks and nothing else of the model; contexts (masks, rotary embeddings) are sent to it;
+- the loss batch is split over the workers, and the loss keeps its meaning (see `fusion/loss.py`);
+- what learns is float32 beside frozen bf16 buffers, so DeepSpeed runs in float32 and the masters need no second copy; only
+  `trained_dtype: model` on a 16-bit model asks DeepSpeed for bf16 masters and optimizer states, as the paper's code has them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.data
+import ray.train
+import torch
+import torch.distributed as dist
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer, get_device
+
+from fusegpt_ray import storage
+from fusegpt_ray.anatomy import Context, block_moulds
+from fusegpt_ray.distributed.states import batches
+from fusegpt_ray.engine import Epoch
+from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_optimizer, train
+from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.fusion.round import Round, build_student, save_group
+from fusegpt_ray.recipe import Fusion
+from fusegpt_ray.runner import pick_dtype
+from fusegpt_ray.stack import Block
+
+MAX_FAILURES = 3
+"""How often a group is started again after a lost worker or node; every start gives the same result."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The training workers of a group."""
+
+    count: int
+    cpus: float
+    gpus: float
+    threads: int
+    dtype: str
+    zero_stage: int
+
+
+@dataclass
+class DeepSpeedStepper:
+    """One of the workers: a DeepSpeed engine around the student."""
+
+    engine: Any
+    settings: Fusion
+    device: torch.device
+    compute_dtype: torch.dtype
+
+    @classmethod
+    def make(
+        cls, student: torch.nn.Module, settings: Fusion, steps: int, stage: int, device: torch.device, dtype: torch.dtype
+    ) -> DeepSpeedStepper:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        optimizer = make_optimizer(student, settings)
+        engine, *_ = deepspeed.initialize(
+            model=student,
+            optimizer=optimizer,
+            lr_scheduler=cosine_to_zero(optimizer, steps),
+            config=deepspeed_config(settings, dist.get_world_size(), stage, bf16=next(student.parameters()).dtype == torch.bfloat16),
+        )
+        return cls(engine, settings, device, dtype)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
+        with arithmetic(self.device, self.compute_dtype):
+            out = self.engine(entering)
+        loss = LOSSES[self.settings.loss](out, leaving, dist.get_world_size() > 1)
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def mean(self, losses: torch.Tensor) -> float:
+        mean = losses.mean()
+        dist.all_reduce(mean)
+        return mean.item() / dist.get_world_size()
+
+
+def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for one loss batch a step, no accumulation, no clipping, our own Adam."""
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": settings.batch // workers,
+        "gradient_accumulation_steps": 1,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    if bf16:
+        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    return config
+
+
+@ray.remote(num_cpus=0)
+class Progress:
+    """Carries epochs' losses from the first worker to the driver's display."""
+
+    def __init__(self) -> None:
+        self.new: list[tuple[int, float]] = []
+
+    def add(self, epoch: int, loss: float) -> None:
+        self.new.append((epoch, loss))
+
+    def take(self) -> list[tuple[int, float]]:
+        taken, self.new = self.new, []
+        return taken
+
+
+def finetune(
+    job: Round,
+    contexts: list[Context],
+    windows: int,
+    datasets: dict[str, ray.data.Dataset],
+    workers: Workers,
+    folder: str,
+    epoch: Epoch,
+) -> tuple[dict[int, Block], list[float]]:
+    """Run the job; `folder` is Ray Train's own, removed afterwards. Returns the new blocks by dense number and the epochs' losses.
+
+    Raises:
+        RuntimeError: the workers failed more than `MAX_FAILURES` times.
+    """
+    progress = Progress.remote()  # type: ignore[attr-defined]
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "job": job,
+            "contexts": ray.put(contexts),
+            "steps": job.settings.epochs * windows // job.settings.batch,
+            "workers": workers,
+            "progress": progress,
+        },
+        datasets=datasets,
+        dataset_config=DataConfig(datasets_to_split=[]),
+        scaling_config=ScalingConfig(
+            num_workers=workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+        ),
+        run_config=RunConfig(
+            name=f"without-{job.donor:03d}",
+            **_place(folder),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    with _watching(progress, epoch):
+        result = trainer.fit()
+    storage.remove(folder, recursive=True)
+    done = result.return_value
+    return {block["dense"]: Block.from_json(block) for block in done["blocks"]}, done["losses"]
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    """One training worker."""
+    job, workers = config["job"], config["workers"]
+    rank = ray.train.get_context().get_world_rank()
+    torch.set_num_threads(workers.threads)
+    device = get_device()
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dtype = pick_dtype(workers.dtype, job.dense, device)
+    student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
+    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], workers.zero_stage, device, dtype)
+    shard = ray.train.get_dataset_shard(f"states-{rank}")
+
+    def done(number: int, loss: float) -> None:
+        if rank == 0:
+            config["progress"].add.remote(number, loss)
+
+    losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
+    blocks: list[dict[str, Any]] = []
+    with _whole(student, workers.zero_stage):
+        if rank == 0:
+            blocks = [block.to_json() for block in save_group(job, student).values()]
+    dist.barrier()  # nobody leaves while the first worker still needs the others' partitions
+    stepper.engine.destroy()
+    return {"blocks": blocks, "losses": losses}
+
+
+def _whole(student: torch.nn.Module, stage: int) -> AbstractContextManager[Any]:
+    """ZeRO-3 keeps a part of every parameter on each worker; inside, they are whole."""
+    if stage < 3:
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(student.parameters()))
+
+
+def _place(folder: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own files: anywhere fsspec reaches."""
+    fs, path = storage.filesystem(folder)
+    if "file" in fs.protocol:
+        return {"storage_path": path}
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+
+
+@contextmanager
+def _watching(progress: Any, epoch: Epoch) -> Iterator[None]:
+    """Hand the first worker's news to `epoch` every half second, and all that is left at the end."""
+    over = threading.Event()
+
+    def watch() -> None:
+        finished = False
+        while not finished:
+            finished = over.wait(0.5)
+            for number, loss in ray.get(progress.take.remote()):
+                epoch(number, loss)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -1,0 +1,61 @@
+"""What a run needs done, by whomever: one process (`local.py`) or a Ray cluster (`distributed/`). Both give the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+
+from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.source import Source
+from fusegpt_ray.stack import Block, Stack
+
+Epoch = Callable[[int, float], None]
+"""Called after each epoch of fine-tuning with its number (from 1) and mean loss."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A fine-tuned group."""
+
+    blocks: dict[int, Block]
+    """The neighbours' new blocks, by dense number."""
+    losses: list[float]
+    """Mean loss of each epoch."""
+    states_seconds: float
+    finetune_seconds: float
+
+
+class Engine(Protocol):
+    """Shapes: W windows of T tokens, int64."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
+        """The text's tokens, piece by piece, from the beginning at each call (see `calibration.py`)."""
+
+    def score(self, stack: Stack, windows_WT: np.ndarray) -> dict[int, float]:
+        """Macro Influence by dense block number."""
+
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+        """Fuse and fine-tune one group, and write its new blocks to `job.folder`."""
+
+    def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
+        """Of the stack as a model, over these windows."""
+
+
+def open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
+    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
+    if recipe.cluster.engine == "local":
+        from fusegpt_ray.local import LocalEngine
+
+        return LocalEngine(recipe, source, dense)
+    from fusegpt_ray.distributed.engine import RayEngine
+
+    return RayEngine(recipe, source, dense)

@@ -1,0 +1,31 @@
+"""Perplexity over consecutive windows, block by block, so that a model of any depth is evaluated in the memory of a few blocks.
+
+Shapes: W windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fusegpt_ray.runner import Runner
+from fusegpt_ray.stack import Stack
+
+CHUNK = 64
+"""Windows that walk the model together: their states are held, and every block is read once for them."""
+
+
+def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of each window: [W] float64."""
+    means = []
+    for part in windows_WT.split(CHUNK):
+        for h_WTD in runner.walk(stack, part):  # noqa: B007 - the states after the last block are wanted
+            pass
+        means.append(runner.token_losses(h_WTD, part))
+    return torch.cat(means)
+
+
+def perplexity(losses_W: torch.Tensor) -> float:
+    """exp of the mean of the windows' mean losses, as the field reports it (windows of equal length)."""
+    return math.exp(math.fsum(losses_W.tolist()) / len(losses_W))

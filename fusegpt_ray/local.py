@@ -1,0 +1,67 @@
+"""The engine of one process: a laptop, a notebook, a bare GPU box. Imports neither ray nor deepspeed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from fusegpt_ray import calibration
+from fusegpt_ray.engine import Epoch, Tuned
+from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
+from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
+from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.importance.sweep import scores, sweep
+from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.source import Source
+from fusegpt_ray.stack import Stack
+
+
+class LocalEngine:
+    """See `engine.Engine`."""
+
+    def __init__(self, recipe: Recipe, source: Source, dense: Stack) -> None:
+        self.recipe, self.source, self.dense = recipe, source, dense
+        self.device = pick_device()
+        self.dtype = pick_dtype(recipe.model.dtype, dense, self.device)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.__dict__.pop("runner", None)
+
+    @cached_property
+    def runner(self) -> Runner:
+        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.rows)
+
+    def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
+        piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
+        return calibration.token_stream(text, piece_bytes, self.source.tokenizer(), key)
+
+    def score(self, stack: Stack, windows_WT: np.ndarray) -> dict[int, float]:
+        sums_WN = sweep(self.runner, stack, torch.from_numpy(windows_WT), self.recipe.importance.batch)
+        return scores(stack, sums_WN, windows_WT.shape[1])
+
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+        begin = time.monotonic()
+        chunks = [group_states(self.runner, job, part) for part in torch.from_numpy(windows_WT).split(CHUNK)]
+        entering, leaving = (torch.cat([states.cpu() for states in half]) for half in zip(*chunks, strict=True))
+        states_done = time.monotonic()
+        settings, trunk = job.settings, self.runner.trunk
+        contexts = trunk.contexts(settings.batch, windows_WT.shape[1])
+        student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
+        steps = settings.epochs * len(entering) // settings.batch
+        stepper = TorchStepper.make(student, settings, steps, self.device, self.dtype)
+        losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
+        blocks = save_group(job, student)
+        return Tuned(blocks, losses, states_done - begin, time.monotonic() - states_done)
+
+    def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
+        return perplexity(window_losses(self.runner, stack, torch.from_numpy(windows_WT)))

@@ -1,0 +1,60 @@
+"""The README.md of a published model: what it is, how it was made, what it costs in perplexity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+METHODS = {
+    "mi": "blocks with the lowest Macro Influence dropped, nothing trained",
+    "mi+ft": "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
+    "fusegpt": "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
+}
+
+
+def model_card(name: str, manifest: Mapping[str, Any]) -> str:
+    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`, without its files."""
+    source, removed = manifest["source"], manifest["removed"]
+    is_hub_id = source["name"].count("/") == 1 and source["name"][0] not in "./~" and "://" not in source["name"]
+    front = ["library_name: transformers", "tags: [fusegpt, depth-pruning]"]
+    if is_hub_id:
+        front.append(f"base_model: {source['name']}")
+    rows = [
+        f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} | {row['fused']:.2f} |"
+        for data, row in manifest["perplexity"].items()
+    ]
+    table = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
+    revision = f" (revision {source['revision']})" if source["revision"] else ""
+    lines = [
+        "---",
+        *front,
+        "---",
+        f"# {name}",
+        "",
+        f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']} decoder blocks removed: "
+        f"{METHODS[manifest['method']]}.",
+        "",
+        "An ordinary checkpoint with fewer layers; no custom code:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'model = AutoModelForCausalLM.from_pretrained("<this folder>")',
+        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
+        "```",
+        "",
+        *table,
+        "",
+        "*Dropped*: the same blocks removed, nothing fused or trained.",
+        f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
+        "",
+        "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256. The recipe:",
+        "",
+        "```json",
+        json.dumps(manifest["recipe"], indent=1),
+        "```",
+        "",
+        "The source model's licence applies.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,231 @@
+"""The loop: score → choose → fuse → commit → … → publish. The same for one process and for a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusegpt_ray import calibration
+from fusegpt_ray.engine import Engine, open_engine
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.importance.sweep import lowest
+from fusegpt_ray.journal import Journal, identity
+from fusegpt_ray.preflight import check_model, check_targets, check_writable
+from fusegpt_ray.publish import Published, publish
+from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.source import Source
+from fusegpt_ray.stack import Stack
+
+
+def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
+    """Make the model shallower as the recipe says; returns what was published, the lightest compression first.
+
+    Run again after a failure, it goes on from the last committed round.
+
+    Raises:
+        UserError: the recipe cannot be carried out; nothing was written then.
+    """
+    with display or Display() as show:
+        source, depth = _check_source(recipe.model, _lengths(recipe))
+        targets = check_targets(recipe, depth)
+        check_writable(recipe)
+        source.tokenizer()
+        dense = source.stack()
+        show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
+        show.stage(f"starting the {recipe.cluster.engine} engine")
+        with open_engine(recipe, source, dense) as engine:
+            show.stage("tokenising")
+            windows_WT = _calibration_windows(engine, recipe.calibration)
+            held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
+            journal = Journal.of(recipe)
+            journal.begin(identity(recipe, calibration.fingerprint(windows_WT), dense))
+            run = _Run(recipe, engine, journal, dense, windows_WT, show)
+            stacks = run.rounds(targets[-1].remove)
+            judge = _Judge(engine, dense, held_out, show)
+            published = []
+            for target in targets:
+                records, stack = stacks[target.remove - 1]
+                show.stage(f"evaluating and publishing {target.name}")
+                facts = {
+                    "method": recipe.method,
+                    "sparsity": target.sparsity,
+                    "recipe": recipe.model_dump(mode="json"),
+                    "removed": [record["removed"] for record in records],
+                    "rounds": records,
+                    "perplexity": judge.perplexities(stack),
+                }
+                shard_bytes = int(recipe.output.shard_gb * 1e9)
+                published.append(publish(target.folder, stack, dense, source, shard_bytes, facts))
+            journal.remove_blocks()
+        show.results((item.uri, item.manifest["perplexity"]) for item in published)
+        for item in published:
+            show.say(f"published {item.uri}")
+        return published
+
+
+def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
+    """Macro Influence of every block of the dense model: {"metric", "blocks": [{"block", "score"} …], "lowest"}.
+
+    Raises:
+        UserError: the recipe cannot be carried out.
+    """
+    with display or Display() as show:
+        source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
+        source.tokenizer()
+        dense = source.stack()
+        show.stage(f"starting the {recipe.cluster.engine} engine")
+        with open_engine(recipe, source, dense) as engine:
+            show.stage("tokenising")
+            windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
+            show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
+            table = engine.score(dense, windows_WT)
+    blocks = [{"block": dense, "score": value} for dense, value in table.items()]
+    return {"metric": "macro_influence", "blocks": blocks, "lowest": lowest(table)}
+
+
+def evaluate(
+    model: str,
+    data: Evaluation,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    cluster: Cluster | None = None,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Perplexity of any checkpoint over consecutive windows of a text: {"model", "data", "length", "windows", "perplexity"}.
+
+    Raises:
+        UserError: the model or the text cannot be used.
+    """
+    if data.length is None:
+        raise UserError("--length", None, "missing", "give the tokens a window, such as 2048")
+    recipe = Recipe.parse(
+        {
+            "model": {"source": model, "revision": revision, "dtype": dtype},
+            "calibration": {"data": data.data, "length": data.length},
+            "evaluation": {"data": data},
+            "cluster": cluster or Cluster(),
+            "output": {"uri": ".", "name": "none"},  # nothing is written
+        }
+    )
+    with display or Display() as show:
+        source, _ = _check_source(recipe.model, {"--length": data.length})
+        source.tokenizer()
+        dense = source.stack()
+        show.stage(f"starting the {recipe.cluster.engine} engine")
+        with open_engine(recipe, source, dense) as engine:
+            show.stage("tokenising")
+            windows_WT = _evaluation_windows(engine, "data", data, recipe)
+            show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
+            value = engine.perplexity(dense, windows_WT)
+    return {"model": model, "data": data.data, "length": data.length, "windows": len(windows_WT), "perplexity": value}
+
+
+def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, int]:
+    source = Source.find(model.source, model.revision)
+    return source, check_model(source, lengths)
+
+
+def _lengths(recipe: Recipe) -> dict[str, int]:
+    lengths = {"calibration.length": recipe.calibration.length}
+    return lengths | {f"evaluation.{name}.length": item.length for name, item in recipe.evaluation.items() if item.length}
+
+
+def _calibration_windows(engine: Engine, text: Calibration) -> np.ndarray:
+    key = "calibration.data"
+    return calibration.sample_windows(engine.tokens(text, key), text.windows, text.length, text.seed, key)
+
+
+def _evaluation_windows(engine: Engine, name: str, text: Evaluation, recipe: Recipe) -> np.ndarray:
+    key = f"evaluation.{name}.data"
+    length = text.length or recipe.calibration.length
+    return calibration.consecutive_windows(engine.tokens(text, key), length, text.windows, key)
+
+
+@dataclass
+class _Run:
+    """The rounds of one run."""
+
+    recipe: Recipe
+    engine: Engine
+    journal: Journal
+    dense: Stack
+    windows_WT: np.ndarray
+    show: Display
+
+    def rounds(self, total: int) -> list[tuple[list[dict[str, Any]], Stack]]:
+        """After each round: the records so far and the stack. Rounds the journal has are not done again."""
+        done = self.journal.rounds()[:total]
+        if done:
+            self.show.say(f"going on after round {len(done)} of {total} (found in {self.journal.folder})")
+        while len(done) < total:
+            number = len(done) + 1
+            stack = done[-1][1] if done else self.dense
+            self.show.round_begins(number, total, len(stack))
+            record, stack = self._round(number, stack)
+            self.journal.commit(number, stack, record)
+            done.append((record, stack))
+            self.show.round_ends(number, total, record["losses"])
+        return [([record for record, _ in done[: i + 1]], done[i][1]) for i in range(total)]
+
+    def _round(self, number: int, stack: Stack) -> tuple[dict[str, Any], Stack]:
+        began = time.monotonic()
+        table = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows])
+        donor = lowest(table)
+        self.show.scored(table, donor)
+        seconds = {"score": round(time.monotonic() - began, 3), "states": 0.0, "finetune": 0.0}
+        group: list[int] = []
+        losses: list[float] = []
+        after = stack.drop(donor)
+        if self.recipe.method != "mi":
+            settings = self.recipe.fusion
+            fuse = self.recipe.method == "fusegpt"
+            folder = f"{self.journal.blocks_folder}/round-{number:03d}"
+            job = Round(stack, self.dense, donor, settings, fuse, self.recipe.seed, folder)
+            group = [block.dense for block in job.group]
+            verb = "fusing" if fuse else "fine-tuning"
+            self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
+            tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
+            after, losses = after.swap(tuned.blocks), tuned.losses
+            seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
+        record = {
+            "removed": donor,
+            "scores": {str(dense): value for dense, value in table.items()},
+            "group": group,
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
+            "losses": losses,
+            "seconds": seconds,
+        }
+        return record, after
+
+
+@dataclass
+class _Judge:
+    """Perplexities of the dense, the dropped and the fused model on the held-out texts."""
+
+    engine: Engine
+    dense: Stack
+    held_out: Mapping[str, np.ndarray]
+    show: Display
+
+    def __post_init__(self) -> None:
+        self._dense = {name: self.engine.perplexity(self.dense, windows) for name, windows in self.held_out.items()}
+
+    def perplexities(self, stack: Stack) -> dict[str, dict[str, float]]:
+        dropped = self.dense
+        for dense in set(self.dense.kept) - set(stack.kept):
+            dropped = dropped.drop(dense)
+        found = {}
+        for name, windows_WT in self.held_out.items():
+            plain = self.engine.perplexity(dropped, windows_WT)
+            fused = plain if stack == dropped else self.engine.perplexity(stack, windows_WT)
+            length = int(windows_WT.shape[1])
+            found[name] = {"dense": self._dense[name], "dropped": plain, "fused": fused, "length": length}
+        return found

@@ -1,0 +1,79 @@
+"""Finds a user's mistake before any weights are read and before anything is written."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusegpt_ray import storage
+from fusegpt_ray.anatomy import build_skeleton, find_blocks, read_config
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
+from fusegpt_ray.source import MANIFEST, Source
+
+
+@dataclass(frozen=True)
+class Target:
+    """One model to publish."""
+
+    sparsity: float
+    remove: int
+    """Blocks removed in it."""
+    folder: str
+
+    @property
+    def name(self) -> str:
+        return self.folder.rsplit("/", 1)[-1]
+
+
+def check_model(source: Source, lengths: dict[str, int]) -> int:
+    """The depth of a model that can be used with windows of these lengths (recipe key → tokens).
+
+    Raises:
+        UserError: see `Source.config`, `find_blocks`; or a window is longer than the model's positions.
+    """
+    raw = source.config()
+    model = build_skeleton(raw)
+    depth = len(model.get_submodule(find_blocks(model)))
+    positions = getattr(read_config(raw).get_text_config(), "max_position_embeddings", None)
+    for key, length in lengths.items():
+        if positions and length > positions:
+            raise UserError(key, length, f"longer than the model's {positions} positions", f"use at most {positions}")
+    return depth
+
+
+def check_targets(recipe: Recipe, depth: int) -> list[Target]:
+    """The models this recipe publishes, the lightest compression first.
+
+    Raises:
+        UserError: a sparsity leaves fewer than two blocks, or a finished model has the name already.
+    """
+    targets = []
+    for sparsity in sorted(recipe.sparsity):
+        remove = blocks_to_remove(depth, sparsity)
+        if depth - remove < 2:
+            problem = f"leaves {depth - remove} of {depth} blocks"
+            raise UserError("sparsity", sparsity, problem, f"use at most {(depth - 2) / depth:.2f}: two blocks must stay")
+        folder = storage.join(storage.absolute(recipe.output.uri), f"{recipe.output.name}-p{percent(sparsity)}")
+        targets.append(Target(sparsity, remove, folder))
+    for target in targets:
+        if storage.exists(storage.join(target.folder, MANIFEST)):
+            problem = f"a finished model is already at {target.folder}"
+            raise UserError("output.name", recipe.output.name, problem, "choose another output.name or output.uri, or remove it")
+    return targets
+
+
+def check_writable(recipe: Recipe) -> None:
+    """Raises UserError unless files can be created below `output.uri`; leaves nothing there."""
+    uri = storage.absolute(recipe.output.uri)
+    try:
+        if "://" in uri:
+            probe = storage.join(uri, f"{recipe.output.name}.write-test")
+            storage.write(probe, b"")
+            storage.remove(probe)
+        else:
+            there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
+            tempfile.TemporaryFile(dir=there).close()
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError("output.uri", recipe.output.uri, f"cannot be written ({error})", "check the path and your rights") from error

@@ -1,0 +1,122 @@
+"""A stack → an ordinary Hugging Face checkpoint, streamed tensor by tensor; its manifest last.
+
+A reader trusts only the manifest: a folder without `fusegpt.json` is not a model.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fusegpt_ray import storage
+from fusegpt_ray.anatomy import read_config
+from fusegpt_ray.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
+from fusegpt_ray.modelcard import model_card
+from fusegpt_ray.source import MANIFEST, Source
+from fusegpt_ray.stack import Stack
+
+PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A finished model."""
+
+    uri: str
+    manifest: dict[str, Any]
+
+
+def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes: int, facts: Mapping[str, Any]) -> Published:
+    """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes; `facts` go into the manifest and the card.
+
+    Raises:
+        OSError: the store failed, or a file arrived with another size than was sent. No manifest is written then.
+        FileExistsError: another run published this name meanwhile.
+    """
+    files: dict[str, FileRecord] = {}
+
+    def put(name: str, data: bytes) -> None:
+        storage.write(storage.join(folder, name), data)
+        files[name] = FileRecord.of(data)
+
+    weight_map: dict[str, str] = {}
+    entries = list(model_entries(stack, dense))
+    for name, shard in plan_shards(entries, shard_bytes).items():
+        files[name], _ = write_safetensors(storage.join(folder, name), shard)
+        weight_map |= {entry.name: name for entry in shard}
+    if list(files) != [SINGLE]:
+        index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
+        put(INDEX, json.dumps(index, indent=2).encode())
+    put("config.json", (json.dumps(shrink_config(stack), indent=2) + "\n").encode())
+    for name in source.small_files:
+        put(name, storage.read(storage.join(source.folder, name)))
+    manifest: dict[str, Any] = {
+        "format": 1,
+        **facts,
+        "source": {"name": source.name, "revision": source.revision},
+        "dense_blocks": len(dense),
+        "kept": list(stack.kept),
+        "versions": versions(),
+    }
+    put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest).encode())
+    for name, record in files.items():
+        if (arrived := storage.size(storage.join(folder, name))) != record.size:
+            raise OSError(f"{storage.join(folder, name)} has {arrived} bytes, {record.size} were written")
+    manifest["files"] = {name: {"bytes": record.size, "sha256": record.sha256} for name, record in sorted(files.items())}
+    storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+    return Published(folder, manifest)
+
+
+def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
+    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the dense checkpoint."""
+    for name, ref in stack.trunk.items():
+        yield _entry(name, ref, ref.dtype)
+    for number, block in enumerate(stack.blocks):
+        original = dense.blocks[dense.position(block.dense)].weights
+        for name, ref in block.weights.items():
+            yield _entry(f"{stack.prefix}{number}.{name}", ref, original[name].dtype)
+
+
+def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:
+    return Entry(name, dtype, ref.shape, partial(_read_one, ref))
+
+
+def _read_one(ref: TensorRef) -> torch.Tensor:
+    return read_tensors({ref.name: ref})[ref.name]
+
+
+def shrink_config(stack: Stack) -> dict[str, Any]:
+    """config.json of the model with only the stack's blocks: depth, and every setting that has one value a block."""
+    raw = json.loads(json.dumps(stack.config))
+    config = read_config(raw)
+    text = config.get_text_config()
+    section = raw
+    if text is not config:
+        (name,) = [key for key in config.sub_configs if getattr(config, key, None) is text]
+        section = raw[name]
+    depth = text.num_hidden_layers
+    # Settings may be absent from the file and still have one value a block (derived by the configuration class).
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == depth and key != "architectures" and not key.endswith("token_id"):
+            section[key] = [value[dense] for dense in stack.kept]
+    section[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(stack)
+    read_config(raw)
+    return raw
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the result, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,102 @@
+"""What a person sees while a run goes on: one live display on a terminal, plain lines elsewhere. Always on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+
+class Display:
+    """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one line an event there."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self._task = self._bar.add_task("starting", total=None, note="")
+        self._round_seconds: list[float] = []
+        self._round_began = 0.0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """What is being done now."""
+        self._bar.reset(self._task, description=text, total=total, note="")
+        if not self.console.is_terminal:
+            self.say(text)
+
+    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        self._round_began = time.monotonic()
+        self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
+
+    def scored(self, table: Mapping[int, float], removed: int) -> None:
+        ranking = sorted(table.items(), key=lambda item: item[1])
+        nearest = "  ".join(f"{dense}: {score:.4f}" for dense, score in ranking[:4])
+        self.say(f"  lowest Macro Influence  {nearest}  →  block {removed} goes")
+
+    def epoch(self, number: int, epochs: int, loss: float) -> None:
+        self._bar.update(self._task, completed=number, total=epochs, note=f"loss {loss:.4g}")
+        if not self.console.is_terminal and (number in (1, epochs) or number % max(1, epochs // 5) == 0):
+            self.say(f"  epoch {number}/{epochs}  loss {loss:.4g}")
+
+    def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
+        self._round_seconds.append(time.monotonic() - self._round_began)
+        left = (rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
+        trend = f"loss {losses[0]:.4g} → {losses[-1]:.4g}, " if losses else ""
+        rest = f", about {duration(left)} left" if number < rounds else ""
+        self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
+
+    def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, float]]]]) -> None:
+        """The last table: for each published model the perplexities of dense, dropped and fused on each text."""
+        table = Table("model", "perplexity on", "dense", "dropped", "fused", "damage undone")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for uri, perplexity in rows:
+            for data, row in perplexity.items():
+                harm = row["dropped"] - row["dense"]
+                undone = f"{(row['dropped'] - row['fused']) / harm:.0%}" if harm > 0 else "–"
+                values = (f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
+                table.add_row(uri, data, *values, undone)
+        if table.row_count:
+            self.console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """1 h 05 min, 3 min 20 s, 12 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """The blocks and their scores, for `fusegpt score` on a terminal."""
+    table = Table("block", result["metric"])
+    table.columns[1].justify = "right"
+    for row in result["blocks"]:
+        mark = "  ← lowest" if row["block"] == result["lowest"] else ""
+        table.add_row(str(row["block"]), f"{row['score']:.6f}{mark}")
+    return table

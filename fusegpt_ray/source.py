@@ -1,0 +1,125 @@
+"""Where a model comes from: local folder, hub id or fsspec URI → a folder of files, and a local copy of all that is small.
+
+Nothing here reads weights; a hub model's configuration is fetched and checked before its weights are downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusegpt_ray import storage
+from fusegpt_ray.anatomy import dense_stack, read_config
+from fusegpt_ray.checkpoint import read_index
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.stack import Stack
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+SMALL = re.compile(r"(?i).+\.(json|txt|model|jinja|tiktoken|spm|vocab)|(license|notice|use_policy).*")
+MANIFEST = "fusegpt.json"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint's folder (any fsspec URI) and what names it."""
+
+    name: str
+    """As the recipe says it."""
+    revision: str | None
+    folder: str
+    """Where its files are; a hub model's files may not be there yet, see `fetch`."""
+
+    @classmethod
+    def find(cls, name: str, revision: str | None, key: str = "model.source") -> Source:
+        """Resolve a local folder, an fsspec URI or a hub id to a folder with its small files.
+
+        Raises:
+            UserError: it does not exist or may not be read.
+        """
+        if "://" in name:
+            return cls(name, revision, name.rstrip("/"))
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return cls(name, revision, str(path.absolute()))
+        if path.exists():
+            raise UserError(key, name, "a file, not a folder", "give the folder that holds config.json")
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+            raise UserError(
+                key, name, "no such folder", "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
+            )
+        return cls(name, revision, _snapshot(name, revision, key, ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]))
+
+    @property
+    def on_hub(self) -> bool:
+        return "://" not in self.name and not Path(self.name).expanduser().is_dir()
+
+    def fetch(self) -> None:
+        """Download a hub model's weights into the local cache (other sources are read where they are)."""
+        if self.on_hub:
+            _snapshot(self.name, self.revision, "model.source", ["*.safetensors", "*.safetensors.index.json"])
+
+    @cached_property
+    def small_files(self) -> tuple[str, ...]:
+        """Names of the files besides weights that a published model takes along: tokenizer, processor, licence; never code."""
+        own = {"model.safetensors.index.json", "config.json", "README.md", MANIFEST}
+        found = storage.names(self.folder)
+        return tuple(n for n in found if SMALL.fullmatch(n) and n not in own and not n.endswith((".index.json", *WEIGHTS)))
+
+    def config(self, key: str = "model.source") -> dict[str, Any]:
+        """config.json as it is.
+
+        Raises:
+            UserError: it is missing, unreadable or not JSON.
+        """
+        try:
+            raw = json.loads(storage.read(storage.join(self.folder, "config.json")))
+        except FileNotFoundError as error:
+            raise UserError(key, self.name, "no config.json there", "give the folder of a Hugging Face checkpoint") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(key, self.name, f"config.json is not JSON ({error})", "download the checkpoint again") from error
+        except OSError as error:
+            raise UserError(key, self.name, f"cannot be read ({error})", "check the path and the permissions") from error
+        if not isinstance(raw, dict):
+            raise UserError(key, self.name, "config.json is not a JSON object", "download the checkpoint again")
+        read_config(raw)
+        return raw
+
+    def stack(self) -> Stack:
+        """The dense stack: reads config.json and the headers of the safetensors files (see `dense_stack` for errors)."""
+        raw = self.config()
+        self.fetch()
+        return dense_stack(raw, read_index(self.folder, "model.source"))
+
+    def tokenizer(self, key: str = "model.source") -> Any:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            UserError: there is none that loads without custom code.
+        """
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as folder:
+            for name in (*self.small_files, "config.json"):
+                (Path(folder) / name).write_bytes(storage.read(storage.join(self.folder, name)))
+            try:
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+                problem = f"its tokenizer does not load ({str(error).splitlines()[0]})"
+                raise UserError(key, self.name, problem, "put the model's tokenizer.json beside its weights") from error
+
+
+def _snapshot(name: str, revision: str | None, key: str, patterns: list[str]) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        problem = f"no such folder here, and the hub does not give it ({str(error).splitlines()[0]})"
+        fix = "check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
+        raise UserError(key, name, problem, fix) from error
