@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 HELD_OUT, CALIBRATION = 4, 16
 VOCABULARY, WINDOW, BATCH = 2048, 256, 8
-LEARNING_RATE, WARM_UP, WEIGHT_DECAY, SEED = 2e-3, 200, 0.1, 0
+LEARNING_RATE, WARM_UP, WEIGHT_DECAY, SEED = 2e-3, 200, 1.0, 0
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__"}
 COMMENT_BLOCK = re.compile(r"(?:^[ \t]*#.*\n)+", re.MULTILINE)
 
@@ -102,9 +102,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
         vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512)
 
 
 def make_model() -> LlamaForCausalLM:
@@ -186,7 +184,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the example model and its calibration and held-out text.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for tiny-llama/ and text/")
-    parser.add_argument("--steps", type=int, default=5500, help=f"training steps of {BATCH} windows of {WINDOW} tokens")
+    parser.add_argument("--steps", type=int, default=4000, help=f"training steps of {BATCH} windows of {WINDOW} tokens")
     parser.add_argument("--threads", type=int, default=1, help="threads of the training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

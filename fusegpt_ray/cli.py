@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fusegpt_ray.errors import UserError
@@ -29,12 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last finished round", file=sys.stderr)
         return 130
-    except Exception as error:  # the last place: say what failed and keep the trace for whoever mends it
-        logging.getLogger("fusegpt_ray").debug("failed", exc_info=True)
-        import traceback
-
+    except Exception as error:  # the last place: the trace for whoever mends it, then what happened and where
         traceback.print_exc()
-        print(f"failed: {error}\nThe same command goes on from the last finished round.", file=sys.stderr)
+        print(f"\nfailed: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        if arguments.run is _compress:
+            print("The same command goes on from the last finished round.", file=sys.stderr)
         return 1
 
 

@@ -168,7 +168,11 @@ class _Run:
             number = len(done) + 1
             stack = done[-1][1] if done else self.dense
             self.show.round_begins(number, total, len(stack))
-            record, stack = self._round(number, stack)
+            try:
+                record, stack = self._round(number, stack)
+            except Exception as error:
+                error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
+                raise
             self.journal.commit(number, stack, record)
             done.append((record, stack))
             self.show.round_ends(number, total, record["losses"])

@@ -89,8 +89,8 @@ class Calibration(Text):
     """Tokens a window."""
     seed: int = 0
     """Where the windows start: random.Random(seed), as in the paper's code."""
-    piece_mb: int = Field(64, ge=1)
-    """Rows are joined and tokenised in pieces of at most this many megabytes, so that any corpus streams."""
+    piece_mb: int = Field(16, ge=1)
+    """Rows are joined and tokenised in pieces of at most this many megabytes; a tokenizer takes some 165 bytes for each."""
 
 
 class Evaluation(Text):

@@ -43,7 +43,9 @@ def names(uri: str) -> list[str]:
         entries = fs.ls(path, detail=True, refresh=True) if "s3" in fs.protocol else fs.ls(path, detail=True)
     except FileNotFoundError:
         return []
-    return sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "file")
+    # The hub's cache is made of links, which are neither files nor directories to fsspec.
+    files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
+    return sorted(name.rsplit("/", 1)[-1] for name in files)
 
 
 def size(uri: str) -> int:

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray.data
 
-from fusegpt_ray.calibration import pieces, sources, tokenize
+from fusegpt_ray.calibration import tokenize
+from fusegpt_ray.corpus import pieces, sources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Text
 
@@ -33,7 +34,7 @@ def token_stream(text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBas
     Each call of the function reads and tokenises the text again. The arrays are read-only.
 
     Raises:
-        UserError: as `calibration.sources`, at once; as `calibration.pieces` on any node, while the tokens are drawn.
+        UserError: as `corpus.sources`, at once; as `corpus.pieces` on any node, while the tokens are drawn.
     """
     found = sources(text, key)
 

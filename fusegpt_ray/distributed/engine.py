@@ -76,6 +76,7 @@ class RayEngine:
     def _start(self) -> None:
         """Join the cluster the recipe or RAY_ADDRESS names, else start a local Ray on the loopback interface."""
         cluster = self.recipe.cluster
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the one display
         address = cluster.address or os.environ.get("RAY_ADDRESS")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
         if address:

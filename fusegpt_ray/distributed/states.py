@@ -20,22 +20,13 @@ from fusegpt_ray.fusion.finetune import Batch
 from fusegpt_ray.fusion.round import Round, group_states
 
 
-class _Walker:
-    """A replica: walks a chunk of windows to the group's ends, and yields their states a few windows at a time."""
-
-    def __init__(self, job: Round, replica: Replica) -> None:
-        self.job = job
-        self.runner = replica.runner(job.dense)
-
-    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[dict[str, np.ndarray]]:
-        entering, leaving = group_states(self.runner, self.job, torch.tensor(batch["window"]))
-        for first in range(0, len(entering), self.runner.rows):
-            part = slice(first, first + self.runner.rows)
-            yield {
-                "window": batch["number"][part],
-                "entering": _to_numpy(entering[part]),
-                "leaving": _to_numpy(leaving[part]),
-            }
+def _walk(batch: dict[str, np.ndarray], job: Round, replica: Replica) -> Iterator[dict[str, np.ndarray]]:
+    """A replica's task: walk a chunk of windows to the group's ends, and yield their states a few windows at a time."""
+    runner = replica.runner(job.dense)
+    entering, leaving = group_states(runner, job, torch.tensor(batch["window"]))
+    for first in range(0, len(entering), runner.rows):
+        part = slice(first, first + runner.rows)
+        yield {"entering": _to_numpy(entering[part]), "leaving": _to_numpy(leaving[part])}
 
 
 def state_datasets(job: Round, windows_WT: np.ndarray, workers: int, replica: Replica) -> dict[str, ray.data.Dataset]:
@@ -44,13 +35,12 @@ def state_datasets(job: Round, windows_WT: np.ndarray, workers: int, replica: Re
     # [loss batches, workers, share] → each worker's windows together, in the order of the loss batches.
     numbers = np.arange(len(windows_WT)).reshape(-1, workers, share).swapaxes(0, 1).ravel()
     with ray.data.DataContext.current(_context()):
-        rows = ray.data.from_items([{"number": int(n), "window": windows_WT[n]} for n in numbers], override_num_blocks=1)
-        replicas = min(replica.count, -(-len(numbers) // CHUNK))
+        rows = ray.data.from_items([{"window": windows_WT[n]} for n in numbers], override_num_blocks=1)
         states = rows.map_batches(
-            _Walker,
-            fn_constructor_args=(job, replica),
+            _walk,
+            fn_kwargs={"job": job, "replica": replica},
             batch_size=CHUNK,
-            compute=ray.data.ActorPoolStrategy(size=replicas),
+            compute=ray.data.TaskPoolStrategy(size=replica.count),
             **replica.resources,
         ).materialize()
         parts = states.split_at_indices([len(numbers) * rank // workers for rank in range(1, workers)]) if workers > 1 else [states]

@@ -10,7 +10,6 @@ Notable:
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -134,7 +133,8 @@ def finetune(
     """Run the job; `folder` is Ray Train's own, removed afterwards. Returns the new blocks by dense number and the epochs' losses.
 
     Raises:
-        RuntimeError: the workers failed more than `MAX_FAILURES` times.
+        FloatingPointError: the loss is not finite.
+        ray.train.TrainingFailedError: the workers failed more than `MAX_FAILURES` times.
     """
     progress = Progress.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
@@ -163,6 +163,8 @@ def finetune(
         result = trainer.fit()
     storage.remove(folder, recursive=True)
     done = result.return_value
+    if "error" in done:
+        raise FloatingPointError(done["error"])
     return {block["dense"]: Block.from_json(block) for block in done["blocks"]}, done["losses"]
 
 
@@ -172,8 +174,6 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
     device = get_device()
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dtype = pick_dtype(workers.dtype, job.dense, device)
     student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
     stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], workers.zero_stage, device, dtype)
@@ -183,7 +183,10 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         if rank == 0:
             config["progress"].add.remote(number, loss)
 
-    losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
+    try:
+        losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
+    except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
+        return {"error": str(error)}
     blocks: list[dict[str, Any]] = []
     with _whole(student, workers.zero_stage):
         if rank == 0:

@@ -1,0 +1,36 @@
+"""What all tests share: one thread, no network, and tiny checkpoints that are written once a session."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports these libraries: they read their environment once.
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Name of a tiny model (see `models.MODELS`) → the folder of its checkpoint."""
+    from models import save_tiny
+
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = save_tiny(name, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return get
