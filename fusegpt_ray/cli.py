@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--split", help="`datasets` only: the split (default: test)")
     verb.add_argument("--column", help="the column that holds the text (default: text)")
     verb.add_argument("--revision", help="hub models only: branch, tag or commit")
-    verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="arithmetic")
+    verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic")
     verb.add_argument("--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray")
     verb.add_argument("--replicas", type=int, default=1, help="Ray only: replicas that share the windows")
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")

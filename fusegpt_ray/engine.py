@@ -10,8 +10,7 @@ from typing import Protocol, Self
 import numpy as np
 
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.source import Source
+from fusegpt_ray.recipe import Text
 from fusegpt_ray.stack import Block, Stack
 
 Epoch = Callable[[int, float], None]
@@ -48,14 +47,3 @@ class Engine(Protocol):
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""
-
-
-def open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
-    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
-    if recipe.cluster.engine == "local":
-        from fusegpt_ray.local import LocalEngine
-
-        return LocalEngine(recipe, source, dense)
-    from fusegpt_ray.distributed.engine import RayEngine
-
-    return RayEngine(recipe, source, dense)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fusegpt_ray import calibration
-from fusegpt_ray.engine import Engine, open_engine
+from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.sweep import lowest
@@ -39,7 +39,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
         dense = source.stack()
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with open_engine(recipe, source, dense) as engine:
+        with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
@@ -63,7 +63,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
                 published.append(publish(target.folder, stack, dense, source, shard_bytes, facts))
             journal.remove_blocks()
-        show.results((item.uri, item.manifest["perplexity"]) for item in published)
+        show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in published)
         for item in published:
             show.say(f"published {item.uri}")
         return published
@@ -80,7 +80,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         source.tokenizer()
         dense = source.stack()
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with open_engine(recipe, source, dense) as engine:
+        with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
@@ -119,12 +119,23 @@ def evaluate(
         source.tokenizer()
         dense = source.stack()
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with open_engine(recipe, source, dense) as engine:
+        with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
             windows_WT = _evaluation_windows(engine, "data", data, recipe)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
             value = engine.perplexity(dense, windows_WT)
     return {"model": model, "data": data.data, "length": data.length, "windows": len(windows_WT), "perplexity": value}
+
+
+def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
+    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
+    if recipe.cluster.engine == "local":
+        from fusegpt_ray.local import LocalEngine
+
+        return LocalEngine(recipe, source, dense)
+    from fusegpt_ray.distributed.engine import RayEngine
+
+    return RayEngine(recipe, source, dense)
 
 
 def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, int]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fusegpt_ray.errors import UserError
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # method.md, the paper's public code, row by row.
@@ -62,7 +62,8 @@ class Model(Section):
     revision: str | None = None
     """Hub only: branch, tag or commit."""
     dtype: Dtype = "auto"
-    """Arithmetic of scoring and fine-tuning; `auto`: float32 on a CPU, the checkpoint's own on a GPU. Never the output's dtype."""
+    """Arithmetic of scoring and fine-tuning, never the output's dtype; `auto`: float32 on a CPU, bfloat16 on a GPU for a 16-bit
+    checkpoint. float16 is not offered: gradients underflow in it."""
 
 
 class Text(Section):

@@ -74,12 +74,12 @@ class Display:
         table = Table("model", "perplexity on", "dense", "dropped", "fused", "damage undone")
         for column in table.columns[2:]:
             column.justify = "right"
-        for uri, perplexity in rows:
+        for name, perplexity in rows:
             for data, row in perplexity.items():
                 harm = row["dropped"] - row["dense"]
                 undone = f"{(row['dropped'] - row['fused']) / harm:.0%}" if harm > 0 else "–"
                 values = (f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
-                table.add_row(uri, data, *values, undone)
+                table.add_row(name, data, *values, undone)
         if table.row_count:
             self.console.print(table)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fusegpt_ray.anatomy import Context, Trunk, load_block, run_block
-from fusegpt_ray.checkpoint import DTYPES, read_tensors
+from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.stack import Block, Stack
 
 
@@ -24,12 +24,8 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
     """The arithmetic's dtype for the recipe's `model.dtype`."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    sizes: dict[str, int] = {}
-    for ref in stack.trunk.values():
-        sizes[ref.code] = sizes.get(ref.code, 0) + ref.end - ref.begin
-    return DTYPES[max(sizes, key=lambda code: sizes[code])]
+    widest = max((ref.dtype for ref in stack.blocks[0].weights.values()), key=lambda dtype: dtype.itemsize)
+    return torch.float32 if device.type == "cpu" or widest.itemsize > 2 else torch.bfloat16
 
 
 class Runner:

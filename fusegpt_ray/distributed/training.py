@@ -101,7 +101,8 @@ def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> 
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
-    if bf16:
+    if bf16:  # DeepSpeed keeps bf16 masters only where ZeRO partitions them; stage 1 is the same arithmetic as 0
+        config["zero_optimization"]["stage"] = max(stage, 1)
         config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return config
 
