@@ -19,16 +19,19 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.utils._pytree import tree_map_only
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.stack import Block, Stack
 
 KEY = "model.source"
+_ARCHITECTURES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,16 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         UserError: the model type is unknown to transformers (custom code is never run), or a value is invalid.
     """
     kind = raw.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise UserError(KEY, kind, f"config.json is not valid ({error})", "download the checkpoint again") from error
+    if raw.get("quantization_config"):
+        fix = "use the checkpoint in its original dtype; quantise what this tool publishes"
+        raise UserError(KEY, kind, "a quantized checkpoint, whose weights cannot be fused", fix)
     config.get_text_config().use_cache = False
     return config
 
@@ -73,7 +79,7 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
     """The dense model with every parameter on the meta device (no memory) and every buffer real."""
     config = read_config(raw)
     names = config.architectures or []
-    model_class = getattr(transformers, names[0], None) if names else None
+    model_class = getattr(transformers, names[0]) if names and names[0] in _ARCHITECTURES else None
     if model_class is None:
         fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
         raise UserError(KEY, names, "config.json names no architecture that transformers knows", fix)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,20 +103,24 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise bad(f"damaged safetensors header ({error})") from error
-    data_end = max((ref.end for ref in refs.values()), default=8 + length)
-    if data_end != total or sum(ref.end - ref.begin for ref in refs.values()) != total - 8 - length:
+    end = 8 + length
+    for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.end)):
+        if ref.begin != end:
+            raise bad("with tensors that overlap, or bytes that belong to no tensor")
+        end = ref.end
+    if end != total:
         raise bad("truncated, or with bytes that belong to no tensor")
     return refs
 
 
 def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int) -> TensorRef:
     shape = tuple(entry["shape"])
-    begin, end = (data + int(offset) for offset in entry["data_offsets"])
+    begin, end = (data + offset for offset in entry["data_offsets"])
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r}")
-    if any(not isinstance(size, int) or size < 0 for size in shape):
+    if any(type(size) is not int or size < 0 for size in (*shape, *entry["data_offsets"])):
         raise ValueError(f"{name} has the shape {shape}")
     if not data <= begin <= end <= total or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
         raise ValueError(f"{name} lies outside the file or has another size than its shape says")
@@ -132,13 +137,14 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
     if INDEX in files:
         try:
             weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            shards = sorted(set(weight_map.values()))
+            outside = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard)]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
-        outside = [shard for shard in weight_map.values() if "/" in str(shard) or "\\" in str(shard)]
         if outside:
             raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0]!r}", "use a trusted checkpoint")
         refs: dict[str, TensorRef] = {}
-        for shard in sorted(set(weight_map.values())):
+        for shard in shards:
             refs |= read_header(storage.join(folder, shard), key)
         missing = sorted(set(weight_map) - set(refs))
         if missing:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from fusegpt_ray.errors import UserError
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -43,6 +44,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fold": "at_end",
     },
 }
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class Section(BaseModel):
@@ -135,11 +147,11 @@ class Fusion(Section):
     """`batch_kl`: the paper's KL of softmaxes over the batch. `normalized_mse`: squared error between RMS-normalised states."""
     teacher: Literal["current", "dense"] = "dense"
     """`current`: the group as it was before this round (paper). `dense`: the dense model at the same depth; errors do not pile up."""
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Adam's rate for the fusion coefficients C, D and c."""
-    lora_learning_rate: float = Field(3e-4, gt=0)
+    lora_learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for everything else that learns: LoRA and norm weights."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""
     eps: float = Field(1e-8, gt=0)
     """Adam's epsilon."""
@@ -206,7 +218,7 @@ class Recipe(Section):
     def _apply_preset(cls, data: Any) -> Any:
         if isinstance(data, Mapping) and isinstance(data.get("fusion") or {}, Mapping):
             fusion = dict(data.get("fusion") or {})
-            preset = PRESETS.get(fusion.get("preset", "default"), {})
+            preset = PRESETS.get(str(fusion.get("preset", "default")), {})
             return {**data, "fusion": {**preset, **fusion}}
         return data
 
@@ -254,10 +266,10 @@ class Recipe(Section):
             UserError: the file is missing or not YAML, or a key or value in it is wrong.
         """
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError("recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from error
-        except (yaml.YAMLError, RecursionError) as error:
+        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
             raise UserError("recipe", str(path), f"not valid YAML ({error})", "see examples/quickstart.yaml") from error
         if not isinstance(data, dict):
             raise UserError("recipe", str(path), "not a mapping of keys to values", "see examples/quickstart.yaml")
@@ -298,8 +310,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise UserError("--set", override, "not of the form key=value", "write for example --set fusion.epochs=5")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError("--set", override, f"the value is not YAML ({error})", "quote it") from error
     *parents, last = key.split(".")
     section: Any = data
@@ -325,11 +337,14 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         prefix = "".join(f"{part}." for part in path[:-1])
         fix = f"did you mean {prefix}{near[0]}?" if near else f"the keys here are {', '.join(sorted(known))}"
-        return UserError(key, first["input"], "unknown key", fix.rstrip("?") if near else fix)
+        return UserError(key, _short(first["input"]), "unknown key", fix.rstrip("?") if near else fix)
     if first["type"] == "missing":
         return UserError(key, None, "missing", f"add {key} to the recipe")
-    value = first["input"]
-    return UserError(key, value if len(repr(value)) < 200 else "…", first["msg"][0].lower() + first["msg"][1:], f"change {key}")
+    return UserError(key, _short(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}")
+
+
+def _short(value: Any) -> Any:
+    return value if len(repr(value)) < 200 else "…"
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:

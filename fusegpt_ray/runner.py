@@ -21,11 +21,13 @@ def pick_device() -> torch.device:
 
 
 def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
-    """The arithmetic's dtype for the recipe's `model.dtype`."""
+    """The arithmetic's dtype for the recipe's `model.dtype`. Looks at the trunk, which no round changes (fused blocks are float32)."""
     if name != "auto":
         return getattr(torch, name)
-    widest = max((ref.dtype for ref in stack.blocks[0].weights.values()), key=lambda dtype: dtype.itemsize)
-    return torch.float32 if device.type == "cpu" or widest.itemsize > 2 else torch.bfloat16
+    sizes = {2: 0, 4: 0}
+    for ref in stack.trunk.values():
+        sizes[2 if ref.dtype.itemsize <= 2 else 4] += ref.end - ref.begin
+    return torch.bfloat16 if device.type != "cpu" and sizes[2] > sizes[4] else torch.float32
 
 
 class Runner:

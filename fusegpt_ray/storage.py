@@ -105,9 +105,10 @@ def writing(uri: str) -> Iterator[BinaryIO]:
     try:
         yield cast(BinaryIO, file)
     except BaseException:
-        if hasattr(file, "discard"):  # an object store's multipart upload: nothing appears
-            file.closed or file.discard()
-            file.closed = True
+        if isinstance(file, fsspec.spec.AbstractBufferedFile):  # an object store's multipart upload: nothing appears
+            if not file.closed:
+                file.discard()
+                file.closed = True
         else:
             file.close()
             fs.rm_file(path)

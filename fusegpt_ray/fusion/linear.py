@@ -1,6 +1,6 @@
 """The fused linear layer: W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,  b' = b + Σ_k c_k ⊙ b_k  (paper, Eq. 7–10).
 
-Shapes: O outputs, I inputs, R rank; weights are [O, I], except GPT-2's Conv1D, whose weight is [I, O].
+Shapes: O outputs, I inputs, R rank. A and D are [R, I], B and C [O, R]; weights are [O, I], but [I, O] in GPT-2's Conv1D.
 
 Notable:
 - W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor, and never touched by ZeRO;
@@ -44,19 +44,19 @@ class FusedLinear(nn.Module):
         super().__init__()
         self.transposed = isinstance(own, Conv1D)
         self.terms = len(donors)
-        rows, columns = own.weight.shape
+        outputs, inputs = own.weight.shape[::-1] if self.transposed else own.weight.shape
 
         def learn(name: str, value: torch.Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value.to(own.weight.device, dtype)))
 
         self.register_buffer("weight", own.weight.detach(), persistent=False)
         self.register_buffer("bias", None if own.bias is None else own.bias.detach(), persistent=False)
-        learn("B", torch.zeros(rows, lora_rank))
-        learn("A", _kaiming(lora_rank, columns, generator))
+        learn("B", torch.zeros(outputs, lora_rank))
+        learn("A", _kaiming(lora_rank, inputs, generator))
         for k, donor in enumerate(donors):
             self.register_buffer(f"donor_weight{k}", donor.weight.detach(), persistent=False)
-            learn(f"C{k}", torch.zeros(rows, rank))
-            learn(f"D{k}", _kaiming(rank, columns, generator))
+            learn(f"C{k}", torch.zeros(outputs, rank))
+            learn(f"D{k}", _kaiming(rank, inputs, generator))
             if donor.bias is not None:
                 self.register_buffer(f"donor_bias{k}", donor.bias.detach(), persistent=False)
                 learn(f"c{k}", torch.zeros(donor.bias.shape))
@@ -64,12 +64,16 @@ class FusedLinear(nn.Module):
     def fused(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32)."""
         with torch.autocast(self.weight.device.type, enabled=False):
-            weight, bias = self.weight + self.B @ self.A, self.bias
+            weight, bias = self.weight + self._laid_out(self.B @ self.A), self.bias
             for k in range(self.terms):
-                weight = weight + (getattr(self, f"C{k}") @ getattr(self, f"D{k}")) * getattr(self, f"donor_weight{k}")
+                coefficients = self._laid_out(getattr(self, f"C{k}") @ getattr(self, f"D{k}"))
+                weight = weight + coefficients * getattr(self, f"donor_weight{k}")
                 if bias is not None:
                     bias = bias + getattr(self, f"c{k}") * getattr(self, f"donor_bias{k}")
         return weight, bias
+
+    def _laid_out(self, product_OI: torch.Tensor) -> torch.Tensor:
+        return product_OI.T if self.transposed else product_OI
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., I] → [..., O] in the frozen weight's dtype."""

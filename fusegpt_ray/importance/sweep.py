@@ -31,6 +31,7 @@ def sweep(runner: Runner, stack: Stack, windows_WT: torch.Tensor, batch: int) ->
         for i, h_CWTD in enumerate(walking):
             after_CWTD = runner.apply(module, block.dense, h_CWTD.flatten(0, 1)).view_as(h_CWTD)
             walking[i] = torch.cat([after_CWTD, h_CWTD[:1]])  # the new candidate: what entered this block
+        del module  # before the next one is read
     return torch.cat([torch.stack([macro_influence(h[0], without) for without in h[1:]], dim=1) for h in walking]).cpu()
 
 

@@ -7,10 +7,10 @@ import shutil
 
 import fsspec
 import pytest
+from models import save_tiny
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.source import Source
-from tests.models import save_tiny
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

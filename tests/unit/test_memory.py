@@ -1,0 +1,67 @@
+"""Compressing never holds more of a model than its trunk and one group (and the states, which are not weights)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from models import open_stack, token_windows
+from watching import Watch, size_of
+
+from fusegpt_ray import anatomy, publish, runner
+from fusegpt_ray.fusion import student
+from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.source import Source
+
+WINDOWS = token_windows(8, 9).numpy()
+
+
+def test_two_rounds_hold_the_trunk_and_one_group(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = checkpoint("llama")
+    dense = open_stack(folder)
+    recipe = Recipe.parse(
+        {
+            "model": {"source": str(folder)},
+            "calibration": {"data": "unused", "windows": 8, "length": 9},
+            "importance": {"windows": 8},
+            "fusion": {"group_size": 2, "epochs": 1, "batch": 4, "rank": 2, "lora_rank": 2},
+            "output": {"uri": str(tmp_path), "name": "x"},
+        }
+    )
+    trunk, block = size_of(dense.trunk), size_of(dense.blocks[0].weights)
+    watch = Watch()
+    for module in (anatomy, runner, student, publish):
+        monkeypatch.setattr(module, "read_tensors", watch)
+    source = Source.find(str(folder), None)
+    stack = dense
+    with LocalEngine(recipe, source, dense) as engine:
+        # Round 2's group has one neighbour (block 3) that was fused before: one more donor is held with it.
+        for donor, group_blocks in ((2, 3), (1, 4)):
+            watch.alive.clear()
+            engine.score(stack, WINDOWS)
+            assert max(watch.alive) == trunk, "scoring holds a block while it reads the next"
+            watch.alive.clear()
+            job = Round(stack, dense, donor, recipe.fusion, True, 0, str(tmp_path / f"round-{donor}"))
+            assert len(job.group) == 3
+            stack = stack.drop(donor).swap(engine.finetune(job, WINDOWS, lambda *_: None).blocks)
+            # Read, but not yet copied into the block that it belongs to: what a neighbour had learned.
+            learned = max(size_of(terms.learned) for b in job.stack.blocks if (terms := b.terms)) if donor == 1 else 0
+            assert max(watch.alive) <= trunk + group_blocks * block + learned
+            assert max(watch.alive) >= trunk + block, "the watch sees the group"
+        watch.alive.clear()
+        engine.score(stack, WINDOWS)
+        assert max(watch.alive) == trunk, "nothing of a group stays after its round"
+    watch.alive.clear()
+    publish.publish(str(tmp_path / "x-p40"), stack, dense, source, 10**9, facts())
+    largest = max(ref.end - ref.begin for ref in [*dense.trunk.values(), *dense.blocks[0].weights.values()])
+    # float32 tensors of the fused blocks are no larger than the dense ones: the checkpoint is float32 too.
+    assert max(watch.alive) <= largest, "publishing holds one tensor"
+
+
+def facts() -> dict[str, object]:
+    return {"method": "fusegpt", "recipe": {}, "removed": [2, 1], "rounds": [], "perplexity": {}}
