@@ -66,7 +66,7 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
         raise UserError(KEY, kind, f"config.json is not valid ({error})", "download the checkpoint again") from error
     if raw.get("quantization_config"):
         fix = "use the checkpoint in its original dtype; quantise what this tool publishes"
@@ -81,14 +81,22 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
     names = config.architectures or []
     model_class = getattr(transformers, names[0]) if names and names[0] in _ARCHITECTURES else None
     if model_class is None:
+        known = bool(names) and isinstance(names[0], str) and isinstance(getattr(transformers, names[0], None), type)
+        problem = "not a causal language model" if known else "config.json names no architecture that transformers knows"
         fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
-        raise UserError(KEY, names, "config.json names no architecture that transformers knows", fix)
+        raise UserError(KEY, names, problem, fix)
     try:
         with init_empty_weights(include_buffers=False):
             model = model_class(config)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(KEY, names[0], f"config.json does not build a model ({error})", "repair config.json") from error
     return model.eval().requires_grad_(False)
+
+
+def auto_class(raw: Mapping[str, Any]) -> str:
+    """The class of transformers whose `from_pretrained` loads such a checkpoint."""
+    is_causal = raw["architectures"][0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"
 
 
 def find_blocks(model: transformers.PreTrainedModel) -> str:

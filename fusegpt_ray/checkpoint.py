@@ -14,7 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -76,6 +76,13 @@ class FileRecord:
     @classmethod
     def of(cls, data: bytes) -> FileRecord:
         return cls(len(data), hashlib.sha256(data).hexdigest())
+
+    def to_json(self) -> dict[str, Any]:
+        return {"bytes": self.size, "sha256": self.sha256}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(data["bytes"], data["sha256"])
 
 
 def read_header(file: str, key: str) -> dict[str, TensorRef]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -64,16 +65,26 @@ def _score(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     text = {"data": arguments.data, "length": arguments.length, "windows": arguments.windows}
     text |= {key: value for key in ("config", "split", "column") if (value := getattr(arguments, key))}
-    data = Recipe.check(Evaluation, text, "evaluate")
-    cluster = Recipe.check(Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster")
-    from fusegpt_ray.pipeline import evaluate
+    try:
+        data = Recipe.check(Evaluation, text, "evaluation.data")
+        cluster = Recipe.check(Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster")
+        from fusegpt_ray.pipeline import evaluate
 
-    result = evaluate(arguments.model, data, revision=arguments.revision, dtype=arguments.dtype, cluster=cluster)
+        result = evaluate(arguments.model, data, revision=arguments.revision, dtype=arguments.dtype, cluster=cluster)
+    except UserError as error:
+        raise UserError(_as_argument(error.key), error.value, error.problem, _as_argument(error.fix)) from error
     if arguments.json:
         print(json.dumps(result))
     else:
         print(f"perplexity {result['perplexity']:.4f}  ({result['windows']} windows of {result['length']} tokens of {result['data']})")
     return 0
+
+
+def _as_argument(text: str) -> str:
+    """Recipe keys in a message → what `fusegpt evaluate` calls them."""
+    text = text.replace("model.source", "MODEL")
+    options = "data|length|windows|config|split|column|revision|dtype|replicas"
+    return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +125,7 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
 def _quiet() -> None:
     """Our display is the one display: libraries keep their progress bars and their chatter to themselves."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -201,7 +201,8 @@ def _loading(source: Source) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        problem = f"neither a file here nor a dataset that loads ({error.__cause__ or error})"
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        problem = f"neither a file here nor a dataset that loads ({reason[:300]})"
         fix = "check the path, or the id, config, split, revision and network"
         raise UserError(source.key, source.uri, problem, fix) from error
 

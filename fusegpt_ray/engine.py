@@ -9,9 +9,9 @@ from typing import Protocol, Self
 
 import numpy as np
 
-from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.recipe import Text
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.stack import Stack
 
 Epoch = Callable[[int, float], None]
 """Called after each epoch of fine-tuning with its number (from 1) and mean loss."""
@@ -21,8 +21,8 @@ Epoch = Callable[[int, float], None]
 class Tuned:
     """A fine-tuned group."""
 
-    blocks: dict[int, Block]
-    """The neighbours' new blocks, by dense number."""
+    saved: Saved
+    """The neighbours' new blocks and their files."""
     losses: list[float]
     """Mean loss of each epoch."""
     states_seconds: float

@@ -27,5 +27,12 @@ def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> tor
 
 
 def perplexity(losses_W: torch.Tensor) -> float:
-    """exp of the mean of the windows' mean losses, as the field reports it (windows of equal length)."""
-    return math.exp(math.fsum(losses_W.tolist()) / len(losses_W))
+    """exp of the mean of the windows' mean losses, as the field reports it (windows of equal length).
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    mean = math.fsum(losses_W.tolist()) / len(losses_W)
+    if not math.isfinite(mean):
+        raise FloatingPointError(f"the mean loss is {mean}: NaN or Inf in the model's weights, or an overflow in its arithmetic")
+    return math.exp(mean)

@@ -1,16 +1,19 @@
 """A run's memory: one small immutable record a round in `<output.uri>/<name>.run/`, from which the same command goes on.
 
-What a round wrote is trusted only through its record, which is created last and never changed.
+What a round wrote is trusted only through its record, which is created last, holds its own checksum and those of the files it points
+at, and is never changed. The folder lives as long as the run: a finished run's records are in the manifests of what it published.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from fusegpt_ray import storage
+from fusegpt_ray.checkpoint import FileRecord
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.stack import Stack
@@ -20,15 +23,44 @@ METHOD_VERSION = 1
 
 
 def identity(recipe: Recipe, windows_sha256: str, dense: Stack) -> dict[str, Any]:
-    """What a run may not change and still be resumed: all of the recipe that shapes the result, the data and the model."""
-    settings = recipe.model_dump(mode="json", exclude={"cluster", "output", "evaluation", "sparsity"})
-    tensors = {name: [ref.code, list(ref.shape)] for block in dense.blocks for name, ref in block.weights.items()}
+    """What a run may not change and still be resumed: all of the recipe that shapes the result, the data and the model.
+
+    Reads all of a local model's weights once, for their checksums; an object store is asked for its own.
+    """
+    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(dense.trunk.values())
+    files = {uri.rsplit("/", 1)[-1]: storage.fingerprint(uri) for uri in sorted({ref.file for ref in refs})}
     return {
-        "method_version": METHOD_VERSION,
-        "recipe": settings,
+        **settings(recipe),
         "windows_sha256": windows_sha256,
-        "model": {"config": dict(dense.config), "block": tensors},
+        "model": {"config": dict(dense.config), "files": files},
     }
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The part of the identity that needs neither data nor model."""
+    shaping = recipe.model_dump(mode="json", exclude={"cluster", "output", "evaluation", "sparsity"})
+    return {"method_version": METHOD_VERSION, "recipe": shaping}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A round that is finished."""
+
+    record: Mapping[str, Any]
+    """What the manifest tells of it."""
+    stack: Stack
+    """The model after it."""
+    files: Mapping[str, FileRecord]
+    """What it wrote, by URI."""
+
+    def to_json(self) -> dict[str, Any]:
+        files = {uri: file.to_json() for uri, file in self.files.items()}
+        return {"round": dict(self.record), "stack": self.stack.to_json(), "files": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        files = {uri: FileRecord.from_json(file) for uri, file in data["files"].items()}
+        return cls(data["round"], Stack.from_json(data["stack"]), files)
 
 
 @dataclass(frozen=True)
@@ -46,50 +78,145 @@ class Journal:
         """Where the rounds' new blocks lie."""
         return storage.join(self.folder, "blocks")
 
+    @property
+    def started(self) -> bool:
+        return storage.exists(self._identity)
+
     def begin(self, this: Mapping[str, Any]) -> None:
         """Start, or go on with, the run of this identity.
 
         Raises:
-            UserError: another run is in this folder; the message shows the first key that differs.
+            UserError: another run is in this folder; the message shows what differs, key by key.
         """
-        file = storage.join(self.folder, "identity.json")
         try:
-            storage.create(file, json.dumps(this, indent=1).encode())
+            storage.create(self._identity, _sealed(this))
         except FileExistsError:
-            there = storage.read_json(file)
-            if (difference := _difference(there, json.loads(json.dumps(this)), "")) is not None:
-                key, old, new = difference
-                problem = f"an unfinished run in {self.folder} has {key} = {old!r}, this one has {new!r}"
-                fix = "use the recipe of that run, choose another output.name, or remove that folder"
-                raise UserError("output.name", self.folder.rsplit("/", 1)[-1].removesuffix(".run"), problem, fix) from None
+            self.check(this)
 
-    def commit(self, number: int, stack: Stack, record: Mapping[str, Any]) -> None:
+    def check(self, this: Mapping[str, Any]) -> None:
+        """Raise as `begin` does if another run is here, as far as `this` part of an identity tells."""
+        if not self.started:
+            return
+        name = self.folder.rsplit("/", 1)[-1].removesuffix(".run")
+        fix = "use the recipe, data and model of that run, choose another output.name, or remove that folder"
+        try:
+            there = _opened(storage.read(self._identity))
+        except DamagedRecord as error:
+            problem = f"an unfinished run is in {self.folder}, and its identity.json is damaged ({error})"
+            raise UserError("output.name", name, problem, fix) from error
+        theirs = {key: there.get(key) for key in this}
+        found = [f"{key} = {old!r}, this one has {new!r}" for key, old, new in _differences(theirs, json.loads(json.dumps(this)))]
+        if found:
+            raise UserError("output.name", name, f"an unfinished run in {self.folder} has " + "; and ".join(found), fix)
+
+    def commit(self, number: int, done: Done) -> None:
         """Record round `number` (from 1) as done."""
-        data = {"round": record, "stack": stack.to_json()}
-        storage.create(self._file(number), json.dumps(data, separators=(",", ":")).encode())
+        storage.create(self._file(number), _sealed(done.to_json()))
 
-    def rounds(self) -> list[tuple[dict[str, Any], Stack]]:
-        """The rounds done so far, in order: what each recorded, and the stack after it."""
-        done: list[tuple[dict[str, Any], Stack]] = []
-        while storage.exists(self._file(len(done) + 1)):
-            data = storage.read_json(self._file(len(done) + 1))
-            done.append((data["round"], Stack.from_json(data["stack"])))
+    def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
+        """The rounds done so far, in order, as far as they can be trusted.
+
+        Checked are the records, and the files that the model after the last round and those after the rounds `wanted` still need. The
+        first damaged or missing one ends the list: `say` tells which, and it and all later records are removed.
+        """
+        done, problem = self._records()
+        good: set[str] = set()
+        while done:
+            written = {uri: (number, record) for number, d in enumerate(done, 1) for uri, record in d.files.items()}
+            needed = {uri for n in {len(done), *wanted} if 0 < n <= len(done) for uri in _files(done[n - 1].stack)} & set(written)
+            found = ((uri, _damage(uri, written[uri][1])) for uri in sorted(needed - good))
+            bad = next(((uri, what) for uri, what in found if what), None)
+            if bad is None:
+                break
+            good |= {uri for uri in needed if uri < bad[0]}
+            problem = f"{bad[0]} {bad[1]}"
+            done = done[: written[bad[0]][0] - 1]
+        if problem:
+            say(f"WARNING: {problem}; going back to the end of round {len(done)}")
+            for number in self._numbers():
+                if number > len(done):
+                    storage.remove(self._file(number))
         return done
 
-    def remove_blocks(self) -> None:
-        """Free the rounds' blocks once all models are published."""
+    def remove(self) -> None:
+        """Forget the run, once all its models are published."""
         storage.remove(self.blocks_folder, recursive=True)
+        storage.remove(self.folder, recursive=True)
+
+    @property
+    def _identity(self) -> str:
+        return storage.join(self.folder, "identity.json")
 
     def _file(self, number: int) -> str:
         return storage.join(self.folder, f"round-{number:03d}.json")
 
+    def _numbers(self) -> list[int]:
+        names = [name for name in storage.names(self.folder) if name.startswith("round-")]
+        return sorted(int(name.removeprefix("round-").removesuffix(".json")) for name in names)
 
-def _difference(old: Any, new: Any, path: str) -> tuple[str, Any, Any] | None:
-    """The first place where two JSON values differ: key path, old and new value."""
+    def _records(self) -> tuple[list[Done], str]:
+        """The records that can be read, from the first on, and what is wrong with the next one."""
+        done: list[Done] = []
+        for number in self._numbers():
+            if number != len(done) + 1:
+                return done, f"{self._file(len(done) + 1)} is missing"
+            try:
+                done.append(Done.from_json(_opened(storage.read(self._file(number)))))
+            except DamagedRecord as error:
+                return done, f"{self._file(number)} is damaged ({error})"
+        return done, ""
+
+
+class DamagedRecord(ValueError):
+    """A record is not what was written."""
+
+
+def checksum(body: Mapping[str, Any]) -> str:
+    """SHA-256 of a JSON value, in hex."""
+    return hashlib.sha256(_text(body).encode()).hexdigest()
+
+
+def _text(body: Mapping[str, Any]) -> str:
+    return json.dumps(body, separators=(",", ":"))
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    return f'{{"sha256":"{checksum(body)}","body":{_text(body)}}}'.encode()
+
+
+def _opened(data: bytes) -> dict[str, Any]:
+    try:
+        sealed = json.loads(data)
+        body, digest = sealed["body"], sealed["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedRecord(f"not a record: {error}") from error
+    if checksum(body) != digest:
+        raise DamagedRecord("its checksum is wrong")
+    return dict(body)
+
+
+def _files(stack: Stack) -> set[str]:
+    """All files a stack points at, besides its trunk's."""
+    refs = [ref for block in stack.blocks for ref in block.weights.values()]
+    for block in stack.blocks:
+        if block.terms:
+            refs += [ref for part in (block.terms.base, block.terms.learned, *block.terms.donors) for ref in part.values()]
+    return {ref.file for ref in refs}
+
+
+def _damage(uri: str, record: FileRecord) -> str:
+    """What is wrong with a file that was written, or nothing."""
+    if not storage.exists(uri):
+        return "is missing"
+    if (size := storage.size(uri)) != record.size:
+        return f"has {size} bytes, {record.size} were written"
+    return "" if storage.sha256(uri) == record.sha256 else "has another checksum than was written"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: key path, old and new value."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:
-            found = _difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if old == new else (path, old, new)
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, old, new

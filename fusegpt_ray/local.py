@@ -60,8 +60,8 @@ class LocalEngine:
         steps = settings.epochs * len(entering) // settings.batch
         stepper = TorchStepper.make(student, settings, steps, self.device, self.dtype)
         losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
-        blocks = save_group(job, student)
-        return Tuned(blocks, losses, states_done - begin, time.monotonic() - states_done)
+        saved = save_group(job, student)
+        return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         return perplexity(window_losses(self.runner, stack, torch.from_numpy(windows_WT)))

@@ -13,12 +13,14 @@ METHODS = {
 }
 
 
-def model_card(name: str, manifest: Mapping[str, Any]) -> str:
-    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`, without its files."""
+def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
+    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`, without its files.
+
+    `auto_class`: the class of transformers whose `from_pretrained` loads the model.
+    """
     source, removed = manifest["source"], manifest["removed"]
-    is_hub_id = source["name"].count("/") == 1 and source["name"][0] not in "./~" and "://" not in source["name"]
     front = ["library_name: transformers", "tags: [fusegpt, depth-pruning]"]
-    if is_hub_id:
+    if source["on_hub"]:
         front.append(f"base_model: {source['name']}")
     rows = [
         f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} | {row['fused']:.2f} |"
@@ -38,8 +40,8 @@ def model_card(name: str, manifest: Mapping[str, Any]) -> str:
         "An ordinary checkpoint with fewer layers; no custom code:",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        'model = AutoModelForCausalLM.from_pretrained("<this folder>")',
+        f"from transformers import {auto_class}, AutoTokenizer",
+        f'model = {auto_class}.from_pretrained("<this folder>")',
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
         "```",
         "",

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from fusegpt_ray import calibration
+from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.sweep import lowest
-from fusegpt_ray.journal import Journal, identity
-from fusegpt_ray.preflight import check_model, check_targets, check_writable
+from fusegpt_ray.journal import Done, Journal, checksum, identity
+from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.source import Source
+from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
 
 
@@ -33,8 +33,8 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
     """
     with display or Display() as show:
         source, depth = _check_source(recipe.model, _lengths(recipe))
-        targets = check_targets(recipe, depth)
-        check_writable(recipe)
+        targets = plan_targets(recipe, depth)
+        check_output(recipe, targets)
         source.tokenizer()
         dense = source.stack()
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
@@ -43,16 +43,22 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
+            show.stage("checking the model's files")
+            this = identity(recipe, calibration.fingerprint(windows_WT), dense)
             journal = Journal.of(recipe)
-            journal.begin(identity(recipe, calibration.fingerprint(windows_WT), dense))
+            journal.begin(this)
+            run_id = checksum(this)
+            published = _published_before(recipe, targets, run_id)
             run = _Run(recipe, engine, journal, dense, windows_WT, show)
-            stacks = run.rounds(targets[-1].remove)
+            done = run.rounds([target.remove for target in targets if target.folder not in published])
             judge = _Judge(engine, dense, held_out, show)
-            published = []
             for target in targets:
-                records, stack = stacks[target.remove - 1]
+                if target.folder in published:
+                    continue
+                records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
                 show.stage(f"evaluating and publishing {target.name}")
                 facts = {
+                    "run": run_id,
                     "method": recipe.method,
                     "sparsity": target.sparsity,
                     "recipe": recipe.model_dump(mode="json"),
@@ -61,12 +67,13 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
                     "perplexity": judge.perplexities(stack),
                 }
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
-                published.append(publish(target.folder, stack, dense, source, shard_bytes, facts))
-            journal.remove_blocks()
-        show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in published)
-        for item in published:
+                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+            journal.remove()
+        results = [published[target.folder] for target in targets]
+        show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
+        for item in results:
             show.say(f"published {item.uri}")
-        return published
+        return results
 
 
 def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
@@ -104,7 +111,7 @@ def evaluate(
         UserError: the model or the text cannot be used.
     """
     if data.length is None:
-        raise UserError("--length", None, "missing", "give the tokens a window, such as 2048")
+        raise UserError("evaluation.data.length", None, "missing", "give the tokens a window, such as 2048")
     recipe = Recipe.parse(
         {
             "model": {"source": model, "revision": revision, "dtype": dtype},
@@ -115,7 +122,7 @@ def evaluate(
         }
     )
     with display or Display() as show:
-        source, _ = _check_source(recipe.model, {"--length": data.length})
+        source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
         source.tokenizer()
         dense = source.stack()
         show.stage(f"starting the {recipe.cluster.engine} engine")
@@ -159,6 +166,22 @@ def _evaluation_windows(engine: Engine, name: str, text: Evaluation, recipe: Rec
     return calibration.consecutive_windows(engine.tokens(text, key), length, text.windows, key)
 
 
+def _published_before(recipe: Recipe, targets: list[Target], run_id: str) -> dict[str, Published]:
+    """By folder, what this very run published before it died.
+
+    Raises:
+        UserError: another run published one of the targets.
+    """
+    published = {}
+    for target in targets:
+        manifest = storage.join(target.folder, MANIFEST)
+        if storage.exists(manifest):
+            published[target.folder] = Published(target.folder, storage.read_json(manifest))
+            if published[target.folder].manifest.get("run") != run_id:
+                raise name_taken(recipe, target)
+    return published
+
+
 @dataclass
 class _Run:
     """The rounds of one run."""
@@ -170,26 +193,26 @@ class _Run:
     windows_WT: np.ndarray
     show: Display
 
-    def rounds(self, total: int) -> list[tuple[list[dict[str, Any]], Stack]]:
-        """After each round: the records so far and the stack. Rounds the journal has are not done again."""
-        done = self.journal.rounds()[:total]
+    def rounds(self, wanted: list[int]) -> list[Done]:
+        """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are not done again."""
+        total = max(wanted)
+        done = self.journal.rounds(wanted, self.show.say)[:total]
         if done:
             self.show.say(f"going on after round {len(done)} of {total} (found in {self.journal.folder})")
         while len(done) < total:
             number = len(done) + 1
-            stack = done[-1][1] if done else self.dense
+            stack = done[-1].stack if done else self.dense
             self.show.round_begins(number, total, len(stack))
             try:
-                record, stack = self._round(number, stack)
+                done.append(self._round(number, stack))
             except Exception as error:
                 error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
                 raise
-            self.journal.commit(number, stack, record)
-            done.append((record, stack))
-            self.show.round_ends(number, total, record["losses"])
-        return [([record for record, _ in done[: i + 1]], done[i][1]) for i in range(total)]
+            self.journal.commit(number, done[-1])
+            self.show.round_ends(number, total, done[-1].record["losses"])
+        return done
 
-    def _round(self, number: int, stack: Stack) -> tuple[dict[str, Any], Stack]:
+    def _round(self, number: int, stack: Stack) -> Done:
         began = time.monotonic()
         table = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows])
         donor = lowest(table)
@@ -197,7 +220,7 @@ class _Run:
         seconds = {"score": round(time.monotonic() - began, 3), "states": 0.0, "finetune": 0.0}
         group: list[int] = []
         losses: list[float] = []
-        after = stack.drop(donor)
+        after, files = stack.drop(donor), {}
         if self.recipe.method != "mi":
             settings = self.recipe.fusion
             fuse = self.recipe.method == "fusegpt"
@@ -207,7 +230,7 @@ class _Run:
             verb = "fusing" if fuse else "fine-tuning"
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
             tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
-            after, losses = after.swap(tuned.blocks), tuned.losses
+            after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
         record = {
             "removed": donor,
@@ -218,7 +241,7 @@ class _Run:
             "losses": losses,
             "seconds": seconds,
         }
-        return record, after
+        return Done(record, after, files)
 
 
 @dataclass

@@ -9,6 +9,7 @@ from pathlib import Path
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import build_skeleton, find_blocks, read_config
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.journal import Journal, settings
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.source import MANIFEST, Source
 
@@ -43,11 +44,11 @@ def check_model(source: Source, lengths: dict[str, int]) -> int:
     return depth
 
 
-def check_targets(recipe: Recipe, depth: int) -> list[Target]:
+def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
     """The models this recipe publishes, the lightest compression first.
 
     Raises:
-        UserError: a sparsity leaves fewer than two blocks, or a finished model has the name already.
+        UserError: a sparsity leaves fewer than two blocks.
     """
     targets = []
     for sparsity in sorted(recipe.sparsity):
@@ -57,15 +58,34 @@ def check_targets(recipe: Recipe, depth: int) -> list[Target]:
             raise UserError("sparsity", sparsity, problem, f"use at most {(depth - 2) / depth:.2f}: two blocks must stay")
         folder = storage.join(storage.absolute(recipe.output.uri), f"{recipe.output.name}-p{percent(sparsity)}")
         targets.append(Target(sparsity, remove, folder))
-    for target in targets:
-        if storage.exists(storage.join(target.folder, MANIFEST)):
-            problem = f"a finished model is already at {target.folder}"
-            raise UserError("output.name", recipe.output.name, problem, "choose another output.name or output.uri, or remove it")
     return targets
 
 
-def check_writable(recipe: Recipe) -> None:
-    """Raises UserError unless files can be created below `output.uri`; leaves nothing there."""
+def check_output(recipe: Recipe, targets: list[Target]) -> None:
+    """Leaves nothing behind.
+
+    Raises:
+        UserError: files cannot be created below `output.uri`; a finished model or a file has a target's name already; or an
+            unfinished run of other settings has the recipe's.
+    """
+    _check_writable(recipe)
+    for folder in (*(target.folder for target in targets), Journal.of(recipe).folder):
+        if "://" not in folder and Path(folder).exists() and not Path(folder).is_dir():
+            problem = f"a file is in the way at {folder}"
+            raise UserError("output.name", recipe.output.name, problem, "choose another output.name, or remove the file")
+    finished = [target for target in targets if storage.exists(storage.join(target.folder, MANIFEST))]
+    # A run of several sparsities that died between two of them goes on; `pipeline` makes sure that the finished ones are its own.
+    if finished and (len(finished) == len(targets) or not Journal.of(recipe).started):
+        raise name_taken(recipe, finished[0])
+    Journal.of(recipe).check(settings(recipe))
+
+
+def name_taken(recipe: Recipe, target: Target) -> UserError:
+    problem = f"a finished model is already at {target.folder}"
+    return UserError("output.name", recipe.output.name, problem, "choose another output.name or output.uri, or remove it")
+
+
+def _check_writable(recipe: Recipe) -> None:
     uri = storage.absolute(recipe.output.uri)
     try:
         if "://" in uri:

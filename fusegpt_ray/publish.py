@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from fusegpt_ray import storage
-from fusegpt_ray.anatomy import read_config
+from fusegpt_ray.anatomy import auto_class, read_config
 from fusegpt_ray.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
 from fusegpt_ray.modelcard import model_card
 from fusegpt_ray.source import MANIFEST, Source
@@ -38,8 +38,10 @@ def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes
 
     Raises:
         OSError: the store failed, or a file arrived with another size than was sent. No manifest is written then.
-        FileExistsError: another run published this name meanwhile.
+        FileExistsError: a finished model has this name, or another run published it meanwhile.
     """
+    if storage.exists(storage.join(folder, MANIFEST)):
+        raise FileExistsError(f"a finished model is already at {folder}")
     files: dict[str, FileRecord] = {}
 
     def put(name: str, data: bytes) -> None:
@@ -60,16 +62,16 @@ def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes
     manifest: dict[str, Any] = {
         "format": 1,
         **facts,
-        "source": {"name": source.name, "revision": source.revision},
+        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
         "versions": versions(),
     }
-    put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest).encode())
+    put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
     for name, record in files.items():
         if (arrived := storage.size(storage.join(folder, name))) != record.size:
             raise OSError(f"{storage.join(folder, name)} has {arrived} bytes, {record.size} were written")
-    manifest["files"] = {name: {"bytes": record.size, "sha256": record.sha256} for name, record in sorted(files.items())}
+    manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
 

@@ -69,7 +69,7 @@ S = TypeVar("S", bound=Section)
 class Model(Section):
     """The dense model."""
 
-    source: str
+    source: str = Field(min_length=1)
     """Local folder, Hugging Face hub id, or any fsspec URI (s3://…, gs://…) of a safetensors checkpoint."""
     revision: str | None = None
     """Hub only: branch, tag or commit."""
@@ -81,7 +81,7 @@ class Model(Section):
 class Text(Section):
     """Where text comes from."""
 
-    data: str
+    data: str = Field(min_length=1)
     """Text, JSONL or Parquet file(s): a path, glob or fsspec URI; or a `datasets` id such as `wikitext`."""
     config: str | None = None
     """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
@@ -153,7 +153,7 @@ class Fusion(Section):
     """Adam's rate for everything else that learns: LoRA and norm weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """Adam's epsilon."""
     trained_dtype: Literal["float32", "model"] = "float32"
     """`float32`: masters and optimizer state in float32. `model`: in the arithmetic's dtype, bf16 on GPUs (paper)."""
@@ -170,24 +170,24 @@ class Cluster(Section):
     """Ray address; left out: the cluster this job runs in (RAY_ADDRESS), else a local Ray."""
     replicas: int = Field(1, ge=1)
     """Model replicas that score blocks and compute states in parallel."""
-    gpus_per_replica: float | None = Field(None, ge=0)
+    gpus_per_replica: float | None = Field(None, ge=0, allow_inf_nan=False)
     """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0."""
     workers: int = Field(1, ge=1)
     """Data-parallel training workers of a group; divides `fusion.batch`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
-    object_store_gb: float | None = Field(None, gt=0)
+    object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: 1 GB. A cluster's own is set where it is started."""
 
 
 class Output(Section):
     """Where finished models go."""
 
-    uri: str
+    uri: str = Field(min_length=1)
     """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the published folders' names."""
-    shard_gb: float = Field(5.0, gt=0)
+    shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)
     """Largest safetensors file."""
 
 

@@ -42,6 +42,10 @@ class Source:
             UserError: it does not exist or may not be read.
         """
         if "://" in name:
+            try:
+                storage.filesystem(name)
+            except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
+                raise UserError(key, name, f"cannot be reached ({error})", "check the URI's protocol") from error
             return cls(name, revision, name.rstrip("/"))
         path = Path(name).expanduser()
         if path.is_dir():

@@ -5,7 +5,11 @@ Notable: no rename anywhere (S3 has none; s3fs copies and leaves the source), an
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,8 +89,7 @@ def create(uri: str, data: bytes) -> None:
     fs, path = filesystem(uri)
     _make_parent(fs, path)
     if "file" in fs.protocol:
-        with open(path, "xb") as file:
-            file.write(data)
+        _create_local(Path(path), data)
         return
     try:
         fs.pipe_file(path, data, mode="create")
@@ -94,6 +97,26 @@ def create(uri: str, data: bytes) -> None:
         if isinstance(error, FileExistsError) or exists(uri):
             raise FileExistsError(uri) from error
         raise
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    """All of it or nothing, whatever kills us: a hard link to a finished file appears at once, and fails if the name is taken."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
+                raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
+            temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -122,6 +145,26 @@ def remove(uri: str, recursive: bool = False) -> None:
     fs.invalidate_cache(path)
     if fs.exists(path):
         fs.rm(path, recursive=recursive)
+
+
+def sha256(uri: str) -> str:
+    """SHA-256 of a file's bytes, in hex; a few megabytes in memory at a time."""
+    fs, path = filesystem(uri)
+    digest = hashlib.sha256()
+    with fs.open(path, "rb") as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def fingerprint(uri: str) -> str:
+    """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
+    fs, path = filesystem(uri)
+    info = fs.info(path)
+    for key in ("ETag", "etag", "md5Hash", "content_md5", "crc32c"):
+        if info.get(key):
+            return f"{key} {info[key]}"
+    return f"sha256 {sha256(uri)}"
 
 
 def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:

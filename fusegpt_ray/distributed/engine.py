@@ -67,8 +67,8 @@ class RayEngine:
         datasets = state_datasets(job, windows_WT, self.workers.count, self.replica)
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
-        blocks, losses = training.finetune(job, contexts, len(windows_WT), datasets, self.workers, folder, epoch)
-        return Tuned(blocks, losses, states_done - begin, time.monotonic() - states_done)
+        saved, losses = training.finetune(job, contexts, len(windows_WT), datasets, self.workers, folder, epoch)
+        return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         return scoring.evaluate(stack, windows_WT, self.replica)

@@ -31,10 +31,9 @@ from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
 from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_optimizer, train
 from fusegpt_ray.fusion.loss import LOSSES
-from fusegpt_ray.fusion.round import Round, build_student, save_group
+from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
 from fusegpt_ray.recipe import Fusion
 from fusegpt_ray.runner import pick_dtype
-from fusegpt_ray.stack import Block
 
 MAX_FAILURES = 3
 """How often a group is started again after a lost worker or node; every start gives the same result."""
@@ -130,8 +129,8 @@ def finetune(
     workers: Workers,
     folder: str,
     epoch: Epoch,
-) -> tuple[dict[int, Block], list[float]]:
-    """Run the job; `folder` is Ray Train's own, removed afterwards. Returns the new blocks by dense number and the epochs' losses.
+) -> tuple[Saved, list[float]]:
+    """Run the job; `folder` is Ray Train's own, removed afterwards. Returns the new blocks and the epochs' losses.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -166,7 +165,7 @@ def finetune(
     done = result.return_value
     if "error" in done:
         raise FloatingPointError(done["error"])
-    return {block["dense"]: Block.from_json(block) for block in done["blocks"]}, done["losses"]
+    return Saved.from_json(done["saved"]), done["losses"]
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
@@ -188,13 +187,13 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
-    blocks: list[dict[str, Any]] = []
+    saved: dict[str, Any] = {}
     with _whole(student, workers.zero_stage):
         if rank == 0:
-            blocks = [block.to_json() for block in save_group(job, student).values()]
+            saved = save_group(job, student).to_json()
     dist.barrier()  # nobody leaves while the first worker still needs the others' partitions
     stepper.engine.destroy()
-    return {"blocks": blocks, "losses": losses}
+    return {"saved": saved, "losses": losses}
 
 
 def _whole(student: torch.nn.Module, stage: int) -> AbstractContextManager[Any]:

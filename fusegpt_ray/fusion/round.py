@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Self
 
 import torch
 from torch import nn
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import Context
-from fusegpt_ray.checkpoint import Entry, TensorRef, write_safetensors
+from fusegpt_ray.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.student import (
     DonorCache,
@@ -100,26 +101,47 @@ def build_student(job: Round, moulds: Sequence[nn.Module], contexts: Sequence[Co
     return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours])
 
 
-def save_group(job: Round, student: Student) -> dict[int, Block]:
-    """Write the learned group; returns the new blocks by dense number.
+@dataclass(frozen=True)
+class Saved:
+    """A learned group on disk."""
+
+    blocks: dict[int, Block]
+    """The new blocks, by dense number."""
+    files: dict[str, FileRecord]
+    """What was written, by URI."""
+
+    def to_json(self) -> dict[str, Any]:
+        files = {uri: file.to_json() for uri, file in self.files.items()}
+        return {"blocks": [block.to_json() for block in self.blocks.values()], "files": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        blocks = {row["dense"]: Block.from_json(row) for row in data["blocks"]}
+        return cls(blocks, {uri: FileRecord.from_json(file) for uri, file in data["files"].items()})
+
+
+def save_group(job: Round, student: Student) -> Saved:
+    """Write the learned group.
 
     Two files a block: its weights folded to plain ones (float32 where something learned, for scoring and publishing) and, unless every
     round is folded, what it learned, so that the next round goes on from there.
     """
-    saved = {}
+    blocks: dict[int, Block] = {}
+    files: dict[str, FileRecord] = {}
+
+    def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+        entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
+        files[file], refs = write_safetensors(file, entries)
+        return refs
+
     for neighbour, block in zip(job.neighbours, student.blocks, strict=True):
         name = storage.join(job.folder, f"without-{job.donor:03d}-block-{neighbour.dense:03d}")
         folded = folded_tensors(block)
         assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
-        weights = {**neighbour.weights, **_write(f"{name}.safetensors", folded)}
+        weights = {**neighbour.weights, **write(f"{name}.safetensors", folded)}
         terms = None
         if job.settings.fold == "at_end":
             base, donors = terms_of(neighbour, job.donor_block if job.fuse else None)
-            terms = Terms(base, donors, _write(f"{name}.learned.safetensors", learned_tensors(block)))
-        saved[neighbour.dense] = Block(neighbour.dense, weights, terms)
-    return saved
-
-
-def _write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
-    entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
-    return write_safetensors(file, entries)[1]
+            terms = Terms(base, donors, write(f"{name}.learned.safetensors", learned_tensors(block)))
+        blocks[neighbour.dense] = Block(neighbour.dense, weights, terms)
+    return Saved(blocks, files)

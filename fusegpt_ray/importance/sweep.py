@@ -9,6 +9,8 @@ k + 1 block-forwards, N (N + 1) / 2 in all, about half of N (N − 1) + N for a 
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fusegpt_ray.importance.metrics import macro_influence
@@ -36,9 +38,17 @@ def sweep(runner: Runner, stack: Stack, windows_WT: torch.Tensor, batch: int) ->
 
 
 def scores(stack: Stack, sums_WN: torch.Tensor, length: int) -> dict[int, float]:
-    """Dense block number → Macro Influence: the mean over all tokens of all windows."""
+    """Dense block number → Macro Influence: the mean over all tokens of all windows.
+
+    Raises:
+        FloatingPointError: the model's states are not finite.
+    """
     means_N = sums_WN.sum(dim=0) / (sums_WN.shape[0] * length)
-    return dict(zip(stack.kept, means_N.tolist(), strict=True))
+    table = dict(zip(stack.kept, means_N.tolist(), strict=True))
+    if bad := [dense for dense, value in table.items() if not math.isfinite(value)]:
+        reason = "NaN or Inf in the model's weights, or an overflow in its arithmetic"
+        raise FloatingPointError(f"the scores of {len(bad)} of {len(table)} blocks, such as block {bad[0]}, are nan: {reason}")
+    return table
 
 
 def lowest(table: dict[int, float]) -> int:

@@ -48,7 +48,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
             watch.alive.clear()
             job = Round(stack, dense, donor, recipe.fusion, True, 0, str(tmp_path / f"round-{donor}"))
             assert len(job.group) == 3
-            stack = stack.drop(donor).swap(engine.finetune(job, WINDOWS, lambda *_: None).blocks)
+            stack = stack.drop(donor).swap(engine.finetune(job, WINDOWS, lambda *_: None).saved.blocks)
             # Read, but not yet copied into the block that it belongs to: what a neighbour had learned.
             learned = max(size_of(terms.learned) for b in job.stack.blocks if (terms := b.terms)) if donor == 1 else 0
             assert max(watch.alive) <= trunk + group_blocks * block + learned

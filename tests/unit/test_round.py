@@ -78,7 +78,7 @@ class Workshop:
         """A whole round: the stack after it, and the student as it was saved."""
         student = self.student(job)
         self.train(job, student, epochs)
-        return job.stack.drop(job.donor).swap(save_group(job, student)), student
+        return job.stack.drop(job.donor).swap(save_group(job, student).blocks), student
 
     def real(self, stack: Stack) -> Any:
         """The real model without the removed blocks, its weights those that the rounds wrote to disk."""
@@ -379,7 +379,7 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     untouched = [name for name, value in student.named_parameters() if value.requires_grad and not value.grad.any()]
     assert untouched == []
 
-    stack = Stack.from_json(workshop.dense.drop(2).swap(save_group(job, student)).to_json())
+    stack = Stack.from_json(workshop.dense.drop(2).swap(save_group(job, student).blocks).to_json())
     assert stack.kept == (0, 1, 3, 4)
     # The files, folded, in our runner and in the real model without the donor.
     expected = over_batches(student, entering)
@@ -455,7 +455,7 @@ def test_old_terms_go_on_learning_and_are_saved_again(workshop: Workshop) -> Non
     after = learned(student)
     assert all((after[name] != before[name]).any() for name in after)
 
-    twice = stack.drop(3).swap(save_group(job, student))
+    twice = stack.drop(3).swap(save_group(job, student).blocks)
     terms = twice.blocks[0].terms
     assert terms.base == workshop.dense.blocks[0].weights
     assert terms.donors == (workshop.dense.blocks[2].weights, stack.blocks[2].weights)
@@ -482,7 +482,7 @@ def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> N
     assert {name.rsplit(".", 1)[-1] for name in learned(student)} == {"A", "B", "weight"}
     means = workshop.train(job, student)
     assert means[-1] < means[0]
-    stack = workshop.dense.drop(2).swap(save_group(job, student))
+    stack = workshop.dense.drop(2).swap(save_group(job, student).blocks)
     assert {block.terms.donors for block in stack.blocks[:3]} == {()}
     again = workshop.job(3, stack, fuse=False)
     entering, _ = workshop.states(again)
@@ -545,7 +545,7 @@ def test_dtypes(trained_dtype: str, dtype: torch.dtype, expected: torch.dtype, c
     large = [(value - before[name])[before[name].abs() > 0.02] for name, value in learned(student).items() if name[-1] == "A"]
     assert any(change.any() for change in large) == (expected == torch.float32)
 
-    saved = save_group(job, student)
+    saved = save_group(job, student).blocks
     ref = saved[0].weights["mlp.up_proj.weight"]
     assert ref.dtype == expected
     stack = workshop.dense.drop(2).swap(saved)

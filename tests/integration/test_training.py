@@ -1,0 +1,250 @@
+"""Fine-tuning a group is the same in plain torch and in DeepSpeed, on one worker and on two, and after a worker was killed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+import torch.distributed as dist
+from models import open_stack, token_windows
+from safetensors.torch import load_file
+from torch.multiprocessing.spawn import spawn
+
+from fusegpt_ray.anatomy import Context, block_moulds
+from fusegpt_ray.distributed import scoring, training
+from fusegpt_ray.distributed.scoring import Replica
+from fusegpt_ray.distributed.states import state_datasets
+from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
+from fusegpt_ray.evaluate import CHUNK
+from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
+from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.recipe import PRESETS, Fusion
+from fusegpt_ray.runner import Runner
+
+pytestmark = pytest.mark.integration
+
+CPU = torch.device("cpu")
+WINDOWS, LENGTH, BATCH, EPOCHS = 32, 12, 8, 5
+STEPS = EPOCHS * WINDOWS // BATCH  # 20
+STAGES = (0, 1, 2, 3)
+LOSSES = ("batch_kl", "normalized_mse")
+SETTINGS = PRESETS["default"] | {
+    "group_size": 3,
+    "rank": 4,
+    "lora_rank": 4,
+    "epochs": EPOCHS,
+    "batch": BATCH,
+    "learning_rate": 0.01,
+    "lora_learning_rate": 0.005,
+}
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one way of training gives."""
+
+    gradients: Tensors
+    """Of the first step."""
+    weights: Tensors
+    """After all steps."""
+    losses: list[float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything a worker needs to train a group."""
+
+    job: Round
+    contexts: list[Context]
+    """For the rows of one worker."""
+    entering: torch.Tensor
+    leaving: torch.Tensor
+
+    def student(self) -> torch.nn.Module:
+        return build_student(self.job, block_moulds(self.job.dense.config), self.contexts, self.job.plan(torch.float32), CPU)
+
+    def learn(self, stepper: Stepper, share: int) -> list[float]:
+        return train(stepper, lambda: batches_of(self.entering, self.leaving, share), EPOCHS, lambda *_: None)
+
+
+def task(folder: Path, loss: str, rank: int, workers: int, out: str = "nowhere") -> Task:
+    """A worker's part of the round that fuses block 2 of the tiny model."""
+    stack = open_stack(folder)
+    job = Round(stack, stack, 2, Fusion(**SETTINGS | {"loss": loss}), True, 0, out)
+    runner = Runner(stack, CPU, torch.float32, BATCH)
+    rows = torch.arange(WINDOWS).view(-1, workers, BATCH // workers)[:, rank].ravel()
+    entering, leaving = group_states(runner, job, token_windows(WINDOWS, LENGTH))
+    return Task(job, runner.trunk.contexts(BATCH // workers, LENGTH), entering[rows], leaving[rows])
+
+
+def learn_in_torch(folder: Path, loss: str) -> Learned:
+    this = task(folder, loss, 0, 1)
+    student = this.student()
+    stepper = TorchStepper.make(student, this.job.settings, STEPS, CPU, torch.float32)
+    gradients: Tensors = {}
+    stepper.optimizer.register_step_pre_hook(lambda *_: _note(gradients, student, lambda value: value.grad))
+    losses = this.learn(stepper, BATCH)
+    return Learned(gradients, _weights(student), losses)
+
+
+def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None:
+    """One of the data-parallel workers: every loss with every ZeRO stage; the first one saves what came out."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet{workers}", rank=rank, world_size=workers)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
+    found: dict[tuple[str, int], Learned] = {}
+    for loss, stage in itertools.product(LOSSES, STAGES):
+        this = task(folder, loss, rank, workers)
+        student = this.student()
+        stepper = DeepSpeedStepper.make(student, this.job.settings, STEPS, stage, CPU, torch.float32)
+        gradients: Tensors = {}
+        stepper.engine.step = _after(lambda g=gradients, s=student: _note(g, s, safe_get_full_grad), stepper.engine.step)
+        losses = this.learn(stepper, BATCH // workers)
+        with deepspeed.zero.GatheredParameters(list(student.parameters()), enabled=stage == 3):
+            found[loss, stage] = Learned(gradients, _weights(student), losses)
+        stepper.engine.destroy()
+    if rank == 0:
+        torch.save(found, out / f"learned{workers}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _note(gradients: Tensors, student: torch.nn.Module, gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Keep the first step's gradients. (In ZeRO-3 all workers must ask for each.)"""
+    if not gradients:
+        gradients.update((name, gradient(value).clone()) for name, value in student.named_parameters() if value.requires_grad)
+
+
+def _after(first: Callable[[], None], then: Callable[[], Any]) -> Callable[[], Any]:
+    def both() -> Any:
+        first()
+        return then()
+
+    return both
+
+
+def _weights(student: torch.nn.Module) -> Tensors:
+    return {name: value.detach().clone() for name, value in student.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoint) -> dict[str, Learned]:
+    """Loss → what plain torch learns."""
+    return {loss: learn_in_torch(checkpoint("llama"), loss) for loss in LOSSES}
+
+
+@pytest.fixture(scope="module")
+def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int], Learned]]:
+    """Workers → (loss, ZeRO stage) → what DeepSpeed learns."""
+    out = tmp_path_factory.mktemp("workers")
+    counts = (1, 2)
+    groups = [spawn(learn_in_deepspeed, (count, checkpoint("llama"), out), nprocs=count, join=False) for count in counts]
+    for group in groups:
+        while not group.join():
+            pass
+    return {count: torch.load(out / f"learned{count}.pt", weights_only=False) for count in counts}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_deepspeed_learns_what_plain_torch_learns(plain, distributed, loss: str, stage: int, workers: int) -> None:
+    expected, found = plain[loss], distributed[workers][loss, stage]
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        # Two workers add in another order than one: float32 rounding, relative to the largest of a tensor's gradients.
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=_named(name))
+    for name, weight in expected.weights.items():
+        # Adam divides by the gradient's size, so tiny gradients' rounding grows into their steps.
+        torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-5, msg=_named(name))
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
+
+
+def _named(name: str) -> Callable[[str], str]:
+    return lambda text: f"{name}: {text}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(checkpoint, plain, loss: str) -> None:
+    before = _weights(task(checkpoint("llama"), loss, 0, 1).student())
+    for name, weight in plain[loss].weights.items():
+        assert (weight - before[name]).abs().max() > 1e-3, name
+    assert plain[loss].losses[-1] < 0.9 * plain[loss].losses[0]
+
+
+# --- through Ray Train ---
+
+REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype="float32", rows=BATCH)
+TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype="float32", zero_stage=1)
+
+
+def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.Dataset]) -> tuple[Tensors, list[float], list[int]]:
+    """Two workers train the group; `change` wraps the first one's data. The new weights, the losses, the epochs heard of."""
+    job = task(folder, "batch_kl", 0, 1, str(out)).job
+    datasets = state_datasets(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, REPLICA)
+    datasets["states-0"] = change(datasets["states-0"].repartition(1).materialize())
+    contexts = scoring.contexts(job.dense, BATCH // TWO.count, LENGTH, REPLICA)
+    heard: list[int] = []
+    saved, losses = training.finetune(
+        job, contexts, WINDOWS, datasets, TWO, str(out / "train"), lambda number, _: heard.append(number)
+    )
+    assert saved.blocks.keys() == {block.dense for block in job.neighbours}
+    assert not (out / "train").exists()
+    files = sorted(out.glob("*.safetensors"))
+    return {f"{file.name}:{name}": value for file in files for name, value in load_file(file).items()}, losses, heard
+
+
+def kill_a_worker(marks: Path, epoch: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A step of a worker's data that, when this epoch first comes, kills one of the training workers of its own Ray."""
+    marks.mkdir()
+
+    def step(batch: dict[str, Any]) -> dict[str, Any]:
+        number = len(list(marks.iterdir())) + 1
+        (marks / str(number)).touch()
+        if number == epoch:
+            siblings = psutil.Process(os.getppid()).children()  # all workers of a node are its raylet's children
+            trainers = [process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())]
+            assert len(trainers) == TWO.count, trainers
+            trainers[-1].kill()
+        return batch
+
+    return step
+
+
+def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_path) -> None:
+    marks = tmp_path / "marks"
+    undisturbed, losses, heard = fit(checkpoint("llama"), tmp_path / "one", lambda data: data)
+    assert heard == [1, 2, 3, 4, 5]
+    assert losses == pytest.approx(plain["batch_kl"].losses, rel=1e-5)
+
+    killer = kill_a_worker(marks, epoch=2)
+    disturbed, losses_again, heard = fit(checkpoint("llama"), tmp_path / "two", lambda data: data.map_batches(killer, batch_size=None))
+    assert heard == [1, 1, 2, 3, 4, 5]
+    assert len(list(marks.iterdir())) == 2 + EPOCHS
+    assert losses_again == losses
+    assert undisturbed.keys() == disturbed.keys()
+    assert len(undisturbed) > 20
+    for name, value in undisturbed.items():
+        assert torch.equal(value, disturbed[name]), name
+
+
+def test_replicas_share_the_states_of_many_windows(ray_session, checkpoint, tmp_path) -> None:
+    job = task(checkpoint("llama"), "batch_kl", 0, 1).job
+    windows = token_windows(2 * CHUNK, LENGTH).numpy()
+    (states,) = state_datasets(job, windows, 1, REPLICA).values()
+    assert states.count() == len(windows)
+    assert "MapBatches(_walk): 2 tasks executed" in states.stats()
