@@ -68,7 +68,10 @@ def check_output(recipe: Recipe, targets: list[Target]) -> None:
         UserError: files cannot be created below `output.uri`; a finished model or a file has a target's name already; or an
             unfinished run of other settings has the recipe's.
     """
-    _check_writable(recipe)
+    try:
+        storage.filesystem(recipe.output.uri)
+    except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
+        raise _unwritable(recipe, error) from error
     for folder in (*(target.folder for target in targets), Journal.of(recipe).folder):
         if "://" not in folder and Path(folder).exists() and not Path(folder).is_dir():
             problem = f"a file is in the way at {folder}"
@@ -78,6 +81,7 @@ def check_output(recipe: Recipe, targets: list[Target]) -> None:
     if finished and (len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
     Journal.of(recipe).check(settings(recipe))
+    _check_writable(recipe)
 
 
 def name_taken(recipe: Recipe, target: Target) -> UserError:
@@ -95,5 +99,9 @@ def _check_writable(recipe: Recipe) -> None:
         else:
             there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
             tempfile.TemporaryFile(dir=there).close()
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError("output.uri", recipe.output.uri, f"cannot be written ({error})", "check the path and your rights") from error
+    except OSError as error:
+        raise _unwritable(recipe, error) from error
+
+
+def _unwritable(recipe: Recipe, error: Exception) -> UserError:
+    return UserError("output.uri", recipe.output.uri, f"cannot be written ({error})", "check the path and your rights")
