@@ -92,10 +92,11 @@ class DeepSpeedStepper:
 
 
 def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loss batch a step, no accumulation, no clipping, our own Adam."""
+    """DeepSpeed's configuration for one loss batch a step, no accumulation, no clipping (its default is 1), our own Adam."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch // workers,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
@@ -104,6 +105,13 @@ def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> 
         config["zero_optimization"]["stage"] = max(stage, 1)
         config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     return config
+
+
+def unsplit_in_order() -> DataConfig:
+    """Every worker can read every dataset, batch after batch in order: Ray Train else lets the formatting threads race."""
+    options = DataConfig.default_ingest_options()
+    options.preserve_order = True
+    return DataConfig(datasets_to_split=[], execution_options=options)
 
 
 @ray.remote(num_cpus=0)
@@ -147,7 +155,7 @@ def finetune(
             "progress": progress,
         },
         datasets=datasets,
-        dataset_config=DataConfig(datasets_to_split=[]),
+        dataset_config=unsplit_in_order(),
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,
