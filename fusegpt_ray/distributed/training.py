@@ -22,6 +22,7 @@ import ray.train
 import torch
 import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
+from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
@@ -109,9 +110,7 @@ def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> 
 
 def unsplit_in_order() -> DataConfig:
     """Every worker can read every dataset, batch after batch in order: Ray Train else lets the formatting threads race."""
-    options = DataConfig.default_ingest_options()
-    options.preserve_order = True
-    return DataConfig(datasets_to_split=[], execution_options=options)
+    return DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True))
 
 
 @ray.remote(num_cpus=0)
