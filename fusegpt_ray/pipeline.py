@@ -13,11 +13,13 @@ from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.heartbeat import Heartbeat
 from fusegpt_ray.importance.sweep import lowest
-from fusegpt_ray.journal import Done, Journal, checksum, identity
+from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
+from fusegpt_ray.records import checksum
 from fusegpt_ray.report import Display
 from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
@@ -49,25 +51,27 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             journal.begin(this)
             run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
-            run = _Run(recipe, engine, journal, dense, windows_WT, show)
-            done = run.rounds([target.remove for target in targets if target.folder not in published])
-            judge = _Judge(engine, dense, held_out, show)
-            for target in targets:
-                if target.folder in published:
-                    continue
-                records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
-                show.stage(f"evaluating and publishing {target.name}")
-                facts = {
-                    "run": run_id,
-                    "method": recipe.method,
-                    "sparsity": target.sparsity,
-                    "recipe": recipe.model_dump(mode="json"),
-                    "removed": [record["removed"] for record in records],
-                    "rounds": records,
-                    "perplexity": judge.perplexities(stack),
-                }
-                shard_bytes = int(recipe.output.shard_gb * 1e9)
-                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+            plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
+            with Heartbeat(journal.folder, lambda: show.doing, plan):
+                run = _Run(recipe, engine, journal, dense, windows_WT, show)
+                done = run.rounds([target.remove for target in targets if target.folder not in published])
+                judge = _Judge(engine, dense, held_out, show)
+                for target in targets:
+                    if target.folder in published:
+                        continue
+                    records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
+                    show.stage(f"evaluating and publishing {target.name}")
+                    facts = {
+                        "run": run_id,
+                        "method": recipe.method,
+                        "sparsity": target.sparsity,
+                        "recipe": recipe.model_dump(mode="json"),
+                        "removed": [record["removed"] for record in records],
+                        "rounds": records,
+                        "perplexity": judge.perplexities(stack),
+                    }
+                    shard_bytes = int(recipe.output.shard_gb * 1e9)
+                    published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
             journal.remove()
         results = [published[target.folder] for target in targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
