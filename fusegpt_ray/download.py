@@ -206,6 +206,7 @@ class _Pull:
                 if len(data) != end - at:
                     return f"ended early: {at + len(data)} bytes of {record.size}"
                 file.write(data)
+                file.flush()  # so that a kill loses only the piece that is on its way
                 digest.update(data)
                 at = end
                 self.show.at(name, at)

@@ -88,7 +88,8 @@ def _models(models: list[dict[str, Any]]) -> Table:
     for model in models:
         if "problem" in model:
             continue
-        about = [model["name"], f"{model['blocks']} of {model['dense_blocks']}", f"{model['sparsity']:.1%}"]
+        sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
+        about = [model["name"], f"{model['blocks']} of {model['dense_blocks'] or '?'}", sparsity]
         for data, row in (model["perplexity"] or {"–": {}}).items():
             table.add_row(*about, data, *(f"{row[key]:.2f}" if key in row else "–" for key in ("dense", "dropped", "fused")))
             about = ["", "", ""]

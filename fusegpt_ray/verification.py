@@ -44,8 +44,8 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
                 name: problem for name, problem in zip(manifest.files, pool.map(check, manifest.files), strict=True) if problem
             }
         extra = sorted(set(Folder.look(folder).files) - set(manifest.files) - {MANIFEST})
-        remarks = [name for name in extra if not name.endswith(WEIGHTS)]
-        problems |= {name: "is not in the manifest, but holds weights" for name in extra if name.endswith(WEIGHTS)}
+        remarks = [name for name in extra if not name.lower().endswith((*WEIGHTS, ".index.json"))]
+        problems |= {name: "is not in the manifest, but a loader may take it for weights" for name in extra if name not in remarks}
         if not problems:  # of files that are not what was written nothing more is worth saying
             problems = dict(_disagreements(folder, manifest))
     return {
