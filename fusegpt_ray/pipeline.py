@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +42,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
         dense = source.stack()
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_engine(recipe, source, dense) as engine:
+        with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
@@ -52,26 +53,27 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
             plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
-            with Heartbeat(journal.folder, lambda: show.doing, plan):
-                run = _Run(recipe, engine, journal, dense, windows_WT, show)
-                done = run.rounds([target.remove for target in targets if target.folder not in published])
-                judge = _Judge(engine, dense, held_out, show)
-                for target in targets:
-                    if target.folder in published:
-                        continue
-                    records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
-                    show.stage(f"evaluating and publishing {target.name}")
-                    facts = {
-                        "run": run_id,
-                        "method": recipe.method,
-                        "sparsity": target.sparsity,
-                        "recipe": recipe.model_dump(mode="json"),
-                        "removed": [record["removed"] for record in records],
-                        "rounds": records,
-                        "perplexity": judge.perplexities(stack),
-                    }
-                    shard_bytes = int(recipe.output.shard_gb * 1e9)
-                    published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+            life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
+            run = _Run(recipe, engine, journal, dense, windows_WT, show)
+            done = run.rounds([target.remove for target in targets if target.folder not in published])
+            judge = _Judge(engine, dense, held_out, show)
+            for target in targets:
+                if target.folder in published:
+                    continue
+                records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
+                show.stage(f"evaluating and publishing {target.name}")
+                facts = {
+                    "run": run_id,
+                    "method": recipe.method,
+                    "sparsity": target.sparsity,
+                    "recipe": recipe.model_dump(mode="json"),
+                    "removed": [record["removed"] for record in records],
+                    "rounds": records,
+                    "perplexity": judge.perplexities(stack),
+                }
+                shard_bytes = int(recipe.output.shard_gb * 1e9)
+                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+            life.close()  # a later sign would bring the folder back
             journal.remove()
         results = [published[target.folder] for target in targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
