@@ -1,6 +1,6 @@
 """Make GPT-style models shallower by fusing blocks, on one machine or a Ray cluster.
 
-    from fusegpt_ray import Recipe, compress, score, evaluate
+    from fusegpt_ray import Recipe, compress, score, evaluate, pull, verify
 
 Names are imported when first used: reading a recipe or showing help needs no torch.
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fusegpt_ray.download import pull
     from fusegpt_ray.errors import UserError
     from fusegpt_ray.pipeline import compress, evaluate, score
     from fusegpt_ray.recipe import Evaluation, Recipe
+    from fusegpt_ray.verification import verify
 
-__all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "score"]
+__all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "pull", "score", "verify"]
 
 _HOMES = {
     "Recipe": "recipe",
@@ -23,6 +25,8 @@ _HOMES = {
     "compress": "pipeline",
     "evaluate": "pipeline",
     "score": "pipeline",
+    "pull": "download",
+    "verify": "verification",
 }
 
 

@@ -14,12 +14,13 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.records import FileRecord as FileRecord
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -64,25 +65,6 @@ class TensorRef:
     def from_json(cls, row: Sequence[Any]) -> TensorRef:
         file, name, code, shape, begin, end = row
         return cls(file, name, code, tuple(shape), begin, end)
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What was written: for manifests and journals."""
-
-    size: int
-    sha256: str
-
-    @classmethod
-    def of(cls, data: bytes) -> FileRecord:
-        return cls(len(data), hashlib.sha256(data).hexdigest())
-
-    def to_json(self) -> dict[str, Any]:
-        return {"bytes": self.size, "sha256": self.sha256}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(data["bytes"], data["sha256"])
 
 
 def read_header(file: str, key: str) -> dict[str, TensorRef]:

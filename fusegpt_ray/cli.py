@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished round", file=sys.stderr)
+        print(f"stopped{arguments.again}", file=sys.stderr)
         return 130
     except Exception as error:  # the last place: the trace for whoever mends it, then what happened and where
         traceback.print_exc()
@@ -80,6 +80,64 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pull(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.download import Incomplete, pull
+
+    try:
+        pull(arguments.uri, arguments.folder)
+    except Incomplete as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.verification import verify
+
+    result = verify(arguments.uri)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        for row in result["problems"]:
+            print(f"{row['file']} {row['problem']}")
+        for row in result["remarks"]:
+            print(f"remark: {row['file']} {row['remark']}")
+        if result["good"]:
+            print(f"good: {result['model']}, {result['files']} files, {result['bytes']} bytes")
+    return 0 if result["good"] else 1
+
+
+def _clean(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray import housekeeping
+    from fusegpt_ray.report import byte_count
+
+    options = {"age": arguments.age * 60, "unfinished": arguments.unfinished}
+    found = housekeeping.leftovers(arguments.uri, **options)
+    removed = housekeeping.clean(arguments.uri, **options) if arguments.yes else []
+    for item in found:
+        verb = "removed" if item in removed else "would remove" if item.dead and not arguments.yes else "kept"
+        print(f"{verb:<12}  {item.uri}  {byte_count(item.size)}  {item.what}")
+    dead = [item for item in found if item.dead]
+    if dead and not arguments.yes:
+        print(f"{byte_count(sum(item.size for item in dead))} could go; nothing was removed: that takes --yes")
+    if not found:
+        print(f"nothing to remove in {arguments.uri}")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.status import show, status
+
+    result = status(arguments.uri)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        from rich.console import Console
+
+        show(result, Console())
+    return 0
+
+
 def _as_argument(text: str) -> str:
     """Recipe keys in a message → what `fusegpt evaluate` calls them."""
     text = text.replace("model.source", "MODEL")
@@ -89,11 +147,12 @@ def _as_argument(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusegpt", description="Make GPT-style models shallower by fusing blocks.")
+    parser.set_defaults(again="")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
     verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
     _recipe_arguments(verb)
-    verb.set_defaults(run=_compress)
+    verb.set_defaults(run=_compress, again="; the same command goes on from the last finished round")
 
     verb = verbs.add_parser("score", help="how much each block of the dense model matters")
     _recipe_arguments(verb)
@@ -114,6 +173,28 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--replicas", type=int, default=1, help="Ray only: replicas that share the windows")
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     verb.set_defaults(run=_evaluate)
+
+    verb = verbs.add_parser("pull", help="download a published model, checked; run again, it goes on")
+    verb.add_argument("uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches")
+    verb.add_argument("folder", metavar="DIR", help="local folder; it appears once it is whole")
+    verb.set_defaults(run=_pull, again="; the same command goes on with what has arrived")
+
+    verb = verbs.add_parser("verify", help="is a published model what its manifest says?")
+    verb.add_argument("uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches")
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    verb.set_defaults(run=_verify)
+
+    verb = verbs.add_parser("clean", help="list, or remove, what dead runs and pulls left")
+    verb.add_argument("uri", metavar="URI", help="an output.uri")
+    verb.add_argument("--yes", action="store_true", help="remove what is listed (otherwise nothing is)")
+    verb.add_argument("--unfinished", action="store_true", help="dead runs that could go on, too")
+    verb.add_argument("--age", type=float, default=10, metavar="MINUTES", help="without a sign of life → dead (default: 10)")
+    verb.set_defaults(run=_clean)
+
+    verb = verbs.add_parser("status", help="models and runs below an output URI, and what they are at")
+    verb.add_argument("uri", metavar="URI", help="an output.uri, or the folder of one run or model")
+    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+    verb.set_defaults(run=_status)
     return parser
 
 

@@ -6,16 +6,15 @@ at, and is never changed. The folder lives as long as the run: a finished run's 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import FileRecord
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
 from fusegpt_ray.stack import Stack
 
 METHOD_VERSION = 1
@@ -89,7 +88,7 @@ class Journal:
             UserError: another run is in this folder; the message shows what differs, key by key.
         """
         try:
-            storage.create(self._identity, _sealed(this))
+            storage.create(self._identity, sealed(this))
         except FileExistsError:
             self.check(this)
 
@@ -100,7 +99,7 @@ class Journal:
         name = self.folder.rsplit("/", 1)[-1].removesuffix(".run")
         fix = "use the recipe, data and model of that run, choose another output.name, or remove that folder"
         try:
-            there = _opened(storage.read(self._identity))
+            there = opened(storage.read(self._identity))
         except DamagedRecord as error:
             problem = f"an unfinished run is in {self.folder}, and its identity.json is damaged ({error})"
             raise UserError("output.name", name, problem, fix) from error
@@ -111,7 +110,7 @@ class Journal:
 
     def commit(self, number: int, done: Done) -> None:
         """Record round `number` (from 1) as done."""
-        storage.create(self._file(number), _sealed(done.to_json()))
+        storage.create(self._file(number), sealed(done.to_json()))
 
     def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
         """The rounds done so far, in order, as far as they can be trusted.
@@ -124,7 +123,7 @@ class Journal:
         while done:
             written = {uri: (number, record) for number, d in enumerate(done, 1) for uri, record in d.files.items()}
             needed = {uri for n in {len(done), *wanted} if 0 < n <= len(done) for uri in _files(done[n - 1].stack)} & set(written)
-            found = ((uri, _damage(uri, written[uri][1])) for uri in sorted(needed - good))
+            found = ((uri, damage(uri, written[uri][1])) for uri in sorted(needed - good))
             bad = next(((uri, what) for uri, what in found if what), None)
             if bad is None:
                 break
@@ -141,6 +140,8 @@ class Journal:
     def remove(self) -> None:
         """Forget the run, once all its models are published."""
         storage.remove(self.blocks_folder, recursive=True)
+        for number in reversed(self._numbers()):  # the identity last: no other run may find records it did not write
+            storage.remove(self._file(number))
         storage.remove(self.folder, recursive=True)
 
     @property
@@ -161,38 +162,10 @@ class Journal:
             if number != len(done) + 1:
                 return done, f"{self._file(len(done) + 1)} is missing"
             try:
-                done.append(Done.from_json(_opened(storage.read(self._file(number)))))
+                done.append(Done.from_json(opened(storage.read(self._file(number)))))
             except DamagedRecord as error:
                 return done, f"{self._file(number)} is damaged ({error})"
         return done, ""
-
-
-class DamagedRecord(ValueError):
-    """A record is not what was written."""
-
-
-def checksum(body: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON value, in hex."""
-    return hashlib.sha256(_text(body).encode()).hexdigest()
-
-
-def _text(body: Mapping[str, Any]) -> str:
-    return json.dumps(body, separators=(",", ":"))
-
-
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    return f'{{"sha256":"{checksum(body)}","body":{_text(body)}}}'.encode()
-
-
-def _opened(data: bytes) -> dict[str, Any]:
-    try:
-        sealed = json.loads(data)
-        body, digest = sealed["body"], sealed["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedRecord(f"not a record: {error}") from error
-    if checksum(body) != digest:
-        raise DamagedRecord("its checksum is wrong")
-    return dict(body)
 
 
 def _files(stack: Stack) -> set[str]:
@@ -202,15 +175,6 @@ def _files(stack: Stack) -> set[str]:
         if block.terms:
             refs += [ref for part in (block.terms.base, block.terms.learned, *block.terms.donors) for ref in part.values()]
     return {ref.file for ref in refs}
-
-
-def _damage(uri: str, record: FileRecord) -> str:
-    """What is wrong with a file that was written, or nothing."""
-    if not storage.exists(uri):
-        return "is missing"
-    if (size := storage.size(uri)) != record.size:
-        return f"has {size} bytes, {record.size} were written"
-    return "" if storage.sha256(uri) == record.sha256 else "has another checksum than was written"
 
 
 def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,13 @@ from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.heartbeat import Heartbeat
 from fusegpt_ray.importance.sweep import lowest
-from fusegpt_ray.journal import Done, Journal, checksum, identity
+from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
+from fusegpt_ray.records import checksum
 from fusegpt_ray.report import Display
 from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
@@ -39,7 +42,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
         dense = source.stack()
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_engine(recipe, source, dense) as engine:
+        with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
@@ -49,6 +52,8 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             journal.begin(this)
             run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
+            plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
+            life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
             run = _Run(recipe, engine, journal, dense, windows_WT, show)
             done = run.rounds([target.remove for target in targets if target.folder not in published])
             judge = _Judge(engine, dense, held_out, show)
@@ -68,6 +73,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
                 }
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
                 published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+            life.close()  # a later sign would bring the folder back
             journal.remove()
         results = [published[target.folder] for target in targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)

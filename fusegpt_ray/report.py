@@ -8,7 +8,16 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 
@@ -28,6 +37,7 @@ class Display:
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="")
+        self._stage, self._note = "starting", ""
         self._round_seconds: list[float] = []
         self._round_began = 0.0
 
@@ -44,9 +54,15 @@ class Display:
 
     def stage(self, text: str, total: int | None = None) -> None:
         """What is being done now."""
+        self._stage, self._note = text, ""
         self._bar.reset(self._task, description=text, total=total, note="")
         if not self.console.is_terminal:
             self.say(text)
+
+    @property
+    def doing(self) -> str:
+        """What is being done now, in words: for whoever looks from elsewhere."""
+        return self._stage + self._note
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         self._round_began = time.monotonic()
@@ -58,6 +74,7 @@ class Display:
         self.say(f"  lowest Macro Influence  {nearest}  →  block {removed} goes")
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
+        self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"
         self._bar.update(self._task, completed=number, total=epochs, note=f"loss {loss:.4g}")
         if not self.console.is_terminal and (number in (1, epochs) or number % max(1, epochs // 5) == 0):
             self.say(f"  epoch {number}/{epochs}  loss {loss:.4g}")
@@ -82,6 +99,54 @@ class Display:
                 table.add_row(name, data, *values, undone)
         if table.row_count:
             self.console.print(table)
+
+
+class Transfer:
+    """Bytes of many files going by, from several threads: one bar on a terminal, a line a file elsewhere. Always on stderr."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        self._task = self._bar.add_task("looking", total=None)
+        self._at: dict[str, int] = {}
+        self._files = self._finished = 0
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)
+
+    def begins(self, text: str, files: int, size: int) -> None:
+        """What is done with so many files, of so many bytes together."""
+        self._files = files
+        self._bar.reset(self._task, description=text, total=size)
+        self.say(f"{text}: {files} files, {byte_count(size)}")
+
+    def at(self, name: str, done: int) -> None:
+        """So many bytes of one file are done; fewer than before if it begins again."""
+        self._at[name] = done
+        self._bar.update(self._task, completed=sum(list(self._at.values())))
+
+    def ends(self, name: str, outcome: str) -> None:
+        """One file is done, well or not."""
+        self._finished += 1
+        if not self.console.is_terminal:
+            self.say(f"  {self._finished}/{self._files}  {name}  {outcome}")
+
+
+def byte_count(size: int) -> str:
+    """13.5 GB, 2.1 MB, 700 bytes."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def duration(seconds: float) -> str:

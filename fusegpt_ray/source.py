@@ -17,11 +17,11 @@ from fusegpt_ray import storage
 from fusegpt_ray.anatomy import dense_stack, read_config
 from fusegpt_ray.checkpoint import read_index
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.manifest import MANIFEST as MANIFEST
 from fusegpt_ray.stack import Stack
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 SMALL = re.compile(r"(?i).+\.(json|txt|model|jinja|tiktoken|spm|vocab)|(license|notice|use_policy).*")
-MANIFEST = "fusegpt.json"
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,8 @@ LIGHT = """
 import sys
 from fusegpt_ray.cli import main
 heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy"}
-for command in (["--help"], ["compress", "--help"], ["score", "-h"], ["evaluate", "--help"], ["compress", "no.yaml"]):
+verbs = ("compress", "score", "evaluate", "pull", "verify", "clean", "status")
+for command in (["--help"], *([verb, "--help"] for verb in verbs), ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):
     try:
         code = main(command)
     except SystemExit as stop:
@@ -364,8 +365,21 @@ for command in (["--help"], ["compress", "--help"], ["score", "-h"], ["evaluate"
 
 def test_help_and_a_wrong_recipe_need_no_heavy_imports(tmp_path: Path) -> None:
     done = run("-c", LIGHT, folder=tmp_path)
-    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 4 + ["exit 2"], done
-    for word in ("compress", "score", "evaluate", "RECIPE", "--set", "--json", "--data", "--length"):
+    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 8 + ["exit 2"] * 3, done
+    for word in (
+        "compress",
+        "score",
+        "evaluate",
+        "pull",
+        "verify",
+        "clean",
+        "status",
+        "RECIPE",
+        "--set",
+        "--json",
+        "--data",
+        "--length",
+    ):
         assert word in done.stdout
 
 
@@ -382,6 +396,8 @@ def test_the_installed_command_is_this_one() -> None:
         (["compress"], "RECIPE"),
         (["compress", "recipe.yaml", "--json"], "--json"),
         (["evaluate", "model", "--length", "8"], "--data"),
+        (["pull", "s3://bucket/model"], "DIR"),
+        (["clean", "out", "--age", "soon"], "'soon'"),
         (["evaluate", "model", "--data", "text.txt", "--length", "eight"], "'eight'"),
         (["evaluate", "model", "--data", "text.txt", "--length", "8", "--engine", "spark"], "'spark'"),
     ],

@@ -1,0 +1,472 @@
+"""`fusegpt clean` and `fusegpt status` on what real runs leave: finished, stopped, killed, and still at work."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from test_cli import Desk
+from test_journal import Watching, contents, recipe, run_folder, stopped
+from test_pull import write_model
+
+from fusegpt_ray import housekeeping, storage
+from fusegpt_ray.cli import main
+from fusegpt_ray.heartbeat import Heartbeat
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.status import status
+
+Capture = pytest.CaptureFixture[str]
+OLD = 24 * 3600.0
+
+
+@pytest.fixture
+def desk(checkpoint: Callable[[str], Path], tmp_path: Path) -> Desk:
+    return Desk.make(tmp_path, checkpoint("llama"))
+
+
+@pytest.fixture(scope="module")
+def stopped_desk(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Desk:
+    """A run that the user stopped in its second round of three, with one model of another run beside it."""
+    desk = Desk.make(tmp_path_factory.mktemp("stopped"), checkpoint("llama"))
+    stopped(desk, 2)
+    compress(recipe(desk, sparsity=0.2, method="mi", output={"uri": str(desk.out), "name": "other"}))
+    return desk
+
+
+@pytest.fixture
+def out(stopped_desk: Desk, tmp_path: Path) -> Path:
+    """A copy of what that run left, as old as it is."""
+    return Path(shutil.copytree(stopped_desk.out, tmp_path / "outputs"))
+
+
+def aged(folder: Path, seconds: float = OLD) -> None:
+    """Nobody has written here for so long."""
+    for path in [*folder.rglob("*"), folder]:
+        os.utime(path, (time.time() - seconds,) * 2, follow_symlinks=False)
+    for file in folder.rglob("heartbeat.json"):
+        change_sign(file, time=time.time() - seconds)
+        os.utime(file, (time.time() - seconds,) * 2)
+
+
+def change_sign(file: Path, **changes: Any) -> None:
+    sign = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in sign.items() if value is not None}))
+
+
+def half_model(out: Path, name: str) -> Path:
+    (out / name).mkdir()
+    (out / name / "model-00001-of-00002.safetensors").write_bytes(bytes(1500))
+    (out / name / "config.json").write_text("{}")
+    return out / name
+
+
+def verdicts(uri: str | Path, *options: str, capsys: Capture) -> dict[str, str]:
+    """Name → what the command says it does with it, and what it is."""
+    assert main(["clean", str(uri), *options]) == 0
+    rows = re.findall(r"^(would remove|removed|kept) +(\S+)  (.*)$", capsys.readouterr().out, re.MULTILINE)
+    return {name.rsplit("/", 1)[-1]: f"{verb} {what}" for verb, name, what in rows}
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- clean ---
+
+
+def test_nothing_is_removed_unless_told(out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    (out / "demo.write-test").touch()
+    aged(out)
+    before = contents(out)
+    said = verdicts(out, capsys=capsys)
+    assert said["demo-p20"] == "would remove 1.5 kB  a model that was never finished"
+    assert said["demo.run"].endswith("an unfinished run, can be resumed (rounds done: 1)") and said["demo.run"].startswith("kept")
+    assert said["demo.write-test"] == "would remove 0 bytes  a probe of the output"
+    assert set(said) == {"demo-p20", "demo.run", "demo.write-test"}
+    assert contents(out) == before
+
+    assert main(["clean", str(out)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "1.5 kB could go; nothing was removed: that takes --yes"
+
+
+def test_what_a_stopped_run_can_go_on_with_stays(out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    (out / "demo.write-test").touch()
+    aged(out)
+    journal, model = contents(out / "demo.run"), contents(out / "other-p20")
+    assert {name: what.split()[0] for name, what in verdicts(out, "--yes", capsys=capsys).items()} == {
+        "demo-p20": "removed",
+        "demo.write-test": "removed",
+        "demo.run": "kept",
+    }
+    assert names(out) == {"demo.run", "other-p20"}
+    assert (contents(out / "demo.run"), contents(out / "other-p20")) == (journal, model)
+    assert verdicts(out, "--yes", "--unfinished", capsys=capsys)["demo.run"].startswith("removed")
+    assert names(out) == {"other-p20"} and contents(out / "other-p20") == model
+    assert main(["clean", str(out)]) == 0
+    assert capsys.readouterr().out == f"nothing to remove in {out}\n"
+
+
+def test_a_run_goes_on_after_a_cleaning(desk: Desk, capsys: Capture) -> None:
+    stopped(desk, 3)
+    half_model(desk.out, "demo-p20")
+    assert verdicts(desk.out, "--yes", capsys=capsys)["demo-p20"].startswith("removed")
+    show = Watching()
+    compress(recipe(desk), show)
+    assert show.rounds == [3]
+    assert names(desk.out) == {"demo-p20", "demo-p60"}
+
+
+ALL = ("--yes", "--unfinished")
+
+
+def alive(out: Path) -> None:
+    """A sign of life of a minute ago in files that are old."""
+    aged(out)
+    sign = out / "demo.run/heartbeat.json"
+    change_sign(sign, time=time.time() - 60, ended=None, doing="round 2/3: scoring 4 blocks")
+    os.utime(sign, (time.time() - OLD,) * 2)
+
+
+def alive_by_its_files(out: Path) -> None:
+    """A clock that is wrong, or a sign that cannot be read: something else was written a minute ago."""
+    aged(out)
+    (out / "demo.run/heartbeat.json").write_text('{"time": 12')
+    os.utime(out / "demo.run/heartbeat.json", (time.time() - 60,) * 2)
+
+
+def just_begun(out: Path) -> None:
+    aged(out)
+    for file in [*(out / "demo.run").glob("round-*"), out / "demo.run/heartbeat.json"]:
+        file.unlink()
+    shutil.rmtree(out / "demo.run/blocks")
+    os.utime(out / "demo.run/identity.json", (time.time() - 5,) * 2)
+
+
+@pytest.mark.parametrize("state", [alive, alive_by_its_files, just_begun])
+def test_a_live_run_and_its_models_are_never_touched(state: Callable[[Path], None], out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    state(out)
+    before = contents(out)
+    said = verdicts(out, *ALL, capsys=capsys)
+    assert said["demo.run"].partition("  ")[2].startswith("a live run (")
+    assert said["demo-p20"].endswith("a model that is being written")
+    assert contents(out) == before
+    assert status(str(out))["runs"][0]["state"] == "alive"
+
+    said = verdicts(out, *ALL, "--age", "0.01" if state is just_begun else "0.5", capsys=capsys)
+    assert {what.split()[0] for what in said.values()} == {"removed"}
+    assert names(out) == {"other-p20"}
+
+
+def test_a_run_with_a_later_sign_than_the_first_look_is_left(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command goes on with the run between the look and the removal."""
+    half_model(out, "demo-p20")
+    aged(out)
+    remove = storage.remove
+
+    def resumed(uri: str, recursive: bool = False) -> None:
+        remove(uri, recursive)
+        alive(out)
+
+    monkeypatch.setattr(storage, "remove", resumed)
+    assert [Path(item.uri).name for item in housekeeping.clean(str(out), unfinished=True)] == ["demo-p20"]
+    assert (out / "demo.run/identity.json").exists()
+
+
+def test_a_run_whose_models_are_all_published_goes(desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the last manifest and before it removed its folder."""
+    monkeypatch.setattr("fusegpt_ray.journal.Journal.remove", lambda self: None)
+    compress(recipe(desk, method="mi"))
+    assert status(str(desk.out))["runs"][0]["state"] == "alive"  # as far as anyone can tell: it has just been heard of
+    aged(desk.out)
+    assert status(str(desk.out))["runs"][0]["state"] == "published"
+    shutil.copytree(desk.out, desk.folder / "one-missing")
+    shutil.rmtree(desk.folder / "one-missing/demo-p60")
+
+    assert verdicts(desk.out, "--yes", capsys=capsys)["demo.run"].endswith("a run whose models are all published")
+    assert names(desk.out) == {"demo-p20", "demo-p60"}
+
+    assert "kept" in verdicts(desk.folder / "one-missing", "--yes", capsys=capsys)["demo.run"]
+    shutil.copytree(desk.out / "demo-p20", desk.folder / "one-missing/demo-p60")
+    manifest = desk.folder / "one-missing/demo-p60/fusegpt.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"run": "another"}))
+    assert "kept" in verdicts(desk.folder / "one-missing", "--yes", capsys=capsys)["demo.run"]
+
+
+def test_what_is_left_of_a_removal_goes(out: Path, capsys: Capture) -> None:
+    (out / "demo.run/identity.json").unlink()
+    aged(out)
+    assert verdicts(out, "--yes", capsys=capsys)["demo.run"].endswith("what is left of a run that was being removed")
+    assert names(out) == {"other-p20"}
+
+
+def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run killed while it removes its folder must not leave records that a run of another recipe would take for its own."""
+    removed: list[str] = []
+    remove = storage.remove
+    monkeypatch.setattr(storage, "remove", lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1])
+    compress(recipe(desk, method="mi", sparsity=0.4))
+    folder = str(run_folder(desk))
+    assert removed == [f"{folder}/{name}" for name in ("blocks", "round-002.json", "round-001.json")] + [folder]
+
+
+FOREIGN: dict[str, dict[str, str]] = {
+    "mine-p25": {"model.safetensors": "a model by another tool", "config.json": "{}"},
+    "other-p20.old": {"model.safetensors": "a copy by hand"},
+    "texts-p5": {"thesis.tex": "no model at all"},
+    "notes.run": {"round-001.json": "{}", "my notes.txt": "run along"},
+    "empty.run": {},
+    "spare.part": {"wheel.txt": "no pull made this"},
+    "plain": {"model.safetensors": "?"},
+}
+
+
+def test_what_is_not_ours_is_never_touched(out: Path, capsys: Capture) -> None:
+    for folder, files in FOREIGN.items():
+        (out / folder).mkdir()
+        for name, text in files.items():
+            (out / folder / name).write_text(text)
+    (out / "full.write-test").write_text("not empty, so no probe")
+    outside = out.parent / "elsewhere"
+    half_model(out.parent, "elsewhere")
+    (out / "demo-p99").symlink_to(outside)
+    (out / "demo-p98").mkdir()
+    (out / "demo-p98/model.safetensors").symlink_to(outside / "config.json")
+    aged(out)
+    aged(outside)
+    before = {**contents(outside)}
+    said = verdicts(out, *ALL, capsys=capsys)
+    assert said.pop("mine-p25").startswith("kept")
+    assert {name: what.split()[0] for name, what in said.items()} == {"demo.run": "removed", "demo-p98": "removed"}
+    assert names(out) == {*FOREIGN, "other-p20", "full.write-test", "demo-p99"}
+    assert contents(outside) == before
+
+
+@pytest.mark.parametrize("uri", ["", "other-p20", "demo.run", "nowhere"])
+def test_clean_wants_the_folder_of_models_and_runs(uri: str, out: Path, capsys: Capture) -> None:
+    aged(out)
+    before = contents(out)
+    code = main(["clean", str(out / uri), *ALL[:1]])
+    assert code == (2 if uri else 0) and contents(out) == before
+    assert ("Fix:" in capsys.readouterr().err) == bool(uri)
+
+
+def test_clean_by_uri(out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    fsspec.filesystem("memory").put(f"{out}/", "/clean/", recursive=True)
+    uri = "memory://clean"
+    assert verdicts(uri, *ALL, capsys=capsys)["demo.run"].startswith("removed")  # the user stopped it, so it needs no age
+    assert storage.exists(f"{uri}/other-p20/fusegpt.json") and not storage.exists(f"{uri}/demo.run")
+    fsspec.filesystem("memory").rm("/clean", recursive=True)
+
+
+def test_a_pull_that_stopped_goes_one_at_work_stays(tmp_path: Path, capsys: Capture) -> None:
+    write_model(tmp_path / "whole")
+    for name in ("dead.part", "locked.part", "fresh.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".fusegpt-pull").touch()
+        if name != "fresh.part":
+            aged(tmp_path / name)
+    directory = os.open(tmp_path / "locked.part", os.O_RDONLY)
+    fcntl.flock(directory, fcntl.LOCK_EX)
+    try:
+        said = verdicts(tmp_path, "--yes", capsys=capsys)
+    finally:
+        os.close(directory)
+    assert said["dead.part"].endswith("a pull that stopped")
+    assert said["locked.part"].endswith("being pulled") and said["fresh.part"].endswith("being pulled")
+    assert names(tmp_path) == {"whole", "locked.part", "fresh.part"}
+
+
+# --- a run that is killed ---
+
+KILLED = """
+import sys, time
+from test_journal import Watching
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.recipe import Recipe
+
+class Stuck(Watching):
+    def round_begins(self, number, rounds, blocks):
+        super().round_begins(number, rounds, blocks)
+        if number == 2:
+            print("stuck", flush=True)
+            time.sleep(600)
+
+compress(Recipe.load(sys.argv[1]), Stuck())
+"""
+
+
+def test_a_killed_run_is_alive_until_nobody_hears_of_it(desk: Desk, capsys: Capture) -> None:
+    tests = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, [tests / "unit", tests, tests.parent]))
+    command = [sys.executable, "-c", KILLED, desk.write(sparsity=[0.2, 0.6])]
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGKILL)
+    before = contents(desk.out)
+    assert verdicts(desk.out, *ALL, capsys=capsys)["demo.run"].startswith("kept")
+    (run,) = status(str(desk.out))["runs"]
+    assert (run["state"], run["rounds"], run["rounds_done"], run["pid"]) == ("alive", 3, 1, process.pid)
+    assert contents(desk.out) == before
+
+    aged(desk.out)
+    assert status(str(desk.out))["runs"][0]["state"] == "unfinished"
+    assert "can be resumed (rounds done: 1)" in verdicts(desk.out, "--yes", capsys=capsys)["demo.run"]
+    show = Watching()
+    compress(recipe(desk), show)
+    assert show.rounds == [2, 3]
+
+
+# --- the heartbeat ---
+
+
+def read_sign(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "heartbeat.json").read_text())
+
+
+def test_the_heart_beats_while_the_block_lasts(tmp_path: Path) -> None:
+    beats = threading.Semaphore(0)
+
+    def doing() -> str:
+        beats.release()
+        return "thinking"
+
+    with Heartbeat(str(tmp_path), doing, {"rounds": 3}, every=0.001):
+        for _ in range(5):
+            assert beats.acquire(timeout=60)
+    last = read_sign(tmp_path)
+    assert (last["doing"], last["rounds"], last["pid"]) == ("thinking", 3, os.getpid()) and "ended" not in last
+    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
+
+
+def test_the_last_sign_tells_how_it_ended(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), Heartbeat(str(tmp_path), str, {}):
+        raise KeyboardInterrupt
+    assert read_sign(tmp_path)["ended"] == "KeyboardInterrupt"
+
+
+def test_a_store_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat.json").mkdir()
+    beats = threading.Semaphore(0)
+
+    def doing() -> str:
+        beats.release()
+        return "thinking"
+
+    with Heartbeat(str(tmp_path), doing, {}, every=0.001):
+        assert all(beats.acquire(timeout=60) for _ in range(3))
+        (tmp_path / "heartbeat.json").rmdir()
+        assert all(beats.acquire(timeout=60) for _ in range(3))
+    assert read_sign(tmp_path)["doing"] == "thinking"
+
+
+class Looking(Watching):
+    """Looks at the run's last sign of life in every round."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.seen = folder, list[dict[str, Any]]()
+
+    def scored(self, table: Any, removed: int) -> None:
+        self.seen.append(read_sign(self.folder))
+
+
+def test_a_finished_run_leaves_no_sign(desk: Desk) -> None:
+    show = Looking(run_folder(desk))
+    compress(recipe(desk, method="mi"), show)
+    assert len(show.seen) == 3 and names(desk.out) == {"demo-p20", "demo-p60"}
+    assert {(sign["rounds"], *sign["models"]) for sign in show.seen} == {(3, "demo-p20", "demo-p60")}
+
+
+# --- status ---
+
+
+def test_status_as_json(out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    aged(out, seconds=7200)
+    record = json.loads((out / "demo.run/round-001.json").read_text())["body"]["round"]
+    assert main(["status", str(out), "--json"]) == 0
+    stdout = capsys.readouterr().out
+    result = json.loads(stdout)
+    assert stdout.count("\n") == 1 and set(result) == {"uri", "models", "runs", "unfinished"}
+    assert result["unfinished"] == ["demo-p20"]
+    (model,) = result["models"]
+    assert (model["name"], model["blocks"], model["dense_blocks"], model["sparsity"], model["method"]) == (
+        "other-p20",
+        4,
+        5,
+        0.2,
+        "mi",
+    )
+    (run,) = result["runs"]
+    seconds = sum(record["seconds"].values())
+    assert run["heartbeat_age"] == pytest.approx(7200, abs=600)
+    assert {key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")} == {
+        "name": "demo",
+        "uri": str(out / "demo.run"),
+        "state": "unfinished",
+        "ended": "KeyboardInterrupt",
+        "rounds": 3,
+        "rounds_done": 1,
+        "removed": [record["removed"]],
+        "last_loss": record["loss_last"],
+        "round_seconds": round(seconds, 1),
+        "seconds_left": round(2 * seconds, 1),
+    }
+
+
+def test_status_of_one_run_or_model(out: Path) -> None:
+    everything = status(str(out))
+    assert status(str(out / "other-p20"))["models"] == everything["models"]
+    assert status(str(out / "other-p20"))["runs"] == []
+    assert status(str(out / "demo.run"))["runs"][0]["removed"] == everything["runs"][0]["removed"]
+
+
+def test_status_as_tables(stopped_desk: Desk, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    manifest = out / "other-p20/fusegpt.json"
+    numbers = {"heldout": {"dense": 10.5, "dropped": 12.25, "fused": 11.75, "length": 12}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"perplexity": numbers}))
+    shutil.copytree(out / "other-p20", out / "broken-p20")
+    (out / "broken-p20/fusegpt.json").write_text("{")
+    alive(out)
+    assert main(["status", str(out)]) == 0
+    text = capsys.readouterr().out
+    (model,) = [line for line in text.splitlines() if "other-p20" in line]
+    assert [cell.strip() for cell in model.split("│")[1:-1]] == ["other-p20", "4 of 5", "20.0%", "heldout", "10.50", "12.25", "11.75"]
+    (run,) = [line for line in text.splitlines() if "demo" in line]
+    assert "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
+    assert "broken-p20: fusegpt.json is not JSON" in text
+
+
+def test_status_counts_only_records_that_can_be_trusted(out: Path) -> None:
+    record = out / "demo.run/round-001.json"
+    record.write_bytes(record.read_bytes().replace(b'"removed":', b'"removed":1'))
+    (run,) = status(str(out))["runs"]
+    assert (run["rounds_done"], run["removed"], run["last_loss"], run["seconds_left"]) == (0, [], None, None)
+
+
+def test_status_of_nothing(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no models and no runs in {tmp_path}\n"
+    (tmp_path / "empty.run").mkdir()
+    for uri in (tmp_path / "nowhere", tmp_path / "empty.run", "nosuchprotocol://bucket"):
+        assert main(["status", str(uri)]) == 2
+        assert str(uri) in capsys.readouterr().err
