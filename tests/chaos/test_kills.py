@@ -1,0 +1,39 @@
+"""The bounded part of the chaos suite: one kill of each kind (`make chaos` makes many)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from kills import STAGES, Case, Chaos
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+CASES = [
+    *(Case("driver", "local", stage) for stage in STAGES[2::3]),
+    Case("driver", "local", 0.55),
+    Case("driver", "ray", "  epoch 1/3"),
+    Case("scoring worker", "ray", "round 2/2: scoring"),
+    Case("training worker", "ray", "round 1: fusing"),
+    Case("node", "ray on two nodes", "round 2: fusing"),
+]
+
+
+@pytest.fixture(scope="module")
+def chaos(material, tmp_path_factory) -> Chaos:
+    made = Chaos(tmp_path_factory.mktemp("chaos"), material.recipe)
+    made.undisturbed("local")
+    return made
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
+def test_a_killed_run_ends_with_the_same_bytes(number: int, chaos: Chaos) -> None:
+    outcome = chaos.run(CASES[number], number)
+    assert outcome.finished, outcome.log
+    assert outcome.identical, outcome.log
+    assert outcome.killed == 1, outcome.log
+    if CASES[number].victim == "driver":
+        assert outcome.runs == 2
