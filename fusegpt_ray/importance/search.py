@@ -56,17 +56,16 @@ def search(
     if settings.all:
         found.walk(everything)
         return found.ranking()
-    if settings.racing is not None:
-        found.walk(dict.fromkeys(found.alive, 1))
-        _race(found, settings.racing)
-        if len(found.alive) == 1:
-            return found.ranking()
-        found.walk(_goals(found, found.means))
-    elif last is not None and last.estimates.keys() >= set(kept):
-        found.walk(_goals(found, [last.estimates[dense] for dense in kept]))
+    if settings.racing is None and last is not None and last.estimates.keys() >= set(kept):
+        means = [last.estimates[dense] for dense in kept]
     else:
         found.walk(dict.fromkeys(found.alive, 1))
-        found.walk(_goals(found, found.means))
+        if settings.racing is not None:
+            _race(found, settings.racing)
+            if len(found.alive) == 1:
+                return found.ranking()
+        means = found.means
+    found.walk(_goals(found, means))
     found.stop()
     found.walk(_goals(found, found.means))
     found.stop()

@@ -256,8 +256,9 @@ def test_score_prints_one_json_object_with_true_scores(desk: Desk, capsys: pytes
     assert not desk.out.exists()
 
 
-def test_score_prints_a_table(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", desk.write()]) == 0
+@pytest.mark.parametrize("racing", [None, 0.5])
+def test_score_prints_the_full_table(racing: float | None, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", desk.write(importance={"windows": 4, "batch": 1, "racing": racing})]) == 0
     table = capsys.readouterr().out
     scores = macro_influence(load_model(desk.model), windows_of(desk, 4))
     rows = {int(block): float(score) for block, score in re.findall(r"│ *(\d+) *│ *([\d.]+)", table)}

@@ -297,6 +297,12 @@ def test_scoring_has_its_windows() -> None:
     assert recipe(calibration={"windows": 16}, importance={"windows": 16}).importance.windows == 16
 
 
+def test_racing_is_no_full_table() -> None:
+    error = mistake(merged({"importance": {"all": True, "racing": 0.05}}))
+    assert (error.key, error.value) == ("importance.racing", 0.05)
+    assert recipe(importance={"racing": 0.05}).importance.racing == 0.05
+
+
 # --- files and overrides ---
 
 
