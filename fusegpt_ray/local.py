@@ -16,7 +16,9 @@ from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
-from fusegpt_ray.importance.sweep import scores, sweep
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.search import Job, search
+from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype
 from fusegpt_ray.source import Source
@@ -39,15 +41,21 @@ class LocalEngine:
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.rows)
+        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch)
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
         return calibration.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
-    def score(self, stack: Stack, windows_WT: np.ndarray) -> dict[int, float]:
-        sums_WN = sweep(self.runner, stack, torch.from_numpy(windows_WT), self.recipe.importance.batch)
-        return scores(stack, sums_WN, windows_WT.shape[1])
+    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
+        settings = self.recipe.importance
+        batches = torch.from_numpy(windows_WT).split(settings.batch)
+
+        def measure(jobs: list[Job]) -> list[np.ndarray]:
+            parts = [Part(batches[batch], positions) for batch, positions in jobs]
+            return [sums_WC.numpy() for sums_WC in sweep(self.runner, stack, parts)]
+
+        return search(measure, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()

@@ -15,7 +15,7 @@ from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.heartbeat import Heartbeat
-from fusegpt_ray.importance.sweep import lowest
+from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
@@ -83,11 +83,13 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
 
 
 def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
-    """Macro Influence of every block of the dense model: {"metric", "blocks": [{"block", "score"} …], "lowest"}.
+    """Macro Influence of every block of the dense model, on all windows: {"metric", "blocks": [{"block", "score"} …], "lowest"}.
 
     Raises:
         UserError: the recipe cannot be carried out.
     """
+    full = recipe.importance.model_copy(update={"all": True, "racing": None})
+    recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
         source.tokenizer()
@@ -97,9 +99,9 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
-            table = engine.score(dense, windows_WT)
-    blocks = [{"block": dense, "score": value} for dense, value in table.items()]
-    return {"metric": "macro_influence", "blocks": blocks, "lowest": lowest(table)}
+            ranking = engine.score(dense, windows_WT)
+    blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
+    return {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
 
 
 def evaluate(
@@ -210,7 +212,7 @@ class _Run:
             stack = done[-1].stack if done else self.dense
             self.show.round_begins(number, total, len(stack))
             try:
-                done.append(self._round(number, stack))
+                done.append(self._round(number, stack, Ranking.from_record(done[-1].record) if done else None))
             except Exception as error:
                 error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
                 raise
@@ -218,11 +220,11 @@ class _Run:
             self.show.round_ends(number, total, done[-1].record["losses"])
         return done
 
-    def _round(self, number: int, stack: Stack) -> Done:
+    def _round(self, number: int, stack: Stack, last: Ranking | None) -> Done:
         began = time.monotonic()
-        table = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows])
-        donor = lowest(table)
-        self.show.scored(table, donor)
+        ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last)
+        donor = ranking.lowest
+        self.show.scored(ranking)
         seconds = {"score": round(time.monotonic() - began, 3), "states": 0.0, "finetune": 0.0}
         group: list[int] = []
         losses: list[float] = []
@@ -240,7 +242,7 @@ class _Run:
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
         record = {
             "removed": donor,
-            "scores": {str(dense): value for dense, value in table.items()},
+            **ranking.to_record(),
             "group": group,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,

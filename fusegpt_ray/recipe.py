@@ -123,9 +123,14 @@ class Importance(Section):
     windows: int = Field(32, ge=1)
     """How many windows score the blocks: the first ones of the calibration."""
     batch: int = Field(4, ge=1)
-    """Windows that walk the blocks together. Fixed by the recipe, never by the cluster, so that sums are the same on any."""
-    rows: int = Field(16, ge=1)
-    """Windows × candidates that pass a block in one call: bounds the memory of activations."""
+    """Windows that pass a block in one call, and the steps in which scoring stops a block that cannot be the lowest: small saves work
+    as long as batch × `calibration.length` tokens keep the device busy. Fixed by the recipe, never by the cluster: sums are the same
+    on any. Bounds the memory of activations in scoring, evaluation and the states for fine-tuning."""
+    all: bool = False
+    """Score every block on all windows, though the choice is the same: for tables of all scores (`fusegpt score` always does)."""
+    racing: float | None = Field(None, gt=0, lt=1)
+    """Probability with which another block than that of the full table may be chosen, to give up most blocks after a few windows by
+    paired tests (assumptions: `importance/racing.py`), such as 0.05; left out: the choice is exact."""
 
 
 class Fusion(Section):
@@ -242,6 +247,8 @@ class Recipe(Section):
                 f"scoring uses the first of the {self.calibration.windows} calibration windows",
                 "lower it, or raise calibration.windows",
             )
+        if self.importance.all and self.importance.racing is not None:
+            raise UserError("importance.racing", self.importance.racing, "importance.all scores every block", "leave one of them out")
         if self.method != "mi" and self.calibration.windows % self.fusion.batch:
             raise UserError(
                 "calibration.windows",

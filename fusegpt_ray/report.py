@@ -20,6 +20,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fusegpt_ray.importance.ranking import Ranking
+
 
 class Display:
     """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one line an event there."""
@@ -68,10 +70,12 @@ class Display:
         self._round_began = time.monotonic()
         self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
 
-    def scored(self, table: Mapping[int, float], removed: int) -> None:
-        ranking = sorted(table.items(), key=lambda item: item[1])
-        nearest = "  ".join(f"{dense}: {score:.4f}" for dense, score in ranking[:4])
-        self.say(f"  lowest Macro Influence  {nearest}  →  block {removed} goes")
+    def scored(self, ranking: Ranking) -> None:
+        """The nearest four, `~` before an estimate, and what share of the full table's work was done."""
+        order = sorted(ranking.estimates.items(), key=lambda item: (item[0] != ranking.lowest, item[1]))
+        nearest = "  ".join(f"{dense}: {'~' * (dense in ranking.stopped)}{score:.4f}" for dense, score in order[:4])
+        work = f"{ranking.cost.done / ranking.cost.single_walk:.0%} of the full table's work"
+        self.say(f"  lowest Macro Influence  {nearest}  →  block {ranking.lowest} goes ({work})")
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
         self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"

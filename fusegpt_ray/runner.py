@@ -50,8 +50,8 @@ class Runner:
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
         """States [B, T, D] after the block, which was number `dense` of the dense model; at most `rows` rows a call."""
-        parts = h_BTD.split(self.rows)
-        return torch.cat([run_block(module, part, self.context(dense, part)) for part in parts])
+        parts = [run_block(module, part, self.context(dense, part)) for part in h_BTD.split(self.rows)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
         rows, length, _ = h_BTD.shape

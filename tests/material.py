@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
     "sparsity": [0.125, 0.25],  # one and two of the eight blocks
     "calibration": {"windows": 16, "length": 24},
     "evaluation": {"heldout": {"length": 32}},
-    "importance": {"windows": 8, "batch": 2, "rows": 8},
+    "importance": {"windows": 8, "batch": 2},
     # Rates at which a few steps change the tiny model visibly.
     "fusion": {
         "group_size": 3,

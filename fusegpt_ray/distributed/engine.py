@@ -20,6 +20,7 @@ from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
@@ -44,7 +45,7 @@ class RayEngine:
             raise UserError("cluster.gpus_per_replica", gpus, problem, "lower it, cluster.replicas or cluster.workers")
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         self.replica = Replica(
-            cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.recipe.model.dtype, self.recipe.importance.rows
+            cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.recipe.model.dtype, self.recipe.importance.batch
         )
         self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.recipe.model.dtype, cluster.zero_stage)
         return self
@@ -57,8 +58,8 @@ class RayEngine:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
         return data.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
-    def score(self, stack: Stack, windows_WT: np.ndarray) -> dict[int, float]:
-        return scoring.score(stack, windows_WT, self.recipe.importance.batch, self.replica)
+    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
+        return scoring.score(stack, windows_WT, self.recipe.importance, self.replica, last)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()

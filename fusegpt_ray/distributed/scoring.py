@@ -3,7 +3,8 @@
 Shapes: W windows, N blocks, T tokens.
 
 Windows are split over replicas in whole batches, so that every window meets the same arithmetic on any number of replicas; the sums
-come back per window and are added in the windows' order. Tasks are pure functions of their arguments: a lost one is simply run again.
+come back per window. What is walked is decided here (`importance/search.py`), wave by wave, and does not depend on the number of
+replicas either. Tasks are pure functions of their arguments: a lost one is simply run again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ import torch
 
 from fusegpt_ray.anatomy import Context
 from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
-from fusegpt_ray.importance.sweep import scores, sweep
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.search import Job, block_forwards, search
+from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.recipe import Importance
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype
 from fusegpt_ray.stack import Stack
 
@@ -45,12 +49,18 @@ class Replica:
         return Runner(stack, device, pick_dtype(self.dtype, stack, device), self.rows)
 
 
-def score(stack: Stack, windows_WT: np.ndarray, batch: int, replica: Replica) -> dict[int, float]:
-    """Macro Influence by dense block number."""
-    shares = _shares(windows_WT, batch, replica.count)
-    tasks = [_sweep.options(**replica.resources).remote(stack, share, batch, replica) for share in shares]
-    sums_WN = torch.from_numpy(np.concatenate(ray.get(tasks)))
-    return scores(stack, sums_WN, windows_WT.shape[1])
+def score(stack: Stack, windows_WT: np.ndarray, settings: Importance, replica: Replica, last: Ranking | None) -> Ranking:
+    """See `Engine.score`."""
+    batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
+
+    def measure(jobs: list[Job]) -> list[np.ndarray]:
+        shares = _balance([block_forwards(len(stack), positions) for _, positions in jobs], replica.count)
+        parts = [[(batches[jobs[n][0]], jobs[n][1]) for n in share] for share in shares]
+        tasks = [_sweep.options(**replica.resources).remote(stack, share, replica) for share in parts]
+        sums = dict(zip((n for share in shares for n in share), (s for part in ray.get(tasks) for s in part), strict=True))
+        return [sums[n] for n in range(len(jobs))]
+
+    return search(measure, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
 
 
 def evaluate(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> float:
@@ -71,8 +81,9 @@ def _contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Co
 
 
 @ray.remote
-def _sweep(stack: Stack, windows_WT: np.ndarray, batch: int, replica: Replica) -> np.ndarray:
-    return sweep(replica.runner(stack), stack, torch.tensor(windows_WT), batch).numpy()
+def _sweep(stack: Stack, parts: list[tuple[np.ndarray, tuple[int, ...]]], replica: Replica) -> list[np.ndarray]:
+    walked = sweep(replica.runner(stack), stack, [Part(torch.tensor(windows_WT), positions) for windows_WT, positions in parts])
+    return [sums_WC.numpy() for sums_WC in walked]
 
 
 @ray.remote
@@ -85,3 +96,14 @@ def _shares(windows_WT: np.ndarray, batch: int, replicas: int) -> list[np.ndarra
     batches = -(-len(windows_WT) // batch)
     cuts = [batch * (batches * i // replicas) for i in range(1, replicas)]
     return [share for share in np.split(windows_WT, cuts) if len(share)]
+
+
+def _balance(costs: list[int], replicas: int) -> list[list[int]]:
+    """The numbers of jobs for each replica that gets some, of about the same cost: the dearest first, each to who has least."""
+    shares: list[list[int]] = [[] for _ in range(replicas)]
+    loads = [0] * replicas
+    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
+        least = loads.index(min(loads))
+        shares[least].append(job)
+        loads[least] += costs[job]
+    return [share for share in shares if share]

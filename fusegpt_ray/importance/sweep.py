@@ -1,15 +1,16 @@
-"""Macro Influence of every block in one walk over the model, exactly.
+"""Macro Influence of many candidates in one walk over the model, exactly.
 
-Shapes: W windows, N blocks of the stack, T tokens, D hidden size.
+Shapes: W windows, C candidates, T tokens, D hidden size.
 
-At block k the walk carries the full model's states and those of the k candidates already left out, stacked along the batch: the
-block's weights are read once and used for all. Candidate k joins as a copy of the full model's states entering block k. Block k costs
-k + 1 block-forwards, N (N + 1) / 2 in all, about half of N (N − 1) + N for a full forward pass for every candidate.
+The walk carries the full model's states and those of every candidate that is already left out: a block is read once and used for
+all. A candidate joins as a copy of the full model's states entering its block. In a model of N blocks a window costs N block-forwards
+and N − 1 − i more for a candidate at position i: N (N + 1) / 2 for all of them, about half of N² for N + 1 full forward passes.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -18,39 +19,33 @@ from fusegpt_ray.runner import Runner
 from fusegpt_ray.stack import Stack
 
 
+class Part(NamedTuple):
+    """A batch of windows, and the candidates to leave out for it."""
+
+    windows_WT: torch.Tensor
+    positions: tuple[int, ...]
+    """In the stack, in any order."""
+
+
 @torch.no_grad()
-def sweep(runner: Runner, stack: Stack, windows_WT: torch.Tensor, batch: int) -> torch.Tensor:
-    """1 − cos summed over tokens for every window and block: [W, N] float64 on the CPU; column i is the block at position i.
+def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on the CPU.
 
-    `batch` windows walk together. The arithmetic of a window depends on its batch alone, so that splitting the batches over
-    replicas changes nothing: batch i is windows i·batch … (i+1)·batch − 1.
+    All parts walk together, but one candidate of one part passes a block at a time. So the arithmetic of a window depends on the
+    windows of its batch alone: neither on the other candidates, nor on the other parts, nor on where they are walked.
     """
-    parts = windows_WT.split(batch)
-    # For each batch of windows: states [1 + candidates, W, T, D], the full model's first.
-    walking = [runner.embed(part)[None] for part in parts]
-    for block in stack.blocks:
+    fulls = [runner.embed(part.windows_WT) for part in parts]
+    without: list[dict[int, torch.Tensor]] = [{} for _ in parts]  # by position: states [W, T, D] of the model without it
+    for position, block in enumerate(stack.blocks):
         module = runner.load(block)
-        for i, h_CWTD in enumerate(walking):
-            after_CWTD = runner.apply(module, block.dense, h_CWTD.flatten(0, 1)).view_as(h_CWTD)
-            walking[i] = torch.cat([after_CWTD, h_CWTD[:1]])  # the new candidate: what entered this block
+        for i, part in enumerate(parts):
+            for other, h_WTD in without[i].items():
+                without[i][other] = runner.apply(module, block.dense, h_WTD)
+            if position in part.positions:
+                without[i][position] = fulls[i]
+            fulls[i] = runner.apply(module, block.dense, fulls[i])
         del module  # before the next one is read
-    return torch.cat([torch.stack([macro_influence(h[0], without) for without in h[1:]], dim=1) for h in walking]).cpu()
-
-
-def scores(stack: Stack, sums_WN: torch.Tensor, length: int) -> dict[int, float]:
-    """Dense block number → Macro Influence: the mean over all tokens of all windows.
-
-    Raises:
-        FloatingPointError: the model's states are not finite.
-    """
-    means_N = sums_WN.sum(dim=0) / (sums_WN.shape[0] * length)
-    table = dict(zip(stack.kept, means_N.tolist(), strict=True))
-    if bad := [dense for dense, value in table.items() if not math.isfinite(value)]:
-        reason = "NaN or Inf in the model's weights, or an overflow in its arithmetic"
-        raise FloatingPointError(f"the scores of {len(bad)} of {len(table)} blocks, such as block {bad[0]}, are nan: {reason}")
-    return table
-
-
-def lowest(table: dict[int, float]) -> int:
-    """The block to remove: the lowest score, the earlier block on a tie."""
-    return min(table, key=lambda dense: (table[dense], dense))
+    return [
+        torch.stack([macro_influence(full_WTD, h[position]) for position in part.positions], dim=1).cpu()
+        for part, full_WTD, h in zip(parts, fulls, without, strict=True)
+    ]

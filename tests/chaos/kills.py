@@ -13,12 +13,11 @@ import json
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,10 +194,8 @@ def _title(process: psutil.Process) -> str:
 
 
 def _kill(process: psutil.Process) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        pass
 
 
 def _reap(run: psutil.Popen) -> None:
@@ -240,13 +237,9 @@ def summary(outcomes: list[Outcome]) -> str:
     lines = [f"{'victim':<34}{'kills':>7}{'resumed':>9}{'identical':>11}{'lost':>6}"]
     for victim in dict.fromkeys(f"{o.case.victim} ({o.case.engine})" for o in outcomes):
         rows = [o for o in outcomes if f"{o.case.victim} ({o.case.engine})" == victim]
-        counts = (
-            sum(o.killed for o in rows),
-            sum(o.runs > 1 for o in rows),
-            sum(o.identical for o in rows),
-            sum(not o.finished for o in rows),
-        )
-        lines.append(f"{victim:<34}{counts[0]:>7}{counts[1]:>9}{counts[2]:>11}{counts[3]:>6}")
+        kills, resumed = sum(o.killed for o in rows), sum(o.runs > 1 for o in rows)
+        identical, lost = sum(o.identical for o in rows), sum(not o.finished for o in rows)
+        lines.append(f"{victim:<34}{kills:>7}{resumed:>9}{identical:>11}{lost:>6}")
     return "\n".join(lines)
 
 

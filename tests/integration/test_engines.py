@@ -102,7 +102,11 @@ def test_engines_make_the_same_model(run: Run, one: str, other: str, close: dict
             assert this["group"] == that["group"]
             # Later rounds score a model that was fine-tuned, hence only as equal as its weights.
             first = this is manifest["rounds"][0]
-            assert this["scores"] == (that["scores"] if first else pytest.approx(that["scores"], abs=close["atol"]))
+            if first or close is EXACT:
+                for key in ("scores", "stopped", "block_forwards"):
+                    assert this[key] == that[key]
+            for block in this["scores"].keys() & that["scores"].keys():
+                assert this["scores"][block] == pytest.approx(that["scores"][block], abs=close["atol"])
             for key in ("loss_first", "loss_last"):
                 assert this[key] == (that[key] and pytest.approx(that[key], rel=1e-4))  # sums in another order, or none for `mi`
         weights, others = (load_file(path / "model.safetensors") for path in (folder, same))
@@ -161,7 +165,9 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
     left = list(range(BLOCKS))
     for done in manifest["rounds"]:
         scores = {int(block): score for block, score in done["scores"].items()}
-        assert sorted(scores) == left
+        assert sorted([*scores, *map(int, done["stopped"])]) == left
+        assert all(item["at_least"] > scores[done["removed"]] for item in done["stopped"].values())
+        assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
         assert done["removed"] == min(scores, key=lambda block: scores[block])
         assert done["seconds"].keys() == {"score", "states", "finetune"}
         if recipe.method == "mi":
@@ -243,7 +249,7 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
 def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> tf.PreTrainedModel:
     """The dense model of transformers with the rounds' fine-tuned blocks put in its place, nothing published."""
     dense = open_stack(Path(recipe.model.source))
-    runner = Runner(dense, CPU, torch.float32, recipe.importance.rows)
+    runner = Runner(dense, CPU, torch.float32, recipe.importance.batch)
     tokenizer, settings = tf.AutoTokenizer.from_pretrained(recipe.model.source), recipe.calibration
     stream = token_stream(settings, 1_000_000, tokenizer, "calibration.data")
     windows_WT = torch.from_numpy(sample_windows(stream, settings.windows, settings.length, settings.seed, "calibration.data"))

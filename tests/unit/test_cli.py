@@ -180,16 +180,25 @@ def test_compress_removes_the_lowest_block_each_round(finished: Finished) -> Non
     manifest = finished.manifest(40)
     scores = macro_influence(load_model(finished.desk.model), windows_of(finished.desk, 4))
     assert manifest["removed"][0] == scores.index(min(scores))
-    assert manifest["rounds"][0]["scores"] == pytest.approx({str(i): score for i, score in enumerate(scores)}, rel=1e-4)
+    check_scores(manifest["rounds"][0], dict(enumerate(scores)))
     assert manifest["removed"] == [record["removed"] for record in manifest["rounds"]]
     assert manifest["kept"] == [block for block in range(DEPTH) if block not in manifest["removed"]]
     assert finished.manifest(20)["removed"] == manifest["removed"][:1]
 
     # The second round scores the model that the first one published.
     once = load_model(finished.folder(20))
-    again = dict(zip(map(str, finished.manifest(20)["kept"]), macro_influence(once, windows_of(finished.desk, 4)), strict=True))
-    assert manifest["rounds"][1]["scores"] == pytest.approx(again, rel=1e-4)
-    assert manifest["removed"][1] == int(min(again, key=again.__getitem__))
+    again = dict(zip(finished.manifest(20)["kept"], macro_influence(once, windows_of(finished.desk, 4)), strict=True))
+    check_scores(manifest["rounds"][1], again)
+    assert manifest["removed"][1] == min(again, key=again.__getitem__)
+
+
+def check_scores(record: dict[str, Any], expected: dict[int, float]) -> None:
+    """Each block is scored, or was stopped when it was above the lowest and not yet above its score."""
+    scores = {int(block): score for block, score in record["scores"].items()}
+    assert scores == pytest.approx({block: expected[block] for block in scores}, rel=1e-4)
+    assert sorted([*scores, *map(int, record["stopped"])]) == sorted(expected)
+    for block, item in record["stopped"].items():
+        assert min(scores.values()) < item["at_least"] <= expected[int(block)] * (1 + 1e-4)
 
 
 @pytest.mark.parametrize("percent", [20, 40])
@@ -247,8 +256,9 @@ def test_score_prints_one_json_object_with_true_scores(desk: Desk, capsys: pytes
     assert not desk.out.exists()
 
 
-def test_score_prints_a_table(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["score", desk.write()]) == 0
+@pytest.mark.parametrize("racing", [None, 0.5])
+def test_score_prints_the_full_table(racing: float | None, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["score", desk.write(importance={"windows": 4, "batch": 1, "racing": racing})]) == 0
     table = capsys.readouterr().out
     scores = macro_influence(load_model(desk.model), windows_of(desk, 4))
     rows = {int(block): float(score) for block, score in re.findall(r"│ *(\d+) *│ *([\d.]+)", table)}

@@ -208,7 +208,9 @@ def test_missing_keys(key: str) -> None:
         ({"evaluation": [{"data": "x"}]}, "evaluation"),
         ({"evaluation": {"wiki": "x"}}, "evaluation.wiki"),
         ({"evaluation": {"wiki": {"split": "test"}}}, "evaluation.wiki.data"),
-        ({"importance": {"rows": -1}}, "importance.rows"),
+        ({"importance": {"batch": 0}}, "importance.batch"),
+        ({"importance": {"racing": 1}}, "importance.racing"),
+        ({"importance": {"racing": math.nan}}, "importance.racing"),
         ({"fusion": {"preset": "papers"}}, "fusion.preset"),
         ({"fusion": {"preset": None}}, "fusion.preset"),
         ({"fusion": {"preset": ["paper"]}}, "fusion.preset"),
@@ -293,6 +295,12 @@ def test_scoring_has_its_windows() -> None:
     error = mistake(merged({"calibration": {"windows": 16}}))
     assert (error.key, error.value) == ("importance.windows", 32)
     assert recipe(calibration={"windows": 16}, importance={"windows": 16}).importance.windows == 16
+
+
+def test_racing_is_no_full_table() -> None:
+    error = mistake(merged({"importance": {"all": True, "racing": 0.05}}))
+    assert (error.key, error.value) == ("importance.racing", 0.05)
+    assert recipe(importance={"racing": 0.05}).importance.racing == 0.05
 
 
 # --- files and overrides ---

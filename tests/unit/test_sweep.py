@@ -7,21 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import DEPTH, hidden_states, load_model, open_stack, token_windows, without_blocks
+from models import DEPTH, SUPPORTED, hidden_states, load_model, open_stack, rewrite, token_windows, without_blocks
 from watching import Watch, size_of
 
 from fusegpt_ray import runner as runner_module
 from fusegpt_ray.importance.metrics import macro_influence
-from fusegpt_ray.importance.sweep import lowest, scores, sweep
+from fusegpt_ray.importance.ranking import lowest
+from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.runner import Runner
+from fusegpt_ray.source import Source
+from fusegpt_ray.stack import Stack
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 6, 9
 IDS = token_windows(WINDOWS, LENGTH)
 
 
-def make_runner(folder: Path, rows: int = 16) -> Runner:
-    return Runner(open_stack(folder), CPU, torch.float32, rows)
+def make_runner(folder: Path) -> Runner:
+    return Runner(open_stack(folder), CPU, torch.float32, rows=2)
 
 
 def one_minus_cosine(full_WTD: torch.Tensor, without_WTD: torch.Tensor) -> torch.Tensor:
@@ -46,6 +51,12 @@ def brute_force(folder: Path, name: str, kept: list[int]) -> torch.Tensor:
 CLOSE = {"rtol": 1e-5, "atol": 5e-6}
 
 
+def full_table(runner: Runner, stack: Stack, ids_WT: torch.Tensor, batch: int) -> torch.Tensor:
+    """1 − cos of every window and candidate: [W, N]."""
+    everyone = tuple(range(len(stack)))
+    return torch.cat(sweep(runner, stack, [Part(part, everyone) for part in ids_WT.split(batch)]))
+
+
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [1, 2, 4]], ids=["dense", "pruned"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen2"])
 def test_equals_a_full_forward_pass_for_every_block(name: str, kept: list[int], checkpoint: Callable[[str], Path]) -> None:
@@ -55,44 +66,86 @@ def test_equals_a_full_forward_pass_for_every_block(name: str, kept: list[int], 
         stack = stack.drop(dense)
     expected = brute_force(folder, name, kept)
     assert expected.min() > 0.01  # or the comparison would show nothing
+    torch.testing.assert_close(full_table(make_runner(folder), stack, IDS, batch=2), expected, **CLOSE)
 
-    sums = sweep(make_runner(folder), stack, IDS, batch=2)
-
-    torch.testing.assert_close(sums, expected, **CLOSE)
-    table = scores(stack, sums, LENGTH)
     means = (expected.sum(0) / (WINDOWS * LENGTH)).tolist()
-    assert table == pytest.approx(dict(zip(kept, means, strict=True)), rel=1e-5)
-    assert lowest(table) == kept[int(expected.sum(0).argmin())]
+    everything = engine_of(folder, all=True).score(stack, IDS.numpy())
+    assert everything.scores == pytest.approx(dict(zip(kept, means, strict=True)), rel=1e-5)
+    found = engine_of(folder).score(stack, IDS.numpy())
+    assert found.lowest == everything.lowest == kept[int(expected.sum(0).argmin())]
+    assert found.scores == {dense: everything.scores[dense] for dense in found.scores}  # to the last bit
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 100])
-def test_does_not_depend_on_how_many_rows_pass_at_once(rows: int, checkpoint: Callable[[str], Path]) -> None:
-    folder = checkpoint("gemma3")
-    stack = open_stack(folder)
-    # Only the order of additions inside a matrix product may change with the number of rows.
-    expected = sweep(make_runner(folder), stack, IDS, batch=3)
-    torch.testing.assert_close(sweep(make_runner(folder, rows), stack, IDS, batch=3), expected, **CLOSE)
+def engine_of(folder: Path, **importance: object) -> LocalEngine:
+    settings = {
+        "model": {"source": str(folder)},
+        "calibration": {"data": "unused", "length": LENGTH},
+        "importance": {"windows": WINDOWS, "batch": 2} | importance,
+        "output": {"uri": ".", "name": "unused"},
+    }
+    return LocalEngine(Recipe.parse(settings), Source.find(str(folder), None), open_stack(folder))
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_chooses_what_the_full_table_chooses_round_after_round(name: str, checkpoint: Callable[[str], Path]) -> None:
+    """Models of every architecture, down to two blocks, with and without what the last round found."""
+    folder = checkpoint(name)
+    exact, full = engine_of(folder, batch=1), engine_of(folder, batch=1, all=True)
+    stack, last = open_stack(folder), None
+    while len(stack) > 1:
+        expected = full.score(stack, IDS.numpy())
+        for found in (exact.score(stack, IDS.numpy()), exact.score(stack, IDS.numpy(), last)):
+            assert found.lowest == expected.lowest
+            assert all(score == expected.scores[dense] for dense, score in found.scores.items())
+            assert all(item.at_least <= expected.scores[dense] for dense, item in found.stopped.items())
+        stack, last = stack.drop(found.lowest), found
+
+
+def test_blocks_that_do_nothing_tie_and_the_earlier_one_goes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = without_effect(checkpoint("llama"), tmp_path, blocks=(1, 3))
+    found = engine_of(folder, batch=1).score(open_stack(folder), IDS.numpy())
+    assert (found.lowest, found.scores[1]) == (1, found.scores[3])
+    assert found.scores[1] >= 0  # the cosine of a state with itself may be rounded above 1
+    assert found.scores.keys() == {1, 3}
+
+
+def without_effect(folder: Path, out: Path, blocks: tuple[int, ...]) -> Path:
+    """The checkpoint with these blocks' outputs zeroed, so that they hand on what enters them."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        outputs = [f"model.layers.{i}.{name}.weight" for i in blocks for name in ("self_attn.o_proj", "mlp.down_proj")]
+        return tensors | {name: torch.zeros_like(tensors[name]) for name in outputs}
+
+    return rewrite(folder, out, change)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-@pytest.mark.parametrize("rows", [3, 16])
-def test_splitting_batches_over_replicas_changes_no_bit(name: str, rows: int, checkpoint: Callable[[str], Path]) -> None:
+def test_no_bit_depends_on_the_other_candidates_or_batches(name: str, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(name)
-    stack = open_stack(folder)
-    whole = sweep(make_runner(folder, rows), stack, IDS, batch=2)
-    for sizes in ([2, 4], [4, 2], [2, 2, 2]):
-        parts = [sweep(make_runner(folder, rows), stack, part, batch=2) for part in IDS.split(sizes)]
-        assert torch.equal(torch.cat(parts), whole)
+    stack, runner = open_stack(folder), make_runner(folder)
+    whole = full_table(runner, stack, IDS, batch=2)
+    for positions in ([3], [4, 0], [2, 1, 3], [4, 3, 2, 1, 0]):
+        for sizes in ([2], [2, 2], [2, 2, 2]):
+            parts = IDS.split(2)[: len(sizes)]
+            sums = sweep(runner, stack, [Part(part, tuple(positions)) for part in parts])
+            assert torch.equal(torch.cat(sums), whole[: 2 * len(sizes)][:, positions])
+    # Batches with candidates of their own, as the search asks for.
+    first, second = sweep(runner, stack, [Part(IDS[4:], (4,)), Part(IDS[:2], (0, 2))])
+    assert torch.equal(first, whole[4:, [4]])
+    assert torch.equal(second, whole[:2, [0, 2]])
 
 
 def test_an_incomplete_last_batch_counts_too(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("llama")
-    sums = sweep(make_runner(folder), open_stack(folder), IDS[:5], batch=2)
+    sums = full_table(make_runner(folder), open_stack(folder), IDS[:5], batch=2)
     assert sums.shape == (5, DEPTH)
     torch.testing.assert_close(sums, brute_force(folder, "llama", list(range(DEPTH)))[:5], **CLOSE)
 
 
-def test_costs_k_plus_one_block_forwards_for_block_k(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("importance", [{}, {"all": True}, {"racing": 0.5}])
+def test_block_forwards_are_counted_truly(
+    importance: dict[str, object], checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted: list[int] = []
     real = runner_module.run_block
 
@@ -102,9 +155,11 @@ def test_costs_k_plus_one_block_forwards_for_block_k(checkpoint: Callable[[str],
 
     monkeypatch.setattr(runner_module, "run_block", counting)
     folder = checkpoint("llama")
-    sweep(make_runner(folder, rows=7), open_stack(folder), IDS, batch=3)
-    assert sum(counted) == WINDOWS * DEPTH * (DEPTH + 1) // 2
-    assert max(counted) <= 7
+    found = engine_of(folder, **importance).score(open_stack(folder), IDS.numpy())
+    assert sum(counted) == found.cost.done
+    assert found.cost.single_walk == WINDOWS * DEPTH * (DEPTH + 1) // 2
+    assert (found.cost.done == found.cost.single_walk) == ("all" in importance)
+    assert max(counted) == 2  # one candidate of one batch at a time
 
 
 @pytest.mark.parametrize("use", ["sweep", "walk"])
@@ -114,7 +169,7 @@ def test_every_block_is_read_once_and_forgotten(use: str, checkpoint: Callable[[
     watch = Watch()
     monkeypatch.setattr(runner_module, "read_tensors", watch)
     if use == "sweep":
-        sweep(runner, stack, IDS, batch=2)
+        full_table(runner, stack, IDS, batch=2)
     else:
         for _ in runner.walk(stack, IDS):
             pass
@@ -155,3 +210,12 @@ def test_macro_influence_by_hand() -> None:
     sums = macro_influence(full, without)
     assert sums.dtype == torch.float64
     torch.testing.assert_close(sums, expected, rtol=0, atol=2e-7)  # the cosines are float32
+
+
+def test_no_token_counts_below_zero() -> None:
+    """Or the sum over some windows were no lower bound of the sum over all. Cosines of parallel float32 vectors pass 1."""
+    states = torch.randn(50, 40, 48)
+    assert (torch.nn.functional.cosine_similarity(states, states * 3, dim=-1) > 1).any()
+    sums = macro_influence(states[:, :1], states[:, :1] * 3)  # one token each
+    assert sums.min() == 0
+    assert torch.isnan(macro_influence(states * torch.nan, states)).all()

@@ -1,0 +1,76 @@
+"""What scoring finds: which block goes, and how far the others are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """A candidate that was not walked over all windows, because it cannot be the lowest (or, racing, is very unlikely to be)."""
+
+    at_least: float
+    """Its Macro Influence is no lower: what its windows so far add to the mean over all windows."""
+    mean: float
+    """Over the windows it was walked on: an estimate of its Macro Influence."""
+    windows: int
+    """That it was walked on."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Block-forwards: one block applied to one window."""
+
+    done: int
+    single_walk: int
+    """Of the full table in a single walk, N (N + 1) / 2 a window."""
+    brute_force: int
+    """Of N + 1 full forward passes, N² a window."""
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The outcome of scoring a stack. Blocks are named by their dense numbers."""
+
+    scores: dict[int, float]
+    """Macro Influence of the blocks known over `windows` windows, in the stack's order; the lowest of all is among them."""
+    stopped: dict[int, Stopped]
+    """All other blocks."""
+    windows: int
+    """All windows; fewer where racing left one block before their end."""
+    cost: Cost
+
+    @property
+    def lowest(self) -> int:
+        """The block to remove."""
+        return lowest(self.scores)
+
+    @property
+    def estimates(self) -> dict[int, float]:
+        """Of every block, as well as it is known."""
+        return self.scores | {dense: item.mean for dense, item in self.stopped.items()}
+
+    def to_record(self) -> dict[str, Any]:
+        """Its part of a round's record in journal and manifest."""
+        return {
+            "scores": {str(dense): score for dense, score in self.scores.items()},
+            "stopped": {str(dense): vars(item).copy() for dense, item in self.stopped.items()},
+            "windows": self.windows,
+            "block_forwards": vars(self.cost).copy(),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        return cls(
+            {int(dense): score for dense, score in record["scores"].items()},
+            {int(dense): Stopped(**item) for dense, item in record["stopped"].items()},
+            record["windows"],
+            Cost(**record["block_forwards"]),
+        )
+
+
+def lowest(table: Mapping[int, float]) -> int:
+    """The block to remove: the lowest score, the earlier block on a tie."""
+    return min(table, key=lambda dense: (table[dense], dense))
