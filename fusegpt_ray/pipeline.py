@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             published = _published_before(recipe, targets, run_id)
             run = _Run(recipe, engine, journal, dense, windows_WT, show)
             done = run.rounds([target.remove for target in targets if target.folder not in published])
-            judge = _Judge(engine, dense, held_out, show)
+            judge = _Judge(engine, dense, held_out, windows_WT, show)
             for target in targets:
                 if target.folder in published:
                     continue
@@ -64,10 +65,10 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
                     "recipe": recipe.model_dump(mode="json"),
                     "removed": [record["removed"] for record in records],
                     "rounds": records,
-                    "perplexity": judge.perplexities(stack),
                 }
+                measure = partial(judge.measure, target.folder, stack)
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
-                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts, measure)
             journal.remove()
         results = [published[target.folder] for target in targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
@@ -246,24 +247,33 @@ class _Run:
 
 @dataclass
 class _Judge:
-    """Perplexities of the dense, the dropped and the fused model on the held-out texts."""
+    """Proves a published model, and measures it beside the dense and the dropped one on the held-out texts."""
 
     engine: Engine
     dense: Stack
     held_out: Mapping[str, np.ndarray]
+    windows_WT: np.ndarray
+    """Of the calibration text, for a proof without held-out texts."""
     show: Display
 
     def __post_init__(self) -> None:
         self._dense = {name: self.engine.perplexity(self.dense, windows) for name, windows in self.held_out.items()}
 
-    def perplexities(self, stack: Stack) -> dict[str, dict[str, float]]:
+    def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
+        """The proof that the model in `folder` is the stack, and perplexities; `published` is the folder's own stack."""
+        windows_WT = next(iter(self.held_out.values()), self.windows_WT)
+        proof = self.engine.prove(published, folder, stack, windows_WT)
+        return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}
+
+    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, float]]:
+        """`fused` is that of the published weights, in their dtype, not of the float32 blocks they were rounded from."""
         dropped = self.dense
         for dense in set(self.dense.kept) - set(stack.kept):
             dropped = dropped.drop(dense)
         found = {}
         for name, windows_WT in self.held_out.items():
-            plain = self.engine.perplexity(dropped, windows_WT)
-            fused = plain if stack == dropped else self.engine.perplexity(stack, windows_WT)
+            fused = self.engine.perplexity(published, windows_WT)
+            plain = fused if stack == dropped else self.engine.perplexity(dropped, windows_WT)
             length = int(windows_WT.shape[1])
             found[name] = {"dense": self._dense[name], "dropped": plain, "fused": fused, "length": length}
         return found

@@ -92,6 +92,17 @@ def stream(uri: str) -> Iterator[bytes]:
         yield part
 
 
+def download(uri: str, path: str) -> None:
+    """Copy a file to a local path, `STEP` bytes in memory at a time."""
+
+    def once() -> None:
+        with open(path, "wb") as file:
+            for part in stream(uri):
+                file.write(part)
+
+    patiently(path, once)
+
+
 def read_json(uri: str) -> Any:
     return json.loads(read(uri))
 
