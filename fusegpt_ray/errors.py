@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something the user can mend: `key` is the recipe key (or argument), `value` what it was, `fix` what to do."""
@@ -27,3 +30,14 @@ class StorageError(OSError):
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, str]]:
         return type(self), (self.uri, self.problem, self.fix)
+
+
+@contextmanager
+def blaming(key: str, value: object) -> Iterator[None]:
+    """Before a run begins: a store's failure that the user can mend is a mistake in this recipe key."""
+    try:
+        yield
+    except StorageError as error:
+        if not error.fix:
+            raise
+        raise UserError(key, value, error.problem, error.fix) from error

@@ -127,7 +127,7 @@ def trouble(error: BaseException) -> Trouble | None:
         passing = said.status in _PASSING_STATUS or said.code in _PASSING_CODES
         if isinstance(error, FileNotFoundError | FileExistsError) and not passing and said.code not in _FIXES:
             return None
-        fix = _FIXES.get(said.code, "check the credentials and their rights" if said.status in (401, 403) else "")
+        fix = _FIXES.get(said.code, "check the credentials, their rights and the region" if said.status in (400, 401, 403) else "")
         return Trouble(cleaned(f"the store answered {said.status} {said.code} ({said.message})"), passing, fix)
     classes = {link.__name__ for link in type(error).__mro__}
     text = cleaned(f"{type(error).__name__}: {error}")

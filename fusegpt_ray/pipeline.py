@@ -12,7 +12,7 @@ import numpy as np
 
 from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.sweep import lowest
 from fusegpt_ray.journal import Done, Journal, checksum, identity
@@ -36,8 +36,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
         source, depth = _check_source(recipe.model, _lengths(recipe))
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets)
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
@@ -85,8 +84,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     """
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -124,8 +122,7 @@ def evaluate(
     )
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -147,8 +144,16 @@ def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
 
 
 def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, int]:
-    source = Source.find(model.source, model.revision)
-    return source, check_model(source, lengths)
+    with blaming("model.source", model.source):
+        source = Source.find(model.source, model.revision)
+        return source, check_model(source, lengths)
+
+
+def _open_source(source: Source) -> Stack:
+    """The dense stack of a source whose tokenizer loads; reads headers, no weights."""
+    with blaming("model.source", source.name):
+        source.tokenizer()
+        return source.stack()
 
 
 def _lengths(recipe: Recipe) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -17,7 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.compression import compr
 from fsspec.core import url_to_fs
+from fsspec.utils import infer_compression
 
 from fusegpt_ray.patience import answer, patiently
 
@@ -90,6 +93,45 @@ def stream(uri: str) -> Iterator[bytes]:
         if len(part) != end - begin:
             raise OSError(f"{uri} ended early: {begin + len(part)} of {total} bytes")
         yield part
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[BinaryIO]:
+    """A file to be read in a stream, decompressed if its name says that it is compressed."""
+    fs, path = filesystem(uri)
+    if "s3" not in fs.protocol:  # nothing to wait for, or a file system with retries of its own
+        with fsspec.open(uri, "rb", compression="infer") as file:
+            yield file
+        return
+    raw = cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
+    codec = infer_compression(path)
+    yield compr[codec](raw, mode="rb") if codec else raw
+
+
+class _Ranges(io.RawIOBase):
+    """A file of an object store, read range by range: a range that breaks off is read again, not the file."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.at, self.total = uri, 0, size(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.total}[whence]
+        return self.at
+
+    def readinto(self, into: Any) -> int:
+        end = min(self.at + len(into), self.total)
+        if end <= self.at:
+            return 0
+        (part,) = read_ranges(self.uri, [(self.at, end)])
+        into[: len(part)] = part
+        self.at += len(part)
+        return len(part)
 
 
 def download(uri: str, path: str) -> None:
