@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.patience import Trouble, cleaned, trouble
+from fusegpt_ray.patience import Trouble, cleaned, patiently, trouble
 from fusegpt_ray.recipe import Text
 
 Format = Literal["text", "jsonl", "parquet", "datasets"]
@@ -59,13 +58,13 @@ def sources(text: Text, key: str) -> list[Source]:
     """
     data = text.data
     with _explained(key, data):
-        fs, path = fsspec.core.url_to_fs(data)
-        if fs.isdir(path):
+        fs, path = storage.filesystem(data)
+        if patiently(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
                 raise UserError(key, data, "is a folder", f"give its files, such as {data.rstrip('/')}/*.parquet")
             return [_dataset(path, text, key)]
         # A name with brackets is a glob only if there is no file of that name.
-        entries = {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
+        entries = patiently(data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True))
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")
     if not paths and _DATASET_ID.fullmatch(data) and not _FILE_NAME.search(data):
         return [_dataset(data, text, key)]

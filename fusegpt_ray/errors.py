@@ -26,7 +26,7 @@ class StorageError(OSError):
 
     def __init__(self, uri: str, problem: str, fix: str = "") -> None:
         self.uri, self.problem, self.fix = uri, problem, fix
-        super().__init__(f"{uri}: {problem}." + (f" Fix: {fix}." if fix else ""))
+        super().__init__(f"{uri}: {problem.rstrip('.')}." + (f" Fix: {fix}." if fix else ""))
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, str]]:
         return type(self), (self.uri, self.problem, self.fix)

@@ -78,8 +78,6 @@ class Answer:
     status: int
     code: str
     message: str
-    retries: int
-    """How often the library had sent the request before."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ def answer(error: BaseException) -> Answer | None:
             said, meta = response["Error"], response.get("ResponseMetadata", {})
             code = str(said.get("Code", ""))
             status = meta.get("HTTPStatusCode") or (int(code) if code.isdecimal() else 0)
-            return Answer(status, code, str(said.get("Message", "")), meta.get("RetryAttempts", 0))
+            return Answer(status, code, str(said.get("Message", "")))
     return None
 
 

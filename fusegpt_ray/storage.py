@@ -22,7 +22,7 @@ from fsspec.compression import compr
 from fsspec.core import url_to_fs
 from fsspec.utils import infer_compression
 
-from fusegpt_ray.patience import answer, patiently
+from fusegpt_ray.patience import patiently
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
@@ -170,27 +170,24 @@ def create(uri: str, data: bytes) -> None:
         FileExistsError: it exists.
     """
     fs, path = filesystem(uri)
-    unclear = False
-    """Whether an earlier try may have succeeded, its answer lost."""
+    # A put that succeeded and whose answer was lost is sent again, by us, botocore or aiohttp (which tells nobody), and then refused:
+    # the object's own mark says whether it was ours.
+    mark = secrets.token_hex(8)
+    marked = {"Metadata": {"writer": mark}} if "s3" in fs.protocol else {}
 
     def once() -> None:
-        nonlocal unclear
         _make_parent(fs, path)
         if "file" in fs.protocol:
             _place_local(Path(path), data, _link)
             return
         try:
-            fs.pipe_file(path, data, mode="create")
-        except Exception as error:
-            said = answer(error)
-            refused = isinstance(error, FileExistsError) or (said is not None and said.status in (409, 412))
-            unclear = unclear or not refused or bool(said and said.retries)
-            # A conditional put that lost is FileExistsError on some servers, OSError(22) on others; 409 may also mean "try again".
-            if (refused or isinstance(error, OSError)) and exists(uri):
-                if unclear and read(uri) == data:
-                    return
-                raise FileExistsError(uri) from error
-            raise
+            fs.pipe_file(path, data, mode="create", **marked)
+        except OSError as error:  # a conditional put that lost is FileExistsError on some servers, OSError(22) on others
+            if not isinstance(error, FileExistsError) and not exists(uri):
+                raise
+            if marked and fs.metadata(path, refresh=True).get("writer") == mark:
+                return
+            raise FileExistsError(uri) from error
 
     patiently(uri, once)
 
