@@ -192,7 +192,7 @@ def compare(
     if len(published) != len(stack):
         raise ProofError(f"the published model has {len(published)} blocks, the stack {len(stack)}")
     ours, theirs = here.embed(windows_WT), there.embed(windows_WT)
-    largest = _difference(theirs, ours, here.dtype, "its embeddings")
+    largest = _difference(theirs, ours, here.dtype, "its embedding")
     for position, (block, found) in enumerate(zip(stack.blocks, published.blocks, strict=True)):
         ours = here.apply(_rounded(here, block, found), block.dense, ours)
         theirs = there.apply(there.load(found), found.dense, theirs)

@@ -221,14 +221,15 @@ def test_a_shard_of_an_earlier_attempt(folder: Callable[[str], Path], checkpoint
         opened(out, open_stack(checkpoint("llama")))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+NAN, INF = float("nan"), float("inf")
+NOT_FINITE = [(dtype, value) for dtype in (torch.float32, torch.bfloat16, torch.float16) for value in (NAN, INF, -INF)]
+
+
+@pytest.mark.parametrize(("dtype", "value"), [*NOT_FINITE, (torch.float8_e4m3fn, NAN)])  # which has no Inf
 @pytest.mark.parametrize("place", [0, 500, 999], ids=["first", "middle", "last"])
 def test_nan_and_inf_are_found_wherever_they_are(
     dtype: torch.dtype, value: float, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if dtype == torch.float8_e4m3fn and value == value:
-        pytest.skip("this dtype has no Inf")
     monkeypatch.setattr(storage, "STEP", 333)  # steps that cut elements in two
     good, bad = torch.randn(1000).to(dtype), torch.randn(1000).to(dtype)
     bad[place] = value
@@ -308,7 +309,7 @@ def nudged(name: str, by: float) -> Callable[[Tensors], Tensors]:
 OTHER = {
     "swapped": (swapped, r"block 0 \(block 0 of the dense model\) is off"),
     "nudged": (nudged("model.layers.2.mlp.down_proj.weight", 0.01), r"block 2 \(block 4 of the dense model\) is off"),
-    "embedding": (nudged("model.embed_tokens.weight", 0.01), "its embeddings is off|its embeddings are off"),
+    "embedding": (nudged("model.embed_tokens.weight", 0.01), "its embedding is off"),
     "head": (nudged("lm_head.weight", 0.1), r"logits differ from the stack's: mean KL .* nats a token"),
 }
 
