@@ -20,6 +20,7 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.patience import patiently
 from fusegpt_ray.records import FileRecord as FileRecord
 
 INDEX = "model.safetensors.index.json"
@@ -181,7 +182,14 @@ class Entry:
 
 
 def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
-    """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it."""
+    """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it.
+
+    A store that fails in passing gets the whole file again: entries are loaded anew, nothing of the broken stream stays.
+    """
+    return patiently(file, lambda: _write_once(file, entries))
+
+
+def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:

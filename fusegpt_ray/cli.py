@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.recipe import Cluster, Evaluation, Recipe
 
 
@@ -30,12 +30,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped{arguments.again}", file=sys.stderr)
         return 130
+    except StorageError as error:  # no trace: it would show what the store's libraries say, uncleaned, and help nobody
+        error = getattr(error, "cause", error)  # from a Ray task, the error itself rather than Ray's account of it
+        print(f"failed: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        return _failed(arguments)
     except Exception as error:  # the last place: the trace for whoever mends it, then what happened and where
         traceback.print_exc()
         print(f"\nfailed: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        if arguments.run is _compress:
-            print("The same command goes on from the last finished round.", file=sys.stderr)
-        return 1
+        return _failed(arguments)
+
+
+def _failed(arguments: argparse.Namespace) -> int:
+    if arguments.run is _compress:
+        print("The same command goes on from the last finished round.", file=sys.stderr)
+    return 1
 
 
 def _compress(arguments: argparse.Namespace) -> int:

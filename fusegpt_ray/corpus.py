@@ -18,11 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray import storage
+from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.patience import Trouble, cleaned, patiently, trouble
 from fusegpt_ray.recipe import Text
 
 Format = Literal["text", "jsonl", "parquet", "datasets"]
@@ -57,13 +58,13 @@ def sources(text: Text, key: str) -> list[Source]:
     """
     data = text.data
     with _explained(key, data):
-        fs, path = fsspec.core.url_to_fs(data)
-        if fs.isdir(path):
+        fs, path = storage.filesystem(data)
+        if patiently(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
                 raise UserError(key, data, "is a folder", f"give its files, such as {data.rstrip('/')}/*.parquet")
             return [_dataset(path, text, key)]
         # A name with brackets is a glob only if there is no file of that name.
-        entries = {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
+        entries = patiently(data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True))
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")
     if not paths and _DATASET_ID.fullmatch(data) and not _FILE_NAME.search(data):
         return [_dataset(data, text, key)]
@@ -124,9 +125,11 @@ def _format(path: str) -> Format:
     return _FORMATS.get(name.rpartition(".")[2].lower(), "text")
 
 
-def _opened(source: Source) -> Any:
-    # newline="\n": lines end there only, and "\r\n" stays as it is.
-    return fsspec.open(source.uri, "rt", encoding="utf-8", newline="\n", compression="infer")
+@contextmanager
+def _opened(source: Source) -> Iterator[io.TextIOWrapper]:
+    with storage.reading(source.uri) as file:
+        # newline="\n": lines end there only, and "\r\n" stays as it is.
+        yield io.TextIOWrapper(file, encoding="utf-8", newline="\n")
 
 
 def _rows(source: Source) -> Iterator[str]:
@@ -150,7 +153,7 @@ def _records(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     elif source.format == "parquet":
         import pyarrow.parquet
 
-        with fsspec.open(source.uri, "rb", compression="infer") as file:
+        with storage.reading(source.uri) as file:
             parquet = pyarrow.parquet.ParquetFile(file)
             _check_column(source, source.uri, parquet.schema_arrow.names)
             batches = parquet.iter_batches(batch_size=1024, columns=[text.column])
@@ -217,7 +220,14 @@ def _explained(key: str, value: str) -> Iterator[None]:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         problem = f"not UTF-8 text ({error.reason})"
         raise UserError(key, value, problem, "convert it to UTF-8, or to JSONL or Parquet") from error
-    except _BAD_FILE as error:
+    except Exception as error:
+        found = error if isinstance(error, StorageError) else trouble(error)
+        if found and found.fix:
+            raise UserError(key, value, f"cannot be read ({found.problem})", found.fix) from error
+        if isinstance(found, Trouble):
+            raise StorageError(cleaned(value), found.problem) from error
+        if not isinstance(error, _BAD_FILE):
+            raise
         problem = f"cannot be read ({type(error).__name__}: {error})"
         raise UserError(key, value, problem, "check the path, the permissions and the file") from error
 

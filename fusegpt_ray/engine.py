@@ -11,6 +11,7 @@ import numpy as np
 
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Text
 from fusegpt_ray.stack import Stack
 
@@ -48,3 +49,6 @@ class Engine(Protocol):
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""
+
+    def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
+        """That the published model computes what the stack does (see `proof.prove`)."""

@@ -1,6 +1,9 @@
-"""A user's mistake: the message names the key, the value and the fix (the command line ends with exit code 2)."""
+"""Errors with one clear message: a user's mistake (exit code 2), and a store that failed for good (exit code 1)."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -13,3 +16,28 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
         # An exception is pickled by its `args` (the one message) unless told otherwise; Ray sends it between processes.
         return type(self), (self.key, self.value, self.problem, self.fix)
+
+
+class StorageError(OSError):
+    """A store failed for good: the message names the URI and the cause, and `fix` says what to do, where that is known.
+
+    Without a `fix` nobody is at fault (an outage, say): the same command later goes on. No message holds a secret.
+    """
+
+    def __init__(self, uri: str, problem: str, fix: str = "") -> None:
+        self.uri, self.problem, self.fix = uri, problem, fix
+        super().__init__(f"{uri}: {problem.rstrip('.')}." + (f" Fix: {fix}." if fix else ""))
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, str]]:
+        return type(self), (self.uri, self.problem, self.fix)
+
+
+@contextmanager
+def blaming(key: str, value: object) -> Iterator[None]:
+    """Before a run begins: a store's failure that the user can mend is a mistake in this recipe key."""
+    try:
+        yield
+    except StorageError as error:
+        if not error.fix:
+            raise
+        raise UserError(key, value, error.problem, error.fix) from error

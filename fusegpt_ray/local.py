@@ -19,6 +19,7 @@ from fusegpt_ray.fusion.round import Round, build_student, group_states, save_gr
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype
 from fusegpt_ray.source import Source
@@ -72,4 +73,12 @@ class LocalEngine:
         return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        return perplexity(window_losses(self.runner, stack, torch.from_numpy(windows_WT)))
+        runner = self.runner if stack.trunk == self.dense.trunk else self._other(stack)
+        return perplexity(window_losses(runner, stack, torch.from_numpy(windows_WT)))
+
+    def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
+        return prove(published, folder, stack, self.runner, self._other(published), torch.from_numpy(windows_WT))
+
+    def _other(self, stack: Stack) -> Runner:
+        """For a checkpoint with a trunk of its own: a published one."""
+        return Runner(stack, self.device, self.dtype, self.recipe.importance.batch)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.heartbeat import Heartbeat
 from fusegpt_ray.importance.ranking import Ranking
@@ -38,8 +39,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
         source, depth = _check_source(recipe.model, _lengths(recipe))
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets)
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
@@ -56,7 +56,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
             run = _Run(recipe, engine, journal, dense, windows_WT, show)
             done = run.rounds([target.remove for target in targets if target.folder not in published])
-            judge = _Judge(engine, dense, held_out, show)
+            judge = _Judge(engine, dense, held_out, windows_WT, show)
             for target in targets:
                 if target.folder in published:
                     continue
@@ -69,10 +69,10 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
                     "recipe": recipe.model_dump(mode="json"),
                     "removed": [record["removed"] for record in records],
                     "rounds": records,
-                    "perplexity": judge.perplexities(stack),
                 }
+                measure = partial(judge.measure, target.folder, stack)
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
-                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts)
+                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts, measure)
             life.close()  # a later sign would bring the folder back
             journal.remove()
         results = [published[target.folder] for target in targets]
@@ -92,8 +92,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -131,8 +130,7 @@ def evaluate(
     )
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        source.tokenizer()
-        dense = source.stack()
+        dense = _open_source(source)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -154,8 +152,16 @@ def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
 
 
 def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, int]:
-    source = Source.find(model.source, model.revision)
-    return source, check_model(source, lengths)
+    with blaming("model.source", model.source):
+        source = Source.find(model.source, model.revision)
+        return source, check_model(source, lengths)
+
+
+def _open_source(source: Source) -> Stack:
+    """The dense stack of a source whose tokenizer loads; reads headers, no weights."""
+    with blaming("model.source", source.name):
+        source.tokenizer()
+        return source.stack()
 
 
 def _lengths(recipe: Recipe) -> dict[str, int]:
@@ -254,24 +260,33 @@ class _Run:
 
 @dataclass
 class _Judge:
-    """Perplexities of the dense, the dropped and the fused model on the held-out texts."""
+    """Proves a published model, and measures it beside the dense and the dropped one on the held-out texts."""
 
     engine: Engine
     dense: Stack
     held_out: Mapping[str, np.ndarray]
+    windows_WT: np.ndarray
+    """Of the calibration text, for a proof without held-out texts."""
     show: Display
 
     def __post_init__(self) -> None:
         self._dense = {name: self.engine.perplexity(self.dense, windows) for name, windows in self.held_out.items()}
 
-    def perplexities(self, stack: Stack) -> dict[str, dict[str, float]]:
+    def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
+        """The proof that the model in `folder` is the stack, and perplexities; `published` is the folder's own stack."""
+        windows_WT = next(iter(self.held_out.values()), self.windows_WT)
+        proof = self.engine.prove(published, folder, stack, windows_WT)
+        return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}
+
+    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, float]]:
+        """`fused` is that of the published weights, in their dtype, not of the float32 blocks they were rounded from."""
         dropped = self.dense
         for dense in set(self.dense.kept) - set(stack.kept):
             dropped = dropped.drop(dense)
         found = {}
         for name, windows_WT in self.held_out.items():
-            plain = self.engine.perplexity(dropped, windows_WT)
-            fused = plain if stack == dropped else self.engine.perplexity(stack, windows_WT)
+            fused = self.engine.perplexity(published, windows_WT)
+            plain = fused if stack == dropped else self.engine.perplexity(dropped, windows_WT)
             length = int(windows_WT.shape[1])
             found[name] = {"dense": self._dense[name], "dropped": plain, "fused": fused, "length": length}
         return found

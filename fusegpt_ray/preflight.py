@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import build_skeleton, find_blocks, read_config
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError, blaming
 from fusegpt_ray.journal import Journal, settings
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.source import MANIFEST, Source
@@ -72,6 +72,12 @@ def check_output(recipe: Recipe, targets: list[Target]) -> None:
         storage.filesystem(recipe.output.uri)
     except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
         raise _unwritable(recipe, error) from error
+    with blaming("output.uri", recipe.output.uri):
+        _check_places(recipe, targets)
+        _check_writable(recipe)
+
+
+def _check_places(recipe: Recipe, targets: list[Target]) -> None:
     for folder in (*(target.folder for target in targets), Journal.of(recipe).folder):
         if "://" not in folder and Path(folder).exists() and not Path(folder).is_dir():
             problem = f"a file is in the way at {folder}"
@@ -81,7 +87,6 @@ def check_output(recipe: Recipe, targets: list[Target]) -> None:
     if finished and (len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
     Journal.of(recipe).check(settings(recipe))
-    _check_writable(recipe)
 
 
 def name_taken(recipe: Recipe, target: Target) -> UserError:
@@ -99,6 +104,8 @@ def _check_writable(recipe: Recipe) -> None:
         else:
             there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
             tempfile.TemporaryFile(dir=there).close()
+    except StorageError:
+        raise
     except OSError as error:
         raise _unwritable(recipe, error) from error
 

@@ -1,13 +1,14 @@
 """A stack → an ordinary Hugging Face checkpoint, streamed tensor by tensor; its manifest last.
 
-A reader trusts only the manifest: a folder without `fusegpt.json` is not a model.
+A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is read back from the store before the
+next one is written, and the whole is proven to be the model before the manifest is (see `proof.py`).
 """
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -19,6 +20,7 @@ from fusegpt_ray import storage
 from fusegpt_ray.anatomy import auto_class, read_config
 from fusegpt_ray.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
 from fusegpt_ray.modelcard import model_card
+from fusegpt_ray.proof import open_published, read_back
 from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
 
@@ -33,11 +35,26 @@ class Published:
     manifest: dict[str, Any]
 
 
-def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes: int, facts: Mapping[str, Any]) -> Published:
-    """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes; `facts` go into the manifest and the card.
+Measure = Callable[[Stack], Mapping[str, Any]]
+"""Asked for facts about the published model, given as its stack, before it is finished; raises where it is not what it should be."""
+
+
+def publish(
+    folder: str,
+    stack: Stack,
+    dense: Stack,
+    source: Source,
+    shard_bytes: int,
+    facts: Mapping[str, Any],
+    measure: Measure = lambda _: {},
+) -> Published:
+    """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
+
+    `facts` and those that `measure` finds go into the manifest and the card.
 
     Raises:
-        OSError: the store failed, or a file arrived with another size than was sent. No manifest is written then.
+        StorageError: the store failed. No manifest is written then, nor in the next case.
+        ProofError: what arrived is not what was sent, or not the model.
         FileExistsError: a finished model has this name, or another run published it meanwhile.
     """
     if storage.exists(storage.join(folder, MANIFEST)):
@@ -47,11 +64,13 @@ def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes
     def put(name: str, data: bytes) -> None:
         storage.write(storage.join(folder, name), data)
         files[name] = FileRecord.of(data)
+        read_back(storage.join(folder, name), files[name])
 
     weight_map: dict[str, str] = {}
     entries = list(model_entries(stack, dense))
     for name, shard in plan_shards(entries, shard_bytes).items():
         files[name], _ = write_safetensors(storage.join(folder, name), shard)
+        read_back(storage.join(folder, name), files[name])
         weight_map |= {entry.name: name for entry in shard}
     if list(files) != [SINGLE]:
         index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
@@ -59,18 +78,17 @@ def publish(folder: str, stack: Stack, dense: Stack, source: Source, shard_bytes
     put("config.json", (json.dumps(shrink_config(stack), indent=2) + "\n").encode())
     for name in source.small_files:
         put(name, storage.read(storage.join(source.folder, name)))
+    measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
     manifest: dict[str, Any] = {
         "format": 1,
         **facts,
+        **measured,
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
         "versions": versions(),
     }
     put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
-    for name, record in files.items():
-        if (arrived := storage.size(storage.join(folder, name))) != record.size:
-            raise OSError(f"{storage.join(folder, name)} has {arrived} bytes, {record.size} were written")
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)

@@ -16,7 +16,7 @@ from typing import Any
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import dense_stack, read_config
 from fusegpt_ray.checkpoint import read_index
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.manifest import MANIFEST as MANIFEST
 from fusegpt_ray.stack import Stack
 
@@ -86,6 +86,8 @@ class Source:
             raise UserError(key, self.name, "no config.json there", "give the folder of a Hugging Face checkpoint") from error
         except (ValueError, RecursionError) as error:
             raise UserError(key, self.name, f"config.json is not JSON ({error})", "download the checkpoint again") from error
+        except StorageError:
+            raise
         except OSError as error:
             raise UserError(key, self.name, f"cannot be read ({error})", "check the path and the permissions") from error
         if not isinstance(raw, dict):

@@ -1,27 +1,38 @@
 """A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
 
-Notable: no rename anywhere (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
+from fsspec.compression import compr
 from fsspec.core import url_to_fs
+from fsspec.utils import infer_compression
+
+from fusegpt_ray.patience import patiently
+
+STEP = 1 << 25
+"""Bytes of a file held at a time by what reads it from end to end."""
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system and the path in it that `uri` names; credentials come from the environment alone."""
     fs, path = url_to_fs(str(uri))
+    if "s3" in fs.protocol:
+        fs.retries = 1  # botocore tries requests again, and `patiently` what is left; a third loop would multiply the two
     return fs, path
 
 
@@ -37,14 +48,15 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
-    return bool(fs.exists(path))
+    return bool(patiently(uri, lambda: fs.exists(path)))
 
 
 def names(uri: str) -> list[str]:
     """Names of the files directly in a folder, sorted; empty if there is no such folder."""
     fs, path = filesystem(uri)
+    fresh = {"refresh": True} if "s3" in fs.protocol else {}
     try:
-        entries = fs.ls(path, detail=True, refresh=True) if "s3" in fs.protocol else fs.ls(path, detail=True)
+        entries = patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
     except FileNotFoundError:
         return []
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
@@ -54,20 +66,83 @@ def names(uri: str) -> list[str]:
 
 def size(uri: str) -> int:
     fs, path = filesystem(uri)
-    return int(fs.size(path))
+    fs.invalidate_cache(path)
+    return int(patiently(uri, lambda: fs.size(path)))
 
 
 def read(uri: str) -> bytes:
     fs, path = filesystem(uri)
-    return bytes(fs.cat_file(path))
+    return bytes(patiently(uri, lambda: fs.cat_file(path)))
 
 
 def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
     """The bytes [begin, end) of one file, several ranges at once (concurrently where the store can)."""
     fs, path = filesystem(uri)
     begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+    paths = [path] * len(ranges)
     # on_error="raise": fsspec would otherwise hand exceptions back as if they were bytes.
-    return [bytes(part) for part in fs.cat_ranges([path] * len(ranges), begins, ends, on_error="raise")]
+    return [bytes(part) for part in patiently(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))]
+
+
+def stream(uri: str) -> Iterator[bytes]:
+    """A file's bytes from beginning to end, `STEP` at a time; a step that breaks off is read again, not the file."""
+    total = size(uri)
+    for begin in range(0, total, STEP):
+        end = min(begin + STEP, total)
+        (part,) = read_ranges(uri, [(begin, end)])
+        if len(part) != end - begin:
+            raise OSError(f"{uri} ended early: {begin + len(part)} of {total} bytes")
+        yield part
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[BinaryIO]:
+    """A file to be read in a stream, decompressed if its name says that it is compressed."""
+    fs, path = filesystem(uri)
+    if "s3" not in fs.protocol:  # nothing to wait for, or a file system with retries of its own
+        with fsspec.open(uri, "rb", compression="infer") as file:
+            yield file
+        return
+    raw = cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
+    codec = infer_compression(path)
+    yield compr[codec](raw, mode="rb") if codec else raw
+
+
+class _Ranges(io.RawIOBase):
+    """A file of an object store, read range by range: a range that breaks off is read again, not the file."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.at, self.total = uri, 0, size(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.total}[whence]
+        return self.at
+
+    def readinto(self, into: Any) -> int:
+        end = min(self.at + len(into), self.total)
+        if end <= self.at:
+            return 0
+        (part,) = read_ranges(self.uri, [(self.at, end)])
+        into[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+def download(uri: str, path: str) -> None:
+    """Copy a file to a local path, `STEP` bytes in memory at a time."""
+
+    def once() -> None:
+        with open(path, "wb") as file:
+            for part in stream(uri):
+                file.write(part)
+
+    patiently(path, once)
 
 
 def read_json(uri: str) -> Any:
@@ -75,9 +150,17 @@ def read_json(uri: str) -> Any:
 
 
 def write(uri: str, data: bytes) -> None:
+    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them."""
     fs, path = filesystem(uri)
-    _make_parent(fs, path)
-    fs.pipe_file(path, data)
+
+    def once() -> None:
+        _make_parent(fs, path)
+        if "file" in fs.protocol:
+            _place_local(Path(path), data, os.replace)
+        else:
+            fs.pipe_file(path, data)
+
+    patiently(uri, once)
 
 
 def create(uri: str, data: bytes) -> None:
@@ -87,80 +170,106 @@ def create(uri: str, data: bytes) -> None:
         FileExistsError: it exists.
     """
     fs, path = filesystem(uri)
-    _make_parent(fs, path)
-    if "file" in fs.protocol:
-        _create_local(Path(path), data)
-        return
-    try:
-        fs.pipe_file(path, data, mode="create")
-    except OSError as error:  # a conditional put that lost is FileExistsError on some servers, OSError(22) on others
-        if isinstance(error, FileExistsError) or exists(uri):
+    # A put that succeeded and whose answer was lost is sent again, by us, botocore or aiohttp (which tells nobody), and then refused:
+    # the object's own mark says whether it was ours.
+    mark = secrets.token_hex(8)
+    marked = {"Metadata": {"writer": mark}} if "s3" in fs.protocol else {}
+
+    def once() -> None:
+        _make_parent(fs, path)
+        if "file" in fs.protocol:
+            _place_local(Path(path), data, _link)
+            return
+        try:
+            fs.pipe_file(path, data, mode="create", **marked)
+        except OSError as error:  # a conditional put that lost is FileExistsError on some servers, OSError(22) on others
+            if not isinstance(error, FileExistsError) and not exists(uri):
+                raise
+            if marked and fs.metadata(path, refresh=True).get("writer") == mark:
+                return
             raise FileExistsError(uri) from error
-        raise
+
+    patiently(uri, once)
 
 
-def _create_local(path: Path, data: bytes) -> None:
-    """All of it or nothing, whatever kills us: a hard link to a finished file appears at once, and fails if the name is taken."""
+def _place_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
+    """All of it or nothing, whatever kills us: `place` gives a finished temporary file its name."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
-                raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
-            temporary.rename(path)
+        place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _link(temporary: Path, path: Path) -> None:
+    """A hard link to a finished file appears at once, and fails if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
+        temporary.rename(path)
+
+
 @contextmanager
 def writing(uri: str) -> Iterator[BinaryIO]:
-    """A stream into a new file, which a reader may see only when the block ends without an exception."""
+    """A stream into a new file, which a reader may see only when the block ends without an exception.
+
+    Not patient: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
+    """
     fs, path = filesystem(uri)
     _make_parent(fs, path)
     file = fs.open(path, "wb")
     try:
         yield cast(BinaryIO, file)
+        file.close()
     except BaseException:
-        if isinstance(file, fsspec.spec.AbstractBufferedFile):  # an object store's multipart upload: nothing appears
-            if not file.closed:
-                file.discard()
+        with suppress(Exception):  # what broke the stream is the news, not that tidying up after it fails, too
+            if isinstance(file, fsspec.spec.AbstractBufferedFile):  # an object store's multipart upload: nothing appears
                 file.closed = True
-        else:
-            file.close()
-            fs.rm_file(path)
+                file.discard()
+            else:
+                _close_anyhow(file)
+                fs.rm_file(path)
         raise
-    file.close()
+
+
+def _close_anyhow(file: Any) -> None:
+    """Close a file whose last bytes may have no room."""
+    with suppress(OSError):
+        file.close()
 
 
 def remove(uri: str, recursive: bool = False) -> None:
     """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none."""
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
-    if fs.exists(path):
-        fs.rm(path, recursive=recursive)
+
+    def once() -> None:
+        if fs.exists(path):
+            fs.rm(path, recursive=recursive)
+
+    patiently(uri, once)
 
 
 def sha256(uri: str) -> str:
-    """SHA-256 of a file's bytes, in hex; a few megabytes in memory at a time."""
-    fs, path = filesystem(uri)
+    """SHA-256 of a file's bytes, in hex; `STEP` bytes in memory at a time."""
     digest = hashlib.sha256()
-    with fs.open(path, "rb") as file:
-        while part := file.read(1 << 22):
-            digest.update(part)
+    for part in stream(uri):
+        digest.update(part)
     return digest.hexdigest()
 
 
 def fingerprint(uri: str) -> str:
     """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
     fs, path = filesystem(uri)
-    info = fs.info(path)
+    info = patiently(uri, lambda: fs.info(path))
     for key in ("ETag", "etag", "md5Hash", "content_md5", "crc32c"):
         if info.get(key):
             return f"{key} {info[key]}"

@@ -21,6 +21,7 @@ from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
@@ -73,6 +74,9 @@ class RayEngine:
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         return scoring.evaluate(stack, windows_WT, self.replica)
+
+    def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
+        return scoring.prove(published, folder, stack, windows_WT, self.replica)
 
     def _start(self) -> None:
         """Join the cluster the recipe or RAY_ADDRESS names, else start a local Ray on the loopback interface."""

@@ -21,6 +21,8 @@ from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
 from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.proof import WINDOWS, Proof
+from fusegpt_ray.proof import prove as prove_here
 from fusegpt_ray.recipe import Importance
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype
 from fusegpt_ray.stack import Stack
@@ -70,6 +72,11 @@ def evaluate(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> float:
     return perplexity(torch.from_numpy(np.concatenate(ray.get(tasks))))
 
 
+def prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, replica: Replica) -> Proof:
+    """See `proof.prove`; on one replica, which has never seen the published model before."""
+    return ray.get(_prove.options(**replica.resources).remote(published, folder, stack, windows_WT[:WINDOWS], replica))
+
+
 def contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Context]:
     """See `Trunk.contexts`; on the CPU. A task of its own, so that only a replica ever holds the trunk."""
     return ray.get(_contexts.options(**replica.resources).remote(stack, rows, length, replica))
@@ -84,6 +91,12 @@ def _contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Co
 def _sweep(stack: Stack, parts: list[tuple[np.ndarray, tuple[int, ...]]], replica: Replica) -> list[np.ndarray]:
     walked = sweep(replica.runner(stack), stack, [Part(torch.tensor(windows_WT), positions) for windows_WT, positions in parts])
     return [sums_WC.numpy() for sums_WC in walked]
+
+
+@ray.remote
+def _prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, replica: Replica) -> Proof:
+    here, there = replica.runner(stack), replica.runner(published)
+    return prove_here(published, folder, stack, here, there, torch.tensor(windows_WT))
 
 
 @ray.remote

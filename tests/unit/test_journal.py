@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from faults import full_disk
 from models import load_model, open_stack
 from safetensors.torch import load_file, save_file
 from test_cli import Desk, random_text
@@ -148,17 +147,6 @@ def test_what_a_stopped_round_left_is_not_trusted(desk: Desk, undisturbed: dict[
     assert half
     compress(recipe(desk), Watching())
     assert published(desk) == undisturbed["at_end"]
-
-
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file may grow beyond `room` bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:

@@ -1,0 +1,166 @@
+"""What a failing store is answered with: another try after a growing, random pause, or one clear error.
+
+Notable:
+- S3 requests are tried again by botocore itself (5 times within seconds, `AWS_MAX_ATTEMPTS`); s3fs' own loop around it is switched
+  off (`storage.filesystem`), because the two multiply. What is left to us are streams that break after the answer began, which no
+  request's retry sees, and outages longer than botocore's few seconds: a verb is tried until the store has failed for
+  `FUSEGPT_PATIENCE` seconds (default 120);
+- errors are told apart by their class's name and the server's answer, so that no store's package is imported here;
+- what a message quotes is cleaned of user names, passwords, signatures and keys.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fusegpt_ray.errors import StorageError
+
+T = TypeVar("T")
+
+LONGEST_PAUSE = 30.0
+# Classes of botocore, aiohttp, requests, httpx and Python: the connection failed, at once or in the middle of an answer.
+_PASSING = {
+    "HTTPClientError",
+    "ClientPayloadError",
+    "ClientConnectionError",
+    "IncompleteRead",
+    "IncompleteReadError",
+    "ResponseParserError",
+    "TransportError",
+    "ConnectionError",
+    "TimeoutError",
+}
+_NO_CREDENTIALS = {
+    "NoCredentialsError",
+    "PartialCredentialsError",
+    "CredentialRetrievalError",
+    "ProfileNotFound",
+    "SSOError",
+    "SSOTokenLoadError",
+    "TokenRetrievalError",
+    "LoginRefreshRequired",
+}
+_PASSING_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "NoSuchUpload", "OperationAborted"}
+"""`NoSuchUpload`: the upload was finished and the answer lost; it is written again."""
+_PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504, 509}
+_KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile"
+_FIXES = {
+    "ExpiredToken": "renew the credentials and run the same command again",
+    "ExpiredTokenException": "renew the credentials and run the same command again",
+    "TokenRefreshRequired": "renew the credentials and run the same command again",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidAccessKeyId": _KEYS,
+    "InvalidToken": _KEYS,
+    "SignatureDoesNotMatch": _KEYS,
+    "NoSuchBucket": "create the bucket, or correct its name",
+    "InvalidBucketName": "correct the bucket's name",
+    "QuotaExceeded": "free space there, or choose another place",
+}
+_LOCAL = {
+    errno.ENOSPC: "free space there, or choose another place",
+    errno.EDQUOT: "free space there, or choose another place",
+    errno.EFBIG: "lower output.shard_gb, or raise the limit on a file's size",
+    errno.EROFS: "choose a place that can be written",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said."""
+
+    status: int
+    code: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A failure of the store, not a fact about a file (that it is missing, say)."""
+
+    problem: str
+    passing: bool
+    """Whether another try may help."""
+    fix: str = ""
+
+
+def patiently(uri: str, verb: Callable[[], T]) -> T:
+    """`verb()`, tried again while the store fails in a way that may pass. It must be safe to do twice.
+
+    Raises:
+        StorageError: trying again cannot help, or did not for `FUSEGPT_PATIENCE` seconds.
+    """
+    patience = float(os.environ.get("FUSEGPT_PATIENCE", "120"))
+    failed: float | None = None
+    attempt = 0
+    while True:
+        try:
+            return verb()
+        except Exception as error:
+            found = trouble(error)
+            if found is None:
+                raise
+            failed = time.monotonic() if failed is None else failed
+            pause = min(LONGEST_PAUSE, 0.2 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
+            if not found.passing:
+                raise StorageError(cleaned(uri), found.problem, found.fix) from error
+            if time.monotonic() + pause > failed + patience:
+                raise StorageError(cleaned(uri), f"{found.problem}; given up after {attempt + 1} tries") from error
+        attempt += 1
+        time.sleep(pause)
+
+
+def trouble(error: BaseException) -> Trouble | None:
+    """What an exception says about the store; nothing if it is about a file, or a mistake of ours."""
+    if isinstance(error, StorageError):
+        return None
+    said = answer(error)
+    if said is not None:
+        passing = said.status in _PASSING_STATUS or said.code in _PASSING_CODES
+        if isinstance(error, FileNotFoundError | FileExistsError) and not passing and said.code not in _FIXES:
+            return None
+        fix = _FIXES.get(said.code, "check the credentials, their rights and the region" if said.status in (400, 401, 403) else "")
+        return Trouble(cleaned(f"the store answered {said.status} {said.code} ({said.message})"), passing, fix)
+    classes = {link.__name__ for link in type(error).__mro__}
+    text = cleaned(f"{type(error).__name__}: {error}")
+    if classes & _NO_CREDENTIALS:
+        return Trouble(text, False, _KEYS)
+    if classes & _PASSING:
+        return Trouble(text, True)
+    if isinstance(error, OSError) and error.errno in _LOCAL:
+        return Trouble(cleaned(str(error)), False, _LOCAL[error.errno])
+    return None
+
+
+def answer(error: BaseException) -> Answer | None:
+    """The server's answer behind an exception; s3fs turns botocore's into Python's own and keeps the first as the cause."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        if isinstance(response, dict) and isinstance(response.get("Error"), dict):
+            said, meta = response["Error"], response.get("ResponseMetadata", {})
+            code = str(said.get("Code", ""))
+            status = meta.get("HTTPStatusCode") or (int(code) if code.isdecimal() else 0)
+            return Answer(status, code, str(said.get("Message", "")))
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def cleaned(text: str) -> str:
+    """`text` without what could be a secret: user names in URIs, signed queries, and the values of the environment's keys."""
+    text = re.sub(r"://[^/@\s'\"]+@", "://***@", text)
+    text = re.sub(r"\?[^\s'\"]*(?i:signature|token|credential|key)[^\s'\"]*", "?***", text)
+    for name, value in os.environ.items():
+        if re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", name) and len(value) >= 8:
+            text = text.replace(value, "***")
+    return text

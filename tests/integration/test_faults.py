@@ -1,0 +1,347 @@
+"""A store that fails: what passes is waited for, with the same bytes in the end; what does not is one clear error.
+
+The same command goes on afterwards. The faults are injected between the package and a real S3 server (see `faults.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+import yaml
+from faults import FOREVER, Fault, Proxy, answers, full_disk, lost, reset, reset_halfway, stalled, truncated
+from s3fs import S3FileSystem
+
+from fusegpt_ray import storage
+from fusegpt_ray.checkpoint import Entry, FileRecord, read_header, read_tensors, write_safetensors
+from fusegpt_ray.cli import main
+from fusegpt_ray.errors import StorageError
+
+pytestmark = pytest.mark.integration
+
+BUSY = {status: answers(status, code) for status, code in [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")]}
+PASSING = {"500": BUSY[500], "503": BUSY[503], "429": BUSY[429], "reset": reset}
+BROKEN = {"reset-halfway": reset_halfway, "truncated": truncated, "stalled": stalled}
+EXPIRED = answers(403, "ExpiredToken", "The provided token has expired.")
+DATA = bytes(range(256)) * 300
+
+
+def each(kinds: dict[str, Callable]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("happens", kinds.values(), ids=kinds)
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """The S3 server as the package sees it: one try a request, three seconds of silence are too long, small parts."""
+    upstream = int(s3.client.meta.endpoint_url.rsplit(":", 1)[1])
+    proxy = Proxy(upstream)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("FUSEGPT_PATIENCE", "60")
+    options = {"config_kwargs": {"read_timeout": 3, "connect_timeout": 3}, "default_block_size": 5 * 2**20}
+    monkeypatch.setitem(fsspec.config.conf, "s3", options)
+    S3FileSystem.clear_instance_cache()
+    yield proxy
+    proxy.stop()
+    S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def stored(s3, bucket: str, proxy: Proxy) -> str:
+    """The URI of an object."""
+    s3.client.put_object(Bucket=bucket, Key="folder/there", Body=DATA)
+    return f"s3://{bucket}/folder/there"
+
+
+# --- reading ---
+
+
+@each(PASSING | BROKEN)
+def test_reading_survives(happens: Callable, stored: str, proxy: Proxy) -> None:
+    times = 1 if happens is stalled else 3
+    ranges = [(0, 4096), (5, 3000), (70_000, len(DATA))]
+    for read, expected in [
+        (partial(storage.read, stored), DATA),
+        (partial(storage.read_ranges, stored, ranges), [DATA[begin:end] for begin, end in ranges]),
+    ]:
+        fault = Fault(happens, "GET", "/folder/there", times=times)
+        proxy.inject(fault)
+        assert read() == expected
+        assert fault.hit == times
+
+
+@each(PASSING)
+def test_looking_survives(happens: Callable, stored: str, proxy: Proxy) -> None:
+    looks = [
+        ("HEAD", partial(storage.exists, stored), True),
+        ("HEAD", partial(storage.size, stored), len(DATA)),
+        ("HEAD", partial(storage.sha256, stored), FileRecord.of(DATA).sha256),
+        ("GET", partial(storage.names, stored.rsplit("/", 1)[0]), ["there"]),
+    ]
+    for method, look, expected in looks:
+        fault = Fault(happens, method, "folder", times=3)
+        proxy.inject(fault)
+        assert look() == expected
+        assert fault.hit == 3, look
+
+
+def test_a_stream_goes_on_where_it_broke(s3, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    s3.client.put_object(Bucket=bucket, Key="lines.txt", Body="\n".join(map(str, range(20_000))).encode())
+    monkeypatch.setattr(storage, "STEP", 1 << 15)
+    fault = Fault(truncated, "GET", "lines.txt", times=2, skip=1)
+    proxy.inject(fault)
+    with storage.reading(f"s3://{bucket}/lines.txt") as file:
+        assert [int(line) for line in file] == list(range(20_000))
+    assert fault.hit == 2
+
+
+# --- writing ---
+
+
+@each(PASSING | {"lost": lost})
+def test_writing_survives(happens: Callable, s3, bucket: str, proxy: Proxy) -> None:
+    for name, write in {"written": storage.write, "created": storage.create}.items():
+        fault = Fault(happens, "PUT", name, times=3)
+        proxy.inject(fault)
+        write(f"s3://{bucket}/{name}", DATA)
+        assert fault.hit >= 3 - (name == "created" and happens is lost)  # there the second try may find what the first one did
+        assert s3.objects(bucket)[name] == DATA
+
+
+def large() -> list[Entry]:
+    """Tensors that are uploaded in three parts."""
+    tensors = {name: torch.full((1_400_000,), value) for name, value in {"a": 1.0, "b": 2.0, "c": 3.0}.items()}
+    return [Entry(name, tensor.dtype, tuple(tensor.shape), tensor.clone) for name, tensor in tensors.items()]
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+@each(PASSING | {"lost": lost})
+def test_a_large_upload_survives(happens: Callable, method: str, s3, bucket: str, proxy: Proxy) -> None:
+    """POST: where it begins and where it ends; PUT: its parts."""
+    entries = large()
+    file = f"s3://{bucket}/model.safetensors"
+    for skip in (0, 1):
+        fault = Fault(happens, method, "model.safetensors", times=3, skip=skip)
+        proxy.inject(fault)
+        record, refs = write_safetensors(file, entries)
+        assert fault.hit == 3
+        assert FileRecord.of(s3.objects(bucket)["model.safetensors"]) == record
+        for entry in entries:
+            assert torch.equal(read_tensors(refs)[entry.name], entry.load())
+
+
+def test_an_upload_that_fails_for_good_leaves_nothing(s3, bucket: str, proxy: Proxy) -> None:
+    proxy.inject(Fault(EXPIRED, "PUT", "partNumber=2", times=FOREVER))
+    with pytest.raises(StorageError, match="ExpiredToken"):
+        write_safetensors(f"s3://{bucket}/model.safetensors", large())
+    assert s3.objects(bucket) == {}
+    assert "Uploads" not in s3.client.list_multipart_uploads(Bucket=bucket)
+
+
+@pytest.mark.parametrize("tries", ["1", "3"], ids=["ours", "botocores"])
+@pytest.mark.parametrize("happens", [lost, reset, BUSY[503]], ids=["lost", "reset", "503"])
+def test_a_create_tried_again_is_still_exact(
+    happens: Callable, tries: str, s3, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", tries)
+    uri = f"s3://{bucket}/manifest"
+    proxy.inject(Fault(happens, "PUT", "manifest"))
+    storage.create(uri, b"mine")
+    proxy.inject(Fault(happens, "PUT", "manifest"))
+    with pytest.raises(FileExistsError):
+        storage.create(uri, b"another's")
+    proxy.inject()
+    with pytest.raises(FileExistsError):
+        storage.create(uri, b"mine")  # nothing was unclear this time
+    assert s3.objects(bucket) == {"manifest": b"mine"}
+
+
+# --- errors for good ---
+
+
+REFUSED = {
+    "expired": (EXPIRED, "ExpiredToken", "renew the credentials"),
+    "wrong-key": (answers(403, "InvalidAccessKeyId"), "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"),
+    "denied": (answers(403, "AccessDenied"), "AccessDenied", "their rights"),
+    "no-bucket": (answers(404, "NoSuchBucket"), "NoSuchBucket", "create the bucket"),
+}
+
+
+@pytest.mark.parametrize(("happens", "code", "fix"), REFUSED.values(), ids=REFUSED)
+def test_what_no_retry_mends_is_said_at_once(happens: Callable, code: str, fix: str, stored: str, s3, proxy: Proxy) -> None:
+    verbs = {
+        "GET": partial(storage.read_ranges, stored, [(0, 9)]),
+        "PUT": partial(storage.write, stored, b"new"),
+    }
+    for method, verb in verbs.items():
+        fault = Fault(happens, method, "there", times=FOREVER)
+        proxy.inject(fault)
+        with pytest.raises(StorageError) as failed:
+            verb()
+        assert str(failed.value).startswith(f"{stored}: ")
+        assert code in failed.value.problem and fix in failed.value.fix
+        assert fault.hit == 1, "tried again in vain"
+
+
+def test_a_missing_file_is_still_a_missing_file(stored: str) -> None:
+    with pytest.raises(FileNotFoundError) as missing:
+        storage.read(f"{stored}-not")
+    assert not isinstance(missing.value, StorageError)
+
+
+def test_a_store_that_stays_away_is_given_up_on(stored: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FUSEGPT_PATIENCE", "0.5")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    fault = Fault(BUSY[503], "GET", "there", times=FOREVER)
+    proxy.inject(fault)
+    with pytest.raises(StorageError, match=r"503 SlowDown .*given up after \d+ tries") as failed:
+        storage.read_ranges(stored, [(0, 9)])
+    assert failed.value.fix == ""
+    assert 2 < fault.hit <= 10, "the retries of two layers multiply"
+
+
+def test_without_credentials(stored: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    S3FileSystem.clear_instance_cache()
+    with pytest.raises(StorageError, match="NoCredentialsError") as failed:
+        storage.read(stored)
+    assert "AWS_ACCESS_KEY_ID" in failed.value.fix
+
+
+def test_no_secret_is_quoted(stored: str, s3, proxy: Proxy) -> None:
+    leaky = f"key {s3.keys[0]} secret {s3.keys[1]} at https://user:hunter2@host/x?X-Amz-Signature=5ec2e7"
+    proxy.inject(Fault(answers(403, "SignatureDoesNotMatch", leaky), "GET", "there", times=FOREVER))
+    with pytest.raises(StorageError, match="SignatureDoesNotMatch") as failed:
+        storage.read_ranges(stored, [(0, 9)])
+    for secret in (*s3.keys, "hunter2", "5ec2e7"):
+        assert secret not in str(failed.value)
+
+
+# --- a whole run ---
+
+RESULTS = ("/model.safetensors", "/config.json")
+
+
+def results(objects: dict[str, bytes]) -> dict[str, bytes]:
+    return {key.split("results/")[-1]: data for key, data in objects.items() if key.endswith(RESULTS) and "tiny-p" in key}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(s3, material, tmp_path_factory) -> dict[str, bytes]:
+    """The weights and configurations of a run in a folder."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert main(["compress", written(folder / "recipe.yaml", material.recipe(folder / "results"))]) == 0
+    found = results(files(folder))
+    assert len(found) == 4
+    return found
+
+
+def written(path: Path, recipe: dict) -> str:
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+@pytest.fixture
+def recipe(s3, material, bucket: str, proxy: Proxy, tmp_path: Path) -> str:
+    """The path of a recipe that reads and writes everything on S3."""
+    s3.upload(material.model.iterdir(), bucket, "models/dense")
+    s3.upload([material.calibration, material.heldout], bucket, "texts")
+    changes = {
+        "model": {"source": f"s3://{bucket}/models/dense"},
+        "calibration": {"data": f"s3://{bucket}/texts/{material.calibration.name}"},
+        "evaluation": {"heldout": {"data": f"s3://{bucket}/texts/{material.heldout.name}"}},
+    }
+    return written(tmp_path / "recipe.yaml", material.recipe(f"s3://{bucket}/results", **changes))
+
+
+def test_a_run_survives_what_passes(recipe: str, s3, bucket: str, proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
+    faults = [
+        Fault(BUSY[503], "GET", "dense/config.json"),
+        Fault(BUSY[429], "GET", "list-type=2", times=3),
+        Fault(truncated, "GET", "dense/model.safetensors", skip=5, times=3),
+        Fault(stalled, "GET", "dense/model.safetensors", skip=20),
+        Fault(reset_halfway, "GET", r"texts/calibration\.txt$", times=3),
+        Fault(lost, "PUT", "identity.json"),
+        Fault(lost, "PUT", "round-001.json"),
+        Fault(BUSY[500], "PUT", "round-002.json", times=3),
+        Fault(reset, "PUT", "blocks/round-002", times=3),
+        Fault(lost, "PUT", "tiny-p12.5/model.safetensors"),
+        Fault(truncated, "GET", "tiny-p12.5/model.safetensors", times=3),
+        Fault(BUSY[503], "PUT", "tiny-p25/config.json", times=3),
+        Fault(lost, "PUT", "fusegpt.json", times=2),
+    ]
+    proxy.inject(*faults)
+    assert main(["compress", recipe]) == 0
+    assert {fault.path: fault.hit for fault in faults} == {fault.path: fault.times for fault in faults}
+    assert results(s3.objects(bucket)) == undisturbed
+
+
+def assert_one_clear_error(err: str, *parts: str) -> None:
+    line = next(line for line in err.splitlines() if line.startswith(("failed: ", "error: ")))
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in err and "PLANTED" not in err
+
+
+@pytest.mark.parametrize("path", ["blocks/round-002", "tiny-p12.5/model.safetensors", "tiny-p25/fusegpt.json"])
+def test_a_run_that_may_not_go_on(
+    path: str, recipe: str, s3, bucket: str, proxy: Proxy, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.inject(Fault(EXPIRED, "PUT", path, times=FOREVER))
+    assert main(["compress", recipe]) == 1
+    err = capsys.readouterr().err
+    assert_one_clear_error(err, path, "ExpiredToken", "renew the credentials and run the same command again")
+    assert err.endswith("The same command goes on from the last finished round.\n")
+    published = sum(key.endswith("fusegpt.json") for key in s3.objects(bucket))
+    assert published == (path == "tiny-p25/fusegpt.json")  # the first model, which was finished before
+
+    proxy.inject()
+    assert main(["compress", recipe]) == 0
+    assert "going on after round" in capsys.readouterr().err
+    assert results(s3.objects(bucket)) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key"),
+    [
+        ("GET", "models/dense/config.json", "model.source"),
+        ("GET", "models/dense/model.safetensors", "model.source"),
+        ("PUT", "results/", "output.uri"),
+        ("GET", "texts/calibration.txt", "calibration.data"),
+        ("GET", "texts/heldout.txt", "evaluation.heldout.data"),
+    ],
+)
+def test_before_the_run_begins_it_is_the_users_mistake(
+    method: str, path: str, key: str, recipe: str, s3, bucket: str, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxy.inject(Fault(EXPIRED, method, path, times=FOREVER))
+    assert main(["compress", recipe]) == 2
+    assert_one_clear_error(capsys.readouterr().err, f"error: {key} = ", "ExpiredToken", "renew the credentials")
+    assert not [key for key in s3.objects(bucket) if key.startswith("results/")]
+
+
+def test_a_full_disk(material, tmp_path: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["compress", written(tmp_path / "recipe.yaml", material.recipe(tmp_path / "results"))]
+    largest = max(ref.end for file in material.model.glob("*.safetensors") for ref in read_header(str(file), "model").values())
+    with full_disk(largest // 2):
+        assert main(command) == 1
+    err = capsys.readouterr().err
+    assert_one_clear_error(err, "tiny-p12.5/model.safetensors", "File too large", "Fix: ")
+    left = files(tmp_path / "results")
+    assert not [name for name in left if re.search(r"fusegpt\.json|tiny-p|(^|/)\.", name)], "half a file, or a manifest"
+    assert main(command) == 0
+    assert "going on after round 2" in capsys.readouterr().err
+    assert results(files(tmp_path)) == undisturbed
