@@ -1,6 +1,7 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
 #   make test         style, types and the whole test suite
+# and one breaks runs for half an hour: make chaos
 # Both make .venv first. On a GPU machine: make TORCH= CONSTRAINTS= quickstart (pip then takes torch's own CUDA build).
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test install clean
+.PHONY: quickstart test chaos install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
@@ -18,6 +19,9 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+chaos: install
+	$(BIN)/python tests/chaos/kills.py
 
 install: .venv/installed
 

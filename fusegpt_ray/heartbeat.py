@@ -49,4 +49,4 @@ class Heartbeat:
     def _beat(self, **more: str) -> None:
         sign = {"time": time.time(), "host": socket.gethostname(), "pid": os.getpid(), "doing": self._doing(), **self._facts, **more}
         with contextlib.suppress(Exception):  # of whatever kind the store raises
-            storage.write(self._file, json.dumps(sign).encode())
+            storage.write(self._file, json.dumps(sign).encode(), patience=0)

@@ -13,12 +13,12 @@ import torch
 
 from fusegpt_ray import calibration
 from fusegpt_ray.engine import Epoch, Tuned
-from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.perplexity import CHUNK, perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype

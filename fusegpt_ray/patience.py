@@ -90,13 +90,14 @@ class Trouble:
     fix: str = ""
 
 
-def patiently(uri: str, verb: Callable[[], T]) -> T:
+def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) -> T:
     """`verb()`, tried again while the store fails in a way that may pass. It must be safe to do twice.
 
     Raises:
-        StorageError: trying again cannot help, or did not for `FUSEGPT_PATIENCE` seconds.
+        StorageError: trying again cannot help, or did not for `patience` seconds (`FUSEGPT_PATIENCE` if None).
     """
-    patience = float(os.environ.get("FUSEGPT_PATIENCE", "120"))
+    if patience is None:
+        patience = float(os.environ.get("FUSEGPT_PATIENCE", "120"))
     failed: float | None = None
     attempt = 0
     while True:

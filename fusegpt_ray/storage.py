@@ -149,8 +149,11 @@ def read_json(uri: str) -> Any:
     return json.loads(read(uri))
 
 
-def write(uri: str, data: bytes) -> None:
-    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them."""
+def write(uri: str, data: bytes, patience: float | None = None) -> None:
+    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them.
+
+    `patience`: seconds to go on where the store fails, if not the usual ones.
+    """
     fs, path = filesystem(uri)
 
     def once() -> None:
@@ -160,7 +163,7 @@ def write(uri: str, data: bytes) -> None:
         else:
             fs.pipe_file(path, data)
 
-    patiently(uri, once)
+    patiently(uri, once, patience)
 
 
 def create(uri: str, data: bytes) -> None:

@@ -17,10 +17,10 @@ import ray
 import torch
 
 from fusegpt_ray.anatomy import Context
-from fusegpt_ray.evaluate import CHUNK, perplexity, window_losses
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
 from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.perplexity import CHUNK, perplexity, window_losses
 from fusegpt_ray.proof import WINDOWS, Proof
 from fusegpt_ray.proof import prove as prove_here
 from fusegpt_ray.recipe import Importance

@@ -15,9 +15,9 @@ import ray.data
 import torch
 
 from fusegpt_ray.distributed.scoring import Replica
-from fusegpt_ray.evaluate import CHUNK
 from fusegpt_ray.fusion.finetune import Batch
 from fusegpt_ray.fusion.round import Round, group_states
+from fusegpt_ray.perplexity import CHUNK
 
 
 def _walk(batch: dict[str, np.ndarray], job: Round, replica: Replica) -> Iterator[dict[str, np.ndarray]]:

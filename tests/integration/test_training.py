@@ -24,9 +24,9 @@ from fusegpt_ray.distributed import scoring, training
 from fusegpt_ray.distributed.scoring import Replica
 from fusegpt_ray.distributed.states import batches, state_datasets
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
-from fusegpt_ray.evaluate import CHUNK
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.perplexity import CHUNK
 from fusegpt_ray.recipe import PRESETS, Fusion
 from fusegpt_ray.runner import Runner
 
