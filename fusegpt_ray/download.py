@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fusegpt_ray import storage
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.manifest import MANIFEST, PULLING, Manifest
 from fusegpt_ray.records import FileRecord, damage
 from fusegpt_ray.report import Transfer, byte_count
@@ -202,7 +202,7 @@ class _Pull:
                 try:
                     (data,) = storage.read_ranges(uri, [(at, end)])
                 except Exception as error:  # whatever a store raises, botocore's and aiohttp's own kinds among it
-                    return f"cannot be read ({type(error).__name__}: {error})"
+                    return f"cannot be read ({reason(error)})"
                 if len(data) != end - at:
                     return f"ended early: {at + len(data)} bytes of {record.size}"
                 file.write(data)

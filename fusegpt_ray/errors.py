@@ -32,6 +32,11 @@ class StorageError(OSError):
         return type(self), (self.uri, self.problem, self.fix)
 
 
+def reason(error: BaseException) -> str:
+    """What went wrong, in short: for a message that names the file itself."""
+    return error.problem if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
+
+
 @contextmanager
 def blaming(key: str, value: object) -> Iterator[None]:
     """Before a run begins: a store's failure that the user can mend is a mistake in this recipe key."""

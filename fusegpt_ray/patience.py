@@ -112,7 +112,9 @@ def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) ->
             if not found.passing:
                 raise StorageError(cleaned(uri), found.problem, found.fix) from error
             if time.monotonic() + pause > failed + patience:
-                raise StorageError(cleaned(uri), f"{found.problem}; given up after {attempt + 1} tries") from error
+                raise StorageError(
+                    cleaned(uri), f"{found.problem}; given up after {attempt + 1} {'tries' if attempt else 'try'}"
+                ) from error
         attempt += 1
         time.sleep(pause)
 

@@ -9,7 +9,7 @@ from typing import Any
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import dense_stack
 from fusegpt_ray.checkpoint import INDEX, SINGLE, read_header, read_index
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.outputs import Folder
 from fusegpt_ray.records import damage
@@ -34,7 +34,7 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
             try:
                 problem = damage(storage.join(folder, name), manifest.files[name])
             except Exception as error:  # whatever a store raises; the other files are checked all the same
-                problem = f"cannot be read ({type(error).__name__}: {error})"
+                problem = f"cannot be read ({reason(error)})"
             show.at(name, manifest.files[name].size)
             show.ends(name, problem or "is whole")
             return problem

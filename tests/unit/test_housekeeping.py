@@ -384,7 +384,7 @@ class Looking(Watching):
         super().__init__()
         self.folder, self.seen = folder, list[dict[str, Any]]()
 
-    def scored(self, table: Any, removed: int) -> None:
+    def scored(self, ranking: Any) -> None:
         self.seen.append(read_sign(self.folder))
 
 

@@ -35,6 +35,12 @@ ONE, TWO = (name for name in FILES if name.endswith(".safetensors"))
 
 
 @pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage's own patience has its own tests (`tests/integration/test_faults.py`)."""
+    monkeypatch.setenv("FUSEGPT_PATIENCE", "0")
+
+
+@pytest.fixture(autouse=True)
 def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "CHUNK", CHUNK)
     monkeypatch.setattr(download, "PAUSE", 0.0)

@@ -23,6 +23,12 @@ from fusegpt_ray.cli import main
 MANIFEST = "fusegpt.json"
 
 
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage's own patience has its own tests (`tests/integration/test_faults.py`)."""
+    monkeypatch.setenv("FUSEGPT_PATIENCE", "0")
+
+
 @pytest.fixture(scope="module")
 def models(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in one file and in several."""
@@ -139,7 +145,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_checked(models: 
 
     with failing(broken):
         problems = {row["file"]: row["problem"] for row in verify(f"faulty://{model}")["problems"]}
-    assert problems == {"README.md": short, shard: "cannot be read (ConnectionResetError: the line went dead)"}
+    assert problems == {"README.md": short, shard: "cannot be read (ConnectionResetError: the line went dead; given up after 1 try)"}
 
 
 @pytest.mark.parametrize(
