@@ -50,7 +50,7 @@ def _compress(arguments: argparse.Namespace) -> int:
     recipe = Recipe.load(arguments.recipe, arguments.set)
     from fusegpt_ray.pipeline import compress
 
-    compress(recipe)
+    compress(recipe, restart=arguments.restart)
     return 0
 
 
@@ -160,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
     _recipe_arguments(verb)
+    verb.add_argument("--restart", action="store_true", help="forget an unfinished run of this name and begin anew")
     verb.set_defaults(run=_compress, again="; the same command goes on from the last finished round")
 
     verb = verbs.add_parser("score", help="how much each block of the dense model matters")

@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
 from fusegpt_ray.stack import Stack
@@ -112,6 +113,21 @@ class Journal:
         """Record round `number` (from 1) as done."""
         storage.create(self._file(number), sealed(done.to_json()))
 
+    def keep_scores(self, number: int, seconds: float, ranking: Ranking) -> None:
+        """Note what scoring of round `number` found, so that a kill while its group is fine-tuned does not cost it."""
+        storage.write(self._scores(number), sealed({"seconds": seconds, **ranking.to_record()}))
+
+    def scores(self, number: int, say: Callable[[str], None]) -> tuple[float, Ranking] | None:
+        """What `keep_scores` noted: seconds and ranking."""
+        if not storage.exists(self._scores(number)):
+            return None
+        try:
+            note = opened(storage.read(self._scores(number)))
+        except DamagedRecord as error:
+            say(f"WARNING: {self._scores(number)} is damaged ({error}); scoring again")
+            return None
+        return note["seconds"], Ranking.from_record(note)
+
     def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
         """The rounds done so far, in order, as far as they can be trusted.
 
@@ -135,6 +151,7 @@ class Journal:
             for number in self._numbers():
                 if number > len(done):
                     storage.remove(self._file(number))
+                    storage.remove(self._scores(number + 1))  # of the stack after it
         return done
 
     def remove(self) -> None:
@@ -150,6 +167,9 @@ class Journal:
 
     def _file(self, number: int) -> str:
         return storage.join(self.folder, f"round-{number:03d}.json")
+
+    def _scores(self, number: int) -> str:
+        return storage.join(self.folder, f"scores-{number:03d}.json")
 
     def _numbers(self) -> list[int]:
         names = [name for name in storage.names(self.folder) if name.startswith("round-")]

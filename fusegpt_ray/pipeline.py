@@ -27,10 +27,10 @@ from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
 
 
-def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
+def compress(recipe: Recipe, display: Display | None = None, restart: bool = False) -> list[Published]:
     """Make the model shallower as the recipe says; returns what was published, the lightest compression first.
 
-    Run again after a failure, it goes on from the last committed round.
+    Run again after a failure, it goes on from the last committed round; with `restart` it forgets an unfinished run and begins anew.
 
     Raises:
         UserError: the recipe cannot be carried out; nothing was written then.
@@ -38,7 +38,7 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
     with display or Display() as show:
         source, depth = _check_source(recipe.model, _lengths(recipe))
         targets = plan_targets(recipe, depth)
-        check_output(recipe, targets)
+        check_output(recipe, targets, restart)
         dense = _open_source(source)
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
@@ -49,6 +49,8 @@ def compress(recipe: Recipe, display: Display | None = None) -> list[Published]:
             show.stage("checking the model's files")
             this = identity(recipe, calibration.fingerprint(windows_WT), dense)
             journal = Journal.of(recipe)
+            if restart:
+                journal.remove()
             journal.begin(this)
             run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
@@ -227,11 +229,16 @@ class _Run:
         return done
 
     def _round(self, number: int, stack: Stack, last: Ranking | None) -> Done:
-        began = time.monotonic()
-        ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last)
+        noted = self.journal.scores(number, self.show.say)
+        if noted is None:
+            began = time.monotonic()
+            ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last)
+            noted = round(time.monotonic() - began, 3), ranking
+            self.journal.keep_scores(number, *noted)
+        score_seconds, ranking = noted
         donor = ranking.lowest
         self.show.scored(ranking)
-        seconds = {"score": round(time.monotonic() - began, 3), "states": 0.0, "finetune": 0.0}
+        seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
         group: list[int] = []
         losses: list[float] = []
         after, files = stack.drop(donor), {}

@@ -61,8 +61,8 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
     return targets
 
 
-def check_output(recipe: Recipe, targets: list[Target]) -> None:
-    """Leaves nothing behind.
+def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -> None:
+    """Leaves nothing behind. `restart`: an unfinished run of that name will be forgotten.
 
     Raises:
         UserError: files cannot be created below `output.uri`; a finished model or a file has a target's name already; or an
@@ -73,20 +73,21 @@ def check_output(recipe: Recipe, targets: list[Target]) -> None:
     except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
         raise _unwritable(recipe, error) from error
     with blaming("output.uri", recipe.output.uri):
-        _check_places(recipe, targets)
+        _check_places(recipe, targets, restart)
         _check_writable(recipe)
 
 
-def _check_places(recipe: Recipe, targets: list[Target]) -> None:
+def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
     for folder in (*(target.folder for target in targets), Journal.of(recipe).folder):
         if "://" not in folder and Path(folder).exists() and not Path(folder).is_dir():
             problem = f"a file is in the way at {folder}"
             raise UserError("output.name", recipe.output.name, problem, "choose another output.name, or remove the file")
     finished = [target for target in targets if storage.exists(storage.join(target.folder, MANIFEST))]
     # A run of several sparsities that died between two of them goes on; `pipeline` makes sure that the finished ones are its own.
-    if finished and (len(finished) == len(targets) or not Journal.of(recipe).started):
+    if finished and (restart or len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
-    Journal.of(recipe).check(settings(recipe))
+    if not restart:
+        Journal.of(recipe).check(settings(recipe))
 
 
 def name_taken(recipe: Recipe, target: Target) -> UserError:

@@ -17,7 +17,9 @@ from test_cli import Desk, random_text
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.journal import Done, Journal, identity
+from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -388,3 +390,61 @@ def test_a_model_of_another_run_is_not_taken_for_ones_own(desk: Desk) -> None:
     with pytest.raises(UserError, match=r"finished model is already at .*demo-p20"):
         compress(recipe(desk, sparsity=[0.2, 0.6]), Watching())
     assert [*desk.out.glob("*/fusegpt.json")] == stopped_at
+
+
+# --- within a round, and anew ---
+
+
+class DyingInTraining(Watching):
+    """Killed after the first epoch of round `stop`."""
+
+    def epoch(self, number: int, epochs: int, loss: float) -> None:
+        if self.rounds[-1] == self.stop:
+            raise KeyboardInterrupt
+
+    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        self.rounds.append(number)
+
+
+class Counting(LocalEngine):
+    scored = 0
+
+    def score(self, *arguments: Any) -> Ranking:
+        Counting.scored += 1
+        return super().score(*arguments)
+
+
+def test_scores_are_not_done_again(desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), DyingInTraining(2))
+    monkeypatch.setattr("fusegpt_ray.local.LocalEngine", Counting)
+    compress(recipe(desk), Watching())
+    assert Counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_damaged_scores_are_told_and_done_again(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), DyingInTraining(2))
+    flip(run_folder(desk) / "scores-002.json")
+    show = Watching()
+    compress(recipe(desk), show)
+    (told,) = [line for line in show.said if line.startswith("WARNING")]
+    assert "scores-002.json is damaged" in told
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_restart_forgets_the_unfinished_run(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    stopped(desk, 3, seed=1)
+    show = Watching()
+    compress(recipe(desk), show, restart=True)
+    assert show.rounds == [1, 2, 3]
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_restart_leaves_finished_models_alone(desk: Desk) -> None:
+    compress(recipe(desk, sparsity=0.2), Watching())
+    before = contents(desk.out)
+    with pytest.raises(UserError, match="a finished model is already at"):
+        compress(recipe(desk), Watching(), restart=True)
+    assert contents(desk.out) == before
