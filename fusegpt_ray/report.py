@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeElapsedColumn,
@@ -31,7 +30,6 @@ class Display:
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             console=self.console,
@@ -57,7 +55,8 @@ class Display:
     def stage(self, text: str, total: int | None = None) -> None:
         """What is being done now."""
         self._stage, self._note = text, ""
-        self._bar.reset(self._task, description=text, total=total, note="")
+        self._bar.remove_task(self._task)  # a total once set cannot be unset
+        self._task = self._bar.add_task(text, total=total, note="")
         if not self.console.is_terminal:
             self.say(text)
 
@@ -79,7 +78,7 @@ class Display:
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
         self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"
-        self._bar.update(self._task, completed=number, total=epochs, note=f"loss {loss:.4g}")
+        self._bar.update(self._task, completed=number, total=epochs, note=f"epoch {number}/{epochs}  loss {loss:.4g}")
         if not self.console.is_terminal and (number in (1, epochs) or number % max(1, epochs // 5) == 0):
             self.say(f"  epoch {number}/{epochs}  loss {loss:.4g}")
 
