@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
+import torch
 
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
@@ -33,6 +34,9 @@ class Tuned:
 
 class Engine(Protocol):
     """Shapes: W windows of T tokens, int64."""
+
+    dtype: torch.dtype
+    """Of the arithmetic, once entered."""
 
     def __enter__(self) -> Self: ...
 

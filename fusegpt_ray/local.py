@@ -18,10 +18,10 @@ from fusegpt_ray.fusion.round import Round, build_student, group_states, save_gr
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.perplexity import CHUNK, perplexity, window_losses
+from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.runner import Runner, chunk_size, pick_device, pick_dtype, state_bytes
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
@@ -60,8 +60,13 @@ class LocalEngine:
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()
-        chunks = [group_states(self.runner, job, part) for part in torch.from_numpy(windows_WT).split(CHUNK)]
-        entering, leaving = (torch.cat([states.cpu() for states in half]) for half in zip(*chunks, strict=True))
+        windows, length = windows_WT.shape
+        size = chunk_size(windows, self.runner.rows, state_bytes(job.dense, length))
+        chunks = [
+            [states.cpu() for states in group_states(self.runner, job, part)] for part in torch.from_numpy(windows_WT).split(size)
+        ]
+        entering, leaving = (torch.cat(half) for half in zip(*chunks, strict=True))
+        del chunks
         states_done = time.monotonic()
         settings, trunk = job.settings, self.runner.trunk
         contexts = trunk.contexts(settings.batch, windows_WT.shape[1])

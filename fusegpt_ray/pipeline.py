@@ -15,7 +15,7 @@ from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.heartbeat import Heartbeat
+from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
@@ -47,8 +47,9 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
             show.stage("checking the model's files")
-            this = identity(recipe, calibration.fingerprint(windows_WT), dense)
+            this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
             journal = Journal.of(recipe)
+            wait_until_alone(journal.folder, recipe.output.name, show.say)
             if restart:
                 journal.remove()
             journal.begin(this)
@@ -66,6 +67,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 show.stage(f"evaluating and publishing {target.name}")
                 facts = {
                     "run": run_id,
+                    "arithmetic": this["arithmetic"],
                     "method": recipe.method,
                     "sparsity": target.sparsity,
                     "recipe": recipe.model_dump(mode="json"),

@@ -182,7 +182,7 @@ class Cluster(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Size of a local Ray's object store; left out: 1 GB. A cluster's own is set where it is started."""
+    """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
 
 
 class Output(Section):

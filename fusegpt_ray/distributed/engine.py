@@ -11,6 +11,7 @@ from typing import Self
 
 import numpy as np
 import ray
+import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.distributed import data, scoring, training
@@ -23,6 +24,7 @@ from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.runner import pick_dtype
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
@@ -44,11 +46,11 @@ class RayEngine:
         if wanted > total.get("GPU", 0):
             problem = f"{max(cluster.replicas, cluster.workers)} × {gpus:g} GPUs wanted, the cluster has {total.get('GPU', 0):g}"
             raise UserError("cluster.gpus_per_replica", gpus, problem, "lower it, cluster.replicas or cluster.workers")
+        # Decided here, once: every process of the run computes alike.
+        self.dtype = pick_dtype(self.recipe.model.dtype, self.dense, torch.device("cuda" if gpus else "cpu"))
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        self.replica = Replica(
-            cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.recipe.model.dtype, self.recipe.importance.batch
-        )
-        self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.recipe.model.dtype, cluster.zero_stage)
+        self.replica = Replica(cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.dtype, self.recipe.importance.batch)
+        self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.dtype, cluster.zero_stage)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -96,7 +98,7 @@ class RayEngine:
                 # Waiting is most of what a coordinator does: never let it hold up the work on a machine with few cores.
                 num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + 1, cluster.workers + 1),
                 include_dashboard=False,
-                object_store_memory=int((cluster.object_store_gb or 1) * 1e9),
+                object_store_memory=int(cluster.object_store_gb * 1e9) if cluster.object_store_gb else None,
                 **quiet,
             )
         self._started = True

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import Context, block_moulds
@@ -34,8 +34,9 @@ from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_
 from fusegpt_ray.fusion.loss import LOSSES
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
 from fusegpt_ray.recipe import Fusion
-from fusegpt_ray.runner import pick_dtype
 
+WRITING_SECONDS = 4 * 3600
+"""How long the others wait for the first worker, which writes the group to a store that may be slow."""
 MAX_FAILURES = 3
 """How often a group is started again after a lost worker or node; every start gives the same result."""
 
@@ -48,7 +49,8 @@ class Workers:
     cpus: float
     gpus: float
     threads: int
-    dtype: str
+    dtype: torch.dtype
+    """Of the arithmetic."""
     zero_stage: int
 
 
@@ -146,6 +148,7 @@ def finetune(
     progress = Progress.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _work,
+        torch_config=TorchConfig(timeout_s=WRITING_SECONDS),
         train_loop_config={
             "job": job,
             "contexts": ray.put(contexts),
@@ -180,8 +183,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     job, workers = config["job"], config["workers"]
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
-    device = get_device()
-    dtype = pick_dtype(workers.dtype, job.dense, device)
+    device, dtype = get_device(), workers.dtype
     student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
     stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], workers.zero_stage, device, dtype)
     shard = ray.train.get_dataset_shard(f"states-{rank}")

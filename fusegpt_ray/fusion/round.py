@@ -136,7 +136,7 @@ def save_group(job: Round, student: Student) -> Saved:
 
     for neighbour, block in zip(job.neighbours, student.blocks, strict=True):
         name = storage.join(job.folder, f"without-{job.donor:03d}-block-{neighbour.dense:03d}")
-        folded = folded_tensors(block)
+        folded = folded_tensors(block, neighbour, job.donor_block if job.fuse else None)
         assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
         weights = {**neighbour.weights, **write(f"{name}.safetensors", folded)}
         terms = None

@@ -259,11 +259,12 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
         job = Round(stack, dense, donor, recipe.fusion, recipe.method == "fusegpt", recipe.seed, str(folder / str(number)))
         entering, leaving = group_states(runner, job, windows_WT)
         student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.float32), CPU)
+        fused = job.donor_block if job.fuse else None
         epochs, batch = recipe.fusion.epochs, recipe.fusion.batch
         stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU, torch.float32)
         train(stepper, lambda e=entering, o=leaving, b=batch: batches_of(e, o, b), epochs, lambda *_: None)
         for block, learned in zip(job.neighbours, student.blocks, strict=True):
-            model.model.layers[block.dense].load_state_dict(folded_tensors(learned), strict=False)
+            model.model.layers[block.dense].load_state_dict(folded_tensors(learned, block, fused), strict=False)
         stack = stack.drop(donor).swap(save_group(job, student).blocks)
     return without_blocks(model, "llama", manifest["kept"])
 

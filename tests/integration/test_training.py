@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from fusegpt_ray.distributed.states import batches, state_datasets
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.perplexity import CHUNK
 from fusegpt_ray.recipe import PRESETS, Fusion
 from fusegpt_ray.runner import Runner
 
@@ -189,8 +189,8 @@ def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(checkpoint
 
 # --- through Ray Train ---
 
-REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype="float32", rows=BATCH)
-TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype="float32", zero_stage=1)
+REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=BATCH)
+TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1)
 
 
 def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.Dataset]) -> tuple[Tensors, list[float], list[int]]:
@@ -256,8 +256,12 @@ def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_pat
 
 
 def test_replicas_share_the_states_of_many_windows(ray_session, checkpoint, tmp_path) -> None:
+    """Ray Data never splits a block over tasks: as many blocks as replicas."""
     job = task(checkpoint("llama"), "batch_kl", 0, 1).job
-    windows = token_windows(2 * CHUNK, LENGTH).numpy()
-    (states,) = state_datasets(job, windows, 1, REPLICA).values()
-    assert states.count() == len(windows)
-    assert "MapBatches(_walk): 2 tasks executed" in states.stats()
+    windows = token_windows(5 * BATCH, LENGTH)
+    (states,) = state_datasets(job, windows.numpy(), 1, REPLICA).values()
+    assert re.search(r"MapBatches\(_walk\): 2 tasks executed", states.stats())
+    found = list(batches(states.iterator(), len(windows)))
+    assert len(found) == 1
+    expected = group_states(Runner(job.dense, CPU, torch.float32, BATCH), job, windows)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], expected, strict=True))
