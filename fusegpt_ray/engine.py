@@ -38,6 +38,10 @@ class Engine(Protocol):
     dtype: torch.dtype
     """Of the arithmetic, once entered."""
 
+    @property
+    def description(self) -> str:
+        """Where and how it computes, for a person."""
+
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...

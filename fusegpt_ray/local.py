@@ -40,6 +40,10 @@ class LocalEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.__dict__.pop("runner", None)
 
+    @property
+    def description(self) -> str:
+        return f"one process on {self.device.type}, {str(self.dtype).removeprefix('torch.')}"
+
     @cached_property
     def runner(self) -> Runner:
         return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch)

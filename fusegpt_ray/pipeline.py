@@ -43,6 +43,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
+            show.say(engine.description)
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}

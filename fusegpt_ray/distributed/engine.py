@@ -15,6 +15,7 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.distributed import data, scoring, training
+from fusegpt_ray.distributed.nodes import check_paths
 from fusegpt_ray.distributed.scoring import Replica
 from fusegpt_ray.distributed.states import state_datasets
 from fusegpt_ray.distributed.training import Workers
@@ -42,16 +43,26 @@ class RayEngine:
             self._start()
         total = ray.cluster_resources()
         gpus = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else min(1, total.get("GPU", 0))
-        wanted = gpus * max(cluster.replicas, cluster.workers)
-        if wanted > total.get("GPU", 0):
-            problem = f"{max(cluster.replicas, cluster.workers)} × {gpus:g} GPUs wanted, the cluster has {total.get('GPU', 0):g}"
+        processes = max(cluster.replicas, cluster.workers)
+        if gpus * processes > total.get("GPU", 0):
+            problem = f"{processes} × {gpus:g} GPUs wanted, the cluster has {total.get('GPU', 0):g}"
             raise UserError("cluster.gpus_per_replica", gpus, problem, "lower it, cluster.replicas or cluster.workers")
+        if processes > total.get("CPU", 0):
+            problem = f"{processes} processes of one CPU each wanted, the cluster has {total.get('CPU', 0):g} CPUs"
+            raise UserError("cluster.replicas", cluster.replicas, problem, "lower cluster.replicas and cluster.workers")
+        check_paths(self.recipe, self.source, self.dense)
         # Decided here, once: every process of the run computes alike.
         self.dtype = pick_dtype(self.recipe.model.dtype, self.dense, torch.device("cuda" if gpus else "cpu"))
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         self.replica = Replica(cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.dtype, self.recipe.importance.batch)
         self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.dtype, cluster.zero_stage)
         return self
+
+    @property
+    def description(self) -> str:
+        of_each = f"{self.replica.gpus:g} GPU" if self.replica.gpus else "on CPUs"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"Ray: {self.replica.count} replicas, {self.workers.count} training workers, {of_each} each, {name}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._started:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.calibration import sample_windows, token_stream
+from fusegpt_ray.distributed.nodes import nodes_without
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
@@ -282,3 +283,9 @@ def test_logits_are_those_of_the_model_in_memory(run: Run, tmp_path, name: str) 
             for weight in reference.parameters():
                 weight.copy_(weight.bfloat16())  # rounded once, as publishing does
         torch.testing.assert_close(published(ids_WT).logits, reference(ids_WT).logits, rtol=0, atol=1e-5)
+
+
+def test_nodes_that_do_not_see_a_file_are_named(ray_session, material, tmp_path) -> None:
+    seen = str(material.model / "model.safetensors")
+    assert nodes_without([seen]) == []
+    assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [node["NodeManagerAddress"] for node in ray.nodes()]
