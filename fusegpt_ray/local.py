@@ -64,10 +64,11 @@ class LocalEngine:
         entering, leaving = (torch.cat([states.cpu() for states in half]) for half in zip(*chunks, strict=True))
         states_done = time.monotonic()
         settings, trunk = job.settings, self.runner.trunk
-        contexts = trunk.contexts(settings.batch, windows_WT.shape[1])
+        micro_batch = self.recipe.cluster.micro_batch or settings.batch
+        contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
         student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
         steps = settings.epochs * len(entering) // settings.batch
-        stepper = TorchStepper.make(student, settings, steps, self.device, self.dtype)
+        stepper = TorchStepper.make(student, settings, steps, self.device, self.dtype, micro_batch)
         losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
         saved = save_group(job, student)
         return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)

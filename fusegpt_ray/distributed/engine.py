@@ -48,7 +48,9 @@ class RayEngine:
         self.replica = Replica(
             cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.recipe.model.dtype, self.recipe.importance.batch
         )
-        self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.recipe.model.dtype, cluster.zero_stage)
+        threads = max(1, cores // cluster.workers)
+        micro_batch = cluster.micro_batch or self.recipe.fusion.batch // cluster.workers
+        self.workers = Workers(cluster.workers, 1, gpus, threads, self.recipe.model.dtype, cluster.zero_stage, micro_batch)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -64,8 +66,7 @@ class RayEngine:
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()
-        rows = job.settings.batch // self.workers.count
-        contexts = scoring.contexts(self.dense, rows, windows_WT.shape[1], self.replica)
+        contexts = scoring.contexts(self.dense, self.workers.micro_batch, windows_WT.shape[1], self.replica)
         datasets = state_datasets(job, windows_WT, self.workers.count, self.replica)
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")

@@ -31,7 +31,7 @@ from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
 from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_optimizer, train
-from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
 from fusegpt_ray.recipe import Fusion
 from fusegpt_ray.runner import pick_dtype
@@ -50,6 +50,8 @@ class Workers:
     threads: int
     dtype: str
     zero_stage: int
+    micro_batch: int
+    """Windows that pass the group at once, of a worker's share of the loss batch."""
 
 
 @dataclass
@@ -60,10 +62,18 @@ class DeepSpeedStepper:
     settings: Fusion
     device: torch.device
     compute_dtype: torch.dtype
+    micro_batch: int
 
     @classmethod
     def make(
-        cls, student: torch.nn.Module, settings: Fusion, steps: int, stage: int, device: torch.device, dtype: torch.dtype
+        cls,
+        student: torch.nn.Module,
+        settings: Fusion,
+        steps: int,
+        stage: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: int,
     ) -> DeepSpeedStepper:
         import deepspeed
 
@@ -75,16 +85,22 @@ class DeepSpeedStepper:
             lr_scheduler=cosine_to_zero(optimizer, steps),
             config=deepspeed_config(settings, dist.get_world_size(), stage, bf16=next(student.parameters()).dtype == torch.bfloat16),
         )
-        return cls(engine, settings, device, dtype)
+        return cls(engine, settings, device, dtype, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        with arithmetic(self.device, self.compute_dtype):
-            out = self.engine(entering)
-        loss = LOSSES[self.settings.loss](out, leaving, dist.get_world_size() > 1)
-        self.engine.backward(loss)
+        shared = dist.get_world_size() > 1
+        loss = accumulate(self._forward, self._backward, entering, leaving, self.settings.loss, self.micro_batch, shared)
         self.engine.step()
-        return loss.detach()
+        return loss
+
+    def _forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        with arithmetic(self.device, self.compute_dtype):
+            return self.engine(h_BTD)
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)  # the workers' gradients meet, and the optimizer steps, after the last
+        self.engine.backward(loss)
 
     def mean(self, losses: torch.Tensor) -> float:
         mean = losses.mean()
@@ -93,7 +109,7 @@ class DeepSpeedStepper:
 
 
 def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loss batch a step, no accumulation, no clipping (its default is 1), our own Adam."""
+    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch // workers,
         "gradient_accumulation_steps": 1,
@@ -183,7 +199,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     device = get_device()
     dtype = pick_dtype(workers.dtype, job.dense, device)
     student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
-    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], workers.zero_stage, device, dtype)
+    stage, micro_batch = workers.zero_stage, workers.micro_batch
+    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, dtype, micro_batch)
     shard = ray.train.get_dataset_shard(f"states-{rank}")
 
     def done(number: int, loss: float) -> None:
@@ -195,7 +212,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
     saved: dict[str, Any] = {}
-    with _whole(student, workers.zero_stage):
+    with _whole(student, stage):
         if rank == 0:
             saved = save_group(job, student).to_json()
     dist.barrier()  # nobody leaves while the first worker still needs the others' partitions

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.recipe import Fusion
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -65,22 +65,37 @@ class TorchStepper:
     schedule: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
     compute_dtype: torch.dtype
+    micro_batch: int | None
+    """Windows that pass the group at once; None: the whole loss batch."""
 
     @classmethod
-    def make(cls, student: nn.Module, settings: Fusion, steps: int, device: torch.device, compute_dtype: torch.dtype) -> TorchStepper:
+    def make(
+        cls,
+        student: nn.Module,
+        settings: Fusion,
+        steps: int,
+        device: torch.device,
+        compute_dtype: torch.dtype,
+        micro_batch: int | None = None,
+    ) -> TorchStepper:
         optimizer = make_optimizer(student, settings)
-        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, compute_dtype)
+        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, compute_dtype, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        with arithmetic(self.device, self.compute_dtype):
-            out = self.student(entering)
-        loss = LOSSES[self.settings.loss](out, leaving, False)
-        loss.backward()
+        loss = accumulate(self._forward, self._backward, entering, leaving, self.settings.loss, self.micro_batch, False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return loss.detach()
+        return loss
+
+    def _forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        with arithmetic(self.device, self.compute_dtype):
+            return self.student(h_BTD)
+
+    @staticmethod
+    def _backward(loss: torch.Tensor, _: bool) -> None:
+        loss.backward()
 
     def mean(self, losses: torch.Tensor) -> float:
         return losses.mean().item()
