@@ -6,8 +6,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import ray
@@ -19,12 +20,15 @@ from fusegpt_ray.distributed.states import state_datasets
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.memory import fitting
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
+
+T = TypeVar("T")
 
 
 class RayEngine:
@@ -62,22 +66,36 @@ class RayEngine:
         return data.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
     def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
-        return scoring.score(stack, windows_WT, self.recipe.importance, self.replica, last)
+        settings = self.recipe.importance
+        ranking, rows = self._fitting(lambda replica: scoring.score(stack, windows_WT, settings, replica, last), "scoring")
+        return replace(ranking, rows=rows)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()
-        contexts = scoring.contexts(self.dense, self.workers.micro_batch, windows_WT.shape[1], self.replica)
-        datasets = state_datasets(job, windows_WT, self.workers.count, self.replica)
+        count = self.workers.count
+        datasets, rows = self._fitting(lambda replica: state_datasets(job, windows_WT, count, replica), "walking to the group")
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
-        saved, losses = training.finetune(job, contexts, len(windows_WT), datasets, self.workers, folder, epoch)
-        return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
+
+        def learn(micro_batch: int) -> tuple[Saved, list[float]]:
+            contexts = scoring.contexts(self.dense, micro_batch, windows_WT.shape[1], self.replica)
+            workers = replace(self.workers, micro_batch=micro_batch)
+            return training.finetune(job, contexts, len(windows_WT), datasets, workers, folder, epoch)
+
+        share = job.settings.batch // count
+        (saved, losses), micro_batch = fitting(learn, self.workers.micro_batch, share, "fine-tuning the group")
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        return scoring.evaluate(stack, windows_WT, self.replica)
+        return self._fitting(lambda replica: scoring.evaluate(stack, windows_WT, replica), "evaluation")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        return scoring.prove(published, folder, stack, windows_WT, self.replica)
+        return self._fitting(lambda replica: scoring.prove(published, folder, stack, windows_WT, replica), "the proof")[0]
+
+    def _fitting(self, attempt: Callable[[Replica], T], what: str) -> tuple[T, int]:
+        """See `memory.fitting`; on all replicas alike."""
+        rows = self.replica.rows
+        return fitting(lambda fewer: attempt(replace(self.replica, rows=fewer)), rows, rows, what)
 
     def _start(self) -> None:
         """Join the cluster the recipe or RAY_ADDRESS names, else start a local Ray on the loopback interface."""

@@ -33,6 +33,7 @@ from fusegpt_ray.engine import Epoch
 from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_optimizer, train
 from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
+from fusegpt_ray.memory import is_out_of_memory
 from fusegpt_ray.recipe import Fusion
 from fusegpt_ray.runner import pick_dtype
 
@@ -131,10 +132,11 @@ def unsplit_in_order() -> DataConfig:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Carries epochs' losses from the first worker to the driver's display."""
+    """Carries epochs' losses from the first worker to the driver's display, and from any worker that its memory ran out."""
 
     def __init__(self) -> None:
         self.new: list[tuple[int, float]] = []
+        self.out_of_memory = ""
 
     def add(self, epoch: int, loss: float) -> None:
         self.new.append((epoch, loss))
@@ -142,6 +144,12 @@ class Progress:
     def take(self) -> list[tuple[int, float]]:
         taken, self.new = self.new, []
         return taken
+
+    def ran_out(self, error: str) -> None:
+        self.out_of_memory = error
+
+    def has_run_out(self) -> str:
+        return self.out_of_memory
 
 
 def finetune(
@@ -157,6 +165,7 @@ def finetune(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        MemoryError: a worker's memory ran out while it trained.
         ray.train.TrainingFailedError: the workers failed more than `MAX_FAILURES` times.
     """
     progress = Progress.remote()  # type: ignore[attr-defined]
@@ -186,13 +195,21 @@ def finetune(
         result = trainer.fit()
     storage.remove(folder, recursive=True)
     done = result.return_value
+    if "out_of_memory" in done:
+        raise MemoryError(done["out_of_memory"])
     if "error" in done:
         raise FloatingPointError(done["error"])
     return Saved.from_json(done["saved"]), done["losses"]
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """One training worker."""
+    """One training worker.
+
+    Where the memory of one runs out, the others may wait for it in a collective for ever. So it leaves a note and fails; Ray Train
+    starts all of them again, and now all find the note and end.
+    """
+    if error := ray.get(config["progress"].has_run_out.remote()):
+        return {"out_of_memory": error}
     job, workers = config["job"], config["workers"]
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
@@ -211,6 +228,10 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            ray.get(config["progress"].ran_out.remote(str(error)))
+        raise
     saved: dict[str, Any] = {}
     with _whole(student, stage):
         if rank == 0:

@@ -170,6 +170,9 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
         assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
         assert done["removed"] == min(scores, key=lambda block: scores[block])
         assert done["seconds"].keys() == {"score", "states", "finetune"}
+        assert done["rows"] == recipe.importance.batch
+        share = recipe.fusion.batch // recipe.cluster.workers
+        assert (done["states_rows"], done["micro_batch"]) == ((None, None) if recipe.method == "mi" else (done["rows"], share))
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
         else:
