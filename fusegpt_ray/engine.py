@@ -28,6 +28,10 @@ class Tuned:
     """The neighbours' new blocks and their files."""
     losses: list[float]
     """Mean loss of each epoch."""
+    rows: int
+    """Windows that passed a block in one call for the states: `importance.batch`, or fewer where memory ran out."""
+    micro_batch: int
+    """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
     states_seconds: float
     finetune_seconds: float
 

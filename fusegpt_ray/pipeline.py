@@ -18,6 +18,7 @@ from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.journal import Done, Journal, identity
+from fusegpt_ray.memory import fewer_at_once
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
@@ -74,6 +75,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                     "recipe": recipe.model_dump(mode="json"),
                     "removed": [record["removed"] for record in records],
                     "rounds": records,
+                    "fewer_at_once": fewer_at_once(recipe, records),
                 }
                 measure = partial(judge.measure, target.folder, stack)
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
@@ -243,6 +245,7 @@ class _Run:
         self.show.scored(ranking)
         seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
         group: list[int] = []
+        states_rows = micro_batch = None
         losses: list[float] = []
         after, files = stack.drop(donor), {}
         if self.recipe.method != "mi":
@@ -255,16 +258,21 @@ class _Run:
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
             tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
+            states_rows, micro_batch = tuned.rows, tuned.micro_batch
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
         record = {
             "removed": donor,
             **ranking.to_record(),
             "group": group,
+            "states_rows": states_rows,
+            "micro_batch": micro_batch,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "losses": losses,
             "seconds": seconds,
         }
+        if less := fewer_at_once(self.recipe, [record]):
+            self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, after, files)
 
 

@@ -5,8 +5,10 @@ Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import nn
@@ -56,6 +58,12 @@ class Runner:
         """`rows`: how many rows pass a block in one call, which bounds the memory of activations."""
         self.device, self.dtype, self.rows = device, dtype, rows
         self.trunk = Trunk(stack, device, dtype)
+
+    def taking(self, rows: int) -> Self:
+        """The same, with so many rows in a call."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:

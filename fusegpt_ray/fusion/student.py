@@ -34,14 +34,18 @@ class Plan:
 class Student(nn.Module):
     """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
 
-    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context], dtype: torch.dtype) -> None:
+        """`dtype`: of the arithmetic."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.contexts = contexts
+        self.dtype = dtype
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        for block, context in zip(self.blocks, self.contexts, strict=True):
-            h_BTD = run_block(block, h_BTD, context)
+        # Autocast, where norms learn in float32 beside 16-bit weights. Here: DeepSpeed switches off what it finds around.
+        with torch.autocast(h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            for block, context in zip(self.blocks, self.contexts, strict=True):
+                h_BTD = run_block(block, h_BTD, context)
         return h_BTD
 
 

@@ -171,6 +171,9 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
         assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
         assert done["removed"] == min(scores, key=lambda block: scores[block])
         assert done["seconds"].keys() == {"score", "states", "finetune"}
+        assert done["rows"] == recipe.importance.batch
+        share = recipe.fusion.batch // recipe.cluster.workers
+        assert (done["states_rows"], done["micro_batch"]) == ((None, None) if recipe.method == "mi" else (done["rows"], share))
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
         else:
@@ -262,7 +265,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
         student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.float32), CPU)
         fused = job.donor_block if job.fuse else None
         epochs, batch = recipe.fusion.epochs, recipe.fusion.batch
-        stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU, torch.float32)
+        stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU)
         train(stepper, lambda e=entering, o=leaving, b=batch: batches_of(e, o, b), epochs, lambda *_: None)
         for block, learned in zip(job.neighbours, student.blocks, strict=True):
             model.model.layers[block.dense].load_state_dict(folded_tensors(learned, block, fused), strict=False)

@@ -72,7 +72,7 @@ class Workshop:
         """The whole training of a round, as an engine runs it; returns the mean loss of each epoch."""
         entering, leaving = self.states(job)
         epochs = epochs or job.settings.epochs
-        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU, self.dtype)
+        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU)
         return train(stepper, lambda: batches_of(entering, leaving, BATCH), epochs, lambda *_: None)
 
     def fuse(self, job: Round, epochs: int = 1) -> tuple[Stack, Student]:
@@ -300,7 +300,7 @@ def test_one_step_is_the_papers(workshop: Workshop) -> None:
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     expected = paper.step(entering, leaving, 0, 20)
-    loss = TorchStepper.make(student, job.settings, 20, CPU, torch.float32).step((entering, leaving))
+    loss = TorchStepper.make(student, job.settings, 20, CPU).step((entering, leaving))
 
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     compare_learned(student, paper, SHIFT)
