@@ -68,9 +68,9 @@ class RayEngine:
 
     @property
     def description(self) -> str:
-        of_each = f"{self.replica.gpus:g} GPU" if self.replica.gpus else "on CPUs"
+        where = f"{self.replica.gpus:g} GPU each" if self.replica.gpus else "CPUs"
         name = str(self.dtype).removeprefix("torch.")
-        return f"Ray: {self.replica.count} replicas, {self.workers.count} training workers, {of_each} each, {name}"
+        return f"replicas: {self.replica.count}, training workers: {self.workers.count}, on {where}, {name}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._started:
