@@ -1,9 +1,9 @@
 """Fine-tuning one group: our loop beside plain loops written here without the package, the same loss curve from all of them.
 
-    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32] [--length 256] [--epochs 5] [--json out.json]
+    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32] [--length 256] [--epochs 5] [--json out]
 
 - **ours**: `build_student`, `TorchStepper`, `train`; the states entering the group and the teacher's are computed once a group;
-- **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in every forward pass, torch.softmax and
+- **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in every forward pass, softmax and
   kl_div, Adam and CosineAnnealingLR; states computed once, as the paper's public code does;
 - **plain, collecting**: with `gc.collect()` after every step, as the paper's public code does;
 - **plain, states anew**: with the states entering the group and the teacher's computed again for every batch of every epoch.
@@ -185,18 +185,18 @@ class Group:
                 yield from map(self.plain_states, self.windows_WT.split(settings.batch))
 
         def epoch() -> float:
-            total = 0.0
-            for number, (entering_BTD, leaving_BTD) in enumerate(batches(), 1):
+            losses: list[float] = []
+            for entering_BTD, leaving_BTD in batches():
                 optimizer.zero_grad()
                 out_BTD = self.plain_forward(student, entering_BTD)
                 loss = nn.functional.kl_div(out_BTD.log_softmax(0), leaving_BTD.softmax(0), reduction="batchmean")
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                total += loss.item()
+                losses.append(loss.item())
                 if collect:
                     gc.collect()
-            return total / number
+            return statistics.mean(losses)
 
         return epoch
 
@@ -229,7 +229,7 @@ class Group:
         return blocks
 
     def flops(self) -> dict[str, int]:
-        """Of the matrix products of one step: the student's forward and backward, the teacher's forward, the blocks' before the group."""
+        """Of one step's matrix products: student forward and backward, teacher forward, the blocks before the group."""
         base, span, student = self.model.model, self.job.span, self.student()
         ids_BT = self.windows_WT[: self.settings.batch]
         found = {}
@@ -261,8 +261,7 @@ class PlainFused(nn.Module):
     def __init__(self, own: nn.Linear, donor: nn.Linear, start: nn.Module) -> None:
         super().__init__()
         self.own, self.donor = own.requires_grad_(False), donor.requires_grad_(False)
-        for ours, name in (("A", "A"), ("B", "B"), ("C0", "C"), ("D0", "D")):
-            self.register_parameter(name, nn.Parameter(start.get_parameter(ours).detach().clone()))
+        self.A, self.B, self.C, self.D = (nn.Parameter(start.get_parameter(name).detach().clone()) for name in ("A", "B", "C0", "D0"))
         self.c = nn.Parameter(torch.zeros_like(own.bias)) if own.bias is not None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
