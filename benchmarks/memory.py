@@ -1,6 +1,6 @@
 """The memory of a whole compression, from scoring to publishing, while the checkpoint grows in depth: one process, the local engine.
 
-    python benchmarks/memory.py [--depths 8 16 32 64] [--hidden 768] [--intermediate 2048] [--json out.json]
+    python benchmarks/memory.py [--depths 8 16 32 64] [--hidden 512] [--intermediate 1408] [--json out.json]
 
 Random LLaMAs of the same block in float32; two blocks are fused away from each, proof and held-out perplexities included. Every run is
 a fresh process that has already compressed a tiny model, so that all is imported and counts as what was there before. Linux only.
@@ -45,8 +45,8 @@ MB = 1_000_000
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32, 64])
-    parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1408)
     parser.add_argument("--json", help="write all numbers to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -98,7 +98,7 @@ def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
     """What checking files, scoring and fine-tuning a group may hold, in bytes; the run may hold the largest."""
     shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     block = 4 * sum(map(math.prod, shapes))
-    learned = 4 * 2 * RANK * sum(map(sum, shapes))  # A, B, C, D of the first round
+    pair = 4 * RANK * sum(map(sum, shapes))  # A and B, or C and D
     states = 4 * WINDOWS * LENGTH * hidden
     trunk = 2 * 4 * VOCABULARY * hidden
     own_and_effective, donors, in_passing = 2 * NEIGHBOURS, REMOVED, 2
@@ -106,7 +106,7 @@ def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
     return {
         "check": 3 * STEP,
         "score": trunk + 3 * block + (depth + 1) * states,
-        "finetune": trunk + (own_and_effective + donors + in_passing) * block + adam * NEIGHBOURS * learned + 2 * states,
+        "finetune": trunk + (own_and_effective + donors + in_passing) * block + adam * NEIGHBOURS * (1 + donors) * pair + 2 * states,
     }
 
 
