@@ -1,5 +1,5 @@
-# The image of every node of a GPU cluster: driver, replicas and training workers alike. The same install path as `make install`,
-# with torch's own CUDA build.
+# The image of every node of a GPU cluster: driver, replicas and training workers alike. The same install path and the same pinned torch
+# as on a laptop; from PyPI, that is the CUDA build.
 FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
 
 # g++ and ninja: DeepSpeed compiles a small extension when several workers first start.
@@ -12,7 +12,7 @@ COPY pyproject.toml constraints.txt Makefile README.md ./
 COPY fusegpt_ray fusegpt_ray
 COPY jobs jobs
 COPY examples examples
-RUN make install TORCH= CONSTRAINTS=
+RUN make install
 ENV PATH=/app/.venv/bin:$PATH \
     HF_HUB_DISABLE_TELEMETRY=1 \
     RAY_USAGE_STATS_ENABLED=0

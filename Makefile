@@ -2,7 +2,7 @@
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
 #   make test         style, types and the whole test suite
 # and one breaks runs for half an hour: make chaos
-# Both make .venv first. On a GPU machine: make TORCH= CONSTRAINTS= quickstart (pip then takes torch's own CUDA build).
+# Both make .venv first, with the torch that constraints.txt pins; make TORCH=… CONSTRAINTS=… takes another.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 import numpy as np
+import torch
 
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
@@ -27,12 +28,23 @@ class Tuned:
     """The neighbours' new blocks and their files."""
     losses: list[float]
     """Mean loss of each epoch."""
+    rows: int
+    """Windows that passed a block in one call for the states: `importance.batch`, or fewer where memory ran out."""
+    micro_batch: int
+    """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
     states_seconds: float
     finetune_seconds: float
 
 
 class Engine(Protocol):
     """Shapes: W windows of T tokens, int64."""
+
+    dtype: torch.dtype
+    """Of the arithmetic, once entered."""
+
+    @property
+    def description(self) -> str:
+        """Where and how it computes, for a person."""
 
     def __enter__(self) -> Self: ...
 

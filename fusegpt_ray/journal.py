@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
+
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.ranking import Ranking
@@ -18,11 +20,11 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
 from fusegpt_ray.stack import Stack
 
-METHOD_VERSION = 1
+METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""
 
 
-def identity(recipe: Recipe, windows_sha256: str, dense: Stack) -> dict[str, Any]:
+def identity(recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype) -> dict[str, Any]:
     """What a run may not change and still be resumed: all of the recipe that shapes the result, the data and the model.
 
     Reads all of a local model's weights once, for their checksums; an object store is asked for its own.
@@ -31,6 +33,7 @@ def identity(recipe: Recipe, windows_sha256: str, dense: Stack) -> dict[str, Any
     files = {uri.rsplit("/", 1)[-1]: storage.fingerprint(uri) for uri in sorted({ref.file for ref in refs})}
     return {
         **settings(recipe),
+        "arithmetic": str(dtype).removeprefix("torch."),
         "windows_sha256": windows_sha256,
         "model": {"config": dict(dense.config), "files": files},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
 from typing import Self
@@ -15,13 +16,15 @@ from fusegpt_ray import calibration
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.perplexity import CHUNK, perplexity, window_losses
+from fusegpt_ray.memory import fitting
+from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.runner import Runner, chunk_size, pick_device, pick_dtype, state_bytes
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
@@ -40,6 +43,10 @@ class LocalEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.__dict__.pop("runner", None)
 
+    @property
+    def description(self) -> str:
+        return f"one process on {self.device.type}, {str(self.dtype).removeprefix('torch.')}"
+
     @cached_property
     def runner(self) -> Runner:
         return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch)
@@ -52,32 +59,59 @@ class LocalEngine:
         settings = self.recipe.importance
         batches = torch.from_numpy(windows_WT).split(settings.batch)
 
-        def measure(jobs: list[Job]) -> list[np.ndarray]:
-            parts = [Part(batches[batch], positions) for batch, positions in jobs]
-            return [sums_WC.numpy() for sums_WC in sweep(self.runner, stack, parts)]
+        def attempt(rows: int) -> Ranking:
+            runner = self.runner.taking(rows)
 
-        return search(measure, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
+            def measure(jobs: list[Job]) -> list[np.ndarray]:
+                parts = [Part(batches[batch], positions) for batch, positions in jobs]
+                return [sums_WC.numpy() for sums_WC in sweep(runner, stack, parts)]
+
+            return search(measure, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
+
+        ranking, rows = fitting(attempt, settings.batch, settings.batch, "scoring")
+        return replace(ranking, rows=rows)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()
-        chunks = [group_states(self.runner, job, part) for part in torch.from_numpy(windows_WT).split(CHUNK)]
-        entering, leaving = (torch.cat([states.cpu() for states in half]) for half in zip(*chunks, strict=True))
+        settings, trunk, batch = job.settings, self.runner.trunk, self.recipe.importance.batch
+        windows, length = windows_WT.shape
+
+        def walk(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+            runner = self.runner.taking(rows)
+            parts = torch.from_numpy(windows_WT).split(chunk_size(windows, rows, state_bytes(job.dense, length)))
+            chunks = [[states.cpu() for states in group_states(runner, job, part)] for part in parts]
+            entering, leaving = (torch.cat(half) for half in zip(*chunks, strict=True))
+            return entering, leaving
+
+        (entering, leaving), rows = fitting(walk, batch, batch, "walking to the group")
         states_done = time.monotonic()
-        settings, trunk = job.settings, self.runner.trunk
-        contexts = trunk.contexts(settings.batch, windows_WT.shape[1])
-        student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
-        steps = settings.epochs * len(entering) // settings.batch
-        stepper = TorchStepper.make(student, settings, steps, self.device, self.dtype)
-        losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
+
+        def learn(micro_batch: int) -> tuple[Student, list[float]]:
+            contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
+            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
+            steps = settings.epochs * len(entering) // settings.batch
+            stepper = TorchStepper.make(student, settings, steps, self.device, micro_batch)
+            return student, train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
+
+        asked = self.recipe.cluster.micro_batch or settings.batch
+        (student, losses), micro_batch = fitting(learn, asked, settings.batch, "fine-tuning the group")
         saved = save_group(job, student)
-        return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         runner = self.runner if stack.trunk == self.dense.trunk else self._other(stack)
-        return perplexity(window_losses(runner, stack, torch.from_numpy(windows_WT)))
+        windows, batch = torch.from_numpy(windows_WT), self.recipe.importance.batch
+        losses_W, _ = fitting(lambda rows: window_losses(runner.taking(rows), stack, windows), batch, batch, "evaluation")
+        return perplexity(losses_W)
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        return prove(published, folder, stack, self.runner, self._other(published), torch.from_numpy(windows_WT))
+        here, there = self.runner, self._other(published)
+        windows, batch = torch.from_numpy(windows_WT), self.recipe.importance.batch
+
+        def attempt(rows: int) -> Proof:
+            return prove(published, folder, stack, here.taking(rows), there.taking(rows), windows)
+
+        return fitting(attempt, batch, batch, "the proof")[0]
 
     def _other(self, stack: Stack) -> Runner:
         """For a checkpoint with a trunk of its own: a published one."""

@@ -28,6 +28,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     ]
     table = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
     revision = f" (revision {source['revision']})" if source["revision"] else ""
+    less = manifest.get("fewer_at_once")
     lines = [
         "---",
         *front,
@@ -49,6 +50,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
         "*Dropped*: the same blocks removed, nothing fused or trained.",
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
+        *([f"Fewer windows at once than the recipe says, beyond rounding with the same result: {less}."] if less else []),
         "",
         "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256. The recipe:",
         "",

@@ -9,17 +9,15 @@ import math
 
 import torch
 
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.runner import Runner, chunk_size, state_bytes
 from fusegpt_ray.stack import Stack
-
-CHUNK = 64
-"""Windows that walk the model together: their states are held, and every block is read once for them."""
 
 
 def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of each window: [W] float64."""
     means = []
-    for part in windows_WT.split(CHUNK):
+    windows, length = windows_WT.shape
+    for part in windows_WT.split(chunk_size(windows, runner.rows, state_bytes(stack, length))):
         for h_WTD in runner.walk(stack, part):  # noqa: B007 - the states after the last block are wanted
             pass
         means.append(runner.token_losses(h_WTD, part))

@@ -15,9 +15,10 @@ from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.heartbeat import Heartbeat
+from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.journal import Done, Journal, identity
+from fusegpt_ray.memory import fewer_at_once
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
 from fusegpt_ray.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
@@ -43,12 +44,14 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
+            show.say(engine.description)
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
             show.stage("checking the model's files")
-            this = identity(recipe, calibration.fingerprint(windows_WT), dense)
+            this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
             journal = Journal.of(recipe)
+            wait_until_alone(journal.folder, recipe.output.name, show.say)
             if restart:
                 journal.remove()
             journal.begin(this)
@@ -66,11 +69,13 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 show.stage(f"evaluating and publishing {target.name}")
                 facts = {
                     "run": run_id,
+                    "arithmetic": this["arithmetic"],
                     "method": recipe.method,
                     "sparsity": target.sparsity,
                     "recipe": recipe.model_dump(mode="json"),
                     "removed": [record["removed"] for record in records],
                     "rounds": records,
+                    "fewer_at_once": fewer_at_once(recipe, records),
                 }
                 measure = partial(judge.measure, target.folder, stack)
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
@@ -240,6 +245,7 @@ class _Run:
         self.show.scored(ranking)
         seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
         group: list[int] = []
+        states_rows = micro_batch = None
         losses: list[float] = []
         after, files = stack.drop(donor), {}
         if self.recipe.method != "mi":
@@ -252,16 +258,21 @@ class _Run:
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
             tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
+            states_rows, micro_batch = tuned.rows, tuned.micro_batch
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
         record = {
             "removed": donor,
             **ranking.to_record(),
             "group": group,
+            "states_rows": states_rows,
+            "micro_batch": micro_batch,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "losses": losses,
             "seconds": seconds,
         }
+        if less := fewer_at_once(self.recipe, [record]):
+            self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, after, files)
 
 

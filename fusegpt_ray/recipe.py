@@ -181,8 +181,11 @@ class Cluster(Section):
     """Data-parallel training workers of a group; divides `fusion.batch`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share of the loss batch.
+    Divides that share, `fusion.batch` / `workers`."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Size of a local Ray's object store; left out: 1 GB. A cluster's own is set where it is started."""
+    """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
 
 
 class Output(Section):
@@ -261,8 +264,12 @@ class Recipe(Section):
                 "cluster.workers",
                 self.cluster.workers,
                 f"does not divide fusion.batch = {self.fusion.batch}, so workers would hold unequal parts of a loss batch",
-                f"use one of {[n for n in range(1, self.fusion.batch + 1) if self.fusion.batch % n == 0]}",
+                f"use one of {_divisors(self.fusion.batch)}",
             )
+        share, micro_batch = self.fusion.batch // self.cluster.workers, self.cluster.micro_batch
+        if micro_batch and share % micro_batch:
+            problem = f"does not divide the {share} windows of a loss batch that each worker takes"
+            raise UserError("cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}")
         return self
 
     @classmethod
@@ -300,6 +307,10 @@ class Recipe(Section):
             return section.model_validate(data)
         except ValidationError as error:
             raise _explain(section, error, name) from error
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def percent(sparsity: float) -> str:

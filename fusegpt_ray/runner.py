@@ -5,14 +5,20 @@ Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Iterator
+from typing import Self
 
 import torch
 from torch import nn
 
-from fusegpt_ray.anatomy import Context, Trunk, load_block, run_block
+from fusegpt_ray.anatomy import Context, Trunk, load_block, read_config, run_block
 from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.stack import Block, Stack
+
+HELD_BYTES = 4_000_000_000
+"""Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
 
 
 def pick_device() -> torch.device:
@@ -30,6 +36,21 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" and sizes[2] > sizes[4] else torch.float32
 
 
+def chunk_size(windows: int, rows: int, state_bytes: int, replicas: int = 1) -> int:
+    """How many windows should walk the model together: every block is read once for them, and their states are held.
+
+    Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the replicas; and at
+    most `HELD_BYTES` of states, `state_bytes` a window.
+    """
+    share = math.ceil(math.ceil(windows / rows) / replicas)
+    return rows * max(1, min(share, HELD_BYTES // (rows * state_bytes)))
+
+
+def state_bytes(stack: Stack, length: int) -> int:
+    """What the states of a window of `length` tokens take, in float32."""
+    return 4 * length * int(read_config(stack.config).get_text_config().hidden_size)
+
+
 class Runner:
     """Runs the blocks of stacks that share one trunk."""
 
@@ -37,6 +58,12 @@ class Runner:
         """`rows`: how many rows pass a block in one call, which bounds the memory of activations."""
         self.device, self.dtype, self.rows = device, dtype, rows
         self.trunk = Trunk(stack, device, dtype)
+
+    def taking(self, rows: int) -> Self:
+        """The same, with so many rows in a call."""
+        other = copy.copy(self)
+        other.rows = rows
+        return other
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import dense_stack, read_config
-from fusegpt_ray.checkpoint import read_index
+from fusegpt_ray.checkpoint import INDEX, SINGLE, read_index
 from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.manifest import MANIFEST as MANIFEST
 from fusegpt_ray.stack import Stack
@@ -65,7 +65,9 @@ class Source:
     def fetch(self) -> None:
         """Download a hub model's weights into the local cache (other sources are read where they are)."""
         if self.on_hub:
-            _snapshot(self.name, self.revision, "model.source", ["*.safetensors", "*.safetensors.index.json"])
+            index = Path(self.folder) / INDEX
+            shards = set(storage.read_json(str(index))["weight_map"].values()) if index.exists() else {SINGLE}
+            _snapshot(self.name, self.revision, "model.source", sorted(shards))
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:

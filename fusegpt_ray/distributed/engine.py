@@ -6,25 +6,33 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import ray
+import torch
 
 from fusegpt_ray import storage
+from fusegpt_ray.anatomy import Context
 from fusegpt_ray.distributed import data, scoring, training
+from fusegpt_ray.distributed.nodes import check_paths
 from fusegpt_ray.distributed.scoring import Replica
 from fusegpt_ray.distributed.states import state_datasets
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.memory import fitting
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.runner import pick_dtype
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
+
+T = TypeVar("T")
 
 
 class RayEngine:
@@ -33,6 +41,7 @@ class RayEngine:
     def __init__(self, recipe: Recipe, source: Source, dense: Stack) -> None:
         self.recipe, self.source, self.dense = recipe, source, dense
         self._started = False
+        self._contexts: dict[tuple[int, int], list[Context]] = {}
 
     def __enter__(self) -> Self:
         cluster = self.recipe.cluster
@@ -40,16 +49,28 @@ class RayEngine:
             self._start()
         total = ray.cluster_resources()
         gpus = cluster.gpus_per_replica if cluster.gpus_per_replica is not None else min(1, total.get("GPU", 0))
-        wanted = gpus * max(cluster.replicas, cluster.workers)
-        if wanted > total.get("GPU", 0):
-            problem = f"{max(cluster.replicas, cluster.workers)} × {gpus:g} GPUs wanted, the cluster has {total.get('GPU', 0):g}"
+        processes = max(cluster.replicas, cluster.workers)
+        if gpus * processes > total.get("GPU", 0):
+            problem = f"{processes} × {gpus:g} GPUs wanted, the cluster has {total.get('GPU', 0):g}"
             raise UserError("cluster.gpus_per_replica", gpus, problem, "lower it, cluster.replicas or cluster.workers")
+        if processes > total.get("CPU", 0):
+            problem = f"{processes} processes of one CPU each wanted, the cluster has {total.get('CPU', 0):g} CPUs"
+            raise UserError("cluster.replicas", cluster.replicas, problem, "lower cluster.replicas and cluster.workers")
+        check_paths(self.recipe, self.source, self.dense)
+        # Decided here, once: every process of the run computes alike.
+        self.dtype = pick_dtype(self.recipe.model.dtype, self.dense, torch.device("cuda" if gpus else "cpu"))
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
-        self.replica = Replica(
-            cluster.replicas, 1, gpus, max(1, cores // cluster.replicas), self.recipe.model.dtype, self.recipe.importance.batch
-        )
-        self.workers = Workers(cluster.workers, 1, gpus, max(1, cores // cluster.workers), self.recipe.model.dtype, cluster.zero_stage)
+        threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
+        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch)
+        threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
+        self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, cluster.micro_batch or share)
         return self
+
+    @property
+    def description(self) -> str:
+        where = f"{self.replica.gpus:g} GPU each" if self.replica.gpus else "CPUs"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"replicas: {self.replica.count}, training workers: {self.workers.count}, on {where}, {name}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._started:
@@ -60,23 +81,42 @@ class RayEngine:
         return data.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
     def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
-        return scoring.score(stack, windows_WT, self.recipe.importance, self.replica, last)
+        settings = self.recipe.importance
+        ranking, rows = self._fitting(lambda replica: scoring.score(stack, windows_WT, settings, replica, last), "scoring")
+        return replace(ranking, rows=rows)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
         begin = time.monotonic()
-        rows = job.settings.batch // self.workers.count
-        contexts = scoring.contexts(self.dense, rows, windows_WT.shape[1], self.replica)
-        datasets = state_datasets(job, windows_WT, self.workers.count, self.replica)
+        count = self.workers.count
+        datasets, rows = self._fitting(lambda replica: state_datasets(job, windows_WT, count, replica), "walking to the group")
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
-        saved, losses = training.finetune(job, contexts, len(windows_WT), datasets, self.workers, folder, epoch)
-        return Tuned(saved, losses, states_done - begin, time.monotonic() - states_done)
+
+        def learn(micro_batch: int) -> tuple[Saved, list[float]]:
+            contexts = self._contexts_of(micro_batch, windows_WT.shape[1])
+            workers = replace(self.workers, micro_batch=micro_batch)
+            return training.finetune(job, contexts, len(windows_WT), datasets, workers, folder, epoch)
+
+        share = job.settings.batch // count
+        (saved, losses), micro_batch = fitting(learn, self.workers.micro_batch, share, "fine-tuning the group")
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
+
+    def _contexts_of(self, rows: int, length: int) -> list[Context]:
+        """Asked of a replica once: no round changes them."""
+        if (rows, length) not in self._contexts:
+            self._contexts[rows, length] = scoring.contexts(self.dense, rows, length, self.replica)
+        return self._contexts[rows, length]
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        return scoring.evaluate(stack, windows_WT, self.replica)
+        return self._fitting(lambda replica: scoring.evaluate(stack, windows_WT, replica), "evaluation")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        return scoring.prove(published, folder, stack, windows_WT, self.replica)
+        return self._fitting(lambda replica: scoring.prove(published, folder, stack, windows_WT, replica), "the proof")[0]
+
+    def _fitting(self, attempt: Callable[[Replica], T], what: str) -> tuple[T, int]:
+        """See `memory.fitting`; on all replicas alike."""
+        rows = self.replica.rows
+        return fitting(lambda fewer: attempt(replace(self.replica, rows=fewer)), rows, rows, what)
 
     def _start(self) -> None:
         """Join the cluster the recipe or RAY_ADDRESS names, else start a local Ray on the loopback interface."""
@@ -96,7 +136,7 @@ class RayEngine:
                 # Waiting is most of what a coordinator does: never let it hold up the work on a machine with few cores.
                 num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + 1, cluster.workers + 1),
                 include_dashboard=False,
-                object_store_memory=int((cluster.object_store_gb or 1) * 1e9),
+                object_store_memory=int(cluster.object_store_gb * 1e9) if cluster.object_store_gb else None,
                 **quiet,
             )
         self._started = True

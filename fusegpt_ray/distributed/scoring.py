@@ -9,6 +9,7 @@ replicas either. Tasks are pure functions of their arguments: a lost one is simp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,11 @@ from fusegpt_ray.anatomy import Context
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.perplexity import CHUNK, perplexity, window_losses
+from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import WINDOWS, Proof
 from fusegpt_ray.proof import prove as prove_here
 from fusegpt_ray.recipe import Importance
-from fusegpt_ray.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.runner import Runner
 from fusegpt_ray.stack import Stack
 
 
@@ -37,7 +38,8 @@ class Replica:
     gpus: float
     threads: int
     """Threads of torch on a CPU."""
-    dtype: str
+    dtype: torch.dtype
+    """Of the arithmetic."""
     rows: int
 
     @property
@@ -45,10 +47,16 @@ class Replica:
         return {"num_cpus": self.cpus, "num_gpus": self.gpus}
 
     def runner(self, stack: Stack) -> Runner:
-        """Built inside the task, on the device torch sees there."""
+        """Built inside the task, on the GPU it was given, else on the CPU (Ray does not hide GPUs from a task that asked for none)."""
         torch.set_num_threads(self.threads)
-        device = pick_device()
-        return Runner(stack, device, pick_dtype(self.dtype, stack, device), self.rows)
+        if self.gpus and not torch.cuda.is_available():
+            raise RuntimeError("Ray gave this task a GPU, and torch cannot use it: check the driver and torch's CUDA build")
+        return Runner(stack, torch.device("cuda" if self.gpus else "cpu"), self.dtype, self.rows)
+
+    def task(self, function: Callable[..., Any]) -> Any:
+        """The function as a Ray task of a replica. On a GPU its process ends with it: else it would keep the GPU's memory."""
+        remote = ray.remote(max_calls=1)(function) if self.gpus else ray.remote(function)
+        return remote.options(**self.resources)
 
 
 def score(stack: Stack, windows_WT: np.ndarray, settings: Importance, replica: Replica, last: Ranking | None) -> Ranking:
@@ -58,7 +66,7 @@ def score(stack: Stack, windows_WT: np.ndarray, settings: Importance, replica: R
     def measure(jobs: list[Job]) -> list[np.ndarray]:
         shares = _balance([block_forwards(len(stack), positions) for _, positions in jobs], replica.count)
         parts = [[(batches[jobs[n][0]], jobs[n][1]) for n in share] for share in shares]
-        tasks = [_sweep.options(**replica.resources).remote(stack, share, replica) for share in parts]
+        tasks = [replica.task(_sweep).remote(stack, share, replica) for share in parts]
         sums = dict(zip((n for share in shares for n in share), (s for part in ray.get(tasks) for s in part), strict=True))
         return [sums[n] for n in range(len(jobs))]
 
@@ -67,39 +75,35 @@ def score(stack: Stack, windows_WT: np.ndarray, settings: Importance, replica: R
 
 def evaluate(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> float:
     """Perplexity."""
-    shares = _shares(windows_WT, CHUNK, replica.count)
-    tasks = [_losses.options(**replica.resources).remote(stack, share, replica) for share in shares]
+    shares = _shares(windows_WT, replica.rows, replica.count)
+    tasks = [replica.task(_losses).remote(stack, share, replica) for share in shares]
     return perplexity(torch.from_numpy(np.concatenate(ray.get(tasks))))
 
 
 def prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, replica: Replica) -> Proof:
     """See `proof.prove`; on one replica, which has never seen the published model before."""
-    return ray.get(_prove.options(**replica.resources).remote(published, folder, stack, windows_WT[:WINDOWS], replica))
+    return ray.get(replica.task(_prove).remote(published, folder, stack, windows_WT[:WINDOWS], replica))
 
 
 def contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Context]:
     """See `Trunk.contexts`; on the CPU. A task of its own, so that only a replica ever holds the trunk."""
-    return ray.get(_contexts.options(**replica.resources).remote(stack, rows, length, replica))
+    return ray.get(replica.task(_contexts).remote(stack, rows, length, replica))
 
 
-@ray.remote
 def _contexts(stack: Stack, rows: int, length: int, replica: Replica) -> list[Context]:
     return [context.to("cpu") for context in replica.runner(stack).trunk.contexts(rows, length)]
 
 
-@ray.remote
 def _sweep(stack: Stack, parts: list[tuple[np.ndarray, tuple[int, ...]]], replica: Replica) -> list[np.ndarray]:
     walked = sweep(replica.runner(stack), stack, [Part(torch.tensor(windows_WT), positions) for windows_WT, positions in parts])
     return [sums_WC.numpy() for sums_WC in walked]
 
 
-@ray.remote
 def _prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, replica: Replica) -> Proof:
     here, there = replica.runner(stack), replica.runner(published)
     return prove_here(published, folder, stack, here, there, torch.tensor(windows_WT))
 
 
-@ray.remote
 def _losses(stack: Stack, windows_WT: np.ndarray, replica: Replica) -> np.ndarray:
     return window_losses(replica.runner(stack), stack, torch.tensor(windows_WT)).numpy()
 

@@ -17,13 +17,14 @@ import torch
 from fusegpt_ray.distributed.scoring import Replica
 from fusegpt_ray.fusion.finetune import Batch
 from fusegpt_ray.fusion.round import Round, group_states
-from fusegpt_ray.perplexity import CHUNK
+from fusegpt_ray.runner import chunk_size, state_bytes
 
 
 def _walk(batch: dict[str, np.ndarray], job: Round, replica: Replica) -> Iterator[dict[str, np.ndarray]]:
     """A replica's task: walk a chunk of windows to the group's ends, and yield their states a few windows at a time."""
     runner = replica.runner(job.dense)
-    entering, leaving = group_states(runner, job, torch.tensor(batch["window"]))
+    (windows_WT,) = batch["windows"]
+    entering, leaving = group_states(runner, job, torch.tensor(windows_WT))
     for first in range(0, len(entering), runner.rows):
         part = slice(first, first + runner.rows)
         yield {"entering": _to_numpy(entering[part]), "leaving": _to_numpy(leaving[part])}
@@ -34,12 +35,15 @@ def state_datasets(job: Round, windows_WT: np.ndarray, workers: int, replica: Re
     share = job.settings.batch // workers
     # [loss batches, workers, share] → each worker's windows together, in the order of the loss batches.
     numbers = np.arange(len(windows_WT)).reshape(-1, workers, share).swapaxes(0, 1).ravel()
+    size = chunk_size(len(numbers), replica.rows, state_bytes(job.dense, windows_WT.shape[1]), replica.count)
+    chunks = [windows_WT[numbers[first : first + size]] for first in range(0, len(numbers), size)]
     with ray.data.DataContext.current(_context()):
-        rows = ray.data.from_items([{"window": windows_WT[n]} for n in numbers], override_num_blocks=1)
+        # A block a chunk, and so a task a chunk: Ray Data never splits a block over tasks.
+        rows = ray.data.from_items([{"windows": chunk} for chunk in chunks], override_num_blocks=len(chunks))
         states = rows.map_batches(
             _walk,
             fn_kwargs={"job": job, "replica": replica},
-            batch_size=CHUNK,
+            batch_size=1,
             compute=ray.data.TaskPoolStrategy(size=replica.count),
             **replica.resources,
         ).materialize()

@@ -24,18 +24,20 @@ import torch.distributed as dist
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
-from fusegpt_ray.fusion.finetune import Batch, arithmetic, cosine_to_zero, make_optimizer, train
-from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, make_optimizer, train
+from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
+from fusegpt_ray.memory import is_out_of_memory
 from fusegpt_ray.recipe import Fusion
-from fusegpt_ray.runner import pick_dtype
 
+WRITING_SECONDS = 4 * 3600
+"""How long the others wait for the first worker, which writes the group to a store that may be slow."""
 MAX_FAILURES = 3
 """How often a group is started again after a lost worker or node; every start gives the same result."""
 
@@ -48,8 +50,11 @@ class Workers:
     cpus: float
     gpus: float
     threads: int
-    dtype: str
+    dtype: torch.dtype
+    """Of the arithmetic."""
     zero_stage: int
+    micro_batch: int
+    """Windows that pass the group at once, of a worker's share of the loss batch."""
 
 
 @dataclass
@@ -59,11 +64,17 @@ class DeepSpeedStepper:
     engine: Any
     settings: Fusion
     device: torch.device
-    compute_dtype: torch.dtype
+    micro_batch: int
 
     @classmethod
     def make(
-        cls, student: torch.nn.Module, settings: Fusion, steps: int, stage: int, device: torch.device, dtype: torch.dtype
+        cls,
+        student: torch.nn.Module,
+        settings: Fusion,
+        steps: int,
+        stage: int,
+        device: torch.device,
+        micro_batch: int,
     ) -> DeepSpeedStepper:
         import deepspeed
 
@@ -75,16 +86,18 @@ class DeepSpeedStepper:
             lr_scheduler=cosine_to_zero(optimizer, steps),
             config=deepspeed_config(settings, dist.get_world_size(), stage, bf16=next(student.parameters()).dtype == torch.bfloat16),
         )
-        return cls(engine, settings, device, dtype)
+        return cls(engine, settings, device, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        with arithmetic(self.device, self.compute_dtype):
-            out = self.engine(entering)
-        loss = LOSSES[self.settings.loss](out, leaving, dist.get_world_size() > 1)
-        self.engine.backward(loss)
+        shared = dist.get_world_size() > 1
+        loss = accumulate(self.engine, self._backward, entering, leaving, self.settings.loss, self.micro_batch, shared)
         self.engine.step()
-        return loss.detach()
+        return loss
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)  # the workers' gradients meet, and the optimizer steps, after the last
+        self.engine.backward(loss)
 
     def mean(self, losses: torch.Tensor) -> float:
         mean = losses.mean()
@@ -93,7 +106,7 @@ class DeepSpeedStepper:
 
 
 def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loss batch a step, no accumulation, no clipping (its default is 1), our own Adam."""
+    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch // workers,
         "gradient_accumulation_steps": 1,
@@ -115,10 +128,11 @@ def unsplit_in_order() -> DataConfig:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Carries epochs' losses from the first worker to the driver's display."""
+    """Carries epochs' losses from the first worker to the driver's display, and from any worker that its memory ran out."""
 
     def __init__(self) -> None:
         self.new: list[tuple[int, float]] = []
+        self.out_of_memory = ""
 
     def add(self, epoch: int, loss: float) -> None:
         self.new.append((epoch, loss))
@@ -126,6 +140,12 @@ class Progress:
     def take(self) -> list[tuple[int, float]]:
         taken, self.new = self.new, []
         return taken
+
+    def ran_out(self, error: str) -> None:
+        self.out_of_memory = error
+
+    def has_run_out(self) -> str:
+        return self.out_of_memory
 
 
 def finetune(
@@ -141,11 +161,13 @@ def finetune(
 
     Raises:
         FloatingPointError: the loss is not finite.
+        MemoryError: a worker's memory ran out while it trained.
         ray.train.TrainingFailedError: the workers failed more than `MAX_FAILURES` times.
     """
     progress = Progress.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _work,
+        torch_config=TorchConfig(timeout_s=WRITING_SECONDS),
         train_loop_config={
             "job": job,
             "contexts": ray.put(contexts),
@@ -170,20 +192,28 @@ def finetune(
         result = trainer.fit()
     storage.remove(folder, recursive=True)
     done = result.return_value
+    if "out_of_memory" in done:
+        raise MemoryError(done["out_of_memory"])
     if "error" in done:
         raise FloatingPointError(done["error"])
     return Saved.from_json(done["saved"]), done["losses"]
 
 
 def _work(config: dict[str, Any]) -> dict[str, Any]:
-    """One training worker."""
+    """One training worker.
+
+    Where the memory of one runs out, the others may wait for it in a collective for ever. So it leaves a note and fails; Ray Train
+    starts all of them again, and now all find the note and end.
+    """
+    if error := ray.get(config["progress"].has_run_out.remote()):
+        return {"out_of_memory": error}
     job, workers = config["job"], config["workers"]
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
-    device = get_device()
-    dtype = pick_dtype(workers.dtype, job.dense, device)
+    device, dtype = get_device(), workers.dtype
     student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
-    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], workers.zero_stage, device, dtype)
+    stage, micro_batch = workers.zero_stage, workers.micro_batch
+    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, micro_batch)
     shard = ray.train.get_dataset_shard(f"states-{rank}")
 
     def done(number: int, loss: float) -> None:
@@ -194,8 +224,12 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
+    except Exception as error:
+        if is_out_of_memory(error):
+            ray.get(config["progress"].ran_out.remote(str(error)))
+        raise
     saved: dict[str, Any] = {}
-    with _whole(student, workers.zero_stage):
+    with _whole(student, stage):
         if rank == 0:
             saved = save_group(job, student).to_json()
     dist.barrier()  # nobody leaves while the first worker still needs the others' partitions

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import nn
 
-from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.recipe import Fusion
 
 Batch = tuple[torch.Tensor, torch.Tensor]
@@ -64,31 +63,35 @@ class TorchStepper:
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     device: torch.device
-    compute_dtype: torch.dtype
+    micro_batch: int | None
+    """Windows that pass the group at once; None: the whole loss batch."""
 
     @classmethod
-    def make(cls, student: nn.Module, settings: Fusion, steps: int, device: torch.device, compute_dtype: torch.dtype) -> TorchStepper:
+    def make(
+        cls,
+        student: nn.Module,
+        settings: Fusion,
+        steps: int,
+        device: torch.device,
+        micro_batch: int | None = None,
+    ) -> TorchStepper:
         optimizer = make_optimizer(student, settings)
-        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, compute_dtype)
+        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        with arithmetic(self.device, self.compute_dtype):
-            out = self.student(entering)
-        loss = LOSSES[self.settings.loss](out, leaving, False)
-        loss.backward()
+        loss = accumulate(self.student, self._backward, entering, leaving, self.settings.loss, self.micro_batch, False)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return loss.detach()
+        return loss
+
+    @staticmethod
+    def _backward(loss: torch.Tensor, _: bool) -> None:
+        loss.backward()
 
     def mean(self, losses: torch.Tensor) -> float:
         return losses.mean().item()
-
-
-def arithmetic(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Autocast where norms learn in float32 beside 16-bit weights; nothing in float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def train(

@@ -11,6 +11,7 @@ Notable:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import torch
@@ -18,6 +19,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 Linear: TypeAlias = nn.Linear | Conv1D
+Frozen: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
+"""A weight and a bias, if there is one."""
 
 
 class FusedLinear(nn.Module):
@@ -61,16 +64,26 @@ class FusedLinear(nn.Module):
                 self.register_buffer(f"donor_bias{k}", donor.bias.detach(), persistent=False)
                 learn(f"c{k}", torch.zeros(donor.bias.shape))
 
-    def fused(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32)."""
-        with torch.autocast(self.weight.device.type, enabled=False):
-            weight, bias = self.weight + self._laid_out(self.B @ self.A), self.bias
-            for k in range(self.terms):
+    def fused(self, frozen: Sequence[Frozen] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32).
+
+        `frozen`: the layer's own and its donors' weights and biases, if not those it holds.
+        """
+        (own, bias), *donors = frozen or self._frozen()
+        device = self.weight.device
+        with torch.autocast(device.type, enabled=False):
+            weight = _there(own, device) + self._laid_out(self.B @ self.A)
+            bias = bias if bias is None else bias.to(device)
+            for k, (donor_weight, donor_bias) in enumerate(donors):
                 coefficients = self._laid_out(getattr(self, f"C{k}") @ getattr(self, f"D{k}"))
-                weight = weight + coefficients * getattr(self, f"donor_weight{k}")
+                weight = weight + coefficients * _there(donor_weight, device)
                 if bias is not None:
-                    bias = bias + getattr(self, f"c{k}") * getattr(self, f"donor_bias{k}")
+                    bias = bias + getattr(self, f"c{k}") * _there(donor_bias, device)
         return weight, bias
+
+    def _frozen(self) -> list[Frozen]:
+        donors = [(getattr(self, f"donor_weight{k}"), getattr(self, f"donor_bias{k}", None)) for k in range(self.terms)]
+        return [(self.weight, self.bias), *donors]
 
     def _laid_out(self, product_OI: torch.Tensor) -> torch.Tensor:
         return product_OI.T if self.transposed else product_OI
@@ -81,6 +94,11 @@ class FusedLinear(nn.Module):
         dtype = self.weight.dtype
         weight = weight.to(dtype)
         return nn.functional.linear(x.to(dtype), weight.T if self.transposed else weight, None if bias is None else bias.to(dtype))
+
+
+def _there(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    assert tensor is not None  # a donor has what the layer itself has
+    return tensor.to(device)
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -65,3 +65,5 @@ def normalized_mse(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared:
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "normalized_mse": normalized_mse}
+MEANS_OVER_ROWS = frozenset({"normalized_mse"})
+"""Losses of a batch that are the means of its equal parts' losses."""

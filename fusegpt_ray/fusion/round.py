@@ -98,7 +98,7 @@ def build_student(job: Round, moulds: Sequence[nn.Module], contexts: Sequence[Co
     """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
     donors = DonorCache(moulds[job.donor], device, plan.compute_dtype)
     blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
-    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours])
+    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype)
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def save_group(job: Round, student: Student) -> Saved:
 
     for neighbour, block in zip(job.neighbours, student.blocks, strict=True):
         name = storage.join(job.folder, f"without-{job.donor:03d}-block-{neighbour.dense:03d}")
-        folded = folded_tensors(block)
+        folded = folded_tensors(block, neighbour, job.donor_block if job.fuse else None)
         assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
         weights = {**neighbour.weights, **write(f"{name}.safetensors", folded)}
         terms = None

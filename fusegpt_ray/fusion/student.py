@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.anatomy import Context, load_block, run_block
 from fusegpt_ray.checkpoint import read_tensors
-from fusegpt_ray.fusion.linear import FusedLinear, Linear
+from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
 from fusegpt_ray.stack import Block, Refs
 
 
@@ -34,14 +34,18 @@ class Plan:
 class Student(nn.Module):
     """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
 
-    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context], dtype: torch.dtype) -> None:
+        """`dtype`: of the arithmetic."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.contexts = contexts
+        self.dtype = dtype
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        for block, context in zip(self.blocks, self.contexts, strict=True):
-            h_BTD = run_block(block, h_BTD, context)
+        # Autocast, where norms learn in float32 beside 16-bit weights. Here: DeepSpeed switches off what it finds around.
+        with torch.autocast(h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            for block, context in zip(self.blocks, self.contexts, strict=True):
+                h_BTD = run_block(block, h_BTD, context)
         return h_BTD
 
 
@@ -55,7 +59,8 @@ def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, .
 def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, device: torch.device, donors: DonorCache) -> nn.Module:
     """One neighbour as a learnable block: LoRA, fused terms and norm weights learn; what it learned before is kept."""
     base, donor_refs = terms_of(neighbour, donor if plan.fuse else None)
-    block = load_block(mould, read_tensors(base), device, plan.compute_dtype)
+    stored = read_tensors(base)
+    block = load_block(mould, stored, device, plan.compute_dtype)
     donor_blocks = [donors.get(refs) for refs in donor_refs]
     for name, own in list(linear_layers(block)):
         fused = FusedLinear(
@@ -67,9 +72,10 @@ def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, de
             _generator(plan.seed, donor.dense, neighbour.dense, name),
         )
         block.set_submodule(name, fused)
-    for norm in filter(is_norm, block.modules()):
-        for key, parameter in list(norm.named_parameters(recurse=False)):
-            norm.register_parameter(key, nn.Parameter(parameter.detach().to(plan.trained_dtype)))
+    for name, norm in block.named_modules():
+        if is_norm(norm):
+            for key, _ in list(norm.named_parameters(recurse=False)):
+                norm.register_parameter(key, nn.Parameter(stored[f"{name}.{key}"].to(device, plan.trained_dtype)))
     if neighbour.terms:
         learned = {key: value.to(plan.trained_dtype) for key, value in read_tensors(neighbour.terms.learned).items()}
         known = dict(block.named_parameters())
@@ -100,18 +106,33 @@ def learned_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def folded_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
-    """The plain weights of all that fine-tuning changed, what was learned folded in, in the dtype it learned in, on the CPU."""
+def folded_tensors(block: nn.Module, neighbour: Block, donor: Block | None) -> dict[str, torch.Tensor]:
+    """The plain weights of all that fine-tuning changed, what was learned folded in, on the CPU.
+
+    What is learned is added to the weights as they are stored, not as the arithmetic rounded them (and in the wider of both dtypes): a
+    float16 checkpoint fine-tuned in bfloat16 keeps its own weights' precision. `donor`: of this round, if it is fused.
+    """
+    base, donors = terms_of(neighbour, donor)
     out = {}
     for name, module in block.named_modules():
         if isinstance(module, FusedLinear):
-            weight, bias = module.fused()
+            weight, bias = module.fused(_stored_layer(name, (base, *donors), module.weight.dtype))
             out[f"{name}.weight"] = weight.cpu()
             if bias is not None:
                 out[f"{name}.bias"] = bias.cpu()
         elif is_norm(module):
             out |= {f"{name}.{key}": value.detach().cpu() for key, value in module.named_parameters(recurse=False)}
     return out
+
+
+def _stored_layer(name: str, blocks: Sequence[Refs], held: torch.dtype) -> list[Frozen] | None:
+    """A layer's weight and bias in each block as they are stored; nothing if those held in the dtype `held` are no less exact."""
+    keys = (f"{name}.weight", f"{name}.bias")
+    layers = [{key: refs[key] for key in keys if key in refs} for refs in blocks]
+    if all(torch.promote_types(ref.dtype, held) == held for layer in layers for ref in layer.values()):
+        return None
+    tensors = [read_tensors(layer) for layer in layers]
+    return [(layer[keys[0]], layer.get(keys[1])) for layer in tensors]
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:

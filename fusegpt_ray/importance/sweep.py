@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fusegpt_ray.importance.metrics import macro_influence
+from fusegpt_ray.memory import is_out_of_memory, release
 from fusegpt_ray.runner import Runner
 from fusegpt_ray.stack import Stack
 
@@ -27,13 +28,25 @@ class Part(NamedTuple):
     """In the stack, in any order."""
 
 
-@torch.no_grad()
 def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on the CPU.
 
     All parts walk together, but one candidate of one part passes a block at a time. So the arithmetic of a window depends on the
-    windows of its batch alone: neither on the other candidates, nor on the other parts, nor on where they are walked.
+    windows of its batch alone: neither on the other candidates, nor on the other parts, nor on where they are walked. Where the
+    states of all parts do not fit into memory together, each half of the parts walks alone, with the same result.
     """
+    try:
+        return _walk(runner, stack, parts)
+    except Exception as error:
+        if len(parts) == 1 or not is_out_of_memory(error):
+            raise
+    release()
+    half = len(parts) // 2
+    return sweep(runner, stack, parts[:half]) + sweep(runner, stack, parts[half:])
+
+
+@torch.no_grad()
+def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     fulls = [runner.embed(part.windows_WT) for part in parts]
     without: list[dict[int, torch.Tensor]] = [{} for _ in parts]  # by position: states [W, T, D] of the model without it
     for position, block in enumerate(stack.blocks):

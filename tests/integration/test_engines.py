@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.calibration import sample_windows, token_stream
+from fusegpt_ray.distributed.nodes import nodes_without
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
@@ -170,6 +171,9 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
         assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
         assert done["removed"] == min(scores, key=lambda block: scores[block])
         assert done["seconds"].keys() == {"score", "states", "finetune"}
+        assert done["rows"] == recipe.importance.batch
+        share = recipe.fusion.batch // recipe.cluster.workers
+        assert (done["states_rows"], done["micro_batch"]) == ((None, None) if recipe.method == "mi" else (done["rows"], share))
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
         else:
@@ -259,11 +263,12 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
         job = Round(stack, dense, donor, recipe.fusion, recipe.method == "fusegpt", recipe.seed, str(folder / str(number)))
         entering, leaving = group_states(runner, job, windows_WT)
         student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.float32), CPU)
+        fused = job.donor_block if job.fuse else None
         epochs, batch = recipe.fusion.epochs, recipe.fusion.batch
-        stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU, torch.float32)
+        stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU)
         train(stepper, lambda e=entering, o=leaving, b=batch: batches_of(e, o, b), epochs, lambda *_: None)
         for block, learned in zip(job.neighbours, student.blocks, strict=True):
-            model.model.layers[block.dense].load_state_dict(folded_tensors(learned), strict=False)
+            model.model.layers[block.dense].load_state_dict(folded_tensors(learned, block, fused), strict=False)
         stack = stack.drop(donor).swap(save_group(job, student).blocks)
     return without_blocks(model, "llama", manifest["kept"])
 
@@ -281,3 +286,9 @@ def test_logits_are_those_of_the_model_in_memory(run: Run, tmp_path, name: str) 
             for weight in reference.parameters():
                 weight.copy_(weight.bfloat16())  # rounded once, as publishing does
         torch.testing.assert_close(published(ids_WT).logits, reference(ids_WT).logits, rtol=0, atol=1e-5)
+
+
+def test_nodes_that_do_not_see_a_file_are_named(ray_session, material, tmp_path) -> None:
+    seen = str(material.model / "model.safetensors")
+    assert nodes_without([seen]) == []
+    assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [node["NodeManagerAddress"] for node in ray.nodes()]

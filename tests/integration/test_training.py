@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,6 @@ from fusegpt_ray.distributed.states import batches, state_datasets
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.perplexity import CHUNK
 from fusegpt_ray.recipe import PRESETS, Fusion
 from fusegpt_ray.runner import Runner
 
@@ -37,6 +37,8 @@ WINDOWS, LENGTH, BATCH, EPOCHS = 32, 12, 8, 5
 STEPS = EPOCHS * WINDOWS // BATCH  # 20
 STAGES = (0, 1, 2, 3)
 LOSSES = ("batch_kl", "normalized_mse")
+MICRO = (4, 2)
+"""Windows at once; with two workers 4 are a whole share of the loss batch."""
 SETTINGS = PRESETS["default"] | {
     "group_size": 3,
     "rank": 4,
@@ -67,7 +69,7 @@ class Task:
 
     job: Round
     contexts: list[Context]
-    """For the rows of one worker."""
+    """For the rows of one micro-batch."""
     entering: torch.Tensor
     leaving: torch.Tensor
 
@@ -78,20 +80,20 @@ class Task:
         return train(stepper, lambda: batches_of(self.entering, self.leaving, share), EPOCHS, lambda *_: None)
 
 
-def task(folder: Path, loss: str, rank: int, workers: int, out: str = "nowhere") -> Task:
+def task(folder: Path, loss: str, rank: int, workers: int, out: str = "nowhere", micro_batch: int | None = None) -> Task:
     """A worker's part of the round that fuses block 2 of the tiny model."""
     stack = open_stack(folder)
     job = Round(stack, stack, 2, Fusion(**SETTINGS | {"loss": loss}), True, 0, out)
     runner = Runner(stack, CPU, torch.float32, BATCH)
     rows = torch.arange(WINDOWS).view(-1, workers, BATCH // workers)[:, rank].ravel()
     entering, leaving = group_states(runner, job, token_windows(WINDOWS, LENGTH))
-    return Task(job, runner.trunk.contexts(BATCH // workers, LENGTH), entering[rows], leaving[rows])
+    return Task(job, runner.trunk.contexts(micro_batch or BATCH // workers, LENGTH), entering[rows], leaving[rows])
 
 
-def learn_in_torch(folder: Path, loss: str) -> Learned:
-    this = task(folder, loss, 0, 1)
+def learn_in_torch(folder: Path, loss: str, micro_batch: int | None = None) -> Learned:
+    this = task(folder, loss, 0, 1, micro_batch=micro_batch)
     student = this.student()
-    stepper = TorchStepper.make(student, this.job.settings, STEPS, CPU, torch.float32)
+    stepper = TorchStepper.make(student, this.job.settings, STEPS, CPU, micro_batch)
     gradients: Tensors = {}
     stepper.optimizer.register_step_pre_hook(lambda *_: _note(gradients, student, lambda value: value.grad))
     losses = this.learn(stepper, BATCH)
@@ -99,23 +101,23 @@ def learn_in_torch(folder: Path, loss: str) -> Learned:
 
 
 def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None:
-    """One of the data-parallel workers: every loss with every ZeRO stage; the first one saves what came out."""
+    """One of the data-parallel workers: every loss with every ZeRO stage and micro-batch; the first one saves what came out."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{out}/meet{workers}", rank=rank, world_size=workers)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
-    found: dict[tuple[str, int], Learned] = {}
-    for loss, stage in itertools.product(LOSSES, STAGES):
-        this = task(folder, loss, rank, workers)
+    found: dict[tuple[str, int, int], Learned] = {}
+    for loss, stage, micro in itertools.product(LOSSES, STAGES, MICRO):
+        this = task(folder, loss, rank, workers, micro_batch=micro)
         student = this.student()
-        stepper = DeepSpeedStepper.make(student, this.job.settings, STEPS, stage, CPU, torch.float32)
+        stepper = DeepSpeedStepper.make(student, this.job.settings, STEPS, stage, CPU, micro)
         gradients: Tensors = {}
         stepper.engine.step = _after(lambda g=gradients, s=student: _note(g, s, safe_get_full_grad), stepper.engine.step)
         losses = this.learn(stepper, BATCH // workers)
         with deepspeed.zero.GatheredParameters(list(student.parameters()), enabled=stage == 3):
-            found[loss, stage] = Learned(gradients, _weights(student), losses)
+            found[loss, stage, micro] = Learned(gradients, _weights(student), losses)
         stepper.engine.destroy()
     if rank == 0:
         torch.save(found, out / f"learned{workers}.pt")
@@ -148,8 +150,8 @@ def plain(checkpoint) -> dict[str, Learned]:
 
 
 @pytest.fixture(scope="module")
-def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int], Learned]]:
-    """Workers → (loss, ZeRO stage) → what DeepSpeed learns."""
+def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int, int], Learned]]:
+    """Workers → (loss, ZeRO stage, micro-batch) → what DeepSpeed learns."""
     out = tmp_path_factory.mktemp("workers")
     counts = (1, 2)
     groups = [spawn(learn_in_deepspeed, (count, checkpoint("llama"), out), nprocs=count, join=False) for count in counts]
@@ -161,12 +163,22 @@ def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int],
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("micro", MICRO)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_deepspeed_learns_what_plain_torch_learns(plain, distributed, loss: str, stage: int, workers: int) -> None:
-    expected, found = plain[loss], distributed[workers][loss, stage]
+def test_deepspeed_learns_what_plain_torch_learns(plain, distributed, loss: str, micro: int, stage: int, workers: int) -> None:
+    compare(distributed[workers][loss, stage, micro], plain[loss])
+
+
+@pytest.mark.parametrize("micro", [4, 2, 1])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_micro_batches_learn_what_the_whole_batch_does(checkpoint, plain, loss: str, micro: int) -> None:
+    compare(learn_in_torch(checkpoint("llama"), loss, micro), plain[loss])
+
+
+def compare(found: Learned, expected: Learned) -> None:
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        # Two workers add in another order than one: float32 rounding, relative to the largest of a tensor's gradients.
+        # Workers and micro-batches add in another order: float32 rounding, relative to the largest of a tensor's gradients.
         scale = gradient.abs().max().item()
         torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=_named(name))
     for name, weight in expected.weights.items():
@@ -189,8 +201,8 @@ def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(checkpoint
 
 # --- through Ray Train ---
 
-REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype="float32", rows=BATCH)
-TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype="float32", zero_stage=1)
+REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=BATCH)
+TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1, micro_batch=2)
 
 
 def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.Dataset]) -> tuple[Tensors, list[float], list[int]]:
@@ -198,7 +210,7 @@ def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.D
     job = task(folder, "batch_kl", 0, 1, str(out)).job
     datasets = state_datasets(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, REPLICA)
     datasets["states-0"] = change(datasets["states-0"].repartition(1).materialize())
-    contexts = scoring.contexts(job.dense, BATCH // TWO.count, LENGTH, REPLICA)
+    contexts = scoring.contexts(job.dense, TWO.micro_batch, LENGTH, REPLICA)
     heard: list[int] = []
     saved, losses = training.finetune(
         job, contexts, WINDOWS, datasets, TWO, str(out / "train"), lambda number, _: heard.append(number)
@@ -207,6 +219,28 @@ def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.D
     assert not (out / "train").exists()
     files = sorted(out.glob("*.safetensors"))
     return {f"{file.name}:{name}": value for file in files for name, value in load_file(file).items()}, losses, heard
+
+
+def test_deepspeed_leaves_the_arithmetic_as_it_is(checkpoint, tmp_path) -> None:
+    """On a GPU, DeepSpeed switches off the autocast it is called under. Its question is answered here as there."""
+    spawn(_one_bf16_step, (checkpoint("qwen3"), tmp_path), nprocs=1)
+    assert (tmp_path / "done").exists()
+
+
+def _one_bf16_step(_: int, folder: Path, out: Path) -> None:
+    asked = torch.is_autocast_enabled
+    torch.is_autocast_enabled = lambda *device: asked(*device) if device else True
+    dist.init_process_group("gloo", init_method=f"file://{out}/meet", rank=0, world_size=1)
+    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+    stack = open_stack(folder)
+    job = Round(stack, stack, 2, Fusion(**SETTINGS), True, 0, str(out))
+    runner = Runner(stack, CPU, torch.bfloat16, BATCH)
+    states = group_states(runner, job, token_windows(BATCH, LENGTH))
+    contexts = runner.trunk.contexts(BATCH, LENGTH)
+    student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.bfloat16), CPU)
+    stepper = DeepSpeedStepper.make(student, job.settings, STEPS, 1, CPU, BATCH)
+    assert torch.isfinite(stepper.step(states))
+    (out / "done").touch()
 
 
 def test_batches_come_in_order(ray_session) -> None:
@@ -256,8 +290,12 @@ def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_pat
 
 
 def test_replicas_share_the_states_of_many_windows(ray_session, checkpoint, tmp_path) -> None:
+    """Ray Data never splits a block over tasks: as many blocks as replicas."""
     job = task(checkpoint("llama"), "batch_kl", 0, 1).job
-    windows = token_windows(2 * CHUNK, LENGTH).numpy()
-    (states,) = state_datasets(job, windows, 1, REPLICA).values()
-    assert states.count() == len(windows)
-    assert "MapBatches(_walk): 2 tasks executed" in states.stats()
+    windows = token_windows(5 * BATCH, LENGTH)
+    (states,) = state_datasets(job, windows.numpy(), 1, REPLICA).values()
+    assert re.search(r"MapBatches\(_walk\): 2 tasks executed", states.stats())
+    found = list(batches(states.iterator(), len(windows)))
+    assert len(found) == 1
+    expected = group_states(Runner(job.dense, CPU, torch.float32, BATCH), job, windows)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0], expected, strict=True))

@@ -26,7 +26,8 @@ from fusegpt_ray.cli import main
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MESSAGE = re.compile(r"error: (?P<key>[^=]+?) = (?P<value>.+?): (?P<problem>.+)\. Fix: (?P<fix>.+)\.", re.DOTALL)
-PROGRESS = re.compile(r"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|starting the local engine|tokenising|checking the model's files")
+STAGES = r"starting the local engine|one process on cpu, \w+|tokenising|checking the model's files"
+PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
 """What may stand before the message: a text is read with the model's tokenizer, after its configuration has been found good."""
 SECONDS = 3.0
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,7 +158,7 @@ def test_what_a_stopped_round_left_is_not_trusted(desk: Desk, undisturbed: dict[
 def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
     """Whatever ends the writing of a record in its middle must not stand in the way of the next attempt."""
     journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
-    this = identity(recipe(desk), "0" * 64, dense)
+    this = identity(recipe(desk), "0" * 64, dense, torch.float32)
     with pytest.raises(OSError, match="too large"), full_disk(100):
         journal.begin(this)
     journal.begin(this)
@@ -448,3 +452,45 @@ def test_restart_leaves_finished_models_alone(desk: Desk) -> None:
     with pytest.raises(UserError, match="a finished model is already at"):
         compress(recipe(desk), Watching(), restart=True)
     assert contents(desk.out) == before
+
+
+# --- two at once ---
+
+
+def sign(desk: Desk, **changes: Any) -> dict[str, Any]:
+    """A sign of life of another machine's process in the run's folder."""
+    told = {"time": time.time(), "host": "elsewhere", "pid": 1, "doing": "round 2/3: scoring 4 blocks"} | changes
+    (run_folder(desk) / "heartbeat.json").write_text(json.dumps(told))
+    return told
+
+
+def test_a_run_that_is_at_work_elsewhere_is_left_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusegpt_ray.heartbeat.EVERY", 1.5)
+    stopped(desk)
+    sign(desk)
+    threading.Timer(1.0, lambda: sign(desk)).start()
+    with pytest.raises(UserError, match=r"at work on elsewhere \(process 1\): round 2/3"):
+        compress(recipe(desk), Watching(), restart=True)
+    assert (run_folder(desk) / "round-001.json").exists()
+
+
+def test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with(
+    desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusegpt_ray.heartbeat.EVERY", 0.2)
+    stopped(desk)
+    sign(desk)
+    show = Watching()
+    compress(recipe(desk), show)
+    assert any("was alive on elsewhere" in line for line in show.said)
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(desk: Desk) -> None:
+    stopped(desk)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    sign(desk, host=socket.gethostname(), pid=dead.pid)
+    show = Watching()
+    compress(recipe(desk), show)
+    assert not any("alive" in line for line in show.said)

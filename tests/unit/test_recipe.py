@@ -280,6 +280,17 @@ def test_windows_fill_whole_loss_batches(method: str, windows: int, batch: int, 
         assert (error.key, error.value, error.fix) == ("calibration.windows", windows, fix)
 
 
+@pytest.mark.parametrize(("workers", "micro", "good"), [(1, 8, True), (1, 3, False), (2, 4, True), (2, 8, False), (4, 1, True)])
+def test_a_micro_batch_divides_a_workers_share(workers: int, micro: int, good: bool) -> None:
+    data = merged({"calibration": {"windows": 48}, "fusion": {"batch": 8}, "cluster": {"workers": workers, "micro_batch": micro}})
+    if good:
+        assert Recipe.parse(data).cluster.micro_batch == micro
+    else:
+        with pytest.raises(UserError) as caught:
+            Recipe.parse(data)
+        assert (caught.value.key, caught.value.value) == ("cluster.micro_batch", micro)
+
+
 @pytest.mark.parametrize(("batch", "workers", "good"), [(8, 3, False), (8, 16, False), (8, 4, True), (8, 8, True), (6, 3, True)])
 def test_workers_share_a_loss_batch_equally(batch: int, workers: int, good: bool) -> None:
     data = merged({"calibration": {"windows": 48}, "fusion": {"batch": batch}, "cluster": {"workers": workers}})

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, make_optimizer, train
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group, teacher
@@ -71,7 +72,7 @@ class Workshop:
         """The whole training of a round, as an engine runs it; returns the mean loss of each epoch."""
         entering, leaving = self.states(job)
         epochs = epochs or job.settings.epochs
-        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU, self.dtype)
+        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU)
         return train(stepper, lambda: batches_of(entering, leaving, BATCH), epochs, lambda *_: None)
 
     def fuse(self, job: Round, epochs: int = 1) -> tuple[Stack, Student]:
@@ -299,7 +300,7 @@ def test_one_step_is_the_papers(workshop: Workshop) -> None:
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     expected = paper.step(entering, leaving, 0, 20)
-    loss = TorchStepper.make(student, job.settings, 20, CPU, torch.float32).step((entering, leaving))
+    loss = TorchStepper.make(student, job.settings, 20, CPU).step((entering, leaving))
 
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     compare_learned(student, paper, SHIFT)
@@ -520,6 +521,23 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else(workshop: Workshop) -
     assert not any(torch.equal(one[name], third[name]) for name in drawn)
 
 
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+@torch.no_grad()
+def test_a_fused_block_keeps_the_precision_of_its_own_weights(stored: torch.dtype, checkpoint: Any, tmp_path: Path) -> None:
+    """Fused but not trained, with B = C = 0, a neighbour is what it was, to the last bit, though the arithmetic is bfloat16's."""
+    load_model(checkpoint("qwen3")).to(stored).save_pretrained(tmp_path / "source")
+    workshop = Workshop("qwen3", tmp_path / "source", tmp_path / "blocks", torch.bfloat16)
+    job = workshop.job(2, trained_dtype="float32")
+    blocks = save_group(job, workshop.student(job)).blocks
+    assert len(blocks) > 1
+    for dense, block in blocks.items():
+        own = read_tensors(workshop.dense.blocks[dense].weights)
+        rounded = [name for name in own if not torch.equal(own[name].bfloat16().to(stored), own[name])]
+        assert len(rounded) > 5, "or bfloat16 would do"
+        for name, value in read_tensors(block.weights).items():
+            assert torch.equal(value.to(stored), own[name]), name
+
+
 @pytest.mark.parametrize(
     ("trained_dtype", "dtype", "expected"),
     [
@@ -547,7 +565,7 @@ def test_dtypes(trained_dtype: str, dtype: torch.dtype, expected: torch.dtype, c
 
     saved = save_group(job, student).blocks
     ref = saved[0].weights["mlp.up_proj.weight"]
-    assert ref.dtype == expected
+    assert ref.dtype == torch.float32, "the checkpoint's own precision stays, whatever the arithmetic's"
     stack = workshop.dense.drop(2).swap(saved)
     out = list(workshop.runner.walk(stack, IDS))[3].float()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
