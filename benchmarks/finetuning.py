@@ -160,7 +160,7 @@ class Group:
         return build_student(self.job, trunk.moulds, contexts, self.job.plan(torch.float32), torch.device("cpu"))
 
     def ours(self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor) -> Epoch:
-        stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"), torch.float32)
+        stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"))
         size = self.settings.batch
 
         def epoch() -> float:

@@ -1,6 +1,6 @@
 """One device, true shapes, random weights: what a round costs, and what a run at 25 % with the paper's budget would take.
 
-    python benchmarks/gpu.py [--shape llama2-7b llama2-13b llama3-8b llama2-70b] [--peak-tflops 989] [--json out.json]
+    python benchmarks/gpu.py [--shape llama2-7b llama2-13b llama3-8b llama2-70b] [--peak-tflops 989] [--micro-batch 8]
     python benchmarks/gpu.py --shape toy        # on a CPU, in seconds
 
 Neither Ray nor DeepSpeed: `Runner`, `sweep`, `group_states`, `build_student` and `TorchStepper`, as the local engine uses them. Trunk
@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", default=[name for name in SHAPES if name != "toy"], choices=SHAPES)
     parser.add_argument("--peak-tflops", type=float, help="the device's, at the dtype of the arithmetic; left out: measured")
+    parser.add_argument("--micro-batch", type=int, help="windows of a loss batch that pass the group at once; left out: all 8")
     parser.add_argument("--json", help="write all numbers to this file")
     arguments = parser.parse_args(argv)
     device = pick_device()
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     print(HEADER)
     for label in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            found["shapes"][label] = row = measure(SHAPES[label], folder, device, dtype, arguments.peak_tflops)
+            found["shapes"][label] = row = measure(SHAPES[label], folder, device, dtype, arguments)
         score, states, tuning = row["score"], row["states"], row["finetune"]
         cells = [f"{score['seconds']:.1f}", f"{score['tflops']:.3g}", f"{score['share']:.0%}", f"{score['gb']:.1f}"]
         cells += [f"{states['seconds']:.1f}", f"{states['gb']:.1f}"]
@@ -107,9 +108,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype, peak_tflops: float | None) -> dict[str, Any]:
+def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every step of one shape."""
-    peak = (peak_tflops * 1e12) if peak_tflops else matmul_rate(shape.matmul, device, dtype)
+    micro_batch: int | None = arguments.micro_batch
+    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else matmul_rate(shape.matmul, device, dtype)
     dense = random_stack(shape, folder, dtype)
     recipe = Recipe.parse({"model": {"source": folder}, "calibration": {"data": "none"}, "output": {"uri": folder, "name": "none"}})
     runner = Runner(dense, device, dtype, recipe.importance.batch)
@@ -141,10 +143,10 @@ def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype,
     # Fine-tuning: one epoch of warming up, one measured.
     settings = recipe.fusion
     clock = Clock(device)
-    contexts = runner.trunk.contexts(settings.batch, shape.length)
+    contexts = runner.trunk.contexts(micro_batch or settings.batch, shape.length)
     student = build_student(job, runner.trunk.moulds, contexts, job.plan(dtype), device)
     building, _ = clock.stop()
-    stepper = TorchStepper.make(student, settings, 1000, device, dtype)
+    stepper = TorchStepper.make(student, settings, 1000, device, micro_batch)
     train(stepper, lambda: batches_of(entering[: settings.batch], leaving[: settings.batch], settings.batch), 1, lambda *_: None)
     clock = Clock(device)
     losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), 1, lambda *_: None)

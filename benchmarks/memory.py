@@ -147,23 +147,26 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
     if "limit" in task:
         allowed = _status("VmData") + task["limit"]
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    end = "done"
     try:
         if task["output"] == "whole":
             _read_all(folder / "model")
         else:
-            _compress(folder, "model", task["depth"], task["output"])
+            end = _compress(folder, "model", task["depth"], task["output"])
     except Exception as error:  # torch raises RuntimeError, and others wrap it
         if "limit" not in task or "memory" not in f"{type(error)} {error}".lower():
             raise
         return {"end": "fails"}
-    return {"end": "done", "peak": _status("VmHWM") - before, "before": before}
+    return {"end": end, "peak": _status("VmHWM") - before, "before": before}
 
 
-def _compress(folder: Path, model: str, depth: int, output: str) -> None:
+def _compress(folder: Path, model: str, depth: int, output: str) -> str:
+    """How it ended: done, or where it had to begin again with fewer windows at once for want of memory."""
     from fusegpt_ray import Recipe, compress
+    from fusegpt_ray.memory import fewer_at_once
     from fusegpt_ray.report import Display
 
-    recipe = {
+    settings = {
         "model": {"source": str(folder / model)},
         "sparsity": (REMOVED - 0.5) / depth,
         "calibration": {"data": str(folder / "text.txt"), "windows": WINDOWS, "length": LENGTH},
@@ -173,7 +176,9 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> None:
         "cluster": {"engine": "local"},
         "output": {"uri": str(folder), "name": output},
     }
-    compress(Recipe.parse(recipe), Display())
+    recipe = Recipe.parse(settings)
+    (published,) = compress(recipe, Display())
+    return fewer_at_once(recipe, published.manifest["rounds"]) or "done"
 
 
 def _read_all(folder: Path) -> None:
