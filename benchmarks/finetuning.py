@@ -1,0 +1,274 @@
+"""Fine-tuning one group: our loop beside plain loops written here without the package, the same loss curve from all of them.
+
+    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32] [--length 256] [--epochs 5] [--json out]
+
+- **ours**: `build_student`, `TorchStepper`, `train`; the states entering the group and the teacher's are computed once a group;
+- **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in every forward pass, softmax and
+  kl_div, Adam and CosineAnnealingLR; states computed once, as the paper's public code does;
+- **plain, collecting**: with `gc.collect()` after every step, as the paper's public code does;
+- **plain, states anew**: with the states entering the group and the teacher's computed again for every batch of every epoch.
+
+All start from the same coefficients, in float32, with the paper's loss, teacher and rates, and take turns epoch by epoch. Ratios are
+taken within a turn; medians are shown. Wall seconds are noisy where others use the machine too, CPU seconds less so. "20 epochs"
+counts the states too: once for those that compute them once. Loss: the largest relative difference from ours in any epoch.
+
+Then the FLOPs of one step's matrix products (torch's own counter; attention is not in it): "all ÷ student" is what computing the
+states once can win at most. And where our step's time goes, by operator (torch.profiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusegpt_ray import Recipe, calibration
+from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
+from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.fusion.student import Student
+from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.source import Source
+
+Epoch = Callable[[], float]
+"""Trains for one epoch; returns its mean loss."""
+HEADER = """| donor | way | tokens/s | CPU s an epoch | ÷ ours: wall | CPU | CPU with the states, 20 epochs | loss differs by |
+|---|---|---|---|---|---|---|---|"""
+BUDGET = 20
+"""Epochs a group, in the paper."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a LLaMA: the plain loops know no other architecture")
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--donors", type=int, nargs="+", default=[3, 8, 12], help="blocks to fuse away, one group each")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=128, help="of both low-rank terms")
+    parser.add_argument("--epochs", type=int, default=5, help="turns; the first one warms up and is not counted")
+    parser.add_argument("--json", help="write all numbers to this file")
+    arguments = parser.parse_args()
+
+    results: dict[str, Any] = {"arguments": vars(arguments), "threads": torch.get_num_threads(), "groups": {}}
+    print(HEADER)
+    for donor in arguments.donors:
+        group = Group(arguments, donor)
+        rows = group.measure(arguments.epochs)
+        for name, row in rows.items():
+            ratios = " | ".join(f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio"))
+            print(f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} | {row['loss']:.1e} |", flush=True)
+        results["groups"][donor] = {"rows": rows, "flops": group.flops(), "profile": group.profile()}
+    print("\n| donor | GFLOPs a step: student | teacher | blocks before the group | all ÷ student |")
+    print("|---|---|---|---|---|")
+    for donor, result in results["groups"].items():
+        student, teacher, before = (result["flops"][key] / 1e9 for key in ("student", "teacher", "before"))
+        print(f"| {donor} | {student:.1f} | {teacher:.1f} | {before:.1f} | {(student + teacher + before) / student:.2f} |")
+    print("\n| operator of our step | share of CPU time | calls |")
+    print("|---|---|---|")
+    for row in results["groups"][arguments.donors[0]]["profile"]:
+        print(f"| {row['operator']} | {row['share']:.1%} | {row['calls']} |")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+class Group:
+    """One group of a model and the ways to fine-tune it."""
+
+    def __init__(self, arguments: argparse.Namespace, donor: int) -> None:
+        recipe = Recipe.parse(
+            {
+                "model": {"source": arguments.model, "dtype": "float32"},
+                "calibration": {"data": arguments.data, "windows": arguments.windows, "length": arguments.length},
+                "importance": {"windows": min(32, arguments.windows)},
+                "fusion": {"preset": "paper", "rank": arguments.rank, "lora_rank": arguments.rank},
+                "cluster": {"engine": "local"},
+                "output": {"uri": tempfile.gettempdir(), "name": "none"},  # nothing is written
+            }
+        )
+        source = Source.find(arguments.model, None)
+        self.engine = LocalEngine(recipe, source, source.stack())
+        text, self.settings = recipe.calibration, recipe.fusion
+        stream = self.engine.tokens(text, "data")
+        self.windows_WT = torch.from_numpy(calibration.sample_windows(stream, text.windows, text.length, text.seed, "data"))
+        dense = self.engine.dense
+        self.job = Round(dense, dense, donor, self.settings, True, 0, "unused")
+        self.steps = BUDGET * text.windows // self.settings.batch
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+
+    def measure(self, epochs: int) -> dict[str, dict[str, Any]]:
+        """Every way's seconds, ratios to ours and losses."""
+        self.states()  # warming up
+        states_cpu = time.process_time()
+        entering_WTD, leaving_WTD = self.states()
+        states_cpu = time.process_time() - states_cpu
+        ways: dict[str, tuple[Epoch, bool]] = {
+            "ours": (self.ours(entering_WTD, leaving_WTD), True),
+            "plain": (self.plain(entering_WTD, leaving_WTD), True),
+            "plain, collecting": (self.plain(entering_WTD, leaving_WTD, collect=True), True),
+            "plain, states anew": (self.plain(None, None), False),
+        }
+        walls: dict[str, list[float]] = {name: [] for name in ways}
+        cpus: dict[str, list[float]] = {name: [] for name in ways}
+        losses: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(epochs):
+            for name, (way, _) in ways.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                losses[name].append(way())
+                walls[name].append(time.perf_counter() - wall)
+                cpus[name].append(time.process_time() - cpu)
+            print(f"turn {turn}: " + ", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in walls.items()), file=sys.stderr)
+
+        def ratio(seconds: dict[str, list[float]], name: str) -> float:
+            return statistics.median(other / own for other, own in zip(seconds[name][1:], seconds["ours"][1:], strict=True))
+
+        rows = {}
+        budget = {name: BUDGET * statistics.median(cpus[name][1:]) + once * states_cpu for name, (_, once) in ways.items()}
+        for name in ways:
+            pairs = zip(losses[name], losses["ours"], strict=True)
+            rows[name] = {
+                "tokens": self.windows_WT.numel() / statistics.median(walls[name][1:]),
+                "cpu": statistics.median(cpus[name][1:]),
+                "wall_ratio": ratio(walls, name),
+                "cpu_ratio": ratio(cpus, name),
+                "budget_ratio": budget[name] / budget["ours"],
+                "loss": max(abs(loss / own - 1) for loss, own in pairs),
+                "losses": losses[name],
+                "turns": list(zip(walls[name], cpus[name], strict=True)),
+            }
+        return rows
+
+    def states(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return group_states(self.engine.runner, self.job, self.windows_WT)
+
+    def student(self) -> Student:
+        trunk, settings = self.engine.runner.trunk, self.settings
+        contexts = trunk.contexts(settings.batch, self.windows_WT.shape[1])
+        return build_student(self.job, trunk.moulds, contexts, self.job.plan(torch.float32), torch.device("cpu"))
+
+    def ours(self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor) -> Epoch:
+        stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"))
+        size = self.settings.batch
+
+        def epoch() -> float:
+            return train(stepper, lambda: batches_of(entering_WTD, leaving_WTD, size), 1, lambda *_: None)[0]
+
+        return epoch
+
+    def plain(self, entering_WTD: torch.Tensor | None, leaving_WTD: torch.Tensor | None, collect: bool = False) -> Epoch:
+        """A plain loop on these states, or on states computed for every batch."""
+        student, settings = self.plain_student(), self.settings
+        named = [(name, value) for name, value in student.named_parameters() if value.requires_grad]
+        fusing = [value for name, value in named if name.endswith((".C", ".D", ".c"))]
+        others = [value for name, value in named if not name.endswith((".C", ".D", ".c"))]
+        rates = [{"params": fusing, "lr": settings.learning_rate}, {"params": others, "lr": settings.lora_learning_rate}]
+        optimizer = torch.optim.Adam(rates, betas=settings.betas, eps=settings.eps)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
+
+        def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            if entering_WTD is not None and leaving_WTD is not None:
+                yield from zip(entering_WTD.split(settings.batch), leaving_WTD.split(settings.batch), strict=True)
+            else:
+                yield from map(self.plain_states, self.windows_WT.split(settings.batch))
+
+        def epoch() -> float:
+            losses: list[float] = []
+            for entering_BTD, leaving_BTD in batches():
+                optimizer.zero_grad()
+                out_BTD = self.plain_forward(student, entering_BTD)
+                loss = nn.functional.kl_div(out_BTD.log_softmax(0), leaving_BTD.softmax(0), reduction="batchmean")
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+                if collect:
+                    gc.collect()
+            return statistics.mean(losses)
+
+        return epoch
+
+    @torch.no_grad()
+    def plain_states(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states entering the group and the teacher's leaving it, by the model's own blocks."""
+        base, span = self.model.model, self.job.span
+        entering_BTD = self.plain_forward(base.layers[: span.start], base.embed_tokens(ids_BT))
+        return entering_BTD, self.plain_forward(base.layers[span.start : span.stop], entering_BTD)
+
+    def plain_forward(self, blocks: nn.ModuleList, h_BTD: torch.Tensor) -> torch.Tensor:
+        places_BT = torch.arange(h_BTD.shape[1]).expand(h_BTD.shape[:2])
+        rotary = self.model.model.rotary_emb(h_BTD, places_BT)
+        for block in blocks:
+            h_BTD = block(h_BTD, position_embeddings=rotary)
+        return h_BTD
+
+    def plain_student(self) -> nn.ModuleList:
+        """The group's blocks by transformers, each linear layer fused with the donor's; coefficients start as ours do."""
+        blocks = nn.ModuleList()
+        starts = self.student()
+        donor = self.model.model.layers[self.job.donor]
+        for neighbour, start in zip(self.job.neighbours, starts.blocks, strict=True):
+            block = type(donor)(self.model.config, neighbour.dense)
+            block.load_state_dict(self.model.model.layers[neighbour.dense].state_dict())
+            for name, layer in list(block.named_modules()):
+                if isinstance(layer, nn.Linear):
+                    block.set_submodule(name, PlainFused(layer, donor.get_submodule(name), start.get_submodule(name)))
+            blocks.append(block)
+        return blocks
+
+    def flops(self) -> dict[str, int]:
+        """Of one step's matrix products: student forward and backward, teacher forward, the blocks before the group."""
+        base, span, student = self.model.model, self.job.span, self.student()
+        ids_BT = self.windows_WT[: self.settings.batch]
+        found = {}
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            entering_BTD = self.plain_forward(base.layers[: span.start], base.embed_tokens(ids_BT))
+        found["before"] = count.get_total_flops()
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            self.plain_forward(base.layers[span.start : span.stop], entering_BTD)
+        found["teacher"] = count.get_total_flops()
+        with FlopCounterMode(display=False) as count:
+            student(entering_BTD).sum().backward()
+        found["student"] = count.get_total_flops()
+        return found
+
+    def profile(self) -> list[dict[str, Any]]:
+        """The operators that take most of the CPU time of one of our epochs."""
+        epoch = self.ours(*self.states())
+        epoch()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            epoch()
+        events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+        total = math.fsum(event.self_cpu_time_total for event in events)
+        return [{"operator": e.key, "share": e.self_cpu_time_total / total, "calls": e.count} for e in events[:12]]
+
+
+class PlainFused(nn.Module):
+    """W + B·A + (C·D) ⊙ W_p, the plain way."""
+
+    def __init__(self, own: nn.Linear, donor: nn.Linear, start: nn.Module) -> None:
+        super().__init__()
+        self.own, self.donor = own.requires_grad_(False), donor.requires_grad_(False)
+        self.A, self.B, self.C, self.D = (nn.Parameter(start.get_parameter(name).detach().clone()) for name in ("A", "B", "C0", "D0"))
+        self.c = nn.Parameter(torch.zeros_like(own.bias)) if own.bias is not None else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.own.weight + self.B @ self.A + (self.C @ self.D) * self.donor.weight
+        bias = self.own.bias if self.c is None else self.own.bias + self.c * self.donor.bias
+        return nn.functional.linear(x, weight, bias)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The memory of a whole compression, from scoring to publishing, while the checkpoint grows in depth: one process, the local engine.
+
+    python benchmarks/memory.py [--depths 8 16 32 64] [--hidden 512] [--intermediate 1408] [--json out.json]
+
+Random LLaMAs of the same block in float32; two blocks are fused away from each, proof and held-out perplexities included. Every run is
+a fresh process that has already compressed a tiny model, so that all is imported and counts as what was there before. Linux only.
+
+- **peak**: the largest resident memory of the run (VmHWM) above what was resident before it. Weights are read, never mapped;
+- **formula**: what the run may hold by `formula` below (docs/performance.md tells its terms);
+- **under that limit**: the same run, its private memory limited to what was there before plus the formula (RLIMIT_DATA: what goes
+  beyond is not allocated). Reading the whole checkpoint at once must fail under it, or the limit limits nothing.
+
+The check of models up to 2 GB by plain `from_pretrained` holds the whole model by design. It is switched off here, as it is for larger
+ones; the last line tells the peak with it. Memory that is freed goes back at once (MALLOC_MMAP_THRESHOLD_ for tensors of these sizes;
+glibc does so by itself above 32 MB, as tensors of a 7B model are): else free memory of a fragmented heap would count, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from fusegpt_ray.publish import versions
+from fusegpt_ray.storage import STEP
+
+VOCABULARY = 256
+WINDOWS, LENGTH, BATCH, RANK, NEIGHBOURS = 8, 32, 4, 16, 2
+REMOVED = 2
+MB = 1_000_000
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32, 64])
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=1408)
+    parser.add_argument("--json", help="write all numbers to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(_child(json.loads(arguments.child))))
+        return 0
+    rows = []
+    print(
+        "| blocks | checkpoint MB | peak MB | formula MB | checkpoint ÷ peak | run under that limit | all weights at once under it |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for depth in arguments.depths:
+        with tempfile.TemporaryDirectory() as folder:
+            row = _measure(Path(folder), depth, arguments.hidden, arguments.intermediate, depth == arguments.depths[-1])
+        rows.append(row)
+        sizes = [f"{row[key] / MB:.0f}" for key in ("checkpoint", "peak", "formula")]
+        limited, whole = (row[key] for key in ("under_limit", "whole_under_limit"))
+        print(f"| {depth} | {' | '.join(sizes)} | {row['checkpoint'] / row['peak']:.1f} | {limited} | {whole} |", flush=True)
+    print(f"\nThe deepest with the `from_pretrained` check of small models: {rows[-1]['with_plain_check'] / MB:.0f} MB.")
+    if arguments.json:
+        Path(arguments.json).write_text(
+            json.dumps({"arguments": vars(arguments), "versions": versions(), "rows": rows}, indent=1) + "\n"
+        )
+    return 0
+
+
+def _measure(folder: Path, depth: int, hidden: int, intermediate: int, last: bool) -> dict[str, Any]:
+    _checkpoint(folder / "tiny", 4, 32, 64)
+    _checkpoint(folder / "model", depth, hidden, intermediate)
+    (folder / "text.txt").write_text(" ".join(f"w{i * i % VOCABULARY}" for i in range(4000)))
+    parts = formula(depth, hidden, intermediate)
+    limit = max(parts.values())
+    task = {"folder": str(folder), "depth": depth}
+    row = {
+        "depth": depth,
+        "checkpoint": (folder / "model" / "model.safetensors").stat().st_size,
+        "formula": limit,
+        "parts": parts,
+        **_run({**task, "output": "free"}),
+        "under_limit": _run({**task, "output": "limited", "limit": limit})["end"],
+        "whole_under_limit": _run({**task, "output": "whole", "limit": limit})["end"],
+    }
+    if last:
+        row["with_plain_check"] = _run({**task, "output": "plain"})["peak"]
+    return row
+
+
+def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
+    """What checking files, scoring and fine-tuning a group may hold, in bytes; the run may hold the largest."""
+    shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    block = 4 * sum(map(math.prod, shapes))
+    pair = 4 * RANK * sum(map(sum, shapes))  # A and B, or C and D
+    states = 4 * WINDOWS * LENGTH * hidden
+    trunk = 2 * 4 * VOCABULARY * hidden
+    own_and_effective, donors, in_passing = 2 * NEIGHBOURS, REMOVED, 2
+    adam = 4  # value, gradient and two moments
+    return {
+        "check": 3 * STEP,
+        "score": trunk + 3 * block + (depth + 1) * states,
+        "finetune": trunk + (own_and_effective + donors + in_passing) * block + adam * NEIGHBOURS * (1 + donors) * pair + 2 * states,
+    }
+
+
+def _checkpoint(folder: Path, depth: int, hidden: int, intermediate: int) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="100GB")
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+
+
+def _run(task: dict[str, Any]) -> dict[str, Any]:
+    """A task in a process of its own."""
+    command = [sys.executable, __file__, "--child", json.dumps(task)]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _child(task: dict[str, Any]) -> dict[str, Any]:
+    from fusegpt_ray import proof
+
+    folder = Path(task["folder"])
+    _compress(folder, "tiny", 4, f"{task['output']}-tiny")
+    if task["output"] != "plain":
+        proof.SMALL_BYTES = 0
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _status("VmRSS")
+    if "limit" in task:
+        allowed = _status("VmData") + task["limit"]
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+    end = "done"
+    try:
+        if task["output"] == "whole":
+            _read_all(folder / "model")
+        else:
+            end = _compress(folder, "model", task["depth"], task["output"])
+    except Exception as error:  # torch raises RuntimeError, and others wrap it
+        if "limit" not in task or "memory" not in f"{type(error)} {error}".lower():
+            raise
+        return {"end": "fails"}
+    return {"end": end, "peak": _status("VmHWM") - before, "before": before}
+
+
+def _compress(folder: Path, model: str, depth: int, output: str) -> str:
+    """How it ended: done, or where it had to begin again with fewer windows at once for want of memory."""
+    from fusegpt_ray import Recipe, compress
+    from fusegpt_ray.memory import fewer_at_once
+    from fusegpt_ray.report import Display
+
+    settings = {
+        "model": {"source": str(folder / model)},
+        "sparsity": (REMOVED - 0.5) / depth,
+        "calibration": {"data": str(folder / "text.txt"), "windows": WINDOWS, "length": LENGTH},
+        "evaluation": {"text": {"data": str(folder / "text.txt"), "windows": WINDOWS}},
+        "importance": {"windows": WINDOWS, "batch": BATCH},
+        "fusion": {"group_size": NEIGHBOURS, "rank": RANK, "lora_rank": RANK, "epochs": 1, "batch": BATCH},
+        "cluster": {"engine": "local"},
+        "output": {"uri": str(folder), "name": output},
+    }
+    recipe = Recipe.parse(settings)
+    (published,) = compress(recipe, Display())
+    return fewer_at_once(recipe, published.manifest["rounds"]) or "done"
+
+
+def _read_all(folder: Path) -> None:
+    from fusegpt_ray.checkpoint import read_index, read_tensors
+
+    tensors = [read_tensors({name: ref}) for name, ref in read_index(str(folder), "model.source").items()]
+    assert tensors
+
+
+def _status(key: str) -> int:
+    """Bytes of this process, as the kernel counts them."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    sys.exit(main())
