@@ -22,7 +22,7 @@ from fusegpt_ray.recipe import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration
 
-REPLICA = Replica(count=1, cpus=1, gpus=0, threads=1, dtype="float32", rows=SCORED)
+REPLICA = Replica(count=1, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=SCORED)
 
 
 @pytest.fixture(scope="module")
