@@ -43,7 +43,7 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_sessi
 
     def learn(micro_batch: int) -> list[float]:
         # ZeRO 1 to 3 take 2 GB for the bucket in which gradients are reduced, whatever the model.
-        workers = Workers(count, 1, 0, 1, "float32", 0, micro_batch)
+        workers = Workers(count, 1, 0, 1, torch.float32, 0, micro_batch)
         contexts = scoring.contexts(job.dense, micro_batch, LENGTH, REPLICA)
         folder = str(tmp_path / "train")
         return training.finetune(job, contexts, len(windows), datasets, workers, folder, lambda *_: None)[1]
