@@ -12,7 +12,7 @@ from models import GROUPED, open_stack, randomize, token_windows
 
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe import Fusion, Recipe
 from fusegpt_ray.source import Source
 
 LENGTH = 256
@@ -46,6 +46,21 @@ def limit_memory(more: int) -> None:
     taken = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert taken is not None
     resource.setrlimit(resource.RLIMIT_DATA, (int(taken[1]) * 1024 + more, resource.RLIM_INFINITY))
+
+
+class CrampedFusion:
+    """Settings that limit the memory of the process in which a first step asks for the loss: its threads have started by then."""
+
+    def __init__(self, settings: Fusion, more: int) -> None:
+        self.__dict__.update(settings.model_dump())
+        self._loss, self._more = self.__dict__.pop("loss"), more
+
+    @property
+    def loss(self) -> str:
+        if self._more:
+            limit_memory(self._more)
+            self._more = 0
+        return self._loss
 
 
 def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None) -> None:

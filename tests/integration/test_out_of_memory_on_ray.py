@@ -1,0 +1,66 @@
+"""Ray's tasks and training workers whose memory runs out; the limit is a real one of their processes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cramped
+import pytest
+import ray
+import torch
+from cramped import LENGTH, LIMITS, MB, SCORED, TRAINED, CrampedFusion, save_wide
+from models import open_stack, token_windows
+
+from fusegpt_ray.distributed import scoring, training
+from fusegpt_ray.distributed.scoring import Replica
+from fusegpt_ray.distributed.states import state_datasets
+from fusegpt_ray.distributed.training import Workers
+from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.memory import fitting, is_out_of_memory
+from fusegpt_ray.recipe import PRESETS, Fusion
+
+pytestmark = pytest.mark.integration
+
+REPLICA = Replica(count=1, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=SCORED)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_wide(tmp_path_factory.mktemp("wide"))
+
+
+@pytest.mark.parametrize("count", [2])
+def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_session, wide, tmp_path, count: int) -> None:
+    windows = token_windows(TRAINED * 2, LENGTH).numpy()
+    stack, share = open_stack(wide), TRAINED // count
+    values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
+    free = Round(stack, stack, 2, Fusion(**PRESETS["paper"] | values), True, 0, str(tmp_path))
+    datasets = state_datasets(free, windows, count, replace(REPLICA, rows=4))
+    ray.cloudpickle.register_pickle_by_value(cramped)  # workers do not find the tests' modules
+    # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on top.
+    job = replace(free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB))
+
+    def learn(micro_batch: int) -> list[float]:
+        # ZeRO 1 to 3 take 2 GB for the bucket in which gradients are reduced, whatever the model.
+        workers = Workers(count, 1, 0, 1, torch.float32, 0, micro_batch)
+        contexts = scoring.contexts(job.dense, micro_batch, LENGTH, REPLICA)
+        folder = str(tmp_path / "train")
+        return training.finetune(job, contexts, len(windows), datasets, workers, folder, lambda *_: None)[1]
+
+    losses, micro_batch = fitting(learn, share, share, "fine-tuning")
+    assert micro_batch < share
+    assert losses[0] > 0
+
+
+def test_errors_of_tasks_and_of_ray_data_are_known(ray_session) -> None:
+    def ask(rows: dict[str, object]) -> dict[str, object]:
+        torch.empty(10**15)
+        return rows
+
+    with pytest.raises(Exception, match="can't allocate memory") as of_task:
+        ray.get(ray.remote(ask).remote({}))
+    with pytest.raises(Exception, match="can't allocate memory") as of_data:
+        ray.data.range(2).map_batches(ask).materialize()
+    assert is_out_of_memory(of_task.value)
+    assert is_out_of_memory(of_data.value)
