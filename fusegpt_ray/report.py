@@ -22,7 +22,25 @@ from rich.table import Table
 from fusegpt_ray.importance.ranking import Ranking
 
 
-class Display:
+class _Live:
+    """A bar that moves on a terminal, and lines that stay."""
+
+    console: Console
+    _bar: Progress
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """One line that stays."""
+        self.console.print(text, markup=False)
+
+
+class Display(_Live):
     """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one line an event there."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -40,17 +58,6 @@ class Display:
         self._stage, self._note = "starting", ""
         self._round_seconds: list[float] = []
         self._round_began = 0.0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """One line that stays."""
-        self.console.print(text, markup=False)
 
     def stage(self, text: str, total: int | None = None) -> None:
         """What is being done now."""
@@ -104,7 +111,7 @@ class Display:
             self.console.print(table)
 
 
-class Transfer:
+class Transfer(_Live):
     """Bytes of many files going by, from several threads: one bar on a terminal, a line a file elsewhere. Always on stderr."""
 
     def __init__(self, console: Console | None = None) -> None:
@@ -114,17 +121,6 @@ class Transfer:
         self._task = self._bar.add_task("looking", total=None)
         self._at: dict[str, int] = {}
         self._files = self._finished = 0
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """One line that stays."""
-        self.console.print(text, markup=False)
 
     def begins(self, text: str, files: int, size: int) -> None:
         """What is done with so many files, of so many bytes together."""

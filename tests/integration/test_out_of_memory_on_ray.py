@@ -30,8 +30,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wide(tmp_path_factory.mktemp("wide"))
 
 
-@pytest.mark.parametrize("count", [2])
-def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_session, wide, tmp_path, count: int) -> None:
+def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_session, wide, tmp_path) -> None:
+    count = 2
     windows = token_windows(TRAINED * 2, LENGTH).numpy()
     stack, share = open_stack(wide), TRAINED // count
     values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
