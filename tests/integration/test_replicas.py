@@ -34,7 +34,7 @@ WINDOWS = token_windows(12, 9).numpy()
 SETTINGS = Importance(windows=12, batch=2, all=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two(ray_session, checkpoint) -> Iterator[Replicas]:
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas do not find the tests' modules
     replicas = Replicas(open_stack(checkpoint("llama")), TWO)
