@@ -19,7 +19,7 @@ import torch
 from fusegpt_ray.recipe import Recipe
 
 T = TypeVar("T")
-_SIGNS = re.compile(r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError", re.IGNORECASE)
+_SIGNS = re.compile(r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError|low on memory", re.IGNORECASE)
 
 
 _CGROUP = Path("/sys/fs/cgroup")

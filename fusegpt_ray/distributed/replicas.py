@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import ray
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from fusegpt_ray.memory import is_out_of_memory, release
 from fusegpt_ray.runner import Runner
@@ -135,7 +135,7 @@ class Replicas:
                 call = self._calls.pop(ref)
                 try:
                     ray.get(ref)
-                except RayActorError as error:
+                except (RayActorError, OutOfMemoryError) as error:
                     self._idle.append(self._start())
                     if call.share is not None and call.share not in self._shares():
                         lost[call.share] += 1
