@@ -25,7 +25,8 @@ from fusegpt_ray.memory import fitting, is_out_of_memory
 from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import Runner, chunk_size, pick_device, pick_dtype, state_bytes
+from fusegpt_ray.runner import Runner, pick_device, pick_dtype, state_bytes
+from fusegpt_ray.shares import chunk_size
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 

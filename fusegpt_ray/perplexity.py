@@ -9,7 +9,8 @@ import math
 
 import torch
 
-from fusegpt_ray.runner import Runner, chunk_size, state_bytes
+from fusegpt_ray.runner import Runner, state_bytes
+from fusegpt_ray.shares import chunk_size
 from fusegpt_ray.stack import Stack
 
 

@@ -6,7 +6,6 @@ Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
 from typing import Literal, Self
 
@@ -16,9 +15,6 @@ from torch import nn
 from fusegpt_ray.anatomy import Context, Trunk, read_config, run_block
 from fusegpt_ray.stack import Stack
 from fusegpt_ray.weights import Weights, fits
-
-HELD_BYTES = 4_000_000_000
-"""Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
 
 
 def pick_device() -> torch.device:
@@ -34,16 +30,6 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
     for ref in stack.trunk.values():
         sizes[2 if ref.dtype.itemsize <= 2 else 4] += ref.end - ref.begin
     return torch.bfloat16 if device.type != "cpu" and sizes[2] > sizes[4] else torch.float32
-
-
-def chunk_size(windows: int, rows: int, state_bytes: int, replicas: int = 1) -> int:
-    """How many windows should walk the model together: every block is read once for them, and their states are held.
-
-    Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the replicas; and at
-    most `HELD_BYTES` of states, `state_bytes` a window.
-    """
-    share = math.ceil(math.ceil(windows / rows) / replicas)
-    return rows * max(1, min(share, HELD_BYTES // (rows * state_bytes)))
 
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:

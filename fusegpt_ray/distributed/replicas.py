@@ -2,7 +2,7 @@
 
 Notable:
 - a share's result does not depend on who computes it, or how often: a lost replica is replaced and its share given out again, and a
-  share that takes much longer than the others is given to an idle replica as well; the first result counts;
+  share that takes much longer than others of its cost is given to an idle replica as well; the first result counts;
 - replicas live until the engine needs their place for training: in between they keep their process, their trunk and, where these fit
   (see `weights.py`), the blocks' weights.
 """
@@ -26,7 +26,8 @@ from fusegpt_ray.runner import Runner
 from fusegpt_ray.stack import Stack
 
 SLOW, SLOW_SECONDS = 2.0, 5.0
-"""A share is given out a second time after so many medians of those that are done, but not before so many seconds."""
+"""A share is given out a second time after so many times what it should take by the median of those that are done, but not before
+so many seconds."""
 SHARES_EACH = 4
 MAX_LOST = 3
 """How many replicas may be lost over one share before it is taken for the cause."""
@@ -105,13 +106,27 @@ class Replicas:
         """Into how many shares to cut work: more than replicas where that costs nothing, so that quick ones do more than slow ones."""
         return self.replica.count * (1 if self.streams else SHARES_EACH)
 
-    def map(self, function: Callable[..., Any], shares: Sequence[tuple[Any, ...]], rows: int) -> Iterator[tuple[int, Any]]:
-        """`function(runner, *share)` for each share: (number of the share, result), as they come. `rows`: of the runner."""
-        for number, refs in self.map_refs(function, shares, rows, 1):
+    def map(
+        self,
+        function: Callable[..., Any],
+        shares: Sequence[tuple[Any, ...]],
+        rows: int,
+        costs: Sequence[float] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """`function(runner, *share)` for each share: (number of the share, result), as they come.
+
+        `rows`: of the runner. `costs`: of the shares, in any unit, where they are not about the same.
+        """
+        for number, refs in self.map_refs(function, shares, rows, 1, costs):
             yield number, ray.get(refs[0])
 
     def map_refs(
-        self, function: Callable[..., Any], shares: Sequence[tuple[Any, ...]], rows: int, returns: int
+        self,
+        function: Callable[..., Any],
+        shares: Sequence[tuple[Any, ...]],
+        rows: int,
+        returns: int,
+        costs: Sequence[float] | None = None,
     ) -> Iterator[tuple[int, list[ray.ObjectRef]]]:
         """As `map`, for a function of so many results, which stay where they are; only the first of them is looked at.
 
@@ -119,14 +134,16 @@ class Replicas:
             RayActorError: replicas were lost again and again over the same share.
         """
         waiting, left = deque(range(len(shares))), len(shares)
-        seconds: list[float] = []
+        costs = costs or [1.0] * len(shares)
+        paces: list[float] = []
+        """Seconds by cost, of the shares that are done."""
         lost: Counter[int] = Counter()
         for call in self._calls.values():  # left over from a share that was given out twice, or from an attempt that failed
             call.share = None
         while len(self._idle) + len(self._calls) < self.replica.count:
             self._idle.append(self._start())
         while left:
-            while self._idle and (number := self._next(waiting, seconds)) is not None:
+            while self._idle and (number := self._next(waiting, costs, paces)) is not None:
                 actor = self._idle.pop()
                 found = actor.run.options(num_returns=returns).remote(function, rows, *shares[number])
                 refs = found if returns > 1 else [found]
@@ -136,7 +153,7 @@ class Replicas:
                 try:
                     ray.get(ref)
                 except (RayActorError, OutOfMemoryError) as error:
-                    self._idle.append(self._start())
+                    self._idle.insert(0, self._start())  # it is asked last: there may be no place for it
                     if call.share is not None and call.share not in self._shares():
                         lost[call.share] += 1
                         if is_out_of_memory(error) or lost[call.share] > MAX_LOST:
@@ -152,7 +169,7 @@ class Replicas:
                         for other in self._calls.values():
                             other.share = None if other.share == call.share else other.share
                         left -= 1
-                        seconds.append(time.monotonic() - call.began)
+                        paces.append((time.monotonic() - call.began) / costs[call.share])
                         yield call.share, call.refs
 
     def close(self) -> None:
@@ -165,15 +182,19 @@ class Replicas:
         options = {"num_cpus": self.replica.cpus, "num_gpus": self.replica.gpus}
         return _Replica.options(**options).remote(self.dense, self.replica)  # type: ignore[attr-defined]
 
-    def _next(self, waiting: deque[int], seconds: Sequence[float]) -> int | None:
-        """The share to give out: one that waits, else one that takes too long where it is."""
+    def _next(self, waiting: deque[int], costs: Sequence[float], paces: Sequence[float]) -> int | None:
+        """The share to give out: one that waits, else the one that is most overdue where it is."""
         if waiting:
             return waiting.popleft()
-        limit = max(SLOW * statistics.median(seconds), SLOW_SECONDS) if seconds else math.inf
-        times = Counter(self._shares())
-        once = [call for call in self._calls.values() if call.share is not None and times[call.share] == 1]
-        oldest = min(once, key=lambda call: call.began, default=None)
-        return oldest.share if oldest is not None and time.monotonic() - oldest.began > limit else None
+        pace = statistics.median(paces) if paces else math.inf
+        times, now = Counter(self._shares()), time.monotonic()
+        overdue = {
+            call.share: now - call.began - max(SLOW * pace * costs[call.share], SLOW_SECONDS)
+            for call in self._calls.values()
+            if call.share is not None and times[call.share] == 1
+        }
+        latest = max(overdue, key=lambda share: overdue[share], default=None)
+        return latest if latest is not None and overdue[latest] > 0 else None
 
     def _shares(self) -> list[int | None]:
         return [call.share for call in self._calls.values()]

@@ -2,9 +2,9 @@
 
 Shapes: W windows, N blocks, T tokens.
 
-Windows are split over replicas in whole batches, so that every window meets the same arithmetic on any number of replicas; the sums
-come back per window. What is walked is decided here (`importance/search.py`), wave by wave, and does not depend on the number of
-replicas either.
+Windows are split over replicas in whole batches, so that every window meets the same arithmetic on any number of replicas; where that
+leaves replicas with less to do than others, the candidates of a batch are split, too (`shares.py`). Sums come back per window. What is
+walked is decided here (`importance/search.py`), wave by wave, and does not depend on the number of replicas either.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from fusegpt_ray.anatomy import Context
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.importance.search import Job, block_forwards, search
+from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.perplexity import perplexity, window_losses
@@ -25,6 +25,7 @@ from fusegpt_ray.proof import WINDOWS, Proof
 from fusegpt_ray.proof import prove as prove_here
 from fusegpt_ray.recipe import Importance
 from fusegpt_ray.runner import Runner
+from fusegpt_ray.shares import cost, cut, in_turn, joined
 from fusegpt_ray.stack import Stack
 
 
@@ -39,18 +40,22 @@ def score(
 ) -> Ranking:
     """See `Engine.score`."""
     batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
+    sizes, depth = list(map(len, batches)), len(stack)
 
     def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-        if replicas.streams:
-            shares = _balance([block_forwards(len(stack), positions) for _, positions in jobs], replicas.replica.count)
-        else:
-            shares = [[number] for number in range(len(jobs))]
-        parts = [(stack, [(batches[jobs[n][0]], jobs[n][1]) for n in share]) for share in shares]
-        for share, found in replicas.map(_sweep, parts, rows):
-            for n, sums_WC in zip(shares[share], found, strict=True):
-                yield jobs[n], sums_WC
+        shares = cut(jobs, sizes, depth, replicas.replica.count)
+        if not replicas.streams:  # then a share may as well be each part by itself
+            shares = [[part] for part in in_turn(shares, sizes, depth)]
+        arguments = [(stack, [(batches[batch], positions) for batch, positions in share]) for share in shares]
+        costs = [sum(cost(part, sizes, depth) for part in share) for share in shares]
 
-    return search(sums.recalled(rows, measure), stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
+        def parts() -> Iterator[tuple[Job, np.ndarray]]:
+            for number, found in replicas.map(_sweep, arguments, rows, costs):
+                yield from zip(shares[number], found, strict=True)
+
+        return joined(jobs, parts())
+
+    return search(sums.recalled(rows, measure), stack.kept, sizes, windows_WT.shape[1], settings, last)
 
 
 def evaluate(stack: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int) -> float:
@@ -94,14 +99,3 @@ def _shares(windows_WT: np.ndarray, batch: int, pieces: int) -> list[np.ndarray]
     batches = -(-len(windows_WT) // batch)
     cuts = [batch * (batches * i // pieces) for i in range(1, pieces)]
     return [share for share in np.split(windows_WT, cuts) if len(share)]
-
-
-def _balance(costs: list[int], replicas: int) -> list[list[int]]:
-    """The numbers of jobs for each replica that gets some, of about the same cost: the dearest first, each to who has least."""
-    shares: list[list[int]] = [[] for _ in range(replicas)]
-    loads = [0] * replicas
-    for job in sorted(range(len(costs)), key=lambda job: -costs[job]):
-        least = loads.index(min(loads))
-        shares[least].append(job)
-        loads[least] += costs[job]
-    return [share for share in shares if share]

@@ -13,7 +13,8 @@ Every candidate is walked over the windows in order, a batch at a time; what is 
 
 So scoring takes at most four waves, each of which reads the weights once, and at most 2 N block-forwards a window more than the full
 table in a single walk: each candidate meets each window once, the full model at most three times. Waves are the same on any number of
-replicas, and so are all results; the price is a first look that keeps a single replica busy, in the first round only.
+replicas, and so are all results; the price is a first look, in the first round only, whose single batch can be split over replicas
+by its candidates alone (see `shares.py`).
 
 **Racing** (`importance.racing`, a probability) comes before the plan: all candidates walk 1, 2, 4, … batches, and after each such look
 those that a paired test finds above the leader are given up. It ends as soon as one candidate is left; else the plan takes over for

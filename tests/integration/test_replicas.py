@@ -155,3 +155,18 @@ def test_sums_come_as_they_are_measured_and_are_not_measured_again(two) -> None:
     assert scoring.score(stack, WINDOWS, SETTINGS, two, 2, None, again) == ranking
     assert changes.count(-1) == 2
     assert all(np.array_equal(again.known[key], sums.known[key]) for key in sums.known)
+
+
+def test_candidates_of_a_batch_are_split_and_the_sums_are_those_of_the_whole(two, monkeypatch) -> None:
+    """One batch for two replicas: each walks about half of its candidates."""
+    shares: list[list[tuple]] = []
+    given = two.map
+    monkeypatch.setattr(two, "map", lambda function, parts, *others: given(function, shares.append(parts) or parts, *others))
+    sums, stack = Sums(), two.dense
+    scoring.score(stack, WINDOWS, Importance(windows=12, batch=12, all=True), two, 2, None, sums)
+    parts = [own for share in shares for _, own in share if own]
+    assert sorted(p for own in parts for _, positions in own for p in positions) == list(range(len(stack)))
+    assert len(parts) == 2
+    everyone = tuple(range(len(stack)))
+    ((_, (whole,)),) = given(scoring._sweep, [(stack, [(WINDOWS, everyone)])], 2)
+    assert np.array_equal(sums.known[2, 0, everyone], whole)
