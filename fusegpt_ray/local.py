@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,11 +23,11 @@ from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.memory import fitting, is_out_of_memory
+from fusegpt_ray.memory import fitting, free_bytes, is_out_of_memory
 from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import Runner, chunk_size, pick_device, pick_dtype, state_bytes
+from fusegpt_ray.runner import Runner, pick_device, pick_dtype, state_bytes
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
@@ -84,10 +86,13 @@ class LocalEngine:
 
         def walk(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
             runner = self.runner.taking(rows)
-            parts = torch.from_numpy(windows_WT).split(chunk_size(windows, rows, state_bytes(job.dense, length)))
-            chunks = [[states.cpu() for states in group_states(runner, job, part)] for part in parts]
-            entering, leaving = (torch.cat(half) for half in zip(*chunks, strict=True))
-            return entering, leaving
+            kept = [_room_for_states(job.dense, windows, length, self.dtype) for _ in range(2)]
+            done = 0
+            for part in runner.chunks(job.dense, torch.from_numpy(windows_WT)):
+                for all_WTD, part_WTD in zip(kept, group_states(runner, job, part), strict=True):
+                    all_WTD[done : done + len(part)] = part_WTD
+                done += len(part)
+            return kept[0], kept[1]
 
         (entering, leaving), rows = fitting(walk, batch, batch, "walking to the group")
         states_done = time.monotonic()
@@ -134,3 +139,16 @@ class LocalEngine:
             return attempt(rows)
 
         return attempts
+
+
+def _room_for_states(stack: Stack, windows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """[W, T, D], empty: in memory, or in a temporary file if it would take more than a quarter of what is free.
+
+    The file is read in order, epoch after epoch; it has no name any more, so that it ends with the process.
+    """
+    taken = windows * state_bytes(stack, length, dtype)
+    shape = (windows, length, state_bytes(stack, 1, dtype) // dtype.itemsize)
+    if taken <= free_bytes(torch.device("cpu")) / 4:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="fusegpt-states-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)

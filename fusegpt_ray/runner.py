@@ -14,11 +14,14 @@ import torch
 from torch import nn
 
 from fusegpt_ray.anatomy import Context, Trunk, read_config, run_block
+from fusegpt_ray.memory import free_bytes
 from fusegpt_ray.stack import Stack
 from fusegpt_ray.weights import Weights, fits
 
 HELD_BYTES = 4_000_000_000
 """Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
+HELD_SHARE = 0.15
+"""Of the free memory that one set of states may take, if that is less."""
 
 
 def pick_device() -> torch.device:
@@ -36,14 +39,14 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type != "cpu" and sizes[2] > sizes[4] else torch.float32
 
 
-def chunk_size(windows: int, rows: int, state_bytes: int, replicas: int = 1) -> int:
-    """How many windows should walk the model together: every block is read once for them, and their states are held.
+def chunk_size(windows: int, rows: int, state_bytes: int, pieces: int = 1, held: float = HELD_BYTES) -> int:
+    """How many windows should walk the model together: every block is fetched once for them, and their states are held.
 
-    Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the replicas; and at
-    most `HELD_BYTES` of states, `state_bytes` a window.
+    Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the pieces; and at
+    most `held` bytes of states, `state_bytes` a window.
     """
-    share = math.ceil(math.ceil(windows / rows) / replicas)
-    return rows * max(1, min(share, HELD_BYTES // (rows * state_bytes)))
+    share = math.ceil(math.ceil(windows / rows) / pieces)
+    return rows * max(1, min(share, int(held) // (rows * state_bytes)))
 
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
@@ -77,6 +80,12 @@ class Runner:
         other = copy.copy(self)
         other.rows = rows
         return other
+
+    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Windows that should walk together, see `chunk_size`: a walk holds their states some three times."""
+        windows, length = windows_WT.shape
+        held = min(HELD_BYTES, HELD_SHARE * self.share * free_bytes(self.device))
+        return windows_WT.split(chunk_size(windows, self.rows, state_bytes(stack, length), held=held))
 
     def for_trunk_of(self, stack: Stack) -> Runner:
         """This one, or another beside it that keeps no weights if the stack has a trunk of its own: a published model."""

@@ -64,7 +64,8 @@ class RayEngine:
         threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
         here = 1 / math.ceil(cluster.replicas / len(alive_nodes()))
         share = min(1.0, gpus) if gpus else here
-        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share)
+        hub = self.source if self.source.on_hub else None
+        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share, hub)
         self.replicas = Replicas(self.dense, self.replica)
         threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
         self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, cluster.micro_batch or share)
