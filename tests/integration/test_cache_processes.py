@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import Fault, Proxy, stalled
+from faults import FOREVER, Fault, Proxy, stalled
 from readers import digest_of
 
 from fusegpt_ray.cache import BlockCache
@@ -51,20 +51,18 @@ class Reader:
         return self.process.stdout.readline().strip()
 
     def begin(self) -> None:
+        """Once it is ready."""
+        assert self.says() == "ready"
         assert self.process.stdin
         self.process.stdin.write("\n")
         self.process.stdin.flush()
 
 
 @contextmanager
-def reading(count: int, folder: Path, blocks: list[Refs], *hang: str) -> Iterator[list[Reader]]:
-    """So many processes that have begun at once."""
+def started(count: int, folder: Path, blocks: list[Refs], *hang: str) -> Iterator[list[Reader]]:
+    """So many processes, that are yet to begin."""
     readers = [Reader(folder, blocks, *hang) for _ in range(count)]
     try:
-        for reader in readers:
-            assert reader.says() == "ready"
-        for reader in readers:
-            reader.begin()
         yield readers
     finally:
         for reader in readers:
@@ -86,7 +84,9 @@ def test_four_processes_ask_the_store_for_what_one_asks(s3, blocks: list[Refs], 
     assert len(alone) == BLOCKS
     before = len(s3.requests())
     folder = tmp_path / "cache"
-    with reading(4, folder, blocks) as readers:
+    with started(4, folder, blocks) as readers:
+        for reader in readers:
+            reader.begin()
         for reader in readers:
             assert [reader.says() for _ in blocks] == expected
     requests = s3.requests()[before:]
@@ -100,19 +100,22 @@ def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path
     folder = tmp_path / "cache"
     proxy = Proxy(int(s3.client.meta.endpoint_url.rsplit(":", 1)[1]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    fault = Fault(stalled, "GET", "/1.safetensors")
+    fault = Fault(stalled, "GET", "/1.safetensors", times=FOREVER)
     proxy.inject(fault)
     try:
-        with reading(1, folder, blocks) as (victim,):
+        with started(4, folder, blocks) as (victim, *others):
+            victim.begin()
             assert victim.says() == expected[0]
-            wait_for(lambda: fault.hit == 1)
-            with reading(3, folder, blocks) as others:
-                assert [other.says() for other in others] == [expected[0]] * 3
-                time.sleep(1)
-                assert sum("/1.safetensors" in path for method, path in proxy.requests if method == "GET") <= 3, "nobody waited"
-                victim.process.kill()
-                for other in others:
-                    assert [other.says() for _ in blocks[1:]] == expected[1:]
+            wait_for(lambda: fault.hit == 3)
+            for other in others:
+                other.begin()
+            assert [other.says() for other in others] == [expected[0]] * 3
+            time.sleep(1)
+            assert fault.seen <= 6, "nobody waited"  # 3 tensors, which the victim may ask for again if this machine is slow
+            victim.process.kill()
+            proxy.inject()
+            for other in others:
+                assert [other.says() for _ in blocks[1:]] == expected[1:]
     finally:
         proxy.stop()
     assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * BLOCKS
@@ -122,13 +125,15 @@ def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path
 def test_a_file_half_written_by_a_killed_process_is_never_read(written: str, blocks: list[Refs], tmp_path: Path) -> None:
     expected = digests(blocks, tmp_path / "none")
     folder = tmp_path / "cache"
-    with reading(1, folder, blocks[:1], written) as (victim,):
+    with started(1, folder, blocks[:1], written) as (victim,):
+        victim.begin()
         assert victim.says() == "hanging"
         victim.process.kill()
     assert [path.suffix for path in folder.iterdir()] == [".part"]
     assert digest_of(blocks[1], BlockCache(folder, None)) == expected[1]
     assert [path.suffix for path in folder.iterdir()] == [".safetensors"], "the next that needed room left it there"
-    with reading(1, folder, blocks[2:3], written) as (victim,):
+    with started(1, folder, blocks[2:3], written) as (victim,):
+        victim.begin()
         assert victim.says() == "hanging"
         victim.process.kill()
     assert [digest_of(refs, BlockCache(folder, None)) for refs in blocks] == expected

@@ -564,7 +564,9 @@ def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
             readers = [multiprocessing.get_context("fork").Process(target=read, args=[limit]) for _ in range(2)]
             for reader in readers:
                 reader.start()
-            time.sleep(draw.uniform(0.005, 0.05))
+            while not folder.exists() or not os.listdir(folder):
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.04))
             for reader in readers:
                 reader.kill()
                 reader.join()
