@@ -10,11 +10,12 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from fusegpt_ray import storage
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.proof import Proof
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.stack import Stack
 
 Epoch = Callable[[int, float], None]
@@ -69,3 +70,9 @@ class Engine(Protocol):
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         """That the published model computes what the stack does (see `proof.prove`)."""
+
+
+def cache_gb(recipe: Recipe, dense: Stack) -> float | None:
+    """`cluster.cache_gb` where a run reads weights from object storage, else 0: no folder is made for nothing."""
+    remote = storage.is_remote(recipe.output.uri) or any(storage.is_remote(ref.file) for ref in dense.trunk.values())
+    return recipe.cluster.cache_gb if remote else 0

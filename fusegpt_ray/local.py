@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from fusegpt_ray import calibration
-from fusegpt_ray.engine import Epoch, Tuned
+from fusegpt_ray.cache import BlockCache
+from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import Student
@@ -54,7 +55,9 @@ class LocalEngine:
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch, self.recipe.cluster.weights)
+        cache = BlockCache.open(cache_gb(self.recipe, self.dense))
+        batch, weights = self.recipe.importance.batch, self.recipe.cluster.weights
+        return Runner(self.dense, self.device, self.dtype, batch, weights, cache=cache)
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000

@@ -189,6 +189,9 @@ class Cluster(Section):
     them for every walk, one block ahead. `auto`: keep them if they take at most 40 % of the memory that is free when it starts."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
+    cache_gb: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the temporary folder; left out: half of
+    what is free; 0: none."""
 
 
 class Output(Section):

@@ -21,7 +21,7 @@ from fusegpt_ray.distributed import data, scoring, states, training
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths
 from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.training import Workers
-from fusegpt_ray.engine import Epoch, Tuned
+from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.importance.ranking import Ranking
@@ -64,8 +64,9 @@ class RayEngine:
         threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
         here = 1 / math.ceil(cluster.replicas / len(alive_nodes()))
         share = min(1.0, gpus) if gpus else here
+        disk = cache_gb(self.recipe, self.dense)
         hub = self.source if self.source.on_hub else None
-        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share, hub)
+        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share, disk, hub)
         self.replicas = Replicas(self.dense, self.replica)
         threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
         self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, cluster.micro_batch or share)
