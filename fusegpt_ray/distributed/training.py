@@ -80,11 +80,19 @@ class DeepSpeedStepper:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         optimizer = make_optimizer(student, settings)
+        trained = [value for value in student.parameters() if value.requires_grad]
+        config = deepspeed_config(
+            settings,
+            dist.get_world_size(),
+            stage,
+            trained=sum(value.numel() for value in trained),
+            bf16=trained[0].dtype == torch.bfloat16,
+        )
         engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
             lr_scheduler=cosine_to_zero(optimizer, steps),
-            config=deepspeed_config(settings, dist.get_world_size(), stage, bf16=next(student.parameters()).dtype == torch.bfloat16),
+            config=config,
         )
         return cls(engine, settings, device, micro_batch)
 
@@ -105,13 +113,16 @@ class DeepSpeedStepper:
         return mean.item() / dist.get_world_size()
 
 
-def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves."""
+def deepspeed_config(settings: Fusion, workers: int, stage: int, trained: int, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves.
+
+    `trained`: how many numbers learn. The bucket in which their gradients meet is else of 5e8, 2 GB on every worker.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch // workers,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
