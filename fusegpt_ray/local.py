@@ -88,7 +88,9 @@ class LocalEngine:
 
         def learn(micro_batch: int) -> tuple[Student, list[float]]:
             contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
-            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
+            student = build_student(
+                job, trunk.moulds, contexts, job.plan(self.dtype), self.device, self.recipe.cluster.recompute_activations
+            )
             steps = settings.epochs * len(entering) // settings.batch
             stepper = TorchStepper.make(student, settings, steps, self.device, micro_batch)
             return student, train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)

@@ -184,6 +184,8 @@ class Cluster(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share of the loss batch.
     Divides that share, `fusion.batch` / `workers`."""
+    recompute_activations: bool = False
+    """Each block's activations are computed again in the backward pass: less memory, a third more work."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
 

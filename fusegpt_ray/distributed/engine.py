@@ -63,7 +63,8 @@ class RayEngine:
         threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
         self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch)
         threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
-        self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, cluster.micro_batch or share)
+        rows, recompute = cluster.micro_batch or share, cluster.recompute_activations
+        self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, rows, recompute)
         return self
 
     @property

@@ -55,6 +55,8 @@ class Workers:
     zero_stage: int
     micro_batch: int
     """Windows that pass the group at once, of a worker's share of the loss batch."""
+    recompute: bool = False
+    """See `Student`."""
 
 
 @dataclass
@@ -222,7 +224,8 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
     device, dtype = get_device(), workers.dtype
-    student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
+    moulds, contexts = block_moulds(job.dense.config), ray.get(config["contexts"])
+    student = build_student(job, moulds, contexts, job.plan(dtype), device, workers.recompute)
     stage, micro_batch = workers.zero_stage, workers.micro_batch
     stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, micro_batch)
     shard = ray.train.get_dataset_shard(f"states-{rank}")

@@ -94,11 +94,18 @@ def group_states(runner: Runner, job: Round, windows_WT: torch.Tensor) -> tuple[
     return entering, h_WTD
 
 
-def build_student(job: Round, moulds: Sequence[nn.Module], contexts: Sequence[Context], plan: Plan, device: torch.device) -> Student:
+def build_student(
+    job: Round,
+    moulds: Sequence[nn.Module],
+    contexts: Sequence[Context],
+    plan: Plan,
+    device: torch.device,
+    recompute: bool = False,
+) -> Student:
     """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
     donors = DonorCache(moulds[job.donor], device, plan.compute_dtype)
     blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
-    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype)
+    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype, recompute)
 
 
 @dataclass(frozen=True)
