@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fusegpt_ray.fusion.round import Round, Saved
+from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Text
@@ -34,6 +35,7 @@ class Tuned:
     """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
     states_seconds: float
     finetune_seconds: float
+    """With what it took before a savepoint from which it went on."""
 
 
 class Engine(Protocol):
@@ -56,8 +58,8 @@ class Engine(Protocol):
     def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
         """Find the block to remove. `last`: what the last round found, which saves a wave (see `importance/search.py`)."""
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
-        """Fuse and fine-tune one group, and write its new blocks to `job.folder`."""
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+        """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""

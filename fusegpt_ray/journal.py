@@ -15,6 +15,7 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion import savepoint
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
@@ -81,6 +82,10 @@ class Journal:
         """Where the rounds' new blocks lie."""
         return storage.join(self.folder, "blocks")
 
+    def round_folder(self, number: int) -> str:
+        """Where those of one round lie, and until it is committed its savepoints."""
+        return storage.join(self.blocks_folder, f"round-{number:03d}")
+
     @property
     def started(self) -> bool:
         return storage.exists(self._identity)
@@ -113,8 +118,9 @@ class Journal:
             raise UserError("output.name", name, f"an unfinished run in {self.folder} has " + "; and ".join(found), fix)
 
     def commit(self, number: int, done: Done) -> None:
-        """Record round `number` (from 1) as done."""
+        """Record round `number` (from 1) as done; only then do its savepoints go."""
         storage.create(self._file(number), sealed(done.to_json()))
+        self._forget_savepoints(number)
 
     def keep_scores(self, number: int, seconds: float, ranking: Ranking) -> None:
         """Note what scoring of round `number` found, so that a kill while its group is fine-tuned does not cost it."""
@@ -155,6 +161,8 @@ class Journal:
                 if number > len(done):
                     storage.remove(self._file(number))
                     storage.remove(self._scores(number + 1))  # of the stack after it
+        if done:
+            self._forget_savepoints(len(done))  # which a kill just after its commit may have left
         return done
 
     def remove(self) -> None:
@@ -163,6 +171,9 @@ class Journal:
         for number in reversed(self._numbers()):  # the identity last: no other run may find records it did not write
             storage.remove(self._file(number))
         storage.remove(self.folder, recursive=True)
+
+    def _forget_savepoints(self, number: int) -> None:
+        storage.remove(savepoint.folder_of(self.round_folder(number)), recursive=True)
 
     @property
     def _identity(self) -> str:

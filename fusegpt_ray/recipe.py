@@ -186,6 +186,9 @@ class Cluster(Section):
     Divides that share, `fusion.batch` / `workers`."""
     recompute_activations: bool = False
     """Each block's activations are computed again in the backward pass: less memory, a third more work."""
+    savepoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
+    """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after the last savepoint; 0: after every
+    epoch. A killed run goes on from there."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
 

@@ -24,6 +24,7 @@ from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round, Saved
+from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.memory import fitting
 from fusegpt_ray.proof import Proof
@@ -86,21 +87,24 @@ class RayEngine:
         ranking, rows = self._fitting(lambda replica: scoring.score(stack, windows_WT, settings, replica, last), "scoring")
         return replace(ranking, rows=rows)
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
         begin = time.monotonic()
         count = self.workers.count
         datasets, rows = self._fitting(lambda replica: state_datasets(job, windows_WT, count, replica), "walking to the group")
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
+        asked, minutes = self.workers.micro_batch, self.recipe.cluster.savepoint_minutes
+        kept = Savepoints.of(job, minutes, asked, states_rows=rows, **training.setup(self.workers))
 
         def learn(micro_batch: int) -> tuple[Saved, list[float]]:
             contexts = self._contexts_of(micro_batch, windows_WT.shape[1])
             workers = replace(self.workers, micro_batch=micro_batch)
-            return training.finetune(job, contexts, len(windows_WT), datasets, workers, folder, epoch)
+            savepoints = kept.trying(micro_batch)
+            return training.finetune(job, contexts, len(windows_WT), datasets, workers, folder, epoch, savepoints, say)
 
         share = job.settings.batch // count
-        (saved, losses), micro_batch = fitting(learn, self.workers.micro_batch, share, "fine-tuning the group")
-        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
+        (saved, losses), micro_batch = fitting(learn, kept.micro_batch, share, "fine-tuning the group")
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
 
     def _contexts_of(self, rows: int, length: int) -> list[Context]:
         """Asked of a replica once: no round changes them."""

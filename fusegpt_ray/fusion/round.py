@@ -42,6 +42,8 @@ class Round:
     seed: int
     folder: str
     """Where the new blocks' files go."""
+    origin: str = ""
+    """What `stack` came of: another if any of its weights could be. A savepoint of another origin is not gone on from."""
 
     @property
     def span(self) -> range:
