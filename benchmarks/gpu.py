@@ -5,7 +5,8 @@
 
 Neither Ray nor DeepSpeed: `Runner`, `sweep`, `group_states`, `build_student` and `TorchStepper`, as the local engine uses them. Trunk
 and one block are written to a temporary folder; every block of the model is that one, read from its file (then from the page cache)
-each time it is needed, as the engines do. So a 70B model takes 3 GB of disk, and the reading and copying of a real one that is cached.
+once if all fit the device, else each time it is needed, as the engines do. So a 70B model takes 3 GB of disk, and the reading and
+copying of a real one that is cached.
 
 - **score**: the full table of a round, every block on all windows: the upper bound of a search (docs/performance.md). A shape measured
   on fewer than 32 windows is scaled to 32, the reading of its weights apart;
@@ -114,15 +115,15 @@ def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype,
     peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else matmul_rate(shape.matmul, device, dtype)
     dense = random_stack(shape, folder, dtype)
     recipe = Recipe.parse({"model": {"source": folder}, "calibration": {"data": "none"}, "output": {"uri": folder, "name": "none"}})
-    runner = Runner(dense, device, dtype, recipe.importance.batch)
+    runner = Runner(dense, device, dtype, recipe.importance.batch, recipe.cluster.weights)
     windows_WT = torch.randint(shape.vocabulary, (max(shape.score_windows, shape.state_windows), shape.length))
-    row: dict[str, Any] = {"peak_tflops": peak / 1e12}
+    row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.keeps}
 
     # Scoring: the reading alone, then the whole sweep.
     sweep(runner, dense, [Part(windows_WT[:1], (shape.blocks - 1,))])  # warming up
     clock = Clock(device)
-    for block in dense.blocks:
-        runner.load(block)
+    for _ in runner.weights.walk(dense.blocks):
+        pass
     reading, _ = clock.stop()
     scored_WT = windows_WT[: shape.score_windows]
     clock = Clock(device)

@@ -105,7 +105,7 @@ def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
     adam = 4  # value, gradient and two moments
     return {
         "check": 3 * STEP,
-        "score": trunk + 3 * block + (depth + 1) * states,
+        "score": trunk + 4 * block + (depth + 1) * states,
         "finetune": trunk + (own_and_effective + donors + in_passing) * block + adam * NEIGHBOURS * (1 + donors) * pair + 2 * states,
     }
 
@@ -173,7 +173,7 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
         "evaluation": {"text": {"data": str(folder / "text.txt"), "windows": WINDOWS}},
         "importance": {"windows": WINDOWS, "batch": BATCH},
         "fusion": {"group_size": NEIGHBOURS, "rank": RANK, "lora_rank": RANK, "epochs": 1, "batch": BATCH},
-        "cluster": {"engine": "local"},
+        "cluster": {"engine": "local", "weights": "streamed"},
         "output": {"uri": str(folder), "name": output},
     }
     recipe = Recipe.parse(settings)

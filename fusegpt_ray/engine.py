@@ -13,6 +13,7 @@ import torch
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Text
 from fusegpt_ray.stack import Stack
@@ -55,8 +56,12 @@ class Engine(Protocol):
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         """The text's tokens, piece by piece, from the beginning at each call (see `calibration.py`)."""
 
-    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
-        """Find the block to remove. `last`: what the last round found, which saves a wave (see `importance/search.py`)."""
+    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None, sums: Sums | None = None) -> Ranking:
+        """Find the block to remove.
+
+        `last`: what the last round found, which saves a wave (see `importance/search.py`). `sums`: what an attempt that was killed has
+        measured; what is measured now is added to it.
+        """
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
         """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""

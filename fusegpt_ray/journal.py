@@ -9,20 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import savepoint
-from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
 from fusegpt_ray.stack import Stack
 
 METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""
+Note = Literal["sums", "scores"]
+"""Of a round that is under way: what its scoring has measured so far, and what it found."""
 
 
 def identity(recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype) -> dict[str, Any]:
@@ -122,20 +123,23 @@ class Journal:
         storage.create(self._file(number), sealed(done.to_json()))
         self._forget_savepoints(number)
 
-    def keep_scores(self, number: int, seconds: float, ranking: Ranking) -> None:
-        """Note what scoring of round `number` found, so that a kill while its group is fine-tuned does not cost it."""
-        storage.write(self._scores(number), sealed({"seconds": seconds, **ranking.to_record()}))
+    def keep(self, kind: Note, number: int, note: Any) -> None:
+        """Note something about round `number` before it is done, so that a kill does not cost it. A later note takes its place."""
+        storage.write(self._note(kind, number), sealed({"note": note}))
 
-    def scores(self, number: int, say: Callable[[str], None]) -> tuple[float, Ranking] | None:
-        """What `keep_scores` noted: seconds and ranking."""
-        if not storage.exists(self._scores(number)):
+    def kept(self, kind: Note, number: int, say: Callable[[str], None]) -> Any:
+        """What `keep` noted, or None."""
+        file = self._note(kind, number)
+        if not storage.exists(file):
             return None
         try:
-            note = opened(storage.read(self._scores(number)))
+            return opened(storage.read(file))["note"]
         except DamagedRecord as error:
-            say(f"WARNING: {self._scores(number)} is damaged ({error}); scoring again")
+            say(f"WARNING: {file} is damaged ({error}); scoring again")
             return None
-        return note["seconds"], Ranking.from_record(note)
+
+    def forget(self, kind: Note, number: int) -> None:
+        storage.remove(self._note(kind, number))
 
     def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
         """The rounds done so far, in order, as far as they can be trusted.
@@ -160,7 +164,8 @@ class Journal:
             for number in self._numbers():
                 if number > len(done):
                     storage.remove(self._file(number))
-                    storage.remove(self._scores(number + 1))  # of the stack after it
+                    for kind in get_args(Note):
+                        self.forget(kind, number + 1)  # of the stack after it
         if done:
             self._forget_savepoints(len(done))  # which a kill just after its commit may have left
         return done
@@ -182,8 +187,8 @@ class Journal:
     def _file(self, number: int) -> str:
         return storage.join(self.folder, f"round-{number:03d}.json")
 
-    def _scores(self, number: int) -> str:
-        return storage.join(self.folder, f"scores-{number:03d}.json")
+    def _note(self, kind: Note, number: int) -> str:
+        return storage.join(self.folder, f"{kind}-{number:03d}.json")
 
     def _numbers(self) -> list[int]:
         names = [name for name in storage.names(self.folder) if name.startswith("round-")]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property, partial
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,14 +20,17 @@ from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
+from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.memory import fitting
+from fusegpt_ray.memory import fitting, is_out_of_memory
 from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.runner import Runner, chunk_size, pick_device, pick_dtype, state_bytes
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
+
+T = TypeVar("T")
 
 
 class LocalEngine:
@@ -50,24 +53,27 @@ class LocalEngine:
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch)
+        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch, self.recipe.cluster.weights)
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
         return calibration.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
-    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
-        settings = self.recipe.importance
+    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None, sums: Sums | None = None) -> Ranking:
+        settings, known = self.recipe.importance, sums or Sums()
         batches = torch.from_numpy(windows_WT).split(settings.batch)
 
         def attempt(rows: int) -> Ranking:
             runner = self.runner.taking(rows)
 
-            def measure(jobs: list[Job]) -> list[np.ndarray]:
-                parts = [Part(batches[batch], positions) for batch, positions in jobs]
-                return [sums_WC.numpy() for sums_WC in sweep(runner, stack, parts)]
+            def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+                for share in [[job] for job in jobs] if runner.keeps else [jobs]:
+                    parts = [Part(batches[batch], positions) for batch, positions in share]
+                    for job, sums_WC in zip(share, sweep(runner, stack, parts), strict=True):
+                        yield job, sums_WC.numpy()
 
-            return search(measure, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
+            recalled = known.recalled(rows, measure)
+            return search(recalled, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
 
         ranking, rows = fitting(attempt, settings.batch, settings.batch, "scoring")
         return replace(ranking, rows=rows)
@@ -89,6 +95,7 @@ class LocalEngine:
         setup: dict[str, str | int] = {"engine": "local", "device": self.device.type, "states_rows": rows}
         kept = Savepoints.of(job, cluster.savepoint_minutes, cluster.micro_batch or settings.batch, **setup)
 
+        @self._rather_forgetting
         def learn(micro_batch: int) -> tuple[Student, list[float]]:
             savepoints = kept.trying(micro_batch)
             contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
@@ -103,13 +110,13 @@ class LocalEngine:
         return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        runner = self.runner if stack.trunk == self.dense.trunk else self._other(stack)
-        windows, batch = torch.from_numpy(windows_WT), self.recipe.importance.batch
+        runner, windows = self.runner.for_trunk_of(stack), torch.from_numpy(windows_WT)
+        batch = self.recipe.importance.batch
         losses_W, _ = fitting(lambda rows: window_losses(runner.taking(rows), stack, windows), batch, batch, "evaluation")
         return perplexity(losses_W)
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        here, there = self.runner, self._other(published)
+        here, there = self.runner, self.runner.for_trunk_of(published)
         windows, batch = torch.from_numpy(windows_WT), self.recipe.importance.batch
 
         def attempt(rows: int) -> Proof:
@@ -117,6 +124,17 @@ class LocalEngine:
 
         return fitting(attempt, batch, batch, "the proof")[0]
 
-    def _other(self, stack: Stack) -> Runner:
-        """For a checkpoint with a trunk of its own: a published one."""
-        return Runner(stack, self.device, self.dtype, self.recipe.importance.batch)
+    def _rather_forgetting(self, attempt: Callable[[int], T]) -> Callable[[int], T]:
+        """Where memory runs out while blocks are kept in it, the same again without them, before the work is made smaller."""
+
+        def attempts(rows: int) -> T:
+            if self.runner.weights.kept:
+                try:
+                    return attempt(rows)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                self.runner.weights.forget()
+            return attempt(rows)
+
+        return attempts

@@ -1,4 +1,4 @@
-"""When memory runs out, the same work begins again with fewer windows at a time.
+"""How much memory is free; and when it runs out, the same work begins again with fewer windows at a time.
 
 What was computed before is thrown away, so that one result is one arithmetic: the same as if the smaller number had been asked for.
 """
@@ -7,15 +7,41 @@ from __future__ import annotations
 
 import gc
 import re
+import resource
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 from fusegpt_ray.recipe import Recipe
 
 T = TypeVar("T")
-_SIGNS = re.compile(r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError", re.IGNORECASE)
+_SIGNS = re.compile(r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError|low on memory", re.IGNORECASE)
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be taken on the device; on a CPU the least of what the machine, the container and the process's limits leave."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    mine = psutil.Process().memory_info()
+    limits = {resource.RLIMIT_DATA: mine.data, resource.RLIMIT_AS: mine.vms}
+    left = [limit - taken for kind, taken in limits.items() if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY]
+    return max(0, min([psutil.virtual_memory().available, *left, *_left_in_container()]))
+
+
+def _left_in_container() -> list[int]:
+    """What cgroup v2 leaves, if it sets a limit; pages of files that nobody needs at the moment count as free."""
+    with suppress(OSError, ValueError):  # no cgroup v2, or "max"
+        limit, taken = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        idle = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        return [limit - taken + int(idle[1] if idle else 0)]
+    return []
 
 
 def is_out_of_memory(error: BaseException) -> bool:

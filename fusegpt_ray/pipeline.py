@@ -17,6 +17,7 @@ from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.memory import fewer_at_once
 from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
@@ -26,6 +27,9 @@ from fusegpt_ray.records import checksum
 from fusegpt_ray.report import Display
 from fusegpt_ray.source import MANIFEST, Source
 from fusegpt_ray.stack import Stack
+
+KEEP_SECONDS = 10.0
+"""How much scoring a kill may cost at most, besides the share that is being measured."""
 
 
 def compress(recipe: Recipe, display: Display | None = None, restart: bool = False) -> list[Published]:
@@ -234,14 +238,7 @@ class _Run:
 
     def _round(self, number: int, before: list[Done]) -> Done:
         stack = before[-1].stack if before else self.dense
-        noted = self.journal.scores(number, self.show.say)
-        if noted is None:
-            began = time.monotonic()
-            last = Ranking.from_record(before[-1].record) if before else None
-            ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last)
-            noted = round(time.monotonic() - began, 3), ranking
-            self.journal.keep_scores(number, *noted)
-        score_seconds, ranking = noted
+        score_seconds, ranking = self._score(number, stack, Ranking.from_record(before[-1].record) if before else None)
         donor = ranking.lowest
         self.show.scored(ranking)
         seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
@@ -276,6 +273,26 @@ class _Run:
         if less := fewer_at_once(self.recipe, [record]):
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, after, files)
+
+    def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
+        """Seconds and ranking; what a killed attempt noted of it is not measured again."""
+        if noted := self.journal.kept("scores", number, self.show.say):
+            return noted["seconds"], Ranking.from_record(noted["ranking"])
+        sums = Sums(Sums.known_from(self.journal.kept("sums", number, self.show.say) or []))
+        kept = began = time.monotonic()
+
+        def keep() -> None:
+            nonlocal kept
+            if time.monotonic() - kept >= KEEP_SECONDS:
+                self.journal.keep("sums", number, sums.to_json())
+                kept = time.monotonic()
+
+        sums.changed = keep
+        ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last, sums)
+        seconds = round(time.monotonic() - began, 3)
+        self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
+        self.journal.forget("sums", number)
+        return seconds, ranking
 
 
 @dataclass

@@ -195,7 +195,7 @@ def compare(
     largest = _difference(theirs, ours, here.dtype, "its embedding")
     for position, (block, found) in enumerate(zip(stack.blocks, published.blocks, strict=True)):
         ours = here.apply(_rounded(here, block, found), block.dense, ours)
-        theirs = there.apply(there.load(found), found.dense, theirs)
+        theirs = there.apply(there.weights.of(found), found.dense, theirs)
         what = f"its block {position} (block {block.dense} of the dense model)"
         largest = max(largest, _difference(theirs, ours, here.dtype, what))
     rows = zip(theirs.split(1), ours.split(1), strict=True)

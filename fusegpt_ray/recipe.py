@@ -189,6 +189,9 @@ class Cluster(Section):
     savepoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
     """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after the last savepoint; 0: after every
     epoch. A killed run goes on from there."""
+    weights: Literal["auto", "resident", "streamed"] = "auto"
+    """What a replica does with the blocks' weights. `resident`: keep them on its device between walks and rounds. `streamed`: read
+    them for every walk, one block ahead. `auto`: keep them if they take at most 40 % of the memory that is free when it starts."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
 

@@ -1,4 +1,4 @@
-"""Runs a stack block by block: a block is read, used for all rows at hand, and forgotten. The whole model is never in memory.
+"""Runs a stack block by block: each is fetched once for all rows at hand, so that the whole model need not be in memory.
 
 Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
 """
@@ -8,14 +8,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import nn
 
-from fusegpt_ray.anatomy import Context, Trunk, load_block, read_config, run_block
-from fusegpt_ray.checkpoint import read_tensors
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.anatomy import Context, Trunk, read_config, run_block
+from fusegpt_ray.stack import Stack
+from fusegpt_ray.weights import Weights, fits
 
 HELD_BYTES = 4_000_000_000
 """Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
@@ -46,18 +46,31 @@ def chunk_size(windows: int, rows: int, state_bytes: int, replicas: int = 1) -> 
     return rows * max(1, min(share, HELD_BYTES // (rows * state_bytes)))
 
 
-def state_bytes(stack: Stack, length: int) -> int:
-    """What the states of a window of `length` tokens take, in float32."""
-    return 4 * length * int(read_config(stack.config).get_text_config().hidden_size)
+def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
+    """What the states of a window of `length` tokens take."""
+    return dtype.itemsize * length * int(read_config(stack.config).get_text_config().hidden_size)
 
 
 class Runner:
     """Runs the blocks of stacks that share one trunk."""
 
-    def __init__(self, stack: Stack, device: torch.device, dtype: torch.dtype, rows: int) -> None:
-        """`rows`: how many rows pass a block in one call, which bounds the memory of activations."""
-        self.device, self.dtype, self.rows = device, dtype, rows
+    def __init__(
+        self,
+        stack: Stack,
+        device: torch.device,
+        dtype: torch.dtype,
+        rows: int,
+        weights: Literal["auto", "resident", "streamed"] = "streamed",
+        share: float = 1.0,
+    ) -> None:
+        """`rows`: how many rows pass a block in one call, which bounds the memory of activations.
+
+        `weights`: kept on the device, read for every walk, or as memory allows; `share`: of the free memory that this runner may use.
+        """
+        self.stack, self.device, self.dtype, self.rows, self.share = stack, device, dtype, rows, share
         self.trunk = Trunk(stack, device, dtype)
+        self.keeps = weights == "resident" or (weights == "auto" and fits(stack, device, dtype, share))
+        self.weights = Weights(stack, self.trunk.moulds, device, dtype, self.keeps)
 
     def taking(self, rows: int) -> Self:
         """The same, with so many rows in a call."""
@@ -65,14 +78,14 @@ class Runner:
         other.rows = rows
         return other
 
+    def for_trunk_of(self, stack: Stack) -> Runner:
+        """This one, or another beside it that keeps no weights if the stack has a trunk of its own: a published model."""
+        return self if stack.trunk == self.stack.trunk else Runner(stack, self.device, self.dtype, self.rows, share=self.share)
+
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
         """States [W, T, D] entering the first block."""
         return torch.cat([self.trunk.embed(part) for part in windows_WT.split(self.rows)])
-
-    def load(self, block: Block) -> nn.Module:
-        """Read one block's weights, once."""
-        return load_block(self.trunk.moulds[block.dense], read_tensors(block.weights), self.device, self.dtype)
 
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
@@ -89,8 +102,9 @@ class Runner:
         """The states [W, T, D] entering block 0, 1, …, and last those after the last block (or entering block `stop`)."""
         h_BTD = self.embed(windows_WT)
         yield h_BTD
-        for block in stack.blocks[:stop]:
-            h_BTD = self.apply(self.load(block), block.dense, h_BTD)
+        for block, module in self.weights.walk(stack.blocks[:stop]):
+            h_BTD = self.apply(module, block.dense, h_BTD)
+            del module  # before the next one is asked for
             yield h_BTD
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -16,16 +17,16 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import Context
-from fusegpt_ray.distributed import data, scoring, training
-from fusegpt_ray.distributed.nodes import check_paths
-from fusegpt_ray.distributed.scoring import Replica
-from fusegpt_ray.distributed.states import state_datasets
+from fusegpt_ray.distributed import data, scoring, states, training
+from fusegpt_ray.distributed.nodes import alive_nodes, check_paths
+from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.engine import Epoch, Tuned
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.memory import fitting
 from fusegpt_ray.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
@@ -62,7 +63,10 @@ class RayEngine:
         self.dtype = pick_dtype(self.recipe.model.dtype, self.dense, torch.device("cuda" if gpus else "cpu"))
         cores = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
-        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch)
+        here = 1 / math.ceil(cluster.replicas / len(alive_nodes()))
+        share = min(1.0, gpus) if gpus else here
+        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share)
+        self.replicas = Replicas(self.dense, self.replica)
         threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
         rows, recompute = cluster.micro_batch or share, cluster.recompute_activations
         self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, rows, recompute)
@@ -75,6 +79,8 @@ class RayEngine:
         return f"replicas: {self.replica.count}, training workers: {self.workers.count}, on {where}, {name}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if ray.is_initialized():
+            self.replicas.close()
         if self._started:
             ray.shutdown()
 
@@ -82,15 +88,33 @@ class RayEngine:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
         return data.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
-    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None) -> Ranking:
+    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None, sums: Sums | None = None) -> Ranking:
         settings = self.recipe.importance
-        ranking, rows = self._fitting(lambda replica: scoring.score(stack, windows_WT, settings, replica, last), "scoring")
+
+        def attempt(rows: int) -> Ranking:
+            return scoring.score(stack, windows_WT, settings, self.replicas, rows, last, sums or Sums())
+
+        ranking, rows = self._fitting(attempt, "scoring")
         return replace(ranking, rows=rows)
 
     def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+        """States are lost with the node that holds them: then they are computed again, as often as nodes get lost."""
+        while True:
+            nodes = alive_nodes()
+            try:
+                return self._finetune(job, windows_WT, epoch, say)
+            except Exception:
+                if nodes <= alive_nodes():
+                    raise
+
+    def _finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say) -> Tuned:
         begin = time.monotonic()
         count = self.workers.count
-        datasets, rows = self._fitting(lambda replica: state_datasets(job, windows_WT, count, replica), "walking to the group")
+
+        def walk(rows: int) -> list[list[ray.ObjectRef]]:
+            return states.group_states_of_workers(job, windows_WT, count, self.replicas, rows)
+
+        tables, rows = self._fitting(walk, "walking to the group")
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
         asked, minutes = self.workers.micro_batch, self.recipe.cluster.savepoint_minutes
@@ -98,9 +122,10 @@ class RayEngine:
 
         def learn(micro_batch: int) -> tuple[Saved, list[float]]:
             contexts = self._contexts_of(micro_batch, windows_WT.shape[1])
+            self._make_way()
             workers = replace(self.workers, micro_batch=micro_batch)
-            savepoints = kept.trying(micro_batch)
-            return training.finetune(job, contexts, len(windows_WT), datasets, workers, folder, epoch, savepoints, say)
+            savepoints, inputs = kept.trying(micro_batch), states.datasets(tables)
+            return training.finetune(job, contexts, len(windows_WT), inputs, workers, folder, epoch, savepoints, say)
 
         share = job.settings.batch // count
         (saved, losses), micro_batch = fitting(learn, kept.micro_batch, share, "fine-tuning the group")
@@ -109,19 +134,26 @@ class RayEngine:
     def _contexts_of(self, rows: int, length: int) -> list[Context]:
         """Asked of a replica once: no round changes them."""
         if (rows, length) not in self._contexts:
-            self._contexts[rows, length] = scoring.contexts(self.dense, rows, length, self.replica)
+            self._contexts[rows, length] = scoring.contexts(rows, length, self.replicas)
         return self._contexts[rows, length]
 
+    def _make_way(self) -> None:
+        """Replicas stay while a group is trained, unless the training workers need their place now."""
+        free, workers = ray.available_resources(), self.workers
+        spare = free.get("CPU", 0) - workers.count * workers.cpus
+        if spare < 1 or free.get("GPU", 0) < workers.count * workers.gpus:  # a CPU is left for Ray Data
+            self.replicas.close()
+
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        return self._fitting(lambda replica: scoring.evaluate(stack, windows_WT, replica), "evaluation")[0]
+        return self._fitting(lambda rows: scoring.evaluate(stack, windows_WT, self.replicas, rows), "evaluation")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        return self._fitting(lambda replica: scoring.prove(published, folder, stack, windows_WT, replica), "the proof")[0]
+        return self._fitting(lambda rows: scoring.prove(published, folder, stack, windows_WT, self.replicas, rows), "the proof")[0]
 
-    def _fitting(self, attempt: Callable[[Replica], T], what: str) -> tuple[T, int]:
+    def _fitting(self, attempt: Callable[[int], T], what: str) -> tuple[T, int]:
         """See `memory.fitting`; on all replicas alike."""
         rows = self.replica.rows
-        return fitting(lambda fewer: attempt(replace(self.replica, rows=fewer)), rows, rows, what)
+        return fitting(attempt, rows, rows, what)
 
     def _start(self) -> None:
         """Join the cluster the recipe or RAY_ADDRESS names, else start a local Ray on the loopback interface."""
@@ -139,7 +171,7 @@ class RayEngine:
             ray.init(
                 address="local",
                 # Waiting is most of what a coordinator does: never let it hold up the work on a machine with few cores.
-                num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + 1, cluster.workers + 1),
+                num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + cluster.workers + 1),
                 include_dashboard=False,
                 object_store_memory=int(cluster.object_store_gb * 1e9) if cluster.object_store_gb else None,
                 **quiet,

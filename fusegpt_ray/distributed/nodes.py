@@ -21,7 +21,7 @@ def check_paths(recipe: Recipe, source: Source, dense: Stack) -> None:
     Raises:
         UserError: a node does not see the model's files, or what is written to `output.uri`.
     """
-    if sum(node["Alive"] for node in ray.nodes()) < 2:
+    if len(alive_nodes()) < 2:
         return
     refs = [*dense.trunk.values(), *(ref for block in dense.blocks for ref in block.weights.values())]
     files = sorted({ref.file for ref in refs if "://" not in ref.file})
@@ -35,6 +35,11 @@ def check_paths(recipe: Recipe, source: Source, dense: Stack) -> None:
         with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as probe:
             if blind := nodes_without([probe.name]):
                 raise UserError("output.uri", recipe.output.uri, f"node {blind[0]} does not see this folder", fix)
+
+
+def alive_nodes() -> set[str]:
+    """The ids of the nodes that are there."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:

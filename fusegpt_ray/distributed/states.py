@@ -8,47 +8,57 @@ to the same worker); Ray Data's own splitting promises no order. bf16 travels as
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
 import ray.data
 import torch
+from ray.data.extensions import ArrowTensorArray
 
-from fusegpt_ray.distributed.scoring import Replica
+from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.fusion.finetune import Batch
 from fusegpt_ray.fusion.round import Round, group_states
-from fusegpt_ray.runner import chunk_size, state_bytes
+from fusegpt_ray.runner import Runner, chunk_size, state_bytes
+
+PIECES = 16
+"""Objects in which a walk's states come: what a training worker holds of them at once is one or two."""
 
 
-def _walk(batch: dict[str, np.ndarray], job: Round, replica: Replica) -> Iterator[dict[str, np.ndarray]]:
-    """A replica's task: walk a chunk of windows to the group's ends, and yield their states a few windows at a time."""
-    runner = replica.runner(job.dense)
-    (windows_WT,) = batch["windows"]
-    entering, leaving = group_states(runner, job, torch.tensor(windows_WT))
-    for first in range(0, len(entering), runner.rows):
-        part = slice(first, first + runner.rows)
-        yield {"entering": _to_numpy(entering[part]), "leaving": _to_numpy(leaving[part])}
-
-
-def state_datasets(job: Round, windows_WT: np.ndarray, workers: int, replica: Replica) -> dict[str, ray.data.Dataset]:
-    """`states-<rank>` → the states of the windows that this training worker sees, materialised, in the order it sees them."""
+def group_states_of_workers(
+    job: Round, windows_WT: np.ndarray, workers: int, replicas: Replicas, rows: int
+) -> list[list[ray.ObjectRef]]:
+    """For each training worker, tables of the states of the windows that it sees, in the order in which it sees them."""
     share = job.settings.batch // workers
     # [loss batches, workers, share] → each worker's windows together, in the order of the loss batches.
-    numbers = np.arange(len(windows_WT)).reshape(-1, workers, share).swapaxes(0, 1).ravel()
-    size = chunk_size(len(numbers), replica.rows, state_bytes(job.dense, windows_WT.shape[1]), replica.count)
-    chunks = [windows_WT[numbers[first : first + size]] for first in range(0, len(numbers), size)]
+    numbers = np.arange(len(windows_WT)).reshape(-1, workers, share).swapaxes(0, 1).reshape(workers, -1)
+    size = chunk_size(numbers.shape[1], rows, state_bytes(job.dense, windows_WT.shape[1]), math.ceil(replicas.pieces / workers))
+    chunks = [(worker, own[first : first + size]) for worker, own in enumerate(numbers) for first in range(0, len(own), size)]
+    tables = dict(replicas.map_refs(_walk, [(job, windows_WT[chunk]) for _, chunk in chunks], rows, 1 + PIECES))
+    found: dict[int, list[ray.ObjectRef]] = defaultdict(list)
+    for number, (worker, chunk) in enumerate(chunks):
+        found[worker] += tables[number][1 : 1 + min(PIECES, len(chunk))]
+    return [found[worker] for worker in range(workers)]
+
+
+def datasets(tables: list[list[ray.ObjectRef]]) -> dict[str, ray.data.Dataset]:
+    """`states-<rank>` → the states for that training worker."""
     with ray.data.DataContext.current(_context()):
-        # A block a chunk, and so a task a chunk: Ray Data never splits a block over tasks.
-        rows = ray.data.from_items([{"windows": chunk} for chunk in chunks], override_num_blocks=len(chunks))
-        states = rows.map_batches(
-            _walk,
-            fn_kwargs={"job": job, "replica": replica},
-            batch_size=1,
-            compute=ray.data.TaskPoolStrategy(size=replica.count),
-            **replica.resources,
-        ).materialize()
-        parts = states.split_at_indices([len(numbers) * rank // workers for rank in range(1, workers)]) if workers > 1 else [states]
-    return {f"states-{rank}": part for rank, part in enumerate(parts)}
+        return {f"states-{rank}": ray.data.from_arrow_refs(own) for rank, own in enumerate(tables)}
+
+
+def _walk(runner: Runner, job: Round, windows_WT: np.ndarray) -> list[pa.Table | None]:
+    """Walk windows to the group's ends: nothing, and then their states in `PIECES` tables (the last ones empty if there are fewer)."""
+    halves = [np.array_split(_to_numpy(states), PIECES) for states in group_states(runner, job, torch.tensor(windows_WT))]
+    return [None, *(_table(*pair) for pair in zip(*halves, strict=True))]
+
+
+def _table(entering: np.ndarray, leaving: np.ndarray) -> pa.Table | None:
+    if not len(entering):
+        return None
+    return pa.table({name: ArrowTensorArray.from_numpy(half) for name, half in (("entering", entering), ("leaving", leaving))})
 
 
 def batches(shard: ray.data.DataIterator, size: int) -> Iterator[Batch]:

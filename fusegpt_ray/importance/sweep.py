@@ -15,9 +15,12 @@ from typing import NamedTuple
 import torch
 
 from fusegpt_ray.importance.metrics import macro_influence
-from fusegpt_ray.memory import is_out_of_memory, release
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.memory import free_bytes, is_out_of_memory, release
+from fusegpt_ray.runner import Runner, state_bytes
 from fusegpt_ray.stack import Stack
+
+STATES_SHARE = 0.7
+"""Of the free memory that states may take while they walk; the rest is for blocks and activations."""
 
 
 class Part(NamedTuple):
@@ -31,10 +34,29 @@ class Part(NamedTuple):
 def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on the CPU.
 
-    All parts walk together, but one candidate of one part passes a block at a time. So the arithmetic of a window depends on the
-    windows of its batch alone: neither on the other candidates, nor on the other parts, nor on where they are walked. Where the
-    states of all parts do not fit into memory together, each half of the parts walks alone, with the same result.
+    As many parts walk together, in order, as their states fit into memory; one candidate of one part passes a block at a time. So the
+    arithmetic of a window depends on the windows of its batch alone: neither on the other candidates, nor on the other parts, nor on
+    where they are walked.
     """
+    room = STATES_SHARE * runner.share * free_bytes(runner.device)
+    token_bytes = state_bytes(stack, 1, runner.dtype)
+    sums: list[torch.Tensor] = []
+    while len(sums) < len(parts):
+        sums += _sweep(runner, stack, _first_that_fit(parts[len(sums) :], token_bytes, room))
+    return sums
+
+
+def _first_that_fit(parts: Sequence[Part], token_bytes: int, room: float) -> Sequence[Part]:
+    """The first parts whose states take at most `room` bytes, but at least one."""
+    for count, part in enumerate(parts):
+        room -= part.windows_WT.numel() * (1 + len(part.positions)) * token_bytes
+        if room < 0 and count:
+            return parts[:count]
+    return parts
+
+
+def _sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """All parts in one walk; each half of them, if memory runs out all the same."""
     try:
         return _walk(runner, stack, parts)
     except Exception as error:
@@ -42,22 +64,22 @@ def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Ten
             raise
     release()
     half = len(parts) // 2
-    return sweep(runner, stack, parts[:half]) + sweep(runner, stack, parts[half:])
+    return _sweep(runner, stack, parts[:half]) + _sweep(runner, stack, parts[half:])
 
 
 @torch.no_grad()
 def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     fulls = [runner.embed(part.windows_WT) for part in parts]
     without: list[dict[int, torch.Tensor]] = [{} for _ in parts]  # by position: states [W, T, D] of the model without it
-    for position, block in enumerate(stack.blocks):
-        module = runner.load(block)
+    for block, module in runner.weights.walk(stack.blocks):
+        position = stack.position(block.dense)
         for i, part in enumerate(parts):
             for other, h_WTD in without[i].items():
                 without[i][other] = runner.apply(module, block.dense, h_WTD)
             if position in part.positions:
                 without[i][position] = fulls[i]
             fulls[i] = runner.apply(module, block.dense, fulls[i])
-        del module  # before the next one is read
+        del module  # before the next one is asked for
     return [
         torch.stack([macro_influence(full_WTD, h[position]) for position in part.positions], dim=1).cpu()
         for part, full_WTD, h in zip(parts, fulls, without, strict=True)

@@ -13,8 +13,8 @@ from cramped import LENGTH, LIMITS, MB, SCORED, TRAINED, CrampedFusion, save_wid
 from models import open_stack, token_windows
 
 from fusegpt_ray.distributed import scoring, training
-from fusegpt_ray.distributed.scoring import Replica
-from fusegpt_ray.distributed.states import state_datasets
+from fusegpt_ray.distributed.replicas import Replica, Replicas
+from fusegpt_ray.distributed.states import datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.memory import fitting, is_out_of_memory
@@ -36,16 +36,17 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_sessi
     stack, share = open_stack(wide), TRAINED // count
     values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
     free = Round(stack, stack, 2, Fusion(**PRESETS["paper"] | values), True, 0, str(tmp_path))
-    datasets = state_datasets(free, windows, count, replace(REPLICA, rows=4))
+    replicas = Replicas(stack, REPLICA)
+    states = group_states_of_workers(free, windows, count, replicas, 4)
     ray.cloudpickle.register_pickle_by_value(cramped)  # workers do not find the tests' modules
     # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on top.
     job = replace(free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB))
 
     def learn(micro_batch: int) -> list[float]:
         workers = Workers(count, 1, 0, 1, torch.float32, 2, micro_batch)  # with DeepSpeed's own bucket of 2 GB nothing would fit
-        contexts = scoring.contexts(job.dense, micro_batch, LENGTH, REPLICA)
+        contexts = scoring.contexts(micro_batch, LENGTH, replicas)
         folder = str(tmp_path / "train")
-        return training.finetune(job, contexts, len(windows), datasets, workers, folder, lambda *_: None)[1]
+        return training.finetune(job, contexts, len(windows), datasets(states), workers, folder, lambda *_: None)[1]
 
     losses, micro_batch = fitting(learn, share, share, "fine-tuning")
     assert micro_batch < share

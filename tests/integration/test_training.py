@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from torch.multiprocessing.spawn import spawn
 
 from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed import scoring, training
-from fusegpt_ray.distributed.scoring import Replica
-from fusegpt_ray.distributed.states import batches, state_datasets
+from fusegpt_ray.distributed.replicas import Replica, Replicas
+from fusegpt_ray.distributed.states import batches, datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
@@ -219,16 +218,18 @@ def fit(
     `minutes`: between savepoints, if there are any.
     """
     job = task(folder, "batch_kl", 0, 1, str(out)).job
-    datasets = state_datasets(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, REPLICA)
-    datasets["states-0"] = change(datasets["states-0"].repartition(1).materialize())
-    contexts = scoring.contexts(job.dense, workers.micro_batch, LENGTH, REPLICA)
+    replicas = Replicas(job.dense, REPLICA)
+    states = datasets(group_states_of_workers(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH))
+    states["states-0"] = change(states["states-0"].repartition(1).materialize())
+    contexts = scoring.contexts(workers.micro_batch, LENGTH, replicas)
+    replicas.close()
     kept = None if minutes is None else Savepoints.of(job, minutes, workers.micro_batch, **training.setup(workers))
     heard: list[int] = []
 
     def epoch(number: int, _: float) -> None:
         heard.append(number)
 
-    saved, losses = training.finetune(job, contexts, WINDOWS, datasets, workers, str(out / "train"), epoch, kept, say)
+    saved, losses = training.finetune(job, contexts, WINDOWS, states, workers, str(out / "train"), epoch, kept, say)
     assert saved.blocks.keys() == {block.dense for block in job.neighbours}
     assert not (out / "train").exists()
     files = sorted(out.glob("*.safetensors"))
@@ -303,12 +304,13 @@ def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_pat
         assert torch.equal(value, disturbed[name]), name
 
 
-def test_replicas_share_the_states_of_many_windows(ray_session, checkpoint, tmp_path) -> None:
-    """Ray Data never splits a block over tasks: as many blocks as replicas."""
+def test_states_of_many_windows_come_in_order(ray_session, checkpoint, tmp_path) -> None:
+    """From two replicas, in several objects each."""
     job = task(checkpoint("llama"), "batch_kl", 0, 1).job
     windows = token_windows(5 * BATCH, LENGTH)
-    (states,) = state_datasets(job, windows.numpy(), 1, REPLICA).values()
-    assert re.search(r"MapBatches\(_walk\): 2 tasks executed", states.stats())
+    replicas = Replicas(job.dense, REPLICA)
+    (states,) = datasets(group_states_of_workers(job, windows.numpy(), 1, replicas, BATCH)).values()
+    replicas.close()
     found = list(batches(states.iterator(), len(windows)))
     assert len(found) == 1
     expected = group_states(Runner(job.dense, CPU, torch.float32, BATCH), job, windows)

@@ -9,7 +9,7 @@ import pytest
 from models import open_stack, token_windows
 from watching import Watch, size_of
 
-from fusegpt_ray import anatomy, publish, runner
+from fusegpt_ray import anatomy, publish, weights
 from fusegpt_ray.fusion import student
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
@@ -30,12 +30,13 @@ def test_two_rounds_hold_the_trunk_and_one_group(
             "calibration": {"data": "unused", "windows": 8, "length": 9},
             "importance": {"windows": 8},
             "fusion": {"group_size": 2, "epochs": 1, "batch": 4, "rank": 2, "lora_rank": 2},
+            "cluster": {"weights": "streamed"},
             "output": {"uri": str(tmp_path), "name": "x"},
         }
     )
     trunk, block = size_of(dense.trunk), size_of(dense.blocks[0].weights)
     watch = Watch()
-    for module in (anatomy, runner, student, publish):
+    for module in (anatomy, weights, student, publish):
         monkeypatch.setattr(module, "read_tensors", watch)
     source = Source.find(str(folder), None)
     stack = dense
@@ -44,7 +45,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
         for donor, group_blocks in ((2, 3), (1, 4)):
             watch.alive.clear()
             engine.score(stack, WINDOWS)
-            assert max(watch.alive) == trunk, "scoring holds a block while it reads the next"
+            assert trunk < max(watch.alive) <= trunk + block, "scoring holds more than the block in use while it reads the next"
             watch.alive.clear()
             job = Round(stack, dense, donor, recipe.fusion, True, 0, str(tmp_path / f"round-{donor}"))
             assert len(job.group) == 3
@@ -55,7 +56,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
             assert max(watch.alive) >= trunk + block, "the watch sees the group"
         watch.alive.clear()
         engine.score(stack, WINDOWS)
-        assert max(watch.alive) == trunk, "nothing of a group stays after its round"
+        assert max(watch.alive) <= trunk + block, "nothing of a group stays after its round"
     watch.alive.clear()
     publish.publish(str(tmp_path / "x-p40"), stack, dense, source, 10**9, facts())
     largest = max(ref.end - ref.begin for ref in [*dense.trunk.values(), *dense.blocks[0].weights.values()])

@@ -16,7 +16,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+from watching import Watch
 
+from fusegpt_ray import weights
 from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, make_optimizer, train
 from fusegpt_ray.fusion.linear import FusedLinear
@@ -180,19 +182,14 @@ def test_states_are_those_of_the_real_model(
     ],
 )
 def test_one_walk_where_student_and_teacher_lie_on_the_same_blocks(
-    workshop: Workshop, missing: int | None, donor: int, reads: int
+    workshop: Workshop, missing: int | None, donor: int, reads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = []
-
-    class Counting(Runner):
-        def load(self, block: Block) -> nn.Module:
-            read.append(block.dense)
-            return super().load(block)
-
+    watch = Watch()
+    monkeypatch.setattr(weights, "read_tensors", watch)
     stack = workshop.dense if missing is None else workshop.dense.drop(missing)
     job = workshop.job(donor, stack, group_size=2, teacher="dense")
-    group_states(Counting(workshop.dense, CPU, torch.float32, rows=8), job, IDS[:2])
-    assert len(read) == reads
+    group_states(Runner(workshop.dense, CPU, torch.float32, rows=8), job, IDS[:2])
+    assert len(watch.alive) == reads
 
 
 # --- training against the paper's loop ---

@@ -1,0 +1,157 @@
+"""Replicas as Ray actors: what is lost or slow is taken over by others, and nothing changes by it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from models import open_stack, token_windows
+from ray.exceptions import RayActorError
+
+from fusegpt_ray.distributed import replicas as module
+from fusegpt_ray.distributed import scoring
+from fusegpt_ray.distributed.replicas import MAX_LOST, Replica, Replicas
+from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.recipe import Importance
+from fusegpt_ray.runner import Runner
+
+pytestmark = pytest.mark.integration
+
+TWO = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=2)
+WINDOWS = token_windows(12, 9).numpy()
+SETTINGS = Importance(windows=12, batch=2, all=True)
+
+
+@pytest.fixture(scope="module")
+def two(ray_session, checkpoint) -> Iterator[Replicas]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas do not find the tests' modules
+    replicas = Replicas(open_stack(checkpoint("llama")), TWO)
+    yield replicas
+    replicas.close()
+
+
+def work(runner: Runner, number: int, folder: str, seconds: float, deadly: bool) -> int:
+    """Leaves a mark that tells which process did it. A deadly share kills the first process that takes it."""
+    mark = Path(folder) / f"{number}-{os.getpid()}"
+    first = not list(Path(folder).glob(f"{number}-*"))
+    mark.touch()
+    if deadly and first:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(seconds)
+    return 10 * number
+
+
+def shares(folder: Path, count: int, seconds: float = 0.05, deadly: tuple[int, ...] = ()) -> list[tuple[int, str, float, bool]]:
+    return [(number, str(folder), seconds, number in deadly) for number in range(count)]
+
+
+def pids(folder: Path, number: int) -> list[int]:
+    return [int(mark.name.split("-")[1]) for mark in sorted(folder.glob(f"{number}-*"), key=lambda mark: mark.stat().st_mtime_ns)]
+
+
+def test_every_share_is_done_once_and_both_work(two, tmp_path) -> None:
+    found = dict(two.map(work, shares(tmp_path, 8, 0.3), 2))
+    assert found == {number: 10 * number for number in range(8)}
+    by = [pids(tmp_path, number) for number in range(8)]
+    assert all(len(own) == 1 for own in by)
+    assert len({own[0] for own in by}) == 2
+
+
+def test_replicas_live_on_between_calls(two, tmp_path) -> None:
+    for _ in range(2):
+        dict(two.map(work, shares(tmp_path, 2, 0.3), 2))
+    assert len(list(tmp_path.iterdir())) <= 4
+    assert len({pid for number in range(2) for pid in pids(tmp_path, number)}) == 2
+
+
+def test_a_lost_replicas_share_is_done_by_another(two, tmp_path) -> None:
+    found = dict(two.map(work, shares(tmp_path, 6, deadly=(1, 4)), 2))
+    assert found == {number: 10 * number for number in range(6)}
+    assert [len(pids(tmp_path, number)) for number in range(6)] == [1, 2, 1, 1, 2, 1]
+    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+
+
+def test_a_share_that_kills_every_replica_is_given_up(two, tmp_path) -> None:
+    with pytest.raises(RayActorError):
+        list(two.map(_kill, [(str(tmp_path),)], 2))
+    assert len(list(tmp_path.iterdir())) == MAX_LOST + 1
+    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+
+
+def _kill(runner: Runner, folder: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_stopped_replicas_share_is_taken_over(two, tmp_path, monkeypatch) -> None:
+    """SIGSTOP: alive for Ray, but it does nothing any more."""
+    monkeypatch.setattr(module, "SLOW_SECONDS", 1.0)
+    dict(two.map(_fail, [(1,), (2,), (3,), (4,)], 2))  # both are there
+    stopped: list[int] = []
+
+    def stop() -> None:
+        while not (found := pids(tmp_path, 1)):
+            time.sleep(0.01)
+        os.kill(found[0], signal.SIGSTOP)
+        stopped.append(found[0])
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        found = dict(two.map(work, shares(tmp_path, 5, 0.5), 2))
+        assert found == {number: 10 * number for number in range(5)}
+        assert len(pids(tmp_path, 1)) == 2, "the other replica did it as well"
+        thread.join()
+        assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}, "the stopped one is not waited for"
+    finally:
+        thread.join()
+        psutil.Process(stopped[0]).resume()
+    time.sleep(1)
+    assert dict(two.map(work, shares(tmp_path, 4), 2)) == {number: 10 * number for number in range(4)}
+
+
+def test_errors_come_through_and_the_replicas_go_on(two, tmp_path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        list(two.map(_fail, [(1,), (0,)], 2))
+    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+
+
+def _fail(runner: Runner, number: int) -> float:
+    return 1 / number
+
+
+@pytest.mark.parametrize("how", ["resident", "streamed"])
+def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(ray_session, checkpoint, how: str) -> None:
+    stack = open_stack(checkpoint("llama"))
+    tables = []
+    for count in (1, 2):
+        replicas = Replicas(stack, replace(TWO, count=count, weights=how))
+        assert replicas.streams == (how == "streamed")
+        tables.append(scoring.score(stack, WINDOWS, SETTINGS, replicas, 2, None, Sums()).scores)
+        replicas.close()
+    assert tables[0] == tables[1]
+
+
+def test_sums_come_as_they_are_measured_and_are_not_measured_again(two) -> None:
+    stack = two.dense
+    sums, changes = Sums(), []
+    sums.changed = lambda: changes.append(len(sums.known))
+    ranking = scoring.score(stack, WINDOWS, SETTINGS, two, 2, None, sums)
+    assert changes == [1, 2, 3, 4, 5, 6]
+    known = dict(list(Sums.known_from(json.loads(json.dumps(sums.to_json()))).items())[:4])
+    again = Sums(dict(known), lambda: changes.append(-1))
+    assert scoring.score(stack, WINDOWS, SETTINGS, two, 2, None, again) == ranking
+    assert changes.count(-1) == 2
+    assert all(np.array_equal(again.known[key], sums.known[key]) for key in sums.known)
