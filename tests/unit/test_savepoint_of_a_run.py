@@ -109,6 +109,7 @@ def test_restart_forgets_them(desk: Desk) -> None:
 
 def test_status_and_clean_know_a_run_with_savepoints(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     stopped(desk, 2)
+    Journal(str(run_folder(desk))).keep("sums", 2, [])  # as if scoring had been stopped instead
     assert main(["status", str(desk.out), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert (run["rounds_done"], run["state"], run["ended"]) == (1, "unfinished", "KeyboardInterrupt")
