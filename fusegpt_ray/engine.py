@@ -12,6 +12,7 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.fusion.round import Round, Saved
+from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.proof import Proof
@@ -36,6 +37,7 @@ class Tuned:
     """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
     states_seconds: float
     finetune_seconds: float
+    """With what it took before a savepoint from which it went on."""
 
 
 class Engine(Protocol):
@@ -62,8 +64,8 @@ class Engine(Protocol):
         measured; what is measured now is added to it.
         """
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
-        """Fuse and fine-tune one group, and write its new blocks to `job.folder`."""
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+        """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -19,6 +19,7 @@ from fusegpt_ray.cache import BlockCache
 from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
@@ -82,9 +83,9 @@ class LocalEngine:
         ranking, rows = fitting(attempt, settings.batch, settings.batch, "scoring")
         return replace(ranking, rows=rows)
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
         begin = time.monotonic()
-        settings, trunk, batch = job.settings, self.runner.trunk, self.recipe.importance.batch
+        settings, cluster, trunk, batch = job.settings, self.recipe.cluster, self.runner.trunk, self.recipe.importance.batch
         windows, length = windows_WT.shape
 
         def walk(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,19 +100,22 @@ class LocalEngine:
 
         (entering, leaving), rows = fitting(walk, batch, batch, "walking to the group")
         states_done = time.monotonic()
+        setup: dict[str, str | int] = {"engine": "local", "device": self.device.type, "states_rows": rows}
+        kept = Savepoints.of(job, cluster.savepoint_minutes, cluster.micro_batch or settings.batch, **setup)
 
         @self._rather_forgetting
         def learn(micro_batch: int) -> tuple[Student, list[float]]:
+            savepoints = kept.trying(micro_batch)
             contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
-            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
+            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device, cluster.recompute_activations)
             steps = settings.epochs * len(entering) // settings.batch
             stepper = TorchStepper.make(student, settings, steps, self.device, micro_batch)
-            return student, train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
+            batches = partial(batches_of, entering, leaving, settings.batch)
+            return student, train(stepper, batches, settings.epochs, epoch, savepoints, say)
 
-        asked = self.recipe.cluster.micro_batch or settings.batch
-        (student, losses), micro_batch = fitting(learn, asked, settings.batch, "fine-tuning the group")
+        (student, losses), micro_batch = fitting(learn, kept.micro_batch, settings.batch, "fine-tuning the group")
         saved = save_group(job, student)
-        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         runner, windows = self.runner.for_trunk_of(stack), torch.from_numpy(windows_WT)

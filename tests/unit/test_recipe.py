@@ -57,6 +57,7 @@ def test_defaults() -> None:
     assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 20, 8)
     assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 1e-3)
     assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == ("ray", 1, 1, None)
+    assert (r.cluster.savepoint_minutes, r.cluster.recompute_activations) == (5, False)
     assert (r.model.dtype, r.evaluation, r.output.shard_gb) == ("auto", {}, 5.0)
 
 
@@ -228,6 +229,9 @@ def test_missing_keys(key: str) -> None:
         ({"fusion": {"betas": [0.9, 1.5]}}, "fusion.betas.1"),
         ({"fusion": {"betas": [-0.1, 0.9]}}, "fusion.betas.0"),
         ({"cluster": {"zero_stage": 4}}, "cluster.zero_stage"),
+        ({"cluster": {"savepoint_minutes": -1}}, "cluster.savepoint_minutes"),
+        ({"cluster": {"savepoint_minutes": math.inf}}, "cluster.savepoint_minutes"),
+        ({"cluster": {"recompute_activations": "maybe"}}, "cluster.recompute_activations"),
         ({"cluster": {"engine": "slurm"}}, "cluster.engine"),
         ({"cluster": {"gpus_per_replica": -1}}, "cluster.gpus_per_replica"),
         ({"cluster": {"gpus_per_replica": math.nan}}, "cluster.gpus_per_replica"),
