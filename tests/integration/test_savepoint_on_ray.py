@@ -12,7 +12,7 @@ from test_training import EPOCHS, TWO, fit, kill_a_worker
 
 from fusegpt_ray.distributed import training
 
-pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
 
 KILLED = 4
 """The epoch at whose beginning a worker is killed."""

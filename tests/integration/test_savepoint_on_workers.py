@@ -25,7 +25,7 @@ from fusegpt_ray.fusion.savepoint import Savepoints
 from fusegpt_ray.recipe import PRESETS, Fusion
 from fusegpt_ray.runner import Runner
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH, EPOCHS, STOP = 8, 12, 4, 4, 2
