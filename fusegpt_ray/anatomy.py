@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.stack import Block, Refs, Stack
 
 KEY = "model.source"
+Read = Callable[[Refs], Mapping[str, torch.Tensor]]
 _ARCHITECTURES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
@@ -210,7 +211,7 @@ def _returns_tuple(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> b
 class Trunk:
     """All of the model but its blocks, loaded: embeds tokens, tells the blocks' contexts, turns final states into logits."""
 
-    def __init__(self, stack: Stack, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, stack: Stack, device: torch.device, dtype: torch.dtype, read: Read = read_tensors) -> None:
         self.device, self.dtype = device, dtype
         self.model = build_skeleton(stack.config)
         path = find_blocks(self.model)
@@ -222,7 +223,7 @@ class Trunk:
         renamings = get_model_conversion_mapping(self.model)
         weights = {
             rename_source_key(name, renamings, [], self.model.base_model_prefix, expected)[0]: tensor
-            for name, tensor in read_tensors(stack.trunk).items()
+            for name, tensor in read(stack.trunk).items()
         }
         _assign(self.model, weights, dtype)
         self.model.tie_weights()

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,16 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
 def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
     """Read the named tensors from their files into memory (CPU), each byte once."""
     tensors: dict[str, torch.Tensor] = {}
+    for name, part in read_parts(refs):
+        ref = refs[name]
+        # bytearray: torch wants writable memory, and the copy is dropped with the tensor.
+        flat = torch.frombuffer(bytearray(part), dtype=ref.dtype) if part else torch.empty(0, dtype=ref.dtype)
+        tensors[name] = flat.reshape(ref.shape)
+    return tensors
+
+
+def read_parts(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, bytes]]:
+    """The named tensors' bytes, file by file; those of one file are read at once."""
     by_file: dict[str, list[str]] = {}
     for name, ref in refs.items():
         by_file.setdefault(ref.file, []).append(name)
@@ -161,10 +171,7 @@ def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
             ref = refs[name]
             if len(part) != ref.end - ref.begin:
                 raise OSError(f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes")
-            # bytearray: torch wants writable memory, and the copy is dropped with the tensor.
-            flat = torch.frombuffer(bytearray(part), dtype=ref.dtype) if part else torch.empty(0, dtype=ref.dtype)
-            tensors[name] = flat.reshape(ref.shape)
-    return tensors
+            yield name, part
 
 
 @dataclass(frozen=True)
@@ -181,6 +188,20 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
+def layout(file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorRef]]:
+    """What a safetensors file of these tensors (name, dtype, shape), in order, begins with, and where each will lie in it."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape in tensors:
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    head = struct.pack("<Q", len(raw)) + raw
+    del header["__metadata__"]
+    return head, {name: _ref(file, name, entry, len(head), len(head) + end) for name, entry in header.items()}
+
+
 def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
     """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it.
 
@@ -190,16 +211,8 @@ def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, 
 
 
 def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for entry in entries:
-        span = [offset, offset + entry.bytes]
-        header[entry.name] = {"dtype": CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
-        offset += entry.bytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
+    head, refs = layout(file, ((entry.name, entry.dtype, entry.shape) for entry in entries))
     digest, total = hashlib.sha256(), 0
-    refs = {}
     with storage.writing(file) as out:
 
         def put(data: bytes | memoryview) -> None:
@@ -208,12 +221,11 @@ def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[s
             digest.update(data)
             total += len(data)
 
-        put(struct.pack("<Q", len(raw)))
-        put(raw)
+        put(head)
         for entry in entries:
             tensor = entry.load().to(dtype=entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
-            refs[entry.name] = TensorRef(file, entry.name, CODES[entry.dtype], entry.shape, total, total + entry.bytes)
+            assert total == refs[entry.name].begin
             put(tensor.view(-1).view(torch.uint8).numpy().data if entry.bytes else b"")
     return FileRecord(total, digest.hexdigest()), refs
 

@@ -10,11 +10,13 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
+from fusegpt_ray import storage
 from fusegpt_ray.fusion.round import Round, Saved
+from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.proof import Proof
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.stack import Stack
 
 Epoch = Callable[[int, float], None]
@@ -35,6 +37,7 @@ class Tuned:
     """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
     states_seconds: float
     finetune_seconds: float
+    """With what it took before a savepoint from which it went on."""
 
 
 class Engine(Protocol):
@@ -61,11 +64,17 @@ class Engine(Protocol):
         measured; what is measured now is added to it.
         """
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
-        """Fuse and fine-tune one group, and write its new blocks to `job.folder`."""
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+        """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         """That the published model computes what the stack does (see `proof.prove`)."""
+
+
+def cache_gb(recipe: Recipe, dense: Stack) -> float | None:
+    """`cluster.cache_gb` where a run reads weights from object storage, else 0: no folder is made for nothing."""
+    remote = storage.is_remote(recipe.output.uri) or any(storage.is_remote(ref.file) for ref in dense.trunk.values())
+    return recipe.cluster.cache_gb if remote else 0

@@ -15,6 +15,7 @@ import torch
 
 from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion import savepoint
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
 from fusegpt_ray.stack import Stack
@@ -82,6 +83,10 @@ class Journal:
         """Where the rounds' new blocks lie."""
         return storage.join(self.folder, "blocks")
 
+    def round_folder(self, number: int) -> str:
+        """Where those of one round lie, and until it is committed its savepoints."""
+        return storage.join(self.blocks_folder, f"round-{number:03d}")
+
     @property
     def started(self) -> bool:
         return storage.exists(self._identity)
@@ -114,8 +119,9 @@ class Journal:
             raise UserError("output.name", name, f"an unfinished run in {self.folder} has " + "; and ".join(found), fix)
 
     def commit(self, number: int, done: Done) -> None:
-        """Record round `number` (from 1) as done."""
+        """Record round `number` (from 1) as done; only then do its savepoints go."""
         storage.create(self._file(number), sealed(done.to_json()))
+        self._forget_savepoints(number)
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
         """Note something about round `number` before it is done, so that a kill does not cost it. A later note takes its place."""
@@ -160,6 +166,8 @@ class Journal:
                     storage.remove(self._file(number))
                     for kind in get_args(Note):
                         self.forget(kind, number + 1)  # of the stack after it
+        if done:
+            self._forget_savepoints(len(done))  # which a kill just after its commit may have left
         return done
 
     def remove(self) -> None:
@@ -168,6 +176,9 @@ class Journal:
         for number in reversed(self._numbers()):  # the identity last: no other run may find records it did not write
             storage.remove(self._file(number))
         storage.remove(self.folder, recursive=True)
+
+    def _forget_savepoints(self, number: int) -> None:
+        storage.remove(savepoint.folder_of(self.round_folder(number)), recursive=True)
 
     @property
     def _identity(self) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -13,20 +15,21 @@ import numpy as np
 import torch
 
 from fusegpt_ray import calibration
-from fusegpt_ray.engine import Epoch, Tuned
+from fusegpt_ray.cache import BlockCache
+from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.memory import fitting, is_out_of_memory
+from fusegpt_ray.memory import fitting, free_bytes, is_out_of_memory
 from fusegpt_ray.perplexity import perplexity, window_losses
 from fusegpt_ray.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe, Text
 from fusegpt_ray.runner import Runner, pick_device, pick_dtype, state_bytes
-from fusegpt_ray.shares import chunk_size
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
@@ -53,7 +56,9 @@ class LocalEngine:
 
     @cached_property
     def runner(self) -> Runner:
-        return Runner(self.dense, self.device, self.dtype, self.recipe.importance.batch, self.recipe.cluster.weights)
+        cache = BlockCache.open(cache_gb(self.recipe, self.dense))
+        batch, weights = self.recipe.importance.batch, self.recipe.cluster.weights
+        return Runner(self.dense, self.device, self.dtype, batch, weights, cache=cache)
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
@@ -78,33 +83,39 @@ class LocalEngine:
         ranking, rows = fitting(attempt, settings.batch, settings.batch, "scoring")
         return replace(ranking, rows=rows)
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
         begin = time.monotonic()
-        settings, trunk, batch = job.settings, self.runner.trunk, self.recipe.importance.batch
+        settings, cluster, trunk, batch = job.settings, self.recipe.cluster, self.runner.trunk, self.recipe.importance.batch
         windows, length = windows_WT.shape
 
         def walk(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
             runner = self.runner.taking(rows)
-            parts = torch.from_numpy(windows_WT).split(chunk_size(windows, rows, state_bytes(job.dense, length)))
-            chunks = [[states.cpu() for states in group_states(runner, job, part)] for part in parts]
-            entering, leaving = (torch.cat(half) for half in zip(*chunks, strict=True))
-            return entering, leaving
+            kept = [_room_for_states(job.dense, windows, length, self.dtype) for _ in range(2)]
+            done = 0
+            for part in runner.chunks(job.dense, torch.from_numpy(windows_WT)):
+                for all_WTD, part_WTD in zip(kept, group_states(runner, job, part), strict=True):
+                    all_WTD[done : done + len(part)] = part_WTD
+                done += len(part)
+            return kept[0], kept[1]
 
         (entering, leaving), rows = fitting(walk, batch, batch, "walking to the group")
         states_done = time.monotonic()
+        setup: dict[str, str | int] = {"engine": "local", "device": self.device.type, "states_rows": rows}
+        kept = Savepoints.of(job, cluster.savepoint_minutes, cluster.micro_batch or settings.batch, **setup)
 
         @self._rather_forgetting
         def learn(micro_batch: int) -> tuple[Student, list[float]]:
+            savepoints = kept.trying(micro_batch)
             contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
-            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device)
+            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device, cluster.recompute_activations)
             steps = settings.epochs * len(entering) // settings.batch
             stepper = TorchStepper.make(student, settings, steps, self.device, micro_batch)
-            return student, train(stepper, lambda: batches_of(entering, leaving, settings.batch), settings.epochs, epoch)
+            batches = partial(batches_of, entering, leaving, settings.batch)
+            return student, train(stepper, batches, settings.epochs, epoch, savepoints, say)
 
-        asked = self.recipe.cluster.micro_batch or settings.batch
-        (student, losses), micro_batch = fitting(learn, asked, settings.batch, "fine-tuning the group")
+        (student, losses), micro_batch = fitting(learn, kept.micro_batch, settings.batch, "fine-tuning the group")
         saved = save_group(job, student)
-        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         runner, windows = self.runner.for_trunk_of(stack), torch.from_numpy(windows_WT)
@@ -135,3 +146,16 @@ class LocalEngine:
             return attempt(rows)
 
         return attempts
+
+
+def _room_for_states(stack: Stack, windows: int, length: int, dtype: torch.dtype) -> torch.Tensor:
+    """[W, T, D], empty: in memory, or in a temporary file if it would take more than a quarter of what is free.
+
+    The file is read in order, epoch after epoch; it has no name any more, so that it ends with the process.
+    """
+    taken = windows * state_bytes(stack, length, dtype)
+    shape = (windows, length, state_bytes(stack, 1, dtype) // dtype.itemsize)
+    if taken <= free_bytes(torch.device("cpu")) / 4:
+        return torch.empty(shape, dtype=dtype)
+    with tempfile.NamedTemporaryFile(prefix="fusegpt-states-") as file:
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)

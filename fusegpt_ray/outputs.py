@@ -23,7 +23,7 @@ State = Literal["alive", "unfinished", "published", "remains"]
 """Of a run: at work; dead, but the same command goes on; dead after it published everything; dead while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-RUN_FILE = re.compile(r"\.?(identity|heartbeat|(round|scores)-\d+)\.json(\.[0-9a-f]{8})?|blocks/.+")
+RUN_FILE = re.compile(r"\.?(identity|heartbeat|(round|scores|sums)-\d+)\.json(\.[0-9a-f]{8})?|blocks/.+")
 """What a run writes into its folder."""
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json)?|config\.json")
 

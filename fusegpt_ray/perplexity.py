@@ -9,16 +9,14 @@ import math
 
 import torch
 
-from fusegpt_ray.runner import Runner, state_bytes
-from fusegpt_ray.shares import chunk_size
+from fusegpt_ray.runner import Runner
 from fusegpt_ray.stack import Stack
 
 
 def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of each window: [W] float64."""
     means = []
-    windows, length = windows_WT.shape
-    for part in windows_WT.split(chunk_size(windows, runner.rows, state_bytes(stack, length))):
+    for part in runner.chunks(stack, windows_WT):
         for h_WTD in runner.walk(stack, part):  # noqa: B007 - the states after the last block are wanted
             pass
         means.append(runner.token_losses(h_WTD, part))

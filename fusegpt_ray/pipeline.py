@@ -226,10 +226,9 @@ class _Run:
             self.show.say(f"going on after round {len(done)} of {total} (found in {self.journal.folder})")
         while len(done) < total:
             number = len(done) + 1
-            stack = done[-1].stack if done else self.dense
-            self.show.round_begins(number, total, len(stack))
+            self.show.round_begins(number, total, len(self.dense) - len(done))
             try:
-                done.append(self._round(number, stack, Ranking.from_record(done[-1].record) if done else None))
+                done.append(self._round(number, done))
             except Exception as error:
                 error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
                 raise
@@ -237,8 +236,9 @@ class _Run:
             self.show.round_ends(number, total, done[-1].record["losses"])
         return done
 
-    def _round(self, number: int, stack: Stack, last: Ranking | None) -> Done:
-        score_seconds, ranking = self._score(number, stack, last)
+    def _round(self, number: int, before: list[Done]) -> Done:
+        stack = before[-1].stack if before else self.dense
+        score_seconds, ranking = self._score(number, stack, Ranking.from_record(before[-1].record) if before else None)
         donor = ranking.lowest
         self.show.scored(ranking)
         seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
@@ -249,12 +249,13 @@ class _Run:
         if self.recipe.method != "mi":
             settings = self.recipe.fusion
             fuse = self.recipe.method == "fusegpt"
-            folder = f"{self.journal.blocks_folder}/round-{number:03d}"
-            job = Round(stack, self.dense, donor, settings, fuse, self.recipe.seed, folder)
+            origin = checksum({"rounds": [done.to_json() for done in before]})
+            job = Round(stack, self.dense, donor, settings, fuse, self.recipe.seed, self.journal.round_folder(number), origin[:16])
             group = [block.dense for block in job.group]
             verb = "fusing" if fuse else "fine-tuning"
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
-            tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
+            heard = lambda n, loss: self.show.epoch(n, settings.epochs, loss)  # noqa: E731
+            tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
             states_rows, micro_batch = tuned.rows, tuned.micro_batch
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}

@@ -184,11 +184,19 @@ class Cluster(Section):
     micro_batch: int | None = Field(None, ge=1)
     """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share of the loss batch.
     Divides that share, `fusion.batch` / `workers`."""
+    recompute_activations: bool = False
+    """Each block's activations are computed again in the backward pass: less memory, a third more work."""
+    savepoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
+    """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after the last savepoint; 0: after every
+    epoch. A killed run goes on from there."""
     weights: Literal["auto", "resident", "streamed"] = "auto"
     """What a replica does with the blocks' weights. `resident`: keep them on its device between walks and rounds. `streamed`: read
     them for every walk, one block ahead. `auto`: keep them if they take at most 40 % of the memory that is free when it starts."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
+    cache_gb: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the temporary folder; left out: half of
+    what is free; 0: none."""
 
 
 class Output(Section):

@@ -13,8 +13,15 @@ import torch
 from torch import nn
 
 from fusegpt_ray.anatomy import Context, Trunk, read_config, run_block
+from fusegpt_ray.cache import BlockCache
+from fusegpt_ray.checkpoint import read_tensors
+from fusegpt_ray.memory import free_bytes
+from fusegpt_ray.shares import HELD_BYTES, chunk_size
 from fusegpt_ray.stack import Stack
 from fusegpt_ray.weights import Weights, fits
+
+HELD_SHARE = 0.15
+"""Of the free memory that one set of states may take, if that is less."""
 
 
 def pick_device() -> torch.device:
@@ -48,21 +55,29 @@ class Runner:
         rows: int,
         weights: Literal["auto", "resident", "streamed"] = "streamed",
         share: float = 1.0,
+        cache: BlockCache | None = None,
     ) -> None:
         """`rows`: how many rows pass a block in one call, which bounds the memory of activations.
 
-        `weights`: kept on the device, read for every walk, or as memory allows; `share`: of the free memory that this runner may use.
+        `weights`: kept on the device, read for every walk, or as memory allows; `share`: of the free memory that this runner may use;
+        `cache`: this node's, of what lies in object storage.
         """
         self.stack, self.device, self.dtype, self.rows, self.share = stack, device, dtype, rows, share
-        self.trunk = Trunk(stack, device, dtype)
+        self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
         self.keeps = weights == "resident" or (weights == "auto" and fits(stack, device, dtype, share))
-        self.weights = Weights(stack, self.trunk.moulds, device, dtype, self.keeps)
+        self.weights = Weights(stack, self.trunk.moulds, device, dtype, self.keeps, cache)
 
     def taking(self, rows: int) -> Self:
         """The same, with so many rows in a call."""
         other = copy.copy(self)
         other.rows = rows
         return other
+
+    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Windows that should walk together, see `chunk_size`: a walk holds their states some three times."""
+        windows, length = windows_WT.shape
+        held = min(HELD_BYTES, HELD_SHARE * self.share * free_bytes(self.device))
+        return windows_WT.split(chunk_size(windows, self.rows, state_bytes(stack, length), held=held))
 
     def for_trunk_of(self, stack: Stack) -> Runner:
         """This one, or another beside it that keeps no weights if the stack has a trunk of its own: a published model."""

@@ -21,6 +21,7 @@ from fusegpt_ray.manifest import MANIFEST as MANIFEST
 from fusegpt_ray.stack import Stack
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+HUB_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 SMALL = re.compile(r"(?i).+\.(json|txt|model|jinja|tiktoken|spm|vocab)|(license|notice|use_policy).*")
 
 
@@ -56,18 +57,24 @@ class Source:
             raise UserError(
                 key, name, "no such folder", "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
             )
-        return cls(name, revision, _snapshot(name, revision, key, ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]))
+        return cls(name, revision, _snapshot(name, revision, key, HUB_SMALL))
 
     @property
     def on_hub(self) -> bool:
         return "://" not in self.name and not Path(self.name).expanduser().is_dir()
 
     def fetch(self) -> None:
-        """Download a hub model's weights into the local cache (other sources are read where they are)."""
-        if self.on_hub:
-            index = Path(self.folder) / INDEX
-            shards = set(storage.read_json(str(index))["weight_map"].values()) if index.exists() else {SINGLE}
-            _snapshot(self.name, self.revision, "model.source", sorted(shards))
+        """Download a hub model's files into this node's cache, unless they are there (other sources are read where they are)."""
+        if not self.on_hub:
+            return
+        here = Path(self.folder)
+        commit = here.name  # the branch may have moved on since `find`
+        if not here.is_dir():
+            _snapshot(self.name, commit, "model.source", HUB_SMALL)
+        index = here / INDEX
+        shards = set(storage.read_json(str(index))["weight_map"].values()) if index.exists() else {SINGLE}
+        if not all((here / shard).exists() for shard in shards):
+            _snapshot(self.name, commit, "model.source", sorted(shards))
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:

@@ -41,6 +41,11 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+def is_remote(uri: str) -> bool:
+    """Whether reading it asks another machine (or what a test takes for one)."""
+    return "://" in uri and "file" not in filesystem(uri)[0].protocol
+
+
 def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
@@ -272,11 +277,23 @@ def sha256(uri: str) -> str:
 def fingerprint(uri: str) -> str:
     """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
     fs, path = filesystem(uri)
+    return _checksum(patiently(uri, lambda: fs.info(path))) or f"sha256 {sha256(uri)}"
+
+
+def version(uri: str) -> str | None:
+    """What changes when a file is written anew, told without reading it: the store's own checksum, else size and time; or nothing."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
     info = patiently(uri, lambda: fs.info(path))
-    for key in ("ETag", "etag", "md5Hash", "content_md5", "crc32c"):
-        if info.get(key):
-            return f"{key} {info[key]}"
-    return f"sha256 {sha256(uri)}"
+    try:
+        return _checksum(info) or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
+    except NotImplementedError:  # a store that does not tell the time
+        return None
+
+
+def _checksum(info: dict[str, Any]) -> str | None:
+    keys = ("ETag", "etag", "md5Hash", "content_md5", "crc32c")
+    return next((f"{key} {info[key]}" for key in keys if info.get(key)), None)
 
 
 def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:

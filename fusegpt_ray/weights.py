@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from fusegpt_ray.anatomy import load_block
+from fusegpt_ray.cache import BlockCache
 from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.memory import free_bytes, is_out_of_memory, release
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.stack import Block, Refs, Stack
 
 RESIDENT_SHARE = 0.4
 """Of the free memory that the dense blocks may take for good. Fused ones come on top; the rest is for states, activations and, in one
@@ -25,9 +26,18 @@ process, fine-tuning."""
 class Weights:
     """Modules of blocks of the dense stack and of those that rounds make of it."""
 
-    def __init__(self, dense: Stack, moulds: Sequence[nn.Module], device: torch.device, dtype: torch.dtype, keep: bool) -> None:
+    def __init__(
+        self,
+        dense: Stack,
+        moulds: Sequence[nn.Module],
+        device: torch.device,
+        dtype: torch.dtype,
+        keep: bool,
+        cache: BlockCache | None = None,
+    ) -> None:
         """`moulds`: the dense model's blocks without weights, by dense number. `keep`: hold blocks for later walks."""
-        self.moulds, self.device, self.dtype, self.keep = moulds, device, dtype, keep
+        self.moulds, self.device, self.dtype, self.keep, self.cache = moulds, device, dtype, keep, cache
+        self._needed: list[Refs] = []  # by the walk under way
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
 
@@ -37,6 +47,7 @@ class Weights:
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, nn.Module]]:
         """The blocks in order, each with its module; the caller lets go of one before it asks for the next."""
+        self._needed = [block.weights for block in blocks]
         if self.keep:
             yield from self._walk_kept(blocks)
             return
@@ -69,7 +80,8 @@ class Weights:
             yield block, self._kept[key]
 
     def _read(self, block: Block) -> nn.Module:
-        return load_block(self.moulds[block.dense], read_tensors(block.weights), self.device, self.dtype)
+        tensors = self.cache.tensors(block.weights, self._needed) if self.cache else read_tensors(block.weights)
+        return load_block(self.moulds[block.dense], tensors, self.device, self.dtype)
 
     def _read_aside(self, block: Block) -> nn.Module:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""

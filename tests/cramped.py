@@ -20,6 +20,8 @@ WIDTH = 2048
 MB = 1_000_000
 SCORED, TRAINED = 16, 8
 """Windows in a call of scoring, and in a loss batch."""
+MANY = 400
+"""Windows of 64 tokens of 512 numbers: 52 MB of states entering a group, and as much of those leaving it."""
 LIMITS = {"score": 80 * MB, "finetune": 180 * MB}
 """Enough for half of the windows at once, not for all: for each token and unit of the wide layers these
 take 3 and (in three blocks) 12 to 16 numbers, 100 and 200 to 270 MB."""
@@ -61,6 +63,37 @@ class CrampedFusion:
             limit_memory(self._more)
             self._more = 0
         return self._loss
+
+
+def save_broad(folder: Path) -> Path:
+    """A tiny llama with broad states and narrow layers between them: states are what takes memory."""
+    torch.manual_seed(0)
+    broad = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | broad, tie_word_embeddings=False))
+    randomize(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
+    """Fine-tune a group on `MANY` windows of 64 tokens with `more` bytes at hand; saves what comes out to `out`."""
+    torch.set_num_threads(1)
+    recipe = Recipe.parse(
+        {
+            "model": {"source": str(folder)},
+            "calibration": {"data": "unused", "windows": MANY, "length": 64},
+            "fusion": {"group_size": 2, "epochs": 1, "batch": TRAINED, "rank": 4, "lora_rank": 4},
+            "cluster": {"engine": "local"},
+            "output": {"uri": str(out.parent), "name": "x"},
+        }
+    )
+    dense, windows = open_stack(folder), token_windows(MANY, 64).numpy()
+    with LocalEngine(recipe, Source.find(str(folder), None), dense) as engine:
+        assert engine.perplexity(dense, windows[:1]) > 1  # what is loaded once is loaded before the limit
+        if more is not None:
+            limit_memory(more)
+        job = Round(dense, dense, 1, recipe.fusion, True, 0, f"{out}-blocks")
+        torch.save(engine.finetune(job, windows, lambda *_: None), out)
 
 
 def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None) -> None:

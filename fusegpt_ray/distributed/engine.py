@@ -21,9 +21,10 @@ from fusegpt_ray.distributed import data, scoring, states, training
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths
 from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.training import Workers
-from fusegpt_ray.engine import Epoch, Tuned
+from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.round import Round, Saved
+from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.memory import fitting
@@ -64,10 +65,13 @@ class RayEngine:
         threads, batch = max(1, cores // cluster.replicas), self.recipe.importance.batch
         here = 1 / math.ceil(cluster.replicas / len(alive_nodes()))
         share = min(1.0, gpus) if gpus else here
-        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share)
+        disk = cache_gb(self.recipe, self.dense)
+        hub = self.source if self.source.on_hub else None
+        self.replica = Replica(cluster.replicas, 1, gpus, threads, self.dtype, batch, cluster.weights, share, disk, hub)
         self.replicas = Replicas(self.dense, self.replica)
         threads, share = max(1, cores // cluster.workers), self.recipe.fusion.batch // cluster.workers
-        self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, cluster.micro_batch or share)
+        rows, recompute = cluster.micro_batch or share, cluster.recompute_activations
+        self.workers = Workers(cluster.workers, 1, gpus, threads, self.dtype, cluster.zero_stage, rows, recompute, hub)
         return self
 
     @property
@@ -95,17 +99,17 @@ class RayEngine:
         ranking, rows = self._fitting(attempt, "scoring")
         return replace(ranking, rows=rows)
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
         """States are lost with the node that holds them: then they are computed again, as often as nodes get lost."""
         while True:
             nodes = alive_nodes()
             try:
-                return self._finetune(job, windows_WT, epoch)
+                return self._finetune(job, windows_WT, epoch, say)
             except Exception:
                 if nodes <= alive_nodes():
                     raise
 
-    def _finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch) -> Tuned:
+    def _finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say) -> Tuned:
         begin = time.monotonic()
         count = self.workers.count
 
@@ -115,16 +119,19 @@ class RayEngine:
         tables, rows = self._fitting(walk, "walking to the group")
         states_done = time.monotonic()
         folder = storage.join(job.folder, "train")
+        asked, minutes = self.workers.micro_batch, self.recipe.cluster.savepoint_minutes
+        kept = Savepoints.of(job, minutes, asked, states_rows=rows, **training.setup(self.workers))
 
         def learn(micro_batch: int) -> tuple[Saved, list[float]]:
             contexts = self._contexts_of(micro_batch, windows_WT.shape[1])
             self._make_way()
             workers = replace(self.workers, micro_batch=micro_batch)
-            return training.finetune(job, contexts, len(windows_WT), states.datasets(tables), workers, folder, epoch)
+            savepoints, inputs = kept.trying(micro_batch), states.datasets(tables)
+            return training.finetune(job, contexts, len(windows_WT), inputs, workers, folder, epoch, savepoints, say)
 
         share = job.settings.batch // count
-        (saved, losses), micro_batch = fitting(learn, self.workers.micro_batch, share, "fine-tuning the group")
-        return Tuned(saved, losses, rows, micro_batch, states_done - begin, time.monotonic() - states_done)
+        (saved, losses), micro_batch = fitting(learn, kept.micro_batch, share, "fine-tuning the group")
+        return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
 
     def _contexts_of(self, rows: int, length: int) -> list[Context]:
         """Asked of a replica once: no round changes them."""

@@ -21,8 +21,10 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from fusegpt_ray.cache import BlockCache
 from fusegpt_ray.memory import is_out_of_memory, release
 from fusegpt_ray.runner import Runner
+from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Stack
 
 SLOW, SLOW_SECONDS = 2.0, 5.0
@@ -48,13 +50,19 @@ class Replica:
     weights: Literal["auto", "resident", "streamed"] = "auto"
     share: float = 1.0
     """Of the free memory where it runs; see `Runner`."""
+    cache_gb: float | None = None
+    source: Source | None = None
+    """Of a hub model, which a node that joins later does not have yet."""
 
     def runner(self, stack: Stack) -> Runner:
         """On the GPU that Ray gave this process, else on the CPU (Ray does not hide GPUs from who asked for none)."""
         torch.set_num_threads(self.threads)
+        if self.source is not None:
+            self.source.fetch()
         if self.gpus and not torch.cuda.is_available():
             raise RuntimeError("Ray gave this replica a GPU, and torch cannot use it: check the driver and torch's CUDA build")
-        return Runner(stack, torch.device("cuda" if self.gpus else "cpu"), self.dtype, self.rows, self.weights, self.share)
+        device, cache = torch.device("cuda" if self.gpus else "cpu"), BlockCache.open(self.cache_gb)
+        return Runner(stack, device, self.dtype, self.rows, self.weights, self.share, cache)
 
 
 @ray.remote(max_restarts=0)

@@ -52,7 +52,8 @@ def datasets(tables: list[list[ray.ObjectRef]]) -> dict[str, ray.data.Dataset]:
 
 def _walk(runner: Runner, job: Round, windows_WT: np.ndarray) -> list[pa.Table | None]:
     """Walk windows to the group's ends: nothing, and then their states in `PIECES` tables (the last ones empty if there are fewer)."""
-    halves = [np.array_split(_to_numpy(states), PIECES) for states in group_states(runner, job, torch.tensor(windows_WT))]
+    chunks = [group_states(runner, job, part) for part in runner.chunks(job.dense, torch.tensor(windows_WT))]
+    halves = [np.array_split(np.concatenate(list(map(_to_numpy, half))), PIECES) for half in zip(*chunks, strict=True)]
     return [None, *(_table(*pair) for pair in zip(*halves, strict=True))]
 
 

@@ -9,9 +9,10 @@ Notable:
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -30,11 +31,13 @@ from fusegpt_ray import storage
 from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
-from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, make_optimizer, train
+from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, load_training_state, make_optimizer, train, training_state
 from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
+from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.memory import is_out_of_memory
 from fusegpt_ray.recipe import Fusion
+from fusegpt_ray.source import Source
 
 WRITING_SECONDS = 4 * 3600
 """How long the others wait for the first worker, which writes the group to a store that may be slow."""
@@ -55,6 +58,16 @@ class Workers:
     zero_stage: int
     micro_batch: int
     """Windows that pass the group at once, of a worker's share of the loss batch."""
+    recompute: bool = False
+    """See `Student`."""
+    source: Source | None = None
+    """Of a hub model, which a node that joins later does not have yet."""
+
+
+def setup(workers: Workers) -> dict[str, str | int]:
+    """What a worker's part of a savepoint depends on: how parameters are split, and who splits them."""
+    device, version = "cuda" if workers.gpus else "cpu", importlib.metadata.version("deepspeed")
+    return {"engine": f"deepspeed {version}", "device": device, "workers": workers.count, "zero_stage": workers.zero_stage}
 
 
 @dataclass
@@ -80,11 +93,19 @@ class DeepSpeedStepper:
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         optimizer = make_optimizer(student, settings)
+        trained = [value for value in student.parameters() if value.requires_grad]
+        config = deepspeed_config(
+            settings,
+            dist.get_world_size(),
+            stage,
+            trained=sum(value.numel() for value in trained),
+            bf16=trained[0].dtype == torch.bfloat16,
+        )
         engine, *_ = deepspeed.initialize(
             model=student,
             optimizer=optimizer,
             lr_scheduler=cosine_to_zero(optimizer, steps),
-            config=deepspeed_config(settings, dist.get_world_size(), stage, bf16=next(student.parameters()).dtype == torch.bfloat16),
+            config=config,
         )
         return cls(engine, settings, device, micro_batch)
 
@@ -104,14 +125,49 @@ class DeepSpeedStepper:
         dist.all_reduce(mean)
         return mean.item() / dist.get_world_size()
 
+    @property
+    def worker(self) -> int:
+        return int(dist.get_rank())
 
-def deepspeed_config(settings: Fusion, workers: int, stage: int, bf16: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves."""
+    def gather(self, row: list[int]) -> list[list[int]]:
+        mine = torch.tensor(row, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, mine)
+        return [each.tolist() for each in rows]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Of the masters that this worker updates: with ZeRO its part of each parameter group."""
+        return training_state(self.engine.lr_scheduler, self._masters)
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The masters are put in place, then the parameters made of them by what a step of DeepSpeed ends with."""
+        load_training_state(state, self.engine.lr_scheduler, self._masters)
+        zero, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
+        if stage == 3:
+            zero.checkpoint_event_prologue()
+            for number in range(len(self._masters)):
+                zero._reassign_or_swap_out_partitioned_parameters(number)
+            zero.checkpoint_event_epilogue()
+        elif stage:
+            zero.update_lp_params()
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        if self.engine.zero_optimization_stage() == 3:  # it hands them to the optimizer only while that steps
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
+        return [value for group in self.engine.basic_optimizer.param_groups for value in group["params"]]
+
+
+def deepspeed_config(settings: Fusion, workers: int, stage: int, trained: int, bf16: bool) -> dict[str, Any]:
+    """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves.
+
+    `trained`: how many numbers learn. The bucket in which their gradients meet is else of 5e8, 2 GB on every worker.
+    """
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batch // workers,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
@@ -128,16 +184,16 @@ def unsplit_in_order() -> DataConfig:
 
 @ray.remote(num_cpus=0)
 class Progress:
-    """Carries epochs' losses from the first worker to the driver's display, and from any worker that its memory ran out."""
+    """Carries what workers have to say to the driver's display: epochs' losses and lines; and that the memory of one ran out."""
 
     def __init__(self) -> None:
-        self.new: list[tuple[int, float]] = []
+        self.new: list[tuple[int, float] | str] = []
         self.out_of_memory = ""
 
-    def add(self, epoch: int, loss: float) -> None:
-        self.new.append((epoch, loss))
+    def add(self, news: tuple[int, float] | str) -> None:
+        self.new.append(news)
 
-    def take(self) -> list[tuple[int, float]]:
+    def take(self) -> list[tuple[int, float] | str]:
         taken, self.new = self.new, []
         return taken
 
@@ -156,6 +212,8 @@ def finetune(
     workers: Workers,
     folder: str,
     epoch: Epoch,
+    savepoints: Savepoints | None = None,
+    say: Say = lambda _: None,
 ) -> tuple[Saved, list[float]]:
     """Run the job; `folder` is Ray Train's own, removed afterwards. Returns the new blocks and the epochs' losses.
 
@@ -174,6 +232,7 @@ def finetune(
             "steps": job.settings.epochs * windows // job.settings.batch,
             "workers": workers,
             "progress": progress,
+            "savepoints": savepoints,
         },
         datasets=datasets,
         dataset_config=unsplit_in_order(),
@@ -188,7 +247,7 @@ def finetune(
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    with _watching(progress, epoch):
+    with _watching(progress, epoch, say):
         result = trainer.fit()
     storage.remove(folder, recursive=True)
     done = result.return_value
@@ -210,18 +269,25 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     job, workers = config["job"], config["workers"]
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
+    if workers.source is not None:
+        workers.source.fetch()
     device, dtype = get_device(), workers.dtype
-    student = build_student(job, block_moulds(job.dense.config), ray.get(config["contexts"]), job.plan(dtype), device)
+    moulds, contexts = block_moulds(job.dense.config), ray.get(config["contexts"])
+    student = build_student(job, moulds, contexts, job.plan(dtype), device, workers.recompute)
     stage, micro_batch = workers.zero_stage, workers.micro_batch
     stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, micro_batch)
     shard = ray.train.get_dataset_shard(f"states-{rank}")
 
     def done(number: int, loss: float) -> None:
         if rank == 0:
-            config["progress"].add.remote(number, loss)
+            config["progress"].add.remote((number, loss))
+
+    def say(text: str) -> None:
+        config["progress"].add.remote(text)
 
     try:
-        losses = train(stepper, lambda: batches(shard, job.settings.batch // workers.count), job.settings.epochs, done)
+        share = job.settings.batch // workers.count
+        losses = train(stepper, lambda: batches(shard, share), job.settings.epochs, done, config["savepoints"], say)
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
     except Exception as error:
@@ -255,16 +321,19 @@ def _place(folder: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _watching(progress: Any, epoch: Epoch) -> Iterator[None]:
-    """Hand the first worker's news to `epoch` every half second, and all that is left at the end."""
+def _watching(progress: Any, epoch: Epoch, say: Say) -> Iterator[None]:
+    """Hand the workers' news to `epoch` and `say` every half second, and all that is left at the end."""
     over = threading.Event()
 
     def watch() -> None:
         finished = False
         while not finished:
             finished = over.wait(0.5)
-            for number, loss in ray.get(progress.take.remote()):
-                epoch(number, loss)
+            for news in ray.get(progress.take.remote()):
+                if isinstance(news, str):
+                    say(news)
+                else:
+                    epoch(*news)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

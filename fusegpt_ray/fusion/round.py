@@ -42,6 +42,8 @@ class Round:
     seed: int
     folder: str
     """Where the new blocks' files go."""
+    origin: str = ""
+    """What `stack` came of: another if any of its weights could be. A savepoint of another origin is not gone on from."""
 
     @property
     def span(self) -> range:
@@ -94,11 +96,18 @@ def group_states(runner: Runner, job: Round, windows_WT: torch.Tensor) -> tuple[
     return entering, h_WTD
 
 
-def build_student(job: Round, moulds: Sequence[nn.Module], contexts: Sequence[Context], plan: Plan, device: torch.device) -> Student:
+def build_student(
+    job: Round,
+    moulds: Sequence[nn.Module],
+    contexts: Sequence[Context],
+    plan: Plan,
+    device: torch.device,
+    recompute: bool = False,
+) -> Student:
     """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
     donors = DonorCache(moulds[job.donor], device, plan.compute_dtype)
     blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
-    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype)
+    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype, recompute)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.anatomy import Context, load_block, run_block
@@ -34,18 +35,22 @@ class Plan:
 class Student(nn.Module):
     """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
 
-    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context], dtype: torch.dtype) -> None:
-        """`dtype`: of the arithmetic."""
+    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context], dtype: torch.dtype, recompute: bool = False) -> None:
+        """`dtype`: of the arithmetic. `recompute`: what is inside a block is not kept for the backward pass, but found again there."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.contexts = contexts
         self.dtype = dtype
+        self.recompute = recompute
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
         # Autocast, where norms learn in float32 beside 16-bit weights. Here: DeepSpeed switches off what it finds around.
         with torch.autocast(h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
             for block, context in zip(self.blocks, self.contexts, strict=True):
-                h_BTD = run_block(block, h_BTD, context)
+                if self.recompute and torch.is_grad_enabled():  # nothing in a block is random: they are in eval mode
+                    h_BTD = checkpoint(run_block, block, h_BTD, context, use_reentrant=False, preserve_rng_state=False)
+                else:
+                    h_BTD = run_block(block, h_BTD, context)
         return h_BTD
 
 

@@ -33,6 +33,7 @@ STAGES = (
     "round 1/2: scoring",
     "round 1: fusing",
     "  epoch 1/3",
+    "  epoch 2/3",
     "  epoch 3/3",
     "round 2/2: scoring",
     "round 2: fusing",
@@ -106,7 +107,7 @@ class Chaos:
     def _start(self, out: Path, engine: str, address: Address | None) -> psutil.Popen:
         out.mkdir(exist_ok=True)
         recipe = self.recipe(out)
-        recipe["cluster"] = {"engine": engine if engine == "local" else "ray", "replicas": 2}
+        recipe["cluster"] = {"engine": engine if engine == "local" else "ray", "replicas": 2, "savepoint_minutes": 0}
         if address:
             recipe["cluster"]["address"] = address.uri
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))

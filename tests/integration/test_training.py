@@ -26,6 +26,7 @@ from fusegpt_ray.distributed.states import batches, datasets, group_states_of_wo
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.fusion.savepoint import Savepoints
 from fusegpt_ray.recipe import PRESETS, Fusion
 from fusegpt_ray.runner import Runner
 
@@ -204,16 +205,31 @@ REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=
 TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1, micro_batch=2)
 
 
-def fit(folder: Path, out: Path, change: Callable[[ray.data.Dataset], ray.data.Dataset]) -> tuple[Tensors, list[float], list[int]]:
-    """Two workers train the group; `change` wraps the first one's data. The new weights, the losses, the epochs heard of."""
+def fit(
+    folder: Path,
+    out: Path,
+    change: Callable[[ray.data.Dataset], ray.data.Dataset] = lambda data: data,
+    workers: Workers = TWO,
+    minutes: float | None = None,
+    say: Callable[[str], None] = print,
+) -> tuple[Tensors, list[float], list[int]]:
+    """Two workers train the group; `change` wraps the first one's data. The new weights, the losses, the epochs heard of.
+
+    `minutes`: between savepoints, if there are any.
+    """
     job = task(folder, "batch_kl", 0, 1, str(out)).job
     replicas = Replicas(job.dense, REPLICA)
     states = datasets(group_states_of_workers(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH))
     states["states-0"] = change(states["states-0"].repartition(1).materialize())
-    contexts = scoring.contexts(TWO.micro_batch, LENGTH, replicas)
+    contexts = scoring.contexts(workers.micro_batch, LENGTH, replicas)
     replicas.close()
+    kept = None if minutes is None else Savepoints.of(job, minutes, workers.micro_batch, **training.setup(workers))
     heard: list[int] = []
-    saved, losses = training.finetune(job, contexts, WINDOWS, states, TWO, str(out / "train"), lambda number, _: heard.append(number))
+
+    def epoch(number: int, _: float) -> None:
+        heard.append(number)
+
+    saved, losses = training.finetune(job, contexts, WINDOWS, states, workers, str(out / "train"), epoch, kept, say)
     assert saved.blocks.keys() == {block.dense for block in job.neighbours}
     assert not (out / "train").exists()
     files = sorted(out.glob("*.safetensors"))
@@ -273,7 +289,7 @@ def kill_a_worker(marks: Path, epoch: int) -> Callable[[dict[str, Any]], dict[st
 
 def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_path) -> None:
     marks = tmp_path / "marks"
-    undisturbed, losses, heard = fit(checkpoint("llama"), tmp_path / "one", lambda data: data)
+    undisturbed, losses, heard = fit(checkpoint("llama"), tmp_path / "one")
     assert heard == [1, 2, 3, 4, 5]
     assert losses == pytest.approx(plain["batch_kl"].losses, rel=1e-5)
 

@@ -222,7 +222,7 @@ def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.Monke
     monkeypatch.setattr(storage, "remove", lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1])
     compress(recipe(desk, method="mi", sparsity=0.4))
     folder = str(run_folder(desk))
-    assert removed == [f"{folder}/{name}" for name in ("blocks", "round-002.json", "round-001.json")] + [folder]
+    assert removed[-4:] == [f"{folder}/{name}" for name in ("blocks", "round-002.json", "round-001.json")] + [folder]
 
 
 FOREIGN: dict[str, dict[str, str]] = {

@@ -9,7 +9,7 @@ import pytest
 from models import open_stack, token_windows
 from watching import Watch, size_of
 
-from fusegpt_ray import anatomy, publish, weights
+from fusegpt_ray import publish, runner, weights
 from fusegpt_ray.fusion import student
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
@@ -36,7 +36,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
     )
     trunk, block = size_of(dense.trunk), size_of(dense.blocks[0].weights)
     watch = Watch()
-    for module in (anatomy, weights, student, publish):
+    for module in (runner, weights, student, publish):
         monkeypatch.setattr(module, "read_tensors", watch)
     source = Source.find(str(folder), None)
     stack = dense

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cramped import LIMITS, MB, SCORED, TRAINED, save_wide, work
+from cramped import LIMITS, MB, SCORED, TRAINED, save_broad, save_wide, tune_many, work
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
@@ -52,6 +52,24 @@ def test_scoring_that_runs_out_of_memory_goes_on_with_less(run: Callable[..., An
     assert (free.rows, cramped.rows) == (SCORED, SCORED // 2)
     assert cramped.lowest == free.lowest
     assert cramped.estimates == pytest.approx(free.estimates, rel=1e-5)
+
+
+def test_states_that_do_not_fit_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """104 MB of states, 90 MB of memory; not a bit changes, and no file is left."""
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    folder = save_broad(tmp_path / "broad")
+    found = []
+    for more in (None, 90 * MB):
+        spawn(tune_many, (folder, tmp_path / f"{more}", more))
+        found.append(torch.load(tmp_path / f"{more}", weights_only=False))
+    free, cramped = found
+    assert (free.rows, free.micro_batch) == (cramped.rows, cramped.micro_batch)
+    assert cramped.losses == free.losses
+    records = [sorted(record.sha256 for record in tuned.saved.files.values()) for tuned in found]
+    assert records[0] == records[1]
+    assert not list((tmp_path / "temporary").glob("fusegpt-states-*"))
 
 
 def test_what_never_fits_says_so(run: Callable[..., Any]) -> None:

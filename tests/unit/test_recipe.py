@@ -56,7 +56,8 @@ def test_defaults() -> None:
     # method.md: 7 neighbours, r = 128 for both, 20 epochs, batches of 8, Adam's betas and eps.
     assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 20, 8)
     assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 1e-3)
-    assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas) == ("ray", 1, 1)
+    assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == ("ray", 1, 1, None)
+    assert (r.cluster.savepoint_minutes, r.cluster.recompute_activations) == (5, False)
     assert (r.model.dtype, r.evaluation, r.output.shard_gb) == ("auto", {}, 5.0)
 
 
@@ -157,7 +158,7 @@ def mistake(data: Any, overrides: tuple[str, ...] = (), folder: Path | None = No
         # A name that is also a key of its section.
         ({"evaluation": {"data": {"data": "x", "widnows": 1}}}, "evaluation.data.widnows", "did you mean evaluation.data.windows"),
         # No key is near: all are listed.
-        ({"cluster": {"xyzzy": 1}}, "cluster.xyzzy", "the keys here are address, engine,"),
+        ({"cluster": {"xyzzy": 1}}, "cluster.xyzzy", "the keys here are address, cache_gb,"),
         # Keys of other sections are unknown here.
         ({"importance": {"epochs": 1}}, "importance.epochs", "the keys here are"),
     ],
@@ -228,9 +229,14 @@ def test_missing_keys(key: str) -> None:
         ({"fusion": {"betas": [0.9, 1.5]}}, "fusion.betas.1"),
         ({"fusion": {"betas": [-0.1, 0.9]}}, "fusion.betas.0"),
         ({"cluster": {"zero_stage": 4}}, "cluster.zero_stage"),
+        ({"cluster": {"savepoint_minutes": -1}}, "cluster.savepoint_minutes"),
+        ({"cluster": {"savepoint_minutes": math.inf}}, "cluster.savepoint_minutes"),
+        ({"cluster": {"recompute_activations": "maybe"}}, "cluster.recompute_activations"),
         ({"cluster": {"engine": "slurm"}}, "cluster.engine"),
         ({"cluster": {"gpus_per_replica": -1}}, "cluster.gpus_per_replica"),
         ({"cluster": {"gpus_per_replica": math.nan}}, "cluster.gpus_per_replica"),
+        ({"cluster": {"cache_gb": -1}}, "cluster.cache_gb"),
+        ({"cluster": {"cache_gb": math.inf}}, "cluster.cache_gb"),
         ({"output": {"name": "../up"}}, "output.name"),
         ({"output": {"name": ""}}, "output.name"),
         ({"output": {"name": "a/b"}}, "output.name"),

@@ -1,0 +1,147 @@
+"""The node's cache of blocks between processes, in front of a real S3 server: who fetches, who waits, and who is killed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from faults import FOREVER, Fault, Proxy, stalled
+from readers import digest_of
+
+from fusegpt_ray.cache import BlockCache
+from fusegpt_ray.checkpoint import Entry, read_tensors, write_safetensors
+from fusegpt_ray.stack import Refs
+
+pytestmark = pytest.mark.integration
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def blocks(bucket: str) -> list[Refs]:
+    """Blocks of three tensors, each in an object of its own."""
+    made = []
+    for number in range(BLOCKS):
+        tensors = {name: torch.randn(300, 500) for name in ("q", "k", "v")}
+        entries = [Entry(name, value.dtype, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()]
+        made.append(write_safetensors(f"s3://{bucket}/{number}.safetensors", entries)[1])
+    return made
+
+
+class Reader:
+    """See `readers.py`."""
+
+    def __init__(self, folder: Path, blocks: list[Refs], *hang: str) -> None:
+        file = folder.with_name("blocks.json")
+        file.write_text(json.dumps([{name: ref.to_json() for name, ref in refs.items()} for refs in blocks]))
+        script = Path(__file__).parents[1] / "readers.py"
+        command = [sys.executable, str(script), str(folder), str(file), *hang]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def says(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def begin(self) -> None:
+        """Once it is ready."""
+        assert self.says() == "ready"
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+
+@contextmanager
+def started(count: int, folder: Path, blocks: list[Refs], *hang: str) -> Iterator[list[Reader]]:
+    """So many processes, that are yet to begin."""
+    readers = [Reader(folder, blocks, *hang) for _ in range(count)]
+    try:
+        yield readers
+    finally:
+        for reader in readers:
+            reader.process.kill()
+            reader.process.wait()
+
+
+def digests(blocks: list[Refs], folder: Path) -> list[str]:
+    """What a reader must say of each block: found without the cache, which a limit of 0 keeps empty."""
+    return [digest_of(refs, BlockCache(folder, 0)) for refs in blocks]
+
+
+def test_four_processes_ask_the_store_for_what_one_asks(s3, blocks: list[Refs], tmp_path: Path) -> None:
+    expected = digests(blocks, tmp_path / "none")
+    before = len(s3.requests())
+    for refs in blocks:
+        read_tensors(refs)
+    alone = Counter(path for method, path in s3.requests()[before:] if method == "GET")
+    assert len(alone) == BLOCKS
+    before = len(s3.requests())
+    folder = tmp_path / "cache"
+    with started(4, folder, blocks) as readers:
+        for reader in readers:
+            reader.begin()
+        for reader in readers:
+            assert [reader.says() for _ in blocks] == expected
+    requests = s3.requests()[before:]
+    assert Counter(path for method, path in requests if method == "GET") == alone
+    assert len(requests) - alone.total() <= 5 * BLOCKS, "more than a HEAD for each process, and one for who fetched"
+    assert len(list(folder.iterdir())) == BLOCKS
+
+
+def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = digests(blocks, tmp_path / "none")
+    folder = tmp_path / "cache"
+    proxy = Proxy(int(s3.client.meta.endpoint_url.rsplit(":", 1)[1]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    fault = Fault(stalled, "GET", "/1.safetensors", times=FOREVER)
+    proxy.inject(fault)
+    try:
+        with started(4, folder, blocks) as (victim, *others):
+            victim.begin()
+            assert victim.says() == expected[0]
+            wait_for(lambda: fault.hit == 3)
+            for other in others:
+                other.begin()
+            assert [other.says() for other in others] == [expected[0]] * 3
+            time.sleep(1)
+            assert fault.seen <= 6, "nobody waited"  # 3 tensors, which the victim may ask for again if this machine is slow
+            victim.process.kill()
+            proxy.inject()
+            for other in others:
+                assert [other.says() for _ in blocks[1:]] == expected[1:]
+    finally:
+        proxy.stop()
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * BLOCKS
+
+
+@pytest.mark.parametrize("written", ["half", "whole"])
+def test_a_file_half_written_by_a_killed_process_is_never_read(written: str, blocks: list[Refs], tmp_path: Path) -> None:
+    expected = digests(blocks, tmp_path / "none")
+    folder = tmp_path / "cache"
+    with started(1, folder, blocks[:1], written) as (victim,):
+        victim.begin()
+        assert victim.says() == "hanging"
+        victim.process.kill()
+    assert [path.suffix for path in folder.iterdir()] == [".part"]
+    assert digest_of(blocks[1], BlockCache(folder, None)) == expected[1]
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"], "the next that needed room left it there"
+    with started(1, folder, blocks[2:3], written) as (victim,):
+        victim.begin()
+        assert victim.says() == "hanging"
+        victim.process.kill()
+    assert [digest_of(refs, BlockCache(folder, None)) for refs in blocks] == expected
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * BLOCKS
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,128 @@
+"""The hub client against a server that speaks the hub's protocol, on this machine: what is downloaded, and when."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import load_model, save_tiny
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+NAME = "some-org/tiny"
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves one model's folder as `NAME`, branch main at `COMMIT`."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.asked = folder, list[tuple[str, str]]()
+
+    @property
+    def downloads(self) -> list[str]:
+        return [path.rsplit("/", 1)[-1] for method, path in self.asked if method == "GET" and "/resolve/" in path]
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.command, self.path))
+        path = self.path.split("?")[0]
+        if path.startswith(f"/api/models/{NAME}/tree/"):
+            sizes = {file.name: file.stat().st_size for file in sorted(self.server.folder.iterdir())}
+            tree = [
+                {"type": "file", "path": name, "size": size, "oid": f"{number:040x}"}
+                for number, (name, size) in enumerate(sizes.items())
+            ]
+            self._answer(json.dumps(tree).encode(), "application/json")
+        elif path.startswith(f"/api/models/{NAME}"):
+            files = [{"rfilename": file.name} for file in sorted(self.server.folder.iterdir())]
+            self._answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": files}).encode(), "application/json")
+        elif path.startswith(f"/{NAME}/resolve/") and (file := self.server.folder / path.rsplit("/", 1)[-1]).is_file():
+            self._answer(file.read_bytes(), "application/octet-stream")
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def _answer(self, data: bytes, kind: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = save_tiny("llama", tmp_path / "model")
+    load_model(folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    (folder / "modeling_tiny.py").write_text("raise SystemExit")
+    server = Hub(folder)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
+    """What `code` prints as JSON, run where the hub is this server and its cache is in `home`."""
+    address = f"http://127.0.0.1:{hub.server_port}"
+    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    lines = "import json\nfrom fusegpt_ray.source import Source\n" + code
+    done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_configuration_first_then_the_shards_and_never_pickles_or_code(hub: Hub, tmp_path: Path) -> None:
+    found = in_a_process(
+        f"source = Source.find({NAME!r}, None)\nsource.config()\n"
+        "before = len(source.stack().blocks)\nprint(json.dumps([source.folder, before]))",
+        hub,
+        tmp_path / "home",
+    )
+    assert found[0].endswith(COMMIT)
+    shards = sorted(file.name for file in hub.folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert hub.downloads.index("config.json") < hub.downloads.index(shards[0])
+    assert sorted(name for name in hub.downloads if name.endswith(".safetensors")) == shards
+    assert not {"pytorch_model.bin", "modeling_tiny.py"} & set(hub.downloads)
+
+
+def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Path) -> None:
+    """The source of the driver, sent to a node with an empty cache at the same path."""
+    home = tmp_path / "home"
+    (folder,) = in_a_process(f"source = Source.find({NAME!r}, 'main')\nprint(json.dumps([source.folder]))", hub, home)
+    shutil.rmtree(home)
+    hub.asked.clear()
+    fetch = f"source = Source({NAME!r}, 'main', {folder!r})\nsource.fetch()\nprint(json.dumps([len(source.stack().blocks)]))"
+    assert in_a_process(fetch, hub, home)[0] > 0
+    assert all("main" not in path for _, path in hub.asked), "the branch may have moved"
+    assert sorted(path.name for path in Path(folder).glob("*.safetensors")) == sorted(
+        file.name for file in hub.folder.glob("*.safetensors")
+    )
+    hub.asked.clear()
+    in_a_process(fetch, hub, home)
+    assert hub.asked == [], "what is there is not asked for again"
