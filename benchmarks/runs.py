@@ -6,6 +6,7 @@ epochs, one and two replicas.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ class Size(NamedTuple):
         return Budget(SCORE_WINDOWS, BATCH, self.windows, self.length, self.epochs, sparsity=self.sparsity, rank=RANK)
 
 
-SIZES = Size(32, 256, 3, 0.08), Size(48, 256, 5, 0.25)
+SIZES = Size(24, 256, 3, 0.08), Size(32, 256, 4, 0.25)
 TOY = Size(16, 32, 2, 0.08), Size(24, 32, 3, 0.16)
 
 
@@ -50,31 +51,40 @@ class Timed(NamedTuple):
     """The manifest's records."""
 
 
-def compared(folder: Path, engines: Sequence[str], toy: bool) -> list[dict[str, Any]]:
-    """Print and return measured and simulated seconds of every phase."""
+def compared(folder: Path, engines: Sequence[str], toy: bool, repeats: int) -> list[dict[str, Any]]:
+    """Print and return measured and simulated seconds of every phase: all runs in turn, constants measured anew in every turn."""
     if not engines:
         return []
     small, large = TOY if toy else SIZES
     table_WN = full_table(folder, large)
     _run(folder, "warming-up", "local", 1, small)
-    local = ray = constants(_run(folder, "local", "local", 1, small), small, table_WN)
-    if "ray" in engines:
-        ray = constants(_run(folder, "ray", "ray", 1, small), small, table_WN, local)
-    rows: list[dict[str, Any]] = []
-    print("\n| run | phase | seconds | simulated | simulated ÷ measured |\n|---|---|---|---|---|")
-    for name, replicas, rates in [("local", 1, local), ("ray", 1, ray), ("ray", 2, ray)]:
-        if name not in engines:
-            continue
-        measured = _run(folder, f"{name}-{replicas}-large", name, replicas, large).phases
-        expected = simulator.run(TINY, large.budget, replicas, rates, 1, table_WN)
-        expected["score"] += rates.replica
-        expected["fixed"] -= rates.replica
-        label = f"{name}, {replicas} replica{'s' * (replicas > 1)}"
-        rows.append({"run": label, "rates": rates._asdict(), "measured": measured, "simulated": expected})
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for turn in range(repeats):
+        local = rates = constants(_run(folder, f"local-{turn}", "local", 1, small), small, table_WN)
+        for engine, replicas in [("local", 1), ("ray", 1), ("ray", 2)]:
+            if engine not in engines:
+                continue
+            name = f"{engine}-{replicas}-{turn}"
+            if engine == "ray" and replicas == 1:
+                rates = constants(_run(folder, f"{name}-small", engine, replicas, small), small, table_WN, local)
+            measured = _run(folder, name, engine, replicas, large).phases
+            expected = simulator.run(TINY, large.budget, replicas, rates, 1, table_WN)
+            expected["score"] += rates.replica
+            expected["fixed"] -= rates.replica
+            phases = {phase: (measured[phase], expected[phase]) for phase in simulator.PHASES}
+            phases["all"] = (sum(measured.values()), sum(expected.values()))
+            label = f"{engine}, {replicas} replica{'s' * (replicas > 1)}"
+            turns.setdefault(label, []).append({"rates": rates._asdict(), "phases": phases})
+    print(f"\nWhole runs: medians of {repeats}; ratios within a turn.\n")
+    print("| run | phase | seconds | simulated | simulated ÷ measured | from | to |\n|---|---|---|---|---|---|---|")
+    for label, found in turns.items():
         for phase in (*simulator.PHASES, "all"):
-            was, should = (sum(times.values()) if phase == "all" else times[phase] for times in (measured, expected))
-            print(f"| {label} | {phase} | {was:.1f} | {should:.1f} | {should / was:.2f} |", flush=True)
-    return rows
+            pairs = [turn["phases"][phase] for turn in found]
+            ratios = [simulated / measured for measured, simulated in pairs]
+            seconds = " | ".join(f"{statistics.median(half):.1f}" for half in zip(*pairs, strict=True))
+            spread = " | ".join(f"{ratio:.2f}" for ratio in (statistics.median(ratios), min(ratios), max(ratios)))
+            print(f"| {label} | {phase} | {seconds} | {spread} |")
+    return [{"run": label, "turns": found} for label, found in turns.items()]
 
 
 def constants(found: Timed, size: Size, table_WN: np.ndarray, local: Rates | None = None) -> Rates:

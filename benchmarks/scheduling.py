@@ -62,18 +62,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--runs", nargs="*", choices=["local", "ray"], default=["local", "ray"], help="whole runs, by engine")
+    parser.add_argument("--repeats", type=int, default=3, help="of whole runs")
     parser.add_argument("--toy", action="store_true", help="two nodes, few windows, whole runs of the local engine only")
     simulator.add_arguments(parser)
     arguments = parser.parse_args(argv)
     if arguments.toy:
-        arguments.replicas, arguments.windows, arguments.length, arguments.runs = [1, 2], 8, 32, ["local"]
+        arguments.replicas, arguments.windows, arguments.length = [1, 2], 8, 32
+        arguments.runs, arguments.repeats = ["local"], 1
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found: dict[str, Any] = {"versions": versions(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
         with redirect_stdout(sys.stderr), _cluster(max(arguments.replicas) + 1) as nodes:  # Ray tells of dead nodes at length
             found["work"], block = work(nodes, arguments, Path(folder))
             found["emulated"] = emulated(nodes, arguments, Path(folder), block)
-        found["runs"] = runs.compared(Path(folder), arguments.runs, arguments.toy)
+        found["runs"] = runs.compared(Path(folder), arguments.runs, arguments.toy, arguments.repeats)
     found["gpus"] = simulator.predict(arguments)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")

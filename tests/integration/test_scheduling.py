@@ -34,8 +34,9 @@ def test_work_is_shared_out_and_the_same_bits_come_back(tmp_path: Path) -> None:
     assert {row["removed"] for row in rows} == {rows[0]["removed"]}
     assert [row["done"] for row in rows[:2]] == [row["simulated_done"] for row in rows[:2]]
     assert rows[1]["seconds"] < rows[0]["seconds"]
-    (run,) = found["runs"]
-    assert all(seconds > 0 for side in ("measured", "simulated") for seconds in run[side].values())
+    ((turn,),) = [run["turns"] for run in found["runs"]]
+    assert set(turn["phases"]) == {"score", "states", "finetune", "fixed", "all"}
+    assert all(seconds > 0 for pair in turn["phases"].values() for seconds in pair)
 
 
 def test_the_simulator_takes_shares_as_replicas_do() -> None:
