@@ -28,6 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.memory import is_out_of_memory
 from fusegpt_ray.stack import Block, Refs, Stack
 
 KEY = "model.source"
@@ -90,6 +91,8 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
         with init_empty_weights(include_buffers=False):
             model = model_class(config)
     except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise UserError(KEY, names[0], f"config.json does not build a model ({error})", "repair config.json") from error
     return model.eval().requires_grad_(False)
 
