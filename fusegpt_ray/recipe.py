@@ -10,18 +10,30 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.uris import refuse_secret, shown
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
+MAX_BYTES = 1_000_000
+"""Of a recipe's file."""
+
+
+def _without_secret(uri: str) -> str:
+    refuse_secret("", uri)  # `_explain` knows the key
+    return uri
+
+
+Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
 
 PRESETS: dict[str, dict[str, Any]] = {
     # method.md, the paper's public code, row by row.
@@ -47,11 +59,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in silence."""
+    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in silence; and aliases, by which a few
+    lines can stand for more than a memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(None, None, "an alias (*name) is not taken here: write it out", event.start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = [key for key in keys if keys.count(key) > 1]
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        twice = [key for key, count in keys.items() if count > 1]
         if twice:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
         return super().construct_mapping(node, deep)
@@ -69,7 +88,7 @@ S = TypeVar("S", bound=Section)
 class Model(Section):
     """The dense model."""
 
-    source: str = Field(min_length=1)
+    source: Uri
     """Local folder, Hugging Face hub id, or any fsspec URI (s3://…, gs://…) of a safetensors checkpoint."""
     revision: str | None = None
     """Hub only: branch, tag or commit."""
@@ -81,7 +100,7 @@ class Model(Section):
 class Text(Section):
     """Where text comes from."""
 
-    data: str = Field(min_length=1)
+    data: Uri
     """Text, JSONL or Parquet file(s): a path, glob or fsspec URI; or a `datasets` id such as `wikitext`."""
     config: str | None = None
     """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
@@ -171,7 +190,7 @@ class Cluster(Section):
 
     engine: Literal["ray", "local"] = "ray"
     """`ray`: a Ray cluster, or a local Ray if none runs. `local`: one process, neither Ray nor DeepSpeed imported."""
-    address: str | None = None
+    address: Uri | None = None
     """Ray address; left out: the cluster this job runs in (RAY_ADDRESS), else a local Ray."""
     replicas: int = Field(1, ge=1)
     """Model replicas that score blocks and compute states in parallel."""
@@ -191,7 +210,7 @@ class Cluster(Section):
 class Output(Section):
     """Where finished models go."""
 
-    uri: str = Field(min_length=1)
+    uri: Uri
     """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the published folders' names."""
@@ -280,10 +299,16 @@ class Recipe(Section):
             UserError: the file is missing or not YAML, or a key or value in it is wrong.
         """
         try:
-            data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-        except (OSError, UnicodeDecodeError) as error:
+            with open(path, "rb") as file:
+                raw = file.read(MAX_BYTES + 1)
+            text = raw.decode()
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
             raise UserError("recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from error
-        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that is none
+        if len(raw) > MAX_BYTES:
+            raise UserError("recipe", str(path), f"longer than {MAX_BYTES} bytes", "give the path of a YAML recipe")
+        try:
+            data = _yaml(text)
+        except ValueError as error:
             raise UserError("recipe", str(path), f"not valid YAML ({error})", "see examples/quickstart.yaml") from error
         if not isinstance(data, dict):
             raise UserError("recipe", str(path), "not a mapping of keys to values", "see examples/quickstart.yaml")
@@ -323,14 +348,32 @@ def blocks_to_remove(dense_blocks: int, sparsity: float) -> int:
     return math.ceil(dense_blocks * sparsity - 1e-9)
 
 
+def _yaml(text: str) -> Any:
+    """
+    Raises:
+        ValueError: what is wrong, and in which line; it quotes nothing, for a line may hold a secret.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(f"line {mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not know
+        raise ValueError(str(error).partition("\n")[0]) from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what PyYAML makes of `!!int {}`, and the like
+        raise ValueError(f"a value that is none ({type(error).__name__})") from error
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError("--set", override, "not of the form key=value", "write for example --set fusion.epochs=5")
+        raise UserError("--set", shown(override), "not of the form key=value", "write for example --set fusion.epochs=5")
     try:
-        value = yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError("--set", override, f"the value is not YAML ({error})", "quote it") from error
+        value = _yaml(text)
+    except ValueError as error:
+        raise UserError("--set", shown(override), f"the value is not YAML ({error})", "quote it") from error
     *parents, last = key.split(".")
     section: Any = data
     for parent in parents:
@@ -338,7 +381,7 @@ def _override(data: dict[str, Any], override: str) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise UserError("--set", override, f"{parent} is not a section", "see the recipe's keys in the README")
+            raise UserError("--set", shown(override), f"{parent} is not a section", "see the recipe's keys in the README")
     section[last] = value
 
 
@@ -346,23 +389,19 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
     """The first of pydantic's complaints as one message with key, value and fix."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, UserError):
-        return cause
-    path = [str(part) for part in first["loc"]]
+    path = [str(part)[:99] for part in first["loc"]]
     key = ".".join(path if root is Recipe else [name, *path]) or name
+    if isinstance(cause, UserError):
+        return cause if cause.key else UserError(key, cause.value, cause.problem, cause.fix)
     if first["type"] == "extra_forbidden":
         known = _keys_at(root, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         prefix = "".join(f"{part}." for part in path[:-1])
         fix = f"did you mean {prefix}{near[0]}?" if near else f"the keys here are {', '.join(sorted(known))}"
-        return UserError(key, _short(first["input"]), "unknown key", fix.rstrip("?") if near else fix)
+        return UserError(key, shown(first["input"]), "unknown key", fix.rstrip("?") if near else fix)
     if first["type"] == "missing":
         return UserError(key, None, "missing", f"add {key} to the recipe")
-    return UserError(key, _short(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}")
-
-
-def _short(value: Any) -> Any:
-    return value if len(repr(value)) < 200 else "…"
+    return UserError(key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}")
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
