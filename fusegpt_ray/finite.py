@@ -19,8 +19,10 @@ def finite(values: torch.Tensor) -> bool:
 
 
 @contextmanager
-def explained(dense: Stack, source: str, dtype: torch.dtype) -> Iterator[None]:
-    """Makes a result of the dense model that is not finite, computed in `dtype`, a mistake in `model.source`.
+def explained(dense: Stack, source: str, dtype: torch.dtype, trained: bool = False) -> Iterator[None]:
+    """Makes a result that is not finite, computed in `dtype` from the dense model, a mistake in `model.source`.
+
+    `trained`: from more than the dense model, so that it is only this mistake if a stored weight is not finite.
 
     Raises:
         UserError: it names the first tensor with NaN or Inf; or, if the stored weights are fine, the arithmetic that overflowed.
@@ -32,6 +34,8 @@ def explained(dense: Stack, source: str, dtype: torch.dtype) -> Iterator[None]:
         if bad is not None:
             problem = f"its tensor {bad.name} holds NaN or Inf ({bad.file})"
             raise UserError("model.source", source, problem, "download the checkpoint again, or use another") from error
+        if trained:
+            raise
         name = str(dtype).removeprefix("torch.")
         problem = f"its stored weights are finite, but its arithmetic in {name} overflows"
         fix = "use another checkpoint" if dtype == torch.float32 else "set model.dtype to float32"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -245,8 +245,7 @@ class _Run:
         noted = self.journal.scores(number, self.show.say)
         if noted is None:
             began = time.monotonic()
-            of_dense = explained(self.dense, self.recipe.model.source, self.engine.dtype)
-            with of_dense if number == 1 else nullcontext():
+            with self._explained(trained=number > 1):
                 ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last)
             noted = round(time.monotonic() - began, 3), ranking
             self.journal.keep_scores(number, *noted)
@@ -266,7 +265,8 @@ class _Run:
             group = [block.dense for block in job.group]
             verb = "fusing" if fuse else "fine-tuning"
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
-            tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
+            with self._explained(trained=True):
+                tuned = self.engine.finetune(job, self.windows_WT, lambda n, loss: self.show.epoch(n, settings.epochs, loss))
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
             states_rows, micro_batch = tuned.rows, tuned.micro_batch
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
@@ -284,6 +284,9 @@ class _Run:
         if less := fewer_at_once(self.recipe, [record]):
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, after, files)
+
+    def _explained(self, trained: bool) -> AbstractContextManager[None]:
+        return explained(self.dense, self.recipe.model.source, self.engine.dtype, trained)
 
 
 @dataclass

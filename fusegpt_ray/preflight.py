@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _check_writable(recipe: Recipe) -> None:
             storage.write(probe, b"")
             storage.remove(probe)
         else:
-            there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
+            there = next(folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder))  # a link to nothing, too
             tempfile.TemporaryFile(dir=there).close()
     except StorageError:
         raise

@@ -24,6 +24,9 @@ from fusegpt_ray.uris import refuse_secret, shown
 Method = Literal["mi", "mi+ft", "fusegpt"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
+MOST = 10_000_000
+"""Of anything that is counted: a number beyond is a slip, and would be found out by the memory."""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 MAX_BYTES = 1_000_000
 """Of a recipe's file."""
 
@@ -115,13 +118,13 @@ class Text(Section):
 class Calibration(Text):
     """Windows of text that scoring and fine-tuning see."""
 
-    windows: int = Field(1024, ge=1)
+    windows: int = Field(1024, ge=1, le=MOST)
     """How many windows fine-tuning uses; scoring uses the first `importance.windows` of them."""
-    length: int = Field(2048, ge=2)
+    length: int = Field(2048, ge=2, le=MOST)
     """Tokens a window."""
-    seed: int = 0
+    seed: Seed = 0
     """Where the windows start: random.Random(seed), as in the paper's code."""
-    piece_mb: int = Field(16, ge=1)
+    piece_mb: int = Field(16, ge=1, le=MOST)
     """Rows are joined and tokenised in pieces of at most this many megabytes; a tokenizer takes some 165 bytes for each."""
 
 
@@ -130,18 +133,18 @@ class Evaluation(Text):
 
     split: str = "test"
     """`datasets` only: the split."""
-    length: int | None = Field(None, ge=2)
+    length: int | None = Field(None, ge=2, le=MOST)
     """Tokens a window; left out: `calibration.length`."""
-    windows: int | None = Field(None, ge=1)
+    windows: int | None = Field(None, ge=1, le=MOST)
     """Only the first so many windows; left out: the whole text."""
 
 
 class Importance(Section):
     """How the block to remove is chosen (Macro Influence)."""
 
-    windows: int = Field(32, ge=1)
+    windows: int = Field(32, ge=1, le=MOST)
     """How many windows score the blocks: the first ones of the calibration."""
-    batch: int = Field(4, ge=1)
+    batch: int = Field(4, ge=1, le=MOST)
     """Windows that pass a block in one call, and the steps in which scoring stops a block that cannot be the lowest: small saves work
     as long as batch × `calibration.length` tokens keep the device busy. Fixed by the recipe, never by the cluster: sums are the same
     on any. Bounds the memory of activations in scoring, evaluation and the states for fine-tuning."""
@@ -157,15 +160,15 @@ class Fusion(Section):
 
     preset: Literal["default", "paper"] = "default"
     """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default` as measured best here."""
-    group_size: int = Field(7, ge=1)
+    group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
-    rank: int = Field(128, ge=1)
+    rank: int = Field(128, ge=1, le=MOST)
     """Rank r of the fusion coefficients C·D."""
-    lora_rank: int = Field(128, ge=1)
+    lora_rank: int = Field(128, ge=1, le=MOST)
     """Rank of the low-rank update B·A on the neighbours' own weights."""
-    epochs: int = Field(20, ge=1)
+    epochs: int = Field(20, ge=1, le=MOST)
     """Passes over the calibration windows for each removed block."""
-    batch: int = Field(8, ge=2)
+    batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""
     loss: Literal["batch_kl", "normalized_mse"] = "normalized_mse"
     """`batch_kl`: the paper's KL of softmaxes over the batch. `normalized_mse`: squared error between RMS-normalised states."""
@@ -192,15 +195,15 @@ class Cluster(Section):
     """`ray`: a Ray cluster, or a local Ray if none runs. `local`: one process, neither Ray nor DeepSpeed imported."""
     address: Uri | None = None
     """Ray address; left out: the cluster this job runs in (RAY_ADDRESS), else a local Ray."""
-    replicas: int = Field(1, ge=1)
+    replicas: int = Field(1, ge=1, le=MOST)
     """Model replicas that score blocks and compute states in parallel."""
     gpus_per_replica: float | None = Field(None, ge=0, allow_inf_nan=False)
     """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0."""
-    workers: int = Field(1, ge=1)
+    workers: int = Field(1, ge=1, le=MOST)
     """Data-parallel training workers of a group; divides `fusion.batch`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=MOST)
     """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share of the loss batch.
     Divides that share, `fusion.batch` / `workers`."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -230,7 +233,7 @@ class Recipe(Section):
     """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single run."""
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
-    seed: int = 0
+    seed: Seed = 0
     """Initial values of everything that learns."""
     calibration: Calibration
     evaluation: dict[str, Evaluation] = {}

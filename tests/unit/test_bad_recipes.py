@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from mistakes import Bad, check, table
@@ -21,14 +22,14 @@ def test_the_intact_recipe_runs_and_reads_weights(desk: Desk, weight_reads: list
 # --- the recipe ---
 
 
-def overridden(setting: str, value: str, problem: str, fix: str = "", key: str = "") -> Bad:
+def overridden(setting: str, value: str, problem: str, fix: str = "", key: str = "", name: str = "") -> Bad:
     """`--set setting` on a good recipe."""
 
     def make(desk: Desk) -> list[str]:
         return ["compress", desk.write(), "--set", setting]
 
     key = key or setting.partition("=")[0]
-    return Bad(setting, make, key, value, problem, fix or f"change {key}")
+    return Bad(name or setting, make, key, value, problem, fix or f"change {key}")
 
 
 FRACTION = ("not between 0 and 1", "such as 0.25")
@@ -77,6 +78,20 @@ SETTINGS = [
     overridden("evaluation.a=5", "5", "dictionary"),
     overridden("output.name=a/b", "'a/b'", "should match pattern"),
     overridden("output.name=..", "'..'", "should match pattern"),
+    overridden("seed=0x" + "f" * 9000, "…", "less than 9223372036854775808", "change seed", "seed", "seed-of-many-digits"),
+    overridden("seed=" + "9" * 5000, "…", "not YAML", "quote it", "--set", "seed-of-more-digits"),
+    overridden("seed=!!timestamp 2001-99-99", "seed=", "not YAML", "quote it", "--set"),
+    overridden("seed=!!int {}", "seed=", "not YAML", "quote it", "--set"),
+    overridden("? [1]=2", "2", "unknown key", "sparsity", "? [1]"),
+    overridden("=2", "'=2'", "not of the form", "write for example", "--set"),
+    overridden("model.source.deeper=2", "'model.source.deeper=2'", "source is not a section", "README", "--set"),
+    overridden("seed=*other", "'seed=*other'", "alias", "quote it", "--set"),
+    overridden(r'calibration.data="a\0b"', r"a\x00b", "no such file|cannot be read|neither", "path"),
+    overridden("evaluation={1: {data: a.txt}}", "1", "valid string", "change", "evaluation.1.[key]"),
+    overridden("evaluation={a: {data: b.txt, 5: 6}}", "", "string|unknown", key="evaluation.a.5"),
+    overridden("calibration.length=1e400", "", "integer|finite", "change"),
+    overridden("calibration.windows=99999999999999999999", "99999", "less than or equal to 10000000"),
+    overridden("fusion.rank=99999999999999999999", "99999", "less than or equal to 10000000"),
     overridden("output.shard_gb=0", "0", "greater than 0"),
     overridden("output.shard_gb=.inf", "inf", "finite"),
     overridden("output.uri=/proc/fusegpt", "'/proc/fusegpt'", "cannot be written", "your rights"),
@@ -98,6 +113,20 @@ def recipe_of(data: bytes) -> Callable[[Desk], list[str]]:
     return make
 
 
+LAUGHS = "\n".join(["a0: &a0 [lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]).encode()
+"""Each line is ten of the one before."""
+
+
+def its_own_link(desk: Desk) -> list[str]:
+    (desk.folder / "loop.yaml").symlink_to("loop.yaml")
+    return ["compress", "loop.yaml"]
+
+
+def unreadable(desk: Desk) -> list[str]:
+    (path := Path(desk.write())).chmod(0)
+    return ["compress", str(path)]
+
+
 def without(section: str) -> Callable[[Desk], list[str]]:
     def make(desk: Desk) -> list[str]:
         recipe = desk.recipe()
@@ -117,7 +146,27 @@ RECIPES = [
     Bad("not-utf-8", recipe_of(b"\xff\xfe\x00"), "recipe", "own.yaml", "cannot be read", "YAML recipe"),
     Bad("key-twice", recipe_of(b"seed: 1\nseed: 2"), "recipe", "own.yaml", "'seed' is there twice", QUICKSTART),
     Bad("code", recipe_of(b'!!python/object/apply:os.mkdir ["ran"]'), "recipe", "own.yaml", "not valid YAML", QUICKSTART),
-    Bad("deep", recipe_of(b"[" * 3000), "recipe", "own.yaml", "not valid YAML", QUICKSTART),
+    Bad("deep", recipe_of(b"[" * 3000), "recipe", "own.yaml", "not valid YAML .*deep", QUICKSTART),
+    Bad("alias-in-itself", recipe_of(b"model: &a [*a]"), "recipe", "own.yaml", "line 1: an alias", QUICKSTART),
+    Bad("aliases", recipe_of(LAUGHS), "recipe", "own.yaml", "line 2: an alias", QUICKSTART),
+    Bad("aliases-merged", recipe_of(b"a: &a {b: 1}\nc:\n  <<: [*a, *a]"), "recipe", "own.yaml", "line 3: an alias", QUICKSTART),
+    Bad("binary", recipe_of(bytes(range(128))), "recipe", "own.yaml", "not valid YAML", QUICKSTART),
+    Bad("too-large", recipe_of(b"# a long story\n" * 100_000), "recipe", "own.yaml", "longer than 1000000 bytes", "a YAML recipe"),
+    Bad("many-keys", recipe_of(b"".join(b"k%d: 1\n" % n for n in range(9_000))), "model", "None", "missing", "add model"),
+    Bad("keys-of-many-kinds", recipe_of(b"1: 2\n.nan: 3\n2001-01-01: 4\nnull: 5"), "model", "None", "missing", "add model"),
+    Bad("a-list-for-a-key", recipe_of(b"? [1]\n: 2"), "recipe", "own.yaml", "not valid YAML .*line 1.*unhashable", QUICKSTART),
+    Bad(
+        "two-recipes",
+        recipe_of(b"seed: 1\n---\nseed: 2"),
+        "recipe",
+        "own.yaml",
+        "line 2: but found another document",
+        QUICKSTART,
+    ),
+    Bad("half-a-character", recipe_of(b'method: "\\ud800"'), "model", "None", "missing", "add model"),
+    Bad("a-device", lambda desk: ["score", "/dev/full"], "recipe", "'/dev/full'", "longer than|cannot be read", "a YAML recipe"),
+    Bad("its-own-link", its_own_link, "recipe", "loop.yaml", "cannot be read", "a YAML recipe"),
+    Bad("unreadable", unreadable, "recipe", "recipe.yaml", "cannot be read .*ermission", "a YAML recipe"),
     Bad("no-model", without("model"), "model", "None", "missing", "add model"),
     Bad("no-output", without("output"), "output", "None", "missing", "add output"),
 ]
@@ -149,7 +198,21 @@ def in_the_way(name: str) -> Callable[[Desk], None]:
     return make
 
 
+def linked(target: str) -> Callable[[Desk], None]:
+    """The output folder is a link."""
+    return lambda desk: desk.out.symlink_to(target)
+
+
+def closed(desk: Desk) -> None:
+    """The output folder may be read only."""
+    desk.out.mkdir(mode=0o500)
+
+
 OUTPUTS = [
+    Bad("its-own-link", linked("out"), "output.uri", "out'", "cannot be written", "check the path"),
+    Bad("a-link-to-a-file", linked("heldout.txt"), "output.uri", "out'", "cannot be written", "check the path"),
+    Bad("a-link-to-a-device", linked("/dev/null"), "output.uri", "out'", "cannot be written", "check the path"),
+    Bad("may-not-be-written", closed, "output.uri", "out'", "cannot be written .*ermission", "your rights"),
     Bad("finished", finished_before, "output.name", "'demo'", "a finished model is already at .*demo-p40", "another output.name"),
     Bad("stopped", stopped_before, "output.name", "'demo'", r"recipe.fusion.learning_rate = 1e\+30, .* 0.001", "of that run"),
     Bad("a-file-for-the-model", in_the_way("demo-p40"), "output.name", "'demo'", "demo-p40", "another"),

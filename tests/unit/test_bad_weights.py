@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from test_bad_models import AGAIN, FOLDER, INDEX, SINGLE, configured, model, replaced, unreadable
 from test_cli import Desk
 
+NAME, BIAS = "model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.bias"
+
 
 class Trap:
     """Pickled, it makes a file where it is loaded."""
@@ -53,6 +55,11 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[De
         save_file(held, desk.model / SINGLE, metadata={"format": "pt"})
 
     return spoil
+
+
+def changed(value: torch.Tensor, name: str = NAME) -> Callable[[Desk], object]:
+    """Another tensor of this name, or one more."""
+    return tensors(lambda held: held.update({name: value}))
 
 
 def sharded(spoil: Callable[[Path], object]) -> Callable[[Desk], object]:
@@ -115,7 +122,6 @@ def length_field(value: int) -> Callable[[bytes], bytes]:
 
 
 HEADER, DAMAGED, OUTSIDE = "header does not fit", "damaged safetensors header", "points outside its folder"
-NAME, BIAS = "model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.bias"
 PICKLE = "found pytorch_model.bin.*never opened"
 WEIGHTS = [
     model("pickle", only("pytorch_model.bin", pickle.dumps(Trap())), "model'", PICKLE, "save_pretrained"),
@@ -156,17 +162,15 @@ WEIGHTS = [
     model("whole-numbers", tensors(lambda held: held.update({NAME: held[NAME].long()})), NAME, "stored as I64", "original dtype"),
     model("yes-and-no", tensors(lambda held: held.update({NAME: held[NAME] > 0})), NAME, "stored as BOOL", "original dtype"),
     model("float8", tensors(lambda held: held.update({NAME: held[NAME].to(torch.float8_e4m3fn)})), NAME, "stored as F8_E4M3", "dtype"),
-    model(
-        "an-empty-tensor", tensors(lambda held: held.update({NAME: torch.zeros(0, 32)})), NAME, r"\[0, 32\].*\[48, 32\]", "config.json"
-    ),
+    model("an-empty-tensor", changed(torch.zeros(0, 32)), NAME, r"\[0, 32\].*\[48, 32\]", "config.json"),
     model(
         "a-tensor-too-many",
-        tensors(lambda held: held.update({"more": torch.zeros(2)})),
+        changed(torch.zeros(2), "more"),
         "more",
         "1 tensors that .* not use",
         "belongs",
     ),
-    model("biases", tensors(lambda held: held.update({BIAS: torch.zeros(48)})), BIAS, "1 tensors that .* not use", "belongs"),
+    model("biases", changed(torch.zeros(48), BIAS), BIAS, "1 tensors that .* not use", "belongs"),
     model("no-tensor", tensors(lambda held: held.pop(NAME)), NAME, "lacks 1 tensors", "download it again"),
     model("no-head", tensors(lambda held: held.pop("lm_head.weight")), "lm_head.weight", "lacks 1 tensors", "download it again"),
     model("wrong-shape", tensors(lambda held: held.update({NAME: torch.zeros(2, 3)})), NAME, r"\[2, 3\].*\[48, 32\]", "config.json"),
