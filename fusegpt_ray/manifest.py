@@ -111,4 +111,4 @@ def _is_record(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     size, digest = entry.get("bytes"), entry.get("sha256")
-    return type(size) is int and size >= 0 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    return type(size) is int and 0 <= size < 2**63 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
