@@ -28,7 +28,7 @@ from fusegpt_ray.patience import Trouble, cleaned, patiently, trouble
 from fusegpt_ray.recipe import Text
 
 ROW = 1 << 26
-"""Characters of the longest line of JSON Lines: it is held, and parsed, as one."""
+"""Characters of the longest row, and of the longest line of JSON Lines: it is held, and parsed, as one."""
 Format = Literal["text", "jsonl", "parquet", "datasets"]
 
 _FORMATS: dict[str, Format] = {"jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}  # any other suffix: text
@@ -144,6 +144,9 @@ def _rows(source: Source) -> Iterator[str]:
         if not isinstance(record[column], str):
             problem = f"{where} has no text there but {record[column]!r:.80}"
             raise UserError(beside(source.key, "column"), column, problem, "name a column of text, or remove the row")
+        if len(record[column]) > ROW:
+            fix = "divide it into several rows, or give plain text, whose lines may have any length"
+            raise UserError(source.key, source.uri, f"{where} has more than {ROW} characters", fix)
         yield record[column]
 
 
@@ -159,8 +162,9 @@ def _records(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
         with storage.reading(source.uri) as file:
             parquet = pyarrow.parquet.ParquetFile(file)
             _check_column(source, source.uri, parquet.schema_arrow.names)
-            batches = parquet.iter_batches(batch_size=1024, columns=[text.column])
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            # Few rows at once: a page may hold a long text only once, and say that all its rows are this text.
+            batches = parquet.iter_batches(batch_size=8, columns=[text.column])
+            yield from enumerate(({text.column: value.as_py()} for batch in batches for value in batch.column(0)), 1)
     else:
         import datasets
 

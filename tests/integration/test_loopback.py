@@ -46,7 +46,7 @@ def test_a_run_listens_on_the_loopback_interface_only(material, tmp_path: Path) 
             with suppress(psutil.NoSuchProcess):
                 found |= listening(run)
             with suppress(psutil.TimeoutExpired):
-                run.wait(0.5)
+                run.wait(1.0)
     assert run.returncode == 0, (tmp_path / "log").read_text()
     names = " ".join(name for name, _, _ in found)
     assert all(one in names for one in ("raylet", "gcs_server", "DashboardAgent", "RayTrainWorker")), found
