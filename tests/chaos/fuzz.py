@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import struct
 import sys
 import tempfile
@@ -61,51 +62,27 @@ DATA = bytes(range(42))
 
 # --- what is thrown ---
 
-NUMBERS = st.one_of(st.integers(-3, 70), st.sampled_from([2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, float("inf"), float("nan")]))
-STRINGS = st.one_of(
-    st.text(max_size=8),
-    st.sampled_from(["\0", "\ud800", "..", "/", "s3://a:b@c/d", "F16", "BF16", "BOOL", "F8_E5M2", "U16", "F4", "mi"]),
-)
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+"""Bytes of an element, by dtype."""
+NUMBERS = st.integers(-3, 70) | st.sampled_from([2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, math.inf, math.nan])
+STRINGS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "..", "/", "s3://a:b@c/d", "U16", "mi", "", *SIZES])
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, STRINGS)
 TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRINGS, inner, max_size=4), max_leaves=12)
-TOKENS = st.sampled_from(
-    [
-        b"[",
-        b"]",
-        b"{",
-        b"}",
-        b'"',
-        b",",
-        b":",
-        b"-",
-        b"0",
-        b"1e9",
-        b"9" * 25,
-        b"null",
-        b"NaN",
-        b"true",
-        b"\\ud800",
-        b"&a ",
-        b"*a",
-        b"!!",
-    ]
-    + [
-        b"\xff",
-        b"\0",
-        b"\n",
-        b"  ",
-        b"\t",
-        b"- ",
-        b"? ",
-        b"<<: ",
-        b"__metadata__",
-        b'"a.weight":',
-        b"%",
-        b"|\n",
-        b"'",
-        b"\xef\xbb\xbf",
-    ]
-)
+WORDS = '[ ] { } " , : - 0 1e9 null NaN true \\ud800 &a *a !! \xff \0 % \' ? <<: __metadata__ "a.weight": 99999999999999999999999'
+TOKENS = st.sampled_from([word.encode("latin-1") for word in (*WORDS.split(" "), "\n", "  ", "\t", "- ", "? ", "|\n", "\xef\xbb\xbf")])
 EDITS = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 12), st.one_of(TOKENS, st.binary(max_size=3))), min_size=1, max_size=5)
 
 
@@ -157,14 +134,26 @@ def _file(header: bytes, data: bytes = DATA) -> bytes:
 
 def malformed(tree: Any) -> st.SearchStrategy[bytes]:
     """JSON like this one with some parts replaced, or its text, or anything."""
-    return st.one_of(
-        altered(tree).map(_json), EDITS.map(lambda edits: edited(_json(tree), edits)), TREES.map(_json), st.binary(max_size=64)
-    )
+    text = EDITS.map(lambda edits: edited(_json(tree), edits))
+    return st.one_of(altered(tree).map(_json), text, TREES.map(_json), st.binary(max_size=64))
+
+
+def _laid_out(tensors: dict[str, tuple[str, list[int]]]) -> bytes:
+    """A whole file of tensors with these names, dtypes and shapes."""
+    header, end = {}, 0
+    for name, (dtype, shape) in tensors.items():
+        begin, end = end, end + SIZES[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    return _file(_json(header), bytes(end))
 
 
 YAML = yaml.safe_dump(RECIPE, sort_keys=False).encode()
 WHOLE = _file(_json(HEADER))
+SHAPED = st.tuples(st.sampled_from(list(SIZES)), st.lists(st.integers(0, 5), max_size=4))
+LAID_OUT = st.dictionaries(STRINGS, SHAPED, max_size=5).map(_laid_out)
 FILES = st.one_of(
+    LAID_OUT,
+    st.tuples(LAID_OUT, EDITS).map(lambda parts: edited(*parts)),
     EDITS.map(lambda edits: edited(WHOLE, edits)),
     EDITS.map(lambda edits: _file(edited(_json(HEADER), edits))),
     malformed(HEADER).map(_file),
@@ -203,9 +192,8 @@ def _override(text: str, folder: Path) -> None:
 def _header(data: bytes, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(data)
-    ours = {
-        name: (list(ref.shape), ref.code, data[ref.begin : ref.end]) for name, ref in read_header(str(file), "model.source").items()
-    }
+    refs = read_header(str(file), "model.source")
+    ours = {name: (list(ref.shape), ref.code, data[ref.begin : ref.end]) for name, ref in refs.items()}
     theirs = {name: (entry["shape"], entry["dtype"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
     assert ours == theirs
 
@@ -226,10 +214,16 @@ def _record(data: bytes, folder: Path) -> None:
     assert sealed(opened(data))
 
 
+KEYS = ["seed", "sparsity", "model", "model.source", "evaluation.new", "fusion.rank", "a.b"]
+OVERRIDES = st.one_of(
+    st.text(max_size=30),
+    st.tuples(st.sampled_from(KEYS), TREES).map(lambda parts: f"{parts[0]}={json.dumps(parts[1])}"),
+    st.integers(1, 99).map(lambda number: f"fusion.rank={number}"),
+)
 READERS = [
     Reader("recipe, its text", EDITS.map(lambda edits: edited(YAML, edits)) | st.binary(max_size=64), _recipe_text),
     Reader("recipe, as a tree", altered(RECIPE) | TREES, _recipe_tree),
-    Reader("--set", st.one_of(st.text(max_size=30), altered(RECIPE).map(lambda tree: f"model={json.dumps(tree)[:200]}")), _override),
+    Reader("--set", OVERRIDES, _override),
     Reader("safetensors header", FILES, _header),
     Reader("index", malformed(INDEXED), _index),
     Reader("manifest", malformed(MANIFEST), _manifest),
