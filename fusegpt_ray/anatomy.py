@@ -28,11 +28,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.memory import is_out_of_memory
 from fusegpt_ray.stack import Block, Refs, Stack
 
 KEY = "model.source"
 Read = Callable[[Refs], Mapping[str, torch.Tensor]]
+_PARTS = 10_000
+"""More blocks, heads or experts than any model has: a module is made for each before its weights are looked at."""
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Computed nowadays, and ignored by transformers where an old checkpoint still has them."""
 _ARCHITECTURES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
 
 
@@ -66,15 +70,27 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
+    if absurd := _absurd(raw):
+        raise UserError(KEY, kind, f"config.json is not valid ({absurd})", "download the checkpoint again")
     try:
         config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError, StrictDataclassError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, StrictDataclassError) as error:
         raise UserError(KEY, kind, f"config.json is not valid ({error})", "download the checkpoint again") from error
     if raw.get("quantization_config"):
         fix = "use the checkpoint in its original dtype; quantise what this tool publishes"
         raise UserError(KEY, kind, "a quantized checkpoint, whose weights cannot be fused", fix)
     config.get_text_config().use_cache = False
     return config
+
+
+def _absurd(raw: Mapping[str, Any]) -> str:
+    """A number of parts, anywhere in a config.json, that no model has and no memory holds: "num_hidden_layers = 1000000000"."""
+    for key, value in raw.items():
+        if isinstance(value, dict) and key.endswith("_config") and (found := _absurd(value)):
+            return found
+        if isinstance(value, int) and value > _PARTS and re.search(r"n.*(layer|expert|head|stage)", key):
+            return f"{key} = {value:.3g}"
+    return ""
 
 
 def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
@@ -90,9 +106,7 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
     try:
         with init_empty_weights(include_buffers=False):
             model = model_class(config)
-    except (ValueError, TypeError, AttributeError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        if is_out_of_memory(error):
-            raise
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise UserError(KEY, names[0], f"config.json does not build a model ({error})", "repair config.json") from error
     return model.eval().requires_grad_(False)
 
@@ -138,7 +152,8 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     """The stack of a whole dense checkpoint: its config.json and the tensors of its files.
 
     Raises:
-        UserError: blocks cannot be found, or the checkpoint lacks tensors of the model or has them in another shape.
+        UserError: blocks cannot be found; or the checkpoint lacks tensors of the model, has them in another shape or quantized, or
+            has others that `from_pretrained` would report as unexpected (biases that are left out, say).
     """
     model = build_skeleton(raw)
     path = find_blocks(model)
@@ -151,6 +166,9 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     blocks: dict[int, dict[str, TensorRef]] = {}
     prefixes: set[str] = set()
     seen: set[str] = set()
+    buffers = {name for name, _ in model.named_buffers()}
+    ignored = re.compile("|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    extra: list[str] = []
     for name, ref in tensors.items():
         inside, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
         if converted is not None:
@@ -160,6 +178,11 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
         if target is not None and tuple(target.shape) != ref.shape:
             problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"
             raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")
+        if target is not None and target.is_floating_point() and ref.code not in _PLAIN:
+            problem = f"stored as {ref.code}, which says nothing without scales"
+            raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
+        if target is None and inside not in buffers and not ignored.search(inside):
+            extra.append(name)
         seen.add(inside)
         match = in_block.fullmatch(inside)
         if match is None:
@@ -177,6 +200,9 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     depth = len(model.get_submodule(path))
     if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
         raise UserError(KEY, f"{len(blocks)} blocks", f"config.json says {depth}", "use the config.json of these weights")
+    if extra:
+        problem = f"the checkpoint has {len(extra)} tensors that the model of its config.json does not use"
+        raise UserError(KEY, min(extra), problem, "use the config.json that belongs to the weights")
     return Stack(dict(raw), prefixes.pop(), trunk, tuple(Block(i, blocks[i]) for i in range(depth)))
 
 

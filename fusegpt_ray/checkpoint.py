@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from fusegpt_ray import storage
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.patience import patiently
 from fusegpt_ray.records import FileRecord as FileRecord
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = storage.SMALL  # some 200,000 tensors; the format's own limit is 100 MB, which parsed would take gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -85,13 +85,19 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         raise bad("this safetensors file is missing") from error
     except PermissionError as error:
         raise bad("this file may not be read") from error
+    except StorageError:
+        raise
+    except OSError as error:  # a folder, a link to itself, …
+        raise bad(f"this file cannot be read ({error.strerror})") from error
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
         raise bad("not a safetensors file (its header does not fit in it)")
     (raw,) = storage.read_ranges(file, [(8, 8 + length)])
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
+        header = json.loads(raw.decode(), object_pairs_hook=_once, parse_int=_natural, parse_constant=_natural)
+        about = header.pop("__metadata__", {})
+        if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+            raise ValueError("its __metadata__ is not text by name")
         refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise bad(f"damaged safetensors header ({error})") from error
@@ -106,15 +112,54 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
 
 
 def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int) -> TensorRef:
-    shape = tuple(entry["shape"])
-    begin, end = (data + offset for offset in entry["data_offsets"])
+    name.encode()  # half a surrogate pair, as JSON can write it, names nothing
+    short = name[:200]
+    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{short} is described by {sorted(entry)[:4]}")
     if entry["dtype"] not in DTYPES:
-        raise ValueError(f"{name} has the unknown dtype {entry['dtype']!r}")
-    if any(type(size) is not int or size < 0 for size in (*shape, *entry["data_offsets"])):
-        raise ValueError(f"{name} has the shape {shape}")
+        raise ValueError(f"{short} has the unknown dtype {str(entry['dtype'])[:20]!r}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not type(shape) is type(offsets) is list or len(shape) > 64 or any(type(number) is not int for number in (*shape, *offsets)):
+        raise ValueError(f"{short} has the shape {str(shape)[:100]}")
+    if math.prod(size for size in shape if size) >= 1 << 60:  # where others would overflow: a size of 0 among them hides it
+        raise ValueError(f"{short} has the absurd shape {str(shape)[:100]}")
+    begin, end = (data + offset for offset in offsets)
     if not data <= begin <= end <= total or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
-        raise ValueError(f"{name} lies outside the file or has another size than its shape says")
-    return TensorRef(file, name, entry["dtype"], shape, begin, end)
+        raise ValueError(f"{short} lies outside the file or has another size than its shape says")
+    return TensorRef(file, name, entry["dtype"], tuple(shape), begin, end)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object in which no name is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("the same name is there twice")
+    return found
+
+
+def _natural(text: str) -> int:
+    """JSON's whole numbers as the format means them: no sign, and no more digits than a file can have bytes."""
+    if not text.isdecimal() or len(text) > 19:
+        raise ValueError(f"{text[:30]} is no size")
+    return int(text)
+
+
+def read_weight_map(folder: str, key: str) -> dict[str, str]:
+    """Which shard holds each tensor, by the folder's index.
+
+    Raises:
+        UserError: it is damaged, or names a file that is not directly in the folder.
+    """
+    try:
+        weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
+        outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard)]
+    except StorageError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
+    if outside:
+        raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0][:200]!r}", "use a trusted checkpoint")
+    return weight_map
 
 
 def read_index(folder: str, key: str) -> dict[str, TensorRef]:
@@ -125,16 +170,9 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
     """
     files = storage.names(folder)
     if INDEX in files:
-        try:
-            weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
-            shards = sorted(set(weight_map.values()))
-            outside = [shard for shard in shards if not re.fullmatch(r"[^/\\:\0]+\.safetensors", shard)]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
-        if outside:
-            raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0]!r}", "use a trusted checkpoint")
+        weight_map = read_weight_map(folder, key)
         refs: dict[str, TensorRef] = {}
-        for shard in shards:
+        for shard in sorted(set(weight_map.values())):
             refs |= read_header(storage.join(folder, shard), key)
         missing = sorted(set(weight_map) - set(refs))
         if missing:

@@ -8,10 +8,11 @@ Notable:
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
+import lzma
 import re
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -26,13 +27,15 @@ from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.patience import Trouble, cleaned, patiently, trouble
 from fusegpt_ray.recipe import Text
 
+ROW = 1 << 26
+"""Characters of the longest row, and of the longest line of JSON Lines: it is held, and parsed, as one."""
 Format = Literal["text", "jsonl", "parquet", "datasets"]
 
 _FORMATS: dict[str, Format] = {"jsonl": "jsonl", "json": "jsonl", "parquet": "parquet"}  # any other suffix: text
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _FILE_NAME = re.compile(r"\.(txt|md|jsonl?|parquet)(\.\w+)?$")
 # Raised when the file is at fault, or its protocol lacks a package; a network that fails is no mistake and passes.
-_BAD_FILE = (FileNotFoundError, PermissionError, ValueError, ImportError, EOFError, gzip.BadGzipFile, zlib.error)
+_BAD_FILE = (OSError, ValueError, ImportError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,9 @@ def _rows(source: Source) -> Iterator[str]:
         if not isinstance(record[column], str):
             problem = f"{where} has no text there but {record[column]!r:.80}"
             raise UserError(beside(source.key, "column"), column, problem, "name a column of text, or remove the row")
+        if len(record[column]) > ROW:
+            fix = "divide it into several rows, or give plain text, whose lines may have any length"
+            raise UserError(source.key, source.uri, f"{where} has more than {ROW} characters", fix)
         yield record[column]
 
 
@@ -149,15 +155,16 @@ def _records(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
     text = source.text
     if source.format == "jsonl":
         with _opened(source) as file:
-            yield from ((n, _json_object(line, n, source)) for n, line in enumerate(file, 1) if line.strip())
+            yield from ((n, _json_object(line, n, source)) for n, line in _lines(file, source) if line.strip())
     elif source.format == "parquet":
         import pyarrow.parquet
 
         with storage.reading(source.uri) as file:
             parquet = pyarrow.parquet.ParquetFile(file)
             _check_column(source, source.uri, parquet.schema_arrow.names)
-            batches = parquet.iter_batches(batch_size=1024, columns=[text.column])
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+            # Few rows at once: a page may hold a long text only once, and say that all its rows are this text.
+            batches = parquet.iter_batches(batch_size=8, columns=[text.column])
+            yield from enumerate(({text.column: value.as_py()} for batch in batches for value in batch.column(0)), 1)
     else:
         import datasets
 
@@ -167,12 +174,23 @@ def _records(source: Source) -> Iterator[tuple[int, dict[str, Any]]]:
         yield from enumerate(dataset.select_columns([text.column]), 1)
 
 
+def _lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[int, str]]:
+    number = 0
+    while line := file.readline(ROW + 1):
+        number += 1
+        if len(line) > ROW:
+            fix = "write one text a line (JSON Lines), or give plain text, whose lines may have any length"
+            raise UserError(source.key, source.uri, f"line {number} has more than {ROW} characters", fix)
+        yield number, line
+
+
 def _json_object(line: str, number: int, source: Source) -> dict[str, Any]:
     fix = "write one JSON object a line (JSON Lines)"
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(source.key, source.uri, f"line {number} is not JSON ({error.msg})", fix) from error
+    except (ValueError, RecursionError) as error:
+        problem = f"line {number} is not JSON ({str(error)[:200]})"
+        raise UserError(source.key, source.uri, problem, fix) from error
     if not isinstance(value, dict):
         raise UserError(source.key, source.uri, f"line {number} is not a JSON object", fix)
     return value
@@ -226,7 +244,7 @@ def _explained(key: str, value: str) -> Iterator[None]:
             raise UserError(key, value, f"cannot be read ({found.problem})", found.fix) from error
         if isinstance(found, Trouble):
             raise StorageError(cleaned(value), found.problem) from error
-        if not isinstance(error, _BAD_FILE):
+        if isinstance(error, StorageError) or not isinstance(error, _BAD_FILE):
             raise
         problem = f"cannot be read ({type(error).__name__}: {error})"
         raise UserError(key, value, problem, "check the path, the permissions and the file") from error

@@ -55,7 +55,7 @@ def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = No
     """
     if "://" in str(folder):
         raise UserError("DIR", str(folder), "not a local path", "give a folder on this machine")
-    source, target = storage.absolute(uri).rstrip("/"), Path(os.path.abspath(Path(folder).expanduser()))
+    source, target = storage.absolute(uri).rstrip("/"), Path(os.path.abspath(os.path.expanduser(folder)))
     manifest = Manifest.read(source)
     with display or Transfer() as show:
         if target.is_dir() and any(target.iterdir()):

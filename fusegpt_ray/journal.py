@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -91,8 +92,8 @@ class Journal:
     def started(self) -> bool:
         return storage.exists(self._identity)
 
-    def begin(self, this: Mapping[str, Any]) -> None:
-        """Start, or go on with, the run of this identity.
+    def begin(self, this: Mapping[str, Any]) -> bool:
+        """Start, or go on with, the run of this identity; whether it was started here.
 
         Raises:
             UserError: another run is in this folder; the message shows what differs, key by key.
@@ -101,6 +102,21 @@ class Journal:
             storage.create(self._identity, sealed(this))
         except FileExistsError:
             self.check(this)
+            return False
+        return True
+
+    @contextmanager
+    def begun(self, this: Mapping[str, Any]) -> Iterator[None]:
+        """`begin`; and if the block ends with a user's mistake before its first round is done, nothing of a run started here stays."""
+        folders = storage.missing_folders(self.folder)
+        started = self.begin(this)
+        try:
+            yield
+        except UserError:
+            if started and not self._numbers():
+                self.remove()
+                storage.remove_empty(folders)
+            raise
 
     def check(self, this: Mapping[str, Any]) -> None:
         """Raise as `begin` does if another run is here, as far as `this` part of an identity tells."""

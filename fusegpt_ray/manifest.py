@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusegpt_ray import storage
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.records import FileRecord
+from fusegpt_ray.uris import refuse_secret, shown
 
 MANIFEST = "fusegpt.json"
 FORMAT = 1
@@ -41,8 +42,9 @@ class Manifest:
         Raises:
             UserError: there is none, or not one that this version can trust.
         """
+        refuse_secret(KEY, folder)
         try:
-            raw = storage.read(storage.join(folder, MANIFEST))
+            raw = storage.read(storage.join(folder, MANIFEST), storage.SMALL)
         except (FileNotFoundError, NotADirectoryError) as error:
             fix = "give the folder of a published model; one without its manifest was never finished"
             raise UserError(KEY, folder, f"holds no {MANIFEST}", fix) from error
@@ -50,6 +52,10 @@ class Manifest:
             raise UserError(KEY, folder, f"may not be read ({error})", "check your rights and credentials") from error
         except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
             raise UserError(KEY, folder, f"cannot be reached ({error})", "check the URI's protocol") from error
+        except StorageError:
+            raise
+        except OSError as error:  # too large, a device, a link to itself, …
+            raise UserError(KEY, folder, f"its {MANIFEST} cannot be read ({error})", "check the path") from error
         return cls.parse(raw, folder)
 
     @classmethod
@@ -70,14 +76,14 @@ class Manifest:
         if not isinstance(data, dict) or not isinstance(data.get("files"), dict) or not data["files"]:
             raise bad("is not a manifest: it lists no files")
         if data.get("format") != FORMAT:
-            raise bad(f"has the format {data.get('format')!r}, this version knows {FORMAT}")
+            raise bad(f"has the format {shown(data.get('format'))!r}, this version knows {FORMAT}")
         kept = data.get("kept")
         if not isinstance(kept, list) or not all(type(block) is int for block in kept):
             raise bad("does not say which blocks were kept")
         folded: set[str] = set()
         for name, entry in data["files"].items():
             if problem := _unusable(name):
-                raise bad(f"lists the file {name!r}, {problem}")
+                raise bad(f"lists the file {name[:260]!r}, {problem}")
             if (key := unicodedata.normalize("NFC", name).casefold()) in folded:
                 raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
             folded.add(key)
@@ -105,4 +111,4 @@ def _is_record(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     size, digest = entry.get("bytes"), entry.get("sha256")
-    return type(size) is int and size >= 0 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    return type(size) is int and 0 <= size < 2**63 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None

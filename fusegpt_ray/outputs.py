@@ -15,6 +15,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.heartbeat import HEARTBEAT
 from fusegpt_ray.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.records import DamagedRecord, checksum, opened
+from fusegpt_ray.uris import refuse_secret
 
 DEAD_AFTER = 600.0
 """Seconds without a sign of life after which a run counts as dead."""
@@ -148,6 +149,7 @@ class Outputs:
         Raises:
             UserError: there is no such folder, or it cannot be reached.
         """
+        refuse_secret(KEY, uri)
         uri = storage.absolute(uri).rstrip("/")
         try:
             fs, path = storage.filesystem(uri)

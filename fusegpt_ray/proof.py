@@ -27,6 +27,7 @@ from fusegpt_ray import storage
 from fusegpt_ray.anatomy import auto_class, build_skeleton, load_block
 from fusegpt_ray.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.finite import finite
 from fusegpt_ray.runner import Runner
 from fusegpt_ray.source import Source
 from fusegpt_ray.stack import Block, Stack
@@ -94,19 +95,13 @@ class _FiniteWatch:
         while self.ref is not None and self.ref.begin < self.at:
             inside = self.rest + part[max(self.ref.begin - begin, 0) : self.ref.end - begin]
             whole = len(inside) - len(inside) % self.ref.dtype.itemsize
-            if whole and not _finite(torch.frombuffer(bytearray(inside[:whole]), dtype=self.ref.dtype)):
+            if whole and not finite(torch.frombuffer(bytearray(inside[:whole]), dtype=self.ref.dtype)):
                 return f"{self.ref.name} holds NaN or Inf"
             self.rest = inside[whole:]
             if self.ref.end > self.at:
                 break
             self.ref = next(self.refs, None)
         return ""
-
-
-def _finite(values: torch.Tensor) -> bool:
-    if not values.is_floating_point():
-        return True
-    return bool((values.float() if values.dtype.itemsize == 1 else values).isfinite().all())
 
 
 # --- 2. names, shapes, ties ---

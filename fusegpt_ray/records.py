@@ -61,12 +61,13 @@ def opened(data: bytes) -> dict[str, Any]:
     """
     try:
         record = json.loads(data)
-        body, digest = record["body"], record["sha256"]
+        body, digest = dict(record["body"]), record["sha256"]
+        whole = checksum(body) == digest
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DamagedRecord(f"not a record: {error}") from error
-    if checksum(body) != digest:
+    if not whole:
         raise DamagedRecord("its checksum is wrong")
-    return dict(body)
+    return body
 
 
 def _text(body: Mapping[str, Any]) -> str:

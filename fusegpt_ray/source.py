@@ -5,7 +5,7 @@ Nothing here reads weights; a hub model's configuration is fetched and checked b
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import tempfile
 from dataclasses import dataclass
@@ -15,13 +15,15 @@ from typing import Any
 
 from fusegpt_ray import storage
 from fusegpt_ray.anatomy import dense_stack, read_config
-from fusegpt_ray.checkpoint import INDEX, SINGLE, read_index
+from fusegpt_ray.checkpoint import INDEX, SINGLE, read_index, read_weight_map
 from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.manifest import MANIFEST as MANIFEST
 from fusegpt_ray.stack import Stack
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 HUB_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+TOKENIZER_BYTES = 100_000_000
+"""Of the largest file that may belong to a tokenizer: the largest of them have a third of it."""
 SMALL = re.compile(r"(?i).+\.(json|txt|model|jinja|tiktoken|spm|vocab)|(license|notice|use_policy).*")
 
 
@@ -48,10 +50,9 @@ class Source:
             except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
                 raise UserError(key, name, f"cannot be reached ({error})", "check the URI's protocol") from error
             return cls(name, revision, name.rstrip("/"))
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return cls(name, revision, str(path.absolute()))
-        if path.exists():
+        if _is_folder(name):
+            return cls(name, revision, storage.absolute(name))
+        if os.path.exists(os.path.expanduser(name)):
             raise UserError(key, name, "a file, not a folder", "give the folder that holds config.json")
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
             raise UserError(
@@ -61,20 +62,19 @@ class Source:
 
     @property
     def on_hub(self) -> bool:
-        return "://" not in self.name and not Path(self.name).expanduser().is_dir()
+        return "://" not in self.name and not _is_folder(self.name)
 
     def fetch(self) -> None:
         """Download a hub model's files into this node's cache, unless they are there (other sources are read where they are)."""
         if not self.on_hub:
             return
-        here = Path(self.folder)
+        here, key = Path(self.folder), "model.source"
         commit = here.name  # the branch may have moved on since `find`
         if not here.is_dir():
-            _snapshot(self.name, commit, "model.source", HUB_SMALL)
-        index = here / INDEX
-        shards = set(storage.read_json(str(index))["weight_map"].values()) if index.exists() else {SINGLE}
+            _snapshot(self.name, commit, key, HUB_SMALL)
+        shards = set(read_weight_map(self.folder, key).values()) if (here / INDEX).exists() else {SINGLE}
         if not all((here / shard).exists() for shard in shards):
-            _snapshot(self.name, commit, "model.source", sorted(shards))
+            _snapshot(self.name, commit, key, sorted(shards))
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ class Source:
             UserError: it is missing, unreadable or not JSON.
         """
         try:
-            raw = json.loads(storage.read(storage.join(self.folder, "config.json")))
+            raw = storage.read_json(storage.join(self.folder, "config.json"))
         except FileNotFoundError as error:
             raise UserError(key, self.name, "no config.json there", "give the folder of a Hugging Face checkpoint") from error
         except (ValueError, RecursionError) as error:
@@ -120,12 +120,18 @@ class Source:
 
         with tempfile.TemporaryDirectory() as folder:
             for name in (*self.small_files, "config.json"):
-                (Path(folder) / name).write_bytes(storage.read(storage.join(self.folder, name)))
+                if storage.size(file := storage.join(self.folder, name)) <= TOKENIZER_BYTES:
+                    storage.download(file, str(Path(folder) / name))
             try:
                 return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-                problem = f"its tokenizer does not load ({str(error).splitlines()[0]})"
+            except Exception as error:  # of whatever kind: what these files hold decides how the library fails
+                problem = f"its tokenizer does not load ({f'{error}'.partition(chr(10))[0][:300] or type(error).__name__})"
                 raise UserError(key, self.name, problem, "put the model's tokenizer.json beside its weights") from error
+
+
+def _is_folder(name: str) -> bool:
+    """False for what cannot be a path at all, too."""
+    return os.path.isdir(os.path.expanduser(name))
 
 
 def _snapshot(name: str, revision: str | None, key: str, patterns: list[str]) -> str:

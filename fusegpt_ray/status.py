@@ -42,7 +42,19 @@ def _model(folder: Folder) -> dict[str, Any]:
     except UserError as error:
         return about | {"problem": error.problem}
     facts = {key: manifest.data.get(key) for key in ("dense_blocks", "sparsity", "method", "perplexity")}
+    if not _is_sound(facts):
+        return about | {"problem": f"{MANIFEST} says nonsense of its sparsity, depth or perplexity"}
     return about | {"blocks": len(manifest.data["kept"]), "bytes": manifest.size, **facts}
+
+
+def _is_sound(facts: Mapping[str, Any]) -> bool:
+    """Whether what a manifest tells, and what nobody else relies on, can be shown."""
+    numbers = [facts["sparsity"], facts["dense_blocks"]]
+    table = facts["perplexity"] or {}
+    if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
+        return False
+    numbers += [value for row in table.values() for value in row.values()]
+    return all(number is None or type(number) in (int, float) for number in numbers)
 
 
 def _run(run: Run) -> dict[str, Any]:

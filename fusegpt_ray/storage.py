@@ -20,12 +20,15 @@ from typing import Any, BinaryIO, cast
 import fsspec
 from fsspec.compression import compr
 from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from fusegpt_ray.patience import patiently
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
+SMALL = 1 << 25
+"""Bytes of the largest JSON file of others that is read: all of it is held, several times over once it is parsed."""
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -38,7 +41,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 def absolute(uri: str) -> str:
     """`uri` with a local path made absolute, so that another process (with another working folder) means the same file."""
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return uri if "://" in uri else str(Path(os.path.expanduser(uri)).absolute())
 
 
 def is_remote(uri: str) -> bool:
@@ -75,8 +78,18 @@ def size(uri: str) -> int:
     return int(patiently(uri, lambda: fs.size(path)))
 
 
-def read(uri: str) -> bytes:
+def read(uri: str, limit: int | None = None) -> bytes:
+    """A whole file; with a `limit`, one of at most so many bytes.
+
+    Raises:
+        OSError: it is larger, or, with a limit, a device or the like, which may never end.
+    """
     fs, path = filesystem(uri)
+    if limit is not None:
+        if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")
+        if (there := size(uri)) > limit:
+            raise OSError(f"it has {there} bytes, more than the {limit} such a file may have")
     return bytes(patiently(uri, lambda: fs.cat_file(path)))
 
 
@@ -151,7 +164,7 @@ def download(uri: str, path: str) -> None:
 
 
 def read_json(uri: str) -> Any:
-    return json.loads(read(uri))
+    return json.loads(read(uri, SMALL))
 
 
 def write(uri: str, data: bytes, patience: float | None = None) -> None:
@@ -264,6 +277,20 @@ def remove(uri: str, recursive: bool = False) -> None:
             fs.rm(path, recursive=recursive)
 
     patiently(uri, once)
+
+
+def missing_folders(uri: str) -> list[Path]:
+    """The local folders that writing into this one would make, the deepest first; object stores have none."""
+    folders = [] if "://" in uri else [Path(uri), *Path(uri).parents]
+    return [folder for folder in folders if not folder.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove local folders, the deepest first, up to one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
 
 
 def sha256(uri: str) -> str:
