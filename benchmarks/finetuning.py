@@ -36,12 +36,13 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray import Recipe, calibration
+from fusegpt_ray import Recipe
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.text import calibration
 
 Epoch = Callable[[], float]
 """Trains for one epoch; returns its mean loss."""

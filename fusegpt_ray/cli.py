@@ -89,7 +89,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.download import Incomplete, pull
+    from fusegpt_ray.publishing.download import Incomplete, pull
 
     try:
         pull(arguments.uri, arguments.folder)
@@ -100,7 +100,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.verification import verify
+    from fusegpt_ray.publishing.verification import verify
 
     result = verify(arguments.uri)
     if arguments.json:
@@ -116,8 +116,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray import housekeeping
     from fusegpt_ray.report import byte_count
+    from fusegpt_ray.run import housekeeping
 
     options = {"age": arguments.age * 60, "unfinished": arguments.unfinished}
     found = housekeeping.leftovers(arguments.uri, **options)
@@ -134,7 +134,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.status import show, status
+    from fusegpt_ray.run.status import show, status
 
     result = status(arguments.uri)
     if arguments.json:

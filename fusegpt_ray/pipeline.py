@@ -11,23 +11,24 @@ from typing import Any
 
 import numpy as np
 
-from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
-from fusegpt_ray.finite import explained
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.journal import Done, Journal, identity
-from fusegpt_ray.memory import fewer_at_once
+from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.memory import fewer_at_once
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.preflight import Target, check_model, check_output, check_tokens, name_taken, plan_targets
-from fusegpt_ray.publish import Published, publish
+from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
-from fusegpt_ray.records import checksum
 from fusegpt_ray.report import Display
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
+from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
+from fusegpt_ray.text import calibration
 
 KEEP_SECONDS = 10.0
 """How much scoring a kill may cost at most, besides the share that is being measured."""

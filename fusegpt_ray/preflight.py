@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import build_skeleton, find_blocks, read_config
 from fusegpt_ray.errors import StorageError, UserError, blaming
-from fusegpt_ray.journal import Journal, settings
+from fusegpt_ray.model.anatomy import build_skeleton, find_blocks, read_config
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.run.journal import Journal, settings
+from fusegpt_ray.store import storage
 
 
 @dataclass(frozen=True)

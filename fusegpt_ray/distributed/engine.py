@@ -17,8 +17,6 @@ import ray
 import torch
 from ray._private import ray_constants
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import Context
 from fusegpt_ray.distributed import data, scoring, states, training
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths
 from fusegpt_ray.distributed.replicas import Replica, Replicas
@@ -29,12 +27,14 @@ from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.memory import fitting
-from fusegpt_ray.proof import Proof
+from fusegpt_ray.model.anatomy import Context
+from fusegpt_ray.model.memory import fitting
+from fusegpt_ray.model.runner import pick_dtype
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import pick_dtype
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.store import storage
 
 T = TypeVar("T")
 

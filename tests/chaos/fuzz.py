@@ -25,11 +25,11 @@ import yaml
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
-from fusegpt_ray.checkpoint import INDEX, read_header, read_weight_map
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.manifest import Manifest
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.records import DamagedRecord, opened, sealed
+from fusegpt_ray.store.checkpoint import INDEX, read_header, read_weight_map
+from fusegpt_ray.store.manifest import Manifest
+from fusegpt_ray.store.records import DamagedRecord, opened, sealed
 
 RECIPE: dict[str, Any] = {
     "model": {"source": "meta-llama/Llama-2-7b-hf", "revision": "main", "dtype": "auto"},

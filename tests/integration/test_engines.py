@@ -21,13 +21,13 @@ from models import open_stack, without_blocks
 from safetensors.torch import load_file, save_file
 
 from fusegpt_ray import Evaluation, Recipe, UserError, compress, evaluate, score
-from fusegpt_ray.calibration import sample_windows, token_stream
 from fusegpt_ray.distributed.nodes import nodes_without
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe import Cluster
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.text.calibration import sample_windows, token_stream
 
 pytestmark = pytest.mark.integration
 

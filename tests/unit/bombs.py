@@ -21,9 +21,9 @@ from mistakes import tree
 from models import save_tiny
 from test_cli import Desk
 
-import fusegpt_ray.download
 import fusegpt_ray.pipeline
-import fusegpt_ray.verification  # noqa: F401 - imported before the measurement, as all of the above
+import fusegpt_ray.publishing.download
+import fusegpt_ray.publishing.verification  # noqa: F401 - imported before the measurement, as all of the above
 from fusegpt_ray.cli import main
 
 MB, TB = 1_000_000, 1 << 40

@@ -25,7 +25,7 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The safetensors files of which more than the header has been read since (they are really read)."""
     from mistakes import header_bytes
 
-    from fusegpt_ray import storage
+    from fusegpt_ray.store import storage
 
     reads: list[str] = []
     read, read_ranges = storage.read, storage.read_ranges

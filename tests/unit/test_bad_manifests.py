@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from mistakes import MESSAGE, tree, unprivileged
 
-from fusegpt_ray import storage
 from fusegpt_ray.cli import main
-from fusegpt_ray.manifest import MANIFEST
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import MANIFEST
 
 DIGEST = "0" * 64
 GOOD: dict[str, Any] = {"format": 1, "kept": [0, 1], "files": {"model.safetensors": {"bytes": 4, "sha256": DIGEST}}}

@@ -12,9 +12,9 @@ from mistakes import MESSAGE, tree
 from safetensors.torch import load_file, save_file
 from test_cli import LENGTH, Desk
 
-from fusegpt_ray import finite
-from fusegpt_ray.checkpoint import TensorRef
 from fusegpt_ray.cli import main
+from fusegpt_ray.model import finite
+from fusegpt_ray.store.checkpoint import TensorRef
 
 SINGLE = "model.safetensors"
 EMBEDDING, MATRIX, NORM = "model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"

@@ -13,11 +13,11 @@ from models import DEPTH, open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 from watching import Watch, size_of
 
-from fusegpt_ray import memory, weights
-from fusegpt_ray.checkpoint import Entry, write_safetensors
 from fusegpt_ray.importance.sweep import STATES_SHARE, Part, sweep
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.model import memory, weights
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.store.checkpoint import Entry, write_safetensors
 
 CPU = torch.device("cpu")
 IDS = token_windows(6, 9)

@@ -14,12 +14,12 @@ from typing import Any, Literal, Self, get_args
 
 import torch
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import savepoint
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.records import DamagedRecord, FileRecord, damage, opened, sealed
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
 
 METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.outputs import Folder, Outputs, Run
+from fusegpt_ray.publishing.outputs import Folder, Outputs, Run
 from fusegpt_ray.report import duration
+from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 
 
 def status(uri: str) -> dict[str, Any]:

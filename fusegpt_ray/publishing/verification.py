@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import dense_stack
-from fusegpt_ray.checkpoint import INDEX, SINGLE, read_header, read_index
 from fusegpt_ray.errors import UserError, reason
-from fusegpt_ray.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.outputs import Folder
-from fusegpt_ray.records import damage
+from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.source import WEIGHTS, Source
+from fusegpt_ray.publishing.outputs import Folder
 from fusegpt_ray.report import Transfer
-from fusegpt_ray.source import WEIGHTS, Source
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header, read_index
+from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
+from fusegpt_ray.store.records import damage
 
 WORKERS = 4
 

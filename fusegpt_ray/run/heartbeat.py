@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.store import storage
 
 HEARTBEAT = "heartbeat.json"
 EVERY = 60.0

@@ -23,7 +23,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from fusegpt_ray.patience import patiently
+from fusegpt_ray.store.patience import patiently
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""

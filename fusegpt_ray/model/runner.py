@@ -13,12 +13,12 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
-from fusegpt_ray.anatomy import Context, Trunk, read_config, run_block
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import read_tensors
-from fusegpt_ray.memory import free_bytes
-from fusegpt_ray.stack import Stack
-from fusegpt_ray.weights import Weights, fits
+from fusegpt_ray.model.anatomy import Context, Trunk, read_config, run_block
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.memory import free_bytes
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.weights import Weights, fits
+from fusegpt_ray.store.checkpoint import read_tensors
 
 HELD_BYTES = 4_000_000_000
 """Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""

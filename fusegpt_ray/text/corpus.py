@@ -22,10 +22,10 @@ from typing import Any, Literal
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.patience import Trouble, cleaned, patiently, trouble
 from fusegpt_ray.recipe import Text
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.patience import Trouble, cleaned, patiently, trouble
 
 ROW = 1 << 26
 """Characters of the longest row, and of the longest line of JSON Lines: it is held, and parsed, as one."""

@@ -26,9 +26,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.stack import Block, Refs, Stack
+from fusegpt_ray.model.stack import Block, Refs, Stack
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 
 KEY = "model.source"
 Read = Callable[[Refs], Mapping[str, torch.Tensor]]

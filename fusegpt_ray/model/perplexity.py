@@ -9,8 +9,8 @@ import math
 
 import torch
 
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
 
 
 def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import dense_stack, read_config
-from fusegpt_ray.checkpoint import INDEX, SINGLE, read_index, read_weight_map
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.manifest import MANIFEST as MANIFEST
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.anatomy import dense_stack, read_config
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_index, read_weight_map
+from fusegpt_ray.store.manifest import MANIFEST as MANIFEST
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 HUB_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]

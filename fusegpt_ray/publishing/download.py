@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError, reason
-from fusegpt_ray.manifest import MANIFEST, PULLING, Manifest
-from fusegpt_ray.records import FileRecord, damage
 from fusegpt_ray.report import Transfer, byte_count
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import MANIFEST, PULLING, Manifest
+from fusegpt_ray.store.records import FileRecord, damage
 
 WORKERS = 8
 CHUNK = 1 << 24

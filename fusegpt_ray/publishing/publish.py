@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import auto_class, read_config
-from fusegpt_ray.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
-from fusegpt_ray.modelcard import model_card
-from fusegpt_ray.proof import open_published, read_back
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.anatomy import auto_class, read_config
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.modelcard import model_card
+from fusegpt_ray.publishing.proof import open_published, read_back
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
 
 AT_ONCE = 4
 """Shards on their way; each holds two tensors."""

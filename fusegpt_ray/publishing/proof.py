@@ -23,14 +23,14 @@ import torch
 import transformers
 from torch import nn
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import auto_class, build_skeleton, load_block
-from fusegpt_ray.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.finite import finite
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.model.anatomy import auto_class, build_skeleton, load_block
+from fusegpt_ray.model.finite import finite
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
 
 KEY = "published model"
 WINDOWS = 2

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from fusegpt_ray import storage
+from fusegpt_ray.store import storage
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.heartbeat import HEARTBEAT
-from fusegpt_ray.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.records import DamagedRecord, checksum, opened
+from fusegpt_ray.run.heartbeat import HEARTBEAT
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
+from fusegpt_ray.store.records import DamagedRecord, checksum, opened
 from fusegpt_ray.uris import refuse_secret
 
 DEAD_AFTER = 600.0

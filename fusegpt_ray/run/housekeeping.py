@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.manifest import KEY, MANIFEST, PULLING
-from fusegpt_ray.outputs import DEAD_AFTER, IDENTITY, MODEL, Folder, Outputs, Run
+from fusegpt_ray.publishing.outputs import DEAD_AFTER, IDENTITY, MODEL, Folder, Outputs, Run
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.records import FileRecord
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.uris import refuse_secret, shown
 
 MANIFEST = "fusegpt.json"

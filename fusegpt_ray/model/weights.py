@@ -12,11 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import nn
 
-from fusegpt_ray.anatomy import load_block
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import read_tensors
-from fusegpt_ray.memory import free_bytes, is_out_of_memory, release
-from fusegpt_ray.stack import Block, Refs, Stack
+from fusegpt_ray.model.anatomy import load_block
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.memory import free_bytes, is_out_of_memory, release
+from fusegpt_ray.model.stack import Block, Refs, Stack
+from fusegpt_ray.store.checkpoint import read_tensors
 
 RESIDENT_SHARE = 0.4
 """Of the free memory that the dense blocks may take for good. Fused ones come on top; the rest is for states, activations and, in one

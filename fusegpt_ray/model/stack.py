@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from fusegpt_ray.checkpoint import TensorRef
+from fusegpt_ray.store.checkpoint import TensorRef
 
 Refs = Mapping[str, TensorRef]
 

@@ -28,10 +28,10 @@ from typing import BinaryIO, NamedTuple, Self
 
 import torch
 
-from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import layout, read_parts, read_tensors
-from fusegpt_ray.scratch import locked, make_own, removed_if_dead, reserve
-from fusegpt_ray.stack import Refs
+from fusegpt_ray.model.stack import Refs
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import layout, read_parts, read_tensors
+from fusegpt_ray.store.scratch import locked, make_own, removed_if_dead, reserve
 
 _LOG = logging.getLogger(__name__)
 _OURS = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{64}\.safetensors|\.part)")

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from fusegpt_ray.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 
 
 def finite(values: torch.Tensor) -> bool:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.patience import patiently
-from fusegpt_ray.records import FileRecord as FileRecord
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.patience import patiently
+from fusegpt_ray.store.records import FileRecord as FileRecord
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
