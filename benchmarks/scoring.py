@@ -41,7 +41,7 @@ from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model.anatomy import find_blocks
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.recipe import Importance
+from fusegpt_ray.sections import Importance
 from fusegpt_ray.text import calibration
 
 Way = Callable[[], tuple[int, Ranking | None]]

@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Sequence
 
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.recipe import Cluster, Evaluation, Recipe
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Cluster, Evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -16,7 +16,8 @@ from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.proof import Proof
-from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
 
 Epoch = Callable[[int, float], None]

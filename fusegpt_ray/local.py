@@ -30,7 +30,8 @@ from fusegpt_ray.model.runner import Runner, pick_device, pick_dtype, state_byte
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.proof import Proof, prove
-from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
 
 T = TypeVar("T")

@@ -22,10 +22,11 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.preflight import Target, check_model, check_output, check_tokens, name_taken, plan_targets
 from fusegpt_ray.publishing.publish import Published, publish
-from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.sections import Calibration, Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration

@@ -20,7 +20,7 @@ import numpy as np
 import ray.data
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
 from fusegpt_ray.text.calibration import tokenize
 from fusegpt_ray.text.corpus import pieces, sources
 

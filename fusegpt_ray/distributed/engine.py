@@ -33,7 +33,8 @@ from fusegpt_ray.model.runner import pick_dtype
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.proof import Proof
-from fusegpt_ray.recipe import Recipe, Text
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
 
 T = TypeVar("T")

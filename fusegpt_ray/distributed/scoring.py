@@ -25,7 +25,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
-from fusegpt_ray.recipe import Importance
+from fusegpt_ray.sections import Importance
 
 
 def score(

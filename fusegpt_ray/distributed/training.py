@@ -36,7 +36,7 @@ from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.model.anatomy import Context, block_moulds
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.recipe import Fusion
+from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
 
 WRITING_SECONDS = 4 * 3600

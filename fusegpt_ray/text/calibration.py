@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
 from fusegpt_ray.text.corpus import beside, pieces, sources
 
 if TYPE_CHECKING:

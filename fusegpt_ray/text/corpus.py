@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.patience import Trouble, cleaned, patiently, trouble
 

@@ -26,7 +26,7 @@ from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.recipe import Cluster
+from fusegpt_ray.sections import Cluster
 from fusegpt_ray.text.calibration import sample_windows, token_stream
 
 pytestmark = pytest.mark.integration

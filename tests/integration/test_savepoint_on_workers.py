@@ -23,7 +23,7 @@ from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.savepoint import Savepoints
 from fusegpt_ray.model.anatomy import block_moulds
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.recipe import PRESETS, Fusion
+from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import consecutive_windows, fingerprint, sample_windows, token_stream, tokenize, window_starts
 from fusegpt_ray.text.corpus import Source, pieces, sources

@@ -363,7 +363,7 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(checkpoint
     assert done.manifest["proof"]["kl"] < 1e-9 and done.manifest["proof"]["plain_kl"] < 1e-6
 
     from fusegpt_ray.pipeline import evaluate
-    from fusegpt_ray.recipe import Evaluation
+    from fusegpt_ray.sections import Evaluation
 
     found = evaluate(done.uri, Evaluation(data=str(desk.heldout), length=done.manifest["perplexity"]["heldout"]["length"]))
     assert found["perplexity"] == done.manifest["perplexity"]["heldout"]["fused"]

@@ -25,7 +25,7 @@ from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.model import weights
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.recipe import PRESETS, Fusion
+from fusegpt_ray.sections import PRESETS, Fusion
 from fusegpt_ray.store.checkpoint import read_tensors
 
 CPU = torch.device("cpu")
