@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -87,11 +88,15 @@ class Weights:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""
         if self.device.type != "cuda":
             return self._read(block)
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._aside):
             module = self._read(block)
-        stream.synchronize()
+        self._aside.synchronize()
         return module
+
+    @cached_property
+    def _aside(self) -> torch.cuda.Stream:
+        """One for all: what a block leaves is used again only by reads of the same stream."""
+        return torch.cuda.Stream(self.device)
 
     def _arrived(self, ahead: Future[nn.Module] | None, block: Block) -> nn.Module:
         if ahead is None:
