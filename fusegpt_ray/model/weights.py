@@ -103,17 +103,16 @@ class Weights:
             return self._read(block)
         try:
             module = ahead.result()
-        except Exception as error:  # two blocks were too many
+        except Exception as error:
             if not is_out_of_memory(error):
                 raise
+            error.__traceback__ = None  # the future keeps the error, and with its frames what had been read
         else:
-            if (
-                self.device.type == "cuda"
-            ):  # its memory came from the reader's stream: not to be reused before this one is done with it
+            if self.device.type == "cuda":  # the reader's stream shall not use this memory again before ours is done with it
                 for tensor in (*module.parameters(), *module.buffers()):
                     tensor.record_stream(torch.cuda.current_stream(self.device))
             return module
-        release()
+        release()  # two blocks were too many
         return self._read(block)
 
 
