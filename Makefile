@@ -1,7 +1,7 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
 #   make test         style, types and the whole test suite
-# and one breaks runs for half an hour: make chaos
+# and one breaks readers and runs for three quarters of an hour: make chaos
 # Both make .venv first, with the torch that constraints.txt pins; make TORCH=… CONSTRAINTS=… takes another.
 
 PYTHON ?= python3
@@ -21,6 +21,7 @@ test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 chaos: install
+	$(BIN)/python tests/chaos/fuzz.py
 	$(BIN)/python tests/chaos/kills.py
 
 install: .venv/installed

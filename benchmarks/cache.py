@@ -34,10 +34,10 @@ from typing import Any
 import fsspec
 import torch
 
-from fusegpt_ray import cache as cache_module
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import Entry, read_tensors, write_safetensors
-from fusegpt_ray.stack import Refs
+from fusegpt_ray.model import cache as cache_module
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.stack import Refs
+from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,6 +6,7 @@
 - **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in every forward pass, softmax and
   kl_div, Adam and CosineAnnealingLR; states computed once, as the paper's public code does;
 - **plain, collecting**: with `gc.collect()` after every step, as the paper's public code does;
+- **ours, compiled**: the student under `torch.compile` (with `--compile`: compiling takes a while, in the first turn);
 - **plain, states anew**: with the states entering the group and the teacher's computed again for every batch of every epoch.
 
 All start from the same coefficients, in float32, with the paper's loss, teacher and rates, and take turns epoch by epoch. Ratios are
@@ -35,12 +36,13 @@ import transformers
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray import Recipe, calibration
+from fusegpt_ray import Recipe
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.text import calibration
 
 Epoch = Callable[[], float]
 """Trains for one epoch; returns its mean loss."""
@@ -59,6 +61,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=128, help="of both low-rank terms")
     parser.add_argument("--epochs", type=int, default=5, help="turns; the first one warms up and is not counted")
+    parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--json", help="write all numbers to this file")
     arguments = parser.parse_args()
 
@@ -71,6 +74,12 @@ def main() -> int:
             ratios = " | ".join(f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio"))
             print(f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} | {row['loss']:.1e} |", flush=True)
         results["groups"][donor] = {"rows": rows, "flops": group.flops(), "profile": group.profile()}
+    if arguments.compile:
+        print("\n| donor | CPU seconds of the first turn: ours | ours, compiled |\n|---|---|---|")
+        for donor, result in results["groups"].items():
+            print(
+                f"| {donor} | " + " | ".join(f"{result['rows'][way]['turns'][0][1]:.1f}" for way in ("ours", "ours, compiled")) + " |"
+            )
     print("\n| donor | GFLOPs a step: student | teacher | blocks before the group | all ÷ student |")
     print("|---|---|---|---|---|")
     for donor, result in results["groups"].items():
@@ -107,6 +116,7 @@ class Group:
         dense = self.engine.dense
         self.job = Round(dense, dense, donor, self.settings, True, 0, "unused")
         self.steps = BUDGET * text.windows // self.settings.batch
+        self.compile: bool = arguments.compile
         self.model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
 
     def measure(self, epochs: int) -> dict[str, dict[str, Any]]:
@@ -117,6 +127,7 @@ class Group:
         states_cpu = time.process_time() - states_cpu
         ways: dict[str, tuple[Epoch, bool]] = {
             "ours": (self.ours(entering_WTD, leaving_WTD), True),
+            **({"ours, compiled": (self.ours(entering_WTD, leaving_WTD, compiled=True), True)} if self.compile else {}),
             "plain": (self.plain(entering_WTD, leaving_WTD), True),
             "plain, collecting": (self.plain(entering_WTD, leaving_WTD, collect=True), True),
             "plain, states anew": (self.plain(None, None), False),
@@ -159,8 +170,10 @@ class Group:
         contexts = trunk.contexts(settings.batch, self.windows_WT.shape[1])
         return build_student(self.job, trunk.moulds, contexts, self.job.plan(torch.float32), torch.device("cpu"))
 
-    def ours(self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor) -> Epoch:
+    def ours(self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor, compiled: bool = False) -> Epoch:
         stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"))
+        if compiled:
+            stepper.student.compile()  # in place, as torch.compile of the module
         size = self.settings.batch
 
         def epoch() -> float:

@@ -34,15 +34,15 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fusegpt_ray.anatomy import build_skeleton, dense_stack, find_blocks
-from fusegpt_ray.checkpoint import Entry, write_safetensors
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.publish import versions
+from fusegpt_ray.model.anatomy import build_skeleton, dense_stack, find_blocks
+from fusegpt_ray.model.runner import Runner, pick_device
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.runner import Runner, pick_device
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.store.checkpoint import Entry, write_safetensors
 
 SCORE_WINDOWS, WINDOWS, LENGTH, EPOCHS, SPARSITY = 32, 1024, 2048, 20, 0.25
 """The paper's budget."""

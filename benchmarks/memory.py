@@ -33,8 +33,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fusegpt_ray.publish import versions
-from fusegpt_ray.storage import STEP
+from fusegpt_ray.publishing.publish import versions
+from fusegpt_ray.store.storage import STEP
 
 VOCABULARY = 256
 WINDOWS, LENGTH, BATCH, RANK, NEIGHBOURS = 8, 32, 4, 16, 2
@@ -136,7 +136,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(task: dict[str, Any]) -> dict[str, Any]:
-    from fusegpt_ray import proof
+    from fusegpt_ray.publishing import proof
 
     folder = Path(task["folder"])
     _compress(folder, "tiny", 4, f"{task['output']}-tiny")
@@ -163,7 +163,7 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
 def _compress(folder: Path, model: str, depth: int, output: str) -> str:
     """How it ended: done, or where it had to begin again with fewer windows at once for want of memory."""
     from fusegpt_ray import Recipe, compress
-    from fusegpt_ray.memory import fewer_at_once
+    from fusegpt_ray.model.memory import fewer_at_once
     from fusegpt_ray.report import Display
 
     settings = {
@@ -182,7 +182,7 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
 
 
 def _read_all(folder: Path) -> None:
-    from fusegpt_ray.checkpoint import read_index, read_tensors
+    from fusegpt_ray.store.checkpoint import read_index, read_tensors
 
     tensors = [read_tensors({name: ref}) for name, ref in read_index(str(folder), "model.source").items()]
     assert tensors

@@ -6,7 +6,9 @@ epochs, one and two replicas.
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,11 +20,12 @@ import torch
 from rich.console import Console
 from simulator import Budget, Rates, Shape
 
-from fusegpt_ray import Recipe, calibration, compress
+from fusegpt_ray import Recipe, compress
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.report import Display
-from fusegpt_ray.source import Source
+from fusegpt_ray.text import calibration
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TINY = Shape(blocks=12, hidden=192, intermediate=416, heads=6, kv_heads=2, vocabulary=2048)
@@ -75,6 +78,7 @@ def compared(folder: Path, engines: Sequence[str], toy: bool, repeats: int) -> l
             phases["all"] = (sum(measured.values()), sum(expected.values()))
             label = f"{engine}, {replicas} replica{'s' * (replicas > 1)}"
             turns.setdefault(label, []).append({"rates": rates._asdict(), "phases": phases})
+            print(json.dumps({"turn": turn, "run": label, "phases": phases}), file=sys.stderr, flush=True)  # should a later one fail
     print(f"\nWhole runs: medians of {repeats}; ratios within a turn.\n")
     print("| run | phase | seconds | simulated | simulated ÷ measured | from | to |\n|---|---|---|---|---|---|---|")
     for label, found in turns.items():

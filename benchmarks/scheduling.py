@@ -46,11 +46,11 @@ from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.publish import versions
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.publish import versions
+from fusegpt_ray.sections import Importance
 
 DEPTH, SLOWED = 32, 10
 """Blocks of the emulated model; how much slower the slow replica is."""
@@ -58,7 +58,7 @@ DEPTH, SLOWED = 32, 10
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--replicas", type=int, nargs="*", default=[1, 2, 4, 8], help="none: no cluster")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--runs", nargs="*", choices=["local", "ray"], default=["local", "ray"], help="whole runs, by engine")
@@ -72,9 +72,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     found: dict[str, Any] = {"versions": versions(), "cores": len(os.sched_getaffinity(0)), "load": os.getloadavg()}
     with tempfile.TemporaryDirectory() as folder:
-        with redirect_stdout(sys.stderr), _cluster(max(arguments.replicas) + 1) as nodes:  # Ray tells of dead nodes at length
-            found["work"], block = work(nodes, arguments, Path(folder))
-            found["emulated"] = emulated(nodes, arguments, Path(folder), block)
+        if arguments.replicas:
+            with redirect_stdout(sys.stderr), _cluster(max(arguments.replicas) + 1) as nodes:  # Ray tells of dead nodes at length
+                found["work"], block = work(nodes, arguments, Path(folder))
+                found["emulated"] = emulated(nodes, arguments, Path(folder), block)
         found["runs"] = runs.compared(Path(folder), arguments.runs, arguments.toy, arguments.repeats)
     found["gpus"] = simulator.predict(arguments)
     if arguments.json:

@@ -33,15 +33,16 @@ import torch
 import transformers
 from torch import nn
 
-from fusegpt_ray import Recipe, calibration
-from fusegpt_ray.anatomy import find_blocks
+from fusegpt_ray import Recipe
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.sections import Importance
+from fusegpt_ray.text import calibration
 
 Way = Callable[[], tuple[int, Ranking | None]]
 """Finds the block to remove."""

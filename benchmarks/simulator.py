@@ -32,8 +32,10 @@ import numpy as np
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
-from fusegpt_ray.recipe import Importance, blocks_to_remove
-from fusegpt_ray.shares import chunk_size, cost, cut, in_turn
+from fusegpt_ray.importance.shares import cost, cut, in_turn
+from fusegpt_ray.model.chunks import chunk_size
+from fusegpt_ray.recipe import blocks_to_remove
+from fusegpt_ray.sections import Importance
 
 PHASES = ("score", "states", "finetune", "fixed")
 GPUS = tuple(2**power for power in range(9))

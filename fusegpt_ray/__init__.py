@@ -10,23 +10,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusegpt_ray.download import pull
     from fusegpt_ray.errors import UserError
     from fusegpt_ray.pipeline import compress, evaluate, score
-    from fusegpt_ray.recipe import Evaluation, Recipe
-    from fusegpt_ray.verification import verify
+    from fusegpt_ray.publishing.download import pull
+    from fusegpt_ray.publishing.verification import verify
+    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.sections import Evaluation
 
 __all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "pull", "score", "verify"]
 
 _HOMES = {
     "Recipe": "recipe",
-    "Evaluation": "recipe",
+    "Evaluation": "sections",
     "UserError": "errors",
     "compress": "pipeline",
     "evaluate": "pipeline",
     "score": "pipeline",
-    "pull": "download",
-    "verify": "verification",
+    "pull": "publishing.download",
+    "verify": "publishing.verification",
 }
 
 

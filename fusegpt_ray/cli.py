@@ -14,7 +14,8 @@ import traceback
 from collections.abc import Sequence
 
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.recipe import Cluster, Evaluation, Recipe
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Cluster, Evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.download import Incomplete, pull
+    from fusegpt_ray.publishing.download import Incomplete, pull
 
     try:
         pull(arguments.uri, arguments.folder)
@@ -100,7 +101,7 @@ def _pull(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.verification import verify
+    from fusegpt_ray.publishing.verification import verify
 
     result = verify(arguments.uri)
     if arguments.json:
@@ -116,8 +117,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _clean(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray import housekeeping
     from fusegpt_ray.report import byte_count
+    from fusegpt_ray.run import housekeeping
 
     options = {"age": arguments.age * 60, "unfinished": arguments.unfinished}
     found = housekeeping.leftovers(arguments.uri, **options)
@@ -134,7 +135,7 @@ def _clean(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from fusegpt_ray.status import show, status
+    from fusegpt_ray.run.status import show, status
 
     result = status(arguments.uri)
     if arguments.json:

@@ -10,14 +10,15 @@ from typing import Protocol, Self
 import numpy as np
 import torch
 
-from fusegpt_ray import storage
 from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.proof import Proof
-from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.proof import Proof
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
+from fusegpt_ray.store import storage
 
 Epoch = Callable[[int, float], None]
 """Called after each epoch of fine-tuning with its number (from 1) and mean loss."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+LONGEST = 500
+"""Characters of a value that a message shows."""
+
 
 class UserError(ValueError):
     """Something the user can mend: `key` is the recipe key (or argument), `value` what it was, `fix` what to do."""
 
     def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
-        super().__init__(f"{key} = {value!r}: {problem}. Fix: {fix}.")
+        text = repr(value)
+        super().__init__(f"{key} = {text if len(text) <= LONGEST else text[:LONGEST] + '…'}: {problem}. Fix: {fix}.")
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
         # An exception is pickled by its `args` (the one message) unless told otherwise; Ray sends it between processes.

@@ -14,8 +14,6 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 
-from fusegpt_ray import calibration
-from fusegpt_ray.cache import BlockCache
 from fusegpt_ray.engine import Epoch, Tuned, cache_gb
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
@@ -25,13 +23,16 @@ from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.memory import fitting, free_bytes, is_out_of_memory
-from fusegpt_ray.perplexity import perplexity, window_losses
-from fusegpt_ray.proof import Proof, prove
-from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import Runner, pick_device, pick_dtype, state_bytes
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.memory import fitting, free_bytes, is_out_of_memory
+from fusegpt_ray.model.perplexity import perplexity, window_losses
+from fusegpt_ray.model.runner import Runner, pick_device, pick_dtype, state_bytes
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.proof import Proof, prove
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
+from fusegpt_ray.text import calibration
 
 T = TypeVar("T")
 

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fusegpt_ray import calibration, storage
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.journal import Done, Journal, identity
-from fusegpt_ray.memory import fewer_at_once
-from fusegpt_ray.preflight import Target, check_model, check_output, name_taken, plan_targets
-from fusegpt_ray.publish import Published, publish
-from fusegpt_ray.recipe import Calibration, Cluster, Evaluation, Model, Recipe
-from fusegpt_ray.records import checksum
+from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.memory import fewer_at_once
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.preflight import Target, check_model, check_output, check_tokens, name_taken, plan_targets
+from fusegpt_ray.publishing.publish import Published, publish
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
+from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.sections import Calibration, Cluster, Evaluation, Model
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
+from fusegpt_ray.text import calibration
 
 KEEP_SECONDS = 10.0
 """How much scoring a kill may cost at most, besides the share that is being measured."""
@@ -52,20 +55,23 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)
             held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
+            check_tokens(source, dense, windows_WT, *held_out.values())
             show.stage("checking the model's files")
             this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
             journal = Journal.of(recipe)
             wait_until_alone(journal.folder, recipe.output.name, show.say)
             if restart:
                 journal.remove()
-            journal.begin(this)
+            life.enter_context(journal.begun(this))
             run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
             plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
             life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
+            show.stage("evaluating the dense model")
+            with explained(dense, source.name, engine.dtype):
+                judge = _Judge(engine, dense, held_out, windows_WT, show)
             run = _Run(recipe, engine, journal, dense, windows_WT, show)
             done = run.rounds([target.remove for target in targets if target.folder not in published])
-            judge = _Judge(engine, dense, held_out, windows_WT, show)
             for target in targets:
                 if target.folder in published:
                     continue
@@ -108,8 +114,10 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
+            check_tokens(source, dense, windows_WT)
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
-            ranking = engine.score(dense, windows_WT)
+            with explained(dense, source.name, engine.dtype):
+                ranking = engine.score(dense, windows_WT)
     blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
     return {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
 
@@ -146,8 +154,10 @@ def evaluate(
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
             windows_WT = _evaluation_windows(engine, "data", data, recipe)
+            check_tokens(source, dense, windows_WT)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
-            value = engine.perplexity(dense, windows_WT)
+            with explained(dense, source.name, engine.dtype):
+                value = engine.perplexity(dense, windows_WT)
     return {"model": model, "data": data.data, "length": data.length, "windows": len(windows_WT), "perplexity": value}
 
 
@@ -255,7 +265,8 @@ class _Run:
             verb = "fusing" if fuse else "fine-tuning"
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
             heard = lambda n, loss: self.show.epoch(n, settings.epochs, loss)  # noqa: E731
-            tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
+            with self._explained(trained=True):
+                tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
             states_rows, micro_batch = tuned.rows, tuned.micro_batch
             seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
@@ -288,11 +299,15 @@ class _Run:
                 kept = time.monotonic()
 
         sums.changed = keep
-        ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last, sums)
+        with self._explained(trained=number > 1):
+            ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last, sums)
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)
         return seconds, ranking
+
+    def _explained(self, trained: bool) -> AbstractContextManager[None]:
+        return explained(self.dense, self.recipe.model.source, self.engine.dtype, trained)
 
 
 @dataclass

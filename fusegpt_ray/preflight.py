@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import build_skeleton, find_blocks, read_config
+import numpy as np
+
 from fusegpt_ray.errors import StorageError, UserError, blaming
-from fusegpt_ray.journal import Journal, settings
+from fusegpt_ray.model.anatomy import build_skeleton, find_blocks, read_config
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
-from fusegpt_ray.source import MANIFEST, Source
+from fusegpt_ray.run.journal import Journal, settings
+from fusegpt_ray.store import storage
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,17 @@ def check_model(source: Source, lengths: dict[str, int]) -> int:
         if positions and length > positions:
             raise UserError(key, length, f"longer than the model's {positions} positions", f"use at most {positions}")
     return depth
+
+
+def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:
+    """
+    Raises:
+        UserError: the tokenizer gives tokens that the model has no embedding for.
+    """
+    known, largest = read_config(dense.config).get_text_config().vocab_size, max(int(windows_WT.max()) for windows_WT in texts)
+    if largest >= known:
+        problem = f"its tokenizer gives the token {largest}, its config.json knows {known} tokens"
+        raise UserError("model.source", source.name, problem, "use the tokenizer that belongs to the weights")
 
 
 def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
@@ -103,7 +118,7 @@ def _check_writable(recipe: Recipe) -> None:
             storage.write(probe, b"")
             storage.remove(probe)
         else:
-            there = next(folder for folder in (Path(uri), *Path(uri).parents) if folder.exists())
+            there = next(folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder))  # a link to nothing, too
             tempfile.TemporaryFile(dir=there).close()
     except StorageError:
         raise

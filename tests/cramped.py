@@ -12,8 +12,9 @@ from models import GROUPED, open_stack, randomize, token_windows
 
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.recipe import Fusion, Recipe
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Fusion
 
 LENGTH = 256
 WIDTH = 2048

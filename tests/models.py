@@ -17,9 +17,9 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusegpt_ray.anatomy import dense_stack
-from fusegpt_ray.checkpoint import read_index
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.store.checkpoint import read_index
 
 VOCAB = 101
 DEPTH = 5

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import TensorRef
-from fusegpt_ray.stack import Refs
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.stack import Refs
+from fusegpt_ray.store.checkpoint import TensorRef
 
 
 def digest_of(refs: Refs, cache: BlockCache) -> str:

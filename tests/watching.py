@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from fusegpt_ray.checkpoint import TensorRef, read_tensors
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 
 
 class Memory(bytearray):

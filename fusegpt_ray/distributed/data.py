@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray.data
 
-from fusegpt_ray.calibration import tokenize
-from fusegpt_ray.corpus import pieces, sources
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
+from fusegpt_ray.text.calibration import tokenize
+from fusegpt_ray.text.corpus import pieces, sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar
@@ -14,9 +15,8 @@ from typing import Self, TypeVar
 import numpy as np
 import ray
 import torch
+from ray._private import ray_constants
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import Context
 from fusegpt_ray.distributed import data, scoring, states, training
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths
 from fusegpt_ray.distributed.replicas import Replica, Replicas
@@ -27,12 +27,15 @@ from fusegpt_ray.fusion.round import Round, Saved
 from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.memory import fitting
-from fusegpt_ray.proof import Proof
-from fusegpt_ray.recipe import Recipe, Text
-from fusegpt_ray.runner import pick_dtype
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.anatomy import Context
+from fusegpt_ray.model.memory import fitting
+from fusegpt_ray.model.runner import pick_dtype
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.proof import Proof
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.sections import Text
+from fusegpt_ray.store import storage
 
 T = TypeVar("T")
 
@@ -170,12 +173,28 @@ class RayEngine:
                 fix = "check that the cluster runs there, or leave cluster.address out"
                 raise UserError("cluster.address", address, f"no Ray cluster answers ({error})", fix) from error
         else:
-            ray.init(
-                address="local",
-                # Waiting is most of what a coordinator does: never let it hold up the work on a machine with few cores.
-                num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + cluster.workers + 1),
-                include_dashboard=False,
-                object_store_memory=int(cluster.object_store_gb * 1e9) if cluster.object_store_gb else None,
-                **quiet,
-            )
+            with _loopback():
+                ray.init(
+                    address="local",
+                    _node_ip_address="127.0.0.1",
+                    # Waiting is most of what a coordinator does: never let it hold up the work on a machine with few cores.
+                    num_cpus=max(4, os.cpu_count() or 1, cluster.replicas + cluster.workers + 1),
+                    include_dashboard=False,
+                    object_store_memory=int(cluster.object_store_gb * 1e9) if cluster.object_store_gb else None,
+                    **quiet,
+                )
         self._started = True
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that starts here may call its node 127.0.0.1, and then has all its ports there.
+
+    Else ray.init takes that name for the machine's own address, and its ports are open on every interface: it must be told, as it is
+    on laptops that are no Linux, that this Ray will never be joined by other machines.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

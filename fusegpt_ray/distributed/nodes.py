@@ -8,11 +8,11 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fusegpt_ray import storage
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.store import storage
 
 
 def check_paths(recipe: Recipe, source: Source, dense: Stack) -> None:

@@ -21,11 +21,11 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.memory import is_out_of_memory, release
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.memory import is_out_of_memory, release
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
 
 SLOW, SLOW_SECONDS = 2.0, 5.0
 """A share is given out a second time after so many times what it should take by the median of those that are done, but not before

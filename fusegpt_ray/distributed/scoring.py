@@ -14,19 +14,19 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from fusegpt_ray.anatomy import Context
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
+from fusegpt_ray.importance.shares import cost, cut, in_turn, joined
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.perplexity import perplexity, window_losses
-from fusegpt_ray.proof import WINDOWS, Proof
-from fusegpt_ray.proof import prove as prove_here
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.shares import cost, cut, in_turn, joined
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.anatomy import Context
+from fusegpt_ray.model.perplexity import perplexity, window_losses
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.proof import WINDOWS, Proof
+from fusegpt_ray.publishing.proof import prove as prove_here
+from fusegpt_ray.sections import Importance
 
 
 def score(

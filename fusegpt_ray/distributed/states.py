@@ -21,8 +21,8 @@ from ray.data.extensions import ArrowTensorArray
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.fusion.finetune import Batch
 from fusegpt_ray.fusion.round import Round, group_states
-from fusegpt_ray.runner import Runner, state_bytes
-from fusegpt_ray.shares import chunk_size
+from fusegpt_ray.model.chunks import chunk_size
+from fusegpt_ray.model.runner import Runner, state_bytes
 
 PIECES = 16
 """Objects in which a walk's states come: what a training worker holds of them at once is one or two."""

@@ -27,17 +27,17 @@ from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
 from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, load_training_state, make_optimizer, train, training_state
 from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
 from fusegpt_ray.fusion.savepoint import Savepoints, Say
-from fusegpt_ray.memory import is_out_of_memory
-from fusegpt_ray.recipe import Fusion
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.anatomy import Context, block_moulds
+from fusegpt_ray.model.memory import is_out_of_memory
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.sections import Fusion
+from fusegpt_ray.store import storage
 
 WRITING_SECONDS = 4 * 3600
 """How long the others wait for the first worker, which writes the group to a store that may be slow."""

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.savepoint import Learner, Savepoints, Say
-from fusegpt_ray.recipe import Fusion
+from fusegpt_ray.sections import Fusion
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """States entering the group and the teacher's states leaving it, [b, T, D] each, b = loss batch / workers."""

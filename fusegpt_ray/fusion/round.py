@@ -10,9 +10,6 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from fusegpt_ray import storage
-from fusegpt_ray.anatomy import Context
-from fusegpt_ray.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.student import (
     DonorCache,
@@ -23,9 +20,12 @@ from fusegpt_ray.fusion.student import (
     learned_tensors,
     terms_of,
 )
-from fusegpt_ray.recipe import Fusion
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.stack import Block, Stack, Terms
+from fusegpt_ray.model.anatomy import Context
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Block, Stack, Terms
+from fusegpt_ray.sections import Fusion
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import safetensors.torch
 import torch
 
-from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import Entry, write_safetensors
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.records import DamagedRecord, FileRecord, checksum, opened, sealed
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import Entry, write_safetensors
+from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
 
 RECORD = "savepoint.json"
 Say = Callable[[str], None]

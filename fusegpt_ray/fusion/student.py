@@ -14,10 +14,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from fusegpt_ray.anatomy import Context, load_block, run_block
-from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
-from fusegpt_ray.stack import Block, Refs
+from fusegpt_ray.model.anatomy import Context, load_block, run_block
+from fusegpt_ray.model.stack import Block, Refs
+from fusegpt_ray.store.checkpoint import read_tensors
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 
 from fusegpt_ray.importance.metrics import macro_influence
-from fusegpt_ray.memory import free_bytes, is_out_of_memory, release
-from fusegpt_ray.runner import Runner, state_bytes
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.model.memory import free_bytes, is_out_of_memory, release
+from fusegpt_ray.model.runner import Runner, state_bytes
+from fusegpt_ray.model.stack import Stack
 
 STATES_SHARE = 0.7
 """Of the free memory that states may take while they walk; the rest is for blocks and activations."""

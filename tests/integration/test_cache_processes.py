@@ -16,9 +16,9 @@ import torch
 from faults import FOREVER, Fault, Proxy, stalled
 from readers import digest_of
 
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import Entry, read_tensors, write_safetensors
-from fusegpt_ray.stack import Refs
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.stack import Refs
+from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
 
 pytestmark = pytest.mark.integration
 

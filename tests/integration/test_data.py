@@ -12,11 +12,11 @@ import pytest
 import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fusegpt_ray import calibration
-from fusegpt_ray.calibration import consecutive_windows, sample_windows
 from fusegpt_ray.distributed import data
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
+from fusegpt_ray.text import calibration
+from fusegpt_ray.text.calibration import consecutive_windows, sample_windows
 
 pytestmark = pytest.mark.integration
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,15 +18,16 @@ import torch
 import transformers as tf
 import yaml
 from models import open_stack, without_blocks
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from fusegpt_ray import Recipe, compress
-from fusegpt_ray.calibration import sample_windows, token_stream
+from fusegpt_ray import Evaluation, Recipe, UserError, compress, evaluate, score
 from fusegpt_ray.distributed.nodes import nodes_without
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.sections import Cluster
+from fusegpt_ray.text.calibration import sample_windows, token_stream
 
 pytestmark = pytest.mark.integration
 
@@ -292,3 +294,21 @@ def test_nodes_that_do_not_see_a_file_are_named(ray_session, material, tmp_path)
     seen = str(material.model / "model.safetensors")
     assert nodes_without([seen]) == []
     assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [node["NodeManagerAddress"] for node in ray.nodes()]
+
+
+def test_nan_is_told_on_ray(ray_session, material, tmp_path: Path) -> None:
+    """Workers find it, the driver names the tensor, and nothing stays of the run."""
+    model = Path(shutil.copytree(material.model, tmp_path / "model"))
+    held, name = load_file(model / "model.safetensors"), "model.layers.5.self_attn.o_proj.weight"
+    held[name][3, 7] = math.nan
+    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
+    changes = {"model": {"source": str(model)}, "cluster": {"engine": "ray", "replicas": 2}}
+    for texts in ({}, {"evaluation": {}}):
+        recipe = Recipe.parse(material.recipe(tmp_path / "out", **changes) | texts)
+        for verb in (compress, score):
+            with pytest.raises(UserError, match=f"model.source = .*{name} holds NaN or Inf"):
+                verb(recipe)
+    text = Evaluation(data=str(material.heldout), length=32)
+    with pytest.raises(UserError, match=f"{name} holds NaN or Inf"):
+        evaluate(str(model), text, cluster=Cluster(engine="ray"))
+    assert not (tmp_path / "out").exists()

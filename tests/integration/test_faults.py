@@ -18,10 +18,10 @@ import yaml
 from faults import FOREVER, Fault, Proxy, answers, full_disk, lost, reset, reset_halfway, stalled, truncated
 from s3fs import S3FileSystem
 
-from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import Entry, FileRecord, read_header, read_tensors, write_safetensors
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import StorageError
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import Entry, FileRecord, read_header, read_tensors, write_safetensors
 
 pytestmark = pytest.mark.integration
 

@@ -17,8 +17,8 @@ from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.states import datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.memory import fitting, is_out_of_memory
-from fusegpt_ray.recipe import PRESETS, Fusion
+from fusegpt_ray.model.memory import fitting, is_out_of_memory
+from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration
 

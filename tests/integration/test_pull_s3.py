@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import transformers as tf
 
-from fusegpt_ray import Recipe, compress, download, pull, storage, verify
+from fusegpt_ray import Recipe, compress, pull, verify
 from fusegpt_ray.cli import main
-from fusegpt_ray.download import Incomplete
+from fusegpt_ray.publishing import download
+from fusegpt_ray.publishing.download import Incomplete
 from fusegpt_ray.report import Display
-from fusegpt_ray.status import status
+from fusegpt_ray.run.status import status
+from fusegpt_ray.store import storage
 
 pytestmark = pytest.mark.integration
 

@@ -25,8 +25,8 @@ from fusegpt_ray.distributed import replicas as module
 from fusegpt_ray.distributed import scoring
 from fusegpt_ray.distributed.replicas import MAX_LOST, Replica, Replicas
 from fusegpt_ray.importance.sums import Sums
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.sections import Importance
 
 pytestmark = pytest.mark.integration
 

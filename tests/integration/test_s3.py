@@ -17,7 +17,8 @@ import transformers as tf
 from s3fs import S3FileSystem
 from safetensors.torch import load_file
 
-from fusegpt_ray import Recipe, UserError, compress, storage
+from fusegpt_ray import Recipe, UserError, compress
+from fusegpt_ray.store import storage
 
 pytestmark = pytest.mark.integration
 

@@ -16,14 +16,14 @@ import torch.distributed as dist
 from models import open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.anatomy import block_moulds
 from fusegpt_ray.distributed import training
 from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers, deepspeed_config
 from fusegpt_ray.fusion.finetune import batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.savepoint import Savepoints
-from fusegpt_ray.recipe import PRESETS, Fusion
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.model.anatomy import block_moulds
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -19,7 +19,6 @@ from models import open_stack, token_windows
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.anatomy import Context, block_moulds
 from fusegpt_ray.distributed import scoring, training
 from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.states import batches, datasets, group_states_of_workers
@@ -27,8 +26,9 @@ from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.savepoint import Savepoints
-from fusegpt_ray.recipe import PRESETS, Fusion
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.model.anatomy import Context, block_moulds
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration
 

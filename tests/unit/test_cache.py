@@ -23,13 +23,13 @@ from faults import full_disk
 from faulty import Faulty, failing
 from safetensors.torch import load_file
 
-from fusegpt_ray import cache as module
-from fusegpt_ray import storage
-from fusegpt_ray.cache import BlockCache
-from fusegpt_ray.checkpoint import Entry, read_tensors, write_safetensors
 from fusegpt_ray.errors import StorageError
-from fusegpt_ray.scratch import locked
-from fusegpt_ray.stack import Refs
+from fusegpt_ray.model import cache as module
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.stack import Refs
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
+from fusegpt_ray.store.scratch import locked
 
 VALUES = 1000
 """Of the largest tensor of a block."""

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from fusegpt_ray import calibration
-from fusegpt_ray.calibration import consecutive_windows, fingerprint, sample_windows, token_stream, tokenize, window_starts
-from fusegpt_ray.corpus import Source, pieces, sources
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Text
+from fusegpt_ray.sections import Text
+from fusegpt_ray.text import calibration
+from fusegpt_ray.text.calibration import consecutive_windows, fingerprint, sample_windows, token_stream, tokenize, window_starts
+from fusegpt_ray.text.corpus import Source, pieces, sources
 
 KEY = "calibration.data"
 LARGE = 1 << 20

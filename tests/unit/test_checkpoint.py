@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import (
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import (
     DTYPES,
     INDEX,
     SINGLE,
@@ -33,7 +34,6 @@ from fusegpt_ray.checkpoint import (
     read_tensors,
     write_safetensors,
 )
-from fusegpt_ray.errors import UserError
 
 KEY = "model.source"
 

@@ -18,7 +18,7 @@ from fusegpt_ray.fusion.finetune import Batch, batches_of, cosine_to_zero, make_
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.fusion.loss import LOSSES, batch_kl, normalized_mse
-from fusegpt_ray.recipe import PRESETS, Fusion
+from fusegpt_ray.sections import PRESETS, Fusion
 
 # --- the partial group ---
 

@@ -22,11 +22,12 @@ from test_cli import Desk
 from test_journal import Watching, contents, recipe, run_folder, stopped
 from test_pull import write_model
 
-from fusegpt_ray import housekeeping, storage
 from fusegpt_ray.cli import main
-from fusegpt_ray.heartbeat import Heartbeat
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.status import status
+from fusegpt_ray.run import housekeeping
+from fusegpt_ray.run.heartbeat import Heartbeat
+from fusegpt_ray.run.status import status
+from fusegpt_ray.store import storage
 
 Capture = pytest.CaptureFixture[str]
 OLD = 24 * 3600.0
@@ -190,7 +191,7 @@ def test_a_run_with_a_later_sign_than_the_first_look_is_left(out: Path, monkeypa
 
 def test_a_run_whose_models_are_all_published_goes(desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after the last manifest and before it removed its folder."""
-    monkeypatch.setattr("fusegpt_ray.journal.Journal.remove", lambda self: None)
+    monkeypatch.setattr("fusegpt_ray.run.journal.Journal.remove", lambda self: None)
     compress(recipe(desk, method="mi"))
     assert status(str(desk.out))["runs"][0]["state"] == "alive"  # as far as anyone can tell: it has just been heard of
     aged(desk.out)

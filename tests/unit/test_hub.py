@@ -90,7 +90,7 @@ def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
     """What `code` prints as JSON, run where the hub is this server and its cache is in `home`."""
     address = f"http://127.0.0.1:{hub.server_port}"
     environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    lines = "import json\nfrom fusegpt_ray.source import Source\n" + code
+    lines = "import json\nfrom fusegpt_ray.model.source import Source\n" + code
     done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

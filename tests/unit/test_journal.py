@@ -22,12 +22,12 @@ from test_cli import Desk, random_text
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.journal import Done, Journal, identity
 from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.stack import Stack
+from fusegpt_ray.run.journal import Done, Journal, identity
 
 Weights = dict[str, bytes]
 
@@ -465,7 +465,7 @@ def sign(desk: Desk, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_run_that_is_at_work_elsewhere_is_left_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusegpt_ray.heartbeat.EVERY", 1.5)
+    monkeypatch.setattr("fusegpt_ray.run.heartbeat.EVERY", 1.5)
     stopped(desk)
     sign(desk)
     threading.Timer(1.0, lambda: sign(desk)).start()
@@ -477,7 +477,7 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(desk: Desk, monkeypatch: 
 def test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with(
     desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusegpt_ray.heartbeat.EVERY", 0.2)
+    monkeypatch.setattr("fusegpt_ray.run.heartbeat.EVERY", 0.2)
     stopped(desk)
     sign(desk)
     show = Watching()

@@ -9,12 +9,13 @@ import pytest
 from models import open_stack, token_windows
 from watching import Watch, size_of
 
-from fusegpt_ray import publish, runner, weights
 from fusegpt_ray.fusion import student
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.model import runner, weights
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.publishing import publish
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.source import Source
 
 WINDOWS = token_windows(8, 9).numpy()
 

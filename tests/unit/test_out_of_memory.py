@@ -12,7 +12,7 @@ from cramped import LIMITS, MB, SCORED, TRAINED, save_broad, save_wide, tune_man
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from fusegpt_ray.memory import fewer_at_once, fitting, is_out_of_memory
+from fusegpt_ray.model.memory import fewer_at_once, fitting, is_out_of_memory
 from fusegpt_ray.recipe import Recipe
 
 

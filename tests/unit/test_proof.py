@@ -18,16 +18,16 @@ from models import MODELS, load_model, open_stack, rewrite, token_windows
 from safetensors.torch import load_file, save_file
 from test_cli import Desk
 
-from fusegpt_ray import storage
-from fusegpt_ray.checkpoint import SINGLE, FileRecord, read_header
 from fusegpt_ray.cli import main
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.proof import ProofError, compare, compare_plain, open_published, prove, read_back
-from fusegpt_ray.publish import model_entries, publish
+from fusegpt_ray.publishing.proof import ProofError, compare, compare_plain, open_published, prove, read_back
+from fusegpt_ray.publishing.publish import model_entries, publish
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import SINGLE, FileRecord, read_header
 
 Tensors = dict[str, torch.Tensor]
 KEPT = [0, 2, 4]
@@ -363,7 +363,7 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(checkpoint
     assert done.manifest["proof"]["kl"] < 1e-9 and done.manifest["proof"]["plain_kl"] < 1e-6
 
     from fusegpt_ray.pipeline import evaluate
-    from fusegpt_ray.recipe import Evaluation
+    from fusegpt_ray.sections import Evaluation
 
     found = evaluate(done.uri, Evaluation(data=str(desk.heldout), length=done.manifest["perplexity"]["heldout"]["length"]))
     assert found["perplexity"] == done.manifest["perplexity"]["heldout"]["fused"]

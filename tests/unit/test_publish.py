@@ -20,10 +20,10 @@ from models import DEPTH, MODELS, VOCAB, load_model, open_stack, rewrite, token_
 from safetensors.torch import load_file, save_file
 from test_cli import add_tokenizer
 
-from fusegpt_ray.checkpoint import INDEX, SINGLE, read_header
-from fusegpt_ray.publish import Published, publish
-from fusegpt_ray.source import MANIFEST, Source
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.publishing.publish import Published, publish
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header
 
 REMOVED, KEPT = [3, 0], [1, 2, 4]
 """What is left has other attention types, in order, than the first three blocks of the models that mix them."""

@@ -18,9 +18,10 @@ import fsspec
 import pytest
 from faulty import Fault, failing
 
-from fusegpt_ray import UserError, download, pull
+from fusegpt_ray import UserError, pull
 from fusegpt_ray.cli import main
-from fusegpt_ray.download import Incomplete
+from fusegpt_ray.publishing import download
+from fusegpt_ray.publishing.download import Incomplete
 
 CHUNK = 1000
 """Bytes a request, in these tests."""
@@ -222,7 +223,8 @@ def test_a_file_missing_at_the_source_is_named(source: str, target: Path, tmp_pa
 KILLED = """
 import sys, time
 import faulty
-from fusegpt_ray import download, pull
+from fusegpt_ray.publishing import download
+from fusegpt_ray import pull
 
 uri, target, reads = sys.argv[1], sys.argv[2], int(sys.argv[3])
 download.CHUNK, download.WORKERS = {chunk}, 1

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Evaluation, Recipe, blocks_to_remove, percent
+from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
+from fusegpt_ray.sections import Evaluation
 
 SMALLEST: dict[str, Any] = {
     "model": {"source": "some/model"},

@@ -18,15 +18,15 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 from watching import Watch
 
-from fusegpt_ray import weights
-from fusegpt_ray.checkpoint import read_tensors
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, make_optimizer, train
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group, teacher
 from fusegpt_ray.fusion.student import Student
-from fusegpt_ray.recipe import PRESETS, Fusion
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.model import weights
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.sections import PRESETS, Fusion
+from fusegpt_ray.store.checkpoint import read_tensors
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 16, 7, 4

@@ -12,15 +12,15 @@ import pytest
 import torch
 from models import open_stack, token_windows
 
-from fusegpt_ray import storage
 from fusegpt_ray.engine import Tuned
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.records import opened, sealed
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import Source
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import opened, sealed
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH, EPOCHS = 8, 7, 4, 4

@@ -12,10 +12,10 @@ from test_cli import Desk
 from test_journal import Watching, contents, flip, published, recipe, run_folder
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.housekeeping import leftovers
-from fusegpt_ray.journal import Journal
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.status import status
+from fusegpt_ray.run.housekeeping import leftovers
+from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.status import status
 
 EVERY_EPOCH = {"engine": "local", "savepoint_minutes": 0}
 EPOCHS = 2

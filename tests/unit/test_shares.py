@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusegpt_ray.importance.search import Job, search
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.shares import balance, cost, cut, in_turn, joined
+from fusegpt_ray.importance.shares import balance, cost, cut, in_turn, joined
+from fusegpt_ray.sections import Importance
 
 
 @st.composite

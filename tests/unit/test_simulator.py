@@ -19,8 +19,8 @@ from test_benchmarks import BENCHMARKS, load
 
 from fusegpt_ray.importance.search import search
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.recipe import Importance
-from fusegpt_ray.runner import Runner
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.sections import Importance
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from models import save_tiny
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.source import Source
+from fusegpt_ray.model.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -10,16 +10,16 @@ import torch
 from models import DEPTH, SUPPORTED, hidden_states, load_model, open_stack, rewrite, token_windows, without_blocks
 from watching import Watch, size_of
 
-from fusegpt_ray import runner as runner_module
-from fusegpt_ray import weights
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import lowest
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.model import runner as runner_module
+from fusegpt_ray.model import weights
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.source import Source
-from fusegpt_ray.stack import Stack
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 6, 9

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from test_publish import published
 
 from fusegpt_ray import verify
-from fusegpt_ray.checkpoint import INDEX, SINGLE
 from fusegpt_ray.cli import main
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE
 
 MANIFEST = "fusegpt.json"
 

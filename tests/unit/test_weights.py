@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from cramped import limit_memory
 from models import DEPTH, open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 from watching import Watch, size_of
 
-from fusegpt_ray import memory, weights
-from fusegpt_ray.checkpoint import Entry, write_safetensors
 from fusegpt_ray.importance.sweep import STATES_SHARE, Part, sweep
-from fusegpt_ray.runner import Runner
-from fusegpt_ray.stack import Block, Stack
+from fusegpt_ray.model import memory, weights
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.store.checkpoint import Entry, write_safetensors
 
 CPU = torch.device("cpu")
 IDS = token_windows(6, 9)
@@ -146,12 +146,13 @@ def test_blocks_are_kept_where_they_take_little_of_the_free_memory(stack: Stack)
 
 def _limited(_: int, folder: str) -> None:
     stack = open_stack(Path(folder))
-    before = memory.free_bytes(CPU)
-    assert before > 500_000_000
-    taken = memory.psutil.Process().memory_info().data
-    resource.setrlimit(resource.RLIMIT_DATA, (taken + 100_000, resource.RLIM_INFINITY))
-    assert memory.free_bytes(CPU) <= 100_000
-    assert not Runner(stack, CPU, torch.float32, 2, "auto").keeps
+    before, more = memory.free_bytes(CPU), 50_000_000
+    assert before > 10 * more
+    share = 2 * sum(size_of(block.weights) for block in stack.blocks) / (weights.RESIDENT_SHARE * before)
+    assert runner(stack, "auto", share).keeps
+    limit_memory(more)
+    assert memory.free_bytes(CPU) <= more
+    assert not runner(stack, "auto", share).keeps
 
 
 def test_a_limit_of_the_process_counts(checkpoint: Callable[[str], Path]) -> None:

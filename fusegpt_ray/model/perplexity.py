@@ -1,0 +1,35 @@
+"""Perplexity over consecutive windows, block by block, so that a model of any depth is evaluated in the memory of a few blocks.
+
+Shapes: W windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+
+
+def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of each window: [W] float64."""
+    means = []
+    for part in runner.chunks(stack, windows_WT):
+        for h_WTD in runner.walk(stack, part):  # noqa: B007 - the states after the last block are wanted
+            pass
+        means.append(runner.token_losses(h_WTD, part))
+    return torch.cat(means)
+
+
+def perplexity(losses_W: torch.Tensor) -> float:
+    """exp of the mean of the windows' mean losses, as the field reports it (windows of equal length).
+
+    Raises:
+        FloatingPointError: a loss is not finite, or so large that the perplexity is not.
+    """
+    mean = math.fsum(losses_W.tolist()) / len(losses_W)
+    if not mean < 700:  # NaN, Inf, or e^mean beyond a float
+        raise FloatingPointError(f"the mean loss is {mean}: NaN or Inf in the model's weights, or an overflow in its arithmetic")
+    return math.exp(mean)

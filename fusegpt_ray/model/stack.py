@@ -1,0 +1,116 @@
+"""A model's depth as data: an immutable list of block references over one trunk. No weights, only where they are.
+
+Every step of a run takes a stack and gives a stack; a stack is small JSON, so that it can be committed, sent and resumed from.
+A block is named by its number in the dense model, which it keeps; its place in the list is its position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from fusegpt_ray.store.checkpoint import TensorRef
+
+Refs = Mapping[str, TensorRef]
+
+
+def _refs_to_json(refs: Refs) -> dict[str, Any]:
+    return {name: ref.to_json() for name, ref in refs.items()}
+
+
+def _refs_from_json(data: Mapping[str, Any]) -> dict[str, TensorRef]:
+    return {name: TensorRef.from_json(row) for name, row in data.items()}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a fused block is made of while its terms go on learning: W + B·A + Σ (C_k·D_k) ⊙ W_donor_k (paper, Eq. 10)."""
+
+    base: Refs
+    """The block's own weights, frozen, as in the dense model."""
+    donors: tuple[Refs, ...]
+    """The weights of the blocks fused into it, in order."""
+    learned: Refs
+    """A, B, C, D, c and norm weights, by parameter name of the student block."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: plain weights by the name within the block (`self_attn.q_proj.weight`, …)."""
+
+    dense: int
+    """Its number in the dense model."""
+    weights: Refs
+    terms: Terms | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        data: dict[str, Any] = {"dense": self.dense, "weights": _refs_to_json(self.weights)}
+        if self.terms is not None:
+            data["terms"] = {
+                "base": _refs_to_json(self.terms.base),
+                "donors": [_refs_to_json(donor) for donor in self.terms.donors],
+                "learned": _refs_to_json(self.terms.learned),
+            }
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        terms = data.get("terms")
+        return cls(
+            data["dense"],
+            _refs_from_json(data["weights"]),
+            terms
+            and Terms(
+                _refs_from_json(terms["base"]),
+                tuple(_refs_from_json(donor) for donor in terms["donors"]),
+                _refs_from_json(terms["learned"]),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A model: configuration of the dense model, trunk (all that is not a block), and the blocks left, in order."""
+
+    config: Mapping[str, Any]
+    """The dense checkpoint's config.json, as it is."""
+    prefix: str
+    """What stands before a block's number in the checkpoint's tensor names, such as `model.layers.`."""
+    trunk: Refs
+    """Embeddings, final norm, head, vision tower, projector: by name in the checkpoint."""
+    blocks: tuple[Block, ...]
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The dense numbers of the blocks left."""
+        return tuple(block.dense for block in self.blocks)
+
+    def position(self, dense: int) -> int:
+        return self.kept.index(dense)
+
+    def drop(self, dense: int) -> Stack:
+        """Without the block that was number `dense` of the dense model."""
+        assert dense in self.kept, (dense, self.kept)
+        return replace(self, blocks=tuple(block for block in self.blocks if block.dense != dense))
+
+    def swap(self, blocks: Mapping[int, Block]) -> Stack:
+        """With the blocks of these dense numbers replaced."""
+        assert set(blocks) <= set(self.kept), (set(blocks), self.kept)
+        return replace(self, blocks=tuple(blocks.get(block.dense, block) for block in self.blocks))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "config": dict(self.config),
+            "prefix": self.prefix,
+            "trunk": _refs_to_json(self.trunk),
+            "blocks": [block.to_json() for block in self.blocks],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        blocks = tuple(Block.from_json(block) for block in data["blocks"])
+        return cls(data["config"], data["prefix"], _refs_from_json(data["trunk"]), blocks)

@@ -1,0 +1,226 @@
+"""A published model → a local folder: in parallel, resumable, every byte checked against the manifest.
+
+Notable: all is done in `DIR.part`, a sibling that is renamed to `DIR` once whole. Its files are opened by name relative to the opened
+folder and never through a link, and the names come from a manifest that was checked first, so nothing is written anywhere else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fusegpt_ray.errors import UserError, reason
+from fusegpt_ray.report import Transfer, byte_count
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import MANIFEST, PULLING, Manifest
+from fusegpt_ray.store.records import FileRecord, damage
+
+WORKERS = 8
+CHUNK = 1 << 24
+"""Bytes a request."""
+TRIES = 3
+"""How often a file that arrives damaged, or not, is fetched."""
+PAUSE = 1.0
+"""Seconds before the second try; twice as many before each further one."""
+
+
+class Incomplete(OSError):
+    """Some files could not be fetched whole: `files` says what is wrong with each, by name."""
+
+    def __init__(self, part: Path, files: dict[str, str]) -> None:
+        self.files = files
+        lines = [f"{name} {problem}" for name, problem in files.items()]
+        lines.append(f"{len(files)} files failed {TRIES} times; the whole ones are kept in {part}, the same command fetches the rest")
+        super().__init__("\n".join(lines))
+
+
+def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = None) -> Path:
+    """Download the model at `uri` (any fsspec URI) to `folder`, which appears only once it is whole; returns its path.
+
+    Run again after a failure, it goes on with what has arrived.
+
+    Raises:
+        UserError: there is no model, its manifest cannot be trusted, or `folder` is something else.
+        Incomplete: files that arrive damaged, or not at all, again and again.
+    """
+    if "://" in str(folder):
+        raise UserError("DIR", str(folder), "not a local path", "give a folder on this machine")
+    source, target = storage.absolute(uri).rstrip("/"), Path(os.path.abspath(os.path.expanduser(folder)))
+    manifest = Manifest.read(source)
+    with display or Transfer() as show:
+        if target.is_dir() and any(target.iterdir()):
+            _check_same(target, manifest)
+            show.say(f"{target} is this model already, and whole")
+            return target
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise UserError("DIR", str(target), "a file or a link, not a folder", "give a new folder, or remove it")
+        part = target.with_name(f"{target.name}.part")
+        with _opened(part) as directory:
+            _make_room(directory, part, manifest)
+            show.begins(f"pulling {source}", len(manifest.files), manifest.size)
+            failed = _Pull(source, directory, manifest, show).all()
+            if failed:
+                raise Incomplete(part, failed)
+            with _open(directory, MANIFEST) as file:
+                file.write(manifest.raw)
+                _sync(file)
+            os.unlink(PULLING, dir_fd=directory)
+            os.fsync(directory)
+            part.rename(target)
+        show.say(f"pulled {target}")
+    return target
+
+
+def _check_same(target: Path, manifest: Manifest) -> None:
+    fix = "give another folder, or remove this one"
+    mine = target / MANIFEST
+    if not mine.is_file() or mine.read_bytes() != manifest.raw:
+        raise UserError("DIR", str(target), "exists, is not empty and is not this model", fix)
+    for name, record in manifest.files.items():
+        if problem := damage(str(target / name), record):
+            raise UserError("DIR", str(target), f"exists and is this model, but {name} {problem}", fix)
+
+
+@contextmanager
+def _opened(part: Path) -> Iterator[int]:
+    """The folder the files arrive in, opened, and locked as long as this process lives.
+
+    Raises:
+        UserError: another pull fills it, or it is something else.
+    """
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.mkdir(exist_ok=True)
+        directory = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        fix = "remove what is in the way, check your rights, or give another folder"
+        raise UserError("DIR", str(part), f"cannot be made or used ({error.strerror})", fix) from error
+    try:
+        _lock(directory, part)
+        yield directory
+    finally:
+        os.close(directory)
+
+
+def _lock(directory: int, part: Path) -> None:
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError("DIR", str(part), "another pull is filling it", "wait for it, or give another folder") from error
+
+
+def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
+    """Leave in the folder only what an earlier pull of these files may have begun.
+
+    Raises:
+        UserError: what is there is not from a pull; or the disk is too small.
+    """
+    names = os.listdir(directory)
+    found = {name: os.stat(name, dir_fd=directory, follow_symlinks=False) for name in names}
+    strange = [name for name, info in found.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1]
+    if names and not {PULLING, MANIFEST} & set(names):
+        strange = names
+    if strange:
+        fix = "look at it, then remove the folder, or give another one"
+        raise UserError("DIR", str(part), f"in the way: a pull never made {sorted(strange)[0]!r} there", fix)
+    there = sum(info.st_size for name, info in found.items() if name in manifest.files)
+    free = shutil.disk_usage(directory).free
+    if manifest.size - there > free:
+        problem = f"the model has {byte_count(manifest.size)}, {byte_count(free)} are free there"
+        raise UserError("DIR", str(part), problem, "make room, or give a folder on another disk")
+    with _open(directory, PULLING):
+        pass
+    for name in set(names) - set(manifest.files) - {PULLING}:  # of another version of the model
+        os.unlink(name, dir_fd=directory)
+
+
+def _open(directory: int, name: str) -> BinaryIO:
+    """A file of the folder, made if need be, for reading and writing; never through a link."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    return open(name, "r+b", opener=lambda path, _: os.open(path, flags, 0o666, dir_fd=directory))
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@dataclass
+class _Pull:
+    """The files of one model on their way."""
+
+    source: str
+    directory: int
+    manifest: Manifest
+    show: Transfer
+    stop: threading.Event = field(default_factory=threading.Event)
+
+    def all(self) -> dict[str, str]:
+        """Fetch what is not there yet; what is wrong with the files that could not be fetched, by name."""
+        with ThreadPoolExecutor(WORKERS) as pool:
+            try:
+                problems = list(pool.map(self.one, self.manifest.files))
+            except BaseException:
+                self.stop.set()
+                raise
+        return {name: problem for name, problem in zip(self.manifest.files, problems, strict=True) if problem}
+
+    def one(self, name: str) -> str:
+        """What is wrong with a file in the end, or nothing."""
+        problem = ""
+        for attempt in range(TRIES):
+            if attempt:
+                self.show.say(f"{name} {problem}; fetching it again")
+                self.stop.wait(PAUSE * 2 ** (attempt - 1))
+            if self.stop.is_set():
+                return "was not fetched"
+            problem = self._once(name, self.manifest.files[name])
+            if not problem:
+                break
+        self.show.ends(name, problem or "is whole")
+        return problem
+
+    def _once(self, name: str, record: FileRecord) -> str:
+        uri = storage.join(self.source, name)
+        with _open(self.directory, name) as file:
+            digest = hashlib.sha256()
+            at = self._go_on(file, record, digest)
+            while at < record.size:
+                if self.stop.is_set():
+                    return "was not fetched"
+                end = min(at + CHUNK, record.size)
+                try:
+                    (data,) = storage.read_ranges(uri, [(at, end)])
+                except Exception as error:  # whatever a store raises, botocore's and aiohttp's own kinds among it
+                    return f"cannot be read ({reason(error)})"
+                if len(data) != end - at:
+                    return f"ended early: {at + len(data)} bytes of {record.size}"
+                file.write(data)
+                file.flush()  # so that a kill loses only the piece that is on its way
+                digest.update(data)
+                at = end
+                self.show.at(name, at)
+            if digest.hexdigest() != record.sha256:
+                file.truncate(0)
+                return "arrived with another checksum than the manifest says"
+            _sync(file)
+        return ""
+
+    def _go_on(self, file: BinaryIO, record: FileRecord, digest: Any) -> int:
+        """Take what an earlier try has written into the checksum; its bytes."""
+        if os.fstat(file.fileno()).st_size > record.size:
+            file.truncate(0)
+        while data := file.read(1 << 22):
+            digest.update(data)
+        self.show.at(file.name, file.tell())
+        return file.tell()

@@ -1,0 +1,173 @@
+"""What lies below an output URI: finished models, runs, and what dead runs left. Only looks; light: no torch."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import Any, Literal
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.run.heartbeat import HEARTBEAT
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
+from fusegpt_ray.store.records import DamagedRecord, checksum, opened
+from fusegpt_ray.uris import refuse_secret
+
+DEAD_AFTER = 600.0
+"""Seconds without a sign of life after which a run counts as dead."""
+IDENTITY = "identity.json"
+State = Literal["alive", "unfinished", "published", "remains"]
+"""Of a run: at work; dead, but the same command goes on; dead after it published everything; dead while its folder was removed."""
+MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
+"""What a published model's folder is called."""
+RUN_FILE = re.compile(r"\.?(identity|heartbeat|(round|scores|sums)-\d+)\.json(\.[0-9a-f]{8})?|blocks/.+")
+"""What a run writes into its folder."""
+MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json)?|config\.json")
+
+
+@dataclass(frozen=True)
+class File:
+    """One file, as the store lists it."""
+
+    size: int
+    modified: float
+    """When it was written, in seconds since 1970; 0 where the store does not tell."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder and all files below it, by relative path."""
+
+    uri: str
+    files: Mapping[str, File]
+
+    @classmethod
+    def look(cls, uri: str) -> Folder:
+        fs, path = storage.filesystem(uri)
+        fs.invalidate_cache()
+        begin = path.rstrip("/") + "/"
+        found = fs.find(path, detail=True)
+        return cls(uri, {name.removeprefix(begin): _file(info) for name, info in sorted(found.items())})
+
+    @property
+    def name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files.values())
+
+    @property
+    def finished(self) -> bool:
+        return MANIFEST in self.files
+
+    @property
+    def half(self) -> bool:
+        """It looks like a model that was never finished."""
+        return bool(MODEL.fullmatch(self.name)) and not self.finished and any(MODEL_FILE.fullmatch(name) for name in self.files)
+
+    @property
+    def run(self) -> Run | None:
+        """The run whose folder this is; one with anything else in it is not a run's."""
+        ours = self.files and all(RUN_FILE.fullmatch(name) for name in self.files)
+        return Run(self) if self.name.endswith(".run") and ours else None
+
+    def silent(self) -> float:
+        """Seconds since something was last written here."""
+        return time.time() - max((file.modified for file in self.files.values()), default=0.0)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has not removed its folder: alive, dead, or dead after it had published everything."""
+
+    folder: Folder
+
+    @property
+    def name(self) -> str:
+        return self.folder.name.removesuffix(".run")
+
+    @cached_property
+    def heartbeat(self) -> Mapping[str, Any]:
+        """Its last sign of life; empty if there is none that can be read."""
+        try:
+            sign = storage.read_json(storage.join(self.folder.uri, HEARTBEAT))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return sign if isinstance(sign, dict) and isinstance(sign.get("time"), float) else {}
+
+    @cached_property
+    def rounds(self) -> list[Mapping[str, Any]]:
+        """The records of the rounds it has finished, up to the first that cannot be trusted."""
+        done: list[Mapping[str, Any]] = []
+        while (name := f"round-{len(done) + 1:03d}.json") in self.folder.files:
+            try:
+                done.append(opened(storage.read(storage.join(self.folder.uri, name)))["round"])
+            except (OSError, DamagedRecord, KeyError):
+                break
+        return done
+
+    def silent(self) -> float:
+        """Seconds since its last sign of life, or since anything else was written to its folder."""
+        return min(self.folder.silent(), time.time() - self.heartbeat.get("time", 0.0))
+
+    def state(self, age: float = DEAD_AFTER) -> State:
+        """What has become of it; `age`: seconds without a sign of life after which it counts as dead."""
+        if "ended" not in self.heartbeat and self.silent() < age:
+            return "alive"
+        if IDENTITY not in self.folder.files:
+            return "remains"
+        return "published" if self._published() else "unfinished"
+
+    def _published(self) -> bool:
+        """Everything it was to publish is there, and is its own."""
+        parent = self.folder.uri.rsplit("/", 1)[0]
+        try:
+            this = checksum(opened(storage.read(storage.join(self.folder.uri, IDENTITY))))
+            wanted = [Manifest.read(storage.join(parent, name)) for name in self.heartbeat.get("models", [])]
+        except (UserError, DamagedRecord):
+            return False
+        return bool(wanted) and all(model.data.get("run") == this for model in wanted)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """All that is directly below an output URI and could be ours."""
+
+    uri: str
+    folders: tuple[Folder, ...]
+    """Finished and half models, runs, and half-pulled folders."""
+    files: Mapping[str, File]
+
+    @classmethod
+    def look(cls, uri: str) -> Outputs:
+        """
+        Raises:
+            UserError: there is no such folder, or it cannot be reached.
+        """
+        refuse_secret(KEY, uri)
+        uri = storage.absolute(uri).rstrip("/")
+        try:
+            fs, path = storage.filesystem(uri)
+            fs.invalidate_cache()
+            entries = fs.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise UserError(KEY, uri, "no such folder", "give an output.uri that a run has written to") from error
+        except (ValueError, ImportError, PermissionError) as error:
+            raise UserError(KEY, uri, f"cannot be reached ({error})", "check the URI and your rights") from error
+        names = sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+        ours = [name for name in names if MODEL.fullmatch(name) or name.endswith((".run", ".part"))]
+        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in entries if entry["type"] == "file"}
+        return cls(uri, tuple(Folder.look(storage.join(uri, name)) for name in ours), files)
+
+
+def _file(info: Mapping[str, Any]) -> File:
+    """Stores call the time of writing by different names."""
+    when = next((info[key] for key in ("mtime", "LastModified", "last_modified", "updated", "created") if info.get(key)), 0.0)
+    if isinstance(when, str):
+        when = datetime.fromisoformat(when)
+    return File(int(info.get("size") or 0), when.timestamp() if isinstance(when, datetime) else float(when))

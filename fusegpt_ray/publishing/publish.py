@@ -1,0 +1,154 @@
+"""A stack → an ordinary Hugging Face checkpoint, streamed tensor by tensor; its manifest last.
+
+A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is read back from the store as soon as it
+is written, and the whole is proven to be the model before the manifest is (see `proof.py`). A few shards go at once: a store gives and
+takes much more over several connections than over one.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from fusegpt_ray.model.anatomy import auto_class, read_config
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.modelcard import model_card
+from fusegpt_ray.publishing.proof import open_published, read_back
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
+
+AT_ONCE = 4
+"""Shards on their way; each holds two tensors."""
+PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
+
+
+@dataclass(frozen=True)
+class Published:
+    """A finished model."""
+
+    uri: str
+    manifest: dict[str, Any]
+
+
+Measure = Callable[[Stack], Mapping[str, Any]]
+"""Asked for facts about the published model, given as its stack, before it is finished; raises where it is not what it should be."""
+
+
+def publish(
+    folder: str,
+    stack: Stack,
+    dense: Stack,
+    source: Source,
+    shard_bytes: int,
+    facts: Mapping[str, Any],
+    measure: Measure = lambda _: {},
+) -> Published:
+    """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
+
+    `facts` and those that `measure` finds go into the manifest and the card.
+
+    Raises:
+        StorageError: the store failed. No manifest is written then, nor in the next case.
+        ProofError: what arrived is not what was sent, or not the model.
+        FileExistsError: a finished model has this name, or another run published it meanwhile.
+    """
+    if storage.exists(storage.join(folder, MANIFEST)):
+        raise FileExistsError(f"a finished model is already at {folder}")
+    files: dict[str, FileRecord] = {}
+
+    def put(name: str, data: bytes) -> None:
+        storage.write(storage.join(folder, name), data)
+        files[name] = FileRecord.of(data)
+        read_back(storage.join(folder, name), files[name])
+
+    weight_map: dict[str, str] = {}
+    entries = list(model_entries(stack, dense))
+    shards = plan_shards(entries, shard_bytes)
+    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="shard") as threads:
+        for name, record in zip(shards, threads.map(partial(_put_shard, folder), *zip(*shards.items(), strict=True)), strict=True):
+            files[name] = record
+            weight_map |= {entry.name: name for entry in shards[name]}
+    if list(files) != [SINGLE]:
+        index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
+        put(INDEX, json.dumps(index, indent=2).encode())
+    put("config.json", (json.dumps(shrink_config(stack), indent=2) + "\n").encode())
+    for name in source.small_files:
+        put(name, storage.read(storage.join(source.folder, name)))
+    measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
+    manifest: dict[str, Any] = {
+        "format": 1,
+        **facts,
+        **measured,
+        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
+        "dense_blocks": len(dense),
+        "kept": list(stack.kept),
+        "versions": versions(),
+    }
+    put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
+    manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
+    storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+    return Published(folder, manifest)
+
+
+def _put_shard(folder: str, name: str, entries: Sequence[Entry]) -> FileRecord:
+    file = storage.join(folder, name)
+    record, _ = write_safetensors(file, entries)
+    read_back(file, record)
+    return record
+
+
+def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
+    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the dense checkpoint."""
+    for name, ref in stack.trunk.items():
+        yield _entry(name, ref, ref.dtype)
+    for number, block in enumerate(stack.blocks):
+        original = dense.blocks[dense.position(block.dense)].weights
+        for name, ref in block.weights.items():
+            yield _entry(f"{stack.prefix}{number}.{name}", ref, original[name].dtype)
+
+
+def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:
+    return Entry(name, dtype, ref.shape, partial(_read_one, ref))
+
+
+def _read_one(ref: TensorRef) -> torch.Tensor:
+    return read_tensors({ref.name: ref})[ref.name]
+
+
+def shrink_config(stack: Stack) -> dict[str, Any]:
+    """config.json of the model with only the stack's blocks: depth, and every setting that has one value a block."""
+    raw = json.loads(json.dumps(stack.config))
+    config = read_config(raw)
+    text = config.get_text_config()
+    section = raw
+    if text is not config:
+        (name,) = [key for key in config.sub_configs if getattr(config, key, None) is text]
+        section = raw[name]
+    depth = text.num_hidden_layers
+    # Settings may be absent from the file and still have one value a block (derived by the configuration class).
+    for key, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == depth and key != "architectures" and not key.endswith("token_id"):
+            section[key] = [value[dense] for dense in stack.kept]
+    section[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(stack)
+    read_config(raw)
+    return raw
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that shape the result, those that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,101 @@
+"""Finds, and removes when told to, what dead runs and pulls left: never a finished model, never a live run. Light: no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.publishing.outputs import DEAD_AFTER, IDENTITY, MODEL, Folder, Outputs, Run
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something that is neither a finished model nor anyone else's."""
+
+    uri: str
+    size: int
+    what: str
+    """What it is, in words."""
+    dead: bool
+    """It may go."""
+
+
+def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
+    """What could be removed below an output URI, and what could not be and why.
+
+    `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that could go on may be removed as well.
+
+    Raises:
+        UserError: not the folder in which models and runs lie.
+    """
+    there = Outputs.look(uri)
+    for name in (MANIFEST, IDENTITY):
+        if name in there.files:
+            raise UserError(KEY, there.uri, f"a single model or run (it holds {name})", "give the folder it lies in")
+    return list(_leftovers(there, age, unfinished))
+
+
+def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
+    """Remove what may be removed, each after another look at it; returns what was."""
+    removed = []
+    for item in leftovers(uri, age, unfinished):
+        if item.dead and item in leftovers(uri, age, unfinished):
+            storage.remove(item.uri, recursive=True)
+            removed.append(item)
+    return removed
+
+
+def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftover]:
+    runs = {run.name: run for folder in there.folders if (run := folder.run)}
+    families = {match["name"] for folder in there.folders if folder.finished and (match := MODEL.fullmatch(folder.name))}
+    # Half models first: the run's folder beside them is how they are known, should this stop in between.
+    for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
+        if folder.half:
+            name = MODEL.fullmatch(folder.name)["name"]  # type: ignore[index]
+            yield Leftover(folder.uri, folder.size, *_half(folder, runs.get(name), name in families, age))
+        elif run := folder.run:
+            yield Leftover(folder.uri, folder.size, *_run(run, age, unfinished))
+        elif folder.name.endswith(".part") and PULLING in folder.files and "://" not in folder.uri:
+            busy = _locked(folder.uri) or folder.silent() < age
+            yield Leftover(folder.uri, folder.size, "being pulled" if busy else "a pull that stopped", not busy)
+    for name, file in there.files.items():
+        probe = Folder(storage.join(there.uri, name), {name: file})
+        if name.endswith(".write-test") and file.size == 0 and probe.silent() >= age:
+            yield Leftover(probe.uri, 0, "a probe of the output", True)
+
+
+def _half(folder: Folder, run: Run | None, family: bool, age: float) -> tuple[str, bool]:
+    if run.state(age) == "alive" if run else folder.silent() < age:
+        return "a model that is being written", False
+    if run is None and not family:
+        return "no finished model, but no run or model of that name is beside it: perhaps not ours", False
+    return "a model that was never finished", True
+
+
+def _run(run: Run, age: float, unfinished: bool) -> tuple[str, bool]:
+    match run.state(age):
+        case "alive":
+            return f"a live run ({run.heartbeat.get('doing', 'just started')})", False
+        case "remains":
+            return "what is left of a run that was being removed", True
+        case "published":
+            return "a run whose models are all published", True
+        case _:
+            return f"an unfinished run, can be resumed (rounds done: {len(run.rounds)})", unfinished
+
+
+def _locked(folder: str) -> bool:
+    """A pull on this machine is filling it."""
+    directory = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(directory)
+    return False

@@ -1,0 +1,114 @@
+"""`fusegpt.json`, the last file of a published model: read, and checked before anything in it is believed. Light: no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.uris import refuse_secret, shown
+
+MANIFEST = "fusegpt.json"
+FORMAT = 1
+PULLING = ".fusegpt-pull"
+"""Marks a folder that `fusegpt pull` is filling."""
+KEY = "URI"
+"""What messages call the argument that names a model."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a published model says of itself."""
+
+    raw: bytes
+    data: Mapping[str, Any]
+    files: Mapping[str, FileRecord]
+    """By name; every name is a plain one that stays in its folder."""
+
+    @property
+    def size(self) -> int:
+        return sum(record.size for record in self.files.values())
+
+    @classmethod
+    def read(cls, folder: str) -> Manifest:
+        """The manifest of the model in `folder`, any fsspec URI.
+
+        Raises:
+            UserError: there is none, or not one that this version can trust.
+        """
+        refuse_secret(KEY, folder)
+        try:
+            raw = storage.read(storage.join(folder, MANIFEST), storage.SMALL)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            fix = "give the folder of a published model; one without its manifest was never finished"
+            raise UserError(KEY, folder, f"holds no {MANIFEST}", fix) from error
+        except PermissionError as error:
+            raise UserError(KEY, folder, f"may not be read ({error})", "check your rights and credentials") from error
+        except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
+            raise UserError(KEY, folder, f"cannot be reached ({error})", "check the URI's protocol") from error
+        except StorageError:
+            raise
+        except OSError as error:  # too large, a device, a link to itself, …
+            raise UserError(KEY, folder, f"its {MANIFEST} cannot be read ({error})", "check the path") from error
+        return cls.parse(raw, folder)
+
+    @classmethod
+    def parse(cls, raw: bytes, folder: str) -> Manifest:
+        """Check a manifest's bytes; `folder` is where they were found.
+
+        Raises:
+            UserError: see `read`.
+        """
+
+        def bad(problem: str) -> UserError:
+            return UserError(KEY, folder, f"{MANIFEST} {problem}", "publish or download the model again, from a source you trust")
+
+        try:
+            data = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise bad(f"is not JSON ({error})") from error
+        if not isinstance(data, dict) or not isinstance(data.get("files"), dict) or not data["files"]:
+            raise bad("is not a manifest: it lists no files")
+        if data.get("format") != FORMAT:
+            raise bad(f"has the format {shown(data.get('format'))!r}, this version knows {FORMAT}")
+        kept = data.get("kept")
+        if not isinstance(kept, list) or not all(type(block) is int for block in kept):
+            raise bad("does not say which blocks were kept")
+        folded: set[str] = set()
+        for name, entry in data["files"].items():
+            if problem := _unusable(name):
+                raise bad(f"lists the file {name[:260]!r}, {problem}")
+            if (key := unicodedata.normalize("NFC", name).casefold()) in folded:
+                raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
+            folded.add(key)
+            if not _is_record(entry):
+                raise bad(f"does not give size and sha256 of {name!r}")
+        return cls(raw, data, {name: FileRecord.from_json(entry) for name, entry in data["files"].items()})
+
+
+def _unusable(name: str) -> str:
+    """What is wrong with a file's name in a manifest, or nothing. One that is right names a file directly in any folder."""
+    if re.search(r"[\x00-\x1f\x7f]", name):
+        return "a name with control characters"
+    if re.search(r"[/\\:]", name) or name in (".", ".."):
+        return "which would lie outside its folder"
+    try:
+        length = len(name.encode())
+    except UnicodeEncodeError:
+        return "a name that is not Unicode text"
+    if not 0 < length <= 255:
+        return "a name that no file can have"
+    return f"which cannot lie beside {MANIFEST}" if name.casefold() in (MANIFEST, PULLING) else ""
+
+
+def _is_record(entry: object) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    size, digest = entry.get("bytes"), entry.get("sha256")
+    return type(size) is int and 0 <= size < 2**63 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None

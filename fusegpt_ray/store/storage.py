@@ -1,0 +1,328 @@
+"""A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
+
+Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import fsspec
+from fsspec.compression import compr
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
+
+from fusegpt_ray.store.patience import patiently
+
+STEP = 1 << 25
+"""Bytes of a file held at a time by what reads it from end to end."""
+SMALL = 1 << 25
+"""Bytes of the largest JSON file of others that is read: all of it is held, several times over once it is parsed."""
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and the path in it that `uri` names; credentials come from the environment alone."""
+    fs, path = url_to_fs(str(uri))
+    if "s3" in fs.protocol:
+        fs.retries = 1  # botocore tries requests again, and `patiently` what is left; a third loop would multiply the two
+    return fs, path
+
+
+def absolute(uri: str) -> str:
+    """`uri` with a local path made absolute, so that another process (with another working folder) means the same file."""
+    return uri if "://" in uri else str(Path(os.path.expanduser(uri)).absolute())
+
+
+def is_remote(uri: str) -> bool:
+    """Whether reading it asks another machine (or what a test takes for one)."""
+    return "://" in uri and "file" not in filesystem(uri)[0].protocol
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+    return bool(patiently(uri, lambda: fs.exists(path)))
+
+
+def names(uri: str) -> list[str]:
+    """Names of the files directly in a folder, sorted; empty if there is no such folder."""
+    fs, path = filesystem(uri)
+    fresh = {"refresh": True} if "s3" in fs.protocol else {}
+    try:
+        entries = patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
+    except FileNotFoundError:
+        return []
+    # The hub's cache is made of links, which are neither files nor directories to fsspec.
+    files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
+    return sorted(name.rsplit("/", 1)[-1] for name in files)
+
+
+def size(uri: str) -> int:
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+    return int(patiently(uri, lambda: fs.size(path)))
+
+
+def read(uri: str, limit: int | None = None) -> bytes:
+    """A whole file; with a `limit`, one of at most so many bytes.
+
+    Raises:
+        OSError: it is larger, or, with a limit, a device or the like, which may never end.
+    """
+    fs, path = filesystem(uri)
+    if limit is not None:
+        if isinstance(fs, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("not a file")
+        if (there := size(uri)) > limit:
+            raise OSError(f"it has {there} bytes, more than the {limit} such a file may have")
+    return bytes(patiently(uri, lambda: fs.cat_file(path)))
+
+
+def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+    """The bytes [begin, end) of one file, several ranges at once (concurrently where the store can)."""
+    fs, path = filesystem(uri)
+    begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+    paths = [path] * len(ranges)
+    # on_error="raise": fsspec would otherwise hand exceptions back as if they were bytes.
+    return [bytes(part) for part in patiently(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))]
+
+
+def stream(uri: str) -> Iterator[bytes]:
+    """A file's bytes from beginning to end, `STEP` at a time; a step that breaks off is read again, not the file."""
+    total = size(uri)
+    for begin in range(0, total, STEP):
+        end = min(begin + STEP, total)
+        (part,) = read_ranges(uri, [(begin, end)])
+        if len(part) != end - begin:
+            raise OSError(f"{uri} ended early: {begin + len(part)} of {total} bytes")
+        yield part
+
+
+@contextmanager
+def reading(uri: str) -> Iterator[BinaryIO]:
+    """A file to be read in a stream, decompressed if its name says that it is compressed."""
+    fs, path = filesystem(uri)
+    if "s3" not in fs.protocol:  # nothing to wait for, or a file system with retries of its own
+        with fsspec.open(uri, "rb", compression="infer") as file:
+            yield file
+        return
+    raw = cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
+    codec = infer_compression(path)
+    yield compr[codec](raw, mode="rb") if codec else raw
+
+
+class _Ranges(io.RawIOBase):
+    """A file of an object store, read range by range: a range that breaks off is read again, not the file."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri, self.at, self.total = uri, 0, size(uri)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.total}[whence]
+        return self.at
+
+    def readinto(self, into: Any) -> int:
+        end = min(self.at + len(into), self.total)
+        if end <= self.at:
+            return 0
+        (part,) = read_ranges(self.uri, [(self.at, end)])
+        into[: len(part)] = part
+        self.at += len(part)
+        return len(part)
+
+
+def download(uri: str, path: str) -> None:
+    """Copy a file to a local path, `STEP` bytes in memory at a time."""
+
+    def once() -> None:
+        with open(path, "wb") as file:
+            for part in stream(uri):
+                file.write(part)
+
+    patiently(path, once)
+
+
+def read_json(uri: str) -> Any:
+    return json.loads(read(uri, SMALL))
+
+
+def write(uri: str, data: bytes, patience: float | None = None) -> None:
+    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them.
+
+    `patience`: seconds to go on where the store fails, if not the usual ones.
+    """
+    fs, path = filesystem(uri)
+
+    def once() -> None:
+        _make_parent(fs, path)
+        if "file" in fs.protocol:
+            _place_local(Path(path), data, os.replace)
+        else:
+            fs.pipe_file(path, data)
+
+    patiently(uri, once, patience)
+
+
+def create(uri: str, data: bytes) -> None:
+    """Write a file that must not exist yet; of several writers at once exactly one succeeds (where the store can tell).
+
+    Raises:
+        FileExistsError: it exists.
+    """
+    fs, path = filesystem(uri)
+    # A put that succeeded and whose answer was lost is sent again, by us, botocore or aiohttp (which tells nobody), and then refused:
+    # the object's own mark says whether it was ours.
+    mark = secrets.token_hex(8)
+    marked = {"Metadata": {"writer": mark}} if "s3" in fs.protocol else {}
+
+    def once() -> None:
+        _make_parent(fs, path)
+        if "file" in fs.protocol:
+            _place_local(Path(path), data, _link)
+            return
+        try:
+            fs.pipe_file(path, data, mode="create", **marked)
+        except OSError as error:  # a conditional put that lost is FileExistsError on some servers, OSError(22) on others
+            if not isinstance(error, FileExistsError) and not exists(uri):
+                raise
+            if marked and fs.metadata(path, refresh=True).get("writer") == mark:
+                return
+            raise FileExistsError(uri) from error
+
+    patiently(uri, once)
+
+
+def _place_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
+    """All of it or nothing, whatever kills us: `place` gives a finished temporary file its name."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        place(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """A hard link to a finished file appears at once, and fails if the name is taken."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
+            raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
+        temporary.rename(path)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[BinaryIO]:
+    """A stream into a new file, which a reader may see only when the block ends without an exception.
+
+    Not patient: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
+    """
+    fs, path = filesystem(uri)
+    _make_parent(fs, path)
+    file = fs.open(path, "wb")
+    try:
+        yield cast(BinaryIO, file)
+        file.close()
+    except BaseException:
+        with suppress(Exception):  # what broke the stream is the news, not that tidying up after it fails, too
+            if isinstance(file, fsspec.spec.AbstractBufferedFile):  # an object store's multipart upload: nothing appears
+                file.closed = True
+                file.discard()
+            else:
+                _close_anyhow(file)
+                fs.rm_file(path)
+        raise
+
+
+def _close_anyhow(file: Any) -> None:
+    """Close a file whose last bytes may have no room."""
+    with suppress(OSError):
+        file.close()
+
+
+def remove(uri: str, recursive: bool = False) -> None:
+    """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+
+    def once() -> None:
+        if fs.exists(path):
+            fs.rm(path, recursive=recursive)
+
+    patiently(uri, once)
+
+
+def missing_folders(uri: str) -> list[Path]:
+    """The local folders that writing into this one would make, the deepest first; object stores have none."""
+    folders = [] if "://" in uri else [Path(uri), *Path(uri).parents]
+    return [folder for folder in folders if not folder.exists()]
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove local folders, the deepest first, up to one that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            if folder.exists():
+                folder.rmdir()
+
+
+def sha256(uri: str) -> str:
+    """SHA-256 of a file's bytes, in hex; `STEP` bytes in memory at a time."""
+    digest = hashlib.sha256()
+    for part in stream(uri):
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def fingerprint(uri: str) -> str:
+    """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
+    fs, path = filesystem(uri)
+    return _checksum(patiently(uri, lambda: fs.info(path))) or f"sha256 {sha256(uri)}"
+
+
+def version(uri: str) -> str | None:
+    """What changes when a file is written anew, told without reading it: the store's own checksum, else size and time; or nothing."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache(path)
+    info = patiently(uri, lambda: fs.info(path))
+    try:
+        return _checksum(info) or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
+    except NotImplementedError:  # a store that does not tell the time
+        return None
+
+
+def _checksum(info: dict[str, Any]) -> str | None:
+    keys = ("ETag", "etag", "md5Hash", "content_md5", "crc32c")
+    return next((f"{key} {info[key]}" for key in keys if info.get(key)), None)
+
+
+def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    if "file" in fs.protocol:  # object stores have no folders, and creating "folders" may ask for rights on buckets
+        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)

@@ -1,0 +1,46 @@
+"""What the tables of mistakes share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from test_cli import Desk
+
+
+@pytest.fixture
+def desk(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    from test_cli import Desk
+
+    monkeypatch.chdir(tmp_path)
+    return Desk.make(tmp_path, checkpoint("llama"))
+
+
+@pytest.fixture
+def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The safetensors files of which more than the header has been read since (they are really read)."""
+    from mistakes import header_bytes
+
+    from fusegpt_ray.store import storage
+
+    reads: list[str] = []
+    read, read_ranges = storage.read, storage.read_ranges
+
+    def counting_read(uri: str, limit: int | None = None) -> bytes:
+        if uri.endswith(".safetensors"):
+            reads.append(uri)
+        return read(uri, limit)
+
+    def counting_read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
+        parts = read_ranges(uri, ranges)
+        if uri.endswith(".safetensors") and max(end for _, end in ranges) > 8 + header_bytes(Path(uri)):
+            reads.append(uri)
+        return parts
+
+    monkeypatch.setattr(storage, "read", counting_read)
+    monkeypatch.setattr(storage, "read_ranges", counting_read_ranges)
+    return reads

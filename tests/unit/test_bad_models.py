@@ -1,0 +1,164 @@
+"""Checkpoints that are malformed, hostile, or of the wrong kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers as tf
+from mistakes import Bad, check, edit, table
+from models import DEPTH, GROUPED, VOCAB
+from test_cli import Desk
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def model(name: str, spoil: Callable[[Desk], object], value: str, problem: str, fix: str) -> Bad:
+    """A model spoilt in some way."""
+
+    def make(desk: Desk) -> None:
+        spoil(desk)
+
+    return Bad(name, make, "model.source", value, problem, fix)
+
+
+def source(name: str, value: str, problem: str, fix: str, shown: str = "") -> Bad:
+    def make(desk: Desk) -> list[str]:
+        return ["compress", desk.write(model={"source": value})]
+
+    return Bad(name, make, "model.source", shown or value, problem, fix)
+
+
+def config(data: bytes) -> Callable[[Desk], object]:
+    """config.json holds this."""
+    return lambda desk: (desk.model / "config.json").write_bytes(data)
+
+
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Desk], object]:
+    """Something else is in a file's place."""
+
+    def spoil(desk: Desk) -> None:
+        (desk.model / name).unlink(missing_ok=True)
+        make(desk.model / name)
+
+    return spoil
+
+
+def unreadable(name: str) -> Callable[[Desk], object]:
+    return lambda desk: (desk.model / name).chmod(0)
+
+
+def configured(**changes: Any) -> Callable[[Desk], object]:
+    """config.json says something else."""
+    return lambda desk: edit(desk, "config.json", lambda data: data | changes)
+
+
+def custom_code(desk: Desk) -> None:
+    """An architecture of its own, whose code leaves a trace where it runs."""
+    (desk.model / "own.py").write_text("open('ran', 'w')")
+    auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    edit(desk, "config.json", lambda data: data | {"model_type": "own", "architectures": ["Own"], "auto_map": auto})
+
+
+def architecture(made: tf.PreTrainedModel) -> Callable[[Desk], object]:
+    """The checkpoint of another architecture, as transformers writes it."""
+
+    def spoil(desk: Desk) -> None:
+        (desk.model / SINGLE).unlink()
+        made.save_pretrained(desk.model)
+
+    return spoil
+
+
+def foreign(name: str, build: Callable[[], tf.PreTrainedModel], value: str) -> Bad:
+    """A model that is no causal language model."""
+    return model(
+        name, lambda desk: architecture(build())(desk), value, "no decoder blocks|language model", "decoder-only|language model"
+    )
+
+
+ENCODER = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": 24}
+PICTURES = {key: value for key, value in ENCODER.items() if key != "vocab_size"} | {"image_size": 8, "patch_size": 4}
+T5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": DEPTH, "num_heads": 2}
+DEEP = "[" * 500 + "]" * 500
+AGAIN, CONTAINED, FOLDER = "download the checkpoint again", "transformers itself contains", "folder of a Hugging Face checkpoint"
+REPAIR = "config.json|checkpoint"
+MODELS = [
+    source("no-such-folder", "nowhere", "no such folder", "hub id such as"),
+    source("hub-id-offline", "some-lab/no-such-model", "the hub does not give it", "offline, give a local folder"),
+    source("unknown-protocol", "nosuch://bucket/model", r"^(?!.*JSON).*nosuch", "path|URI|protocol"),
+    source("a-file", "model/config.json", "a file, not a folder", "folder that holds config.json"),
+    model("no-config", lambda desk: (desk.model / "config.json").unlink(), "model'", "no config.json there", FOLDER),
+    model("config-not-json", config(b"{"), "model'", "config.json is not JSON", AGAIN),
+    model("config-array", config(b"[1]"), "model'", "not a JSON object", AGAIN),
+    model("config-empty", config(b"{}"), "", "model_type", CONTAINED),
+    model("type-unknown", config(b'{"model_type": "martian"}'), "martian", "model_type is unknown", CONTAINED),
+    model("type-a-list", config(b'{"model_type": ["llama"]}'), "", "model_type", CONTAINED),
+    model("custom-code", custom_code, "own", "model_type is unknown", "trust_remote_code stays off"),
+    model("no-architecture", configured(architectures=[]), "[]", "names no architecture", "causal language model"),
+    model("architecture-unknown", configured(architectures=["Own"]), "Own", "no architecture that transformers knows", CONTAINED),
+    model("architecture-a-number", configured(architectures=[5]), "5", "no architecture that transformers knows", CONTAINED),
+    model(
+        "architecture-a-function",
+        configured(architectures=["pipeline"]),
+        "pipeline",
+        "config.json",
+        "transformers itself contains|config.json",
+    ),
+    model("wrong-type-in-config", configured(hidden_size="big"), "", "hidden_size", REPAIR),
+    model("heads-do-not-divide", configured(num_attention_heads=5), "", "hidden size|heads", REPAIR),
+    model("no-heads", configured(num_attention_heads=0), "", "config.json", REPAIR),
+    model("no-blocks", configured(num_hidden_layers=0), "", "no decoder blocks found", "decoder-only"),
+    model(
+        "quantized",
+        configured(quantization_config={"quant_method": "fp8"}),
+        "",
+        "quantiz",
+        "original dtype",
+    ),
+    foreign("bert", lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)), "BertForMaskedLM"),
+    foreign("t5", lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "T5ForConditionalGeneration"),
+    foreign("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**PICTURES)), "ViTForImageClassification"),
+    foreign("base-model", lambda: tf.LlamaModel(tf.LlamaConfig(**GROUPED)), "LlamaModel"),
+    foreign("classifier", lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GROUPED)), "LlamaForSequenceClassification"),
+    source("its-own-link", "loop", "no such folder", "existing folder"),
+    source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),
+    source("half-a-character", "\ud800", "valid string", "change", r"\ud800"),
+    source("a-long-name", "long" * 2000, "no such folder", "existing folder", "long" * 100),
+    model("config-utf-16", config("{}".encode("utf-16")), "", "model_type|not JSON", f"{AGAIN}|{CONTAINED}"),
+    model("config-binary", config(bytes(range(256))), "model'", "config.json is not JSON", AGAIN),
+    model(
+        "config-deep",
+        config(f'{{"model_type": "llama", "x": {DEEP}}}'.encode()),
+        "llama",
+        "config.json is not",
+        AGAIN,
+    ),
+    model("config-deeper", config(b'{"x":' * 100_000), "model'", "config.json is not JSON", AGAIN),
+    model("config-a-folder", replaced("config.json", Path.mkdir), "model'", "cannot be read", "permissions"),
+    model(
+        "config-its-own-link", replaced("config.json", lambda path: path.symlink_to(path)), "model'", "cannot be read|no config", ""
+    ),
+    model("config-a-device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "model'", "cannot be read", ""),
+    model("config-unreadable", unreadable("config.json"), "model'", "cannot be read", "permissions"),
+    model("a-billion-blocks", configured(num_hidden_layers=10**9), "llama", r"num_hidden_layers = 1e\+09", AGAIN),
+    model("a-billion-heads", configured(num_attention_heads=10**9), "llama", "num_attention_heads = 1e", AGAIN),
+    model("a-number-without-end", configured(num_hidden_layers=1e400), "llama", "num_hidden_layers|not valid", ""),
+    model("blocks-below-zero", configured(num_hidden_layers=-1), "", "no decoder blocks|config.json", ""),
+    model("a-huge-vocabulary", configured(vocab_size=10**15), "Llama", "does not build a model .*allocate", REPAIR),
+    model(
+        "mixture-of-experts",
+        lambda desk: architecture(tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2)))(desk),
+        "experts",
+        "rearranges this tensor",
+        "not a mixture of experts",
+    ),
+]
+
+
+@table(MODELS)
+def test_models(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (desk.folder / "loop").symlink_to("loop")
+    check(bad, desk, weight_reads, capsys)
