@@ -10,7 +10,7 @@ Ray's cluster utility starts nodes of one CPU each on this machine: a replica ha
   slower, the sums must be the same bits.
 - **Wall clock**: the machine has fewer cores than replicas, so blocks are *emulated*: a share sleeps as long as its block-forwards
   took when they were real on one replica, and looks its sums up in a made-up table of 32 blocks. Everything else is the pipeline's.
-- **Whole runs**: see `runs.py`.
+- **Whole runs**: see `whole_runs.py`.
 - **GPUs**: `simulator.py`'s table.
 """
 
@@ -33,12 +33,12 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import ray
-import runs
 import simulator
 import torch
+import whole_runs
 from ray.cluster_utils import Cluster
-from runs import BATCH, EXAMPLES
 from simulator import Budget, Rates
+from whole_runs import BATCH, EXAMPLES
 
 from fusegpt_ray.distributed import replicas as replicas_module
 from fusegpt_ray.distributed import scoring
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
             with redirect_stdout(sys.stderr), _cluster(max(arguments.replicas) + 1) as nodes:  # Ray tells of dead nodes at length
                 found["work"], block = work(nodes, arguments, Path(folder))
                 found["emulated"] = emulated(arguments, Path(folder), block)
-        found["runs"] = runs.compared(Path(folder), arguments.runs, arguments.toy, arguments.repeats)
+        found["runs"] = whole_runs.compared(Path(folder), arguments.runs, arguments.toy, arguments.repeats)
     found["gpus"] = simulator.predict(arguments)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
@@ -231,8 +231,8 @@ def _kill_first(folder: Path, nodes: dict[str, tuple[Cluster, Any]]) -> None:
 
 def work(nodes: dict[str, tuple[Cluster, Any]], arguments: argparse.Namespace, folder: Path) -> tuple[list[dict[str, Any]], float]:
     """Rows, and the seconds of a block-forward on one replica."""
-    engine = runs.engine(runs.recipe(folder, "none", runs.Size(arguments.windows, arguments.length)))
-    stack, windows_WT = engine.dense, runs.windows(engine)
+    engine = whole_runs.engine(whole_runs.recipe(folder, "none", whole_runs.Size(arguments.windows, arguments.length)))
+    stack, windows_WT = engine.dense, whole_runs.windows(engine)
     few = sorted(arguments.replicas)[:3][-1]
     plans = [(f"{count}", count, False, False) for count in arguments.replicas]
     plans += [(f"{few}, a node is killed", few, False, True), (f"{few}, one {SLOWED} times slower", few, True, False)]

@@ -248,6 +248,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill runs at every stage boundary and at random moments; print what became of them.")
     parser.add_argument("--kills", type=int, default=30, help="random moments, besides the stage boundaries")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", type=int, default=0, help="cases to leave out: a long run in parts")
     arguments = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     from material import make_material
@@ -259,7 +260,7 @@ def main() -> int:
         print(f"undisturbed, {engine}: {chaos.seconds[engine]:.0f} s", flush=True)
     cases = [Case("driver", engine, stage) for stage in STAGES for engine in ("local", "ray")]
     outcomes = []
-    for number, case in enumerate([*cases, *random_cases(arguments.kills, arguments.seed)]):
+    for number, case in list(enumerate([*cases, *random_cases(arguments.kills, arguments.seed)]))[arguments.skip :]:
         outcomes.append(chaos.run(case, number))
         last = outcomes[-1]
         what = "identical" if last.identical else "DIFFERENT" if last.finished else "LOST"

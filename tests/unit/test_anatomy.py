@@ -96,7 +96,7 @@ def test_layers_of_different_kinds_get_contexts_of_their_own(checkpoint: Callabl
         runner = make_runner(stack)
         contexts = runner.trunk.contexts(len(IDS), IDS.shape[1])
         own, borrowed = (
-            runner.apply(runner.load(stack.blocks[0]), dense, runner.embed(IDS)) for dense in (0, 1 if name == "gemma3" else 4)
+            runner.apply(runner.weights.of(stack.blocks[0]), dense, runner.embed(IDS)) for dense in (0, 1 if name == "gemma3" else 4)
         )
         assert len(contexts) == DEPTH
         assert (own - borrowed).abs().max() > 1e-3

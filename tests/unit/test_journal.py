@@ -460,7 +460,9 @@ def test_restart_leaves_finished_models_alone(desk: Desk) -> None:
 def sign(desk: Desk, **changes: Any) -> dict[str, Any]:
     """A sign of life of another machine's process in the run's folder."""
     told = {"time": time.time(), "host": "elsewhere", "pid": 1, "doing": "round 2/3: scoring 4 blocks"} | changes
-    (run_folder(desk) / "heartbeat.json").write_text(json.dumps(told))
+    new = run_folder(desk) / "heartbeat.new"
+    new.write_text(json.dumps(told))
+    new.replace(run_folder(desk) / "heartbeat.json")  # whole, whoever reads it meanwhile
     return told
 
 
@@ -468,9 +470,20 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(desk: Desk, monkeypatch: 
     monkeypatch.setattr("fusegpt_ray.run.heartbeat.EVERY", 1.5)
     stopped(desk)
     sign(desk)
-    threading.Timer(1.0, lambda: sign(desk)).start()
-    with pytest.raises(UserError, match=r"at work on elsewhere \(process 1\): round 2/3"):
-        compress(recipe(desk), Watching(), restart=True)
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(0.2):
+            sign(desk)
+
+    elsewhere = threading.Thread(target=go_on)
+    elsewhere.start()
+    try:
+        with pytest.raises(UserError, match=r"at work on elsewhere \(process 1\): round 2/3"):
+            compress(recipe(desk), Watching(), restart=True)
+    finally:
+        over.set()
+        elsewhere.join()
     assert (run_folder(desk) / "round-001.json").exists()
 
 
