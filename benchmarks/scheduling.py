@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.replicas:
             with redirect_stdout(sys.stderr), _cluster(max(arguments.replicas) + 1) as nodes:  # Ray tells of dead nodes at length
                 found["work"], block = work(nodes, arguments, Path(folder))
-                found["emulated"] = emulated(nodes, arguments, Path(folder), block)
+                found["emulated"] = emulated(arguments, Path(folder), block)
         found["runs"] = whole_runs.compared(Path(folder), arguments.runs, arguments.toy, arguments.repeats)
     found["gpus"] = simulator.predict(arguments)
     if arguments.json:
@@ -265,7 +265,7 @@ class Deep:
         return len(self.kept)
 
 
-def emulated(nodes: Any, arguments: argparse.Namespace, folder: Path, nap: float) -> dict[str, Any]:
+def emulated(arguments: argparse.Namespace, folder: Path, nap: float) -> dict[str, Any]:
     """Wall clock beside the simulator's."""
     dense = Source.find(str(EXAMPLES / "tiny-llama"), None).stack()
     all_WN = simulator.synthetic_table(DEPTH, arguments.windows, 2)
