@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import READERS, Reader, fuzz
 
 EXAMPLES = 300
-SECONDS = 2.0
+SECONDS = 5.0
 
 
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
