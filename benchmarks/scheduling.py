@@ -153,8 +153,13 @@ def _noted(runner: Runner, way: Way, name: str, function: Callable[..., Any], st
                 time.sleep(slower * way.nap * done)
                 notes.write(bytes(done))
                 found.append(way.table_WN[windows_WT[:, 0]][:, list(positions)])
-    path.rename(f"{path}_done")
+    _end_of(path).touch()
     return found
+
+
+def _end_of(path: Path) -> Path:
+    """The mark of an attempt that ended. The attempt's own file keeps its name: somebody may be looking at it."""
+    return path.with_name(f"ended_{path.name}")
 
 
 def _is_first(mark: Path) -> bool:
@@ -218,7 +223,7 @@ def _score(
 
 def _kill_first(folder: Path, nodes: dict[str, tuple[Cluster, Any]]) -> None:
     """SIGKILL to the first replica that has begun a share, and to its node."""
-    while not (begun := [path for path in folder.glob("share_*") if not path.name.endswith("_done") and path.stat().st_size]):
+    while not (begun := [path for path in folder.glob("share_*") if path.stat().st_size and not _end_of(path).exists()]):
         time.sleep(0.005)
     _, _, node, process, *_ = begun[0].name.split("_")
     os.kill(int(process), signal.SIGKILL)
