@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from shapes import SHAPES, Shape
 
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
@@ -50,36 +51,18 @@ HEADER = """| shape | score s | TFLOP/s | share | GB | states s | GB | fine-tune
 |---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-class Shape(NamedTuple):
-    blocks: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
+class Size(NamedTuple):
+    """How much of a shape is measured."""
+
     length: int = LENGTH
     score_windows: int = SCORE_WINDOWS
     state_windows: int = 64
     matmul: int = 8192
 
-    @property
-    def block_products(self) -> int:
-        """Weights of a block's linear layers: multiplications a token."""
-        keys = self.hidden * self.kv_heads // self.heads
-        return 2 * self.hidden * (self.hidden + keys) + 3 * self.hidden * self.intermediate
 
-    @property
-    def forward_flops(self) -> int:
-        """Of one block for one token; attention looks at half the window on average."""
-        return 2 * self.block_products + 2 * self.length * self.hidden
-
-
-SHAPES = {
-    "toy": Shape(8, 64, 128, 4, 2, 256, length=32, score_windows=4, state_windows=16, matmul=512),
-    "llama2-7b": Shape(32, 4096, 11008, 32, 32, 32000),
-    "llama2-13b": Shape(40, 5120, 13824, 40, 40, 32000),
-    "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256),
-    "llama2-70b": Shape(80, 8192, 28672, 64, 8, 32000, score_windows=4, state_windows=16),
+SIZES = dict.fromkeys(SHAPES, Size()) | {
+    "toy": Size(length=32, score_windows=4, state_windows=16, matmul=512),
+    "llama2-70b": Size(score_windows=4, state_windows=16),
 }
 
 
@@ -97,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     print(HEADER)
     for label in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            found["shapes"][label] = row = measure(SHAPES[label], folder, device, dtype, arguments)
+            found["shapes"][label] = row = measure(SHAPES[label], SIZES[label], folder, device, dtype, arguments)
         score, states, tuning = row["score"], row["states"], row["finetune"]
         cells = [f"{score['seconds']:.1f}", f"{score['tflops']:.3g}", f"{score['share']:.0%}", f"{score['gb']:.1f}"]
         cells += [f"{states['seconds']:.1f}", f"{states['gb']:.1f}"]
@@ -109,14 +92,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    shape: Shape, size: Size, folder: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """Every step of one shape."""
+    flops = shape.forward_flops(size.length)
     micro_batch: int | None = arguments.micro_batch
-    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else matmul_rate(shape.matmul, device, dtype)
-    dense = random_stack(shape, folder, dtype)
+    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else matmul_rate(size.matmul, device, dtype)
+    dense = random_stack(shape, size.length, folder, dtype)
     recipe = Recipe.parse({"model": {"source": folder}, "calibration": {"data": "none"}, "output": {"uri": folder, "name": "none"}})
     runner = Runner(dense, device, dtype, recipe.importance.batch, recipe.cluster.weights)
-    windows_WT = torch.randint(shape.vocabulary, (max(shape.score_windows, shape.state_windows), shape.length))
+    windows_WT = torch.randint(shape.vocabulary, (max(size.score_windows, size.state_windows), size.length))
     row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.keeps}
 
     # Scoring: the reading alone, then the whole sweep.
@@ -125,26 +111,26 @@ def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype,
     for _ in runner.weights.walk(dense.blocks):
         pass
     reading, _ = clock.stop()
-    scored_WT = windows_WT[: shape.score_windows]
+    scored_WT = windows_WT[: size.score_windows]
     clock = Clock(device)
     sweep(runner, dense, [Part(part, tuple(range(shape.blocks))) for part in scored_WT.split(recipe.importance.batch)])
     seconds, gb = clock.stop()
-    rate = shape.blocks * (shape.blocks + 1) / 2 * scored_WT.numel() * shape.forward_flops / seconds
-    scaled = reading + max(seconds - reading, 0) * SCORE_WINDOWS / shape.score_windows
-    row["score"] = {"seconds": scaled, "measured": seconds, "reading": reading, "windows": shape.score_windows, "gb": gb}
+    rate = shape.blocks * (shape.blocks + 1) / 2 * scored_WT.numel() * flops / seconds
+    scaled = reading + max(seconds - reading, 0) * SCORE_WINDOWS / size.score_windows
+    row["score"] = {"seconds": scaled, "measured": seconds, "reading": reading, "windows": size.score_windows, "gb": gb}
     row["score"] |= {"tflops": rate / 1e12, "share": rate / peak}
 
     # A round in the middle of the model, after one that removed block 1.
     job = Round(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
     clock = Clock(device)
-    entering, leaving = (states.cpu() for states in group_states(runner, job, windows_WT[: shape.state_windows]))
+    entering, leaving = (states.cpu() for states in group_states(runner, job, windows_WT[: size.state_windows]))
     seconds, gb = clock.stop()
-    row["states"] = {"seconds": seconds * WINDOWS / shape.state_windows, "measured": seconds, "windows": shape.state_windows, "gb": gb}
+    row["states"] = {"seconds": seconds * WINDOWS / size.state_windows, "measured": seconds, "windows": size.state_windows, "gb": gb}
 
     # Fine-tuning: one epoch of warming up, one measured.
     settings = recipe.fusion
     clock = Clock(device)
-    contexts = runner.trunk.contexts(micro_batch or settings.batch, shape.length)
+    contexts = runner.trunk.contexts(micro_batch or settings.batch, size.length)
     student = build_student(job, runner.trunk.moulds, contexts, job.plan(dtype), device)
     building, _ = clock.stop()
     stepper = TorchStepper.make(student, settings, 1000, device, micro_batch)
@@ -152,8 +138,8 @@ def measure(shape: Shape, folder: str, device: torch.device, dtype: torch.dtype,
     clock = Clock(device)
     losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), 1, lambda *_: None)
     seconds, gb = clock.stop()
-    tokens = entering.shape[0] * shape.length / seconds
-    rate = 3 * len(job.neighbours) * shape.forward_flops * tokens
+    tokens = entering.shape[0] * size.length / seconds
+    rate = 3 * len(job.neighbours) * flops * tokens
     row["finetune"] = {"tokens": tokens, "seconds": seconds, "build": building, "loss": losses[0], "gb": gb}
     row["finetune"] |= {"tflops": rate / 1e12, "share": rate / peak}
     row["hours"] = hours(shape, row)
@@ -170,7 +156,7 @@ def hours(shape: Shape, row: dict[str, Any]) -> float:
     return total / 3600
 
 
-def random_stack(shape: Shape, folder: str, dtype: torch.dtype) -> Stack:
+def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> Stack:
     """A LLaMA whose blocks are all the same one, in two small files."""
     config = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
@@ -180,7 +166,7 @@ def random_stack(shape: Shape, folder: str, dtype: torch.dtype) -> Stack:
         num_hidden_layers=shape.blocks,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.length,
+        max_position_embeddings=length,
         tie_word_embeddings=False,
     )
     raw = config.to_dict()

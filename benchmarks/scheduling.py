@@ -36,8 +36,8 @@ import ray
 import simulator
 import torch
 import whole_runs
+from rates import Budget, Rates
 from ray.cluster_utils import Cluster
-from simulator import Budget, Rates
 from whole_runs import BATCH, EXAMPLES
 
 from fusegpt_ray.distributed import replicas as replicas_module

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import simulator
 import torch
+from rates import Budget, Rates
 from rich.console import Console
-from simulator import Budget, Rates, Shape
+from shapes import Shape
 
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.importance.sweep import Part, sweep

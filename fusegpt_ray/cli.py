@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(arguments: argparse.Namespace) -> int:
     if arguments.run is _compress:
-        print("The same command goes on from the last finished round.", file=sys.stderr)
+        print("The same command goes on from what is saved.", file=sys.stderr)
     return 1
 
 
@@ -162,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
     _recipe_arguments(verb)
     verb.add_argument("--restart", action="store_true", help="forget an unfinished run of this name and begin anew")
-    verb.set_defaults(run=_compress, again="; the same command goes on from the last finished round")
+    verb.set_defaults(run=_compress, again="; the same command goes on from what is saved")
 
     verb = verbs.add_parser("score", help="how much each block of the dense model matters")
     _recipe_arguments(verb)

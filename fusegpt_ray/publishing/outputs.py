@@ -111,6 +111,17 @@ class Run:
                 break
         return done
 
+    @cached_property
+    def epochs_saved(self) -> int:
+        """Epochs of the round it is, or was, working on that its last savepoint spares it."""
+        name = f"blocks/round-{len(self.rounds) + 1:03d}/savepoints/savepoint.json"
+        if name not in self.folder.files:
+            return 0
+        try:
+            return len(opened(storage.read(storage.join(self.folder.uri, name)))["losses"])
+        except (OSError, DamagedRecord):
+            return 0
+
     def silent(self) -> float:
         """Seconds since its last sign of life, or since anything else was written to its folder."""
         return min(self.folder.silent(), time.time() - self.heartbeat.get("time", 0.0))

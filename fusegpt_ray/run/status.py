@@ -73,6 +73,7 @@ def _run(run: Run) -> dict[str, Any]:
         "pid": sign.get("pid"),
         "rounds": total,
         "rounds_done": len(rounds),
+        "epochs_saved": run.epochs_saved,
         "removed": [record["removed"] for record in rounds],
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
@@ -112,12 +113,13 @@ def _runs(runs: list[dict[str, Any]]) -> Table:
     table = Table("run", "state", "doing", "rounds", "removed", "last loss", "a round", "left")
     for run in runs:
         ended = f", then {run['ended']}" if run["ended"] else ""
+        saved = f", epochs saved: {run['epochs_saved']}" if run["epochs_saved"] else ""
         heard = f", heard of {duration(run['heartbeat_age'])} ago" if run["heartbeat_age"] is not None else ""
         table.add_row(
             run["name"],
             run["state"] + heard,
             f"{run['doing'] or '–'}{ended}",
-            f"{run['rounds_done']} of {run['rounds'] or '?'}",
+            f"{run['rounds_done']} of {run['rounds'] or '?'}{saved}",
             ", ".join(map(str, run["removed"])) or "–",
             f"{run['last_loss']:.4g}" if run["last_loss"] is not None else "–",
             duration(run["round_seconds"]) if run["round_seconds"] is not None else "–",

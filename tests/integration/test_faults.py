@@ -304,7 +304,7 @@ def test_a_run_that_may_not_go_on(
     assert main(["compress", recipe]) == 1
     err = capsys.readouterr().err
     assert_one_clear_error(err, path, "ExpiredToken", "renew the credentials and run the same command again")
-    assert err.endswith("The same command goes on from the last finished round.\n")
+    assert err.endswith("The same command goes on from what is saved.\n")
     published = sum(key.endswith("fusegpt.json") for key in s3.objects(bucket))
     assert published == (path == "tiny-p25/fusegpt.json")  # the first model, which was finished before
 

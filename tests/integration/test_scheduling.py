@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import simulator
 
 from fusegpt_ray.distributed import replicas
 
@@ -40,10 +41,5 @@ def test_work_is_shared_out_and_the_same_bits_come_back(tmp_path: Path) -> None:
 
 
 def test_the_simulator_takes_shares_as_replicas_do() -> None:
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import simulator
-    finally:
-        sys.path.remove(str(BENCHMARKS))
     names = ("SHARES_EACH", "SLOW", "SLOW_SECONDS")
     assert [getattr(simulator, name) for name in names] == [getattr(replicas, name) for name in names]

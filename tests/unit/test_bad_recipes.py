@@ -265,4 +265,4 @@ def test_a_run_that_fails_says_where_and_how_to_go_on(desk: Desk, capsys: pytest
     assert stdout == "" and not list(desk.out.glob("*/fusegpt.json"))
     assert re.fullmatch("failed: FloatingPointError: the fine-tuning loss became .* lower fusion.learning_rate", end[0])
     assert end[1] == f"stopped in round 1 of 2; 0 are finished in {desk.out / 'demo.run'}"
-    assert end[2] == "The same command goes on from the last finished round."
+    assert end[2] == "The same command goes on from what is saved."

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
+import gpu
 import pytest
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", BENCHMARKS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.json"
-    assert load("gpu").main(["--shape", "toy", "--json", str(out)]) == 0
+    assert gpu.main(["--shape", "toy", "--json", str(out)]) == 0
     assert "| toy |" in capsys.readouterr().out
     found = json.loads(out.read_text())
     row = found["shapes"]["toy"]
@@ -33,7 +22,6 @@ def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_hours_are_those_of_all_rounds() -> None:
-    gpu = load("gpu")
     row = {"score": {"seconds": 36.0}, "states": {"seconds": 10.0}, "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0}}
     # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a group.
     assert gpu.hours(gpu.SHAPES["toy"], row) == pytest.approx((36 + 28 + 2 * 17) / 3600)

@@ -426,6 +426,7 @@ def test_status_as_json(out: Path, capsys: Capture) -> None:
         "ended": "KeyboardInterrupt",
         "rounds": 3,
         "rounds_done": 1,
+        "epochs_saved": 0,
         "removed": [record["removed"]],
         "last_loss": record["loss_last"],
         "round_seconds": round(seconds, 1),

@@ -127,7 +127,7 @@ def test_a_failed_run_goes_on_by_the_same_command(
     assert main(command) == 1
     end = capsys.readouterr().err.splitlines()[-2:]
     assert end[0] == f"stopped in round 2 of 3; 1 are finished in {run_folder(desk)}"
-    assert end[1] == "The same command goes on from the last finished round."
+    assert end[1] == "The same command goes on from what is saved."
 
     obstacle.unlink()
     assert main(command) == 0
@@ -140,7 +140,7 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
 ) -> None:
     monkeypatch.setattr("fusegpt_ray.pipeline.Display", lambda: Watching(stop=2))
     assert main(["compress", desk.write()]) == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on from the last finished round\n"
+    assert capsys.readouterr().err == "stopped; the same command goes on from what is saved\n"
 
 
 def test_what_a_stopped_round_left_is_not_trusted(desk: Desk, undisturbed: dict[str, Weights]) -> None:

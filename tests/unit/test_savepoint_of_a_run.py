@@ -107,14 +107,20 @@ def test_restart_forgets_them(desk: Desk) -> None:
     assert show.epochs[:2] == [(1, 1), (1, 2)]
 
 
-def test_status_and_clean_know_a_run_with_savepoints(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_and_clean_know_a_run_with_savepoints(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     stopped(desk, 2)
     Journal(str(run_folder(desk))).keep("sums", 2, [])  # as if scoring had been stopped instead
     assert main(["status", str(desk.out), "--json"]) == 0
     (run,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (run["rounds_done"], run["state"], run["ended"]) == (1, "unfinished", "KeyboardInterrupt")
+    assert (run["rounds_done"], run["epochs_saved"]) == (1, 1)
+    assert (run["state"], run["ended"]) == ("unfinished", "KeyboardInterrupt")
     assert run["doing"].startswith("round 2: fusing blocks ") and f"(epoch 1/{EPOCHS}, loss " in run["doing"]
     assert status(str(run_folder(desk)))["runs"] == status(str(desk.out))["runs"]
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["status", str(desk.out)]) == 0
+    assert "1 of 3, epochs saved: 1" in capsys.readouterr().out
 
     (item,) = leftovers(str(desk.out))
     assert (item.what, item.dead) == ("an unfinished run, can be resumed (rounds done: 1)", False)
