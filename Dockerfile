@@ -2,9 +2,8 @@
 # as on a laptop; from PyPI, that is the CUDA build.
 FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
 
-# g++ and ninja: DeepSpeed compiles a small extension when several workers first start.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev g++ ninja-build make git openssh-client wget \
+    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev make git openssh-client wget \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app

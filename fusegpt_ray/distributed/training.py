@@ -92,6 +92,8 @@ class DeepSpeedStepper:
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Gradients of workers on CPUs meet by gloo: DeepSpeed's own way would be compiled first, for a minute, if there is a compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = make_optimizer(student, settings)
         trained = [value for value in student.parameters() if value.requires_grad]
         config = deepspeed_config(

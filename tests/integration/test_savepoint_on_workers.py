@@ -149,10 +149,13 @@ class Tune:
 def found(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[Any]]:
     """Workers → what each of them saw."""
     out = tmp_path_factory.mktemp("workers")
-    groups = [spawn(work, (count, checkpoint("llama"), out), nprocs=count, join=False) for count in (1, 2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(out / "compiled"))
+        groups = [spawn(work, (count, checkpoint("llama"), out), nprocs=count, join=False) for count in (1, 2)]
     for group in groups:
         while not group.join():
             pass
+    assert not (out / "compiled").exists()  # users may have no compiler
     return {count: [torch.load(out / f"found{count}-{rank}.pt", weights_only=False) for rank in range(count)] for count in (1, 2)}
 
 
