@@ -17,9 +17,9 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
+from desk import Desk
 from mistakes import tree
 from models import save_tiny
-from test_cli import Desk
 
 import fusegpt_ray.pipeline
 import fusegpt_ray.publishing.download

@@ -1,4 +1,4 @@
-"""What the tables of mistakes share."""
+"""What several unit tests share: a user's desk, and a look at what is read of weights."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from test_cli import Desk
+    from desk import Desk
+
+# Their asserts, too, are to say what they compared.
+pytest.register_assert_rewrite("cached_blocks", "expected", "pulling", "recipes", "stopped_runs", "workshop")
 
 
 @pytest.fixture
 def desk(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
-    from test_cli import Desk
+    from desk import Desk
 
     monkeypatch.chdir(tmp_path)
     return Desk.make(tmp_path, checkpoint("llama"))

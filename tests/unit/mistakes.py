@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Desk
+from desk import Desk
 
 import fusegpt_ray.pipeline  # noqa: F401 - imported here, so that the time of a message is not the time of imports
 from fusegpt_ray.cli import main

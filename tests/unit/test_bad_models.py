@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import transformers as tf
+from desk import Desk
 from mistakes import Bad, check, edit, table
 from models import DEPTH, GROUPED, VOCAB
-from test_cli import Desk
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from desk import LENGTH, Desk, random_text
 from mistakes import Bad, check, table
-from test_cli import LENGTH, Desk, random_text
 
 from fusegpt_ray.cli import main
 

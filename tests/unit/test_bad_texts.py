@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pyarrow.parquet
 import pytest
+from desk import LENGTH, Desk
 from mistakes import Bad, check, table
-from test_cli import LENGTH, Desk
 
 # --- texts ---
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from desk import Desk
 from mistakes import Bad, check, edit, table
 from models import VOCAB
 from safetensors.torch import load_file, save_file
 from test_bad_models import AGAIN, FOLDER, INDEX, SINGLE, configured, model, replaced, unreadable
-from test_cli import Desk
 
 NAME, BIAS = "model.layers.2.mlp.up_proj.weight", "model.layers.2.mlp.up_proj.bias"
 

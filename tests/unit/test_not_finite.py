@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from desk import LENGTH, Desk
 from mistakes import MESSAGE, tree
 from safetensors.torch import load_file, save_file
-from test_cli import LENGTH, Desk
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.model import finite

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import fsspec
 import pytest
 import torch
+from desk import Desk
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from models import MODELS, load_model, open_stack, rewrite, token_windows
 from safetensors.torch import load_file, save_file
-from test_cli import Desk
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.model.runner import Runner

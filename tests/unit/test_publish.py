@@ -16,9 +16,9 @@ import pytest
 import torch
 import transformers as tf
 import yaml
+from desk import add_tokenizer
 from models import DEPTH, MODELS, VOCAB, load_model, open_stack, rewrite, token_windows, without_blocks
 from safetensors.torch import load_file, save_file
-from test_cli import add_tokenizer
 
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Block, Stack

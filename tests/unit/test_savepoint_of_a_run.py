@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Desk
-from test_journal import Watching, contents, flip, published, recipe, run_folder
+from desk import Desk
+from stopped_runs import Watching, contents, flip, published, recipe, run_folder
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from desk import LENGTH, Desk
 from mistakes import MESSAGE, tree
-from test_cli import LENGTH, Desk
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.uris import secret_in

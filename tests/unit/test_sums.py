@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import Desk
-from test_journal import Watching, published, recipe, run_folder
+from desk import Desk
+from stopped_runs import Watching, published, recipe, run_folder
 
 from fusegpt_ray import local, pipeline
 from fusegpt_ray.importance.search import Job

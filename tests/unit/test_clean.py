@@ -1,4 +1,4 @@
-"""`fusegpt clean` and `fusegpt status` on what real runs leave: finished, stopped, killed, and still at work."""
+"""`fusegpt clean` on what real runs leave: finished, stopped, killed, and still at work."""
 
 from __future__ import annotations
 
@@ -10,68 +10,22 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
-from test_cli import Desk
-from test_journal import Watching, contents, recipe, run_folder, stopped
-from test_pull import write_model
+from desk import Desk
+from left_behind import Capture, _out, _stopped_desk, aged, alive, half_model, names  # noqa: F401 - fixtures
+from pulling import write_model
+from stopped_runs import Watching, contents, recipe, run_folder, stopped
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run import housekeeping
-from fusegpt_ray.run.heartbeat import Heartbeat
 from fusegpt_ray.run.status import status
 from fusegpt_ray.store import storage
-
-Capture = pytest.CaptureFixture[str]
-OLD = 24 * 3600.0
-
-
-@pytest.fixture
-def desk(checkpoint: Callable[[str], Path], tmp_path: Path) -> Desk:
-    return Desk.make(tmp_path, checkpoint("llama"))
-
-
-@pytest.fixture(scope="module")
-def stopped_desk(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Desk:
-    """A run that the user stopped in its second round of three, with one model of another run beside it."""
-    desk = Desk.make(tmp_path_factory.mktemp("stopped"), checkpoint("llama"))
-    stopped(desk, 2)
-    compress(recipe(desk, sparsity=0.2, method="mi", output={"uri": str(desk.out), "name": "other"}))
-    return desk
-
-
-@pytest.fixture
-def out(stopped_desk: Desk, tmp_path: Path) -> Path:
-    """A copy of what that run left, as old as it is."""
-    return Path(shutil.copytree(stopped_desk.out, tmp_path / "outputs"))
-
-
-def aged(folder: Path, seconds: float = OLD) -> None:
-    """Nobody has written here for so long."""
-    for path in [*folder.rglob("*"), folder]:
-        os.utime(path, (time.time() - seconds,) * 2, follow_symlinks=False)
-    for file in folder.rglob("heartbeat.json"):
-        change_sign(file, time=time.time() - seconds)
-        os.utime(file, (time.time() - seconds,) * 2)
-
-
-def change_sign(file: Path, **changes: Any) -> None:
-    sign = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in sign.items() if value is not None}))
-
-
-def half_model(out: Path, name: str) -> Path:
-    (out / name).mkdir()
-    (out / name / "model-00001-of-00002.safetensors").write_bytes(bytes(1500))
-    (out / name / "config.json").write_text("{}")
-    return out / name
 
 
 def verdicts(uri: str | Path, *options: str, capsys: Capture) -> dict[str, str]:
@@ -79,10 +33,6 @@ def verdicts(uri: str | Path, *options: str, capsys: Capture) -> dict[str, str]:
     assert main(["clean", str(uri), *options]) == 0
     rows = re.findall(r"^(would remove|removed|kept) +(\S+)  (.*)$", capsys.readouterr().out, re.MULTILINE)
     return {name.rsplit("/", 1)[-1]: f"{verb} {what}" for verb, name, what in rows}
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 # --- clean ---
@@ -133,14 +83,6 @@ def test_a_run_goes_on_after_a_cleaning(desk: Desk, capsys: Capture) -> None:
 
 
 ALL = ("--yes", "--unfinished")
-
-
-def alive(out: Path) -> None:
-    """A sign of life of a minute ago in files that are old."""
-    aged(out)
-    sign = out / "demo.run/heartbeat.json"
-    change_sign(sign, time=time.time() - 60, ended=None, doing="round 2/3: scoring 4 blocks")
-    os.utime(sign, (time.time() - OLD,) * 2)
 
 
 def alive_by_its_files(out: Path) -> None:
@@ -298,7 +240,7 @@ def test_a_pull_that_stopped_goes_one_at_work_stays(tmp_path: Path, capsys: Capt
 
 KILLED = """
 import sys, time
-from test_journal import Watching
+from stopped_runs import Watching
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe import Recipe
 
@@ -333,142 +275,3 @@ def test_a_killed_run_is_alive_until_nobody_hears_of_it(desk: Desk, capsys: Capt
     show = Watching()
     compress(recipe(desk), show)
     assert show.rounds == [2, 3]
-
-
-# --- the heartbeat ---
-
-
-def read_sign(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "heartbeat.json").read_text())
-
-
-def test_the_heart_beats_while_the_block_lasts(tmp_path: Path) -> None:
-    beats = threading.Semaphore(0)
-
-    def doing() -> str:
-        beats.release()
-        return "thinking"
-
-    with Heartbeat(str(tmp_path), doing, {"rounds": 3}, every=0.001):
-        for _ in range(5):
-            assert beats.acquire(timeout=60)
-    last = read_sign(tmp_path)
-    assert (last["doing"], last["rounds"], last["pid"]) == ("thinking", 3, os.getpid()) and "ended" not in last
-    assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
-
-
-def test_the_last_sign_tells_how_it_ended(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Heartbeat(str(tmp_path), str, {}):
-        raise KeyboardInterrupt
-    assert read_sign(tmp_path)["ended"] == "KeyboardInterrupt"
-
-
-def test_a_store_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
-    (tmp_path / "heartbeat.json").mkdir()
-    beats = threading.Semaphore(0)
-
-    def doing() -> str:
-        beats.release()
-        return "thinking"
-
-    with Heartbeat(str(tmp_path), doing, {}, every=0.001):
-        assert all(beats.acquire(timeout=60) for _ in range(3))
-        (tmp_path / "heartbeat.json").rmdir()
-        assert all(beats.acquire(timeout=60) for _ in range(3))
-    assert read_sign(tmp_path)["doing"] == "thinking"
-
-
-class Looking(Watching):
-    """Looks at the run's last sign of life in every round."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder, self.seen = folder, list[dict[str, Any]]()
-
-    def scored(self, ranking: Any) -> None:
-        self.seen.append(read_sign(self.folder))
-
-
-def test_a_finished_run_leaves_no_sign(desk: Desk) -> None:
-    show = Looking(run_folder(desk))
-    compress(recipe(desk, method="mi"), show)
-    assert len(show.seen) == 3 and names(desk.out) == {"demo-p20", "demo-p60"}
-    assert {(sign["rounds"], *sign["models"]) for sign in show.seen} == {(3, "demo-p20", "demo-p60")}
-
-
-# --- status ---
-
-
-def test_status_as_json(out: Path, capsys: Capture) -> None:
-    half_model(out, "demo-p20")
-    aged(out, seconds=7200)
-    record = json.loads((out / "demo.run/round-001.json").read_text())["body"]["round"]
-    assert main(["status", str(out), "--json"]) == 0
-    stdout = capsys.readouterr().out
-    result = json.loads(stdout)
-    assert stdout.count("\n") == 1 and set(result) == {"uri", "models", "runs", "unfinished"}
-    assert result["unfinished"] == ["demo-p20"]
-    (model,) = result["models"]
-    assert (model["name"], model["blocks"], model["dense_blocks"], model["sparsity"], model["method"]) == (
-        "other-p20",
-        4,
-        5,
-        0.2,
-        "mi",
-    )
-    (run,) = result["runs"]
-    seconds = sum(record["seconds"].values())
-    assert run["heartbeat_age"] == pytest.approx(7200, abs=600)
-    assert {key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")} == {
-        "name": "demo",
-        "uri": str(out / "demo.run"),
-        "state": "unfinished",
-        "ended": "KeyboardInterrupt",
-        "rounds": 3,
-        "rounds_done": 1,
-        "epochs_saved": 0,
-        "removed": [record["removed"]],
-        "last_loss": record["loss_last"],
-        "round_seconds": round(seconds, 1),
-        "seconds_left": round(2 * seconds, 1),
-    }
-
-
-def test_status_of_one_run_or_model(out: Path) -> None:
-    everything = status(str(out))
-    assert status(str(out / "other-p20"))["models"] == everything["models"]
-    assert status(str(out / "other-p20"))["runs"] == []
-    assert status(str(out / "demo.run"))["runs"][0]["removed"] == everything["runs"][0]["removed"]
-
-
-def test_status_as_tables(stopped_desk: Desk, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    manifest = out / "other-p20/fusegpt.json"
-    numbers = {"heldout": {"dense": 10.5, "dropped": 12.25, "fused": 11.75, "length": 12}}
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"perplexity": numbers}))
-    shutil.copytree(out / "other-p20", out / "broken-p20")
-    (out / "broken-p20/fusegpt.json").write_text("{")
-    alive(out)
-    assert main(["status", str(out)]) == 0
-    text = capsys.readouterr().out
-    (model,) = [line for line in text.splitlines() if "other-p20" in line]
-    assert [cell.strip() for cell in model.split("│")[1:-1]] == ["other-p20", "4 of 5", "20.0%", "heldout", "10.50", "12.25", "11.75"]
-    (run,) = [line for line in text.splitlines() if "demo" in line]
-    assert "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
-    assert "broken-p20: fusegpt.json is not JSON" in text
-
-
-def test_status_counts_only_records_that_can_be_trusted(out: Path) -> None:
-    record = out / "demo.run/round-001.json"
-    record.write_bytes(record.read_bytes().replace(b'"removed":', b'"removed":1'))
-    (run,) = status(str(out))["runs"]
-    assert (run["rounds_done"], run["removed"], run["last_loss"], run["seconds_left"]) == (0, [], None, None)
-
-
-def test_status_of_nothing(tmp_path: Path, capsys: Capture) -> None:
-    assert main(["status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"no models and no runs in {tmp_path}\n"
-    (tmp_path / "empty.run").mkdir()
-    for uri in (tmp_path / "nowhere", tmp_path / "empty.run", "nosuchprotocol://bucket"):
-        assert main(["status", str(uri)]) == 2
-        assert str(uri) in capsys.readouterr().err

@@ -1,0 +1,113 @@
+"""The `fusegpt` command as a process of its own: what it imports, who else talks, and what a wrong command line gets."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+from desk import LENGTH, Desk
+from expected import assert_plain, macro_influence, perplexity, windows_of
+from models import load_model
+
+from fusegpt_ray.cli import main
+
+
+def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "timeout": 120, "check": False}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, **options)
+
+
+def test_a_process_of_its_own_with_relative_paths_and_without_ray(desk: Desk) -> None:
+    text = desk.recipe()["calibration"] | {"data": "calibration.txt"}
+    desk.write(calibration=text, model={"source": "model"}, output={"uri": "out", "name": "demo"})
+    done = run("-X", "importtime", "-m", "fusegpt_ray.cli", "score", "recipe.yaml", "--json", folder=desk.folder)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    scores = [row["score"] for row in json.loads(done.stdout)["blocks"]]
+    assert scores == pytest.approx(macro_influence(load_model(desk.model), windows_of(desk, 4)), rel=1e-4)
+    imports, said = [], []
+    for line in done.stderr.splitlines():
+        (imports if line.startswith("import time:") else said).append(line)
+    assert said == ["starting the local engine", "tokenising", "scoring 5 blocks on 4 windows"]
+    modules = {line.rpartition("|")[2].strip() for line in imports}
+    assert "torch" in modules and not {"ray", "datasets", "s3fs"} & modules
+
+
+def test_no_library_talks_beside_us(desk: Desk) -> None:
+    """A local dataset, which `datasets` would prepare under a progress bar of its own."""
+    (desk.folder / "texts").mkdir()
+    (desk.folder / "texts/test.jsonl").write_text(json.dumps({"text": desk.heldout.read_text()}))
+    command = ["evaluate", "model", "--data", "texts", "--length", str(LENGTH), "--json"]
+    done = run("-m", "fusegpt_ray.cli", *command, folder=desk.folder)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
+    assert json.loads(done.stdout)["perplexity"] == pytest.approx(perplexity(load_model(desk.model), desk.heldout), rel=1e-5)
+    assert_plain(done.stderr)
+    assert done.stderr.splitlines() == ["starting the local engine", "tokenising", f"evaluating 5 windows of {LENGTH} tokens"]
+
+
+LIGHT = """
+import sys
+from fusegpt_ray.cli import main
+heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy"}
+verbs = ("compress", "score", "evaluate", "pull", "verify", "clean", "status")
+for command in (["--help"], *([verb, "--help"] for verb in verbs), ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):
+    try:
+        code = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    print("exit", code, *heavy & set(sys.modules))
+"""
+
+
+def test_help_and_a_wrong_recipe_need_no_heavy_imports(tmp_path: Path) -> None:
+    done = run("-c", LIGHT, folder=tmp_path)
+    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 8 + ["exit 2"] * 3, done
+    for word in (
+        "compress",
+        "score",
+        "evaluate",
+        "pull",
+        "verify",
+        "clean",
+        "status",
+        "RECIPE",
+        "--set",
+        "--json",
+        "--data",
+        "--length",
+    ):
+        assert word in done.stdout
+
+
+def test_the_installed_command_is_this_one() -> None:
+    (command,) = entry_points(group="console_scripts", name="fusegpt")
+    assert command.load() is main
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "COMMAND"),
+        (["scor"], "'scor'"),
+        (["compress"], "RECIPE"),
+        (["compress", "recipe.yaml", "--json"], "--json"),
+        (["evaluate", "model", "--length", "8"], "--data"),
+        (["pull", "s3://bucket/model"], "DIR"),
+        (["clean", "out", "--age", "soon"], "'soon'"),
+        (["evaluate", "model", "--data", "text.txt", "--length", "eight"], "'eight'"),
+        (["evaluate", "model", "--data", "text.txt", "--length", "8", "--engine", "spark"], "'spark'"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_a_wrong_command_line_exits_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    stdout, stderr = capsys.readouterr()
+    assert (stop.value.code, stdout) == (2, "")
+    assert named in stderr.splitlines()[-1]

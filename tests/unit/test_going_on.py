@@ -1,0 +1,285 @@
+"""A run that stops, for whatever reason, and the same command again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from desk import Desk, random_text
+from faults import full_disk
+from models import load_model, open_stack
+from safetensors.torch import load_file, save_file
+from stopped_runs import (  # noqa: F401 - fixtures
+    Watching,
+    Weights,
+    _undisturbed,
+    contents,
+    flip,
+    published,
+    recipe,
+    rounds,
+    run_folder,
+    stopped,
+)
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.local import LocalEngine
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.run.journal import Done, Journal, identity
+
+# --- going on ---
+
+
+@pytest.mark.parametrize(("stop", "fold"), [(2, "at_end"), (3, "at_end"), (3, "each_round")])
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(stop: int, fold: str, desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    fusion = desk.recipe()["fusion"] | {"fold": fold}
+    stopped(desk, stop, fusion=fusion)
+    before = contents(run_folder(desk))
+    assert sorted(name for name in before if name.startswith("round-")) == [f"round-{n:03d}.json" for n in range(1, stop)]
+    show = Watching()
+    compress(recipe(desk, fusion=fusion), show)
+
+    assert show.rounds == list(range(stop, 4))
+    assert f"going on after round {stop - 1} of 3 (found in {run_folder(desk)})" in show.said
+    assert published(desk) == undisturbed[fold]
+    assert not run_folder(desk).exists()
+
+
+def test_a_failed_run_goes_on_by_the_same_command(
+    desk: Desk, undisturbed: dict[str, Weights], capsys: pytest.CaptureFixture[str]
+) -> None:
+    obstacle = run_folder(desk) / "blocks/round-002"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("where the second round wants its folder")
+    command = ["compress", desk.write(sparsity=[0.2, 0.6])]
+    assert main(command) == 1
+    end = capsys.readouterr().err.splitlines()[-2:]
+    assert end[0] == f"stopped in round 2 of 3; 1 are finished in {run_folder(desk)}"
+    assert end[1] == "The same command goes on from what is saved."
+
+    obstacle.unlink()
+    assert main(command) == 0
+    assert "going on after round 1 of 3" in capsys.readouterr().err
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_ctrl_c_exits_130_and_says_how_to_go_on(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("fusegpt_ray.pipeline.Display", lambda: Watching(stop=2))
+    assert main(["compress", desk.write()]) == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from what is saved\n"
+
+
+def test_what_a_stopped_round_left_is_not_trusted(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    """Blocks without the record of their round are written again."""
+    stopped(desk, 3)
+    (run_folder(desk) / "round-002.json").unlink()
+    half = sorted((run_folder(desk) / "blocks/round-002").iterdir())
+    for file in half:
+        file.write_bytes(file.read_bytes()[:100])
+    assert half
+    compress(recipe(desk), Watching())
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
+    """Whatever ends the writing of a record in its middle must not stand in the way of the next attempt."""
+    journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
+    this = identity(recipe(desk), "0" * 64, dense, torch.float32)
+    with pytest.raises(OSError, match="too large"), full_disk(100):
+        journal.begin(this)
+    journal.begin(this)
+    done = Done({"removed": 3}, dense.drop(3), {})
+    with pytest.raises(OSError, match="too large"), full_disk(100):
+        journal.commit(1, done)
+    assert rounds(journal) == []
+    journal.commit(1, done)
+    assert rounds(journal) == [done]
+    assert not [path for path in run_folder(desk).iterdir() if path.name.startswith(".")]
+
+
+# --- the same command, and others, after the end ---
+
+
+def test_a_published_model_that_was_removed_is_made_again(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    compress(recipe(desk), Watching())
+    shutil.rmtree(desk.out / "demo-p60")
+    shutil.rmtree(desk.out / "demo-p20")
+    compress(recipe(desk), Watching())
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_a_finished_run_goes_on_to_a_higher_sparsity(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    compress(recipe(desk, sparsity=0.2), Watching())
+    compress(recipe(desk, sparsity=0.6), Watching())
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_a_run_that_died_between_two_models_publishes_the_other(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    class Dying(Watching):
+        def stage(self, text: str, total: int | None = None) -> None:
+            if text == "evaluating and publishing demo-p60":
+                raise KeyboardInterrupt
+            super().stage(text, total)
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), Dying())
+    first = (desk.out / "demo-p20/fusegpt.json").read_bytes()
+    show = Watching()
+    models = compress(recipe(desk), show)
+    assert show.rounds == [] and (desk.out / "demo-p20/fusegpt.json").read_bytes() == first
+    assert [Path(model.uri).name for model in models] == ["demo-p20", "demo-p60"]
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_a_model_of_another_run_is_not_taken_for_ones_own(desk: Desk) -> None:
+    compress(recipe(desk, sparsity=0.2, seed=1), Watching())
+    stopped_at = [*desk.out.glob("*/fusegpt.json")]
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, sparsity=0.6), Watching(2))
+    with pytest.raises(UserError, match=r"finished model is already at .*demo-p20"):
+        compress(recipe(desk, sparsity=[0.2, 0.6]), Watching())
+    assert [*desk.out.glob("*/fusegpt.json")] == stopped_at
+
+
+# --- another recipe, text or model ---
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("recipe.seed", 1),
+        ("recipe.method", "mi+ft"),
+        ("recipe.fusion.rank", {"rank": 3}),
+        ("recipe.calibration.seed", {"seed": 1}),
+        ("recipe.importance.batch", {"batch": 4}),
+        ("recipe.model.dtype", {"dtype": "bfloat16"}),
+    ],
+)
+def test_another_recipe_is_refused_and_the_difference_shown(key: str, section: Any, desk: Desk) -> None:
+    stopped(desk)
+    before = contents(desk.folder)
+    name = key.split(".")[1]
+    changed = desk.recipe()[name] | section if isinstance(section, dict) else section
+    with pytest.raises(UserError) as refused:
+        compress(recipe(desk, **{name: changed}), Watching())
+    assert (refused.value.key, refused.value.value) == ("output.name", "demo")
+    assert f"an unfinished run in {run_folder(desk)} has {key} = " in refused.value.problem
+    assert contents(desk.folder) == before
+
+
+def other_text(desk: Desk) -> None:
+    (desk.folder / "calibration.txt").write_text(random_text(200, seed=3))
+
+
+def other_config(desk: Desk) -> None:
+    config = json.loads((desk.model / "config.json").read_text())
+    (desk.model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+
+
+def other_dtype(desk: Desk) -> None:
+    load_model(desk.model).to(torch.bfloat16).save_pretrained(desk.model)
+
+
+def other_weights(desk: Desk) -> None:
+    tensors = load_file(desk.model / "model.safetensors")
+    changed = {name: value * 1.5 for name, value in tensors.items()}
+    save_file(changed, desk.model / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(other_text, "windows_sha256"), (other_config, "rms_norm_eps"), (other_dtype, "dtype"), (other_weights, "model")],
+    ids=["text", "config", "dtype", "weights"],
+)
+def test_another_text_or_model_is_refused(change: Callable[[Desk], None], named: str, desk: Desk) -> None:
+    stopped(desk)
+    change(desk)
+    with pytest.raises(UserError, match=f"an unfinished run .*{named}"):
+        compress(recipe(desk), Watching())
+
+
+def test_what_does_not_shape_the_result_may_change(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    stopped(desk)
+    changes = {
+        "cluster": {"engine": "local", "workers": 2, "replicas": 3},
+        "evaluation": {"held-out": {"data": str(desk.heldout)}},
+        "output": {"uri": str(desk.out), "name": "demo", "shard_gb": 1.0},
+    }
+    show = Watching()
+    compress(recipe(desk, **changes), show)
+    assert show.rounds == [2, 3]
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_all_differences_are_shown(desk: Desk) -> None:
+    stopped(desk)
+    fusion = desk.recipe()["fusion"] | {"rank": 3}
+    with pytest.raises(UserError, match=r"recipe\.seed = 0, this one has 1; and recipe\.fusion\.rank = 2, this one has 3"):
+        compress(recipe(desk, seed=1, fusion=fusion), Watching())
+
+
+# --- within a round, and anew ---
+
+
+class DyingInTraining(Watching):
+    """Killed after the first epoch of round `stop`."""
+
+    def epoch(self, number: int, epochs: int, loss: float) -> None:
+        if self.rounds[-1] == self.stop:
+            raise KeyboardInterrupt
+
+    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        self.rounds.append(number)
+
+
+class Counting(LocalEngine):
+    scored = 0
+
+    def score(self, *arguments: Any) -> Ranking:
+        Counting.scored += 1
+        return super().score(*arguments)
+
+
+def test_scores_are_not_done_again(desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), DyingInTraining(2))
+    monkeypatch.setattr("fusegpt_ray.local.LocalEngine", Counting)
+    compress(recipe(desk), Watching())
+    assert Counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_damaged_scores_are_told_and_done_again(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), DyingInTraining(2))
+    flip(run_folder(desk) / "scores-002.json")
+    show = Watching()
+    compress(recipe(desk), show)
+    (told,) = [line for line in show.said if line.startswith("WARNING")]
+    assert "scores-002.json is damaged" in told
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_restart_forgets_the_unfinished_run(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+    stopped(desk, 3, seed=1)
+    show = Watching()
+    compress(recipe(desk), show, restart=True)
+    assert show.rounds == [1, 2, 3]
+    assert published(desk) == undisturbed["at_end"]
+
+
+def test_restart_leaves_finished_models_alone(desk: Desk) -> None:
+    compress(recipe(desk, sparsity=0.2), Watching())
+    before = contents(desk.out)
+    with pytest.raises(UserError, match="a finished model is already at"):
+        compress(recipe(desk), Watching(), restart=True)
+    assert contents(desk.out) == before

@@ -1,0 +1,89 @@
+"""`fusegpt status` on what real runs leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from desk import Desk
+from left_behind import Capture, _out, _stopped_desk, aged, alive, half_model  # noqa: F401 - fixtures
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.run.status import status
+
+
+def test_status_as_json(out: Path, capsys: Capture) -> None:
+    half_model(out, "demo-p20")
+    aged(out, seconds=7200)
+    record = json.loads((out / "demo.run/round-001.json").read_text())["body"]["round"]
+    assert main(["status", str(out), "--json"]) == 0
+    stdout = capsys.readouterr().out
+    result = json.loads(stdout)
+    assert stdout.count("\n") == 1 and set(result) == {"uri", "models", "runs", "unfinished"}
+    assert result["unfinished"] == ["demo-p20"]
+    (model,) = result["models"]
+    assert (model["name"], model["blocks"], model["dense_blocks"], model["sparsity"], model["method"]) == (
+        "other-p20",
+        4,
+        5,
+        0.2,
+        "mi",
+    )
+    (run,) = result["runs"]
+    seconds = sum(record["seconds"].values())
+    assert run["heartbeat_age"] == pytest.approx(7200, abs=600)
+    assert {key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")} == {
+        "name": "demo",
+        "uri": str(out / "demo.run"),
+        "state": "unfinished",
+        "ended": "KeyboardInterrupt",
+        "rounds": 3,
+        "rounds_done": 1,
+        "epochs_saved": 0,
+        "removed": [record["removed"]],
+        "last_loss": record["loss_last"],
+        "round_seconds": round(seconds, 1),
+        "seconds_left": round(2 * seconds, 1),
+    }
+
+
+def test_status_of_one_run_or_model(out: Path) -> None:
+    everything = status(str(out))
+    assert status(str(out / "other-p20"))["models"] == everything["models"]
+    assert status(str(out / "other-p20"))["runs"] == []
+    assert status(str(out / "demo.run"))["runs"][0]["removed"] == everything["runs"][0]["removed"]
+
+
+def test_status_as_tables(stopped_desk: Desk, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    manifest = out / "other-p20/fusegpt.json"
+    numbers = {"heldout": {"dense": 10.5, "dropped": 12.25, "fused": 11.75, "length": 12}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"perplexity": numbers}))
+    shutil.copytree(out / "other-p20", out / "broken-p20")
+    (out / "broken-p20/fusegpt.json").write_text("{")
+    alive(out)
+    assert main(["status", str(out)]) == 0
+    text = capsys.readouterr().out
+    (model,) = [line for line in text.splitlines() if "other-p20" in line]
+    assert [cell.strip() for cell in model.split("│")[1:-1]] == ["other-p20", "4 of 5", "20.0%", "heldout", "10.50", "12.25", "11.75"]
+    (run,) = [line for line in text.splitlines() if "demo" in line]
+    assert "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
+    assert "broken-p20: fusegpt.json is not JSON" in text
+
+
+def test_status_counts_only_records_that_can_be_trusted(out: Path) -> None:
+    record = out / "demo.run/round-001.json"
+    record.write_bytes(record.read_bytes().replace(b'"removed":', b'"removed":1'))
+    (run,) = status(str(out))["runs"]
+    assert (run["rounds_done"], run["removed"], run["last_loss"], run["seconds_left"]) == (0, [], None, None)
+
+
+def test_status_of_nothing(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no models and no runs in {tmp_path}\n"
+    (tmp_path / "empty.run").mkdir()
+    for uri in (tmp_path / "nowhere", tmp_path / "empty.run", "nosuchprotocol://bucket"):
+        assert main(["status", str(uri)]) == 2
+        assert str(uri) in capsys.readouterr().err

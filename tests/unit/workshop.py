@@ -1,0 +1,126 @@
+"""A tiny model with what every round of fusing it needs, and what the formula makes of its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import MODELS, hidden_states, load_model, open_stack, token_windows, without_blocks
+from safetensors.torch import load_file
+from torch import nn
+
+from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
+from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.fusion.student import Student
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.sections import PRESETS, Fusion
+
+CPU = torch.device("cpu")
+WINDOWS, LENGTH, BATCH = 16, 7, 4
+IDS = token_windows(WINDOWS, LENGTH)
+# Float32 through a few blocks, states of order 1 to 10, where only the order of additions differs.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def settings(preset: str = "paper", **values: Any) -> Fusion:
+    small = {"preset": preset, "group_size": 3, "rank": 4, "lora_rank": 3, "batch": BATCH, "epochs": 5}
+    return Fusion(**(PRESETS[preset] | small | values))
+
+
+Weights = dict[str, torch.Tensor]
+
+FAST = {"learning_rate": 0.05, "lora_learning_rate": 0.01}
+"""Rates at which a few steps change a tiny model visibly."""
+
+
+@dataclass
+class Workshop:
+    """A tiny model with what every round of it needs."""
+
+    name: str
+    folder: Path
+    out: Path
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self.dense = open_stack(self.folder)
+        self.runner = Runner(self.dense, CPU, self.dtype, rows=8)
+        self.model = load_model(self.folder)
+
+    def job(self, donor: int, stack: Stack | None = None, fuse: bool = True, seed: int = 0, **values: Any) -> Round:
+        return Round(stack or self.dense, self.dense, donor, settings(**values), fuse, seed, str(self.out))
+
+    def student(self, job: Round) -> Student:
+        trunk = self.runner.trunk
+        return build_student(job, trunk.moulds, trunk.contexts(BATCH, LENGTH), job.plan(self.dtype), CPU)
+
+    def states(self, job: Round) -> tuple[torch.Tensor, torch.Tensor]:
+        return group_states(self.runner, job, IDS)
+
+    def train(self, job: Round, student: Student, epochs: int | None = None) -> list[float]:
+        """The whole training of a round, as an engine runs it; returns the mean loss of each epoch."""
+        entering, leaving = self.states(job)
+        epochs = epochs or job.settings.epochs
+        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU)
+        return train(stepper, lambda: batches_of(entering, leaving, BATCH), epochs, lambda *_: None)
+
+    def fuse(self, job: Round, epochs: int = 1) -> tuple[Stack, Student]:
+        """A whole round: the stack after it, and the student as it was saved."""
+        student = self.student(job)
+        self.train(job, student, epochs)
+        return job.stack.drop(job.donor).swap(save_group(job, student).blocks), student
+
+    def real(self, stack: Stack) -> Any:
+        """The real model without the removed blocks, its weights those that the rounds wrote to disk."""
+        short = without_blocks(self.model, self.name, stack.kept)
+        for module, block in zip(short.get_submodule(MODELS[self.name].blocks), stack.blocks, strict=True):
+            files = {ref.file for ref in block.weights.values()} - {ref.file for ref in self.dense.trunk.values()}
+            for file in files:
+                found = module.load_state_dict(load_file(file), strict=False)
+                assert not found.unexpected_keys
+        return short
+
+    def real_states(self, stack: Stack) -> list[torch.Tensor]:
+        return hidden_states(self.real(stack), self.name, IDS)
+
+
+@pytest.fixture(name="workshop")
+def _workshop(request: pytest.FixtureRequest, checkpoint: Any, tmp_path: Path) -> Workshop:
+    name = getattr(request, "param", "llama")
+    return Workshop(name, checkpoint(name), tmp_path)
+
+
+def over_batches(student: Student, states: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.cat([student(part) for part in states.split(BATCH)])
+
+
+def learned(student: nn.Module) -> Weights:
+    return {name: value.detach().clone() for name, value in student.named_parameters() if value.requires_grad}
+
+
+def plain_weights(workshop: Workshop, dense: int) -> Weights:
+    return dict(workshop.model.get_submodule(MODELS[workshop.name].blocks)[dense].state_dict())
+
+
+def collapsed(workshop: Workshop, stack: Stack, dense: int) -> Weights:
+    """The plain weights of a block fused once, in round one, with block 2; from what that round wrote as learned."""
+    (name,) = {ref.file for ref in stack.blocks[stack.position(dense)].terms.learned.values()}
+    p, own, donor = load_file(name), plain_weights(workshop, dense), plain_weights(workshop, 2)
+    out = dict(own)
+    for key in own:
+        layer, kind = key.rsplit(".", 1)
+        if f"{layer}.A" not in p:
+            out[key] = p[key]  # a norm
+        elif kind == "weight":
+            update, coefficients = p[f"{layer}.B"] @ p[f"{layer}.A"], p[f"{layer}.C0"] @ p[f"{layer}.D0"]
+            if workshop.name == "gpt2":  # Conv1D's weight is [inputs, outputs]
+                update, coefficients = update.T, coefficients.T
+            out[key] = own[key] + update + coefficients * donor[key]
+        else:
+            out[key] = own[key] + p[f"{layer}.c0"] * donor[key]
+    return out
