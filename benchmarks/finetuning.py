@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import transformers
+from plain import PlainFused, adam, blocks_forward, knowledge_loss
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -183,13 +184,8 @@ class Group:
 
     def plain(self, entering_WTD: torch.Tensor | None, leaving_WTD: torch.Tensor | None, collect: bool = False) -> Epoch:
         """A plain loop on these states, or on states computed for every batch."""
-        student, settings = self.plain_student(), self.settings
-        named = [(name, value) for name, value in student.named_parameters() if value.requires_grad]
-        fusing = [value for name, value in named if name.endswith((".C", ".D", ".c"))]
-        others = [value for name, value in named if not name.endswith((".C", ".D", ".c"))]
-        rates = [{"params": fusing, "lr": settings.learning_rate}, {"params": others, "lr": settings.lora_learning_rate}]
-        optimizer = torch.optim.Adam(rates, betas=settings.betas, eps=settings.eps)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=self.steps)
+        student, settings, base = self.plain_student(), self.settings, self.model.model
+        optimizer, schedule = adam(student, self.steps)
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             if entering_WTD is not None and leaving_WTD is not None:
@@ -201,8 +197,7 @@ class Group:
             losses: list[float] = []
             for entering_BTD, leaving_BTD in batches():
                 optimizer.zero_grad()
-                out_BTD = self.plain_forward(student, entering_BTD)
-                loss = nn.functional.kl_div(out_BTD.log_softmax(0), leaving_BTD.softmax(0), reduction="batchmean")
+                loss = knowledge_loss(blocks_forward(base, student, entering_BTD), leaving_BTD)
                 loss.backward()
                 optimizer.step()
                 schedule.step()
@@ -217,15 +212,8 @@ class Group:
     def plain_states(self, ids_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The states entering the group and the teacher's leaving it, by the model's own blocks."""
         base, span = self.model.model, self.job.span
-        entering_BTD = self.plain_forward(base.layers[: span.start], base.embed_tokens(ids_BT))
-        return entering_BTD, self.plain_forward(base.layers[span.start : span.stop], entering_BTD)
-
-    def plain_forward(self, blocks: nn.ModuleList, h_BTD: torch.Tensor) -> torch.Tensor:
-        places_BT = torch.arange(h_BTD.shape[1]).expand(h_BTD.shape[:2])
-        rotary = self.model.model.rotary_emb(h_BTD, places_BT)
-        for block in blocks:
-            h_BTD = block(h_BTD, position_embeddings=rotary)
-        return h_BTD
+        entering_BTD = blocks_forward(base, base.layers[: span.start], base.embed_tokens(ids_BT))
+        return entering_BTD, blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
 
     def plain_student(self) -> nn.ModuleList:
         """The group's blocks by transformers, each linear layer fused with the donor's; coefficients start as ours do."""
@@ -237,7 +225,11 @@ class Group:
             block.load_state_dict(self.model.model.layers[neighbour.dense].state_dict())
             for name, layer in list(block.named_modules()):
                 if isinstance(layer, nn.Linear):
-                    block.set_submodule(name, PlainFused(layer, donor.get_submodule(name), start.get_submodule(name)))
+                    fused = PlainFused(layer, self.settings.rank).fuse(donor.get_submodule(name))
+                    learned = start.get_submodule(name)
+                    for own, name_there in ((fused.A, "A"), (fused.B, "B"), (fused.C[0], "C0"), (fused.D[0], "D0")):
+                        own.data.copy_(learned.get_parameter(name_there).data)
+                    block.set_submodule(name, fused)
             blocks.append(block)
         return blocks
 
@@ -247,10 +239,10 @@ class Group:
         ids_BT = self.windows_WT[: self.settings.batch]
         found = {}
         with FlopCounterMode(display=False) as count, torch.no_grad():
-            entering_BTD = self.plain_forward(base.layers[: span.start], base.embed_tokens(ids_BT))
+            entering_BTD = blocks_forward(base, base.layers[: span.start], base.embed_tokens(ids_BT))
         found["before"] = count.get_total_flops()
         with FlopCounterMode(display=False) as count, torch.no_grad():
-            self.plain_forward(base.layers[span.start : span.stop], entering_BTD)
+            blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
         found["teacher"] = count.get_total_flops()
         with FlopCounterMode(display=False) as count:
             student(entering_BTD).sum().backward()
@@ -266,21 +258,6 @@ class Group:
         events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = math.fsum(event.self_cpu_time_total for event in events)
         return [{"operator": e.key, "share": e.self_cpu_time_total / total, "calls": e.count} for e in events[:12]]
-
-
-class PlainFused(nn.Module):
-    """W + B·A + (C·D) ⊙ W_p, the plain way."""
-
-    def __init__(self, own: nn.Linear, donor: nn.Linear, start: nn.Module) -> None:
-        super().__init__()
-        self.own, self.donor = own.requires_grad_(False), donor.requires_grad_(False)
-        self.A, self.B, self.C, self.D = (nn.Parameter(start.get_parameter(name).detach().clone()) for name in ("A", "B", "C0", "D0"))
-        self.c = nn.Parameter(torch.zeros_like(own.bias)) if own.bias is not None else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.own.weight + self.B @ self.A + (self.C @ self.D) * self.donor.weight
-        bias = self.own.bias if self.c is None else self.own.bias + self.c * self.donor.bias
-        return nn.functional.linear(x, weight, bias)
 
 
 if __name__ == "__main__":

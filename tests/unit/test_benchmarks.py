@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import end_to_end
 import gpu
 import pytest
 
@@ -25,3 +26,19 @@ def test_hours_are_those_of_all_rounds() -> None:
     row = {"score": {"seconds": 36.0}, "states": {"seconds": 10.0}, "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0}}
     # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a group.
     assert gpu.hours(gpu.SHAPES["toy"], row) == pytest.approx((36 + 28 + 2 * 17) / 3600)
+
+
+def test_the_plain_way_and_ours_remove_the_same_and_learn_alike(material, tmp_path: Path) -> None:
+    sizes = {"windows": 16, "length": 24, "epochs": 2, "rank": 4, "remove": 2}
+    texts = ["--calibration", str(material.calibration), "--test", str(material.heldout)]
+    command = [str(material.model), *texts, *(f"--{key}={value}" for key, value in sizes.items())]
+    found = {}
+    for way in ("plain", "paper"):
+        (out := tmp_path / way).mkdir()
+        assert end_to_end.main([*command, "--only", way, "--out", str(out)]) == 0
+        found[way] = json.loads((out / "found.json").read_text())
+        found[way]["perplexity"] = end_to_end.perplexity(found[way]["folder"], str(material.heldout), 32)
+        assert all(seconds > 0 for seconds in found[way]["seconds"].values())
+    assert found["plain"]["removed"] == found["paper"]["removed"]
+    # They start from other random coefficients, and learn little in four steps at the paper's rates.
+    assert found["plain"]["perplexity"] == pytest.approx(found["paper"]["perplexity"], rel=1e-3)
