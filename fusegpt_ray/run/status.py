@@ -87,13 +87,13 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         console.print(_models(result["models"]))
     for model in result["models"]:
         if "problem" in model:
-            console.print(f"{model['name']}: {model['problem']}", markup=False)
+            console.print(f"{model['name']}: {model['problem']}", markup=False, soft_wrap=True)
     if result["runs"]:
         console.print(_runs(result["runs"]))
     for name in result["unfinished"]:
-        console.print(f"{name}: without a manifest, so not a finished model (yet)", markup=False)
+        console.print(f"{name}: without a manifest, so not a finished model (yet)", markup=False, soft_wrap=True)
     if not (result["models"] or result["runs"] or result["unfinished"]):
-        console.print(f"no models and no runs in {result['uri']}", markup=False)
+        console.print(f"no models and no runs in {result['uri']}", markup=False, soft_wrap=True)
 
 
 def _models(models: list[dict[str, Any]]) -> Table:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,22 +16,25 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 CASES = [
     *(Case("driver", "local", stage) for stage in (*STAGES[2::3], STAGES[-2])),
     Case("driver", "ray", "  epoch 1/3"),
-    Case("scoring worker", "ray", "round 2/2: scoring"),
+    Case("scoring worker", "ray", "round 1/1: scoring"),
     Case("training worker", "ray", "round 1: fusing"),
-    Case("node", "ray on two nodes", "round 2: fusing"),
+    Case("node", "ray on two nodes", "round 1: fusing"),
 ]
 
 
 @pytest.fixture(scope="module")
-def chaos(material, tmp_path_factory) -> Chaos:
-    made = Chaos(tmp_path_factory.mktemp("chaos"), material.recipe)
-    made.undisturbed("local")
+def chaoses(material, tmp_path_factory) -> dict[bool, Chaos]:
+    """Whether on Ray (where a round takes long: one must do) → where runs are made."""
+    one_round = partial(material.recipe, sparsity=0.125)
+    made = {ray: Chaos(tmp_path_factory.mktemp("chaos"), one_round if ray else material.recipe) for ray in (False, True)}
+    for chaos in made.values():
+        chaos.undisturbed("local")
     return made
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_a_killed_run_ends_with_the_same_bytes(number: int, chaos: Chaos) -> None:
-    outcome = chaos.run(CASES[number], number)
+def test_a_killed_run_ends_with_the_same_bytes(number: int, chaoses: dict[bool, Chaos]) -> None:
+    outcome = chaoses[CASES[number].engine != "local"].run(CASES[number], number)
     assert outcome.finished, outcome.log
     assert outcome.identical, outcome.log
     assert outcome.killed == 1, outcome.log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -12,11 +11,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 BIN = Path(sys.executable).parent
@@ -62,12 +62,10 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
         _wait_for(f"{dashboard}/api/version", process, temp / "head.log")
         yield Head(dashboard, temp)
     finally:
-        process.send_signal(signal.SIGTERM)  # with --block it takes its own processes, and only those, with it
-        try:
-            process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()  # asked to end, it takes half a minute
+        process.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 

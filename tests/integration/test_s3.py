@@ -54,7 +54,7 @@ def runs(s3, ray_session, material, tmp_path_factory) -> Iterator[dict[str, Done
     s3.upload(material.model.iterdir(), bucket, "models/dense")
     s3.upload([material.calibration, material.heldout], bucket, "texts")
     done = {}
-    for engine, cluster in {"ray": {"engine": "ray", "replicas": 2}, "local": {"engine": "local"}}.items():
+    for engine, cluster in {"ray": {"engine": "ray"}, "local": {"engine": "local"}}.items():
         recipe = material.recipe(
             f"s3://{bucket}/results/{engine}",
             model={"source": f"s3://{bucket}/models/dense"},

@@ -13,28 +13,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ray.job_submission import JobSubmissionClient
-from submitting import running_head, submit, users_folder, write_recipe
+from planted import in_objects, leaks, plant
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-PLANTED = {
-    "AWS_SESSION_TOKEN": "PLANTED-SESSION-TOKEN-51e0",
-    "HF_TOKEN": "PLANTED-HUB-TOKEN-c2a7",
-    "WANDB_API_KEY": "PLANTED-OTHER-KEY-88f3",
-    "FUSEGPT_TEST_PASSWORD": "PLANTED-PASSWORD-06bd",
-}
-MARK = "PLANTED-"
-"""What all of them begin with, and S3's keys, too (see conftest.py)."""
 FAILS = {"learning_rate": 1e30}
-BAD = ("--set", "output.name=bad", "--set", "fusion.learning_rate=1.0e+30")
 
 
 @pytest.fixture
 def planted(s3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in PLANTED.items():
-        monkeypatch.setenv(name, value)
-    assert all(key.startswith(MARK) for key in s3.keys)
+    plant(monkeypatch, s3.keys)
 
 
 @pytest.fixture
@@ -43,16 +31,6 @@ def temp() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def leaks(folder: Path) -> list[str]:
-    """Files below a folder that hold a planted secret."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
-    return [str(path) for path in files if MARK.encode() in path.read_bytes()]
-
-
-def in_objects(objects: dict[str, bytes]) -> list[str]:
-    return [key for key, data in objects.items() if MARK.encode() in data]
 
 
 def start(recipe: dict, folder: Path, temp: Path) -> subprocess.Popen[bytes]:
@@ -92,22 +70,6 @@ def test_a_run_that_fails_with_a_trace(planted, s3, bucket: str, material, temp:
     assert log.count("Traceback") >= 2 and log.count("failed: FloatingPointError: the fine-tuning loss became") == 2
     assert any("heartbeat.json" in key for key in s3.objects(bucket))
     assert leaks(tmp_path) == leaks(temp) == in_objects(s3.objects(bucket)) == []
-
-
-def test_submitted_jobs_that_succeed_and_fail(planted, s3, bucket: str, material, free_port, tmp_path: Path) -> None:
-    folder = users_folder(material, tmp_path)
-    with running_head(free_port) as head:
-        write_recipe(material, folder, f"s3://{bucket}/jobs", fusion={"epochs": 1})
-        job = ("python", "jobs/compress.py", "recipe.yaml")
-        done = [submit(head.address, folder, name, *job, *changed) for name, changed in (("good", ()), ("bad", BAD))]
-        assert [one.returncode for one in done] == [0, 1], done
-        assert "failed: FloatingPointError" in done[1].stdout
-        client = JobSubmissionClient(head.address)
-        told = [str(info) for info in client.list_jobs()] + [client.get_job_logs(name) for name in ("good", "bad")]
-        assert len(told) == 4 and "jobs/compress.py" in told[0]
-        assert not [text for text in (*told, *(one.stdout + one.stderr for one in done)) if MARK in text]
-        assert list(head.temp.rglob("raylet.out")) and leaks(head.temp) == []
-    assert any("fusegpt.json" in key for key in s3.objects(bucket)) and in_objects(s3.objects(bucket)) == []
 
 
 def test_these_tests_would_find_one(planted, tmp_path: Path) -> None:

@@ -8,19 +8,34 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from planted import MARK, in_objects, leaks, plant
+from ray.job_submission import JobSubmissionClient
 from safetensors.torch import load_file
-from submitting import running_head, status, submit, users_folder, write_recipe
+from submitting import Head, running_head, status, submit, users_folder, write_recipe
 
 from fusegpt_ray import Recipe, compress
 
 pytestmark = pytest.mark.integration
 
 
+BAD = ("--set", "output.name=bad", "--set", "fusion.learning_rate=1.0e+30")
+
+
 @pytest.fixture(scope="module")
-def head(s3, free_port: Callable[[], int]) -> Iterator[str]:
-    """The address of the jobs server of a Ray head."""
-    with running_head(free_port) as running:
-        yield running.address
+def head(s3, free_port: Callable[[], int]) -> Iterator[Head]:
+    """A Ray head whose environment, like its users', holds secrets."""
+    with pytest.MonkeyPatch.context() as patch:
+        plant(patch, s3.keys)
+        with running_head(free_port) as running:
+            yield running
+
+
+def who_tells_secrets(head: Head, job: str) -> list[str]:
+    """What Ray tells of a job, its log, and Ray's own logs, as far as they hold a planted secret."""
+    client = JobSubmissionClient(head.address)
+    told = [str(client.get_job_info(job)), client.get_job_logs(job)]
+    assert "jobs/compress.py" in told[0] and list(head.temp.rglob("raylet.out"))
+    return [text for text in told if MARK in text] + leaks(head.temp)
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +46,14 @@ def folder(material, tmp_path_factory) -> Path:
 def test_a_job_compresses_from_its_folder_to_s3(head, s3, bucket, material, folder, tmp_path) -> None:
     recipe = write_recipe(material, folder, f"s3://{bucket}/jobs")
     changed = ("--set", "fusion.epochs=2", "--set", "output.name=submitted")
-    done = submit(head, folder, "compress", "python", "jobs/compress.py", "recipe.yaml", *changed)
+    done = submit(head.address, folder, "compress", "python", "jobs/compress.py", "recipe.yaml", *changed)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in status(head, "compress")
+    assert "succeeded" in status(head.address, "compress")
 
     objects = s3.objects(bucket)
     assert "jobs/submitted-p12.5/fusegpt.json" in objects
+    assert who_tells_secrets(head, "compress") == in_objects(objects) == []
+    assert MARK not in done.stdout + done.stderr
     published = tmp_path / "published"
     published.mkdir()
     for key, data in objects.items():
@@ -59,9 +76,18 @@ def test_a_job_compresses_from_its_folder_to_s3(head, s3, bucket, material, fold
 
 def test_a_typo_fails_the_job_with_our_message(head, s3, bucket, material, folder) -> None:
     write_recipe(material, folder, f"s3://{bucket}/jobs")
-    done = submit(head, folder, "typo", "python", "jobs/compress.py", "recipe.yaml", "--set", "fusion.epoch=2")
+    done = submit(head.address, folder, "typo", "python", "jobs/compress.py", "recipe.yaml", "--set", "fusion.epoch=2")
     assert done.returncode != 0
     assert "error: fusion.epoch = 2: unknown key. Fix: did you mean fusion.epochs." in done.stdout
     assert "Traceback" not in done.stdout
-    assert "failed" in status(head, "typo")
+    assert "failed" in status(head.address, "typo")
     assert s3.objects(bucket) == {}
+
+
+def test_a_job_that_fails_with_a_trace_tells_no_secret(head, s3, bucket, material, folder) -> None:
+    write_recipe(material, folder, f"s3://{bucket}/jobs", fusion={"epochs": 1})
+    done = submit(head.address, folder, "bad", "python", "jobs/compress.py", "recipe.yaml", *BAD)
+    assert done.returncode == 1 and "failed: FloatingPointError" in done.stdout
+    assert any("heartbeat.json" in key for key in s3.objects(bucket))
+    assert who_tells_secrets(head, "bad") == in_objects(s3.objects(bucket)) == []
+    assert MARK not in done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""Fine-tuning a group is the same in plain torch and in DeepSpeed, on one worker and on two, and after a worker was killed."""
+"""Fine-tuning a group is the same in plain torch and in DeepSpeed, on one worker and on two."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
 import torch.distributed as dist
 from models import open_stack, token_windows
-from safetensors.torch import load_file
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.distributed import scoring, training
+from fusegpt_ray.distributed import training
 from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.states import batches, datasets, group_states_of_workers
-from fusegpt_ray.distributed.training import DeepSpeedStepper, Workers
+from fusegpt_ray.distributed.training import DeepSpeedStepper
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.fusion.savepoint import Savepoints
 from fusegpt_ray.model.anatomy import Context, block_moulds
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import PRESETS, Fusion
@@ -202,38 +199,6 @@ def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(checkpoint
 # --- through Ray Train ---
 
 REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=BATCH)
-TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1, micro_batch=2)
-
-
-def fit(
-    folder: Path,
-    out: Path,
-    change: Callable[[ray.data.Dataset], ray.data.Dataset] = lambda data: data,
-    workers: Workers = TWO,
-    minutes: float | None = None,
-    say: Callable[[str], None] = print,
-) -> tuple[Tensors, list[float], list[int]]:
-    """Two workers train the group; `change` wraps the first one's data. The new weights, the losses, the epochs heard of.
-
-    `minutes`: between savepoints, if there are any.
-    """
-    job = task(folder, "batch_kl", 0, 1, str(out)).job
-    replicas = Replicas(job.dense, REPLICA)
-    states = datasets(group_states_of_workers(job, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH))
-    states["states-0"] = change(states["states-0"].repartition(1).materialize())
-    contexts = scoring.contexts(workers.micro_batch, LENGTH, replicas)
-    replicas.close()
-    kept = None if minutes is None else Savepoints.of(job, minutes, workers.micro_batch, **training.setup(workers))
-    heard: list[int] = []
-
-    def epoch(number: int, _: float) -> None:
-        heard.append(number)
-
-    saved, losses = training.finetune(job, contexts, WINDOWS, states, workers, str(out / "train"), epoch, kept, say)
-    assert saved.blocks.keys() == {block.dense for block in job.neighbours}
-    assert not (out / "train").exists()
-    files = sorted(out.glob("*.safetensors"))
-    return {f"{file.name}:{name}": value for file in files for name, value in load_file(file).items()}, losses, heard
 
 
 def test_deepspeed_leaves_the_arithmetic_as_it_is(checkpoint, tmp_path) -> None:
@@ -268,40 +233,6 @@ def test_batches_come_in_order(ray_session) -> None:
     ((shard,),) = [list(worker.values()) for worker in training.unsplit_in_order().configure(data, 1, None, None)]
     for _ in range(3):
         assert [leaving[0].item() for _, leaving in batches(shard, 1)] == list(range(30))
-
-
-def kill_a_worker(marks: Path, epoch: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A step of a worker's data that, when this epoch first comes, kills one of the training workers of its own Ray."""
-    marks.mkdir()
-
-    def step(batch: dict[str, Any]) -> dict[str, Any]:
-        number = len(list(marks.iterdir())) + 1
-        (marks / str(number)).touch()
-        if number == epoch:
-            siblings = psutil.Process(os.getppid()).children()  # all workers of a node are its raylet's children
-            trainers = [process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())]
-            assert len(trainers) == TWO.count, trainers
-            trainers[-1].kill()
-        return batch
-
-    return step
-
-
-def test_a_killed_worker_changes_nothing(ray_session, checkpoint, plain, tmp_path) -> None:
-    marks = tmp_path / "marks"
-    undisturbed, losses, heard = fit(checkpoint("llama"), tmp_path / "one")
-    assert heard == [1, 2, 3, 4, 5]
-    assert losses == pytest.approx(plain["batch_kl"].losses, rel=1e-5)
-
-    killer = kill_a_worker(marks, epoch=2)
-    disturbed, losses_again, heard = fit(checkpoint("llama"), tmp_path / "two", lambda data: data.map_batches(killer, batch_size=None))
-    assert heard == [1, 1, 2, 3, 4, 5]
-    assert len(list(marks.iterdir())) == 2 + EPOCHS
-    assert losses_again == losses
-    assert undisturbed.keys() == disturbed.keys()
-    assert len(undisturbed) > 20
-    for name, value in undisturbed.items():
-        assert torch.equal(value, disturbed[name]), name
 
 
 def test_states_of_many_windows_come_in_order(ray_session, checkpoint, tmp_path) -> None:
