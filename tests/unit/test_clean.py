@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -33,6 +33,15 @@ def verdicts(uri: str | Path, *options: str, capsys: Capture) -> dict[str, str]:
     assert main(["clean", str(uri), *options]) == 0
     rows = re.findall(r"^(would remove|removed|kept) +(\S+)  (.*)$", capsys.readouterr().out, re.MULTILINE)
     return {name.rsplit("/", 1)[-1]: f"{verb} {what}" for verb, name, what in rows}
+
+
+@pytest.fixture(autouse=True)
+def _a_finished_model_stays_as_it_is(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The one beside what is removed, to the byte, in every test of these outputs."""
+    model = request.getfixturevalue("out") / "other-p20" if "out" in request.fixturenames else None
+    before = contents(model) if model else None
+    yield
+    assert not model or contents(model) == before
 
 
 # --- clean ---

@@ -35,11 +35,6 @@ class Stopping(Watching):
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def desk(checkpoint: Callable[[str], Path], tmp_path: Path) -> Desk:
-    return Desk.make(tmp_path, checkpoint("llama"))
-
-
 @pytest.fixture(scope="module")
 def undisturbed(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     desk = Desk.make(tmp_path_factory.mktemp("undisturbed"), checkpoint("llama"))
