@@ -39,6 +39,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
     """Make the model shallower as the recipe says; returns what was published, the lightest compression first.
 
     Run again after a failure, it goes on from the last committed round; with `restart` it forgets an unfinished run and begins anew.
+    Run again after its end, it finds what it published.
 
     Raises:
         UserError: the recipe cannot be carried out; nothing was written then.
@@ -58,23 +59,23 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
             check_tokens(source, dense, windows_WT, *held_out.values())
             show.stage("checking the model's files")
             this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
-            journal = Journal.of(recipe)
+            journal, run_id = Journal.of(recipe), checksum(this)
             wait_until_alone(journal.folder, recipe.output.name, show.say)
             if restart:
                 journal.remove()
-            life.enter_context(journal.begun(this))
-            run_id = checksum(this)
             published = _published_before(recipe, targets, run_id)
-            plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
-            life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
-            show.stage("evaluating the dense model")
-            with explained(dense, source.name, engine.dtype):
-                judge = _Judge(engine, dense, held_out, windows_WT, show)
-            run = _Run(recipe, engine, journal, dense, windows_WT, show)
-            done = run.rounds([target.remove for target in targets if target.folder not in published])
-            for target in targets:
-                if target.folder in published:
-                    continue
+            if missing := [target for target in targets if target.folder not in published]:
+                life.enter_context(journal.begun(this))
+                plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
+                life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
+                show.stage("evaluating the dense model")
+                with explained(dense, source.name, engine.dtype):
+                    judge = _Judge(engine, dense, held_out, windows_WT, show)
+                done = _Run(recipe, engine, journal, dense, windows_WT, show).rounds([target.remove for target in missing])
+            else:
+                show.say("nothing is left to do: this very run has published everything")
+                journal.check(this)
+            for target in missing:
                 records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
                 show.stage(f"evaluating and publishing {target.name}")
                 facts = {

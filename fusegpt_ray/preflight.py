@@ -16,6 +16,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.run.journal import Journal, settings
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
 def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -> None:
     """Leaves nothing behind. `restart`: an unfinished run of that name will be forgotten.
 
+    The same command may be given again after its end, as by a scheduler that did not hear of it: `pipeline` finds what it published.
+
     Raises:
         UserError: files cannot be created below `output.uri`; a finished model or a file has a target's name already; or an
             unfinished run of other settings has the recipe's.
@@ -88,8 +91,21 @@ def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -
     except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
         raise _unwritable(recipe, error) from error
     with blaming("output.uri", recipe.output.uri):
+        if not restart and all(_published_by(recipe, target) for target in targets):
+            return
         _check_places(recipe, targets, restart)
         _check_writable(recipe)
+
+
+def _published_by(recipe: Recipe, target: Target) -> bool:
+    """Whether a finished model is there that was made by this very recipe, as far as its manifest tells."""
+    if not storage.exists(storage.join(target.folder, MANIFEST)):
+        return False
+    try:
+        made_by = Manifest.read(target.folder).data.get("recipe")
+    except UserError:  # it is no manifest of ours
+        return False
+    return isinstance(made_by, dict) and made_by | {"cluster": None} == recipe.model_dump(mode="json") | {"cluster": None}
 
 
 def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:

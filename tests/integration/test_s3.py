@@ -133,8 +133,16 @@ def test_a_finished_name_is_refused(s3, runs: dict[str, Done], engine: str) -> N
     done = runs[engine]
     before = len(s3.requests())
     with pytest.raises(UserError, match="a finished model is already at") as caught:
-        compress(Recipe.parse(done.recipe))
+        compress(Recipe.parse(done.recipe | {"seed": 1}))
     assert caught.value.key == "output.name"
+    assert {method for method, _ in s3.requests()[before:]} <= READING
+
+
+def test_the_same_command_again_finds_the_model_and_writes_nothing(s3, runs: dict[str, Done]) -> None:
+    done = runs["local"]
+    before = len(s3.requests())
+    (again,) = compress(Recipe.parse(done.recipe))
+    assert again.manifest == done.manifest
     assert {method for method, _ in s3.requests()[before:]} <= READING
 
 
