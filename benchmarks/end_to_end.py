@@ -6,9 +6,9 @@
 - **paper**: `fusegpt compress` with `fusion.preset: paper`; **default**: as it is; **default, half**: with half of the epochs.
 
 Each is a process of its own, one after the other, `--repeats` times; ratios are taken within a turn, medians are shown. *Whole* is
-the process from its start to the saved model: ours also evaluates the dense and the dropped model, publishes, and proves what it
-published. *CPU* and *GB* (the most memory it ever held) are the process's, by the operating system. Perplexity of every saved model
-is measured in the same way, here, by plain transformers over consecutive windows of the test texts.
+the process from its start to the saved model: ours also checks the model's files, publishes, and proves what it published. *CPU* and
+*GB* (the most memory it ever held) are the process's, by the operating system. Perplexity of every saved model is measured in the
+same way, here, by plain transformers over consecutive windows of the test texts.
 """
 
 from __future__ import annotations
@@ -148,7 +148,6 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": {"source": arguments.model, "dtype": "float32"},
         "sparsity": arguments.remove / depth,
         "calibration": {"data": arguments.calibration, "windows": arguments.windows, "length": arguments.length},
-        "evaluation": {Path(text).name: {"data": text} for text in arguments.test},
         "importance": {"windows": min(32, arguments.windows)},
         "fusion": {**WAYS[arguments.only], "epochs": epochs, "rank": arguments.rank, "lora_rank": arguments.rank},
         "cluster": {"engine": "local"},
