@@ -39,6 +39,7 @@ STAGES = (
     "round 2: fusing",
     "evaluating and publishing tiny-p12.5",
     "evaluating and publishing tiny-p25",
+    "published ",  # all is done: the same command finds it
 )
 TITLES = {"scoring worker": "ray::_", "training worker": "RayTrainWorker"}
 """What is in the command line of a victim's process. (Ray writes the running task's name there: ours begin with an underscore.)"""
