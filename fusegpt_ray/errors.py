@@ -41,6 +41,30 @@ def reason(error: BaseException) -> str:
     return error.problem if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says went wrong, in one line of at most 300 characters."""
+    text = str(error).strip().partition("\n")[0].strip()
+    return f"{text or type(error).__name__}"[:300]
+
+
+@contextmanager
+def reading_users_file(key: str, value: object, problem: str, fix: str) -> Iterator[None]:
+    """While a library reads or builds from a file of the user's: whatever it raises is one message.
+
+    No list of exception types: what a file holds decides how a library fails. The library's own
+    reason stands in the message, and the exception stays its cause.
+
+    Raises:
+        UserError: the block raised anything but a UserError or a StorageError, which pass.
+    """
+    try:
+        yield
+    except (UserError, StorageError):
+        raise
+    except Exception as error:
+        raise UserError(key, value, f"{problem} ({first_line(error)})", fix) from error
+
+
 @contextmanager
 def blaming(key: str, value: object) -> Iterator[None]:
     """Before a run begins: a store's failure that the user can mend is a mistake in this recipe key."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -13,9 +10,7 @@ import numpy as np
 
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
-from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.memory import fewer_at_once
 from fusegpt_ray.model.source import MANIFEST, Source
@@ -24,15 +19,13 @@ from fusegpt_ray.preflight import Target, check_model, check_output, check_token
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
-from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.run.journal import Journal, identity
 from fusegpt_ray.sections import Calibration, Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
-
-KEEP_SECONDS = 10.0
-"""How much scoring a kill may cost at most, besides the share that is being measured."""
 
 
 def compress(recipe: Recipe, display: Display | None = None, restart: bool = False) -> list[Published]:
@@ -70,8 +63,8 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
                 show.stage("evaluating the dense model")
                 with explained(dense, source.name, engine.dtype):
-                    judge = _Judge(engine, dense, held_out, windows_WT, show)
-                done = _Run(recipe, engine, journal, dense, windows_WT, show).rounds([target.remove for target in missing])
+                    judge = Judge(engine, dense, held_out, windows_WT, show)
+                done = Rounds(recipe, engine, journal, dense, windows_WT, show).up_to([target.remove for target in missing])
             else:
                 show.say("nothing is left to do: this very run has published everything")
                 journal.check(this)
@@ -216,130 +209,3 @@ def _published_before(recipe: Recipe, targets: list[Target], run_id: str) -> dic
             if published[target.folder].manifest.get("run") != run_id:
                 raise name_taken(recipe, target)
     return published
-
-
-@dataclass
-class _Run:
-    """The rounds of one run."""
-
-    recipe: Recipe
-    engine: Engine
-    journal: Journal
-    dense: Stack
-    windows_WT: np.ndarray
-    show: Display
-
-    def rounds(self, wanted: list[int]) -> list[Done]:
-        """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are not done again."""
-        total = max(wanted)
-        done = self.journal.rounds(wanted, self.show.say)[:total]
-        if done:
-            self.show.say(f"going on after round {len(done)} of {total} (found in {self.journal.folder})")
-        while len(done) < total:
-            number = len(done) + 1
-            self.show.round_begins(number, total, len(self.dense) - len(done))
-            try:
-                done.append(self._round(number, done))
-            except Exception as error:
-                error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
-                raise
-            self.journal.commit(number, done[-1])
-            self.show.round_ends(number, total, done[-1].record["losses"])
-        return done
-
-    def _round(self, number: int, before: list[Done]) -> Done:
-        stack = before[-1].stack if before else self.dense
-        score_seconds, ranking = self._score(number, stack, Ranking.from_record(before[-1].record) if before else None)
-        donor = ranking.lowest
-        self.show.scored(ranking)
-        seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
-        group: list[int] = []
-        states_rows = micro_batch = None
-        losses: list[float] = []
-        after, files = stack.drop(donor), {}
-        if self.recipe.method != "mi":
-            settings = self.recipe.fusion
-            fuse = self.recipe.method == "fusegpt"
-            origin = checksum({"rounds": [done.to_json() for done in before]})
-            job = Round(stack, self.dense, donor, settings, fuse, self.recipe.seed, self.journal.round_folder(number), origin[:16])
-            group = [block.dense for block in job.group]
-            verb = "fusing" if fuse else "fine-tuning"
-            self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
-            heard = lambda n, loss: self.show.epoch(n, settings.epochs, loss)  # noqa: E731
-            with self._explained(trained=True):
-                tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
-            after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
-            states_rows, micro_batch = tuned.rows, tuned.micro_batch
-            seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
-        record = {
-            "removed": donor,
-            **ranking.to_record(),
-            "group": group,
-            "states_rows": states_rows,
-            "micro_batch": micro_batch,
-            "loss_first": losses[0] if losses else None,
-            "loss_last": losses[-1] if losses else None,
-            "losses": losses,
-            "seconds": seconds,
-        }
-        if less := fewer_at_once(self.recipe, [record]):
-            self.show.say(f"  memory ran out, so fewer windows at once: {less}")
-        return Done(record, after, files)
-
-    def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
-        """Seconds and ranking; what a killed attempt noted of it is not measured again."""
-        if noted := self.journal.kept("scores", number, self.show.say):
-            return noted["seconds"], Ranking.from_record(noted["ranking"])
-        sums = Sums(Sums.known_from(self.journal.kept("sums", number, self.show.say) or []))
-        kept = began = time.monotonic()
-
-        def keep() -> None:
-            nonlocal kept
-            if time.monotonic() - kept >= KEEP_SECONDS:
-                self.journal.keep("sums", number, sums.to_json())
-                kept = time.monotonic()
-
-        sums.changed = keep
-        with self._explained(trained=number > 1):
-            ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last, sums)
-        seconds = round(time.monotonic() - began, 3)
-        self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
-        self.journal.forget("sums", number)
-        return seconds, ranking
-
-    def _explained(self, trained: bool) -> AbstractContextManager[None]:
-        return explained(self.dense, self.recipe.model.source, self.engine.dtype, trained)
-
-
-@dataclass
-class _Judge:
-    """Proves a published model, and measures it beside the dense and the dropped one on the held-out texts."""
-
-    engine: Engine
-    dense: Stack
-    held_out: Mapping[str, np.ndarray]
-    windows_WT: np.ndarray
-    """Of the calibration text, for a proof without held-out texts."""
-    show: Display
-
-    def __post_init__(self) -> None:
-        self._dense = {name: self.engine.perplexity(self.dense, windows) for name, windows in self.held_out.items()}
-
-    def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
-        """The proof that the model in `folder` is the stack, and perplexities; `published` is the folder's own stack."""
-        windows_WT = next(iter(self.held_out.values()), self.windows_WT)
-        proof = self.engine.prove(published, folder, stack, windows_WT)
-        return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}
-
-    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, float]]:
-        """`fused` is that of the published weights, in their dtype, not of the float32 blocks they were rounded from."""
-        dropped = self.dense
-        for dense in set(self.dense.kept) - set(stack.kept):
-            dropped = dropped.drop(dense)
-        found = {}
-        for name, windows_WT in self.held_out.items():
-            fused = self.engine.perplexity(published, windows_WT)
-            plain = fused if stack == dropped else self.engine.perplexity(dropped, windows_WT)
-            length = int(windows_WT.shape[1])
-            found[name] = {"dense": self._dense[name], "dropped": plain, "fused": fused, "length": length}
-        return found

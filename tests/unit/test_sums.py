@@ -11,7 +11,7 @@ import pytest
 from desk import Desk
 from stopped_runs import Watching, published, recipe, run_folder
 
-from fusegpt_ray import local, pipeline
+from fusegpt_ray import local, rounds
 from fusegpt_ray.importance.search import Job
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
@@ -68,7 +68,7 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     counting.deadly = -1  # type: ignore[attr-defined]
     monkeypatch.setattr(local, "sweep", counting)
-    monkeypatch.setattr(pipeline, "KEEP_SECONDS", 0.0)
+    monkeypatch.setattr(rounds, "KEEP_SECONDS", 0.0)
     return found
 
 
