@@ -38,7 +38,8 @@ from shapes import SHAPES, Shape
 from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.model.anatomy import build_skeleton, dense_stack, find_blocks
+from fusegpt_ray.model.anatomy import dense_stack, find_blocks
+from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.runner import Runner, pick_device
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.publish import versions

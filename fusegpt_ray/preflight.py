@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fusegpt_ray.errors import StorageError, UserError, blaming
-from fusegpt_ray.model.anatomy import build_skeleton, find_blocks, read_config
+from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.config import build_skeleton, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.model.anatomy import dense_stack, read_config
+from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_index, read_weight_map

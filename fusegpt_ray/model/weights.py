@@ -13,10 +13,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fusegpt_ray.model.anatomy import load_block
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.memory import free_bytes, is_out_of_memory, release
 from fusegpt_ray.model.stack import Block, Refs, Stack
+from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 
 RESIDENT_SHARE = 0.4

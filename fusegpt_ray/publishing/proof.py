@@ -24,11 +24,12 @@ import transformers
 from torch import nn
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.anatomy import auto_class, build_skeleton, load_block
+from fusegpt_ray.model.config import auto_class, build_skeleton
 from fusegpt_ray.model.finite import finite
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray.model.anatomy import auto_class, read_config
+from fusegpt_ray.model.config import auto_class, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card

@@ -23,8 +23,9 @@ from fusegpt_ray.distributed.states import batches, datasets, group_states_of_wo
 from fusegpt_ray.distributed.training import DeepSpeedStepper
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.model.anatomy import Context, block_moulds
+from fusegpt_ray.model.anatomy import block_moulds
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration

@@ -25,7 +25,8 @@ from models import (
 from safetensors.torch import load_file
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.anatomy import build_skeleton, dense_stack, find_blocks
+from fusegpt_ray.model.anatomy import dense_stack, find_blocks
+from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.runner import Runner, pick_dtype
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.store.checkpoint import TensorRef, read_index
