@@ -28,10 +28,10 @@ from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.memory import fitting
+from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import pick_dtype
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Text

@@ -21,9 +21,9 @@ from fusegpt_ray.importance.shares import cost, cut, in_turn, joined
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.perplexity import perplexity, window_losses
+from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
 from fusegpt_ray.sections import Importance

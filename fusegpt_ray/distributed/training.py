@@ -35,8 +35,8 @@ from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
 from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.model.anatomy import block_moulds
 from fusegpt_ray.model.memory import is_out_of_memory
+from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
 

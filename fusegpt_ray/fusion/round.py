@@ -20,9 +20,9 @@ from fusegpt_ray.fusion.student import (
     learned_tensors,
     terms_of,
 )
+from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack, Terms
-from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors

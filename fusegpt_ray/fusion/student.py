@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
+from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Refs
-from fusegpt_ray.model.trunk import Context, load_block, run_block
+from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 
 

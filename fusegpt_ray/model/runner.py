@@ -16,8 +16,9 @@ from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.chunks import HELD_BYTES, chunk_size
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.memory import free_bytes
+from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.trunk import Context, Trunk, run_block
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.model.weights import Weights, fits
 from fusegpt_ray.store.checkpoint import read_tensors
 

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray.model.config import auto_class, read_config
+from fusegpt_ray.model.config import auto_class
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
+from fusegpt_ray.publishing.shrink import shrink_config
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
 
@@ -122,25 +123,6 @@ def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:
 
 def _read_one(ref: TensorRef) -> torch.Tensor:
     return read_tensors({ref.name: ref})[ref.name]
-
-
-def shrink_config(stack: Stack) -> dict[str, Any]:
-    """config.json of the model with only the stack's blocks: depth, and every setting that has one value a block."""
-    raw = json.loads(json.dumps(stack.config))
-    config = read_config(raw)
-    text = config.get_text_config()
-    section = raw
-    if text is not config:
-        (name,) = [key for key in config.sub_configs if getattr(config, key, None) is text]
-        section = raw[name]
-    depth = text.num_hidden_layers
-    # Settings may be absent from the file and still have one value a block (derived by the configuration class).
-    for key, value in text.to_dict().items():
-        if isinstance(value, list) and len(value) == depth and key != "architectures" and not key.endswith("token_id"):
-            section[key] = [value[dense] for dense in stack.kept]
-    section[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(stack)
-    read_config(raw)
-    return raw
 
 
 def versions() -> dict[str, str]:

@@ -24,8 +24,8 @@ from fusegpt_ray.distributed.training import DeepSpeedStepper
 from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.model.anatomy import block_moulds
+from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.model.trunk import Context
 from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration

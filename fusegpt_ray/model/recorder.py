@@ -1,0 +1,160 @@
+"""A model's own forward pass with its decoder blocks replaced by recorders of what they are called with.
+
+Shapes: B rows, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a model calls a block with besides the hidden states: masks, positions, rotary embeddings."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device | str) -> Context:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device)
+
+        return Context(
+            tree_map_only(torch.Tensor, move, self.args),
+            tree_map_only(torch.Tensor, move, self.kwargs),
+        )
+
+
+def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+    """One block's output hidden states [B, T, D]."""
+    out = block(h_BTD, *context.args, **context.kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+class Recorder(nn.Module):
+    """Keeps what it is called with; hands the hidden states on, or others instead (`inject`)."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: its weights are not the trunk's
+        self.h_BTD: torch.Tensor | None = None
+        self.context: Context | None = None
+        self.inject: torch.Tensor | None = None
+        self.returns_tuple = False
+        self.calls = 0
+
+    def __getattr__(self, name: str) -> Any:
+        """Models look at attributes of a block, such as its attention type."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not args:
+            args = (kwargs.pop("hidden_states"),)
+        self.h_BTD, self.context = args[0], Context(args[1:], kwargs)
+        self.calls += 1
+        out = args[0] if self.inject is None else self.inject
+        return (out,) if self.returns_tuple else out
+
+
+class Recorded:
+    """A model whose blocks are replaced, in place, by recorders."""
+
+    def __init__(self, model: PreTrainedModel, path: str) -> None:
+        """`path`: of the blocks' ModuleList in the model."""
+        self.model = model
+        self.blocks: list[nn.Module] = [*model.get_submodule(path).children()]
+        """The model's own blocks, which it no longer holds."""
+        self.recorders = [Recorder(block) for block in self.blocks]
+        model.set_submodule(path, nn.ModuleList(self.recorders))
+        self._knows_returns = False
+
+    def __call__(self, ids_BT: torch.Tensor, **options: Any) -> Any:
+        """The model's output; what its blocks would have been called with is in the recorders."""
+        if not self._knows_returns:
+            self._learn_returns(ids_BT)
+        for recorder in self.recorders:
+            recorder.calls = 0
+        return self.model(input_ids=ids_BT, use_cache=False, **options)
+
+    @property
+    def contexts(self) -> list[Context]:
+        """By block number, what each was called with in the last pass."""
+        found = [recorder.context for recorder in self.recorders]
+        assert all(context is not None for context in found)
+        return [context for context in found if context is not None]
+
+    @property
+    def head(self) -> nn.Module | None:
+        """What turns the final states into logits."""
+        head = self.model.get_output_embeddings()
+        assert head is None or isinstance(head, nn.Module)
+        return head
+
+    def not_in_a_row(self) -> str:
+        """What the last pass did that running block after block does not; nothing if they agree.
+
+        They do where every block was called once, with just what the one before returned.
+        """
+        for number, recorder in enumerate(self.recorders):
+            if recorder.calls != 1:
+                return f"calls block {number} {recorder.calls} times"
+            if number and recorder.h_BTD is not self.recorders[number - 1].h_BTD:
+                return f"changes the hidden states between blocks {number - 1} and {number}"
+        return ""
+
+    def _learn_returns(self, ids_BT: torch.Tensor) -> None:
+        """A pass that stops at the first block finds out what blocks return: later ones rely on it."""
+        first = self.recorders[0]
+        stopped_at(first, lambda: self.model(input_ids=ids_BT[:1], use_cache=False))
+        assert first.h_BTD is not None and first.context is not None
+        as_tuple = isinstance(empty_call(self.blocks[0], first.h_BTD, first.context)(), tuple)
+        for recorder in self.recorders:
+            recorder.returns_tuple = as_tuple
+        self._knows_returns = True
+
+
+class _Stop(Exception):
+    pass
+
+
+def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = False) -> None:
+    """Run, but only until `module` has been called; or, with `before`, until it would be."""
+
+    def stop(*_: Any) -> None:
+        raise _Stop
+
+    register = module.register_forward_pre_hook if before else module.register_forward_hook
+    hook = register(stop)
+    try:
+        run()
+    except _Stop:
+        pass
+    finally:
+        hook.remove()
+
+
+def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
+    """A call of a copy of a block on the meta device: it returns shapes only.
+
+    In bfloat16, for which every kernel has a meta version.
+    """
+    given = tree_map_only(torch.Tensor, _as_meta, (h_BTD, context.args, context.kwargs))
+    states, args, kwargs = given
+    return partial(copy.deepcopy(block).to("meta", torch.bfloat16), states, *args, **kwargs)
+
+
+def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
+    dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
+    return tensor.to("meta", dtype)

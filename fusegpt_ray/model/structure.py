@@ -1,0 +1,111 @@
+"""What an architecture does with its blocks, found on an empty model: before any weight is read.
+
+A checkpoint can be walked block by block only if its class calls every block once, in order, each with
+the hidden states of the one before and otherwise with what does not depend on the tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from fusegpt_ray.errors import UserError, reading_users_file
+from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.config import KEY, build_skeleton
+from fusegpt_ray.model.recorder import Context, Recorded, stopped_at
+
+TOKENS = 8
+"""Tokens a row of the passes through an empty model."""
+_FIX = "use a decoder-only model that transformers runs block after block (LLaMA, Mistral, Qwen, …)"
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A model's blocks without weights, and what its forward pass calls them with."""
+
+    name: str
+    """Of the model's class."""
+    blocks: list[nn.Module]
+    contexts: list[Context]
+    """By block, for two rows of `TOKENS` tokens; real values, but for what comes of weights."""
+    h_BTD: torch.Tensor
+    """States as they enter a block."""
+    trunk: dict[str, tuple[int, ...]]
+    """The shapes of all tensors that are not a block's, by name."""
+
+    @property
+    def calls(self) -> list[tuple[nn.Module, torch.Tensor, Context]]:
+        """By block, what it is called with."""
+        return [(block, self.h_BTD, context) for block, context in zip(self.blocks, self.contexts, strict=True)]
+
+
+def observe(raw: Mapping[str, Any]) -> Structure:
+    """The structure of the model that a config.json describes.
+
+    Raises:
+        UserError: it cannot be built, or not be walked block by block; the message says why.
+    """
+    model = build_skeleton(raw)
+    name = type(model).__name__
+    with reading_users_file(KEY, name, "its blocks cannot be run one by one", _FIX):
+        recorded = Recorded(model, find_blocks(model))
+        trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+        _fill_without_memory(model)
+        zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
+        contexts = _contexts(recorded, zeros)
+        if problem := recorded.not_in_a_row():
+            raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
+        others = _contexts(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
+    for number, (first, second) in enumerate(zip(contexts, others, strict=True)):
+        if not same(first, second):
+            problem = f"block {number} is called with something that depends on the tokens"
+            raise UserError(KEY, name, f"{problem}, such as embeddings of its own", _FIX)
+    h_BTD = recorded.recorders[0].h_BTD
+    assert h_BTD is not None
+    return Structure(name, recorded.blocks, contexts, h_BTD, trunk)
+
+
+@torch.no_grad()
+def _contexts(recorded: Recorded, ids_BT: torch.Tensor) -> list[Context]:
+    """One pass up to the head, whose product would need memory as large as its weight."""
+    head = recorded.head
+    if head is None:
+        recorded(ids_BT)
+    else:
+        stopped_at(head, lambda: recorded(ids_BT), before=True)
+    return recorded.contexts
+
+
+def _fill_without_memory(model: nn.Module) -> None:
+    """Values for the empty parameters: one random number a row, which stands for the whole row.
+
+    So each token has an embedding of its own, and what comes of it can be told from that of others.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for name, empty in list(model.named_parameters()):
+        owner, _, key = name.rpartition(".")
+        rows = torch.randn(empty.shape[:1] + (1,) * (empty.dim() - 1), generator=generator)
+        filled = rows.expand(empty.shape)
+        setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two contexts, or parts of them, hold equal values."""
+    if isinstance(first, Context) and isinstance(second, Context):
+        return same((first.args, first.kwargs), (second.args, second.kwargs))
+    (left, form), (right, other_form) = tree_flatten(first), tree_flatten(second)
+    return form == other_form and all(map(_same_leaf, left, right))
+
+
+def _same_leaf(first: object, second: object) -> bool:
+    if isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor):
+        if first.is_meta or second.is_meta or first.shape != second.shape:
+            return first.shape == second.shape and first.dtype == second.dtype
+        return torch.equal(first, second)
+    plain = isinstance(first, bool | int | float | str | None)
+    return type(first) is type(second) and (not plain or first == second)

@@ -1,0 +1,131 @@
+"""The whole way from a model to a shallower one on empty tensors: what would fail at its end fails now.
+
+Blocks are left out, the config.json is written, the class is built from it, and what it builds is held
+against what would be published: the names and shapes of all tensors, and that every block, at its new
+place, is still the same function. A function is known by the operations that a block runs on the meta
+device, with their numbers, and by the plain values and buffers that its modules hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fusegpt_ray.errors import UserError, reading_users_file
+from fusegpt_ray.model.config import KEY
+from fusegpt_ray.model.recorder import Context, empty_call
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.structure import Structure, observe, same
+from fusegpt_ray.publishing.shrink import shrink_config
+
+_FIX = "use an architecture whose blocks are the same at every depth"
+
+
+def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> None:
+    """Try models with so many blocks removed; `structure` is the dense model's.
+
+    Raises:
+        UserError: what would be published is not what the class of its config.json builds.
+    """
+    fewest, most, depth = min(removals), max(removals), len(dense)
+    spread = (1 + index * (depth - 1) // most for index in range(most))
+    operations = [_operations(*call) for call in structure.calls]
+    # Left out are such blocks that many others move, and by different numbers of places.
+    for dropped in (range(fewest), [*spread]):
+        short = dense
+        for number in dropped:
+            short = short.drop(number)
+        what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
+        with reading_users_file(KEY, structure.name, what, _FIX):
+            built = observe(shrink_config(short))
+            problem = _difference(structure, operations, built, short.kept)
+        if problem:
+            raise UserError(KEY, structure.name, problem, _FIX)
+
+
+def _difference(dense: Structure, operations: Sequence[Any], short: Structure, kept: Sequence[int]) -> str:
+    """What is not as it would be published, or nothing; `operations`: of the dense blocks."""
+    if len(short.blocks) != len(kept):
+        return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
+    for name in sorted(dense.trunk.keys() | short.trunk.keys()):
+        old, new = dense.trunk.get(name), short.trunk.get(name)
+        if old != new:
+            return f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with fewer blocks"
+    for position, number in enumerate(kept):
+        context, moved = dense.contexts[number], short.contexts[position]
+        if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
+            return f"block {number} would become block {position}, where it {problem}"
+        if not same(context, moved):
+            return f"block {number} would become block {position}, and be called with other masks there"
+        if operations[number] != _operations(*short.calls[position]):
+            return f"what block {number} computes depends on its number; it would become block {position}"
+    return ""
+
+
+def _shown(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else str(list(shape))
+
+
+def _other_block(old: nn.Module, new: nn.Module, number: int, position: int) -> str:
+    """How an empty block differs from the one it should be, but for knowing its own number."""
+    ours, theirs = _shapes(old), _shapes(new)
+    if ours != theirs:
+        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        return f"has other tensors ({name} is {_shown(ours.get(name))}, {_shown(theirs.get(name))} there)"
+    for (name, mine), (_, other) in zip(old.named_buffers(), new.named_buffers(), strict=True):
+        if not same(mine, other):
+            return f"has other values in {name}"
+    for (name, mine), (_, other) in zip(old.named_modules(), new.named_modules(), strict=True):
+        if type(mine) is not type(other):
+            return f"is of another kind ({name or 'it'} is a {type(other).__name__} there)"
+        for key, value in vars(mine).items():
+            there = vars(other).get(key)
+            its_number = (value, there) == (number, position)
+            if not key.startswith("_") and _is_plain(value) and value != there and not its_number:
+                return f"has another {f'{name}.{key}'.lstrip('.')} ({there!r} instead of {value!r})"
+    return ""
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    return {name: tuple(value.shape) for name, value in tensors}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes every operation that runs: its name, and all it is given but the tensors' values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.seen.append((str(function), tree_map(_note, (args, kwargs or {}, out))))
+        return out
+
+
+def _note(value: object) -> object:
+    """Of a tensor its shape; it has no values on the meta device. Buffers are compared by themselves."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), tuple(value.shape)
+    known = _is_plain(value) or isinstance(value, torch.dtype | torch.device)
+    return value if known else type(value).__name__
+
+
+def _operations(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> list[Any]:
+    """What a block computes of such states, as a list of operations."""
+    call = empty_call(block, h_BTD, context)
+    with torch.no_grad(), _Operations() as operations:
+        call()
+    return operations.seen

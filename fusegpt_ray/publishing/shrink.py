@@ -1,0 +1,91 @@
+"""config.json of a model with only some of its blocks: depth, and every setting with a value a block."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.stack import Stack
+
+_NOT_BY_BLOCK = re.compile(r"architectures|.*token_ids?")
+"""Lists that may be as long as the model is deep by chance."""
+_BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
+"""What a list or a table of block numbers may be called, such as `full_attn_idxs` and `mlp_only_layers`."""
+
+
+def shrink_config(stack: Stack) -> dict[str, Any]:
+    """The dense model's config.json, made that of the stack.
+
+    Raises:
+        UserError: transformers does not take the result.
+    """
+    raw: dict[str, Any] = json.loads(json.dumps(stack.config))
+    config = read_config(raw)
+    text = config.get_text_config()
+    section = _section(raw, config, text)
+    depth = text.num_hidden_layers
+    # Settings may be absent from the file and still have one value a block, derived by the class.
+    for key, value in (text.to_dict() | section).items():
+        if not _NOT_BY_BLOCK.fullmatch(key):
+            changed = _shrunk(key, value, stack.kept, depth)
+            if changed is not None:
+                section[key] = changed
+    main, names = _depth_names(text)
+    for key in names & section.keys() or {main}:
+        section[key] = len(stack)
+    for key in names & raw.keys():
+        if raw[key] == depth:  # a copy beside the text model's section
+            raw[key] = len(stack)
+    read_config(raw)
+    return raw
+
+
+def _section(raw: dict[str, Any], config: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
+    """Where a file keeps the settings of the text model; older ones keep them among the others."""
+    names = [key for key in config.sub_configs if getattr(config, key, None) is text]
+    return raw[names[0]] if names and isinstance(raw.get(names[0]), dict) else raw
+
+
+def _depth_names(text: PretrainedConfig) -> tuple[str, set[str]]:
+    """The name that the class itself uses for the depth, and all of which one file may use several."""
+    main = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    aliases = {key for key, target in text.attribute_map.items() if target == main}
+    halves = {"decoder_layers"} if main == "encoder_layers" else set()
+    return main, {"num_hidden_layers", main} | aliases | halves
+
+
+def _shrunk(key: str, value: Any, kept: Sequence[int], depth: int) -> Any:
+    """The value for the kept blocks; None where it is not one of a block's."""
+    numbered = bool(_BLOCK_NUMBERS.fullmatch(key)) and bool(value)
+    if isinstance(value, dict) and numbered and all(_is_number(name, depth) for name in value):
+        moved = {str(old): new for new, old in enumerate(kept)}
+        return {moved[str(name)]: item for name, item in value.items() if str(name) in moved}
+    if not isinstance(value, list | tuple):
+        return None
+    numbers = numbered and all(type(item) is int and 0 <= item < depth for item in value)
+    if numbers and len({*value}) == len(value):
+        return [new for new, old in enumerate(kept) if old in value]
+    if len(value) == depth:
+        return [value[number] for number in kept]
+    if (runs := list(_run_lengths(value))) and len(runs) == depth:
+        return [[[runs[number]], 1] for number in kept]
+    return None
+
+
+def _is_number(name: object, depth: int) -> bool:
+    return str(name).isdecimal() and int(str(name)) < depth
+
+
+def _run_lengths(value: Sequence[Any]) -> Iterator[Any]:
+    """The items of a list such as GPT-Neo's [[["global", "local"], 6]], written out; none if it is not one."""
+    for run in value:
+        match run:
+            case [list(items), int(times)]:
+                yield from items * times
+            case _:
+                return
