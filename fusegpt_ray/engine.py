@@ -15,6 +15,7 @@ from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.plain import Plain
 from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Text
@@ -70,6 +71,9 @@ class Engine(Protocol):
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """Of the stack as a model, over these windows."""
+
+    def compare_source(self, windows_WT: np.ndarray) -> Plain:
+        """The streamed walk of the dense model beside plain `from_pretrained` of its source."""
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         """That the published model computes what the stack does (see `proof.prove`)."""

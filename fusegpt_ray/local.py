@@ -29,6 +29,7 @@ from fusegpt_ray.model.perplexity import perplexity, window_losses
 from fusegpt_ray.model.runner import Runner, pick_device, pick_dtype, state_bytes
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import Proof, prove
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Text
@@ -123,6 +124,12 @@ class LocalEngine:
         batch = self.recipe.importance.batch
         losses_W, _ = fitting(lambda rows: window_losses(runner.taking(rows), stack, windows), batch, batch, "evaluation")
         return perplexity(losses_W)
+
+    def compare_source(self, windows_WT: np.ndarray) -> Plain:
+        windows, batch = torch.from_numpy(windows_WT[:1]), self.recipe.importance.batch
+        folder = self.source.folder
+        attempt = lambda rows: compare_plain(folder, self.dense, self.runner.taking(rows), windows)  # noqa: E731
+        return fitting(attempt, batch, batch, "comparing with from_pretrained")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         here, there = self.runner, self.runner.for_trunk_of(published)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -15,8 +16,10 @@ from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.memory import fewer_at_once
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.structure import Structure
 from fusegpt_ray.preflight import Target, check_model, check_output, check_tokens, name_taken, plan_targets
 from fusegpt_ray.publishing.publish import Published, publish
+from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds
@@ -38,10 +41,12 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         UserError: the recipe cannot be carried out; nothing was written then.
     """
     with display or Display() as show:
-        source, depth = _check_source(recipe.model, _lengths(recipe))
+        source, structure = _check_source(recipe.model, _lengths(recipe))
+        depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)
         dense = _open_source(source)
+        rehearse(dense, structure, [target.remove for target in targets])
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
@@ -61,6 +66,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 life.enter_context(journal.begun(this))
                 plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
                 life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
+                _compare_source(engine, source, dense, windows_WT, show)
                 show.stage("evaluating the dense model")
                 with explained(dense, source.name, engine.dtype):
                     judge = Judge(engine, dense, held_out, windows_WT, show)
@@ -109,6 +115,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
             show.stage("tokenising")
             windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
             check_tokens(source, dense, windows_WT)
+            _compare_source(engine, source, dense, windows_WT, show)
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
             with explained(dense, source.name, engine.dtype):
                 ranking = engine.score(dense, windows_WT)
@@ -149,10 +156,26 @@ def evaluate(
             show.stage("tokenising")
             windows_WT = _evaluation_windows(engine, "data", data, recipe)
             check_tokens(source, dense, windows_WT)
+            _compare_source(engine, source, dense, windows_WT, show)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
             with explained(dense, source.name, engine.dtype):
                 value = engine.perplexity(dense, windows_WT)
     return {"model": model, "data": data.data, "length": data.length, "windows": len(windows_WT), "perplexity": value}
+
+
+def _compare_source(engine: Engine, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display) -> None:
+    """
+    Raises:
+        UserError: what is walked block by block is not the model that plain `from_pretrained` loads.
+    """
+    show.stage("comparing with what from_pretrained loads")
+    with explained(dense, source.name, engine.dtype):
+        plain = engine.compare_source(windows_WT)
+        if plain.kl is not None and math.isnan(plain.kl):
+            raise FloatingPointError(plain.problem)
+    if plain.problem:
+        fix = "use a checkpoint that plain from_pretrained loads, of an architecture that can be run block by block"
+        raise UserError("model.source", source.name, plain.problem, fix)
 
 
 def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
@@ -166,7 +189,7 @@ def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
     return RayEngine(recipe, source, dense)
 
 
-def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, int]:
+def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Structure]:
     with blaming("model.source", model.source):
         source = Source.find(model.source, model.revision)
         return source, check_model(source, lengths)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from fusegpt_ray.errors import StorageError, UserError, blaming
-from fusegpt_ray.model.anatomy import find_blocks
-from fusegpt_ray.model.config import build_skeleton, read_config
+from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.run.journal import Journal, settings
 from fusegpt_ray.store import storage
@@ -34,20 +34,19 @@ class Target:
         return self.folder.rsplit("/", 1)[-1]
 
 
-def check_model(source: Source, lengths: dict[str, int]) -> int:
-    """The depth of a model that can be used with windows of these lengths (recipe key → tokens).
+def check_model(source: Source, lengths: dict[str, int]) -> Structure:
+    """What is known of the blocks of a model that can be used with windows of these lengths (recipe key → tokens).
 
     Raises:
-        UserError: see `Source.config`, `find_blocks`; or a window is longer than the model's positions.
+        UserError: see `Source.config`, `observe`; or a window is longer than the model's positions.
     """
     raw = source.config()
-    model = build_skeleton(raw)
-    depth = len(model.get_submodule(find_blocks(model)))
+    structure = observe(raw)
     positions = getattr(read_config(raw).get_text_config(), "max_position_embeddings", None)
     for key, length in lengths.items():
         if positions and length > positions:
             raise UserError(key, length, f"longer than the model's {positions} positions", f"use at most {positions}")
-    return depth
+    return structure
 
 
 def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:

@@ -32,6 +32,7 @@ from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import pick_dtype
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.plain import Plain
 from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Text
@@ -151,6 +152,12 @@ class RayEngine:
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         return self._fitting(lambda rows: scoring.evaluate(stack, windows_WT, self.replicas, rows), "evaluation")[0]
+
+    def compare_source(self, windows_WT: np.ndarray) -> Plain:
+        """On one replica, which is where a model is held."""
+        folder = self.source.folder
+        attempt = lambda rows: scoring.compare_source(folder, self.dense, windows_WT, self.replicas, rows)  # noqa: E731
+        return self._fitting(attempt, "comparing with from_pretrained")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         return self._fitting(lambda rows: scoring.prove(published, folder, stack, windows_WT, self.replicas, rows), "the proof")[0]

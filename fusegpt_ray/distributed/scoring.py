@@ -24,6 +24,7 @@ from fusegpt_ray.model.perplexity import perplexity, window_losses
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
 from fusegpt_ray.sections import Importance
@@ -71,6 +72,12 @@ def prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, r
     return proof
 
 
+def compare_source(folder: str, dense: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int) -> Plain:
+    """See `plain.compare_plain`; on one replica."""
+    ((_, found),) = replicas.map(_compare_source, [(folder, dense, windows_WT[:1])], rows)
+    return found
+
+
 def contexts(rows: int, length: int, replicas: Replicas) -> list[Context]:
     """See `Trunk.contexts`; on the CPU. Asked of a replica, so that only replicas ever hold the trunk."""
     ((_, found),) = replicas.map(_contexts, [(length,)], rows)
@@ -88,6 +95,10 @@ def _sweep(runner: Runner, stack: Stack, parts: list[tuple[np.ndarray, tuple[int
 
 def _prove(runner: Runner, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
     return prove_here(published, folder, stack, runner, runner.for_trunk_of(published), torch.tensor(windows_WT))
+
+
+def _compare_source(runner: Runner, folder: str, dense: Stack, windows_WT: np.ndarray) -> Plain:
+    return compare_plain(folder, dense, runner, torch.tensor(windows_WT))
 
 
 def _losses(runner: Runner, stack: Stack, windows_WT: np.ndarray) -> np.ndarray:

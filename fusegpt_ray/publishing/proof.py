@@ -4,8 +4,8 @@ Three steps, each from the published files alone:
 1. every file is read back once: its size, its SHA-256, and that all its tensors are finite (`read_back`);
 2. the folder is opened as a user's checkpoint would be: it holds exactly the tensors of the stack, in their shapes and dtypes, all
    that the model class of its config.json expects, and the same weights are tied (`open_published`);
-3. on real text it computes what the stack computes, block by block (`compare`); a model of at most `SMALL_BYTES` is also loaded by
-   plain `from_pretrained` and asked for its logits (`compare_plain`).
+3. on real text it computes what the stack computes, block by block (`compare`), and its logits are those of the model that plain
+   `from_pretrained` loads (`plain.py`).
 
 Shapes: W windows, T tokens, D hidden size, V vocabulary.
 """
@@ -13,38 +13,31 @@ Shapes: W windows, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.config import auto_class, build_skeleton
+from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.finite import finite
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.trunk import load_block
+from fusegpt_ray.publishing.plain import KL_TOLERANCE, compare_plain, mean_kl
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
 
 KEY = "published model"
 WINDOWS = 2
 """Windows on which the published model and the stack are compared."""
-SMALL_BYTES = 2_000_000_000
 STATES_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """By the arithmetic's dtype: how far a block's output may be from the stack's, as a share of its size (root mean square).
 
 The stack's weights are rounded to their published dtype first, and both sides run the same code on the same device, so 0 is expected;
 the tolerance leaves room for kernels that add in another order from call to call: some 1000 roundings in float32, two in bfloat16."""
-KL_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
-"""The same for logits: mean Kullback-Leibler divergence in nats a token. It grows with the square of the logits' differences:
-1e-6 are differences of about 1e-3, 1e-2 of about 0.1."""
 
 
 class ProofError(RuntimeError):
@@ -158,8 +151,8 @@ class Proof:
     """The largest difference of a block's output, as a share of its size."""
     kl: float
     """Mean KL divergence in nats a token, streamed against the stack."""
-    plain_kl: float | None = None
-    """The same for plain `from_pretrained` against the streamed walk; nothing for a large model."""
+    plain_kl: float
+    """The same for plain `from_pretrained` against the streamed walk (see `plain.py`)."""
 
 
 def prove(published: Stack, folder: str, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor) -> Proof:
@@ -169,22 +162,16 @@ def prove(published: Stack, folder: str, stack: Stack, here: Runner, there: Runn
         ProofError: a block's states or the logits are not the stack's; the message names the block or the number.
     """
     windows_WT = windows_WT[:WINDOWS]
-    states, kl, h_WTD = compare(published, stack, here, there, windows_WT)
-    small = sum(ref.end - ref.begin for ref in _all_refs(published)) <= SMALL_BYTES
-    return Proof(states, kl, compare_plain(folder, published, there, h_WTD, windows_WT) if small else None)
-
-
-def _all_refs(stack: Stack) -> Iterator[TensorRef]:
-    yield from stack.trunk.values()
-    for block in stack.blocks:
-        yield from block.weights.values()
+    states, kl = compare(published, stack, here, there, windows_WT)
+    plain = compare_plain(folder, published, there, windows_WT)
+    if plain.kl is None or plain.problem:
+        raise ProofError(f"{folder}: {plain.problem}")
+    return Proof(states, kl, plain.kl)
 
 
 @torch.no_grad()
-def compare(
-    published: Stack, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor
-) -> tuple[float, float, torch.Tensor]:
-    """Walk both models together, a block of each in memory: the largest difference, the KL, and the published model's last states."""
+def compare(published: Stack, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor) -> tuple[float, float]:
+    """Walk both models together, a block of each in memory: the largest difference, and the KL."""
     if len(published) != len(stack):
         raise ProofError(f"the published model has {len(published)} blocks, the stack {len(stack)}")
     ours, theirs = here.embed(windows_WT), there.embed(windows_WT)
@@ -195,52 +182,14 @@ def compare(
         what = f"its block {position} (block {block.dense} of the dense model)"
         largest = max(largest, _difference(theirs, ours, here.dtype, what))
     rows = zip(theirs.split(1), ours.split(1), strict=True)
-    kl = _mean_kl((there.trunk.logits(h_1TD), here.trunk.logits(g_1TD)) for h_1TD, g_1TD in rows)
-    return largest, _checked(kl, here.dtype, "the published model's logits differ from the stack's"), theirs
+    kl = mean_kl((there.trunk.logits(h_1TD), here.trunk.logits(g_1TD)) for h_1TD, g_1TD in rows)
+    return largest, _checked(kl, here.dtype, "the published model's logits differ from the stack's")
 
 
 def _rounded(runner: Runner, block: Block, stored: Block) -> nn.Module:
     """The stack's block with its weights rounded to the dtypes they are published in."""
     weights = {name: tensor.to(stored.weights[name].dtype) for name, tensor in read_tensors(block.weights).items()}
     return load_block(runner.trunk.moulds[block.dense], weights, runner.device, runner.dtype)
-
-
-@torch.no_grad()
-def compare_plain(folder: str, published: Stack, runner: Runner, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> float:
-    """KL between the logits of the model that plain `from_pretrained` loads and those of the streamed walk's last states."""
-    with tempfile.TemporaryDirectory() as copy:
-        if "://" in folder:
-            for name in storage.names(folder):
-                storage.download(storage.join(folder, name), str(Path(copy) / name))
-        auto = getattr(transformers, auto_class(published.config))
-        place = copy if "://" in folder else folder
-        try:
-            options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-            with _quietly():
-                model, report = auto.from_pretrained(place, dtype=runner.dtype, **options)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ProofError(f"{folder}: from_pretrained does not load it ({type(error).__name__}: {error})") from error
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            raise ProofError(f"{folder}: from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}")
-    model.eval().to(runner.device)
-    rows = zip(windows_WT.split(1), h_WTD.split(1), strict=True)
-    kl = _mean_kl(
-        (model(input_ids=ids_1T.to(runner.device), use_cache=False).logits, runner.trunk.logits(h_1TD)) for ids_1T, h_1TD in rows
-    )
-    return _checked(kl, runner.dtype, "the logits of the model that from_pretrained loads differ from the streamed ones")
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' own progress bar: our display is the one display."""
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.logging.enable_progress_bar()
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, what: str) -> float:
@@ -254,17 +203,6 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, w
             f"the published model computes something else: {what} is off by {share:.2g}, {STATES_TOLERANCE[dtype]} allowed"
         )
     return share
-
-
-def _mean_kl(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """Mean KL(wanted ‖ found) in nats a token over pairs (found, wanted) of logits [1, T, V]; a few hundred tokens at a time."""
-    total, tokens = 0.0, 0
-    for found_1TV, wanted_1TV in pairs:
-        for found_TV, wanted_TV in zip(found_1TV[0].split(256), wanted_1TV[0].split(256), strict=True):
-            log_q, log_p = (logits.double().log_softmax(-1) for logits in (found_TV, wanted_TV))
-            total += (log_p.exp() * (log_p - log_q)).sum().item()
-            tokens += len(log_p)
-    return total / tokens
 
 
 def _checked(kl: float, dtype: torch.dtype, problem: str) -> float:

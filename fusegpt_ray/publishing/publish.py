@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-
 from fusegpt_ray.model.config import auto_class
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
-from fusegpt_ray.publishing.shrink import shrink_config
+from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, TensorRef, plan_shards, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, plan_shards, write_safetensors
 
 AT_ONCE = 4
 """Shards on their way; each holds two tensors."""
@@ -105,24 +103,6 @@ def _put_shard(folder: str, name: str, entries: Sequence[Entry]) -> FileRecord:
     record, _ = write_safetensors(file, entries)
     read_back(file, record)
     return record
-
-
-def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
-    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the dense checkpoint."""
-    for name, ref in stack.trunk.items():
-        yield _entry(name, ref, ref.dtype)
-    for number, block in enumerate(stack.blocks):
-        original = dense.blocks[dense.position(block.dense)].weights
-        for name, ref in block.weights.items():
-            yield _entry(f"{stack.prefix}{number}.{name}", ref, original[name].dtype)
-
-
-def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:
-    return Entry(name, dtype, ref.shape, partial(_read_one, ref))
-
-
-def _read_one(ref: TensorRef) -> torch.Tensor:
-    return read_tensors({ref.name: ref})[ref.name]
 
 
 def versions() -> dict[str, str]:

@@ -1,16 +1,19 @@
-"""config.json of a model with only some of its blocks: depth, and every setting with a value a block."""
+"""The checkpoint of a model with only some of its blocks: its config.json and its tensors."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.store.checkpoint import Entry, TensorRef, read_tensors
 
 _NOT_BY_BLOCK = re.compile(r"architectures|.*token_ids?")
 """Lists that may be as long as the model is deep by chance."""
@@ -19,7 +22,7 @@ _BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
 
 
 def shrink_config(stack: Stack) -> dict[str, Any]:
-    """The dense model's config.json, made that of the stack.
+    """The dense model's config.json with the stack's depth, and every setting of a block in step.
 
     Raises:
         UserError: transformers does not take the result.
@@ -89,3 +92,21 @@ def _run_lengths(value: Sequence[Any]) -> Iterator[Any]:
                 yield from items * times
             case _:
                 return
+
+
+def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
+    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the dense checkpoint."""
+    for name, ref in stack.trunk.items():
+        yield _entry(name, ref, ref.dtype)
+    for number, block in enumerate(stack.blocks):
+        original = dense.blocks[dense.position(block.dense)].weights
+        for name, ref in block.weights.items():
+            yield _entry(f"{stack.prefix}{number}.{name}", ref, original[name].dtype)
+
+
+def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:
+    return Entry(name, dtype, ref.shape, partial(_read_one, ref))
+
+
+def _read_one(ref: TensorRef) -> torch.Tensor:
+    return read_tensors({ref.name: ref})[ref.name]
