@@ -65,6 +65,11 @@ def _gpt2() -> tf.GPT2Config:
     return tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
 
 
+def _lfm2() -> tf.Lfm2Config:
+    """A hybrid: attention in two blocks, a short convolution with other linear layers in the others."""
+    return tf.Lfm2Config(**GROUPED, full_attn_idxs=[1, 2], block_auto_adjust_ff_dim=False, tie_word_embeddings=False)
+
+
 @dataclass(frozen=True)
 class Tiny:
     config: Callable[[], tf.PretrainedConfig]
@@ -100,6 +105,7 @@ MODELS: dict[str, Tiny] = {
         "gpt_neox.final_layer_norm",
         "gpt_neox.layers.",
     ),
+    "lfm2": Tiny(_lfm2, "model.layers", "model.embedding_norm", "model.layers."),
     "falcon": Tiny(lambda: tf.FalconConfig(**COMMON, alibi=False), "transformer.h", "transformer.ln_f", "transformer.h."),
 }
 SUPPORTED = [name for name in MODELS if name not in ("llama-tied", "llama-sharded")]

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 Linear: TypeAlias = nn.Linear | Conv1D
-Frozen: TypeAlias = tuple[torch.Tensor | None, torch.Tensor | None]
+Frozen: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 """A weight and a bias, if there is one."""
 
 
@@ -37,13 +37,16 @@ class FusedLinear(nn.Module):
     def __init__(
         self,
         own: Linear,
-        donors: list[Linear],
+        donors: Sequence[Frozen | None],
         rank: int,
         lora_rank: int,
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
-        """`own` is the frozen layer, `donors` the removed blocks' layers in order of removal; `dtype` is that of what learns."""
+        """`own` is the frozen layer, `donors` the removed blocks' layers in order of removal.
+
+        A donor without such a layer is None, and term k is left out. `dtype` is that of what learns.
+        """
         super().__init__()
         self.transposed = isinstance(own, Conv1D)
         self.terms = len(donors)
@@ -57,33 +60,44 @@ class FusedLinear(nn.Module):
         learn("B", torch.zeros(outputs, lora_rank))
         learn("A", _kaiming(lora_rank, inputs, generator))
         for k, donor in enumerate(donors):
-            self.register_buffer(f"donor_weight{k}", donor.weight.detach(), persistent=False)
+            if donor is None:
+                continue
+            weight, bias = donor
+            self.register_buffer(f"donor_weight{k}", weight, persistent=False)
             learn(f"C{k}", torch.zeros(outputs, rank))
             learn(f"D{k}", _kaiming(rank, inputs, generator))
-            if donor.bias is not None:
-                self.register_buffer(f"donor_bias{k}", donor.bias.detach(), persistent=False)
-                learn(f"c{k}", torch.zeros(donor.bias.shape))
+            if bias is not None:
+                self.register_buffer(f"donor_bias{k}", bias, persistent=False)
+                learn(f"c{k}", torch.zeros(bias.shape))
 
-    def fused(self, frozen: Sequence[Frozen] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def fused(self, frozen: Sequence[Frozen | None] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32).
 
         `frozen`: the layer's own and its donors' weights and biases, if not those it holds.
         """
-        (own, bias), *donors = frozen or self._frozen()
+        held, *donors = frozen or self._frozen()
+        assert held is not None
+        own, bias = held
         device = self.weight.device
         with torch.autocast(device.type, enabled=False):
-            weight = _there(own, device) + self._laid_out(self.B @ self.A)
+            weight = own.to(device) + self._laid_out(self.B @ self.A)
             bias = bias if bias is None else bias.to(device)
-            for k, (donor_weight, donor_bias) in enumerate(donors):
+            for k, donor in enumerate(donors):
+                if donor is None:
+                    continue
+                donor_weight, donor_bias = donor
                 coefficients = self._laid_out(getattr(self, f"C{k}") @ getattr(self, f"D{k}"))
-                weight = weight + coefficients * _there(donor_weight, device)
-                if bias is not None:
-                    bias = bias + getattr(self, f"c{k}") * _there(donor_bias, device)
+                weight = weight + coefficients * donor_weight.to(device)
+                if bias is not None and donor_bias is not None:
+                    bias = bias + getattr(self, f"c{k}") * donor_bias.to(device)
         return weight, bias
 
-    def _frozen(self) -> list[Frozen]:
-        donors = [(getattr(self, f"donor_weight{k}"), getattr(self, f"donor_bias{k}", None)) for k in range(self.terms)]
-        return [(self.weight, self.bias), *donors]
+    def _frozen(self) -> list[Frozen | None]:
+        def donor(k: int) -> Frozen | None:
+            weight = getattr(self, f"donor_weight{k}", None)
+            return None if weight is None else (weight, getattr(self, f"donor_bias{k}", None))
+
+        return [(self.weight, self.bias), *map(donor, range(self.terms))]
 
     def _laid_out(self, product_OI: torch.Tensor) -> torch.Tensor:
         return product_OI.T if self.transposed else product_OI
@@ -94,11 +108,6 @@ class FusedLinear(nn.Module):
         dtype = self.weight.dtype
         weight = weight.to(dtype)
         return nn.functional.linear(x.to(dtype), weight.T if self.transposed else weight, None if bias is None else bias.to(dtype))
-
-
-def _there(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    assert tensor is not None  # a donor has what the layer itself has
-    return tensor.to(device)
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -105,7 +105,7 @@ def build_student(
     recompute: bool = False,
 ) -> Student:
     """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
-    donors = DonorCache(moulds[job.donor], device, plan.compute_dtype)
+    donors = DonorCache(device, plan.compute_dtype)
     blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
     return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype, recompute)
 

@@ -6,7 +6,7 @@ Notable: everything that learns starts from a generator seeded by (seed, donor, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -63,15 +63,17 @@ def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, .
 
 
 def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, device: torch.device, donors: DonorCache) -> nn.Module:
-    """One neighbour as a learnable block: LoRA, fused terms and norm weights learn; what it learned before is kept."""
+    """One neighbour as a learnable block: LoRA, fused terms and norm weights learn.
+
+    What it learned before is kept.
+    """
     base, donor_refs = terms_of(neighbour, donor if plan.fuse else None)
     stored = read_tensors(base)
     block = load_block(mould, stored, device, plan.compute_dtype)
-    donor_blocks = [donors.get(refs) for refs in donor_refs]
     for name, own in list(linear_layers(block)):
         fused = FusedLinear(
             own,
-            [_layer(donor_block, name) for donor_block in donor_blocks],
+            [_layer(name, like(name, base, refs), donors.get(refs)) for refs in donor_refs],
             plan.rank,
             plan.lora_rank,
             plan.trained_dtype,
@@ -81,9 +83,11 @@ def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, de
     for name, norm in block.named_modules():
         if is_norm(norm):
             for key, _ in list(norm.named_parameters(recurse=False)):
-                norm.register_parameter(key, nn.Parameter(stored[f"{name}.{key}"].to(device, plan.trained_dtype)))
+                value = stored[f"{name}.{key}"].to(device, plan.trained_dtype)
+                norm.register_parameter(key, nn.Parameter(value))
     if neighbour.terms:
-        learned = {key: value.to(plan.trained_dtype) for key, value in read_tensors(neighbour.terms.learned).items()}
+        stored = read_tensors(neighbour.terms.learned)
+        learned = {key: value.to(plan.trained_dtype) for key, value in stored.items()}
         known = dict(block.named_parameters())
         assert set(learned) <= set(known), sorted(set(learned) - set(known))
         with torch.no_grad():
@@ -92,17 +96,35 @@ def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, de
     return block
 
 
+def like(name: str, base: Refs, donor: Refs) -> tuple[str, ...]:
+    """The tensors of the linear layer `name` that a donor can give to the one in `base`.
+
+    None where its own is missing or of another shape. The blocks of a hybrid model differ in kind
+    (attention in some, a recurrence in others), and only layers alike can be fused.
+    """
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    if weight not in donor or donor[weight].shape != base[weight].shape:
+        return ()
+    return (weight, bias) if bias in base and bias in donor else (weight,)
+
+
+def _layer(name: str, keys: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> Frozen | None:
+    bias = f"{name}.bias"
+    return (tensors[f"{name}.weight"], tensors[bias] if bias in keys else None) if keys else None
+
+
 class DonorCache:
-    """Donor blocks by their weights, so that neighbours fused with the same donor share one copy of it."""
+    """Donor blocks' tensors by where they lie: neighbours fused with one donor share one copy of it."""
 
-    def __init__(self, mould: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        self.mould, self.device, self.dtype = mould, device, dtype
-        self._blocks: dict[tuple[object, ...], nn.Module] = {}
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._blocks: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
 
-    def get(self, refs: Refs) -> nn.Module:
+    def get(self, refs: Refs) -> Mapping[str, torch.Tensor]:
         key = tuple(refs[name] for name in sorted(refs))
         if key not in self._blocks:
-            self._blocks[key] = load_block(self.mould, read_tensors(refs), self.device, self.dtype)
+            stored = read_tensors(refs)
+            self._blocks[key] = {name: value.to(self.device, self.dtype) for name, value in stored.items()}
         return self._blocks[key]
 
 
@@ -122,7 +144,8 @@ def folded_tensors(block: nn.Module, neighbour: Block, donor: Block | None) -> d
     out = {}
     for name, module in block.named_modules():
         if isinstance(module, FusedLinear):
-            weight, bias = module.fused(_stored_layer(name, (base, *donors), module.weight.dtype))
+            stored = _stored_layers(name, base, donors, module.weight.dtype)
+            weight, bias = module.fused(stored)
             out[f"{name}.weight"] = weight.cpu()
             if bias is not None:
                 out[f"{name}.bias"] = bias.cpu()
@@ -131,14 +154,16 @@ def folded_tensors(block: nn.Module, neighbour: Block, donor: Block | None) -> d
     return out
 
 
-def _stored_layer(name: str, blocks: Sequence[Refs], held: torch.dtype) -> list[Frozen] | None:
-    """A layer's weight and bias in each block as they are stored; nothing if those held in the dtype `held` are no less exact."""
-    keys = (f"{name}.weight", f"{name}.bias")
-    layers = [{key: refs[key] for key in keys if key in refs} for refs in blocks]
-    if all(torch.promote_types(ref.dtype, held) == held for layer in layers for ref in layer.values()):
+def _stored_layers(name: str, base: Refs, donors: Sequence[Refs], held: torch.dtype) -> list[Frozen | None] | None:
+    """A layer's weight and bias as they are stored, in `base` and in each donor.
+
+    Nothing if those held in the dtype `held` are no less exact.
+    """
+    blocks = [(refs, like(name, base, refs)) for refs in (base, *donors)]
+    stored = [refs[key] for refs, keys in blocks for key in keys]
+    if all(torch.promote_types(ref.dtype, held) == held for ref in stored):
         return None
-    tensors = [read_tensors(layer) for layer in layers]
-    return [(layer[keys[0]], layer.get(keys[1])) for layer in tensors]
+    return [_layer(name, keys, read_tensors({key: refs[key] for key in keys})) for refs, keys in blocks]
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:
@@ -149,12 +174,6 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:
 
 def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
-
-
-def _layer(block: nn.Module, name: str) -> Linear:
-    layer = block.get_submodule(name)
-    assert isinstance(layer, nn.Linear | Conv1D), (name, type(layer))
-    return layer
 
 
 def _generator(seed: int, *labels: object) -> torch.Generator:

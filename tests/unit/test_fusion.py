@@ -82,11 +82,13 @@ def make_layer(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def fuse(
-    kind: str, donors: int, dtype: torch.dtype = torch.float64, learned: torch.dtype = torch.float64, seed: int = 0
+    kind: str, count: int, dtype: torch.dtype = torch.float64, learned: torch.dtype = torch.float64, seed: int = 0
 ) -> tuple[FusedLinear, nn.Module, list[nn.Module]]:
     own = make_layer(kind, dtype)
-    others = [make_layer(kind, dtype) for _ in range(donors)]
-    return FusedLinear(own, others, RANK, LORA, learned, torch.Generator().manual_seed(seed)), own, others
+    others = [make_layer(kind, dtype) for _ in range(count)]
+    donors = [(other.weight, other.bias) for other in others]
+    generator = torch.Generator().manual_seed(seed)
+    return FusedLinear(own, donors, RANK, LORA, learned, generator), own, others
 
 
 def shake(layer: nn.Module) -> None:
@@ -166,7 +168,8 @@ def test_starts_as_the_layer_it_replaces(kind: str, dtype: torch.dtype, learned:
 
 def test_what_learns_starts_as_the_paper_says() -> None:
     own, donor = nn.Linear(100, 40), nn.Linear(100, 40)
-    fused = FusedLinear(own, [donor], 64, 32, torch.float32, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    fused = FusedLinear(own, [(donor.weight, donor.bias)], 64, 32, torch.float32, generator)
     shapes = {name: tuple(value.shape) for name, value in fused.named_parameters()}
     assert shapes == {"A": (32, 100), "B": (40, 32), "C0": (40, 64), "D0": (64, 100), "c0": (40,)}
     for name in ("B", "C0", "c0"):

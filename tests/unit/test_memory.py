@@ -14,7 +14,7 @@ from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model import runner, weights
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.publishing import publish
+from fusegpt_ray.publishing import publish, shrink
 from fusegpt_ray.recipe import Recipe
 
 WINDOWS = token_windows(8, 9).numpy()
@@ -37,7 +37,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
     )
     trunk, block = size_of(dense.trunk), size_of(dense.blocks[0].weights)
     watch = Watch()
-    for module in (runner, weights, student, publish):
+    for module in (runner, weights, student, shrink):
         monkeypatch.setattr(module, "read_tensors", watch)
     source = Source.find(str(folder), None)
     stack = dense

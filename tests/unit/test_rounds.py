@@ -64,14 +64,14 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     assert (expected - start).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("workshop", ["llama", "gpt2", "qwen2"], indirect=True)
+@pytest.mark.parametrize("workshop", ["llama", "gpt2", "qwen2", "lfm2"], indirect=True)
 def test_what_is_saved_is_the_formula(workshop: Workshop) -> None:
     stack, _ = workshop.fuse(workshop.job(2, **FAST))
     for dense in (0, 1, 3):
         block = stack.blocks[stack.position(dense)]
         expected = collapsed(workshop, stack, dense)
         assert set(block.weights) == set(expected)
-        for name, value in load_file(weights_file(block)).items():
+        for name, value in read_tensors(block.weights).items():
             torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
     assert stack.blocks[-1] == workshop.dense.blocks[4]  # not in the group: as it was
 

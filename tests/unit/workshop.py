@@ -115,12 +115,14 @@ def collapsed(workshop: Workshop, stack: Stack, dense: int) -> Weights:
     for key in own:
         layer, kind = key.rsplit(".", 1)
         if f"{layer}.A" not in p:
-            out[key] = p[key]  # a norm
+            out[key] = p.get(key, own[key])  # a norm learns; a convolution stays as it is
         elif kind == "weight":
-            update, coefficients = p[f"{layer}.B"] @ p[f"{layer}.A"], p[f"{layer}.C0"] @ p[f"{layer}.D0"]
-            if workshop.name == "gpt2":  # Conv1D's weight is [inputs, outputs]
-                update, coefficients = update.T, coefficients.T
-            out[key] = own[key] + update + coefficients * donor[key]
+            transposed = workshop.name == "gpt2"  # Conv1D's weight is [inputs, outputs]
+            update = p[f"{layer}.B"] @ p[f"{layer}.A"]
+            out[key] = own[key] + (update.T if transposed else update)
+            if key in donor:  # only layers that both blocks of a hybrid model have are fused
+                coefficients = p[f"{layer}.C0"] @ p[f"{layer}.D0"]
+                out[key] += (coefficients.T if transposed else coefficients) * donor[key]
         else:
             out[key] = own[key] + p[f"{layer}.c0"] * donor[key]
     return out
