@@ -102,8 +102,11 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
             raise UserError(KEY, name, f"called {inside} in the model", "re-save the checkpoint with save_pretrained")
         prefixes.add(name.removesuffix(tail))
         blocks.setdefault(int(match[1]), {})[match[2]] = ref
-    tied = set(model.all_tied_weights_keys)
-    missing = sorted(name for name, value in expected.items() if name not in seen | tied and isinstance(value, nn.Parameter))
+    # Either of two tied tensors may be the one that is stored.
+    ties = model.all_tied_weights_keys.items()
+    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
+    parameters = (name for name, value in expected.items() if isinstance(value, nn.Parameter))
+    missing = sorted(name for name in parameters if name not in there)
     if missing:
         raise UserError(KEY, missing[0], f"the checkpoint lacks {len(missing)} tensors of the model", "download it again")
     depth = len(model.get_submodule(path))

@@ -86,7 +86,10 @@ def _other_block(old: nn.Module, new: nn.Module, number: int, position: int) -> 
         for key, value in vars(mine).items():
             there = vars(other).get(key)
             its_number = (value, there) == (number, position)
-            if not key.startswith("_") and _is_plain(value) and value != there and not its_number:
+            # A list may be a table of all blocks; what is done with it shows in the operations.
+            if key.startswith("_") or isinstance(value, list | tuple) or not _is_plain(value):
+                continue
+            if value != there and not its_number:
                 return f"has another {f'{name}.{key}'.lstrip('.')} ({there!r} instead of {value!r})"
     return ""
 

@@ -1,0 +1,61 @@
+"""Architectures of which only the proof used to say, after all rounds, that they cannot be made shallower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import transformers as tf
+from desk import Desk
+from mistakes import Bad, check, table
+from models import COMMON, DEPTH, GROUPED, VOCAB
+
+Make = Callable[[], tf.PretrainedConfig]
+
+
+def saved(desk: Desk, config: tf.PretrainedConfig) -> None:
+    """The model of the recipe is a random one of this configuration."""
+    (desk.model / "model.safetensors").unlink()
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(desk.model)
+
+
+def refused(name: str, make: Make, problem: str, fix: str, evaluate: bool = False) -> Bad:
+    def spoil(desk: Desk) -> list[str] | None:
+        saved(desk, make())
+        text = ["--data", str(desk.heldout), "--length", "12"]
+        return ["evaluate", str(desk.model), *text] if evaluate else None
+
+    return Bad(name, spoil, "MODEL" if evaluate else "model.source", "", problem, fix)
+
+
+def _inverse_gpt2() -> tf.GPT2Config:
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
+    return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
+
+
+def _gemma4() -> tf.PretrainedConfig:
+    """Every block is also given an embedding of its own of each token."""
+    own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+    return tf.Gemma4TextConfig(**GROUPED, **own, head_dim=8, global_head_dim=8, sliding_window=8)
+
+
+def _minicpm3() -> tf.PretrainedConfig:
+    """What a block adds is scaled by the depth of the whole model."""
+    low = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+    return tf.MiniCPM3Config(**COMMON, **low, intermediate_size=48, v_head_dim=8, scale_depth=1.4)
+
+
+NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth"
+TOKENS, ORDER = "depends on the tokens", "runs block after block"
+CASES: list[tuple[str, Make, str, str, bool]] = [
+    ("by-its-number", _inverse_gpt2, rf"{NUMBER} has another attn.scaling", SAME, False),
+    ("by-its-number-2", lambda: tf.DiffLlamaConfig(**GROUPED), rf"{NUMBER}.*lambda_init", SAME, False),
+    ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
+    ("embeddings-of-its-own", _gemma4, TOKENS, ORDER, False),
+    ("embeddings-of-its-own-evaluated", _gemma4, TOKENS, ORDER, True),
+]
+
+
+@table([refused(*case) for case in CASES])
+def test_refused(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    check(bad, desk, weight_reads, capsys)
