@@ -17,7 +17,15 @@ from fusegpt_ray.model.memory import fewer_at_once
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
-from fusegpt_ray.preflight import Target, check_model, check_output, check_tokens, name_taken, plan_targets
+from fusegpt_ray.preflight import (
+    Target,
+    check_method,
+    check_model,
+    check_output,
+    check_tokens,
+    name_taken,
+    plan_targets,
+)
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
@@ -42,6 +50,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
     """
     with display or Display() as show:
         source, structure = _check_source(recipe.model, _lengths(recipe))
+        check_method(recipe, structure)
         depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)

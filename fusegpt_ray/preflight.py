@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fusegpt_ray.errors import StorageError, UserError, blaming
+from fusegpt_ray.fusion.student import linear_layers
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
@@ -47,6 +48,21 @@ def check_model(source: Source, lengths: dict[str, int]) -> Structure:
         if positions and length > positions:
             raise UserError(key, length, f"longer than the model's {positions} positions", f"use at most {positions}")
     return structure
+
+
+def check_method(recipe: Recipe, structure: Structure) -> None:
+    """
+    Raises:
+        UserError: the method fuses or trains linear layers, and most of a block lies elsewhere.
+    """
+    block = structure.blocks[0]
+    sizes = {name: value.numel() for name, value in block.named_parameters()}
+    linear = {f"{name}.weight" for name, _ in linear_layers(block)}
+    share = sum(sizes[name] for name in linear) / sum(sizes.values())
+    if recipe.method != "mi" and share < 0.5:
+        problem = f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
+        fix = "use method: mi, which only removes blocks, or a model without experts"
+        raise UserError("method", recipe.method, problem, fix)
 
 
 def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:

@@ -25,7 +25,8 @@ def refused(name: str, make: Make, problem: str, fix: str, evaluate: bool = Fals
         text = ["--data", str(desk.heldout), "--length", "12"]
         return ["evaluate", str(desk.model), *text] if evaluate else None
 
-    return Bad(name, spoil, "MODEL" if evaluate else "model.source", "", problem, fix)
+    key = "MODEL" if evaluate else "method" if "linear layers" in problem else "model.source"
+    return Bad(name, spoil, key, "", problem, fix)
 
 
 def _inverse_gpt2() -> tf.GPT2Config:
@@ -45,6 +46,11 @@ def _minicpm3() -> tf.PretrainedConfig:
     return tf.MiniCPM3Config(**COMMON, **low, intermediate_size=48, v_head_dim=8, scale_depth=1.4)
 
 
+def _gpt_oss() -> tf.PretrainedConfig:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return tf.GptOssConfig(**GROUPED, **experts, head_dim=8)
+
+
 NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth"
 TOKENS, ORDER = "depends on the tokens", "runs block after block"
 CASES: list[tuple[str, Make, str, str, bool]] = [
@@ -52,6 +58,7 @@ CASES: list[tuple[str, Make, str, str, bool]] = [
     ("by-its-number-2", lambda: tf.DiffLlamaConfig(**GROUPED), rf"{NUMBER}.*lambda_init", SAME, False),
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
     ("embeddings-of-its-own", _gemma4, TOKENS, ORDER, False),
+    ("experts", _gpt_oss, "of GptOssForCausalLM are linear layers", "method: mi", False),
     ("embeddings-of-its-own-evaluated", _gemma4, TOKENS, ORDER, True),
 ]
 
