@@ -8,11 +8,12 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
@@ -32,12 +33,8 @@ class Trunk:
         self.device, self.dtype = device, dtype
         self.model = build_skeleton(stack.config)
         self._recorded = Recorded(self.model, find_blocks(self.model))
-        expected = self.model.state_dict()
-        renamings = get_model_conversion_mapping(self.model)
-        weights = {
-            rename_source_key(name, renamings, [], self.model.base_model_prefix, expected)[0]: tensor
-            for name, tensor in read(stack.trunk).items()
-        }
+        inside = names_inside(self.model, stack.trunk)
+        weights = {inside[name]: tensor for name, tensor in read(stack.trunk).items()}
         _assign(self.model, weights, dtype)
         # As from_pretrained does it: what is tied is decided by the tensors that are there, too.
         missing = {name for name, value in self.model.named_parameters() if value.is_meta}
@@ -78,6 +75,13 @@ class Trunk:
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._recorded(ids_BT.to(self.device), **options).logits
+
+
+def names_inside(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """By a tensor's name in the checkpoint its name in the model, by transformers' own rules."""
+    expected = model.state_dict()
+    renamings = get_model_conversion_mapping(model)
+    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, expected)[0] for name in names}
 
 
 def load_block(mould: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:

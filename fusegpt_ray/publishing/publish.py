@@ -22,6 +22,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
+from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, plan_shards, write_safetensors
 
@@ -79,7 +80,8 @@ def publish(
     if list(files) != [SINGLE]:
         index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
         put(INDEX, json.dumps(index, indent=2).encode())
-    put("config.json", (json.dumps(shrink_config(stack), indent=2) + "\n").encode())
+    config = with_true_ties(shrink_config(stack), stack)
+    put("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name in source.small_files:
         put(name, storage.read(storage.join(source.folder, name)))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))

@@ -30,7 +30,7 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
     raw: dict[str, Any] = json.loads(json.dumps(stack.config))
     config = read_config(raw)
     text = config.get_text_config()
-    section = _section(raw, config, text)
+    section = text_section(raw, config, text)
     depth = text.num_hidden_layers
     # Settings may be absent from the file and still have one value a block, derived by the class.
     for key, value in (text.to_dict() | section).items():
@@ -48,7 +48,7 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
     return raw
 
 
-def _section(raw: dict[str, Any], config: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
+def text_section(raw: dict[str, Any], config: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
     """Where a file keeps the settings of the text model; older ones keep them among the others."""
     names = [key for key in config.sub_configs if getattr(config, key, None) is text]
     return raw[names[0]] if names and isinstance(raw.get(names[0]), dict) else raw

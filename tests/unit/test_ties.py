@@ -51,6 +51,8 @@ def test_ties_as_from_pretrained_makes_them(flag: bool, tensors: str, desk: Desk
     assert main(["compress", recipe]) == 0
     published = desk.out / "demo-p40"
     said = json.loads((published / "fusegpt.json").read_text())["perplexity"]
+    config = json.loads((published / "config.json").read_text())
+    assert config["tie_word_embeddings"] == (flag and tensors != "another")
     compressed = perplexity(load_model(published), desk.heldout)
     assert compressed == pytest.approx(said["own"]["fused"], rel=1e-5)
 
