@@ -33,10 +33,11 @@ SMALL_BYTES = 2_000_000_000
 """Of weights that are loaded as a whole."""
 TOKENS = 256
 """Of a window that are compared."""
-KL_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-2}
+KL_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 """By the arithmetic's dtype: mean Kullback-Leibler divergence of logits in nats a token.
 
-It grows with the square of the logits' differences: 1e-6 are differences of about 1e-3, 1e-2 of about 0.1."""
+It grows with the square of the logits' differences: 1e-6 are differences of about 1e-3, 1e-3 of about 0.05.
+Honest readings differ by 0 (`benchmarks/comparison.py`); kernels may add in another order."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
     windows_WT = windows_WT[:, :TOKENS]
     small = sum(ref.end - ref.begin for ref in _refs(stack)) <= SMALL_BYTES
     part = stack if small else one_of_each_kind(stack)
+    for h_WTD in runner.walk(part, windows_WT):  # noqa: B007 - the last states are wanted
+        pass
     with _local(folder, stack, part) as place:
         try:
             model, report = _load(place, auto_class(stack.config), runner.dtype)
@@ -68,8 +71,6 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
         if report.get(kind):
             return Plain(None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}")
     model.eval().to(runner.device)
-    for h_WTD in runner.walk(part, windows_WT):  # noqa: B007 - the states after the last block are wanted
-        pass
     pairs = (
         (_logits(model, ids_1T.to(runner.device)), runner.trunk.logits(h_1TD))
         for ids_1T, h_1TD in zip(windows_WT.split(1), h_WTD.split(1), strict=True)
