@@ -50,11 +50,11 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
     """
     with display or Display() as show:
         source, structure = _check_source(recipe.model, _lengths(recipe))
-        check_method(recipe, structure)
         depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)
         dense = _open_source(source)
+        check_method(recipe, structure)
         rehearse(dense, structure, [target.remove for target in targets])
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")

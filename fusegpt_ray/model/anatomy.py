@@ -2,7 +2,7 @@
 
 Notable:
 - nothing is known by architecture name. Blocks are the one ModuleList as long as the text configuration says the model is deep;
-- the checkpoint's tensor names are mapped to the model's by transformers' own rules, the ones `from_pretrained` uses.
+- a block's tensors go by the model's own names, which the checkpoint's need not be.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.config import KEY, build_skeleton
+from fusegpt_ray.model.fit import fitting
+from fusegpt_ray.model.names import names_inside
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import TensorRef
-
-_PLAIN = ("F64", "F32", "F16", "BF16")
-_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
-"""Computed nowadays, and ignored by transformers where an old checkpoint still has them."""
 
 
 def find_blocks(model: transformers.PreTrainedModel) -> str:
@@ -61,58 +57,35 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     """The stack of a whole dense checkpoint: its config.json and the tensors of its files.
 
     Raises:
-        UserError: blocks cannot be found; or the checkpoint lacks tensors of the model, has them in another shape or quantized, or
-            has others that `from_pretrained` would report as unexpected (biases that are left out, say).
+        UserError: blocks cannot be found; or the tensors are not the model's (see `fitting`).
     """
     model = build_skeleton(raw)
     path = find_blocks(model)
-    expected = dict(model.state_dict(keep_vars=True))
-    conversions = get_model_conversion_mapping(model)
-    converters = [item for item in conversions if isinstance(item, WeightConverter)]
-    renamings = [item for item in conversions if not isinstance(item, WeightConverter)]
-    in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
-    trunk: dict[str, TensorRef] = {}
-    blocks: dict[int, dict[str, TensorRef]] = {}
-    prefixes: set[str] = set()
-    seen: set[str] = set()
-    buffers = {name for name, _ in model.named_buffers()}
-    ignored = re.compile("|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
-    extra: list[str] = []
-    for name, ref in tensors.items():
-        inside, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if converted is not None:
-            fix = "use a model whose checkpoint holds its weights as the model uses them (not a mixture of experts)"
-            raise UserError(KEY, name, "transformers rearranges this tensor on loading, which fusing cannot follow yet", fix)
-        target = expected.get(inside)
-        if target is not None and tuple(target.shape) != ref.shape:
-            problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"
-            raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")
-        if target is not None and target.is_floating_point() and ref.code not in _PLAIN:
-            problem = f"stored as {ref.code}, which says nothing without scales"
-            raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
-        if target is None and inside not in buffers and not ignored.search(inside):
-            extra.append(name)
-        seen.add(inside)
-        match = in_block.fullmatch(inside)
-        if match is None:
-            trunk[name] = ref
-            continue
-        tail = f"{match[1]}.{match[2]}"
-        if not name.endswith(tail):
-            raise UserError(KEY, name, f"called {inside} in the model", "re-save the checkpoint with save_pretrained")
-        prefixes.add(name.removesuffix(tail))
-        blocks.setdefault(int(match[1]), {})[match[2]] = ref
-    # Either of two tied tensors may be the one that is stored.
-    ties = model.all_tied_weights_keys.items()
-    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
-    parameters = (name for name, value in expected.items() if isinstance(value, nn.Parameter))
-    missing = sorted(name for name in parameters if name not in there)
-    if missing:
-        raise UserError(KEY, missing[0], f"the checkpoint lacks {len(missing)} tensors of the model", "download it again")
     depth = len(model.get_submodule(path))
-    if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
-        raise UserError(KEY, f"{len(blocks)} blocks", f"config.json says {depth}", "use the config.json of these weights")
-    if extra:
-        problem = f"the checkpoint has {len(extra)} tensors that the model of its config.json does not use"
-        raise UserError(KEY, min(extra), problem, "use the config.json that belongs to the weights")
-    return Stack(dict(raw), prefixes.pop(), trunk, tuple(Block(i, blocks[i]) for i in range(depth)))
+    in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
+    inside = names_inside(model, tensors)
+    trunk: dict[str, TensorRef] = {}
+    blocks: list[dict[str, TensorRef]] = [{} for _ in range(depth)]
+    prefixes: set[str] = set()
+    for name in fitting(model, in_block, depth, tensors, inside):
+        match = in_block.fullmatch(inside[name])
+        if match is None:
+            trunk[name] = tensors[name]
+        else:
+            blocks[int(match[1])][match[2]] = tensors[name]
+            prefixes.add(_prefix(name, match[1], match[2]))
+    if len(prefixes) != 1:
+        problem = f"its blocks are called in several ways ({', '.join(sorted(prefixes))})"
+        fix = "re-save the checkpoint with save_pretrained"
+        raise UserError(KEY, type(model).__name__, problem, fix)
+    found = (Block(number, weights) for number, weights in enumerate(blocks))
+    return Stack(dict(raw), prefixes.pop(), trunk, tuple(found))
+
+
+def _prefix(name: str, number: str, inside: str) -> str:
+    """What stands before a block's number in a checkpoint's name; what follows it may be renamed."""
+    if name.endswith(f"{number}.{inside}"):
+        return name.removesuffix(f"{number}.{inside}")
+    words = name.split(".")
+    assert number in words, (name, number)
+    return ".".join([*words[: words.index(number)], ""])

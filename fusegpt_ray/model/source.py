@@ -73,9 +73,14 @@ class Source:
         commit = here.name  # the branch may have moved on since `find`
         if not here.is_dir():
             _snapshot(self.name, commit, key, HUB_SMALL)
-        shards = set(read_weight_map(self.folder, key).values()) if (here / INDEX).exists() else {SINGLE}
-        if not all((here / shard).exists() for shard in shards):
-            _snapshot(self.name, commit, key, sorted(shards))
+        if (here / SINGLE).exists():
+            return
+        indexed = (here / INDEX).exists()
+        shards = sorted({*read_weight_map(self.folder, key).values()}) if indexed else []
+        if not shards or not all((here / shard).exists() for shard in shards):
+            _snapshot(self.name, commit, key, [SINGLE])  # from_pretrained, too, looks for it first
+            if shards and not (here / SINGLE).exists():
+                _snapshot(self.name, commit, key, shards)
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:

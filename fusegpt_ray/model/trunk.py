@@ -8,17 +8,15 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import rename_source_key
 
 from fusegpt_ray.model.anatomy import find_blocks
 from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.names import names_inside
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
@@ -75,13 +73,6 @@ class Trunk:
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         return self._recorded(ids_BT.to(self.device), **options).logits
-
-
-def names_inside(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """By a tensor's name in the checkpoint its name in the model, by transformers' own rules."""
-    expected = model.state_dict()
-    renamings = get_model_conversion_mapping(model)
-    return {name: rename_source_key(name, renamings, [], model.base_model_prefix, expected)[0] for name in names}
 
 
 def load_block(mould: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:

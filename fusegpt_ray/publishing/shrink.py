@@ -101,7 +101,9 @@ def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
     for number, block in enumerate(stack.blocks):
         original = dense.blocks[dense.position(block.dense)].weights
         for name, ref in block.weights.items():
-            yield _entry(f"{stack.prefix}{number}.{name}", ref, original[name].dtype)
+            stored = original[name]
+            own = stored.name.removeprefix(f"{stack.prefix}{block.dense}.")
+            yield _entry(f"{stack.prefix}{number}.{own}", ref, stored.dtype)
 
 
 def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.model.config import build_skeleton, read_config
+from fusegpt_ray.model.names import names_inside
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.trunk import names_inside
 from fusegpt_ray.publishing.shrink import text_section
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import TensorRef

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import (
@@ -151,7 +152,6 @@ def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> No
 def test_sharded_checkpoints(tmp_path: Path) -> None:
     shards = {"one.safetensors": {"a": torch.randn(3), "b": torch.randn(2, 2)}, "two.safetensors": {"c": torch.randn(1)}}
     write_shards(tmp_path, shards)
-    save_file({"not": torch.zeros(1)}, tmp_path / SINGLE)  # the index says what counts
     refs = read_index(str(tmp_path), KEY)
     assert {name: Path(ref.file).name for name, ref in refs.items()} == {
         "a": "one.safetensors",
@@ -159,6 +159,14 @@ def test_sharded_checkpoints(tmp_path: Path) -> None:
         "c": "two.safetensors",
     }
     assert_same(read_tensors(refs), shards["one.safetensors"] | shards["two.safetensors"])
+
+
+def test_a_single_file_counts_before_an_index_of_an_earlier_save(tmp_path: Path) -> None:
+    """As transformers looks for them."""
+    assert (SINGLE, INDEX) == (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    write_shards(tmp_path, {"one.safetensors": {"a": torch.randn(3)}})
+    save_file({"now": torch.ones(1)}, tmp_path / SINGLE)
+    assert_same(read_tensors(read_index(str(tmp_path), KEY)), {"now": torch.ones(1)})
 
 
 def test_references_are_json_and_back() -> None:

@@ -15,6 +15,7 @@ import torch
 import transformers as tf
 from desk import Desk
 from models import DEPTH, GROUPED, VOCAB, randomize, token_windows
+from safetensors.torch import load_file
 from torch import nn
 
 from fusegpt_ray.cli import main
@@ -134,6 +135,7 @@ CASES: dict[str, tuple[Callable[[], tf.PretrainedConfig], dict[str, Any]]] = {
         lambda: tf.LlamaConfig(**GROUPED),
         {"layer_notes": {str(number): f"once {number}" for number in range(DEPTH)}},
     ),
+    "other-names-in-the-file": (lambda: tf.ExaoneConfig(**GROUPED), {}),
     "tokens": (lambda: tf.LlamaConfig(**GROUPED), {"eos_token_id": [2, 3, 4, 5, 6]}),
 }
 
@@ -151,6 +153,9 @@ def test_published_is_the_dense_model_without_the_blocks(name: str, desk: Desk) 
     if name == "numbers-of-blocks":
         kept = json.loads((published / "fusegpt.json").read_text())["kept"]
         assert config["full_attn_idxs"] == [n for n, old in enumerate(kept) if old in (1, 4)]
+    if name == "other-names-in-the-file":
+        stored = load_file(published / "model.safetensors")
+        assert "transformer.h.2.attn.attention.k_proj.weight" in stored
     if name == "by-number":
         kept = json.loads((published / "fusegpt.json").read_text())["kept"]
         assert config["layer_notes"] == {str(n): f"once {old}" for n, old in enumerate(kept)}

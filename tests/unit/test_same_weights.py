@@ -1,8 +1,9 @@
-"""Whether the head is the embedding: decided as `from_pretrained` decides it, by the tensors, too."""
+"""Which weights are read, and which are tied: those that `from_pretrained` takes and ties."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_ties_as_from_pretrained_makes_them(flag: bool, tensors: str, desk: Desk
     assert config["tie_word_embeddings"] == (flag and tensors != "another")
     compressed = perplexity(load_model(published), desk.heldout)
     assert compressed == pytest.approx(said["own"]["fused"], rel=1e-5)
+
+
+def test_the_weights_of_the_latest_save_are_read(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """An index of an earlier one, with its shards, lies beside them."""
+    load_model(desk.model).save_pretrained(desk.folder / "old", max_shard_size="50KB")
+    spoil(desk.model, False, "another")
+    for file in (desk.folder / "old").glob("*safetensors*"):
+        shutil.copy(file, desk.model)
+    text = ["--data", str(desk.heldout), "--length", str(LENGTH)]
+    assert main(["evaluate", str(desk.model), *text, "--json"]) == 0
+    wanted = perplexity(load_model(desk.model), desk.heldout)
+    assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(wanted, rel=1e-5)
+    assert wanted != pytest.approx(perplexity(load_model(desk.folder / "old"), desk.heldout), rel=0.1)
 
 
 def test_a_head_that_is_missing_and_not_tied_is_said(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
