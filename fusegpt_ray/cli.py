@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("evaluate", help="perplexity of a model over consecutive windows of a text")
     verb.add_argument("model", metavar="MODEL", help="folder, hub id or URI of a checkpoint")
-    verb.add_argument("--data", required=True, help="text, JSONL or Parquet file (path or URI), or a `datasets` id")
+    verb.add_argument("--data", required=True, help="file of text or a table of it (path or URI), or a `datasets` id")
     verb.add_argument("--length", type=int, required=True, help="tokens a window")
     verb.add_argument("--windows", type=int, help="only the first so many windows")
     verb.add_argument("--config", help="`datasets` only: the configuration")

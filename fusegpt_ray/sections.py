@@ -68,7 +68,8 @@ class Text(Section):
     """Where text comes from."""
 
     data: Uri
-    """Text, JSONL or Parquet file(s): a path, glob or fsspec URI; or a `datasets` id such as `wikitext`."""
+    """File(s) of plain text, JSON Lines, JSON, CSV, TSV, Parquet or Arrow: a path, glob or fsspec URI;
+    or a `datasets` id such as `wikitext`."""
     config: str | None = None
     """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
     split: str = "train"
@@ -76,7 +77,7 @@ class Text(Section):
     revision: str | None = None
     """`datasets` only: branch, tag or commit."""
     column: str = "text"
-    """The column that holds the text (JSONL, Parquet, `datasets`)."""
+    """The column that holds the text, in all of these but plain text."""
 
 
 class Calibration(Text):

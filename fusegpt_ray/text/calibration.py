@@ -18,7 +18,8 @@ import numpy as np
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Text
-from fusegpt_ray.text.corpus import beside, pieces, sources
+from fusegpt_ray.text.corpus import pieces, sources
+from fusegpt_ray.text.formats import beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
