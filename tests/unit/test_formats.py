@@ -223,7 +223,10 @@ def archive(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", "a.zip a.txt.zip a.tar a.tar.gz a.TGZ a.7z a.rar".split())
+PACKED = ["a.zip", "a.txt.zip", "a.tar", "a.tar.gz", "a.TGZ", "a.7z", "a.rar"]
+
+
+@pytest.mark.parametrize("name", PACKED)
 def test_an_archive_is_refused(tmp_path: Path, name: str) -> None:
     error = refusal(str(archive(tmp_path / name)))
     assert (error.key, error.value) == (KEY, f"file://{tmp_path / name}")
@@ -267,7 +270,7 @@ def test_other_encodings_are_refused(tmp_path: Path, name: str, encoding: str) -
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_tokens_are_those_of_a_plain_reading(tmp_path: Path, name: str) -> None:
-    """As before there were other formats: `open`, `json`, `pyarrow`, and the tokenizer, called once."""
+    """As before there were other formats: `open`, `json`, `pyarrow`, and one tokenizer call."""
     add_tokenizer(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     rows = random_text(500, seed=3).splitlines(keepends=True)
