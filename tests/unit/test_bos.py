@@ -88,6 +88,12 @@ def test_auto_is_what_the_tokenizer_does(
     assert (caught.value.key, caught.value.value) == ("calibration.bos", "always")
 
 
+def test_the_embedded_example_adds_none() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples/tiny-llama")
+    assert tokenizer.bos_token is not None
+    assert leading_token("auto", tokenizer, "calibration.bos") is None
+
+
 def test_random_windows_are_the_same_text_behind_the_token() -> None:
     without = sample_windows(stream, 9, 8, 5, KEY)
     with_it = sample_windows(stream, 9, 8, 5, KEY, bos=1)
