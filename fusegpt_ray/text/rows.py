@@ -128,25 +128,28 @@ def _separated(source: Source) -> Iterator[_Row]:
     csv.field_size_limit(ROW)
     with opened(source) as file:
         lines = (line for _, line in _lines(file, source))
-        reader = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
-        header = next((row for row in reader if row), None)
-        if header is None:
-            return
-        check_column(source, source.uri, header)
-        at = header.index(source.text.column)
-        for row in reader:
-            if not row:
-                continue
-            where = f"line {reader.line_num}"
-            if len(row) != len(header):
-                problem = f"{where} has {len(row)} fields, the header {len(header)}"
-                raise UserError(
-                    source.key,
-                    source.uri,
-                    problem,
-                    'quote fields that hold the separator, as "a, b"',
-                )
-            yield _Row(where, header, row[at])
+        cells = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
+        try:
+            yield from _under_header(source, ((cells.line_num, row) for row in cells if row))
+        except csv.Error as error:
+            problem = f"line {cells.line_num} is not {source.format.upper()} ({error})"
+            fix = 'close the quotes, and double those inside of quotes, as "a ""b"" c"'
+            raise UserError(source.key, source.uri, problem, fix) from error
+
+
+def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Iterator[_Row]:
+    """The rows below the first, with the number of the line at which each ends."""
+    _, header = next(table, (0, None))
+    if header is None:
+        return
+    check_column(source, source.uri, header)
+    at = header.index(source.text.column)
+    for number, row in table:
+        if len(row) != len(header):
+            problem = f"line {number} has {len(row)} fields, the header {len(header)}"
+            fix = 'quote fields that hold the separator, as "a, b"'
+            raise UserError(source.key, source.uri, problem, fix)
+        yield _Row(f"line {number}", header, row[at])
 
 
 def _lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[str, str]]:

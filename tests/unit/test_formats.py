@@ -182,7 +182,8 @@ def test_a_file_of_white_space_is_refused(tmp_path: Path) -> None:
     [
         ("a.csv", b"id,text\n1,one\n2,two,three\n", "line 3 has 3 fields, the header 2"),
         ("a.csv", b"id,text\n1,one\n2\n", "line 3 has 1 fields, the header 2"),
-        ("a.csv", b'id,text\n1,"one\n2,two\n', "cannot be read"),
+        ("a.csv", b'id,text\n1,"one\n2,two\n', "line 3 is not CSV (unexpected end of data)"),
+        ("a.tsv", b'id\ttext\n1\t"one" he said\n', "line 2 is not TSV"),
         ("a.tsv", b"id\ttext\n1\tone\ttwo\n", "line 2 has 3 fields, the header 2"),
         ("a.json", b'[{"text": "one"}, "two"]', "item 2 is not a JSON object"),
         ("a.json", b'[{"text": "one"},\n', "the array is not JSON"),
