@@ -147,7 +147,12 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = {
         "model": {"source": arguments.model, "dtype": "float32"},
         "sparsity": arguments.remove / depth,
-        "calibration": {"data": arguments.calibration, "windows": arguments.windows, "length": arguments.length},
+        "calibration": {
+            "data": arguments.calibration,
+            "windows": arguments.windows,
+            "length": arguments.length,
+            "bos": "never",  # as the paper
+        },
         "importance": {"windows": min(32, arguments.windows)},
         "fusion": {**WAYS[arguments.only], "epochs": epochs, "rank": arguments.rank, "lora_rank": arguments.rank},
         "cluster": {"engine": "local"},

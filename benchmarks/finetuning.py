@@ -102,7 +102,12 @@ class Group:
         recipe = Recipe.parse(
             {
                 "model": {"source": arguments.model, "dtype": "float32"},
-                "calibration": {"data": arguments.data, "windows": arguments.windows, "length": arguments.length},
+                "calibration": {
+                    "data": arguments.data,
+                    "windows": arguments.windows,
+                    "length": arguments.length,
+                    "bos": "never",  # as the paper
+                },
                 "importance": {"windows": min(32, arguments.windows)},
                 "fusion": {"preset": "paper", "rank": arguments.rank, "lora_rank": arguments.rank},
                 "cluster": {"engine": "local"},

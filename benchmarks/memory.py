@@ -195,7 +195,12 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
     settings = {
         "model": {"source": str(folder / model)},
         "sparsity": (REMOVED - 0.5) / depth,
-        "calibration": {"data": str(folder / "text.txt"), "windows": WINDOWS, "length": LENGTH},
+        "calibration": {
+            "data": str(folder / "text.txt"),
+            "windows": WINDOWS,
+            "length": LENGTH,
+            "bos": "never",  # as the paper
+        },
         "evaluation": {"text": {"data": str(folder / "text.txt"), "windows": WINDOWS}},
         "importance": {"windows": WINDOWS, "batch": BATCH},
         "fusion": {"group_size": NEIGHBOURS, "rank": RANK, "lora_rank": RANK, "epochs": 1, "batch": BATCH},

@@ -57,7 +57,12 @@ def main() -> int:
                     "model": {"source": arguments.model, "dtype": "float32"},
                     "sparsity": arguments.sparsity,
                     "method": chosen.get("method", "fusegpt"),
-                    "calibration": {"data": arguments.calibration, "windows": arguments.windows, "length": arguments.length},
+                    "calibration": {
+                        "data": arguments.calibration,
+                        "windows": arguments.windows,
+                        "length": arguments.length,
+                        "bos": "never",  # as the paper
+                    },
                     "evaluation": {Path(text).name: {"data": text} for text in arguments.test},
                     "importance": {"windows": min(32, arguments.windows)},
                     "fusion": {"epochs": arguments.epochs, **chosen.get("fusion", {})},

@@ -118,7 +118,12 @@ def main() -> int:
 def _engine(source: Source, model: str, arguments: argparse.Namespace, importance: dict[str, Any]) -> LocalEngine:
     settings = {
         "model": {"source": model, "dtype": "float32"},
-        "calibration": {"data": arguments.data, "windows": arguments.windows, "length": arguments.length},
+        "calibration": {
+            "data": arguments.data,
+            "windows": arguments.windows,
+            "length": arguments.length,
+            "bos": "never",  # as the paper
+        },
         "importance": {"windows": arguments.windows, "batch": arguments.batch} | importance,
         "cluster": {"engine": "local"},
         "method": "mi",

@@ -145,7 +145,12 @@ def recipe(folder: Path, name: str, size: Size, engine: str = "local", replicas:
         {
             "model": {"source": str(EXAMPLES / "tiny-llama")},
             "sparsity": size.sparsity,
-            "calibration": {"data": str(EXAMPLES / "text" / "calibration.txt"), "windows": size.windows, "length": size.length},
+            "calibration": {
+                "data": str(EXAMPLES / "text" / "calibration.txt"),
+                "windows": size.windows,
+                "length": size.length,
+                "bos": "never",  # as the paper
+            },
             "evaluation": {"heldout": {"data": str(EXAMPLES / "text" / "heldout.txt"), "windows": 16}},
             "importance": {"windows": min(SCORE_WINDOWS, size.windows), "batch": BATCH},
             "fusion": {"rank": RANK, "lora_rank": RANK, "epochs": size.epochs},

@@ -66,14 +66,17 @@ def _score(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         from fusegpt_ray.report import score_table
+        from fusegpt_ray.text.windows import described
 
         Console().print(score_table(result))
+        print(described(result))
     return 0
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
     text = {"data": arguments.data, "length": arguments.length, "windows": arguments.windows}
-    text |= {key: value for key in ("config", "split", "column") if (value := getattr(arguments, key))}
+    options = {key: vars(arguments)[key] for key in ("config", "split", "column", "bos")}
+    text |= {key: value for key, value in options.items() if value}
     try:
         data = Recipe.check(Evaluation, text, "evaluation.data")
         cluster = Recipe.check(Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster")
@@ -85,7 +88,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"perplexity {result['perplexity']:.4f}  ({result['windows']} windows of {result['length']} tokens of {result['data']})")
+        from fusegpt_ray.text.windows import described
+
+        print(f"perplexity {result['perplexity']:.4f}  ({described(result)})")
     return 0
 
 
@@ -150,7 +155,7 @@ def _status(arguments: argparse.Namespace) -> int:
 def _as_argument(text: str) -> str:
     """Recipe keys in a message → what `fusegpt evaluate` calls them."""
     text = text.replace("model.source", "MODEL")
-    options = "data|length|windows|config|split|column|revision|dtype|replicas"
+    options = "data|length|windows|config|split|column|bos|revision|dtype|replicas"
     return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)
 
 
@@ -171,12 +176,15 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("evaluate", help="perplexity of a model over consecutive windows of a text")
     verb.add_argument("model", metavar="MODEL", help="folder, hub id or URI of a checkpoint")
-    verb.add_argument("--data", required=True, help="text, JSONL or Parquet file (path or URI), or a `datasets` id")
+    data = "file of text or a table of it (path or URI), or a `datasets` id"
+    verb.add_argument("--data", required=True, help=data)
     verb.add_argument("--length", type=int, required=True, help="tokens a window")
     verb.add_argument("--windows", type=int, help="only the first so many windows")
     verb.add_argument("--config", help="`datasets` only: the configuration")
     verb.add_argument("--split", help="`datasets` only: the split (default: test)")
     verb.add_argument("--column", help="the column that holds the text (default: text)")
+    bos = "whether each window begins with a beginning-of-sequence token; auto: as the tokenizer does"
+    verb.add_argument("--bos", default="auto", choices=["auto", "always", "never"], help=bos)
     verb.add_argument("--revision", help="hub models only: branch, tag or commit")
     verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic")
     verb.add_argument("--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray")

@@ -11,6 +11,7 @@ import numpy as np
 from fusegpt_ray.engine import Engine
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
+from fusegpt_ray.text.windows import Windows
 
 
 @dataclass
@@ -19,29 +20,34 @@ class Judge:
 
     engine: Engine
     dense: Stack
-    held_out: Mapping[str, np.ndarray]
+    held_out: Mapping[str, Windows]
     windows_WT: np.ndarray
     """Of the calibration text, for a proof without held-out texts."""
     show: Display
 
     def __post_init__(self) -> None:
-        self._dense = {name: self.engine.perplexity(self.dense, windows) for name, windows in self.held_out.items()}
+        self._dense = {}
+        for name, windows in self.held_out.items():
+            self._dense[name] = self.engine.perplexity(self.dense, windows.tokens_WT)
 
     def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
         """The proof that the model in `folder` is the stack, and perplexities; `published` is the folder's own stack."""
-        windows_WT = next(iter(self.held_out.values()), self.windows_WT)
+        windows_WT = next((item.tokens_WT for item in self.held_out.values()), self.windows_WT)
         proof = self.engine.prove(published, folder, stack, windows_WT)
         return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}
 
-    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, float]]:
-        """`fused` is that of the published weights, in their dtype, not of the float32 blocks they were rounded from."""
+    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, Any]]:
+        """Each with its protocol. `fused` is that of the published weights, in their dtype, not of
+        the float32 blocks they were rounded from.
+        """
         dropped = self.dense
         for dense in set(self.dense.kept) - set(stack.kept):
             dropped = dropped.drop(dense)
         found = {}
-        for name, windows_WT in self.held_out.items():
+        for name, windows in self.held_out.items():
+            windows_WT = windows.tokens_WT
             fused = self.engine.perplexity(published, windows_WT)
             plain = fused if stack == dropped else self.engine.perplexity(dropped, windows_WT)
-            length = int(windows_WT.shape[1])
-            found[name] = {"dense": self._dense[name], "dropped": plain, "fused": fused, "length": length}
+            values = {"dense": self._dense[name], "dropped": plain, "fused": fused}
+            found[name] = values | windows.protocol
         return found

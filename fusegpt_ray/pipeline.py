@@ -33,10 +33,14 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.run.journal import Journal, identity
-from fusegpt_ray.sections import Calibration, Cluster, Evaluation, Model
+from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
+from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
+
+Leading = dict[str, int | None]
+"""The token that each window begins with, if any, by the recipe key of its text."""
 
 
 def compress(recipe: Recipe, display: Display | None = None, restart: bool = False) -> list[Published]:
@@ -53,7 +57,8 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)
-        dense = _open_source(source)
+        dense, tokenizer = _open_source(source)
+        leading = _leading_tokens(recipe, tokenizer)
         check_method(recipe, structure)
         rehearse(dense, structure, [target.remove for target in targets])
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
@@ -61,9 +66,11 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
             show.say(engine.description)
             show.stage("tokenising")
-            windows_WT = _calibration_windows(engine, recipe.calibration)
-            held_out = {name: _evaluation_windows(engine, name, item, recipe) for name, item in recipe.evaluation.items()}
-            check_tokens(source, dense, windows_WT, *held_out.values())
+            drawn = _calibration_windows(engine, recipe, leading)
+            windows_WT = drawn.tokens_WT
+            evaluations = partial(_evaluation_windows, engine, recipe, leading)
+            held_out = {name: evaluations(name) for name in recipe.evaluation}
+            check_tokens(source, dense, windows_WT, *(item.tokens_WT for item in held_out.values()))
             show.stage("checking the model's files")
             this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
             journal, run_id = Journal.of(recipe), checksum(this)
@@ -76,6 +83,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
                 life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
                 _compare_source(engine, source, dense, windows_WT, show)
+                show.calibration(drawn.protocol)
                 show.stage("evaluating the dense model")
                 with explained(dense, source.name, engine.dtype):
                     judge = Judge(engine, dense, held_out, windows_WT, show)
@@ -92,6 +100,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                     "method": recipe.method,
                     "sparsity": target.sparsity,
                     "recipe": recipe.model_dump(mode="json"),
+                    "calibration": drawn.protocol,
                     "removed": [record["removed"] for record in records],
                     "rounds": records,
                     "fewer_at_once": fewer_at_once(recipe, records),
@@ -109,7 +118,8 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
 
 
 def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
-    """Macro Influence of every block of the dense model, on all windows: {"metric", "blocks": [{"block", "score"} …], "lowest"}.
+    """Macro Influence of every block of the dense model, on all windows: {"metric", "blocks":
+    [{"block", "score"} …], "lowest"} and the protocol (see `Windows.protocol`).
 
     Raises:
         UserError: the recipe cannot be carried out.
@@ -118,18 +128,22 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        dense = _open_source(source)
+        dense, tokenizer = _open_source(source)
+        leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
-            windows_WT = _calibration_windows(engine, recipe.calibration)[: recipe.importance.windows]
+            drawn = _calibration_windows(engine, recipe, leading).first(recipe.importance.windows)
+            windows_WT = drawn.tokens_WT
             check_tokens(source, dense, windows_WT)
             _compare_source(engine, source, dense, windows_WT, show)
+            show.calibration(drawn.protocol)
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
             with explained(dense, source.name, engine.dtype):
                 ranking = engine.score(dense, windows_WT)
     blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
-    return {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
+    found = {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
+    return found | drawn.protocol
 
 
 def evaluate(
@@ -141,7 +155,8 @@ def evaluate(
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of any checkpoint over consecutive windows of a text: {"model", "data", "length", "windows", "perplexity"}.
+    """Perplexity of any checkpoint over consecutive windows of a text: {"model", "data", "windows",
+    "length", "bos", "perplexity"}.
 
     Raises:
         UserError: the model or the text cannot be used.
@@ -159,17 +174,19 @@ def evaluate(
     )
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        dense = _open_source(source)
+        dense, tokenizer = _open_source(source)
+        leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
-            windows_WT = _evaluation_windows(engine, "data", data, recipe)
+            taken = _evaluation_windows(engine, recipe, leading, "data")
+            windows_WT = taken.tokens_WT
             check_tokens(source, dense, windows_WT)
             _compare_source(engine, source, dense, windows_WT, show)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
             with explained(dense, source.name, engine.dtype):
                 value = engine.perplexity(dense, windows_WT)
-    return {"model": model, "data": data.data, "length": data.length, "windows": len(windows_WT), "perplexity": value}
+    return {"model": model, **taken.protocol, "perplexity": value}
 
 
 def _compare_source(engine: Engine, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display) -> None:
@@ -204,11 +221,11 @@ def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Struct
         return source, check_model(source, lengths)
 
 
-def _open_source(source: Source) -> Stack:
-    """The dense stack of a source whose tokenizer loads; reads headers, no weights."""
+def _open_source(source: Source) -> tuple[Stack, Any]:
+    """The dense stack of a source, and its tokenizer; reads headers, no weights."""
     with blaming("model.source", source.name):
-        source.tokenizer()
-        return source.stack()
+        tokenizer = source.tokenizer()
+        return source.stack(), tokenizer
 
 
 def _lengths(recipe: Recipe) -> dict[str, int]:
@@ -216,15 +233,28 @@ def _lengths(recipe: Recipe) -> dict[str, int]:
     return lengths | {f"evaluation.{name}.length": item.length for name, item in recipe.evaluation.items() if item.length}
 
 
-def _calibration_windows(engine: Engine, text: Calibration) -> np.ndarray:
-    key = "calibration.data"
-    return calibration.sample_windows(engine.tokens(text, key), text.windows, text.length, text.seed, key)
+def _leading_tokens(recipe: Recipe, tokenizer: Any) -> Leading:
+    """
+    Raises:
+        UserError: see `calibration.leading_token`.
+    """
+    asked = {"calibration": recipe.calibration.bos}
+    asked |= {f"evaluation.{name}": item.bos for name, item in recipe.evaluation.items() if item.bos}
+    leading = calibration.leading_token
+    found = {key: leading(bos, tokenizer, f"{key}.bos") for key, bos in asked.items()}
+    inherited = {f"evaluation.{name}": found["calibration"] for name in recipe.evaluation}
+    return inherited | found
 
 
-def _evaluation_windows(engine: Engine, name: str, text: Evaluation, recipe: Recipe) -> np.ndarray:
-    key = f"evaluation.{name}.data"
-    length = text.length or recipe.calibration.length
-    return calibration.consecutive_windows(engine.tokens(text, key), length, text.windows, key)
+def _calibration_windows(engine: Engine, recipe: Recipe, leading: Leading) -> Windows:
+    key, text = "calibration.data", recipe.calibration
+    return calibration_windows(engine.tokens(text, key), text, leading["calibration"], key)
+
+
+def _evaluation_windows(engine: Engine, recipe: Recipe, leading: Leading, name: str) -> Windows:
+    key, text = f"evaluation.{name}.data", recipe.evaluation[name]
+    length, bos = text.length or recipe.calibration.length, leading[f"evaluation.{name}"]
+    return evaluation_windows(engine.tokens(text, key), text, length, bos, key)
 
 
 def _published_before(recipe: Recipe, targets: list[Target], run_id: str) -> dict[str, Published]:

@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.text.windows import described
 
 
 class _Live:
@@ -72,6 +73,12 @@ class Display(_Live):
         """What is being done now, in words: for whoever looks from elsewhere."""
         return self._stage + self._note
 
+    def calibration(self, protocol: Mapping[str, Any]) -> None:
+        """What all numbers of scoring and fine-tuning rest on; see `Windows.protocol`."""
+        self.say(f"calibration: {described(protocol)}")
+        if "warning" in protocol:
+            self.say(f"warning: calibration: {protocol['warning']}")
+
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         self._round_began = time.monotonic()
         self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
@@ -96,19 +103,25 @@ class Display(_Live):
         rest = f", about {duration(left)} left" if number < rounds else ""
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
-    def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, float]]]]) -> None:
-        """The last table: for each published model the perplexities of dense, dropped and fused on each text."""
+    def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
+        """The last table: for each published model the perplexities of dense, dropped and fused on each
+        text, and below it what was measured.
+        """
         table = Table("model", "perplexity on", "dense", "dropped", "fused", "damage undone")
         for column in table.columns[2:]:
             column.justify = "right"
+        protocols: dict[str, None] = {}  # of several models mostly the same
         for name, perplexity in rows:
             for data, row in perplexity.items():
+                protocols[f"{data}: {described(row)}"] = None
                 harm = row["dropped"] - row["dense"]
                 undone = f"{(row['dropped'] - row['fused']) / harm:.0%}" if harm > 0 else "–"
                 values = (f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
                 table.add_row(name, data, *values, undone)
         if table.row_count:
             self.console.print(table)
+        for protocol in protocols:
+            self.say(protocol)
 
 
 class Transfer(_Live):

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from fusegpt_ray.uris import refuse_secret
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
+Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 MOST = 10_000_000
@@ -68,7 +69,8 @@ class Text(Section):
     """Where text comes from."""
 
     data: Uri
-    """Text, JSONL or Parquet file(s): a path, glob or fsspec URI; or a `datasets` id such as `wikitext`."""
+    """File(s) of text, JSON Lines, JSON, CSV, TSV, Parquet or Arrow: a path, glob or fsspec URI;
+    or a `datasets` id such as `wikitext`."""
     config: str | None = None
     """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
     split: str = "train"
@@ -76,7 +78,7 @@ class Text(Section):
     revision: str | None = None
     """`datasets` only: branch, tag or commit."""
     column: str = "text"
-    """The column that holds the text (JSONL, Parquet, `datasets`)."""
+    """The column that holds the text, in all of these but plain text."""
 
 
 class Calibration(Text):
@@ -85,7 +87,11 @@ class Calibration(Text):
     windows: int = Field(1024, ge=1, le=MOST)
     """How many windows fine-tuning uses; scoring uses the first `importance.windows` of them."""
     length: int = Field(2048, ge=2, le=MOST)
-    """Tokens a window."""
+    """Tokens a window, the beginning-of-sequence token among them where there is one."""
+    bos: Bos = "auto"
+    """Whether each window begins with the tokenizer's beginning-of-sequence token, also in `evaluation`.
+    `auto`: if the tokenizer itself puts it before a text; a model trained with it is another model
+    without. The paper's numbers, and all of this project's before there was this key: `never`."""
     seed: Seed = 0
     """Where the windows start: random.Random(seed), as in the paper's code."""
     piece_mb: int = Field(16, ge=1, le=MOST)
@@ -99,6 +105,8 @@ class Evaluation(Text):
     """`datasets` only: the split."""
     length: int | None = Field(None, ge=2, le=MOST)
     """Tokens a window; left out: `calibration.length`."""
+    bos: Bos | None = None
+    """Left out: `calibration.bos`."""
     windows: int | None = Field(None, ge=1, le=MOST)
     """Only the first so many windows; left out: the whole text."""
 

@@ -4,6 +4,10 @@ Shapes: B windows of one loss batch, b of them on this worker, T tokens, D hidde
 
 The paper's loss is a KL divergence between softmaxes *over the batch*: the batch is a dimension of the loss. Workers that split a loss
 batch therefore share the softmax's normaliser, by two all-reduces of [T, D], instead of gathering the batch's states.
+
+The states of a beginning-of-sequence token stay in the loss, for all later tokens attend to them.
+They are often hundreds of times larger than others, and outweigh none: `normalized_mse` divides each
+token's by its own size; for `batch_kl` they are the same in every window, and so add nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,11 @@
 """Perplexity over consecutive windows, block by block, so that a model of any depth is evaluated in the memory of a few blocks.
 
+Exactly: the model sees each window alone, at positions 0 … T−1. Its loss is the mean cross-entropy
+of tokens 1 … T−1, each predicted from those before it in the window. So where windows begin with a
+beginning-of-sequence token, that token is no target, and all T−1 tokens of text are, the first of
+them predicted from it; where they do not, the first token of text is no target. Perplexity is exp of
+the mean of the windows' losses.
+
 Shapes: W windows, T tokens.
 """
 

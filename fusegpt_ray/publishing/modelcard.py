@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fusegpt_ray.text.windows import described
+
 METHODS = {
     "mi": "blocks with the lowest Macro Influence dropped, nothing trained",
     "mi+ft": "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
@@ -28,7 +30,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     ]
     table = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
     revision = f" (revision {source['revision']})" if source["revision"] else ""
-    less = manifest.get("fewer_at_once")
+    less, protocol = manifest.get("fewer_at_once"), manifest.get("calibration", {})
     lines = [
         "---",
         *front,
@@ -47,6 +49,10 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "```",
         "",
         *table,
+        "",
+        *(f"{data}: {described(row)}.  " for data, row in manifest["perplexity"].items()),
+        *([f"Calibration: {described(protocol)}.  "] if protocol else []),
+        *([f"Warning: {protocol['warning']}.  "] if "warning" in protocol else []),
         "",
         "*Dropped*: the same blocks removed, nothing fused or trained.",
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",

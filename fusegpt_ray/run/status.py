@@ -13,6 +13,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.publishing.outputs import Folder, Outputs, Run
 from fusegpt_ray.report import duration
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
+from fusegpt_ray.text.windows import described
 
 
 def status(uri: str) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def _is_sound(facts: Mapping[str, Any]) -> bool:
     table = facts["perplexity"] or {}
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         return False
-    numbers += [value for row in table.values() for value in row.values()]
+    about = ("data", "bos")
+    numbers += [value for row in table.values() for key, value in row.items() if key not in about]
     return all(number is None or type(number) in (int, float) for number in numbers)
 
 
@@ -83,11 +85,18 @@ def _run(run: Run) -> dict[str, Any]:
 
 def show(result: Mapping[str, Any], console: Console) -> None:
     """The same as tables."""
+    protocols: dict[str, None] = {}  # of several models mostly the same
     if result["models"]:
         console.print(_models(result["models"]))
     for model in result["models"]:
         if "problem" in model:
             console.print(f"{model['name']}: {model['problem']}", markup=False, soft_wrap=True)
+            continue
+        for data, row in (model["perplexity"] or {}).items():
+            if "length" in row:
+                protocols[f"{data}: {described(row)}"] = None
+    for protocol in protocols:
+        console.print(protocol, markup=False, soft_wrap=True)
     if result["runs"]:
         console.print(_runs(result["runs"]))
     for name in result["unfinished"]:

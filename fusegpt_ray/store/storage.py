@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.compression import compr
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import infer_compression
 
 from fusegpt_ray.store.patience import patiently
 
@@ -115,15 +113,13 @@ def stream(uri: str) -> Iterator[bytes]:
 
 @contextmanager
 def reading(uri: str) -> Iterator[BinaryIO]:
-    """A file to be read in a stream, decompressed if its name says that it is compressed."""
+    """A file's bytes, to be read in a stream."""
     fs, path = filesystem(uri)
     if "s3" not in fs.protocol:  # nothing to wait for, or a file system with retries of its own
-        with fsspec.open(uri, "rb", compression="infer") as file:
+        with fs.open(path, "rb") as file:
             yield file
         return
-    raw = cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
-    codec = infer_compression(path)
-    yield compr[codec](raw, mode="rb") if codec else raw
+    yield cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
 
 
 class _Ranges(io.RawIOBase):

@@ -3,6 +3,8 @@
 Notable:
 - the paper's recipe (its WikiText-2 code): join the rows by a blank line, tokenise once, cut `random.Random(seed)`
   windows. Each file is joined and tokenised on its own, and the files' tokens are concatenated;
+- where windows begin with a beginning-of-sequence token, it is the first of their `length` tokens,
+  and no special token is anywhere else;
 - tokenising once does not stream, so a long text is cut into *pieces* at row (else line) boundaries, and each piece is
   one call of the tokenizer. A text of at most `piece_bytes` is one piece: exactly the paper's recipe.
 """
@@ -17,8 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Text
-from fusegpt_ray.text.corpus import beside, pieces, sources
+from fusegpt_ray.sections import Bos, Text
+from fusegpt_ray.text.corpus import pieces, sources
+from fusegpt_ray.text.formats import beside
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +35,25 @@ def tokenize(piece: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     # verbose=False: pieces are longer than the model's context on purpose, which the tokenizer would warn about.
     encoded = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return np.array(encoded["input_ids"], dtype=np.int32)
+
+
+def leading_token(bos: Bos, tokenizer: PreTrainedTokenizerBase, key: str) -> int | None:
+    """The id of the token that each window begins with: the beginning-of-sequence token, or none.
+
+    `auto`: the one that the tokenizer itself puts before a text, if it does.
+
+    Raises:
+        UserError: `always`, and the tokenizer has none.
+    """
+    if bos == "never":
+        return None
+    token: int | None = tokenizer.bos_token_id
+    if bos == "always":
+        if token is None:
+            problem = "the model's tokenizer has no beginning-of-sequence token"
+            raise UserError(key, bos, problem, "use auto or never")
+        return token
+    return token if token is not None and tokenizer("x")["input_ids"][:1] == [token] else None
 
 
 def token_stream(text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str) -> Callable[[], Iterator[np.ndarray]]:
@@ -50,8 +72,17 @@ def window_starts(n_tokens: int, windows: int, length: int, seed: int) -> list[i
     return [draw.randint(0, n_tokens - length - 1) for _ in range(windows)]
 
 
-def sample_windows(stream: Callable[[], Iterable[np.ndarray]], windows: int, length: int, seed: int, key: str) -> np.ndarray:
+def sample_windows(
+    stream: Callable[[], Iterable[np.ndarray]],
+    windows: int,
+    length: int,
+    seed: int,
+    key: str,
+    bos: int | None = None,
+) -> np.ndarray:
     """Random windows of the concatenated tokens, int64 [windows, length], in the order of `window_starts`.
+
+    With `bos`, a window is this token and the first `length` − 1 tokens of the same text.
 
     `stream()` yields the tokens piece by piece, from the beginning at each call. It is called once, or twice if there
     are more than `HELD_TOKENS` tokens.
@@ -71,11 +102,16 @@ def sample_windows(stream: Callable[[], Iterable[np.ndarray]], windows: int, len
         raise _too_short(key, length, n_tokens, length + 1)
     starts = window_starts(n_tokens, windows, length, seed)
     sampled = np.empty((windows, length), dtype=np.int64)
+    texts = sampled
+    if bos is not None:
+        sampled[:, 0] = bos
+        texts = sampled[:, 1:]
+    width = texts.shape[1]
     first = 0
     for tokens in stream() if held is None else held:
         end = first + len(tokens)
-        for window, start in zip(sampled, starts, strict=True):
-            low, high = max(start, first), min(start + length, end)
+        for window, start in zip(texts, starts, strict=True):
+            low, high = max(start, first), min(start + width, end)
             if low < high:
                 window[low - start : high - start] = tokens[low - first : high - first]
         first = end
@@ -84,23 +120,34 @@ def sample_windows(stream: Callable[[], Iterable[np.ndarray]], windows: int, len
     return sampled
 
 
-def consecutive_windows(stream: Callable[[], Iterable[np.ndarray]], length: int, limit: int | None, key: str) -> np.ndarray:
-    """The text as windows one after another, int64 [n, length]: at most `limit`, and no incomplete one at the end.
+def consecutive_windows(
+    stream: Callable[[], Iterable[np.ndarray]],
+    length: int,
+    limit: int | None,
+    key: str,
+    bos: int | None = None,
+) -> np.ndarray:
+    """The text as windows one after another, int64 [n, length]: at most `limit`, no incomplete one.
+
+    With `bos`, each window is this token and `length` − 1 of the text's: no token is left out between
+    two windows.
 
     Raises:
-        UserError: fewer than `length` tokens.
+        UserError: less text than a window takes.
     """
+    width = length if bos is None else length - 1
     held: list[np.ndarray] = []
     n_tokens = 0
     for tokens in stream():
         held.append(tokens)
         n_tokens += len(tokens)
-        if limit is not None and n_tokens >= limit * length:
+        if limit is not None and n_tokens >= limit * width:
             break
-    if n_tokens < length:
-        raise _too_short(key, length, n_tokens, length)
-    n = n_tokens // length if limit is None else min(limit, n_tokens // length)
-    return np.concatenate(held)[: n * length].astype(np.int64).reshape(n, length)
+    if n_tokens < width:
+        raise _too_short(key, length, n_tokens, width)
+    n = n_tokens // width if limit is None else min(limit, n_tokens // width)
+    texts_WT = np.concatenate(held)[: n * width].astype(np.int64).reshape(n, width)
+    return texts_WT if bos is None else np.pad(texts_WT, ((0, 0), (1, 0)), constant_values=bos)
 
 
 def fingerprint(windows: np.ndarray) -> str:

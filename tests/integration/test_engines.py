@@ -240,8 +240,10 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
     plain = plain_perplexity(dense, ids_WT)
     for folder, manifest in zip(finished.folders, finished.manifests, strict=True):
         found = manifest["perplexity"]["heldout"]
-        assert found.keys() == {"dense", "dropped", "fused", "length"}
-        assert found["length"] == ids_WT.shape[1]
+        protocol = {"data": finished.recipe.evaluation["heldout"].data, "bos": False}
+        protocol |= {"windows": ids_WT.shape[0], "length": ids_WT.shape[1]}
+        assert found.keys() == {"dense", "dropped", "fused", *protocol}
+        assert {key: found[key] for key in protocol} == protocol
         # The same arithmetic in other batches: float32 rounding through eight blocks.
         assert found["dense"] == pytest.approx(plain, rel=1e-5)
         assert found["dropped"] == pytest.approx(plain_perplexity(without_blocks(dense, "llama", manifest["kept"]), ids_WT), rel=1e-5)

@@ -116,6 +116,8 @@ BOMBS: dict[str, Bomb] = {
     "text, 100 MB of blanks, xz": text("bomb.txt.xz", lzma.open, _repeated(b" " * MB, 100)),
     "text, a line of 200 MB": text("bomb.txt", open, _repeated(b" " * MB, 200)),
     "JSON Lines, a line of 150 MB, gzip": text("bomb.jsonl.gz", gzip.open, _repeated(b"a" * MB, 150)),
+    "JSON, 30 MB of lists": text("bomb.json", open, iter([b"[" + b"[]," * 10_000_000 + b"[]]"])),
+    "CSV, a field of 150 MB, gzip": text("bomb.csv.gz", gzip.open, iter([b'text\n"', *_repeated(b"a" * MB + b"\n", 150), b'"\n'])),
     "parquet, 70 GB of one text": parquet,
     "manifest, a terabyte, verify": manifest("verify", lambda path: os.truncate(path, TB)),
     "manifest, a terabyte, pull": manifest("pull", lambda path: os.truncate(path, TB)),

@@ -89,9 +89,9 @@ def test_compress_reports_true_perplexities(percent: int, finished: Finished) ->
         "dense": perplexity(dense, finished.desk.heldout),
         "dropped": perplexity(without_blocks(dense, "llama", manifest["kept"]), finished.desk.heldout),
         "fused": perplexity(load_model(finished.folder(percent)), finished.desk.heldout),
-        "length": LENGTH,
     }
-    assert manifest["perplexity"]["held-out"] == pytest.approx(expected, rel=1e-4)
+    found = manifest["perplexity"]["held-out"]
+    assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     assert abs(expected["fused"] - expected["dropped"]) > 0.01, "or nothing was trained"
     card = (finished.folder(percent) / "README.md").read_text()
     assert " | ".join(f"{expected[key]:.2f}" for key in ("dense", "dropped", "fused")) in card
@@ -125,7 +125,8 @@ def test_score_prints_one_json_object_with_true_scores(desk: Desk, capsys: pytes
     assert main(["score", desk.write(), "--json"]) == 0
     stdout, stderr = capsys.readouterr()
     result = json.loads(stdout)
-    assert set(result) == {"metric", "blocks", "lowest"} and stdout.count("\n") == 1
+    protocol = {"data", "windows", "length", "bos", "text_tokens", "times_seen"}
+    assert set(result) == {"metric", "blocks", "lowest", *protocol} and stdout.count("\n") == 1
     assert result["metric"] == "macro_influence"
     assert [set(row) for row in result["blocks"]] == [{"block", "score"}] * DEPTH
     assert [row["block"] for row in result["blocks"]] == list(range(DEPTH))
@@ -163,7 +164,8 @@ def test_evaluate_gives_the_perplexity(windows: int | None, desk: Desk, capsys: 
     result = json.loads(stdout)
     assert stdout.count("\n") == 1
     assert result.pop("perplexity") == pytest.approx(perplexity(load_model(desk.model), desk.heldout, windows), rel=1e-5)
-    expected = {"model": str(desk.model), "data": str(desk.heldout), "length": LENGTH, "windows": windows or 5}
+    protocol = {"data": str(desk.heldout), "windows": windows or 5, "length": LENGTH, "bos": False}
+    expected = {"model": str(desk.model), **protocol}
     assert result == expected
     assert_plain(stderr)
 
@@ -174,7 +176,8 @@ def test_evaluate_reads_json_lines_and_prints_a_sentence(desk: Desk, capsys: pyt
     data.write_text("\n".join(rows))
     assert main(["evaluate", str(desk.model), "--data", str(data), "--column", "body", "--length", str(LENGTH)]) == 0
     expected = perplexity(load_model(desk.model), desk.heldout)
-    assert capsys.readouterr().out == f"perplexity {expected:.4f}  (5 windows of {LENGTH} tokens of {data})\n"
+    protocol = f"5 windows of {LENGTH} tokens of {data}, without a beginning-of-sequence token"
+    assert capsys.readouterr().out == f"perplexity {expected:.4f}  ({protocol})\n"
 
 
 def put_a_nan(desk: Desk) -> None:

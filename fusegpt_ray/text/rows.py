@@ -1,0 +1,254 @@
+"""The rows of a table of text, one by one, whatever its format; only one is held (of Parquet and
+Arrow, a batch of them).
+
+Every row must be text: one without, or with fewer fields than the header, is a mistake and not a
+blank line.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO, NamedTuple, cast
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from fusegpt_ray.errors import UserError, reading_users_file
+from fusegpt_ray.store import storage
+from fusegpt_ray.text.formats import Source, beside, check_column, codec, one_of
+
+ROW = 1 << 26
+"""Characters of the longest row, and of the longest line of JSON Lines, which is held as one."""
+
+
+class _Row(NamedTuple):
+    where: str
+    """Such as "line 5"."""
+    columns: Sequence[str]
+    value: object
+    """What the recipe's column holds."""
+
+
+def rows(source: Source) -> Iterator[str]:
+    """The texts of a table, in order.
+
+    Raises:
+        UserError: the column is missing, a row has no text in it, or none has any but white space.
+    """
+    row, blank = None, True
+    for row in _READERS[source.format](source):
+        if not isinstance(row.value, str):
+            problem = f"{row.where} of {source.uri} has no text there but {row.value!r:.80}"
+            fix = "name a column of text, or remove the row"
+            raise UserError(beside(source.key, "column"), source.text.column, problem, fix)
+        if len(row.value) > ROW:
+            fix = "divide it into several rows, or give plain text, whose lines may have any length"
+            problem = f"{row.where} has more than {ROW} characters"
+            raise UserError(source.key, source.uri, problem, fix)
+        blank = blank and not row.value.strip()
+        yield row.value
+    if row and blank:
+        problem = f"every row of {source.uri} is empty there"
+        key = beside(source.key, "column")
+        raise UserError(key, source.text.column, problem, one_of(row.columns))
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[io.TextIOWrapper]:
+    """A file's text, decompressed, without the mark that some programs write before UTF-8."""
+    with storage.reading(source.uri) as raw:
+        # newline="\n": lines end there only, and "\r\n" stays as it is.
+        yield io.TextIOWrapper(_decompressed(raw, source.uri), encoding="utf-8-sig", newline="\n")
+
+
+def _decompressed(raw: BinaryIO, uri: str) -> Any:
+    """All of it, also where a file is several compressed ones in a row; fsspec's own reader of
+    Zstandard may end after the first.
+    """
+    if codec(uri) == "zst":
+        import pyarrow
+
+        return pyarrow.CompressedInputStream(raw, "zstd")
+    name = infer_compression(uri) if codec(uri) else None
+    return compr[name](raw, mode="rb") if name else raw
+
+
+def _row(source: Source, where: str, record: dict[str, Any]) -> _Row:
+    check_column(source, f"{where} of {source.uri}", record)
+    return _Row(where, list(record), record[source.text.column])
+
+
+def _json_lines(source: Source) -> Iterator[_Row]:
+    with opened(source) as file:
+        for where, line in _lines(file, source):
+            if line.strip():
+                yield _row(source, where, _json_object(_parsed(line, where, source), where, source))
+
+
+def _json(source: Source) -> Iterator[_Row]:
+    """JSON Lines; or one array of objects, which is held."""
+    with opened(source) as file:
+        line = next((line for _, line in _lines(file, source) if line.strip()), "")
+        if not line.lstrip().startswith("["):
+            yield from _json_lines(source)
+            return
+        array = line + file.read(storage.SMALL)
+        if len(array) > storage.SMALL:
+            problem = f"a JSON array of more than {storage.SMALL} characters"
+            raise UserError(source.key, source.uri, problem, _JSON)
+        for number, value in enumerate(_parsed(array, "the array", source), 1):
+            yield _row(source, f"item {number}", _json_object(value, f"item {number}", source))
+
+
+def _parsed(text: str, where: str, source: Source) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        problem = f"{where} is not JSON ({str(error)[:200]})"
+        raise UserError(source.key, source.uri, problem, _JSON) from error
+
+
+def _json_object(value: Any, where: str, source: Source) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise UserError(source.key, source.uri, f"{where} is not a JSON object", _JSON)
+    return value
+
+
+_JSON = "write one JSON object a line (JSON Lines)"
+
+
+def _separated(source: Source) -> Iterator[_Row]:
+    """CSV or TSV with a header. A cell is the text that it is, also where it is empty or says NA:
+    `datasets` takes these for missing.
+    """
+    csv.field_size_limit(ROW)
+    with opened(source) as file:
+        lines = (line for _, line in _lines(file, source))
+        cells = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
+        try:
+            yield from _under_header(source, ((cells.line_num, row) for row in cells if row))
+        except csv.Error as error:
+            problem = f"line {cells.line_num} is not {source.format.upper()} ({error})"
+            fix = 'close the quotes, and double those inside of quotes, as "a ""b"" c"'
+            raise UserError(source.key, source.uri, problem, fix) from error
+
+
+def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Iterator[_Row]:
+    """The rows below the first, with the number of the line at which each ends."""
+    _, header = next(table, (0, None))
+    if header is None:
+        return
+    check_column(source, source.uri, header)
+    at = header.index(source.text.column)
+    for number, row in table:
+        if len(row) != len(header):
+            problem = f"line {number} has {len(row)} fields, the header {len(header)}"
+            fix = 'quote fields that hold the separator, as "a, b"'
+            raise UserError(source.key, source.uri, problem, fix)
+        yield _Row(f"line {number}", header, row[at])
+
+
+def _lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[str, str]]:
+    """Each line and what to call it."""
+    number = 0
+    while line := file.readline(ROW + 1):
+        number += 1
+        if len(line) > ROW:
+            problem = f"line {number} has more than {ROW} characters"
+            fix = "write one text a line, or give plain text, whose lines may have any length"
+            raise UserError(source.key, source.uri, problem, fix)
+        check_is_text(line, source)
+        yield f"line {number}", line
+
+
+def check_is_text(line: str, source: Source) -> None:
+    """
+    Raises:
+        UserError: there is a NUL in it.
+    """
+    if "\0" in line:
+        problem = "not text: it holds NUL bytes, as archives and other binary files do"
+        raise UserError(source.key, source.uri, problem, "give files of text, in UTF-8")
+
+
+def _parquet(source: Source) -> Iterator[_Row]:
+    import pyarrow.parquet
+
+    with storage.reading(source.uri) as raw:
+        table = pyarrow.parquet.ParquetFile(_decompressed(raw, source.uri))
+        names = table.schema_arrow.names
+        check_column(source, source.uri, names)
+        # Few rows at once: a page may hold a long text once, and say that all its rows are this text.
+        batches = table.iter_batches(batch_size=8, columns=[source.text.column])
+        yield from _numbered((value.as_py() for batch in batches for value in batch.column(0)), names)
+
+
+def _arrow(source: Source) -> Iterator[_Row]:
+    """Of either kind: a stream, as `datasets` writes it, or a file."""
+    import pyarrow
+
+    with storage.reading(source.uri) as raw:
+        file = _decompressed(raw, source.uri)
+        try:
+            table = pyarrow.ipc.open_stream(file)
+            batches = iter(table)
+        except (OSError, pyarrow.ArrowInvalid):
+            table = pyarrow.ipc.open_file(file)
+            batches = (table.get_batch(number) for number in range(table.num_record_batches))
+        check_column(source, source.uri, table.schema.names)
+
+        def values() -> Iterator[object]:
+            for batch in batches:
+                batch.validate(full=True)
+                yield from (value.as_py() for value in batch.column(source.text.column))
+
+        yield from _numbered(values(), table.schema.names)
+
+
+def _dataset(source: Source) -> Iterator[_Row]:
+    import datasets
+
+    text = source.text
+    with loading(source):
+        options = {"split": text.split, "revision": text.revision}
+        dataset = datasets.load_dataset(source.uri, text.config, **options)
+    names = dataset.column_names
+    check_column(source, source.uri, names)
+    column = dataset.select_columns([text.column])
+    yield from _numbered((record[text.column] for record in column), names)
+
+
+def _numbered(values: Iterable[object], columns: Sequence[str]) -> Iterator[_Row]:
+    return (_Row(f"row {number}", columns, value) for number, value in enumerate(values, 1))
+
+
+@contextmanager
+def loading(source: Source) -> Iterator[None]:
+    """
+    Raises:
+        UserError: whatever `datasets` says of the files, folder or id.
+    """
+    import datasets
+
+    problem = "neither a file here nor a dataset that loads"
+    fix = "check the path, or the id, config, split, revision and network"
+    with reading_users_file(source.key, source.uri, problem, fix):
+        try:
+            yield
+        except datasets.exceptions.DatasetGenerationError as error:  # its cause says what failed
+            raise cast(Exception, error.__cause__ or error) from None
+
+
+_READERS = {
+    "jsonl": _json_lines,
+    "json": _json,
+    "csv": _separated,
+    "tsv": _separated,
+    "parquet": _parquet,
+    "arrow": _arrow,
+    "datasets": _dataset,
+}
