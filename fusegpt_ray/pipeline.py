@@ -96,6 +96,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
         for item in results:
             show.say(f"published {item.uri}")
+        show.left_out(source.name, results[-1].manifest.get("left_out", []))
         return results
 
 

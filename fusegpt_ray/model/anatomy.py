@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.model import mismatch
 from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import TensorRef
@@ -66,10 +69,8 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     """
     model = build_skeleton(raw)
     path = find_blocks(model)
-    expected = dict(model.state_dict(keep_vars=True))
-    conversions = get_model_conversion_mapping(model)
-    converters = [item for item in conversions if isinstance(item, WeightConverter)]
-    renamings = [item for item in conversions if not isinstance(item, WeightConverter)]
+    depth = len(model.get_submodule(path))
+    names = _Names.of(model)
     in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
     trunk: dict[str, TensorRef] = {}
     blocks: dict[int, dict[str, TensorRef]] = {}
@@ -78,38 +79,92 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     buffers = {name for name, _ in model.named_buffers()}
     ignored = re.compile("|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
     extra: list[str] = []
+    left: list[str] = []
     for name, ref in tensors.items():
-        inside, converted = rename_source_key(name, renamings, converters, model.base_model_prefix, expected)
-        if converted is not None:
-            fix = "use a model whose checkpoint holds its weights as the model uses them (not a mixture of experts)"
-            raise UserError(KEY, name, "transformers rearranges this tensor on loading, which fusing cannot follow yet", fix)
-        target = expected.get(inside)
-        if target is not None and tuple(target.shape) != ref.shape:
-            problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"
-            raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")
-        if target is not None and target.is_floating_point() and ref.code not in _PLAIN:
-            problem = f"stored as {ref.code}, which says nothing without scales"
-            raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
+        inside = names.inside(name)
+        target = names.expected.get(inside)
+        _check(name, ref, target)
+        match = in_block.fullmatch(inside)
         if target is None and inside not in buffers and not ignored.search(inside):
             extra.append(name)
+        elif target is None and match and int(match[1]) >= depth:
+            left.append(name)  # a layer beyond the last that the class knows of and does not run
+            continue
         seen.add(inside)
-        match = in_block.fullmatch(inside)
         if match is None:
             trunk[name] = ref
             continue
-        tail = f"{match[1]}.{match[2]}"
-        if not name.endswith(tail):
-            raise UserError(KEY, name, f"called {inside} in the model", "re-save the checkpoint with save_pretrained")
-        prefixes.add(name.removesuffix(tail))
+        prefixes.add(names.prefix(name, path, int(match[1]), match[2]))
         blocks.setdefault(int(match[1]), {})[match[2]] = ref
+    if beyond := sorted(ref.name for number in blocks if number >= depth for ref in blocks[number].values()):
+        mismatch.refuse_beyond(beyond[0], len(blocks), depth)
     tied = set(model.all_tied_weights_keys)
-    missing = sorted(name for name, value in expected.items() if name not in seen | tied and isinstance(value, nn.Parameter))
-    if missing:
-        raise UserError(KEY, missing[0], f"the checkpoint lacks {len(missing)} tensors of the model", "download it again")
-    depth = len(model.get_submodule(path))
+    missing = [name for name, value in names.expected.items() if name not in seen | tied and isinstance(value, nn.Parameter)]
+    if missing or extra:
+        mismatch.refuse(tensors, names.expected, names.inside, missing, extra)
     if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
         raise UserError(KEY, f"{len(blocks)} blocks", f"config.json says {depth}", "use the config.json of these weights")
-    if extra:
-        problem = f"the checkpoint has {len(extra)} tensors that the model of its config.json does not use"
-        raise UserError(KEY, min(extra), problem, "use the config.json that belongs to the weights")
-    return Stack(dict(raw), prefixes.pop(), trunk, tuple(Block(i, blocks[i]) for i in range(depth)))
+    stack_blocks = tuple(Block(number, blocks[number]) for number in range(depth))
+    return Stack(dict(raw), prefixes.pop(), trunk, stack_blocks, tuple(left))
+
+
+def _check(name: str, ref: TensorRef, target: torch.Tensor | None) -> None:
+    """
+    Raises:
+        UserError: a tensor does not hold what the model has there.
+    """
+    if target is None:
+        return
+    if target.is_floating_point() and ref.code not in _PLAIN:
+        problem = f"stored as {ref.code}, which says nothing without scales"
+        raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
+    if tuple(target.shape) != ref.shape:
+        if ref.begin == ref.end and target.numel():
+            mismatch.refuse_empty(name, ref.shape, target.shape)
+        problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"
+        raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """From a checkpoint's tensor names to the model's, as transformers itself goes."""
+
+    expected: dict[str, torch.Tensor]
+    """The model's tensors, empty, by name."""
+    renamings: list[Any]
+    converters: list[WeightConverter]
+    base: str
+
+    @classmethod
+    def of(cls, model: transformers.PreTrainedModel) -> _Names:
+        steps = get_model_conversion_mapping(model)
+        converters = [step for step in steps if isinstance(step, WeightConverter)]
+        renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+        expected = dict(model.state_dict(keep_vars=True))
+        return cls(expected, renamings, converters, model.base_model_prefix)
+
+    def inside(self, name: str) -> str:
+        """
+        Raises:
+            UserError: transformers does more than rename the tensor.
+        """
+        found, converted = rename_source_key(name, self.renamings, self.converters, self.base, self.expected)
+        if converted is not None:
+            fix = "use a model whose checkpoint holds its weights as the model uses them (not a mixture of experts)"
+            raise UserError(KEY, name, "transformers rearranges this tensor on loading, which fusing cannot follow yet", fix)
+        return found
+
+    def prefix(self, name: str, path: str, number: int, tail: str) -> str:
+        """What stands on disk before the block's number: with another number there, it is that block's tensor.
+
+        Raises:
+            UserError: the number on disk is not the block's.
+        """
+        if name.endswith(f"{number}.{tail}"):
+            return name.removesuffix(f"{number}.{tail}")
+        for found in re.finditer(rf"(?:^|(?<=\.)){number}(?=\.)", name):  # renamed inside the block, too
+            other = f"{name[: found.start()]}{number + 1}{name[found.end() :]}"
+            if self.inside(other) == f"{path}.{number + 1}.{tail}":
+                return name[: found.start()]
+        inside = f"{path}.{number}.{tail}"
+        raise UserError(KEY, name, f"called {inside} in the model", "re-save the checkpoint with save_pretrained")

@@ -12,19 +12,21 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.store import storage
+from fusegpt_ray.errors import StorageError, UserError, reading_users_file
+from fusegpt_ray.store import diagnosis, storage
 from fusegpt_ray.store.patience import patiently
 from fusegpt_ray.store.records import FileRecord as FileRecord
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX = SAFE_WEIGHTS_INDEX_NAME
+SINGLE = SAFE_WEIGHTS_NAME
+"""Where both are there, transformers takes this one; so do we (see `choice`)."""
 MAX_HEADER_BYTES = storage.SMALL  # some 200,000 tensors; the format's own limit is 100 MB, which parsed would take gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,10 +38,15 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -75,12 +82,14 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         UserError: not a whole safetensors file; `key` is the recipe key the message names.
     """
 
+    again = diagnosis.remedy("")
+
     def bad(problem: str) -> UserError:
-        return UserError(key, file, problem, "download or convert the checkpoint again (safetensors only)")
+        return UserError(key, file, problem, again)
 
     try:
         total = storage.size(file)
-        (prefix,) = storage.read_ranges(file, [(0, min(8, total))])
+        (beginning,) = storage.read_ranges(file, [(0, min(diagnosis.BEGINNING, total))])
     except FileNotFoundError as error:
         raise bad("this safetensors file is missing") from error
     except PermissionError as error:
@@ -89,18 +98,18 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         raise
     except OSError as error:  # a folder, a link to itself, …
         raise bad(f"this file cannot be read ({error.strerror})") from error
-    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+    length = struct.unpack("<Q", beginning[:8])[0] if total >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+        if what := diagnosis.kind(beginning):
+            raise UserError(key, file, f"not a safetensors file, but {what}", diagnosis.remedy(what))
         raise bad("not a safetensors file (its header does not fit in it)")
     (raw,) = storage.read_ranges(file, [(8, 8 + length)])
-    try:
+    with reading_users_file(key, file, "damaged safetensors header", again):
         header = json.loads(raw.decode(), object_pairs_hook=_once, parse_int=_natural, parse_constant=_natural)
         about = header.pop("__metadata__", {})
         if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
             raise ValueError("its __metadata__ is not text by name")
         refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise bad(f"damaged safetensors header ({error})") from error
     end = 8 + length
     for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.end)):
         if ref.begin != end:
@@ -150,13 +159,11 @@ def read_weight_map(folder: str, key: str) -> dict[str, str]:
     Raises:
         UserError: it is damaged, or names a file that is not directly in the folder.
     """
-    try:
-        weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
+    with reading_users_file(key, folder, f"damaged {INDEX}", "download the checkpoint again"):
+        raw = storage.read(storage.join(folder, INDEX), storage.SMALL)
+        diagnosis.refuse_other_kinds(key, folder, INDEX, raw[: diagnosis.BEGINNING])
+        weight_map: dict[str, str] = dict(json.loads(raw.decode())["weight_map"])
         outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard)]
-    except StorageError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
     if outside:
         raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0][:200]!r}", "use a trusted checkpoint")
     return weight_map
@@ -169,7 +176,10 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
         UserError: no safetensors, a damaged file, or an index that does not match its shards.
     """
     files = storage.names(folder)
-    if INDEX in files:
+    chosen = choice(files)
+    if chosen == SINGLE:
+        return read_header(storage.join(folder, SINGLE), key)
+    if chosen == INDEX:
         weight_map = read_weight_map(folder, key)
         refs: dict[str, TensorRef] = {}
         for shard in sorted(set(weight_map.values())):
@@ -178,13 +188,13 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
         if missing:
             raise UserError(key, folder, f"{INDEX} lists {missing[0]}, no shard has it", "download the checkpoint again")
         return refs
-    if SINGLE in files:
-        return read_header(storage.join(folder, SINGLE), key)
-    others = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
-    if others:
-        fix = "convert it: AutoModel….from_pretrained(…).save_pretrained(folder) writes safetensors"
-        raise UserError(key, folder, f"not a safetensors checkpoint (found {others[0]}); pickles are never opened", fix)
-    raise UserError(key, folder, f"holds no {SINGLE} and no {INDEX}", "give the folder of a Hugging Face checkpoint")
+    problem, fix = diagnosis.unusable_folder(files, storage.folders(folder))
+    raise UserError(key, folder, problem or f"holds no {SINGLE} and no {INDEX}", fix)
+
+
+def choice(files: Collection[str]) -> str | None:
+    """What `from_pretrained` begins with of a folder's files: one file of weights, else an index of shards."""
+    return next((name for name in (SINGLE, INDEX) if name in files), None)
 
 
 def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
