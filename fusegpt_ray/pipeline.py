@@ -45,7 +45,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)
-        dense = _open_source(source)
+        dense = _open_source(source, show)
         rehearse(dense, structure, [target.remove for target in targets])
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
@@ -110,7 +110,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        dense = _open_source(source)
+        dense = _open_source(source, show)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -151,7 +151,7 @@ def evaluate(
     )
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        dense = _open_source(source)
+        dense = _open_source(source, show)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
             show.stage("tokenising")
@@ -196,10 +196,12 @@ def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Struct
         return source, check_model(source, lengths)
 
 
-def _open_source(source: Source) -> Stack:
+def _open_source(source: Source, show: Display) -> Stack:
     """The dense stack of a source whose tokenizer loads; reads headers, no weights."""
     with blaming("model.source", source.name):
         source.tokenizer()
+        if source.on_hub:
+            show.stage("fetching the model's files from the hub, unless they are here")
         return source.stack()
 
 

@@ -57,13 +57,25 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
     if named := raw.get("transformers_weights"):
         fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
-    with tempfile.TemporaryDirectory() as folder, reading_users_file(KEY, kind, "config.json is not valid", again, folder):
+    invalid = reading_users_file(KEY, kind, "config.json is not valid", again)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), invalid:
         # Through a file, as transformers reads it: it has a way of its own to write infinity and NaN.
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
         config = transformers.CONFIG_MAPPING[kind].from_json_file(file)
         config.get_text_config().use_cache = False
     return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on a config.json, made anew each time that it is read."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 def _absurd(raw: Mapping[str, Any]) -> str:
@@ -125,7 +137,8 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
     config = read_config(raw)
     kind = model_class(raw)
     problem, fix = "config.json does not build a model", "repair config.json"
-    with reading_users_file(KEY, kind.__name__, problem, fix), _bounded(), init_empty_weights(include_buffers=False):
+    building = reading_users_file(KEY, kind.__name__, problem, fix)
+    with building, _quiet(), _bounded(), init_empty_weights(include_buffers=False):
         model = kind(config)
     return model.eval().requires_grad_(False)
 

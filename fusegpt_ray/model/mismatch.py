@@ -37,6 +37,9 @@ def refuse(
     if quantized := sorted(name for name in extra if _QUANTIZED.search(name)):
         problem = f"quantized weights ({len(quantized)} tensors of this kind), which cannot be fused"
         raise UserError(KEY, quantized[0], problem, "use the checkpoint in its original dtype")
+    if adapters := sorted(name for name in extra if re.search(r"[._]lora_|\.hada_|\.oft_|\.vera_", name)):
+        problem = f"the weights of an adapter are among those of the model ({len(adapters)} tensors), not merged into them"
+        raise UserError(KEY, adapters[0], problem, "merge it first: model.merge_and_unload().save_pretrained(folder)")
     for what, strip in _wrappings(extra, expected):
         if missing and {*missing} <= {rename(strip(name)) for name in tensors}:
             problem = f"the names of its tensors are wrapped: {what} stands in them, and without it they are the model's"

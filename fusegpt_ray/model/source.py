@@ -216,7 +216,7 @@ def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tupl
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Without the hub client's own progress bars and remarks: our display is the one display."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = log.level
