@@ -16,16 +16,63 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.model import companions
 from fusegpt_ray.model.source import Source
 
-TAKEN = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json generation_config.json
-vocab.json merges.txt vocab.txt vocab.bpe tokenizer.model tokenizer.model.v3 tekken.json qwen.tiktoken source.spm
-spiece.model chat_template.jinja chat_template.json preprocessor_config.json processor_config.json
-LICENSE LICENSE.md LICENCE LICENCE.txt license.txt COPYING COPYING.LESSER NOTICE NOTICE.txt USE_POLICY.md
-ACCEPTABLE_USE_POLICY.md Notice.md LICENSE-MODEL LICENSE.pdf TERMS_OF_USE.md
-additional_chat_templates/tool_use.jinja additional_chat_templates/rag.jinja
-qformer_tokenizer/tokenizer.json qformer_tokenizer/tokenizer_config.json qformer_tokenizer/vocab.txt""".split()
-LEFT = """modeling_own.py pytorch_model.bin model.gguf optimizer.pt training_args.bin picture.png LICENSE.png
-license_checker.py adapter_config.json adapter_model.safetensors trainer_state.json events.out.tfevents
-consolidated.safetensors pytorch_model.bin.index.json""".split()
+TAKEN = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "vocab.bpe",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "qwen.tiktoken",
+    "source.spm",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE",
+    "LICENSE.md",
+    "LICENCE",
+    "LICENCE.txt",
+    "license.txt",
+    "COPYING",
+    "COPYING.LESSER",
+    "NOTICE",
+    "NOTICE.txt",
+    "USE_POLICY.md",
+    "ACCEPTABLE_USE_POLICY.md",
+    "Notice.md",
+    "LICENSE-MODEL",
+    "LICENSE.pdf",
+    "TERMS_OF_USE.md",
+    "additional_chat_templates/tool_use.jinja",
+    "additional_chat_templates/rag.jinja",
+    "qformer_tokenizer/tokenizer.json",
+    "qformer_tokenizer/tokenizer_config.json",
+    "qformer_tokenizer/vocab.txt",
+]
+LEFT = [
+    "modeling_own.py",
+    "pytorch_model.bin",
+    "model.gguf",
+    "optimizer.pt",
+    "training_args.bin",
+    "picture.png",
+    "LICENSE.png",
+    "license_checker.py",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "trainer_state.json",
+    "events.out.tfevents",
+    "consolidated.safetensors",
+    "pytorch_model.bin.index.json",
+]
 FOLDERS = {"original/params.json": "original/", "onnx/model.onnx": "onnx/", "checkpoint-5/config.json": "checkpoint-5/"}
 UNSPOKEN = ["config.json", "README.md", "fusegpt.json", ".gitattributes", ".cache/huggingface/x.json"]
 
