@@ -43,16 +43,20 @@ def reason(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """What a library says went wrong, in one line of at most 300 characters."""
-    text = str(error).strip().partition("\n")[0].strip()
-    return f"{text or type(error).__name__}"[:300]
+    first, _, rest = str(error).strip().partition("\n")
+    text = first.strip()
+    if text.endswith(":"):  # a heading: what it announces is the news
+        text = f"{text} {rest.strip().partition(chr(10))[0].strip()}"
+    return f"{text.strip() or type(error).__name__}"[:300]
 
 
 @contextmanager
-def reading_users_file(key: str, value: object, problem: str, fix: str) -> Iterator[None]:
+def reading_users_file(key: str, value: object, problem: str, fix: str, copy: str = "") -> Iterator[None]:
     """While a library reads or builds from a file of the user's: whatever it raises is one message.
 
     No list of exception types: what a file holds decides how a library fails. The library's own
-    reason stands in the message, and the exception stays its cause.
+    reason stands in the message, and the exception stays its cause. Where the library reads a
+    `copy` (a temporary path), the message names the user's own place instead, which is `value`.
 
     Raises:
         UserError: the block raised anything but a UserError or a StorageError, which pass.
@@ -62,7 +66,10 @@ def reading_users_file(key: str, value: object, problem: str, fix: str) -> Itera
     except (UserError, StorageError):
         raise
     except Exception as error:
-        raise UserError(key, value, f"{problem} ({first_line(error)})", fix) from error
+        said = first_line(error)
+        if copy:
+            said = said.replace(copy, str(value))
+        raise UserError(key, value, f"{problem} ({said})", fix) from error
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         depth = len(structure.blocks)
         targets = plan_targets(recipe, depth)
         check_output(recipe, targets, restart)
-        dense, tokenizer = _open_source(source)
+        dense, tokenizer = _open_source(source, show)
         leading = _leading_tokens(recipe, tokenizer)
         check_method(recipe, structure)
         rehearse(dense, structure, [target.remove for target in targets])
@@ -114,6 +114,7 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
         for item in results:
             show.say(f"published {item.uri}")
+        show.left_out(source.name, results[-1].manifest.get("left_out", []))
         return results
 
 
@@ -128,7 +129,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        dense, tokenizer = _open_source(source)
+        dense, tokenizer = _open_source(source, show)
         leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
@@ -174,7 +175,7 @@ def evaluate(
     )
     with display or Display() as show:
         source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        dense, tokenizer = _open_source(source)
+        dense, tokenizer = _open_source(source, show)
         leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
         with _open_engine(recipe, source, dense) as engine:
@@ -221,10 +222,12 @@ def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Struct
         return source, check_model(source, lengths)
 
 
-def _open_source(source: Source) -> tuple[Stack, Any]:
+def _open_source(source: Source, show: Display) -> tuple[Stack, Any]:
     """The dense stack of a source, and its tokenizer; reads headers, no weights."""
     with blaming("model.source", source.name):
         tokenizer = source.tokenizer()
+        if source.on_hub:
+            show.stage("fetching the model's files from the hub, unless they are here")
         return source.stack(), tokenizer
 
 

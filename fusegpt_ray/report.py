@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,6 +21,9 @@ from rich.table import Table
 
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.text.windows import described
+
+SHOWN = 12
+"""Names that a line shows."""
 
 
 class _Live:
@@ -122,6 +125,12 @@ class Display(_Live):
             self.console.print(table)
         for protocol in protocols:
             self.say(protocol)
+
+    def left_out(self, source: str, names: Sequence[str]) -> None:
+        """What of a source no published model holds; the manifest has all the names."""
+        if names:
+            more = f" and {len(names) - SHOWN} more (see fusegpt.json)" if len(names) > SHOWN else ""
+            self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
 
 
 class Transfer(_Live):

@@ -2,7 +2,7 @@
 
 Notable:
 - nothing is known by architecture name. Blocks are the one ModuleList as long as the text configuration says the model is deep;
-- a block's tensors go by the model's own names, which the checkpoint's need not be.
+- a block's tensors go by the model's own names, which the checkpoint's need not be (`names.py`).
 """
 
 from __future__ import annotations
@@ -11,15 +11,20 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.model import mismatch
 from fusegpt_ray.model.config import KEY, build_skeleton
-from fusegpt_ray.model.fit import fitting
-from fusegpt_ray.model.names import names_inside
+from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import TensorRef
+
+_PLAIN = ("F64", "F32", "F16", "BF16")
+_OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
+"""Computed nowadays, and ignored by transformers where an old checkpoint still has them."""
 
 
 def find_blocks(model: transformers.PreTrainedModel) -> str:
@@ -57,35 +62,65 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     """The stack of a whole dense checkpoint: its config.json and the tensors of its files.
 
     Raises:
-        UserError: blocks cannot be found; or the tensors are not the model's (see `fitting`).
+        UserError: blocks cannot be found; or the checkpoint lacks tensors of the model, has them in another shape or quantized, or
+            has others that `from_pretrained` would report as unexpected (biases that are left out, say).
     """
     model = build_skeleton(raw)
     path = find_blocks(model)
     depth = len(model.get_submodule(path))
+    names = Names.of(model)
     in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
-    inside = names_inside(model, tensors)
     trunk: dict[str, TensorRef] = {}
-    blocks: list[dict[str, TensorRef]] = [{} for _ in range(depth)]
+    blocks: dict[int, dict[str, TensorRef]] = {}
     prefixes: set[str] = set()
-    for name in fitting(model, in_block, depth, tensors, inside):
-        match = in_block.fullmatch(inside[name])
+    seen: set[str] = set()
+    buffers = {name for name, _ in model.named_buffers()}
+    ignored = re.compile("|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    extra: list[str] = []
+    left: list[str] = []
+    for name, ref in tensors.items():
+        inside = names.inside(name)
+        target = names.expected.get(inside)
+        _check(name, ref, target)
+        match = in_block.fullmatch(inside)
+        if target is None and inside not in buffers and not ignored.search(inside):
+            extra.append(name)
+        elif target is None and match and int(match[1]) >= depth:
+            left.append(name)  # a layer beyond the last that the class knows of and does not run
+            continue
+        seen.add(inside)
         if match is None:
-            trunk[name] = tensors[name]
-        else:
-            blocks[int(match[1])][match[2]] = tensors[name]
-            prefixes.add(_prefix(name, match[1], match[2]))
-    if len(prefixes) != 1:
-        problem = f"its blocks are called in several ways ({', '.join(sorted(prefixes))})"
-        fix = "re-save the checkpoint with save_pretrained"
-        raise UserError(KEY, type(model).__name__, problem, fix)
-    found = (Block(number, weights) for number, weights in enumerate(blocks))
-    return Stack(dict(raw), prefixes.pop(), trunk, tuple(found))
+            trunk[name] = ref
+            continue
+        prefixes.add(names.prefix(name, path, int(match[1]), match[2]))
+        blocks.setdefault(int(match[1]), {})[match[2]] = ref
+    if beyond := sorted(ref.name for number in blocks if number >= depth for ref in blocks[number].values()):
+        mismatch.refuse_beyond(beyond[0], len(blocks), depth)
+    # Either of two tied tensors may be the one that is stored.
+    ties = model.all_tied_weights_keys.items()
+    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
+    parameters = (name for name, value in names.expected.items() if isinstance(value, nn.Parameter))
+    missing = [name for name in parameters if name not in there]
+    if missing or extra:
+        mismatch.refuse(tensors, names.expected, names.inside, missing, extra)
+    if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
+        raise UserError(KEY, f"{len(blocks)} blocks", f"config.json says {depth}", "use the config.json of these weights")
+    stack_blocks = tuple(Block(number, blocks[number]) for number in range(depth))
+    return Stack(dict(raw), prefixes.pop(), trunk, stack_blocks, tuple(left))
 
 
-def _prefix(name: str, number: str, inside: str) -> str:
-    """What stands before a block's number in a checkpoint's name; what follows it may be renamed."""
-    if name.endswith(f"{number}.{inside}"):
-        return name.removesuffix(f"{number}.{inside}")
-    words = name.split(".")
-    assert number in words, (name, number)
-    return ".".join([*words[: words.index(number)], ""])
+def _check(name: str, ref: TensorRef, target: torch.Tensor | None) -> None:
+    """
+    Raises:
+        UserError: a tensor does not hold what the model has there.
+    """
+    if target is None:
+        return
+    if target.is_floating_point() and ref.code not in _PLAIN:
+        problem = f"stored as {ref.code}, which says nothing without scales"
+        raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
+    if tuple(target.shape) != ref.shape:
+        if ref.begin == ref.end and target.numel():
+            mismatch.refuse_empty(name, ref.shape, target.shape)
+        problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"
+        raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")

@@ -2,76 +2,166 @@
 
 from __future__ import annotations
 
-import copy
+import json
 import re
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, reading_users_file
 
 KEY = "model.source"
-_PARTS = 10_000
-"""More blocks, heads or experts than any model has: a module is made for each before its weights are looked at."""
-_ARCHITECTURES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+_DEEPEST = 10_000
+"""Blocks that no model has: configurations make lists of them before a model is built."""
+_DEPTH = re.compile(r"(n|num)_(hidden_)?layers?|(en|de)coder_layers|depth")
+_MODULES = 250_000
+"""Modules that no model has; the largest mixtures of experts have a third of it."""
+_ARCHITECTURES = {
+    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+}
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
+"""Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
 
 
 def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
     """The configuration object of a config.json.
 
     Raises:
-        UserError: the model type is unknown to transformers (custom code is never run), or a value is invalid.
+        UserError: the model type is unknown to transformers (custom code is never run), a value is
+            invalid, or the weights are quantized.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
+    again = "download the checkpoint again"
     if absurd := _absurd(raw):
-        raise UserError(KEY, kind, f"config.json is not valid ({absurd})", "download the checkpoint again")
-    try:
-        config = transformers.CONFIG_MAPPING[kind].from_dict(copy.deepcopy(dict(raw)))
-    except (ValueError, TypeError, AttributeError, KeyError, ArithmeticError, RecursionError, StrictDataclassError) as error:
-        raise UserError(KEY, kind, f"config.json is not valid ({error})", "download the checkpoint again") from error
-    if raw.get("quantization_config"):
-        fix = "use the checkpoint in its original dtype; quantise what this tool publishes"
-        raise UserError(KEY, kind, "a quantized checkpoint, whose weights cannot be fused", fix)
-    config.get_text_config().use_cache = False
+        raise UserError(KEY, kind, f"config.json is not valid ({absurd})", again)
+    if how := _quantized(raw):
+        fix = "use the checkpoint in its original dtype; quantize what this tool publishes"
+        raise UserError(KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix)
+    if named := raw.get("transformers_weights"):
+        fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
+        raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
+    invalid = reading_users_file(KEY, kind, "config.json is not valid", again)
+    with tempfile.TemporaryDirectory() as folder, _quiet(), invalid:
+        # Through a file, as transformers reads it: it has a way of its own to write infinity and NaN.
+        file = Path(folder) / "config.json"
+        file.write_text(json.dumps(raw), encoding="utf-8")
+        config = transformers.CONFIG_MAPPING[kind].from_json_file(file)
+        config.get_text_config().use_cache = False
     return config
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' remarks on a config.json, made anew each time that it is read."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
 def _absurd(raw: Mapping[str, Any]) -> str:
-    """A number of parts, anywhere in a config.json, that no model has and no memory holds: "num_hidden_layers = 1000000000"."""
+    """A depth, anywhere in a config.json, that no model has: "num_hidden_layers = 1e+09"."""
     for key, value in raw.items():
         if isinstance(value, dict) and key.endswith("_config") and (found := _absurd(value)):
             return found
-        if isinstance(value, int) and value > _PARTS and re.search(r"n.*(layer|expert|head|stage)", key):
+        if isinstance(value, int) and value > _DEEPEST and _DEPTH.fullmatch(key):
             return f"{key} = {value:.3g}"
     return ""
 
 
+def _quantized(raw: Mapping[str, Any]) -> str:
+    """By what the weights were quantized, or one of the text model's: "awq"; nothing if they were not."""
+    for key in _QUANTIZED:
+        if settings := raw.get(key):
+            if not isinstance(settings, dict):
+                return key
+            method = settings.get("quant_method", "MLX" if key == "quantization" else None)
+            return method if isinstance(method, str) else key
+    sections = (value for key, value in raw.items() if isinstance(value, dict) and key.endswith("_config"))
+    return next((found for section in sections if (found := _quantized(section))), "")
+
+
+def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
+    """The class that config.json names; where it names none, the one that the auto classes take for its type.
+
+    Raises:
+        UserError: none of transformers' own causal or image-text-to-text models.
+    """
+    names = raw.get("architectures")
+    usual = _usual_class(raw)
+    if not names and usual:
+        return usual
+    name = names[0] if isinstance(names, list) and names else names
+    if isinstance(name, str) and name in _ARCHITECTURES:
+        found: type[transformers.PreTrainedModel] = getattr(transformers, name)
+        return found
+    known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
+    problem = "not a causal language model" if known else "config.json names no architecture that transformers knows"
+    fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
+    if usual and not known:
+        fix += f'; if it is a {usual.__name__}, say so in config.json: "architectures": ["{usual.__name__}"]'
+    raise UserError(KEY, names, problem, fix)
+
+
+def _usual_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel] | None:
+    kind = transformers.CONFIG_MAPPING[raw["model_type"]]
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
+    return found[0] if isinstance(found, tuple) else found
+
+
 def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
-    """The dense model with every parameter on the meta device (no memory) and every buffer real."""
+    """The dense model with every parameter on the meta device (no memory) and every buffer real.
+
+    Raises:
+        UserError: see `read_config`, `model_class`; or the class does not build.
+    """
     config = read_config(raw)
-    names = config.architectures or []
-    model_class = getattr(transformers, names[0]) if names and names[0] in _ARCHITECTURES else None
-    if model_class is None:
-        known = bool(names) and isinstance(names[0], str) and isinstance(getattr(transformers, names[0], None), type)
-        problem = "not a causal language model" if known else "config.json names no architecture that transformers knows"
-        fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
-        raise UserError(KEY, names, problem, fix)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = model_class(config)
-    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError, MemoryError) as error:
-        raise UserError(KEY, names[0], f"config.json does not build a model ({error})", "repair config.json") from error
+    kind = model_class(raw)
+    problem, fix = "config.json does not build a model", "repair config.json"
+    building = reading_users_file(KEY, kind.__name__, problem, fix)
+    with building, _quiet(), _bounded(), init_empty_weights(include_buffers=False):
+        model = kind(config)
     return model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """While a model is built: a number of parts that no memory holds is an error, whatever a config.json calls it."""
+    count = 0
+
+    def counted(owner: nn.Module, name: str, part: nn.Module) -> None:
+        nonlocal count
+        count += 1
+        if count > _MODULES:
+            raise ValueError(f"it asks for more than {_MODULES:,} modules")
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def auto_class(raw: Mapping[str, Any]) -> str:
     """The class of transformers whose `from_pretrained` loads such a checkpoint."""
-    is_causal = raw["architectures"][0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    is_causal = model_class(raw).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"

@@ -5,27 +5,33 @@ Nothing here reads weights; a hub model's configuration is fetched and checked b
 
 from __future__ import annotations
 
+import glob
+import json
+import logging
 import os
 import re
 import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import StorageError, UserError, first_line, reading_users_file
+from fusegpt_ray.model import companions
 from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.companions import CONFIG
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_index, read_weight_map
+from fusegpt_ray.store import diagnosis, storage
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, choice, read_index, read_weight_map
 from fusegpt_ray.store.manifest import MANIFEST as MANIFEST
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
-HUB_SMALL = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 TOKENIZER_BYTES = 100_000_000
 """Of the largest file that may belong to a tokenizer: the largest of them have a third of it."""
-SMALL = re.compile(r"(?i).+\.(json|txt|model|jinja|tiktoken|spm|vocab)|(license|notice|use_policy).*")
+_WEB = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?.*")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Source:
     revision: str | None
     folder: str
     """Where its files are; a hub model's files may not be there yet, see `fetch`."""
+    listed: tuple[str, ...] = ()
+    """All files of a hub model, by path, those that are not fetched among them; none where the hub could not be asked."""
 
     @classmethod
     def find(cls, name: str, revision: str | None, key: str = "model.source") -> Source:
@@ -45,21 +53,20 @@ class Source:
         Raises:
             UserError: it does not exist or may not be read.
         """
+        if page := _WEB.fullmatch(name):
+            fix = f"use the hub id {page[1]}" + (f" with model.revision: {page[2]}" if page[2] else "")
+            raise UserError(key, name, "the address of a page on the hub", fix)
         if "://" in name:
-            try:
+            with reading_users_file(key, name, "cannot be reached", "check the URI's protocol"):
                 storage.filesystem(name)
-            except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
-                raise UserError(key, name, f"cannot be reached ({error})", "check the URI's protocol") from error
             return cls(name, revision, name.rstrip("/"))
         if _is_folder(name):
             return cls(name, revision, storage.absolute(name))
         if os.path.exists(os.path.expanduser(name)):
             raise UserError(key, name, "a file, not a folder", "give the folder that holds config.json")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
-            raise UserError(
-                key, name, "no such folder", "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
-            )
-        return cls(name, revision, _snapshot(name, revision, key, HUB_SMALL))
+        if not _HUB_ID.fullmatch(name):
+            raise UserError(key, name, "no such folder", _FIX)
+        return cls(name, revision, *_snapshot(name, revision, key, companions.small))
 
     @property
     def on_hub(self) -> bool:
@@ -70,24 +77,32 @@ class Source:
         if not self.on_hub:
             return
         here, key = Path(self.folder), "model.source"
-        commit = here.name  # the branch may have moved on since `find`
+        commit, listed = here.name, self.listed  # the branch may have moved on since `find`
         if not here.is_dir():
-            _snapshot(self.name, commit, key, HUB_SMALL)
-        if (here / SINGLE).exists():
-            return
-        indexed = (here / INDEX).exists()
-        shards = sorted({*read_weight_map(self.folder, key).values()}) if indexed else []
-        if not shards or not all((here / shard).exists() for shard in shards):
-            _snapshot(self.name, commit, key, [SINGLE])  # from_pretrained, too, looks for it first
-            if shards and not (here / SINGLE).exists():
-                _snapshot(self.name, commit, key, shards)
+            listed = _snapshot(self.name, commit, key, companions.small)[1]
+        shards = {SINGLE}
+        if choice(listed or storage.names(self.folder)) == INDEX:
+            shards = set(read_weight_map(self.folder, key).values())
+        if not all((here / shard).exists() for shard in shards):
+            _snapshot(self.name, commit, key, lambda _: sorted(shards))
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:
-        """Names of the files besides weights that a published model takes along: tokenizer, processor, licence; never code."""
-        own = {"model.safetensors.index.json", "config.json", "README.md", MANIFEST}
-        found = storage.names(self.folder)
-        return tuple(n for n in found if SMALL.fullmatch(n) and n not in own and not n.endswith((".index.json", *WEIGHTS)))
+        """Paths of the files besides weights that a published model takes along: tokenizer, processor, licence; never code."""
+        return tuple(companions.taken(self._there))
+
+    @cached_property
+    def _there(self) -> list[str]:
+        """Paths of the files in the folder, and in those directly in it that may belong to the model; of others their names."""
+        files = storage.names(self.folder)
+        for name in storage.folders(self.folder):
+            inside = storage.names(storage.join(self.folder, name)) if companions.may_be_part(name) else []
+            files += [f"{name}/{file}" for file in inside] or [f"{name}/"]
+        return files
+
+    def left_out(self, weights: Collection[str]) -> list[str]:
+        """What of the source a published model does not take along; `weights`: the files whose tensors it does."""
+        return companions.left_out(self.listed or self._there, weights)
 
     def config(self, key: str = "model.source") -> dict[str, Any]:
         """config.json as it is.
@@ -96,15 +111,18 @@ class Source:
             UserError: it is missing, unreadable or not JSON.
         """
         try:
-            raw = storage.read_json(storage.join(self.folder, "config.json"))
+            data = storage.read(storage.join(self.folder, CONFIG), storage.SMALL)
         except FileNotFoundError as error:
-            raise UserError(key, self.name, "no config.json there", "give the folder of a Hugging Face checkpoint") from error
-        except (ValueError, RecursionError) as error:
-            raise UserError(key, self.name, f"config.json is not JSON ({error})", "download the checkpoint again") from error
+            problem, fix = diagnosis.unusable_folder(storage.names(self.folder), storage.folders(self.folder))
+            missing = "no config.json there"
+            raise UserError(key, self.name, f"{missing} ({problem})" if problem else missing, fix) from error
         except StorageError:
             raise
         except OSError as error:
             raise UserError(key, self.name, f"cannot be read ({error})", "check the path and the permissions") from error
+        diagnosis.refuse_other_kinds(key, self.name, CONFIG, data[: diagnosis.BEGINNING])
+        with reading_users_file(key, self.name, "config.json is not JSON", "download the checkpoint again"):
+            raw = json.loads(data.decode())
         if not isinstance(raw, dict):
             raise UserError(key, self.name, "config.json is not a JSON object", "download the checkpoint again")
         read_config(raw)
@@ -124,15 +142,32 @@ class Source:
         """
         from transformers import AutoTokenizer
 
+        fix = "put the model's tokenizer.json beside its weights"
         with tempfile.TemporaryDirectory() as folder:
-            for name in (*self.small_files, "config.json"):
-                if storage.size(file := storage.join(self.folder, name)) <= TOKENIZER_BYTES:
-                    storage.download(file, str(Path(folder) / name))
+            beginnings = self._copy_small(Path(folder))
+            for name, beginning in beginnings.items():
+                if diagnosis.is_placeholder(beginning):
+                    diagnosis.refuse_other_kinds(key, self.name, name, beginning)
             try:
-                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-            except Exception as error:  # of whatever kind: what these files hold decides how the library fails
-                problem = f"its tokenizer does not load ({f'{error}'.partition(chr(10))[0][:300] or type(error).__name__})"
-                raise UserError(key, self.name, problem, "put the model's tokenizer.json beside its weights") from error
+                with reading_users_file(key, self.name, "its tokenizer does not load", fix, folder):
+                    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            except UserError:
+                for name, beginning in beginnings.items():  # of others than texts the library says only that they are bad
+                    if name.endswith((".json", ".txt", ".jinja")):
+                        diagnosis.refuse_other_kinds(key, self.name, name, beginning)
+                raise
+
+    def _copy_small(self, folder: Path) -> dict[str, bytes]:
+        """All small files that may belong to a tokenizer, copied; how each begins."""
+        beginnings = {}
+        for name in (*self.small_files, CONFIG):
+            if storage.size(file := storage.join(self.folder, name)) <= TOKENIZER_BYTES:
+                copy = folder / name
+                copy.parent.mkdir(exist_ok=True)
+                storage.download(file, str(copy))
+                with copy.open("rb") as opened:
+                    beginnings[name] = opened.read(diagnosis.BEGINNING)
+        return beginnings
 
 
 def _is_folder(name: str) -> bool:
@@ -140,13 +175,56 @@ def _is_folder(name: str) -> bool:
     return os.path.isdir(os.path.expanduser(name))
 
 
-def _snapshot(name: str, revision: str | None, key: str, patterns: list[str]) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+_FIX = "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
+Wanted = Callable[[list[str]], list[str]]
 
+
+def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tuple[str, tuple[str, ...]]:
+    """A hub model's folder in the cache, with those of its files that are `wanted`, and the paths of all.
+
+    Without a network it is what the cache holds, and no paths.
+
+    Raises:
+        UserError: there is no such model, it may not be read, or it is not in the cache and the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    problem = "no such folder here, and the hub does not give it"
+    fix = f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
+    with _quiet_hub(), reading_users_file(key, name, problem, fix):
+        try:
+            files = HfApi().list_repo_files(name, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):  # it answered, or the name is none
+            raise
+        except Exception as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
+            try:
+                return str(snapshot_download(name, revision=revision, local_files_only=True)), ()
+            except LocalEntryNotFoundError:
+                offline = isinstance(unreachable, OfflineModeIsEnabled)
+                why = "HF_HUB_OFFLINE is set" if offline else f"it cannot be reached: {first_line(unreachable)}"
+                raise ConnectionError(f"{why}; nor is it in the cache here") from unreachable
+        patterns = [glob.escape(file) for file in wanted(files)]
+        return str(snapshot_download(name, revision=revision, allow_patterns=patterns)), tuple(files)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Without the hub client's own progress bars and remarks: our display is the one display."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
+    level = log.level
+    log.setLevel(logging.ERROR)
+    disable_progress_bars()
     try:
-        return str(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        problem = f"no such folder here, and the hub does not give it ({str(error).splitlines()[0]})"
-        fix = "check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
-        raise UserError(key, name, problem, fix) from error
+        yield
+    finally:
+        log.setLevel(level)
+        if shown:
+            enable_progress_bars()

@@ -80,6 +80,8 @@ class Stack:
     trunk: Refs
     """Embeddings, final norm, head, vision tower, projector: by name in the checkpoint."""
     blocks: tuple[Block, ...]
+    ignored: tuple[str, ...] = ()
+    """Tensors of the checkpoint that its class knows of and does not load; only a dense stack tells."""
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -16,7 +16,7 @@ from torch import nn
 
 from fusegpt_ray.model.anatomy import find_blocks
 from fusegpt_ray.model.config import build_skeleton
-from fusegpt_ray.model.names import names_inside
+from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
@@ -31,8 +31,8 @@ class Trunk:
         self.device, self.dtype = device, dtype
         self.model = build_skeleton(stack.config)
         self._recorded = Recorded(self.model, find_blocks(self.model))
-        inside = names_inside(self.model, stack.trunk)
-        weights = {inside[name]: tensor for name, tensor in read(stack.trunk).items()}
+        names = Names.of(self.model)
+        weights = {names.inside(name): tensor for name, tensor in read(stack.trunk).items()}
         _assign(self.model, weights, dtype)
         # As from_pretrained does it: what is tied is decided by the tensors that are there, too.
         missing = {name for name, value in self.model.named_parameters() if value.is_meta}

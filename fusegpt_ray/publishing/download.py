@@ -14,7 +14,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -32,6 +32,7 @@ TRIES = 3
 """How often a file that arrives damaged, or not, is fetched."""
 PAUSE = 1.0
 """Seconds before the second try; twice as many before each further one."""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Incomplete(OSError):
@@ -101,7 +102,7 @@ def _opened(part: Path) -> Iterator[int]:
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir(exist_ok=True)
-        directory = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        directory = os.open(part, _FOLDER)
     except OSError as error:
         fix = "remove what is in the way, check your rights, or give another folder"
         raise UserError("DIR", str(part), f"cannot be made or used ({error.strerror})", fix) from error
@@ -125,29 +126,65 @@ def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
     Raises:
         UserError: what is there is not from a pull; or the disk is too small.
     """
-    names = os.listdir(directory)
-    found = {name: os.stat(name, dir_fd=directory, follow_symlinks=False) for name in names}
-    strange = [name for name, info in found.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1]
-    if names and not {PULLING, MANIFEST} & set(names):
-        strange = names
+    found = dict(_walk(directory, ""))
+    files = {name: info for name, info in found.items() if not stat.S_ISDIR(info.st_mode)}
+    folders = {name for path in manifest.files for name in _folders(path)}
+    strange = [name for name, info in files.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1]
+    strange += sorted(found.keys() - files.keys() - folders)
+    if found and not {PULLING, MANIFEST} & files.keys():
+        strange = [*found]
     if strange:
         fix = "look at it, then remove the folder, or give another one"
-        raise UserError("DIR", str(part), f"in the way: a pull never made {sorted(strange)[0]!r} there", fix)
-    there = sum(info.st_size for name, info in found.items() if name in manifest.files)
+        raise UserError("DIR", str(part), f"in the way: a pull never made {min(strange)!r} there", fix)
+    there = sum(info.st_size for name, info in files.items() if name in manifest.files)
     free = shutil.disk_usage(directory).free
     if manifest.size - there > free:
         problem = f"the model has {byte_count(manifest.size)}, {byte_count(free)} are free there"
         raise UserError("DIR", str(part), problem, "make room, or give a folder on another disk")
     with _open(directory, PULLING):
         pass
-    for name in set(names) - set(manifest.files) - {PULLING}:  # of another version of the model
-        os.unlink(name, dir_fd=directory)
+    for name in files.keys() - manifest.files.keys() - {PULLING}:  # of another version of the model
+        with _parent(directory, name) as folder:
+            os.unlink(name.rpartition("/")[2], dir_fd=folder)
 
 
-def _open(directory: int, name: str) -> BinaryIO:
-    """A file of the folder, made if need be, for reading and writing; never through a link."""
+def _walk(directory: int, begin: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Everything below an opened folder, by path; links are not followed."""
+    for name in sorted(os.listdir(directory)):
+        info = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        yield f"{begin}{name}", info
+        if stat.S_ISDIR(info.st_mode):
+            inner = os.open(name, _FOLDER, dir_fd=directory)
+            try:
+                yield from _walk(inner, f"{begin}{name}/")
+            finally:
+                os.close(inner)
+
+
+def _folders(path: str) -> list[str]:
+    """The folders that a file's path goes through, the outermost first."""
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: length + 1]) for length in range(len(parts))]
+
+
+@contextmanager
+def _parent(directory: int, path: str) -> Iterator[int]:
+    """The folder that a file lies in, below the opened one, made if need be; never through a link."""
+    with ExitStack() as opened:
+        for name in path.split("/")[:-1]:
+            with suppress(FileExistsError):
+                os.mkdir(name, dir_fd=directory)
+            directory = os.open(name, _FOLDER, dir_fd=directory)
+            opened.callback(os.close, directory)
+        yield directory
+
+
+def _open(directory: int, path: str) -> BinaryIO:
+    """A file below the folder, made if need be, for reading and writing; never through a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-    return open(name, "r+b", opener=lambda path, _: os.open(path, flags, 0o666, dir_fd=directory))
+    with _parent(directory, path) as folder:
+        name = path.rpartition("/")[2]
+        return open(path, "r+b", opener=lambda *_: os.open(name, flags, 0o666, dir_fd=folder))
 
 
 def _sync(file: BinaryIO) -> None:

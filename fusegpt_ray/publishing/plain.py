@@ -66,7 +66,8 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
         except Exception as error:  # of whatever kind: what the files hold decides how the library fails
             if is_out_of_memory(error):
                 raise
-            return Plain(None, f"from_pretrained does not load it ({type(error).__name__}: {first_line(error)})")
+            why = first_line(error).replace(place, folder)  # perhaps a copy
+            return Plain(None, f"from_pretrained does not load it ({type(error).__name__}: {why})")
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
             return Plain(None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}")

@@ -16,6 +16,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from fusegpt_ray.model.companions import without_code
 from fusegpt_ray.model.config import auto_class
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
@@ -83,7 +84,7 @@ def publish(
     config = with_true_ties(shrink_config(stack), stack)
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name in source.small_files:
-        put(name, storage.read(storage.join(source.folder, name)))
+        put(name, without_code(name, storage.read(storage.join(source.folder, name))))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
     manifest: dict[str, Any] = {
         "format": 1,
@@ -92,12 +93,19 @@ def publish(
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
+        "left_out": left_out(source, dense),
         "versions": versions(),
     }
     put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def left_out(source: Source, dense: Stack) -> list[str]:
+    """What the source holds and a published model does not: files, folders ("images/") and tensors that no class loads."""
+    used = {ref.file.rsplit("/", 1)[-1] for refs in (dense.trunk, *(block.weights for block in dense.blocks)) for ref in refs.values()}
+    return [*source.left_out(used), *dense.ignored]
 
 
 def _put_shard(folder: str, name: str, entries: Sequence[Entry]) -> FileRecord:

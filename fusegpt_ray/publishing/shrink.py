@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.companions import unmapped
+from fusegpt_ray.model.config import model_class, read_config
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store.checkpoint import Entry, TensorRef, read_tensors
 
@@ -24,10 +25,13 @@ _BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
 def shrink_config(stack: Stack) -> dict[str, Any]:
     """The dense model's config.json with the stack's depth, and every setting of a block in step.
 
+    It names the class that it was built with, and no code of its own.
+
     Raises:
         UserError: transformers does not take the result.
     """
-    raw: dict[str, Any] = json.loads(json.dumps(stack.config))
+    raw: dict[str, Any] = json.loads(json.dumps(unmapped(dict(stack.config))))
+    raw["architectures"] = raw.get("architectures") or [model_class(raw).__name__]
     config = read_config(raw)
     text = config.get_text_config()
     section = text_section(raw, config, text)
@@ -101,9 +105,9 @@ def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
     for number, block in enumerate(stack.blocks):
         original = dense.blocks[dense.position(block.dense)].weights
         for name, ref in block.weights.items():
-            stored = original[name]
-            own = stored.name.removeprefix(f"{stack.prefix}{block.dense}.")
-            yield _entry(f"{stack.prefix}{number}.{own}", ref, stored.dtype)
+            # As the dense checkpoint calls it, which may be otherwise than the class does.
+            tail = original[name].name.removeprefix(f"{stack.prefix}{block.dense}.")
+            yield _entry(f"{stack.prefix}{number}.{tail}", ref, original[name].dtype)
 
 
 def _entry(name: str, ref: TensorRef, dtype: torch.dtype) -> Entry:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.model.config import build_skeleton, read_config
-from fusegpt_ray.model.names import names_inside
+from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.shrink import text_section
 from fusegpt_ray.store import storage
@@ -20,8 +20,8 @@ def tied(stack: Stack) -> set[str]:
     Those that config.json ties, but for pairs of which both are stored with different values.
     """
     model = build_skeleton(stack.config)
-    inside = names_inside(model, stack.trunk)
-    stored = {inside[name]: ref for name, ref in stack.trunk.items()}
+    names = Names.of(model)
+    stored = {names.inside(name): ref for name, ref in stack.trunk.items()}
     ties = model.all_tied_weights_keys.items()
     return {target for target, source in ties if not {target, source} <= stored.keys() or _equal(stored[target], stored[source])}
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.model.anatomy import dense_stack
-from fusegpt_ray.model.source import WEIGHTS, Source
+from fusegpt_ray.model.companions import WEIGHTS
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing.outputs import Folder
 from fusegpt_ray.report import Transfer
 from fusegpt_ray.store import storage

@@ -12,19 +12,21 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from fusegpt_ray.errors import StorageError, UserError
-from fusegpt_ray.store import storage
+from fusegpt_ray.errors import StorageError, UserError, reading_users_file
+from fusegpt_ray.store import diagnosis, storage
 from fusegpt_ray.store.patience import patiently
 from fusegpt_ray.store.records import FileRecord as FileRecord
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+INDEX = SAFE_WEIGHTS_INDEX_NAME
+SINGLE = SAFE_WEIGHTS_NAME
+"""Where both are there, transformers takes this one; so do we (see `choice`)."""
 MAX_HEADER_BYTES = storage.SMALL  # some 200,000 tensors; the format's own limit is 100 MB, which parsed would take gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
@@ -36,17 +38,16 @@ DTYPES: dict[str, torch.dtype] = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
 }
-PACKED = ("U16", "U32", "U64", "F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-"""Of the format's dtypes those that weights have only where they are packed or scaled (MLX, MXFP4, …)."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-"""How a file begins that Git LFS has not replaced by what it stands for."""
-LFS_FIX = "run `git lfs pull` in the checkpoint's folder, or download it with `hf download`"
-AGAIN = "download or convert the checkpoint again (safetensors only)"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -81,12 +82,14 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         UserError: not a whole safetensors file; `key` is the recipe key the message names.
     """
 
-    def bad(problem: str, fix: str = AGAIN) -> UserError:
-        return UserError(key, file, problem, fix)
+    again = diagnosis.remedy("")
+
+    def bad(problem: str) -> UserError:
+        return UserError(key, file, problem, again)
 
     try:
         total = storage.size(file)
-        (start,) = storage.read_ranges(file, [(0, min(len(LFS_POINTER), total))])
+        (beginning,) = storage.read_ranges(file, [(0, min(diagnosis.BEGINNING, total))])
     except FileNotFoundError as error:
         raise bad("this safetensors file is missing") from error
     except PermissionError as error:
@@ -95,22 +98,18 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
         raise
     except OSError as error:  # a folder, a link to itself, …
         raise bad(f"this file cannot be read ({error.strerror})") from error
-    if start == LFS_POINTER:
-        raise bad("a pointer of Git LFS, not the weights themselves", LFS_FIX)
-    length = struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0
+    length = struct.unpack("<Q", beginning[:8])[0] if total >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
+        if what := diagnosis.kind(beginning):
+            raise UserError(key, file, f"not a safetensors file, but {what}", diagnosis.remedy(what))
         raise bad("not a safetensors file (its header does not fit in it)")
     (raw,) = storage.read_ranges(file, [(8, 8 + length)])
-    try:
+    with reading_users_file(key, file, "damaged safetensors header", again):
         header = json.loads(raw.decode(), object_pairs_hook=_once, parse_int=_natural, parse_constant=_natural)
         about = header.pop("__metadata__", {})
         if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
             raise ValueError("its __metadata__ is not text by name")
-        refs = {name: _ref(file, name, entry, 8 + length, total, key) for name, entry in header.items()}
-    except UserError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise bad(f"damaged safetensors header ({error})") from error
+        refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
     end = 8 + length
     for ref in sorted(refs.values(), key=lambda ref: (ref.begin, ref.end)):
         if ref.begin != end:
@@ -121,15 +120,11 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
     return refs
 
 
-def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int, key: str) -> TensorRef:
+def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int) -> TensorRef:
     name.encode()  # half a surrogate pair, as JSON can write it, names nothing
     short = name[:200]
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{short} is described by {sorted(entry)[:4]}")
-    if entry["dtype"] in PACKED:
-        problem = f"its tensor {short} is stored as {entry['dtype']}: a quantized checkpoint"
-        fix = "use the checkpoint in its original dtype; quantise what this tool publishes"
-        raise UserError(key, file, problem, fix)
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{short} has the unknown dtype {str(entry['dtype'])[:20]!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
@@ -164,13 +159,11 @@ def read_weight_map(folder: str, key: str) -> dict[str, str]:
     Raises:
         UserError: it is damaged, or names a file that is not directly in the folder.
     """
-    try:
-        weight_map: dict[str, str] = dict(storage.read_json(storage.join(folder, INDEX))["weight_map"])
+    with reading_users_file(key, folder, f"damaged {INDEX}", "download the checkpoint again"):
+        raw = storage.read(storage.join(folder, INDEX), storage.SMALL)
+        diagnosis.refuse_other_kinds(key, folder, INDEX, raw[: diagnosis.BEGINNING])
+        weight_map: dict[str, str] = dict(json.loads(raw.decode())["weight_map"])
         outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard)]
-    except StorageError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(key, folder, f"damaged {INDEX} ({error})", "download the checkpoint again") from error
     if outside:
         raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0][:200]!r}", "use a trusted checkpoint")
     return weight_map
@@ -179,49 +172,29 @@ def read_weight_map(folder: str, key: str) -> dict[str, str]:
 def read_index(folder: str, key: str) -> dict[str, TensorRef]:
     """Every tensor of the checkpoint in `folder`, sharded or not; only headers are read.
 
-    The files are those that `from_pretrained` takes: a single one before an index, which may be left
-    from an earlier save.
-
     Raises:
         UserError: no safetensors, a damaged file, or an index that does not match its shards.
     """
     files = storage.names(folder)
-    if SINGLE in files:
+    chosen = choice(files)
+    if chosen == SINGLE:
         return read_header(storage.join(folder, SINGLE), key)
-    if INDEX not in files:
-        raise _no_weights(folder, files, key)
-    weight_map = read_weight_map(folder, key)
-    refs: dict[str, TensorRef] = {}
-    for shard in sorted(set(weight_map.values())):
-        refs |= read_header(storage.join(folder, shard), key)
-    if missing := sorted(set(weight_map) - set(refs)):
-        problem = f"{INDEX} lists {missing[0]}, no shard has it"
-        raise UserError(key, folder, problem, "download the checkpoint again")
-    return refs
+    if chosen == INDEX:
+        weight_map = read_weight_map(folder, key)
+        refs: dict[str, TensorRef] = {}
+        for shard in sorted(set(weight_map.values())):
+            refs |= read_header(storage.join(folder, shard), key)
+        missing = sorted(set(weight_map) - set(refs))
+        if missing:
+            raise UserError(key, folder, f"{INDEX} lists {missing[0]}, no shard has it", "download the checkpoint again")
+        return refs
+    problem, fix = diagnosis.unusable_folder(files, storage.folders(folder))
+    raise UserError(key, folder, problem or f"holds no {SINGLE} and no {INDEX}", fix)
 
 
-def _no_weights(folder: str, files: Sequence[str], key: str) -> UserError:
-    """What is there instead of a single file or an index."""
-    whole = f"holds no {SINGLE} and no {INDEX}"
-    shards = [name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]
-    others = [name for name in files if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".gguf"))]
-    adapters = [name for name in files if name.startswith("adapter_model.")]
-    unknown = [name for name in files if name.endswith(".safetensors")]
-    if shards:
-        problem = f"{len(shards)} shards are there ({shards[0]} …), but not the {INDEX} to them"
-        return UserError(key, folder, problem, f"download {INDEX} as well")
-    if adapters:
-        problem = f"an adapter ({adapters[0]}), not a whole model"
-        fix = "merge it into its base model first (peft: merge_and_unload, then save_pretrained)"
-        return UserError(key, folder, problem, fix)
-    if others:
-        problem = f"not a safetensors checkpoint (found {others[0]}); pickles are never opened"
-        fix = "convert it: AutoModel….from_pretrained(…).save_pretrained(folder) writes safetensors"
-        return UserError(key, folder, problem, fix)
-    if unknown:
-        fix = f"rename a single file to {SINGLE}, if it is the model in transformers' own names"
-        return UserError(key, folder, f"{whole}, but {unknown[0]}", fix)
-    return UserError(key, folder, whole, "give the folder of a Hugging Face checkpoint")
+def choice(files: Collection[str]) -> str | None:
+    """What `from_pretrained` begins with of a folder's files: one file of weights, else an index of shards."""
+    return next((name for name in (SINGLE, INDEX) if name in files), None)
 
 
 def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
@@ -274,8 +247,7 @@ def layout(file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]
     raw += b" " * (-len(raw) % 8)
     head = struct.pack("<Q", len(raw)) + raw
     del header["__metadata__"]
-    total = len(head) + end
-    return head, {name: _ref(file, name, row, len(head), total, file) for name, row in header.items()}
+    return head, {name: _ref(file, name, entry, len(head), len(head) + end) for name, entry in header.items()}
 
 
 def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:

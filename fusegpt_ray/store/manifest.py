@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from fusegpt_ray.errors import StorageError, UserError
@@ -18,6 +19,8 @@ MANIFEST = "fusegpt.json"
 FORMAT = 1
 PULLING = ".fusegpt-pull"
 """Marks a folder that `fusegpt pull` is filling."""
+_DEEPEST = 8
+"""Folders in folders, the file itself among them, that a model has."""
 KEY = "URI"
 """What messages call the argument that names a model."""
 
@@ -29,7 +32,7 @@ class Manifest:
     raw: bytes
     data: Mapping[str, Any]
     files: Mapping[str, FileRecord]
-    """By name; every name is a plain one that stays in its folder."""
+    """By path ("additional_chat_templates/tool.jinja"); every path is a plain one that stays in the model's folder."""
 
     @property
     def size(self) -> int:
@@ -87,24 +90,29 @@ class Manifest:
             if (key := unicodedata.normalize("NFC", name).casefold()) in folded:
                 raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
             folded.add(key)
+            if clash := folded & {*map(str, PurePosixPath(key).parents)}:
+                raise bad(f"lists the file {name!r} in a folder that is a file, too: {min(clash)!r}")
+            if any(other.startswith(f"{key}/") for other in folded):
+                raise bad(f"lists the file {name!r}, which is a folder, too")
             if not _is_record(entry):
                 raise bad(f"does not give size and sha256 of {name!r}")
         return cls(raw, data, {name: FileRecord.from_json(entry) for name, entry in data["files"].items()})
 
 
-def _unusable(name: str) -> str:
-    """What is wrong with a file's name in a manifest, or nothing. One that is right names a file directly in any folder."""
-    if re.search(r"[\x00-\x1f\x7f]", name):
+def _unusable(path: str) -> str:
+    """What is wrong with a file's path in a manifest, or nothing. One that is right names a file within any folder."""
+    if re.search(r"[\x00-\x1f\x7f]", path):
         return "a name with control characters"
-    if re.search(r"[/\\:]", name) or name in (".", ".."):
+    if re.search(r"[\\:]", path) or path.startswith("/") or {".", ".."} & {*path.split("/")}:
         return "which would lie outside its folder"
     try:
-        length = len(name.encode())
+        lengths = [len(name.encode()) for name in path.split("/")]
     except UnicodeEncodeError:
         return "a name that is not Unicode text"
-    if not 0 < length <= 255:
+    if not all(0 < length <= 255 for length in lengths) or len(lengths) > _DEEPEST:
         return "a name that no file can have"
-    return f"which cannot lie beside {MANIFEST}" if name.casefold() in (MANIFEST, PULLING) else ""
+    first = path.partition("/")[0].casefold()
+    return f"which cannot lie beside {MANIFEST}" if first in (MANIFEST, PULLING) else ""
 
 
 def _is_record(entry: object) -> bool:

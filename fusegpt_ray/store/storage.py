@@ -70,6 +70,18 @@ def names(uri: str) -> list[str]:
     return sorted(name.rsplit("/", 1)[-1] for name in files)
 
 
+def folders(uri: str) -> list[str]:
+    """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
+    fs, path = filesystem(uri)
+    fresh = {"refresh": True} if "s3" in fs.protocol else {}
+    try:
+        entries = patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
+    except FileNotFoundError:
+        return []
+    found = (entry["name"] for entry in entries if entry["type"] == "directory" or (entry.get("islink") and fs.isdir(entry["name"])))
+    return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
+
+
 def size(uri: str) -> int:
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)

@@ -97,8 +97,13 @@ MODELS = [
     model("type-unknown", config(b'{"model_type": "martian"}'), "martian", "model_type is unknown", CONTAINED),
     model("type-a-list", config(b'{"model_type": ["llama"]}'), "", "model_type", CONTAINED),
     model("custom-code", custom_code, "own", "model_type is unknown", "trust_remote_code stays off"),
-    model("no-architecture", configured(architectures=[]), "[]", "names no architecture", "causal language model"),
-    model("architecture-unknown", configured(architectures=["Own"]), "Own", "no architecture that transformers knows", CONTAINED),
+    model(
+        "architecture-unknown",
+        configured(architectures=["Own"]),
+        "Own",
+        "no architecture that transformers knows",
+        "if it is a LlamaForCausalLM",
+    ),
     model("architecture-a-number", configured(architectures=[5]), "5", "no architecture that transformers knows", CONTAINED),
     model(
         "architecture-a-function",
@@ -127,7 +132,7 @@ MODELS = [
     source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),
     source("half-a-character", "\ud800", "valid string", "change", r"\ud800"),
     source("a-long-name", "long" * 2000, "no such folder", "existing folder", "long" * 100),
-    model("config-utf-16", config("{}".encode("utf-16")), "", "model_type|not JSON", f"{AGAIN}|{CONTAINED}"),
+    model("config-utf-16", config("{}".encode("utf-16")), "model'", "config.json is a text in UTF-16", "save it as UTF-8"),
     model("config-binary", config(bytes(range(256))), "model'", "config.json is not JSON", AGAIN),
     model(
         "config-deep",
@@ -144,7 +149,7 @@ MODELS = [
     model("config-a-device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "model'", "cannot be read", ""),
     model("config-unreadable", unreadable("config.json"), "model'", "cannot be read", "permissions"),
     model("a-billion-blocks", configured(num_hidden_layers=10**9), "llama", r"num_hidden_layers = 1e\+09", AGAIN),
-    model("a-billion-heads", configured(num_attention_heads=10**9), "llama", "num_attention_heads = 1e", AGAIN),
+    model("a-billion-heads", configured(num_attention_heads=10**9), "llama", "attention heads.*1000000000", AGAIN),
     model("a-number-without-end", configured(num_hidden_layers=1e400), "llama", "num_hidden_layers|not valid", ""),
     model("blocks-below-zero", configured(num_hidden_layers=-1), "", "no decoder blocks|config.json", ""),
     model("a-huge-vocabulary", configured(vocab_size=10**15), "Llama", "does not build a model .*allocate", REPAIR),

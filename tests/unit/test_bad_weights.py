@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -126,14 +125,14 @@ HEADER, DAMAGED, OUTSIDE = "header does not fit", "damaged safetensors header", 
 PICKLE = "found pytorch_model.bin.*never opened"
 WEIGHTS = [
     model("pickle", only("pytorch_model.bin", pickle.dumps(Trap())), "model'", PICKLE, "save_pretrained"),
-    model("pickle-renamed", only(SINGLE, pickle.dumps(Trap())), SINGLE, HEADER, "safetensors only"),
+    model("pickle-renamed", only(SINGLE, pickle.dumps(Trap())), SINGLE, "but a pickle", "safetensors only"),
     model("no-weights", only("notes.txt", b""), "model'", "holds no model.safetensors", FOLDER),
     model("empty", only(SINGLE, b""), SINGLE, HEADER, "again"),
     model("cut-in-the-header", rewritten(lambda data: data[:100]), SINGLE, HEADER, "again"),
     model("cut-in-the-tensors", rewritten(lambda data: data[:-1000]), SINGLE, f"{DAMAGED}.*outside the file", "again"),
     model("with-more-at-its-end", rewritten(lambda data: data + b"x"), SINGLE, "bytes that belong to no tensor", "again"),
     model("pickle-with-a-length", only(SINGLE, struct.pack("<Q", len(TRAP)) + TRAP), SINGLE, DAMAGED, "again"),
-    model("zipped-pickle-renamed", zipped_pickle, SINGLE, HEADER, "safetensors only"),
+    model("zipped-pickle-renamed", zipped_pickle, SINGLE, "zipped pickle", "safetensors only"),
     model("absurd-length", rewritten(length_field(2**63)), SINGLE, HEADER, "again"),
     model("short-length", rewritten(length_field(50)), SINGLE, DAMAGED, "again"),
     model("a-shape-of-2**60", one(shape=[2**60], data_offsets=[0, 2**62]), SINGLE, f"{DAMAGED}.*absurd", "again"),
@@ -163,7 +162,7 @@ WEIGHTS = [
     model("whole-numbers", tensors(lambda held: held.update({NAME: held[NAME].long()})), NAME, "stored as I64", "original dtype"),
     model("yes-and-no", tensors(lambda held: held.update({NAME: held[NAME] > 0})), NAME, "stored as BOOL", "original dtype"),
     model("float8", tensors(lambda held: held.update({NAME: held[NAME].to(torch.float8_e4m3fn)})), NAME, "stored as F8_E4M3", "dtype"),
-    model("an-empty-tensor", changed(torch.zeros(0, 32)), NAME, r"saved empty \(shape \[0, 32\]\)", "zero_to_fp32"),
+    model("an-empty-tensor", changed(torch.zeros(0, 32)), NAME, r"saved empty.*\[0, 32\].*\[48, 32\]", "ZeRO-3"),
     model(
         "a-tensor-too-many",
         changed(torch.zeros(2), "more"),
@@ -176,7 +175,13 @@ WEIGHTS = [
     model("no-head", tensors(lambda held: held.pop("lm_head.weight")), "lm_head.weight", "lacks 1 tensors", "download it again"),
     model("wrong-shape", tensors(lambda held: held.update({NAME: torch.zeros(2, 3)})), NAME, r"\[2, 3\].*\[48, 32\]", "config.json"),
     model("more-blocks-in-config", configured(num_hidden_layers=7), "model.layers.5", "lacks 18 tensors", "again"),
-    model("fewer-blocks-in-config", configured(num_hidden_layers=4), "layers.4", "5 blocks, config.json says 4", "num_hidden"),
+    model(
+        "fewer-blocks-in-config",
+        configured(num_hidden_layers=4),
+        "model.layers.4",
+        "5 blocks, its config.json says 4.*MTP",
+        "of these weights",
+    ),
     model("index-not-json", sharded(lambda folder: (folder / INDEX).write_text("{")), "model'", "damaged model.saf.*index", "again"),
     model("index-leads-up", sharded(pointing("../x.safetensors")), "model'", OUTSIDE, "trusted"),
     model("index-leads-away", sharded(pointing("/etc/passwd")), "model'", OUTSIDE, "trusted"),
@@ -195,7 +200,7 @@ WEIGHTS = [
     model("shard-a-folder", sharded(shard(Path.mkdir)), "of-0000", "cannot be read|not a safetensors file", "again"),
     model("shard-its-own-link", sharded(shard(lambda path: path.symlink_to(path))), "of-0000", "cannot be read|missing", "again"),
     model("shard-a-device", sharded(shard(lambda path: path.symlink_to("/dev/zero"))), "of-0000", "not a safetensors file", "again"),
-    model("shard-a-pickle", sharded(shard(lambda path: path.write_bytes(TRAP))), "of-0000", HEADER, "again"),
+    model("shard-a-pickle", sharded(shard(lambda path: path.write_bytes(TRAP))), "of-0000", "but a pickle", "again"),
     model("shard-missing", sharded(lambda folder: max(folder.glob("*.safetensors")).unlink()), "of-0000", "file is missing", "again"),
 ]
 
@@ -252,94 +257,4 @@ TOKENIZERS = [
 
 @table(TOKENIZERS)
 def test_tokenizers(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    check(bad, desk, weight_reads, capsys)
-
-
-# --- what a checkpoint is instead of a plain one ---
-
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 44\n"
-
-
-def renamed(prefix: str) -> Callable[[Desk], object]:
-    def rename(held: dict[str, torch.Tensor]) -> None:
-        for name in list(held):
-            held[f"{prefix}{name}"] = held.pop(name)
-
-    return tensors(rename)
-
-
-def compiled_inside(held: dict[str, torch.Tensor]) -> None:
-    """Every block was compiled by itself."""
-    for name in list(held):
-        held[re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", name)] = held.pop(name)
-
-
-def one_more_block(held: dict[str, torch.Tensor]) -> None:
-    held |= {name.replace("layers.4.", "layers.5."): value.clone() for name, value in held.items() if "layers.4." in name}
-
-
-def without_index(desk: Desk) -> None:
-    sharded(lambda folder: (folder / INDEX).unlink())(desk)
-    shards = sorted(desk.model.glob("*.safetensors"))
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        shard.rename(desk.model / name)
-
-
-def adapter(held: dict[str, torch.Tensor]) -> None:
-    name = "base_model.model.model.layers.0.self_attn.q_proj"
-    held.clear()
-    held |= {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
-
-
-def gptq(held: dict[str, torch.Tensor]) -> None:
-    del held[GPTQ.replace("qweight", "weight")]
-    held[GPTQ] = torch.zeros(4, 32, dtype=torch.int32)
-
-
-GPTQ = "model.layers.0.self_attn.q_proj.qweight"
-INSTEAD = [
-    model("a-git-lfs-pointer", rewritten(lambda _: POINTER), SINGLE, "pointer of Git LFS", "git lfs pull"),
-    model(
-        "saved-empty",
-        tensors(lambda held: held.update({name: torch.empty(0) for name in held})),
-        "weight",
-        r"saved empty \(shape \[0\]\), as by DeepSpeed ZeRO-3",
-        "zero_to_fp32",
-    ),
-    model(
-        "packed",
-        changed(torch.zeros(48, 4, dtype=torch.uint32)),
-        SINGLE,
-        f"{NAME} is stored as U32: a quantized checkpoint",
-        "original dtype",
-    ),
-    model(
-        "gptq",
-        tensors(
-            lambda held: (held.pop(GPTQ.replace("qweight", "weight")), held.update({GPTQ: torch.zeros(4, 32, dtype=torch.int32)}))
-        ),
-        GPTQ,
-        "a quantized checkpoint",
-        "original dtype",
-    ),
-    model("shards-without-index", without_index, "model'", r"2 shards are there \(model-00001", "index"),
-    model("one-block-more", tensors(one_more_block), "layers.5", "6 blocks, config.json says 5", "multi-token"),
-    model("value-head", renamed("pretrained_model."), "pretrained_model", "'pretrained_model.'", "inside of the wrapper"),
-    model("data-parallel", renamed("module."), "module.", "'module.', as a wrapper", "wrapper"),
-    model("compiled", renamed("_orig_mod."), "_orig_mod.", "'_orig_mod.', as a wrapper", "wrapper"),
-    model("blocks-compiled", tensors(compiled_inside), "_orig_mod.", "'_orig_mod.', as a wrapper", "wrapper"),
-    model("an-adapter", tensors(adapter), "lora_A", "an adapter's tensor", "merge_and_unload"),
-    model(
-        "other-name",
-        lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"),
-        "model'",
-        "but model.fp16.safetensors",
-        f"rename a single file to {SINGLE}",
-    ),
-]
-
-
-@table(INSTEAD)
-def test_what_it_is_instead(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     check(bad, desk, weight_reads, capsys)

@@ -1,0 +1,104 @@
+"""What a file or a folder really is where it is not what it should be: said in words, with what to do. Light: no torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+
+from fusegpt_ray.errors import UserError
+
+SAVE = "load it with transformers, then save_pretrained(folder) writes safetensors"
+_BEGINNINGS = {
+    b"version https://git-lfs": "a Git LFS pointer instead of the file",
+    b"<!doctype html": "a web page instead of the file",
+    b"<html": "a web page instead of the file",
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip file or a zipped pickle",
+    b"\x80\x02": "a pickle",
+    b"\x80\x03": "a pickle",
+    b"\x80\x04": "a pickle",
+    b"\x80\x05": "a pickle",
+    b"\xef\xbb\xbf": "a text that begins with a byte-order mark, which transformers does not read",
+    b"\xff\xfe": "a text in UTF-16, which transformers does not read",
+    b"\xfe\xff": "a text in UTF-16, which transformers does not read",
+}
+BEGINNING = max(map(len, _BEGINNINGS))
+"""Bytes that `kind` wants to see."""
+_FIXES = {
+    "Git LFS": "fetch the files: `git lfs pull` in the repository, or `hf download ORG/NAME --local-dir FOLDER`",
+    "web page": "download it again, with the credentials that it needs",
+    "byte-order": "save it as UTF-8 without a byte-order mark",
+    "UTF-16": "save it as UTF-8",
+    "GGUF": "use the original checkpoint in safetensors; convert to GGUF what this tool publishes",
+}
+_USUAL = "give the folder of a Hugging Face checkpoint"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz", ".onnx")
+
+
+def kind(beginning: bytes) -> str:
+    """What a file is that begins like this, where that tells: "a Git LFS pointer instead of the file"; or nothing."""
+    lower = beginning.lstrip().lower()
+    for mark, what in _BEGINNINGS.items():
+        if beginning.startswith(mark) or (mark.startswith(b"<") and lower.startswith(mark)):
+            return what
+    return ""
+
+
+def is_placeholder(beginning: bytes) -> bool:
+    """Whether something else stands for the file: nobody can use it."""
+    return kind(beginning).endswith("instead of the file")
+
+
+def remedy(what: str) -> str:
+    """What to do about a file of this `kind`."""
+    found = (fix for sign, fix in _FIXES.items() if sign in what)
+    return next(found, "download or convert the checkpoint again (safetensors only)")
+
+
+def refuse_other_kinds(key: str, value: object, name: str, beginning: bytes) -> None:
+    """For a text file called `name` that begins like this.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if what := kind(beginning):
+        raise UserError(key, value, f"{name} is {what}", remedy(what))
+
+
+def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[str, str]:
+    """Why a folder without a whole checkpoint is none, and what to do.
+
+    `files`, `folders`: the names directly in it.
+    """
+    shards = sorted(name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
+    adapters = sorted(name for name in files if re.match(r"adapter_(config|model)\.", name))
+    gguf = sorted(name for name in files if name.endswith(".gguf"))
+    safe = sorted(name for name in files if name.endswith(".safetensors") and name not in adapters)
+    pickles = sorted(name for name in files if name.endswith(_OTHER_WEIGHTS) and name not in adapters)
+    if {"model.safetensors", "model.safetensors.index.json"} & {*files}:
+        return "", _USUAL
+    if shards:
+        problem = f"{len(shards)} shards are there ({_some(shards)}), but no model.safetensors.index.json that says what is in which"
+        return problem, "download the index, too; it belongs to the checkpoint"
+    if safe:
+        problem = f"its weights are called {_some(safe)}, and transformers looks for model.safetensors"
+        return problem, "give the folder of a checkpoint in the format of Hugging Face, as save_pretrained writes it"
+    if adapters:
+        fix = "merge it into its base model first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+        return f"an adapter ({_some(adapters)}), not a whole model", fix
+    if gguf:
+        return f"a GGUF checkpoint ({_some(gguf)})", remedy("GGUF")
+    if pickles:
+        return f"not a safetensors checkpoint (found {_some(pickles)}); pickles are never opened", SAVE
+    steps = sorted((name for name in folders if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
+    if steps:
+        return f"a training folder, whose checkpoints lie in {_some(steps)}", f"give one of them, such as …/{steps[-1]}"
+    if "snapshots" in folders:
+        return "a folder of the hub's cache, whose checkpoints lie in snapshots", "give the hub id, or …/snapshots/COMMIT"
+    if "model_index.json" in files:
+        return "a pipeline of several models (model_index.json)", "give the folder of its language model"
+    return "", _USUAL
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")

@@ -1,0 +1,194 @@
+"""Checkpoints that went wrong in common ways: the message says what each is and what to do, and nothing else happens."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from desk import Desk
+from mistakes import Bad, check, table
+from models import GROUPED
+from safetensors.torch import load_file, save_file
+from test_bad_models import INDEX, SINGLE, configured, model, source
+from test_bad_weights import only, sharded, tensors
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4400000000\n"
+PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+LFS, AGAIN = "Git LFS pointer", "git lfs pull"
+
+
+def instead(name: str, data: bytes) -> Callable[[Desk], object]:
+    return lambda desk: (desk.model / name).write_bytes(data)
+
+
+def marked(name: str, mark: bytes = b"\xef\xbb\xbf") -> Callable[[Desk], object]:
+    """The file begins with a byte-order mark."""
+    return lambda desk: (desk.model / name).write_bytes(mark + (desk.model / name).read_bytes())
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[Desk], object]:
+    def spoil(desk: Desk) -> None:
+        held = load_file(desk.model / SINGLE)
+        save_file({change(name): value for name, value in held.items()}, desk.model / SINGLE)
+
+    return spoil
+
+
+def quantized(name: str, **added: torch.Tensor) -> Callable[[Desk], object]:
+    """The weight of every linear layer is in other tensors, beside it or in its place."""
+
+    def spoil(held: dict[str, torch.Tensor]) -> None:
+        for key in [key for key in held if key.endswith("proj.weight")]:
+            kept = held.pop(key)
+            if name == "weight":
+                held[key] = kept
+            held |= {key.replace("weight", more): value.clone() for more, value in added.items()}
+
+    return tensors(spoil)
+
+
+def mlx(desk: Desk) -> None:
+    configured(quantization={"group_size": 32, "bits": 4})(desk)
+    tensors(lambda held: held.update({k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}))(desk)
+
+
+def packed(desk: Desk) -> None:
+    """As MLX packs them, but without a word in config.json."""
+    tensors(lambda held: held.update({k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}))(desk)
+
+
+def adapter(desk: Desk) -> None:
+    (desk.model / "config.json").unlink()
+    only("adapter_model.safetensors", (desk.model / SINGLE).read_bytes())(desk)
+    (desk.model / "adapter_config.json").write_text("{}")
+
+
+def adapter_with_config(desk: Desk) -> None:
+    only("adapter_model.safetensors", (desk.model / SINGLE).read_bytes())(desk)
+    (desk.model / "adapter_config.json").write_text("{}")
+
+
+def training_folder(desk: Desk) -> None:
+    inner = desk.folder / "inner"
+    desk.model.rename(inner)
+    for step in (500, 1000):
+        shutil.copytree(inner, desk.model / f"checkpoint-{step}")
+    shutil.rmtree(inner)
+
+
+def cache_folder(desk: Desk) -> None:
+    inner = desk.folder / "inner"
+    desk.model.rename(inner)
+    (desk.model / "snapshots").mkdir(parents=True)
+    inner.rename(desk.model / "snapshots" / "abc")
+
+
+def unmerged(held: dict[str, torch.Tensor]) -> None:
+    for name in [name for name in held if name.endswith("q_proj.weight")]:
+        held[name.replace("weight", "base_layer.weight")] = held.pop(name)
+        held |= {name.replace("weight", f"lora_{half}.weight"): torch.zeros(2, 2) for half in "AB"}
+
+
+def another_layer(held: dict[str, torch.Tensor]) -> None:
+    held.update({name.replace("layers.4.", "layers.5."): value.clone() for name, value in held.items() if "layers.4." in name})
+
+
+def prediction_layer(held: dict[str, torch.Tensor]) -> None:
+    another_layer(held)
+    held["model.layers.5.eh_proj.weight"] = torch.zeros(32, 64)
+
+
+WRAPPED, INNER = "wrapped: ", "save the model inside|rename"
+DIAGNOSES = [
+    model("lfs-weights", instead(SINGLE, POINTER), SINGLE, LFS, AGAIN),
+    model("lfs-config", instead("config.json", POINTER), "model'", f"config.json is a {LFS}", AGAIN),
+    model("lfs-tokenizer", instead("tokenizer.json", POINTER), "model'", f"tokenizer.json is a {LFS}", AGAIN),
+    model("lfs-licence", instead("LICENSE", POINTER), "model'", f"LICENSE is a {LFS}", AGAIN),
+    model("lfs-index", sharded(lambda folder: (folder / INDEX).write_bytes(POINTER)), "model'", f"index.json is a {LFS}", AGAIN),
+    model("lfs-shard", sharded(lambda folder: max(folder.glob("*-of-*")).write_bytes(POINTER)), "of-0000", LFS, AGAIN),
+    model("page-for-config", instead("config.json", PAGE), "model'", "config.json is a web page", "credentials"),
+    model("page-for-weights", instead(SINGLE, PAGE), SINGLE, "a web page", "credentials"),
+    model("mark-in-config", marked("config.json"), "model'", "config.json is a text .*byte-order mark", "UTF-8 without"),
+    model("mark-in-tokenizer", marked("tokenizer.json"), "model'", "tokenizer.json is a text .*byte-order mark", "without"),
+    model("mark-in-tokenizer-config", marked("tokenizer_config.json"), "model'", "tokenizer_config.json .*byte-order", "without"),
+    model("zero-3", tensors(lambda held: held.update({n: torch.empty(0) for n in held})), "", "saved empty", "ZeRO-3.*gather"),
+    model("zero-3-one", tensors(lambda held: held.update({"lm_head.weight": torch.empty(0)})), "lm_head", "saved empty", "ZeRO"),
+    model("mlx", mlx, "llama", r"quantized checkpoint \(MLX\)", "original dtype"),
+    model("mlx-unsaid", packed, "weight", "stored as U32", "original dtype"),
+    model("compressed", configured(compression_config={"format": "int"}), "llama", "quantized", "original dtype"),
+    model(
+        "gptq-unsaid",
+        quantized("", qweight=torch.zeros(4, 32, dtype=torch.int32), scales=torch.ones(1, 32)),
+        "",
+        "quantized weights",
+        "original dtype",
+    ),
+    model("fp8-unsaid", quantized("weight", weight_scale_inv=torch.ones(1)), "", "quantized weights", "original dtype"),
+    model("gguf-only", only("model-q4.gguf", b"GGUF"), "model'", "a GGUF checkpoint", "convert to GGUF what"),
+    model("gguf-renamed", instead(SINGLE, b"GGUF" + bytes(60)), SINGLE, "a GGUF file", "original checkpoint"),
+    model("adapter", adapter, "model'", "no config.json.*an adapter", "merge_and_unload"),
+    model("adapter-with-config", adapter_with_config, "model'", "an adapter", "merge_and_unload"),
+    model("no-index", sharded(lambda f: (f / INDEX).unlink()), "model'", r"\d+ shards.*model-00001-of.*index", "download the index"),
+    model("variant", lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"), "", "model.fp16", "save_pre"),
+    model("training-folder", training_folder, "model'", "training folder.*checkpoint-500, checkpoint-1000", "checkpoint-1000"),
+    model("cache-folder", cache_folder, "model'", "hub's cache", "snapshots/COMMIT"),
+    model("a-layer-more", tensors(another_layer), "layers.5", "6 blocks, its config.json says 5.*MTP", "take the tensors"),
+    model("prediction-layer", tensors(prediction_layer), "layers.5", "6 blocks.*MTP", "take the tensors"),
+    model("value-head", renamed(lambda n: f"pretrained_model.{n}"), "pretrained", f"{WRAPPED}pretrained_model", INNER),
+    model("data-parallel", renamed(lambda n: f"module.{n}"), "module", f"{WRAPPED}module", INNER),
+    model("compiled", renamed(lambda n: f"_orig_mod.{n}"), "_orig_mod", f"{WRAPPED}_orig_mod", INNER),
+    model("peft", renamed(lambda n: f"base_model.model.{n}"), "base_model", f"{WRAPPED}base_model", INNER),
+    model("lora-unmerged", tensors(unmerged), "lora_A", "adapter are among", "merge_and_unload"),
+    model("both", renamed(lambda n: f"module._orig_mod.{n}"), "module", f"{WRAPPED}module._orig_mod", INNER),
+    model(
+        "compiled-blocks",
+        renamed(lambda n: n.replace(".mlp.", "._orig_mod.mlp.")),
+        "_orig_mod",
+        f"{WRAPPED}_orig_mod",
+        INNER,
+    ),
+    model("padding-beyond", configured(pad_token_id=900), "LlamaForCausalLM", "does not build.*adding_idx", "repair"),
+    model("named-weights", configured(transformers_weights="own.safetensors"), "own.", "a name of their own", "save_pretrained"),
+    source("page", "https://huggingface.co/org/name", "address of a page on the hub", "hub id org/name$"),
+    source("page-of-a-branch", "https://hf.co/org/name/tree/v2", "address of a page", "org/name with model.revision: v2"),
+    source("page-without-scheme", "huggingface.co/org/name", "address of a page", "hub id org/name"),
+    source("one-word-offline", "gpt2-of-nobody", "the hub does not give it .*HF_HUB_OFFLINE is set", "existing folder"),
+]
+
+
+@table(DIAGNOSES)
+def test_diagnoses(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    check(bad, desk, weight_reads, capsys)
+
+
+def test_no_message_names_a_temporary_path(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fusegpt_ray.cli import main
+
+    hidden = desk.folder / "hidden"
+    hidden.mkdir()
+    monkeypatch.setenv("TMPDIR", str(hidden))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (desk.model / "tokenizer_config.json").write_text("{")
+    (desk.model / "tokenizer.json").unlink()
+    assert main(["compress", desk.write()]) == 2
+    message = capsys.readouterr().err
+    assert "its tokenizer does not load" in message and str(hidden) not in message
+
+
+def test_a_sharded_checkpoint_beside_a_newer_single_file(desk: Desk) -> None:
+    """As an upload over an older one leaves it: transformers takes the single file, and so do we."""
+    from fusegpt_ray.model.source import Source
+
+    old = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**GROUPED))
+    old.save_pretrained(desk.folder / "old", max_shard_size="30KB")
+    for file in (desk.folder / "old").glob("model*"):
+        shutil.copy(file, desk.model)
+    stack = Source.find(str(desk.model), None).stack()
+    used = {Path(ref.file).name for refs in (stack.trunk, *(block.weights for block in stack.blocks)) for ref in refs.values()}
+    assert used == {SINGLE}
+    assert json.loads((desk.model / INDEX).read_text())["weight_map"]
