@@ -1,0 +1,176 @@
+"""How long training workers wait for each other: real processes that are slow, stopped (SIGSTOP), hung, or never there."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fusegpt_ray.distributed.meeting import Meeting, lost_worker
+
+pytestmark = pytest.mark.integration
+
+PATIENCE = 2.0
+LOADED = 5
+"""Times as long as it should take, on a machine that is busy."""
+Part = Callable[[int, int, Path], None]
+"""What a worker does, given its rank, their number and the folder in which it notes what came of it."""
+
+
+def work(part: Part, rank: int, count: int, port: int, folder: Path) -> None:
+    """One worker. It stays until it is killed, as Ray keeps those of a group until all are done."""
+    torch.set_num_threads(1)
+    os.environ |= {"FUSEGPT_PATIENCE": "0", "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    began = time.monotonic()
+    try:
+        bound = timedelta(seconds=PATIENCE)
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=count, timeout=bound)
+        began = time.monotonic()
+        part(rank, count, folder)
+        error = ""
+    except Exception as caught:
+        error = str(lost_worker(caught, PATIENCE) or f"{type(caught).__name__}: {caught}")
+    note = folder / f"{rank}.part"
+    note.write_text(json.dumps([error, time.monotonic() - began]))
+    note.rename(folder / f"{rank}.json")
+    time.sleep(600)
+
+
+@pytest.fixture
+def group(free_port, tmp_path: Path) -> Iterator[Callable[..., dict[int, tuple[str, float]]]]:
+    """Run `part` in processes of these ranks; the error and the seconds of each that is to come to an end."""
+    started: list[BaseProcess] = []
+
+    def run(part: Part, ranks: list[int], ending: list[int], count: int = 3) -> dict[int, tuple[str, float]]:
+        context, port = multiprocessing.get_context("spawn"), free_port()
+        for rank in ranks:
+            started.append(context.Process(target=work, args=(part, rank, count, port, tmp_path), daemon=True))
+            started[-1].start()
+        notes = {rank: tmp_path / f"{rank}.json" for rank in ending}
+        until = time.monotonic() + 100
+        while not all(note.exists() for note in notes.values()):
+            assert time.monotonic() < until, sorted(path.name for path in tmp_path.iterdir())
+            time.sleep(0.05)
+        return {rank: tuple(json.loads(note.read_text())) for rank, note in notes.items()}
+
+    yield run
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def slow(rank: int, count: int, folder: Path) -> None:
+    """The first one writes for longer than anyone may be silent, between two collectives; and the last one reads before them."""
+    with Meeting.of_group(PATIENCE) as meeting:
+        time.sleep(PATIENCE * 1.5 if rank == count - 1 else 0)
+        meeting.wait()
+        dist.all_reduce(torch.ones(1))
+        time.sleep(PATIENCE * 3 if rank == 0 else 0)
+        meeting.wait(moved=100_000_000)
+        dist.all_reduce(torch.ones(1))
+
+
+def test_slow_work_of_one_is_waited_for(group) -> None:
+    ended = group(slow, [0, 1, 2], [0, 1, 2])
+    assert [error for error, _ in ended.values()] == ["", "", ""]
+    assert all(4.5 * PATIENCE <= seconds < 4.5 * PATIENCE * LOADED for _, seconds in ended.values())
+
+
+def stop(who: int, rank: int, folder: Path) -> None:
+    """Stop ourselves, once the others have nothing left to ask that we would have to answer."""
+    (folder / f"here-{rank}").touch()
+    while rank == who and len(list(folder.glob("here-*"))) < 3:
+        time.sleep(0.01)
+    if rank == who:
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def last_stops(rank: int, count: int, folder: Path) -> None:
+    with Meeting.of_group(PATIENCE) as meeting:
+        meeting.wait()
+        stop(2, rank, folder)
+        meeting.wait(moved=10**12)
+
+
+def first_stops(rank: int, count: int, folder: Path) -> None:
+    """By whose store they meet."""
+    with Meeting.of_group(PATIENCE) as meeting:
+        meeting.wait()
+        stop(0, rank, folder)
+        meeting.wait(moved=10**12)
+
+
+@pytest.mark.parametrize(
+    ("part", "left", "said"),
+    [
+        (last_stops, [0, 1], "training worker 2 gave no sign of life for 2 s"),
+        (first_stops, [1, 2], "training worker 0, in whose store all meet, is silent for 2 s"),
+    ],
+)
+def test_a_stopped_worker_is_given_up_within_the_bound(group, part: Part, left: list[int], said: str) -> None:
+    for error, seconds in group(part, [0, 1, 2], left).values():
+        assert error == said
+        assert PATIENCE <= seconds < LOADED * PATIENCE
+
+
+def hangs(rank: int, count: int, folder: Path) -> None:
+    with Meeting.of_group(PATIENCE) as meeting:
+        meeting.wait()
+        time.sleep(600 if rank == 1 else 0)
+        meeting.wait(moved=1_000_000)
+
+
+def test_a_worker_that_lives_and_hangs_is_given_up_after_the_time_of_a_slow_store(group) -> None:
+    for error, seconds in group(hangs, [0, 1, 2], [0, 2]).values():
+        assert error == "training worker 1 lives, but did not come to the others for 5 s"
+        assert 2 * PATIENCE + 1 <= seconds < LOADED * (2 * PATIENCE + 1)
+
+
+def joins(rank: int, count: int, folder: Path) -> None:
+    pass
+
+
+def test_a_worker_that_never_joins_ends_the_group_within_the_bound(group) -> None:
+    for error, seconds in group(joins, [0, 1], [0, 1]).values():
+        assert error.startswith("DistStoreError: wait timeout after 2000ms")  # torch's own words, in Ray's start of the group
+        assert seconds < LOADED * PATIENCE
+
+
+def step(rank: int, count: int, folder: Path) -> None:
+    """Steps of DeepSpeed, between two of which the last worker stops. Imported here, because each process imports this file."""
+    from test_training import BATCH, CPU, STEPS, task
+
+    from fusegpt_ray.distributed.training import DeepSpeedStepper
+
+    this = task(Path(os.environ["MODEL"]), "batch_kl", rank, count)
+    stepper = DeepSpeedStepper.make(this.student(), this.job.settings, STEPS, 2, CPU, BATCH // count, PATIENCE)
+    batch = (this.entering[: BATCH // count], this.leaving[: BATCH // count])
+    stepper.step(batch)
+    (folder / f"here-{rank}").touch()
+    while len(list(folder.glob("here-*"))) < count:
+        time.sleep(0.01)
+    if rank:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    (folder / "began").touch()
+    began = time.monotonic()
+    try:
+        stepper.step(batch)
+    finally:
+        (folder / "step").write_text(str(time.monotonic() - began))
+
+
+def test_a_step_waits_no_longer_for_a_stopped_worker(group, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", str(checkpoint("llama")))
+    (ended,) = group(step, [0, 1], [0], count=2).values()
+    assert ended[0] == "a training worker has taken no part in a step for 2 s"
+    assert float((tmp_path / "step").read_text()) < LOADED * PATIENCE
