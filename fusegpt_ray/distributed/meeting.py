@@ -13,6 +13,7 @@ Notable:
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from concurrent.futures import Future
@@ -39,8 +40,8 @@ def lost_worker(error: Exception, patience: float) -> LostWorkerError | None:
     """What an exception says of another worker, if it says that it was waited for in vain."""
     if isinstance(error, LostWorkerError):
         return error
-    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():  # gloo has no kind of its own for it
-        return LostWorkerError(f"a training worker has taken no part in a step for {patience:g} s")
+    if isinstance(error, RuntimeError) and re.search(r"(?i)time(d )?out", str(error)):  # gloo has no kind of its own for it
+        return LostWorkerError(f"a training worker has taken no part for {patience:g} s")
     return None
 
 

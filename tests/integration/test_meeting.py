@@ -142,7 +142,7 @@ def joins(rank: int, count: int, folder: Path) -> None:
 
 def test_a_worker_that_never_joins_ends_the_group_within_the_bound(group) -> None:
     for error, seconds in group(joins, [0, 1], [0, 1]).values():
-        assert error.startswith("DistStoreError: wait timeout after 2000ms")  # torch's own words, in Ray's start of the group
+        assert error == "a training worker has taken no part for 2 s"
         assert seconds < LOADED * PATIENCE
 
 
@@ -172,5 +172,5 @@ def step(rank: int, count: int, folder: Path) -> None:
 def test_a_step_waits_no_longer_for_a_stopped_worker(group, checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL", str(checkpoint("llama")))
     (ended,) = group(step, [0, 1], [0], count=2).values()
-    assert ended[0] == "a training worker has taken no part in a step for 2 s"
+    assert ended[0] == "a training worker has taken no part for 2 s"
     assert float((tmp_path / "step").read_text()) < LOADED * PATIENCE
