@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import Self
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
 from fusegpt_ray.store.patience import seconds_of_patience
@@ -48,7 +49,7 @@ def lost_worker(error: Exception, patience: float) -> LostWorkerError | None:
 class Meeting:
     """Of this worker with all others. While the block lasts, a thread gives its signs of life."""
 
-    def __init__(self, store: dist.Store, rank: int, count: int, patience: float = PATIENCE) -> None:
+    def __init__(self, store: Store, rank: int, count: int, patience: float = PATIENCE) -> None:
         self._store, self._rank, self._count, self._patience = store, rank, count, patience
         self._met = 0
         self._looked = 0.0
@@ -58,7 +59,7 @@ class Meeting:
     @classmethod
     def of_group(cls, patience: float) -> Self:
         """In the store by which the process group has met."""
-        store = dist.PrefixStore("meeting", distributed_c10d._get_default_store())
+        store = PrefixStore("meeting", distributed_c10d._get_default_store())
         return cls(store, dist.get_rank(), dist.get_world_size(), patience)
 
     def __enter__(self) -> Self:
