@@ -197,7 +197,8 @@ class Output(Section):
     """Where finished models go."""
 
     uri: Place
-    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`. A URI has none of `* ? [ ]` in it, no `::` and no `..`."""
+    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`. A URI may not have any of
+    `* ? [ ]` in it, nor `::` or `..`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the published folders' names."""
     shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)

@@ -41,7 +41,8 @@ def lost_worker(error: Exception, patience: float) -> LostWorkerError | None:
     """What an exception says of another worker, if it says that it was waited for in vain."""
     if isinstance(error, LostWorkerError):
         return error
-    if isinstance(error, RuntimeError) and re.search(r"(?i)time(d )?out", str(error)):  # gloo has no kind of its own for it
+    # gloo has no kind of its own for it.
+    if isinstance(error, RuntimeError) and re.search(r"(?i)time(d )?out", str(error)):
         return LostWorkerError(f"a training worker has taken no part for {patience:g} s")
     return None
 
@@ -87,7 +88,8 @@ class Meeting:
                 return all_here.result(self._patience / 20)
             except TimeoutError:
                 if time.monotonic() > self._looked + self._patience:
-                    raise LostWorkerError(f"training worker 0, in whose store all meet, is silent for {self._patience:g} s") from None
+                    problem = f"in whose store all meet, is silent for {self._patience:g} s"
+                    raise LostWorkerError(f"training worker 0, {problem}") from None
 
     def _watch(self, all_here: Future[None], longest: float) -> None:
         """Ask the store, which may never answer, until all are there."""
@@ -115,9 +117,11 @@ class Meeting:
                     if sign != signs[rank][0]:
                         signs[rank] = sign, now
                     elif now > signs[rank][1] + self._patience:
-                        raise LostWorkerError(f"training worker {rank} gave no sign of life for {self._patience:g} s")
+                        problem = f"gave no sign of life for {self._patience:g} s"
+                        raise LostWorkerError(f"training worker {rank} {problem}")
                     if now > began + longest:
-                        raise LostWorkerError(f"training worker {rank} lives, but did not come to the others for {longest:.0f} s")
+                        problem = f"lives, but did not come to the others for {longest:.0f} s"
+                        raise LostWorkerError(f"training worker {rank} {problem}")
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 

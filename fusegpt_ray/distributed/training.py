@@ -3,7 +3,8 @@
 Notable:
 - a worker holds the group's blocks and nothing else of the model; contexts (masks, rotary embeddings) are sent to it;
 - the loss batch is split over the workers, and the loss keeps its meaning (see `fusion/loss.py`);
-- a worker that is lost ends the attempt within `Workers.patience` seconds, however slow the others' own work may be (`meeting.py`);
+- a worker that is lost ends the attempt within `Workers.patience` seconds, and slow work of a single
+  one does not (`meeting.py`);
 - what learns is float32 beside frozen bf16 buffers, so DeepSpeed runs in float32 and the masters need no second copy; only
   `trained_dtype: model` on a 16-bit model asks DeepSpeed for bf16 masters and optimizer states, as the paper's code has them.
 """
@@ -121,8 +122,9 @@ class DeepSpeedStepper:
             lr_scheduler=cosine_to_zero(optimizer, steps),
             config=config,
         )
-        # DeepSpeed makes a group of its own, and would let it wait for torch's default of up to half an hour.
-        distributed_c10d._set_pg_timeout(timedelta(seconds=patience), engine.data_parallel_group)
+        # DeepSpeed makes a group of its own, which would wait for torch's default, half an hour.
+        bound = timedelta(seconds=patience)
+        distributed_c10d._set_pg_timeout(bound, engine.data_parallel_group)
         return cls(engine, settings, device, micro_batch, meet)
 
     def step(self, batch: Batch) -> torch.Tensor:
@@ -274,12 +276,14 @@ def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
     device, dtype = get_device(), workers.dtype
     moulds, contexts = block_moulds(job.dense.config), ray.get(config["contexts"])
     student = build_student(job, moulds, contexts, job.plan(dtype), device, workers.recompute)
-    # What one of them reads or writes by itself is no more than all of this in float32, a savepoint two moments more.
+    # What one of them reads or writes by itself is no more than all of this in float32, and of a
+    # savepoint two moments more.
     moved = 12 * sum(value.numel() for value in (*student.parameters(), *student.buffers()))
     meet = partial(meeting.wait, moved)
     meeting.wait(moved + (_bytes_of(job.dense) if workers.source is not None else 0))
-    stage, micro_batch = workers.zero_stage, workers.micro_batch
-    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, micro_batch, workers.patience, meet)
+    stage, micro_batch, patience = workers.zero_stage, workers.micro_batch, workers.patience
+    settings, steps = job.settings, config["steps"]
+    stepper = DeepSpeedStepper.make(student, settings, steps, stage, device, micro_batch, patience, meet)
     shard = ray.train.get_dataset_shard(f"states-{rank}")
 
     def epoch() -> Iterator[Batch]:
@@ -316,8 +320,8 @@ def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
 
 
 def _bytes_of(stack: Stack) -> int:
-    refs = [*stack.trunk.values(), *(ref for block in stack.blocks for ref in block.weights.values())]
-    return sum(ref.end - ref.begin for ref in refs)
+    blocks = [block.weights for block in stack.blocks]
+    return sum(ref.end - ref.begin for refs in (stack.trunk, *blocks) for ref in refs.values())
 
 
 def _whole(student: torch.nn.Module, stage: int) -> AbstractContextManager[Any]:

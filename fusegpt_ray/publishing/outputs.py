@@ -168,8 +168,9 @@ class Outputs:
             raise UserError(KEY, uri, f"cannot be reached ({error})", "check the URI and your rights") from error
         names = sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
         ours = [name for name in names if MODEL.fullmatch(name) or name.endswith((".run", ".part"))]
-        inside = [entry for entry in entries if entry["type"] == "file" and entry["name"] != path]  # a file lists itself
-        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in inside}
+        found = [entry for entry in entries if entry["type"] == "file"]
+        # A file is listed as if it lay in itself.
+        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in found if entry["name"] != path}
         return cls(uri, tuple(Folder.look(storage.join(uri, name)) for name in ours), files)
 
 

@@ -34,7 +34,8 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
     `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that could go on may be removed as well.
 
     Raises:
-        UserError: not the folder in which models and runs lie, or a name that could mean others (see `naming.py`).
+        UserError: not the folder in which models and runs lie, or its name could mean others
+            (see `naming.py`).
     """
     refuse_ambiguous(KEY, uri)
     there = Outputs.look(uri)
@@ -58,9 +59,9 @@ def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[L
 
 
 def remove_run(folder: str) -> None:
-    """Remove a run's folder, whose identity goes last: no other run may find records that it did not write."""
+    """Remove a run's folder, its identity last: no other run may find records it did not write."""
     storage.remove(storage.join(folder, "blocks"), recursive=True)
-    for name in reversed(storage.names(folder)):  # a kill in between leaves the rounds from the first one on
+    for name in reversed(storage.names(folder)):  # a kill leaves the rounds from the first one on
         if name != IDENTITY:
             storage.remove(storage.join(folder, name))
     storage.remove(folder, recursive=True)

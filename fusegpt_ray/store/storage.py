@@ -1,8 +1,8 @@
 """A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
 
 Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
-A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`, `get`, `put`, `cat` or `glob`).
-A prefix is no file, and a folder is what lies below its name and a slash.
+A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`,
+`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is what lies below its name and a slash.
 Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
 """
 
@@ -47,7 +47,8 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """
     uri = str(uri)
     if is_local(uri):  # whatever else fsspec would see in the name
-        return fsspec.filesystem("file"), LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
+        path = LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
+        return fsspec.filesystem("file"), path
     fs, path = url_to_fs(uri)
     if "s3" in fs.protocol:
         if "?versionId=" in path:  # s3fs cuts the name there
@@ -81,7 +82,7 @@ def exists(uri: str) -> bool:
 def _info(uri: str) -> dict[str, Any]:
     """
     Raises:
-        FileNotFoundError: there is no file of this name, though perhaps others whose names begin like it.
+        FileNotFoundError: there is none, though perhaps others whose names begin like it.
     """
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
@@ -101,7 +102,8 @@ def names(uri: str) -> list[str]:
         return []
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
     files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
-    return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)  # a file is listed as if it lay in itself
+    # A file is listed as if it lay in itself.
+    return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)
 
 
 def below(uri: str) -> dict[str, dict[str, Any]]:
@@ -110,9 +112,9 @@ def below(uri: str) -> dict[str, dict[str, Any]]:
     fs.invalidate_cache()
     begin = path.rstrip("/") + "/"
     found = patiently(uri, lambda: fs.find(path, detail=True))
-    # Not the file that is called like the folder, nor the empty objects by which some clients mark folders.
-    inside = {name.removeprefix(begin): info for name, info in found.items() if name.startswith(begin) and not name.endswith("/")}
-    return dict(sorted(inside.items()))
+    # Not the file that is called like the folder, nor what some clients mark folders by.
+    inside = [name for name in found if name.startswith(begin) and not name.endswith("/")]
+    return {name.removeprefix(begin): found[name] for name in sorted(inside)}
 
 
 def size(uri: str) -> int:

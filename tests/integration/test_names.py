@@ -1,4 +1,5 @@
-"""A name is a name: on S3, no run, removal or download touches a neighbour whose name matches, begins alike, or decodes to it."""
+"""A name is a name: on S3, no run, removal or download touches a neighbour whose name matches,
+begins alike, or decodes to it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def populate(s3, bucket: str, *more: str) -> dict[str, bytes]:
 
 
 def test_a_removal_takes_what_it_names_and_nothing_else(s3, bucket: str) -> None:
-    """What is left is told by boto3, which knows no patterns. An object may be called like the folder, or mark it."""
+    """What is left is told by boto3, which knows no patterns. An object may be called like the folder,
+    or mark it."""
     left = populate(s3, bucket, *(f"{name}/m.run{end}" for name in NAMES for end in ("", "/")))
     for name in NAMES:
         uri = f"s3://{bucket}/{name}"
@@ -104,7 +106,7 @@ def test_a_run_and_a_cleaning_leave_every_neighbour(s3, bucket: str, recipe, tmp
 REFUSED = ["exp*", "ex?", "exp[ab]", "[!x]xp", "**", "exp/../expA", "./exp", "exp//a", "exp\n", "a\x00b", "exp?versionId=1", "a::b"]
 
 
-def test_what_could_mean_others_is_refused_before_anything_is_written(s3, bucket: str, recipe, tmp_path: Path, capsys) -> None:
+def test_what_could_mean_others_is_refused_before_anything_is_written(s3, bucket, recipe, tmp_path, capsys) -> None:
     before, asked = populate(s3, bucket), len(s3.requests())
     path = tmp_path / "recipe.yaml"
     for place in REFUSED:

@@ -1,5 +1,5 @@
-"""A name is a name on a local disk and in memory, too: what fsspec would take for a pattern or a chain is read, written and removed
-as it stands, and a neighbour that it would match stays."""
+"""A name is a name on a local disk and in memory, too: what fsspec would take for a pattern or a
+chain is read, written and removed as it stands, and a neighbour that it would match stays."""
 
 from __future__ import annotations
 
