@@ -66,7 +66,7 @@ def _score(arguments: argparse.Namespace) -> int:
         from rich.console import Console
 
         from fusegpt_ray.report import score_table
-        from fusegpt_ray.text.windows import described
+        from fusegpt_ray.text.protocol import described
 
         Console().print(score_table(result))
         print(described(result))
@@ -88,7 +88,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        from fusegpt_ray.text.windows import described
+        from fusegpt_ray.text.protocol import described
 
         print(f"perplexity {result['perplexity']:.4f}  ({described(result)})")
     return 0

@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 
 from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.text.windows import described
+from fusegpt_ray.text.protocol import described
 
 SHOWN = 12
 """Names that a line shows."""

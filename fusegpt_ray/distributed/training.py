@@ -3,6 +3,8 @@
 Notable:
 - a worker holds the group's blocks and nothing else of the model; contexts (masks, rotary embeddings) are sent to it;
 - the loss batch is split over the workers, and the loss keeps its meaning (see `fusion/loss.py`);
+- a worker that is lost ends the attempt within `Workers.patience` seconds, and slow work of a single
+  one does not (`meeting.py`);
 - what learns is float32 beside frozen bf16 buffers, so DeepSpeed runs in float32 and the masters need no second copy; only
   `trained_dtype: model` on a 16-bit model asks DeepSpeed for bf16 masters and optimizer states, as the paper's code has them.
 """
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import ray
@@ -26,7 +30,10 @@ from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.data import ExecutionOptions
 from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from torch.distributed import distributed_c10d
 
+from fusegpt_ray.distributed.meeting import PATIENCE, Meeting, lost_worker
+from fusegpt_ray.distributed.progress import Progress, watching
 from fusegpt_ray.distributed.states import batches
 from fusegpt_ray.engine import Epoch
 from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, load_training_state, make_optimizer, train, training_state
@@ -37,11 +44,10 @@ from fusegpt_ray.model.anatomy import block_moulds
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
 
-WRITING_SECONDS = 4 * 3600
-"""How long the others wait for the first worker, which writes the group to a store that may be slow."""
 MAX_FAILURES = 3
 """How often a group is started again after a lost worker or node; every start gives the same result."""
 
@@ -63,6 +69,8 @@ class Workers:
     """See `Student`."""
     source: Source | None = None
     """Of a hub model, which a node that joins later does not have yet."""
+    patience: float = PATIENCE
+    """Seconds that one of them may be silent before the others give it up."""
 
 
 def setup(workers: Workers) -> dict[str, str | int]:
@@ -79,6 +87,8 @@ class DeepSpeedStepper:
     settings: Fusion
     device: torch.device
     micro_batch: int
+    meet: Callable[[], None] = lambda: None
+    """Wait for the other workers after work that may take one of them longer."""
 
     @classmethod
     def make(
@@ -89,6 +99,8 @@ class DeepSpeedStepper:
         stage: int,
         device: torch.device,
         micro_batch: int,
+        patience: float = PATIENCE,
+        meet: Callable[[], None] = lambda: None,
     ) -> DeepSpeedStepper:
         import deepspeed
 
@@ -110,7 +122,10 @@ class DeepSpeedStepper:
             lr_scheduler=cosine_to_zero(optimizer, steps),
             config=config,
         )
-        return cls(engine, settings, device, micro_batch)
+        # DeepSpeed makes a group of its own, which would wait for torch's default, half an hour.
+        bound = timedelta(seconds=patience)
+        distributed_c10d._set_pg_timeout(bound, engine.data_parallel_group)
+        return cls(engine, settings, device, micro_batch, meet)
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
@@ -133,6 +148,7 @@ class DeepSpeedStepper:
         return int(dist.get_rank())
 
     def gather(self, row: list[int]) -> list[list[int]]:
+        self.meet()
         mine = torch.tensor(row, device=self.device)
         rows = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, mine)
@@ -185,28 +201,6 @@ def unsplit_in_order() -> DataConfig:
     return DataConfig(datasets_to_split=[], execution_options=ExecutionOptions(preserve_order=True))
 
 
-@ray.remote(num_cpus=0)
-class Progress:
-    """Carries what workers have to say to the driver's display: epochs' losses and lines; and that the memory of one ran out."""
-
-    def __init__(self) -> None:
-        self.new: list[tuple[int, float] | str] = []
-        self.out_of_memory = ""
-
-    def add(self, news: tuple[int, float] | str) -> None:
-        self.new.append(news)
-
-    def take(self) -> list[tuple[int, float] | str]:
-        taken, self.new = self.new, []
-        return taken
-
-    def ran_out(self, error: str) -> None:
-        self.out_of_memory = error
-
-    def has_run_out(self) -> str:
-        return self.out_of_memory
-
-
 def finetune(
     job: Round,
     contexts: list[Context],
@@ -228,7 +222,7 @@ def finetune(
     progress = Progress.remote()  # type: ignore[attr-defined]
     trainer = TorchTrainer(
         _work,
-        torch_config=TorchConfig(timeout_s=WRITING_SECONDS),
+        torch_config=TorchConfig(timeout_s=math.ceil(workers.patience)),
         train_loop_config={
             "job": job,
             "contexts": ray.put(contexts),
@@ -250,7 +244,7 @@ def finetune(
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
         ),
     )
-    with _watching(progress, epoch, say):
+    with watching(progress, epoch, say):
         result = trainer.fit()
     storage.remove(folder, recursive=True)
     done = result.return_value
@@ -269,6 +263,11 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     """
     if error := ray.get(config["progress"].has_run_out.remote()):
         return {"out_of_memory": error}
+    with Meeting.of_group(config["workers"].patience) as meeting:
+        return _learn(config, meeting)
+
+
+def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
     job, workers = config["job"], config["workers"]
     rank = ray.train.get_context().get_world_rank()
     torch.set_num_threads(workers.threads)
@@ -277,9 +276,21 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     device, dtype = get_device(), workers.dtype
     moulds, contexts = block_moulds(job.dense.config), ray.get(config["contexts"])
     student = build_student(job, moulds, contexts, job.plan(dtype), device, workers.recompute)
-    stage, micro_batch = workers.zero_stage, workers.micro_batch
-    stepper = DeepSpeedStepper.make(student, job.settings, config["steps"], stage, device, micro_batch)
+    # What one of them reads or writes by itself is no more than all of this in float32, and of a
+    # savepoint two moments more.
+    moved = 12 * sum(value.numel() for value in (*student.parameters(), *student.buffers()))
+    meet = partial(meeting.wait, moved)
+    meeting.wait(moved + (_bytes_of(job.dense) if workers.source is not None else 0))
+    stage, micro_batch, patience = workers.zero_stage, workers.micro_batch, workers.patience
+    settings, steps = job.settings, config["steps"]
+    stepper = DeepSpeedStepper.make(student, settings, steps, stage, device, micro_batch, patience, meet)
     shard = ray.train.get_dataset_shard(f"states-{rank}")
+
+    def epoch() -> Iterator[Batch]:
+        for number, batch in enumerate(batches(shard, job.settings.batch // workers.count)):
+            if not number:  # the first worker has finished its savepoint, and everyone's data flow
+                meet()
+            yield batch
 
     def done(number: int, loss: float) -> None:
         if rank == 0:
@@ -289,21 +300,28 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         config["progress"].add.remote(text)
 
     try:
-        share = job.settings.batch // workers.count
-        losses = train(stepper, lambda: batches(shard, share), job.settings.epochs, done, config["savepoints"], say)
+        losses = train(stepper, epoch, job.settings.epochs, done, config["savepoints"], say)
+        saved: dict[str, Any] = {}
+        with _whole(student, stage):
+            if rank == 0:
+                saved = save_group(job, student).to_json()
+            meet()  # nobody leaves while the first worker still needs the others' partitions
     except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
     except Exception as error:
         if is_out_of_memory(error):
             ray.get(config["progress"].ran_out.remote(str(error)))
+        if lost := lost_worker(error, workers.patience):
+            say(f"WARNING: {lost}; this attempt at the group ends")
+            raise lost from error
         raise
-    saved: dict[str, Any] = {}
-    with _whole(student, stage):
-        if rank == 0:
-            saved = save_group(job, student).to_json()
-    dist.barrier()  # nobody leaves while the first worker still needs the others' partitions
     stepper.engine.destroy()
     return {"saved": saved, "losses": losses}
+
+
+def _bytes_of(stack: Stack) -> int:
+    blocks = [block.weights for block in stack.blocks]
+    return sum(ref.end - ref.begin for refs in (stack.trunk, *blocks) for ref in refs.values())
 
 
 def _whole(student: torch.nn.Module, stage: int) -> AbstractContextManager[Any]:
@@ -321,27 +339,3 @@ def _place(folder: str) -> dict[str, Any]:
     if "file" in fs.protocol:
         return {"storage_path": path}
     return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
-
-
-@contextmanager
-def _watching(progress: Any, epoch: Epoch, say: Say) -> Iterator[None]:
-    """Hand the workers' news to `epoch` and `say` every half second, and all that is left at the end."""
-    over = threading.Event()
-
-    def watch() -> None:
-        finished = False
-        while not finished:
-            finished = over.wait(0.5)
-            for news in ray.get(progress.take.remote()):
-                if isinstance(news, str):
-                    say(news)
-                else:
-                    epoch(*news)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()

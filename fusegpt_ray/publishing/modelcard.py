@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fusegpt_ray.text.windows import described
+from fusegpt_ray.text.protocol import described
 
 METHODS = {
     "mi": "blocks with the lowest Macro Influence dropped, nothing trained",

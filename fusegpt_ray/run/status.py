@@ -13,7 +13,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.publishing.outputs import Folder, Outputs, Run
 from fusegpt_ray.report import duration
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.text.windows import described
+from fusegpt_ray.text.protocol import described
 
 
 def status(uri: str) -> dict[str, Any]:

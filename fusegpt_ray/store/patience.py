@@ -90,6 +90,11 @@ class Trouble:
     fix: str = ""
 
 
+def seconds_of_patience() -> float:
+    """For how long a verb goes on while the store fails."""
+    return float(os.environ.get("FUSEGPT_PATIENCE", "120"))
+
+
 def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) -> T:
     """`verb()`, tried again while the store fails in a way that may pass. It must be safe to do twice.
 
@@ -97,7 +102,7 @@ def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) ->
         StorageError: trying again cannot help, or did not for `patience` seconds (`FUSEGPT_PATIENCE` if None).
     """
     if patience is None:
-        patience = float(os.environ.get("FUSEGPT_PATIENCE", "120"))
+        patience = seconds_of_patience()
     failed: float | None = None
     attempt = 0
     while True:

@@ -1,6 +1,8 @@
 """A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
 
 Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`,
+`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is what lies below its name and a slash.
 Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
 """
 
@@ -13,7 +15,9 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -21,18 +25,32 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from fusegpt_ray.store.naming import is_local
 from fusegpt_ray.store.patience import patiently
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
 SMALL = 1 << 25
 """Bytes of the largest JSON file of others that is read: all of it is held, several times over once it is parsed."""
+REMOVED_AT_ONCE = 16
+"""Objects whose removal is asked for at the same time."""
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and the path in it that `uri` names; credentials come from the environment alone."""
-    fs, path = url_to_fs(str(uri))
+    """The file system and the path in it that `uri` names; credentials come from the environment alone.
+
+    Raises:
+        ValueError: the protocol is unknown, or it is a version of an object.
+        ImportError: the protocol's package is missing.
+    """
+    uri = str(uri)
+    if is_local(uri):  # whatever else fsspec would see in the name
+        path = LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
+        return fsspec.filesystem("file"), path
+    fs, path = url_to_fs(uri)
     if "s3" in fs.protocol:
+        if "?versionId=" in path:  # s3fs cuts the name there
+            raise ValueError("it names a version of an object, not a file or a folder")
         fs.retries = 1  # botocore tries requests again, and `patiently` what is left; a third loop would multiply the two
     return fs, path
 
@@ -52,9 +70,24 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
+    try:
+        _info(uri)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _info(uri: str) -> dict[str, Any]:
+    """
+    Raises:
+        FileNotFoundError: there is none, though perhaps others whose names begin like it.
+    """
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
-    return bool(patiently(uri, lambda: fs.exists(path)))
+    info: dict[str, Any] = patiently(uri, lambda: fs.info(path))
+    if info["type"] == "directory" and not isinstance(fs, LocalFileSystem):
+        raise FileNotFoundError(errno.ENOENT, "a prefix, not a file", uri)
+    return info
 
 
 def names(uri: str) -> list[str]:
@@ -67,7 +100,19 @@ def names(uri: str) -> list[str]:
         return []
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
     files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
-    return sorted(name.rsplit("/", 1)[-1] for name in files)
+    # A file is listed as if it lay in itself.
+    return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)
+
+
+def below(uri: str) -> dict[str, dict[str, Any]]:
+    """What fsspec tells of each file in a folder and its folders, by the path from it."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    begin = path.rstrip("/") + "/"
+    found = patiently(uri, lambda: fs.find(path, detail=True))
+    # Not the file that is called like the folder, nor what some clients mark folders by.
+    inside = [name for name in found if name.startswith(begin) and not name.endswith("/")]
+    return {name.removeprefix(begin): found[name] for name in sorted(inside)}
 
 
 def folders(uri: str) -> list[str]:
@@ -83,9 +128,7 @@ def folders(uri: str) -> list[str]:
 
 
 def size(uri: str) -> int:
-    fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
-    return int(patiently(uri, lambda: fs.size(path)))
+    return int(_info(uri)["size"])
 
 
 def read(uri: str, limit: int | None = None) -> bytes:
@@ -276,15 +319,28 @@ def _close_anyhow(file: Any) -> None:
 
 
 def remove(uri: str, recursive: bool = False) -> None:
-    """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none."""
-    fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
+    """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none.
 
-    def once() -> None:
+    On an object store the files of a folder are listed and removed one by one, by their names.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
         if fs.exists(path):
             fs.rm(path, recursive=recursive)
+        return
+    paths = [f"{path}/{name}" for name in below(uri)] if recursive else [path]
+    with ThreadPoolExecutor(REMOVED_AT_ONCE, thread_name_prefix="remove") as threads:
+        for _ in threads.map(partial(_remove_object, fs), paths):
+            pass
+    fs.invalidate_cache()
 
-    patiently(uri, once)
+
+def _remove_object(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    def once() -> None:
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    patiently(fs.unstrip_protocol(path), once)
 
 
 def missing_folders(uri: str) -> list[Path]:
@@ -311,15 +367,13 @@ def sha256(uri: str) -> str:
 
 def fingerprint(uri: str) -> str:
     """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
-    fs, path = filesystem(uri)
-    return _checksum(patiently(uri, lambda: fs.info(path))) or f"sha256 {sha256(uri)}"
+    return _checksum(_info(uri)) or f"sha256 {sha256(uri)}"
 
 
 def version(uri: str) -> str | None:
     """What changes when a file is written anew, told without reading it: the store's own checksum, else size and time; or nothing."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
-    info = patiently(uri, lambda: fs.info(path))
+    info = _info(uri)
     try:
         return _checksum(info) or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
     except NotImplementedError:  # a store that does not tell the time

@@ -8,6 +8,7 @@ Notable:
 
 from __future__ import annotations
 
+import glob
 import io
 import re
 from collections.abc import Iterator
@@ -40,6 +41,9 @@ def sources(text: Text, key: str) -> list[Source]:
         if patiently(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
                 raise UserError(key, data, "is a folder", f"give its files, such as {data.rstrip('/')}/*.parquet")
+            if glob.escape(path) != path:
+                problem = "a folder whose name `datasets` would take for a pattern, and read others"
+                raise UserError(key, data, problem, "rename the folder, or give one of its files")
             return [_dataset(path, text, key)]
         # A name with brackets is a glob only if there is no file of that name.
         entries = patiently(data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True))

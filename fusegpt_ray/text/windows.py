@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +84,6 @@ def evaluation_windows(
     """
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
     return Windows(tokens_WT, _name(text), bos is not None)
-
-
-def described(protocol: Mapping[str, Any]) -> str:
-    """A protocol in words. Older manifests lack parts; then no window began with the token."""
-    windows, data = protocol.get("windows"), protocol.get("data")
-    count = "windows" if windows is None else "1 window" if windows == 1 else f"{windows} windows"
-    of = f" of {data}" if data else ""
-    token = "with" if protocol.get("bos") else "without"
-    return f"{count} of {protocol['length']} tokens{of}, {token} a beginning-of-sequence token"
 
 
 def _name(text: Text) -> str:

@@ -1,9 +1,13 @@
-"""A Ray Train job whose workers are killed ends with the same bytes; what they had learned until a savepoint is not learned again."""
+"""A Ray Train job whose workers are killed, or stop, ends with the same bytes; what they had learned
+until a savepoint is not learned again."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +61,7 @@ def fit(ray_session, checkpoint) -> Fit:
         change: Callable[[ray.data.Dataset], ray.data.Dataset] = lambda data: data,
         minutes: float | None = None,
         say: Callable[[str], None] = print,
+        workers: Workers = TWO,
     ) -> tuple[list[float], list[int]]:
         job = replace(dense, folder=str(out))
         kept = None if minutes is None else Savepoints.of(job, minutes, TWO.micro_batch, **training.setup(TWO))
@@ -66,7 +71,7 @@ def fit(ray_session, checkpoint) -> Fit:
             heard.append(number)
 
         shards = {"states-0": change(first), **states}
-        saved, losses = training.finetune(job, contexts, WINDOWS, shards, TWO, str(out / "train"), epoch, kept, say)
+        saved, losses = training.finetune(job, contexts, WINDOWS, shards, workers, str(out / "train"), epoch, kept, say)
         assert saved.blocks.keys() == {block.dense for block in job.neighbours}
         assert not (out / "train").exists()
         return losses, heard
@@ -74,8 +79,12 @@ def fit(ray_session, checkpoint) -> Fit:
     return fit
 
 
-def kill_a_worker(marks: Path, epoch: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A step of a worker's data that, when this epoch first comes, kills one of the training workers of its own Ray."""
+Step = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def kill_a_worker(marks: Path, epoch: int, by: signal.Signals = signal.SIGKILL) -> Step:
+    """A step of a worker's data that, when this epoch first comes, sends the signal to one of the
+    training workers of its own Ray."""
     marks.mkdir()
 
     def step(batch: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +94,7 @@ def kill_a_worker(marks: Path, epoch: int) -> Callable[[dict[str, Any]], dict[st
             siblings = psutil.Process(os.getppid()).children()  # all workers of a node are its raylet's children
             trainers = [process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())]
             assert len(trainers) == TWO.count, trainers
-            trainers[-1].kill()
+            trainers[-1].send_signal(by)
         return batch
 
     return step
@@ -118,6 +127,24 @@ def test_a_killed_worker_costs_the_epochs_since_the_last_savepoint(undisturbed, 
     assert said == [f"  going on after epoch {KILLED - 1} of {EPOCHS}"]
     assert len(list((tmp_path / "marks").iterdir())) == EPOCHS + 1  # the data were read once for each epoch, and for the broken one
     assert (hashes(tmp_path), losses) == undisturbed
+
+
+def test_a_worker_that_stops_is_given_up_and_costs_as_much(undisturbed, fit: Fit, tmp_path: Path) -> None:
+    """The connection to it stays, and nothing comes from it."""
+    said: list[str] = []
+    stopper = kill_a_worker(tmp_path / "marks", KILLED, signal.SIGSTOP)
+    wrap = lambda data: data.map_batches(stopper, batch_size=None)  # noqa: E731
+    began = time.monotonic()
+    losses, heard = fit(tmp_path, wrap, minutes=0, say=said.append, workers=replace(TWO, patience=8))
+    assert time.monotonic() - began < 180
+    assert heard == [1, 2, 3, 4, 5]
+    warning, going_on = said
+    silence = r"WARNING: .*(no sign of life|is silent|no part) for 8 s; this attempt at the group ends"
+    assert re.fullmatch(silence, warning)
+    assert going_on == f"  going on after epoch {KILLED - 1} of {EPOCHS}"
+    assert (hashes(tmp_path), losses) == undisturbed
+    stopped = [one for one in psutil.Process().children(recursive=True) if one.status() == psutil.STATUS_STOPPED]
+    assert stopped == []
 
 
 def test_a_run_that_was_given_up_goes_on(undisturbed, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,8 @@ from fusegpt_ray.text.calibration import (
     sample_windows,
     window_starts,
 )
-from fusegpt_ray.text.windows import Windows, described
+from fusegpt_ray.text.protocol import described
+from fusegpt_ray.text.windows import Windows
 
 BOS = SPECIAL.index("<s>")
 Capture = pytest.CaptureFixture[str]
