@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from fusegpt_ray.store.naming import refuse_ambiguous
 from fusegpt_ray.uris import refuse_secret
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
@@ -21,7 +22,14 @@ def _without_secret(uri: str) -> str:
     return uri
 
 
+def _unambiguous(uri: str) -> str:
+    refuse_ambiguous("", uri)
+    return uri
+
+
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
+Place = Annotated[Uri, AfterValidator(_unambiguous)]
+"""To be written to."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # method.md, the paper's public code, row by row.
@@ -188,8 +196,8 @@ class Cluster(Section):
 class Output(Section):
     """Where finished models go."""
 
-    uri: Uri
-    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`."""
+    uri: Place
+    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`. A URI has none of `* ? [ ]` in it, no `::` and no `..`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the published folders' names."""
     shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)

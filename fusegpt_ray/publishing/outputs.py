@@ -47,11 +47,7 @@ class Folder:
 
     @classmethod
     def look(cls, uri: str) -> Folder:
-        fs, path = storage.filesystem(uri)
-        fs.invalidate_cache()
-        begin = path.rstrip("/") + "/"
-        found = fs.find(path, detail=True)
-        return cls(uri, {name.removeprefix(begin): _file(info) for name, info in sorted(found.items())})
+        return cls(uri, {name: _file(info) for name, info in storage.below(uri).items()})
 
     @property
     def name(self) -> str:
@@ -172,7 +168,8 @@ class Outputs:
             raise UserError(KEY, uri, f"cannot be reached ({error})", "check the URI and your rights") from error
         names = sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
         ours = [name for name in names if MODEL.fullmatch(name) or name.endswith((".run", ".part"))]
-        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in entries if entry["type"] == "file"}
+        inside = [entry for entry in entries if entry["type"] == "file" and entry["name"] != path]  # a file lists itself
+        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in inside}
         return cls(uri, tuple(Folder.look(storage.join(uri, name)) for name in ours), files)
 
 

@@ -11,6 +11,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.publishing.outputs import DEAD_AFTER, IDENTITY, MODEL, Folder, Outputs, Run
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
+from fusegpt_ray.store.naming import refuse_ambiguous
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Leftover:
     """What it is, in words."""
     dead: bool
     """It may go."""
+    folder: bool = True
+    """It is a folder, not a file."""
 
 
 def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
@@ -31,8 +34,9 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
     `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that could go on may be removed as well.
 
     Raises:
-        UserError: not the folder in which models and runs lie.
+        UserError: not the folder in which models and runs lie, or a name that could mean others (see `naming.py`).
     """
+    refuse_ambiguous(KEY, uri)
     there = Outputs.look(uri)
     for name in (MANIFEST, IDENTITY):
         if name in there.files:
@@ -45,9 +49,21 @@ def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[L
     removed = []
     for item in leftovers(uri, age, unfinished):
         if item.dead and item in leftovers(uri, age, unfinished):
-            storage.remove(item.uri, recursive=True)
+            if item.uri.endswith(".run"):
+                remove_run(item.uri)
+            else:
+                storage.remove(item.uri, recursive=item.folder)
             removed.append(item)
     return removed
+
+
+def remove_run(folder: str) -> None:
+    """Remove a run's folder, whose identity goes last: no other run may find records that it did not write."""
+    storage.remove(storage.join(folder, "blocks"), recursive=True)
+    for name in reversed(storage.names(folder)):  # a kill in between leaves the rounds from the first one on
+        if name != IDENTITY:
+            storage.remove(storage.join(folder, name))
+    storage.remove(folder, recursive=True)
 
 
 def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftover]:
@@ -66,7 +82,7 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
     for name, file in there.files.items():
         probe = Folder(storage.join(there.uri, name), {name: file})
         if name.endswith(".write-test") and file.size == 0 and probe.silent() >= age:
-            yield Leftover(probe.uri, 0, "a probe of the output", True)
+            yield Leftover(probe.uri, 0, "a probe of the output", True, folder=False)
 
 
 def _half(folder: Folder, run: Run | None, family: bool, age: float) -> tuple[str, bool]:

@@ -18,6 +18,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import savepoint
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
 
@@ -188,10 +189,7 @@ class Journal:
 
     def remove(self) -> None:
         """Forget the run, once all its models are published."""
-        storage.remove(self.blocks_folder, recursive=True)
-        for number in reversed(self._numbers()):  # the identity last: no other run may find records it did not write
-            storage.remove(self._file(number))
-        storage.remove(self.folder, recursive=True)
+        remove_run(self.folder)
 
     def _forget_savepoints(self, number: int) -> None:
         storage.remove(savepoint.folder_of(self.round_folder(number)), recursive=True)

@@ -1,6 +1,8 @@
 """A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
 
 Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`, `get`, `put`, `cat` or `glob`).
+A prefix is no file, and a folder is what lies below its name and a slash.
 Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
 """
 
@@ -13,7 +15,9 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,18 +27,31 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import infer_compression
 
+from fusegpt_ray.store.naming import is_local
 from fusegpt_ray.store.patience import patiently
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
 SMALL = 1 << 25
 """Bytes of the largest JSON file of others that is read: all of it is held, several times over once it is parsed."""
+REMOVED_AT_ONCE = 16
+"""Objects whose removal is asked for at the same time."""
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and the path in it that `uri` names; credentials come from the environment alone."""
-    fs, path = url_to_fs(str(uri))
+    """The file system and the path in it that `uri` names; credentials come from the environment alone.
+
+    Raises:
+        ValueError: the protocol is unknown, or it is a version of an object.
+        ImportError: the protocol's package is missing.
+    """
+    uri = str(uri)
+    if is_local(uri):  # whatever else fsspec would see in the name
+        return fsspec.filesystem("file"), LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
+    fs, path = url_to_fs(uri)
     if "s3" in fs.protocol:
+        if "?versionId=" in path:  # s3fs cuts the name there
+            raise ValueError("it names a version of an object, not a file or a folder")
         fs.retries = 1  # botocore tries requests again, and `patiently` what is left; a third loop would multiply the two
     return fs, path
 
@@ -54,9 +71,24 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
+    try:
+        _info(uri)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _info(uri: str) -> dict[str, Any]:
+    """
+    Raises:
+        FileNotFoundError: there is no file of this name, though perhaps others whose names begin like it.
+    """
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
-    return bool(patiently(uri, lambda: fs.exists(path)))
+    info: dict[str, Any] = patiently(uri, lambda: fs.info(path))
+    if info["type"] == "directory" and not isinstance(fs, LocalFileSystem):
+        raise FileNotFoundError(errno.ENOENT, "a prefix, not a file", uri)
+    return info
 
 
 def names(uri: str) -> list[str]:
@@ -69,13 +101,22 @@ def names(uri: str) -> list[str]:
         return []
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
     files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
-    return sorted(name.rsplit("/", 1)[-1] for name in files)
+    return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)  # a file is listed as if it lay in itself
+
+
+def below(uri: str) -> dict[str, dict[str, Any]]:
+    """What fsspec tells of each file in a folder and its folders, by the path from it."""
+    fs, path = filesystem(uri)
+    fs.invalidate_cache()
+    begin = path.rstrip("/") + "/"
+    found = patiently(uri, lambda: fs.find(path, detail=True))
+    # Not the file that is called like the folder, nor the empty objects by which some clients mark folders.
+    inside = {name.removeprefix(begin): info for name, info in found.items() if name.startswith(begin) and not name.endswith("/")}
+    return dict(sorted(inside.items()))
 
 
 def size(uri: str) -> int:
-    fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
-    return int(patiently(uri, lambda: fs.size(path)))
+    return int(_info(uri)["size"])
 
 
 def read(uri: str, limit: int | None = None) -> bytes:
@@ -118,7 +159,7 @@ def reading(uri: str) -> Iterator[BinaryIO]:
     """A file to be read in a stream, decompressed if its name says that it is compressed."""
     fs, path = filesystem(uri)
     if "s3" not in fs.protocol:  # nothing to wait for, or a file system with retries of its own
-        with fsspec.open(uri, "rb", compression="infer") as file:
+        with fs.open(path, "rb", compression="infer") as file:
             yield file
         return
     raw = cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
@@ -268,15 +309,28 @@ def _close_anyhow(file: Any) -> None:
 
 
 def remove(uri: str, recursive: bool = False) -> None:
-    """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none."""
-    fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
+    """Remove a file, or with `recursive` a folder and all in it; nothing happens if there is none.
 
-    def once() -> None:
+    On an object store the files of a folder are listed and removed one by one, by their names.
+    """
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):
         if fs.exists(path):
             fs.rm(path, recursive=recursive)
+        return
+    paths = [f"{path}/{name}" for name in below(uri)] if recursive else [path]
+    with ThreadPoolExecutor(REMOVED_AT_ONCE, thread_name_prefix="remove") as threads:
+        for _ in threads.map(partial(_remove_object, fs), paths):
+            pass
+    fs.invalidate_cache()
 
-    patiently(uri, once)
+
+def _remove_object(fs: fsspec.AbstractFileSystem, path: str) -> None:
+    def once() -> None:
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+    patiently(fs.unstrip_protocol(path), once)
 
 
 def missing_folders(uri: str) -> list[Path]:
@@ -303,15 +357,13 @@ def sha256(uri: str) -> str:
 
 def fingerprint(uri: str) -> str:
     """What changes with a file's bytes: the store's own checksum of an object, else SHA-256."""
-    fs, path = filesystem(uri)
-    return _checksum(patiently(uri, lambda: fs.info(path))) or f"sha256 {sha256(uri)}"
+    return _checksum(_info(uri)) or f"sha256 {sha256(uri)}"
 
 
 def version(uri: str) -> str | None:
     """What changes when a file is written anew, told without reading it: the store's own checksum, else size and time; or nothing."""
     fs, path = filesystem(uri)
-    fs.invalidate_cache(path)
-    info = patiently(uri, lambda: fs.info(path))
+    info = _info(uri)
     try:
         return _checksum(info) or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
     except NotImplementedError:  # a store that does not tell the time

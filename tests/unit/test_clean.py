@@ -174,7 +174,8 @@ def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.Monke
     monkeypatch.setattr(storage, "remove", lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1])
     compress(recipe(desk, method="mi", sparsity=0.4))
     folder = str(run_folder(desk))
-    assert removed[-4:] == [f"{folder}/{name}" for name in ("blocks", "round-002.json", "round-001.json")] + [folder]
+    files = ["scores-002.json", "scores-001.json", "round-002.json", "round-001.json", "heartbeat.json"]
+    assert removed[-7:] == [f"{folder}/{name}" for name in ("blocks", *files)] + [folder]
 
 
 FOREIGN: dict[str, dict[str, str]] = {
