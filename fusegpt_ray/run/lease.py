@@ -27,7 +27,7 @@ from typing import Any, Self
 
 import psutil
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened, sealed
 
@@ -141,7 +141,7 @@ class Fence:
             return
         if there is None:
             problem = f"{self.folder} is gone: another run finished there, or somebody removed it"
-            fix = f"see what is there (fusegpt status {_place(self.folder)}) before you run it again"
+            fix = f"look what is there (fusegpt status {_place(self.folder)}) before you go on"
         else:
             seen = f"it gave no sign of life for {EXPIRY:.0f} s or more"
             problem = f"this run lost its name ({seen}) to one on {there.owner}: {there.doing}"
@@ -290,7 +290,9 @@ def _without_lease(sign: Mapping[str, Any]) -> Standing | None:
 def _read_sign(folder: str) -> dict[str, Any]:
     try:
         sign = storage.read_json(storage.join(folder, SIGN))
-    except (FileNotFoundError, ValueError, RecursionError):
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError):  # none, or none that can be read
         return {}
     return sign if isinstance(sign, dict) else {}
 
