@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import GOES_ON, StorageError, UserError
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Cluster, Evaluation
 
@@ -28,23 +28,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"stopped{arguments.again}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        saved = GOES_ON in getattr(stop, "__notes__", ())
+        again = f"; {GOES_ON[0].lower()}{GOES_ON[1:-1]}" if saved else arguments.again
+        print(f"stopped{again}", file=sys.stderr)
         return 130
     except StorageError as error:  # no trace: it would show what the store's libraries say, uncleaned, and help nobody
-        error = getattr(error, "cause", error)  # from a Ray task, the error itself rather than Ray's account of it
-        print(f"failed: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return _failed(arguments)
+        told = getattr(error, "cause", error)  # from a Ray task: itself, not Ray's account of it
+        notes = [note for e in dict.fromkeys((told, error)) for note in getattr(e, "__notes__", ())]
+        print(f"failed: {told}", *notes, sep="\n", file=sys.stderr)
+        return 1
     except Exception as error:  # the last place: the trace for whoever mends it, then what happened and where
         traceback.print_exc()
         print(f"\nfailed: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
-        return _failed(arguments)
-
-
-def _failed(arguments: argparse.Namespace) -> int:
-    if arguments.run is _compress:
-        print("The same command goes on from what is saved.", file=sys.stderr)
-    return 1
+        return 1
 
 
 def _compress(arguments: argparse.Namespace) -> int:
@@ -167,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
     _recipe_arguments(verb)
     verb.add_argument("--restart", action="store_true", help="forget an unfinished run of this name and begin anew")
-    verb.set_defaults(run=_compress, again="; the same command goes on from what is saved")
+    verb.set_defaults(run=_compress)
 
     verb = verbs.add_parser("score", help="how much each block of the dense model matters")
     _recipe_arguments(verb)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 LONGEST = 500
 """Characters of a value that a message shows."""
+GOES_ON = "The same command goes on from what is saved."
+"""A note to an exception that ends a run: only where it is true."""
 
 
 class UserError(ValueError):
@@ -25,7 +27,7 @@ class UserError(ValueError):
 class StorageError(OSError):
     """A store failed for good: the message names the URI and the cause, and `fix` says what to do, where that is known.
 
-    Without a `fix` nobody is at fault (an outage, say): the same command later goes on. No message holds a secret.
+    Without a `fix` nobody is at fault (an outage, say). No message holds a secret.
     """
 
     def __init__(self, uri: str, problem: str, fix: str = "") -> None:

@@ -31,7 +31,6 @@ from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds
-from fusegpt_ray.run.heartbeat import Heartbeat, wait_until_alone
 from fusegpt_ray.run.journal import Journal, identity
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
@@ -74,14 +73,18 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
             show.stage("checking the model's files")
             this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
             journal, run_id = Journal.of(recipe), checksum(this)
-            wait_until_alone(journal.folder, recipe.output.name, show.say)
-            if restart:
-                journal.remove()
+            if not restart:
+                journal.check(this)
             published = _published_before(recipe, targets, run_id)
-            if missing := [target for target in targets if target.folder not in published]:
-                life.enter_context(journal.begun(this))
+            if journal.exists or len(published) < len(targets):
                 plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
-                life.enter_context(Heartbeat(journal.folder, lambda: show.doing, plan))
+                owned = journal.owned(show.say, lambda: show.doing, plan)
+                journal = life.enter_context(owned)
+                published = _published_before(recipe, targets, run_id)  # perhaps while we waited
+                if restart:
+                    journal.clear()
+            if missing := [target for target in targets if target.folder not in published]:
+                journal.begin(this, show.say)
                 _compare_source(engine, source, dense, windows_WT, show)
                 show.calibration(drawn.protocol)
                 show.stage("evaluating the dense model")
@@ -90,7 +93,6 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 done = Rounds(recipe, engine, journal, dense, windows_WT, show).up_to([target.remove for target in missing])
             else:
                 show.say("nothing is left to do: this very run has published everything")
-                journal.check(this)
             for target in missing:
                 records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
                 show.stage(f"evaluating and publishing {target.name}")
@@ -107,9 +109,19 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 }
                 measure = partial(judge.measure, target.folder, stack)
                 shard_bytes = int(recipe.output.shard_gb * 1e9)
-                published[target.folder] = publish(target.folder, stack, dense, source, shard_bytes, facts, measure)
-            life.close()  # a later sign would bring the folder back
-            journal.remove()
+                with journal.creating():
+                    published[target.folder] = publish(
+                        target.folder,
+                        stack,
+                        dense,
+                        source,
+                        shard_bytes,
+                        facts,
+                        measure,
+                        journal.fence,
+                    )
+            if journal.lease:
+                journal.remove()
         results = [published[target.folder] for target in targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
         for item in results:

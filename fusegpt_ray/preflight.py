@@ -16,7 +16,7 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
-from fusegpt_ray.run.journal import Journal, settings
+from fusegpt_ray.run.journal import ANEW, Journal, settings
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
 
@@ -134,7 +134,8 @@ def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
     if finished and (restart or len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
     if not restart:
-        Journal.of(recipe).check(settings(recipe))
+        moved = f"{ANEW} (once {finished[0].folder} is moved or removed)" if finished else ANEW
+        Journal.of(recipe).check(settings(recipe), moved)
 
 
 def name_taken(recipe: Recipe, target: Target) -> UserError:

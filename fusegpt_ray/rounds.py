@@ -47,7 +47,11 @@ class Rounds:
             try:
                 done.append(self._round(number, done))
             except Exception as error:
-                error.add_note(f"stopped in round {number} of {total}; {len(done)} are finished in {self.journal.folder}")
+                where = f" in {self.journal.folder}" if self.journal.saved else ""
+                finished = f"{len(done)} are finished{where}"
+                error.add_note(f"stopped in round {number} of {total}; {finished}")
+                if done and isinstance(error, FloatingPointError):
+                    error.add_note("another recipe begins anew with --restart, which forgets them")
                 raise
             self.journal.commit(number, done[-1])
             self.show.round_ends(number, total, done[-1].record["losses"])
@@ -67,7 +71,18 @@ class Rounds:
             settings = self.recipe.fusion
             fuse = self.recipe.method == "fusegpt"
             origin = checksum({"rounds": [done.to_json() for done in before]})
-            job = Round(stack, self.dense, donor, settings, fuse, self.recipe.seed, self.journal.round_folder(number), origin[:16])
+            folder = self.journal.round_folder(number)
+            job = Round(
+                stack,
+                self.dense,
+                donor,
+                settings,
+                fuse,
+                self.recipe.seed,
+                folder,
+                origin[:16],
+                self.journal.fence,
+            )
             group = [block.dense for block in job.group]
             verb = "fusing" if fuse else "fine-tuning"
             self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
@@ -28,6 +28,10 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
 
 
+def _nothing() -> None:
+    """Nobody else writes."""
+
+
 @dataclass(frozen=True)
 class Round:
     """What one round does: fuse block `donor` of `stack` into its group."""
@@ -44,6 +48,8 @@ class Round:
     """Where the new blocks' files go."""
     origin: str = ""
     """What `stack` came of: another if any of its weights could be. A savepoint of another origin is not gone on from."""
+    fence: Callable[[], None] = _nothing
+    """Called before every write, in whichever process: it raises if another run writes here."""
 
     @property
     def span(self) -> range:
@@ -140,6 +146,7 @@ def save_group(job: Round, student: Student) -> Saved:
 
     def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
         entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
+        job.fence()
         files[file], refs = write_safetensors(file, entries)
         return refs
 

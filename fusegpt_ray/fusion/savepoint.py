@@ -63,6 +63,8 @@ class Savepoints:
     """Whose they are: all whose change would alter what the files hold, or the bits that come of it."""
     micro_batch: int
     """Windows that pass a worker's group at once."""
+    fence: Callable[[], None]
+    """As that of the round."""
     seconds: float = 0.0
     """What fine-tuning took until the last of them."""
 
@@ -70,7 +72,7 @@ class Savepoints:
     def of(cls, job: Round, minutes: float, micro_batch: int, **setup: str | int) -> Savepoints:
         """Those of the group of `job`; `micro_batch` as the recipe asks. Where one is there already, with what it tells."""
         owner = {"after": job.origin, "donor": job.donor, "micro_batch_asked": micro_batch, "torch": torch.__version__, **setup}
-        this = cls(folder_of(job.folder), minutes, owner, micro_batch)
+        this = cls(folder_of(job.folder), minutes, owner, micro_batch, job.fence)
         try:
             record = this._record()
         except DamagedRecord:  # the workers find it, too, and say so
@@ -119,6 +121,7 @@ class Savepoints:
 
     def keep(self, learner: Learner, losses: list[float], seconds: float) -> None:
         """Make a savepoint after the epochs with these losses, which took so many seconds. All workers at once."""
+        self.fence()
         tensors = learner.state()
         entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
         file, _ = write_safetensors(self._uri(len(losses), learner.worker), entries)
@@ -170,6 +173,7 @@ class Savepoints:
     def _write(self, losses: list[float], seconds: float, files: Mapping[str, FileRecord]) -> None:
         """Put the record in place of the last one, then remove what it does not name."""
         told = {name: file.to_json() for name, file in files.items()}
+        self.fence()
         body = {"owner": dict(self.owner), "micro_batch": self.micro_batch, "losses": losses, "seconds": seconds, "files": told}
         storage.write(storage.join(self.folder, RECORD), sealed(body))
         for name in storage.names(self.folder):

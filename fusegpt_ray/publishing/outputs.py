@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.run.heartbeat import HEARTBEAT
+from fusegpt_ray.run.lease import Standing
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened
@@ -24,7 +24,8 @@ State = Literal["alive", "unfinished", "published", "remains"]
 """Of a run: at work; dead, but the same command goes on; dead after it published everything; dead while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-RUN_FILE = re.compile(r"\.?(identity|heartbeat|(round|scores|sums)-\d+)\.json(\.[0-9a-f]{8})?|blocks/.+")
+_NAMES = r"identity|heartbeat|(round|scores|sums|lease)-\d+"
+RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json)?|config\.json")
 
@@ -89,12 +90,13 @@ class Run:
 
     @cached_property
     def heartbeat(self) -> Mapping[str, Any]:
-        """Its last sign of life; empty if there is none that can be read."""
+        """The last sign of life of its owner; empty if there is none that can be read."""
         try:
-            sign = storage.read_json(storage.join(self.folder.uri, HEARTBEAT))
-        except (OSError, ValueError, RecursionError):
+            owned = Standing.look(self.folder.uri)
+        except OSError:
             return {}
-        return sign if isinstance(sign, dict) and isinstance(sign.get("time"), float) else {}
+        sign = owned.sign if owned else {}
+        return sign if isinstance(sign.get("time"), float) else {}
 
     @cached_property
     def rounds(self) -> list[Mapping[str, Any]]:

@@ -52,10 +52,12 @@ def publish(
     shard_bytes: int,
     facts: Mapping[str, Any],
     measure: Measure = lambda _: {},
+    fence: Callable[[], None] = lambda: None,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
-    `facts` and those that `measure` finds go into the manifest and the card.
+    `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
+    before every write, and raises if another run writes there.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -67,6 +69,7 @@ def publish(
     files: dict[str, FileRecord] = {}
 
     def put(name: str, data: bytes) -> None:
+        fence()
         storage.write(storage.join(folder, name), data)
         files[name] = FileRecord.of(data)
         read_back(storage.join(folder, name), files[name])
@@ -75,7 +78,9 @@ def publish(
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="shard") as threads:
-        for name, record in zip(shards, threads.map(partial(_put_shard, folder), *zip(*shards.items(), strict=True)), strict=True):
+        put_shard = partial(_put_shard, folder, fence)
+        records = threads.map(put_shard, shards.keys(), shards.values())
+        for name, record in zip(shards, records, strict=True):
             files[name] = record
             weight_map |= {entry.name: name for entry in shards[name]}
     if list(files) != [SINGLE]:
@@ -98,6 +103,7 @@ def publish(
     }
     put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
+    fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
 
@@ -108,7 +114,13 @@ def left_out(source: Source, dense: Stack) -> list[str]:
     return [*source.left_out(used), *dense.ignored]
 
 
-def _put_shard(folder: str, name: str, entries: Sequence[Entry]) -> FileRecord:
+def _put_shard(
+    folder: str,
+    fence: Callable[[], None],
+    name: str,
+    entries: Sequence[Entry],
+) -> FileRecord:
+    fence()
     file = storage.join(folder, name)
     record, _ = write_safetensors(file, entries)
     read_back(file, record)

@@ -6,9 +6,19 @@ import fcntl
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.publishing.outputs import DEAD_AFTER, IDENTITY, MODEL, Folder, Outputs, Run
+from fusegpt_ray.publishing.outputs import (
+    DEAD_AFTER,
+    IDENTITY,
+    MODEL,
+    RUN_FILE,
+    Folder,
+    Outputs,
+    Run,
+)
+from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 from fusegpt_ray.store.naming import refuse_ambiguous
@@ -49,22 +59,37 @@ def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[L
     """Remove what may be removed, each after another look at it; returns what was."""
     removed = []
     for item in leftovers(uri, age, unfinished):
-        if item.dead and item in leftovers(uri, age, unfinished):
-            if item.uri.endswith(".run"):
-                remove_run(item.uri)
-            else:
-                storage.remove(item.uri, recursive=item.folder)
-            removed.append(item)
+        of_run = item.uri.endswith(".run")
+        owned = Standing.look(item.uri) if of_run else None  # as the second look at it finds it
+        if not item.dead or item not in leftovers(uri, age, unfinished):
+            continue
+        if of_run:
+            if not claim(item.uri, owned, Owner.this()):
+                continue  # somebody goes on with it
+            remove_run(item.uri)
+        else:
+            storage.remove(item.uri, recursive=item.folder)
+        removed.append(item)
     return removed
 
 
-def remove_run(folder: str) -> None:
-    """Remove a run's folder, its identity last: no other run may find records it did not write."""
+def remove_run(folder: str, keep_lease: bool = False) -> None:
+    """Remove what a run wrote into its folder, for whoever owns its name.
+
+    The identity goes after all records: no other run may find records that it did not write. The
+    lease goes last: until then nobody else may begin.
+    """
     storage.remove(storage.join(folder, "blocks"), recursive=True)
-    for name in reversed(storage.names(folder)):  # a kill leaves the rounds from the first one on
-        if name != IDENTITY:
+    ours = [name for name in storage.names(folder) if RUN_FILE.fullmatch(name)]
+    leases = [name for name in ours if LEASE.fullmatch(name)]
+    last = [name for name in (IDENTITY, SIGN) if name in ours]
+    for name in reversed(ours):  # a kill in between leaves the rounds from the first one on
+        if name not in (*leases, *last):
             storage.remove(storage.join(folder, name))
-    storage.remove(folder, recursive=True)
+    for name in last[:1] if keep_lease else (*last, *leases):
+        storage.remove(storage.join(folder, name))
+    if not keep_lease and not storage.is_remote(folder):
+        storage.remove_empty([Path(storage.filesystem(folder)[1])])
 
 
 def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftover]:

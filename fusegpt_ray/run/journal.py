@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import GOES_ON, StorageError, UserError
 from fusegpt_ray.fusion import savepoint
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.run.housekeeping import remove_run
+from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
 
 METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""
+ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
+"""The ways out where another run is in the folder."""
 Note = Literal["sums", "scores"]
 """Of a round that is under way: what its scoring has measured so far, and what it found."""
 
@@ -70,15 +74,21 @@ class Done:
         return cls(data["round"], Stack.from_json(data["stack"]), files)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Journal:
-    """The records of one run, at a folder of their own."""
+    """The records of one run, at a folder of their own. Who writes owns the name (see `owned`)."""
 
     folder: str
+    lease: Lease | None = None
+    saved: bool = False
+    """There is something that the same command goes on from."""
+    ours: bool = False
+    """Nothing in the folder is of an earlier attempt, and no round is done."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Journal:
-        return cls(storage.join(storage.absolute(recipe.output.uri), f"{recipe.output.name}.run"))
+        folder = f"{recipe.output.name}.run"
+        return cls(storage.join(storage.absolute(recipe.output.uri), folder))
 
     @property
     def blocks_folder(self) -> str:
@@ -93,56 +103,116 @@ class Journal:
     def started(self) -> bool:
         return storage.exists(self._identity)
 
-    def begin(self, this: Mapping[str, Any]) -> bool:
-        """Start, or go on with, the run of this identity; whether it was started here.
+    @property
+    def exists(self) -> bool:
+        """Whether anything is in the folder."""
+        return bool(storage.names(self.folder))
+
+    @property
+    def fence(self) -> Callable[[], None]:
+        """To be called before a write; it raises `OwnedByAnother` when the name is lost."""
+        return self.lease.fence.check if self.lease else _nothing
+
+    def creating(self) -> AbstractContextManager[None]:
+        """Around what must be created by this run alone (see `Lease.creating`)."""
+        return self.lease.creating() if self.lease else nullcontext()
+
+    @contextmanager
+    def owned(
+        self,
+        say: Callable[[str], None],
+        doing: Callable[[], str],
+        facts: Mapping[str, Any],
+    ) -> Iterator[Journal]:
+        """This journal for writing: while the block lasts, no other run has the name.
+
+        If an exception ends the block, it gets a note where the same command goes on from what is
+        saved. Where nothing is saved, or where the user made a mistake and no round is done,
+        nothing stays of a run that began here.
+
+        Raises:
+            OwnedByAnother: another run has the name, or took it over.
+        """
+        folders = storage.missing_folders(self.folder)
+        with Lease.take(self.folder, say, doing, facts) as lease:
+            names = storage.names(self.folder)
+            saved = any(name.startswith(("round-", *get_args(Note))) for name in names)
+            journal = Journal(self.folder, lease, saved, ours="identity.json" not in names)
+            try:
+                yield journal
+            except BaseException as error:
+                journal._ends(error, folders)
+                raise
+
+    def _ends(self, error: BaseException, folders: list[Path]) -> None:
+        """What an exception that ends the run leaves, and what it tells of that."""
+        try:
+            self.fence()
+            if not self.saved or (isinstance(error, UserError) and self.ours):
+                self.remove()
+                storage.remove_empty(folders)
+                return
+        except OwnedByAnother as lost:
+            if isinstance(error, OwnedByAnother) or not isinstance(error, Exception):
+                return
+            raise lost from error
+        except StorageError as failed:
+            error.add_note(f"what the run left was not looked at: {failed}")
+        # What cannot come out otherwise the next time needs another recipe.
+        if self.saved and not isinstance(error, UserError | FloatingPointError):
+            error.add_note(GOES_ON)
+
+    def begin(self, this: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
+        """Start, or go on with, the run of this identity. One that finished no round makes way.
 
         Raises:
             UserError: another run is in this folder; the message shows what differs, key by key.
         """
+        self.fence()
         try:
             storage.create(self._identity, sealed(this))
         except FileExistsError:
             self.check(this)
-            return False
-        return True
+            if self._other(this):
+                say("an earlier attempt of another recipe had finished no round: beginning anew")
+                self.clear()
+                storage.create(self._identity, sealed(this))
 
-    @contextmanager
-    def begun(self, this: Mapping[str, Any]) -> Iterator[None]:
-        """`begin`; and if the block ends with a user's mistake before its first round is done, nothing of a run started here stays."""
-        folders = storage.missing_folders(self.folder)
-        started = self.begin(this)
-        try:
-            yield
-        except UserError:
-            if started and not self._numbers():
-                self.remove()
-                storage.remove_empty(folders)
-            raise
+    def check(self, this: Mapping[str, Any], fix: str = ANEW) -> None:
+        """
+        Raises:
+            UserError: another run with finished rounds is here, as far as `this` part of an
+                identity tells.
+        """
+        if self._numbers() and (problem := self._other(this)):
+            name = self.folder.rsplit("/", 1)[-1].removesuffix(".run")
+            raise UserError("output.name", name, problem, fix)
 
-    def check(self, this: Mapping[str, Any]) -> None:
-        """Raise as `begin` does if another run is here, as far as `this` part of an identity tells."""
+    def _other(self, this: Mapping[str, Any]) -> str:
+        """How the run that is here differs from this (part of an) identity, or nothing."""
         if not self.started:
-            return
-        name = self.folder.rsplit("/", 1)[-1].removesuffix(".run")
-        fix = "use the recipe, data and model of that run, choose another output.name, or remove that folder"
+            return ""
         try:
             there = opened(storage.read(self._identity))
         except DamagedRecord as error:
-            problem = f"an unfinished run is in {self.folder}, and its identity.json is damaged ({error})"
-            raise UserError("output.name", name, problem, fix) from error
+            damaged = f"its identity.json is damaged ({error})"
+            return f"an unfinished run is in {self.folder}, and {damaged}"
         theirs = {key: there.get(key) for key in this}
         found = [f"{key} = {old!r}, this one has {new!r}" for key, old, new in _differences(theirs, json.loads(json.dumps(this)))]
-        if found:
-            raise UserError("output.name", name, f"an unfinished run in {self.folder} has " + "; and ".join(found), fix)
+        return f"an unfinished run in {self.folder} has " + "; and ".join(found) if found else ""
 
     def commit(self, number: int, done: Done) -> None:
         """Record round `number` (from 1) as done; only then do its savepoints go."""
-        storage.create(self._file(number), sealed(done.to_json()))
+        with self.creating():
+            storage.create(self._file(number), sealed(done.to_json()))
+        self.saved, self.ours = True, False
         self._forget_savepoints(number)
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
         """Note something about round `number` before it is done, so that a kill does not cost it. A later note takes its place."""
+        self.fence()
         storage.write(self._note(kind, number), sealed({"note": note}))
+        self.saved = True
 
     def kept(self, kind: Note, number: int, say: Callable[[str], None]) -> Any:
         """What `keep` noted, or None."""
@@ -178,6 +248,7 @@ class Journal:
             done = done[: written[bad[0]][0] - 1]
         if problem:
             say(f"WARNING: {problem}; going back to the end of round {len(done)}")
+            self.fence()
             for number in self._numbers():
                 if number > len(done):
                     storage.remove(self._file(number))
@@ -187,8 +258,17 @@ class Journal:
             self._forget_savepoints(len(done))  # which a kill just after its commit may have left
         return done
 
+    def clear(self) -> None:
+        """Forget the run, but keep the name."""
+        self.fence()
+        remove_run(self.folder, keep_lease=True)
+        self.saved, self.ours = False, True
+
     def remove(self) -> None:
-        """Forget the run, once all its models are published."""
+        """Forget the run, and leave the name: once all its models are published."""
+        self.fence()
+        if self.lease:
+            self.lease.stop()
         remove_run(self.folder)
 
     def _forget_savepoints(self, number: int) -> None:
@@ -219,6 +299,10 @@ class Journal:
             except DamagedRecord as error:
                 return done, f"{self._file(number)} is damaged ({error})"
         return done, ""
+
+
+def _nothing() -> None:
+    """Nobody else writes (in tests, and where records are only looked at)."""
 
 
 def _files(stack: Stack) -> set[str]:

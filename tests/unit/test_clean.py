@@ -174,8 +174,11 @@ def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.Monke
     monkeypatch.setattr(storage, "remove", lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1])
     compress(recipe(desk, method="mi", sparsity=0.4))
     folder = str(run_folder(desk))
-    files = ["scores-002.json", "scores-001.json", "round-002.json", "round-001.json", "heartbeat.json"]
-    assert removed[-7:] == [f"{folder}/{name}" for name in ("blocks", *files)] + [folder]
+    notes = ["scores-002.json", "scores-001.json"]
+    records = ["round-002.json", "round-001.json", "identity.json"]
+    files = ["blocks", *notes, *records, "heartbeat.json", "lease-000001.json"]
+    assert removed[-8:] == [f"{folder}/{name}" for name in files]
+    assert not run_folder(desk).exists()
 
 
 FOREIGN: dict[str, dict[str, str]] = {

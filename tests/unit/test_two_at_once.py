@@ -3,56 +3,79 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from desk import Desk
-from stopped_runs import Watching, Weights, _undisturbed, published, recipe, run_folder, stopped  # noqa: F401 - fixtures
+from stopped_runs import (  # noqa: F401 - fixtures
+    Watching,
+    Weights,
+    _undisturbed,
+    contents,
+    published,
+    recipe,
+    run_folder,
+    stopped,
+)
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.run import lease
+from fusegpt_ray.run.lease import Owner, Standing, claim
 
 
-def sign(desk: Desk, **changes: Any) -> dict[str, Any]:
-    """A sign of life of another machine's process in the run's folder."""
-    told = {"time": time.time(), "host": "elsewhere", "pid": 1, "doing": "round 2/3: scoring 4 blocks"} | changes
+def owned(desk: Desk, **changes: Any) -> Owner:
+    """Another machine's process takes the stopped run's name."""
+    facts = {"host": "elsewhere", "machine": "another", "pid": 1} | changes
+    owner = replace(Owner.this(), **facts)
+    assert claim(str(run_folder(desk)), Standing.look(str(run_folder(desk))), owner)
+    return owner
+
+
+def sign(desk: Desk, owner: Owner) -> None:
+    """Its sign of life."""
+    told = {"owner": owner.id, "host": owner.host, "pid": owner.pid, "doing": "round 2/3: scoring"}
     new = run_folder(desk) / "heartbeat.new"
-    new.write_text(json.dumps(told))
+    new.write_text(json.dumps(told | {"time": time.time()}))
     new.replace(run_folder(desk) / "heartbeat.json")  # whole, whoever reads it meanwhile
-    return told
 
 
-def test_a_run_that_is_at_work_elsewhere_is_left_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fusegpt_ray.run.heartbeat.EVERY", 1.5)
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_run_that_is_at_work_elsewhere_is_left_alone(restart: bool, desk: Desk) -> None:
     stopped(desk)
-    sign(desk)
+    owner = owned(desk)
+    before = contents(run_folder(desk))
     over = threading.Event()
 
     def go_on() -> None:
         while not over.wait(0.2):
-            sign(desk)
+            sign(desk, owner)
 
     elsewhere = threading.Thread(target=go_on)
     elsewhere.start()
     try:
-        with pytest.raises(UserError, match=r"at work on elsewhere \(process 1\): round 2/3"):
-            compress(recipe(desk), Watching(), restart=True)
+        told = r"at work on elsewhere \(process 1, since .*\): round 2/3"
+        with pytest.raises(UserError, match=told):
+            compress(recipe(desk), Watching(), restart=restart)
     finally:
         over.set()
         elsewhere.join()
-    assert (run_folder(desk) / "round-001.json").exists()
+    after = contents(run_folder(desk))
+    assert before.pop("heartbeat.json") != after.pop("heartbeat.json")
+    assert before == after
 
 
 def test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with(
     desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusegpt_ray.run.heartbeat.EVERY", 0.2)
+    """It is waited for whatever time its sign tells: clocks of two machines differ."""
+    monkeypatch.setattr(lease, "EXPIRY", 0.5)
     stopped(desk)
-    sign(desk)
+    sign(desk, owned(desk))
     show = Watching()
     compress(recipe(desk), show)
     assert any("was alive on elsewhere" in line for line in show.said)
@@ -63,7 +86,8 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(desk: Desk) ->
     stopped(desk)
     dead = subprocess.Popen(["true"])
     dead.wait()
-    sign(desk, host=socket.gethostname(), pid=dead.pid)
+    here = Owner.this()
+    sign(desk, owned(desk, host=here.host, machine=here.machine, pid=dead.pid))
     show = Watching()
     compress(recipe(desk), show)
     assert not any("alive" in line for line in show.said)

@@ -1,0 +1,317 @@
+"""Who owns a run's name: exactly one process, decided by the store's exclusive create.
+
+A lease is a small file in the run's folder, `lease-000001.json`: created once, never changed, it
+names its owner. The owner renews it by a sign of life, `heartbeat.json`. A newcomer watches the
+last lease. When neither it nor its sign has changed for `EXPIRY` seconds by the newcomer's own
+clock (those of two machines need not agree), or it is known to have ended, the newcomer creates
+the next lease; of several that try, one succeeds. Whoever finds that the last lease is not its
+own has lost the name and writes nothing more: it looks before every record. So a late sign of
+life, on a busy machine, costs the run its name but never its bytes. Light: no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+
+from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import DamagedRecord, opened, sealed
+
+SIGN = "heartbeat.json"
+LEASE = re.compile(r"lease-(\d{6,})\.json")
+EVERY = 20.0
+"""Seconds between two signs of life."""
+EXPIRY = 120.0
+"""Seconds without a sign, as a newcomer observes them, after which a lease has expired."""
+Say = Callable[[str], None]
+
+
+class OwnedByAnother(UserError):
+    """Another run owns the name: this one must stop and write nothing more."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process that works, or worked, under a run's name."""
+
+    id: str
+    host: str
+    machine: str
+    """Tells apart machines, their boots, and containers, whatever their host names."""
+    pid: int
+    born: float
+    """When the process began, in seconds since 1970: another process may get its number later."""
+    since: str
+    """When it took the name."""
+
+    @classmethod
+    def this(cls) -> Owner:
+        """This process, anew for each name that it takes."""
+        born = psutil.Process().create_time()
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        return cls(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), born, since)
+
+    def __str__(self) -> str:
+        since = f", since {self.since}" if self.since else ""
+        return f"{self.host} (process {self.pid}{since})"
+
+    def lives(self) -> bool | None:
+        """Whether its process still runs, as far as this machine can tell."""
+        if self.machine != _machine() or self.pid == os.getpid():
+            return None
+        try:
+            process = psutil.Process(self.pid)
+            if abs(process.create_time() - self.born) > 5:
+                return False
+            status = process.status()
+        except psutil.NoSuchProcess:
+            return False
+        except psutil.AccessDenied:
+            return None
+        if status == psutil.STATUS_ZOMBIE:
+            return False
+        return None if status == psutil.STATUS_STOPPED else True
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The last lease of a run's folder, and its owner's last sign of life."""
+
+    generation: int
+    owner: Owner
+    sign: Mapping[str, Any]
+    """Empty if there is none."""
+
+    @classmethod
+    def look(cls, folder: str) -> Standing | None:
+        """Nothing where nobody has ever had the name, or its last owner has finished."""
+        while True:
+            found = [int(m[1]) for name in storage.names(folder) if (m := LEASE.fullmatch(name))]
+            sign = _read_sign(folder)
+            if not found:
+                return _without_lease(sign)
+            try:
+                body = opened(storage.read(_file(folder, max(found))))
+                owner = Owner(**body)
+            except FileNotFoundError:  # it has just been removed, with all before it
+                continue
+            except (DamagedRecord, TypeError):
+                owner = Owner("", "a machine unknown (its lease is damaged)", "", 0, 0.0, "")
+            return cls(max(found), owner, sign if sign.get("owner") == owner.id else {})
+
+    @property
+    def doing(self) -> str:
+        return str(self.sign.get("doing") or "just started")
+
+    @property
+    def over(self) -> bool:
+        """The owner said that it ended, or its process is known to be gone."""
+        return "ended" in self.sign or self.owner.lives() is False
+
+
+@dataclass(frozen=True)
+class Fence:
+    """Asked before every write of a run, by whichever of its processes writes (so it is small)."""
+
+    folder: str
+    owner: str
+    """The id."""
+
+    def check(self) -> None:
+        """
+        Raises:
+            OwnedByAnother: the name has another owner by now.
+        """
+        there = Standing.look(self.folder)
+        if there is not None and there.owner.id == self.owner:
+            return
+        if there is None:
+            problem = f"{self.folder} is gone: another run finished there, or somebody removed it"
+            fix = f"look what is there (fusegpt status {_place(self.folder)}) before you go on"
+        else:
+            seen = f"it gave no sign of life for {EXPIRY:.0f} s or more"
+            problem = f"this run lost its name ({seen}) to one on {there.owner}: {there.doing}"
+            fix = f"leave it to that run (fusegpt status {_place(self.folder)} shows it)"
+        raise OwnedByAnother("output.name", _name(self.folder), problem, fix)
+
+
+class Lease:
+    """One process's ownership of a run's name. While the block lasts, a thread renews it.
+
+    A sign that cannot be written is left out: it tells of the run and must not end it. If an
+    exception ends the block, a last sign names it, and the next run need not wait. After a block
+    that ends well nothing is written: by then the run's folder has been removed.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        owner: Owner,
+        doing: Callable[[], str],
+        facts: Mapping[str, Any],
+    ) -> None:
+        self.folder, self.fence = folder, Fence(folder, owner.id)
+        self._owner, self._doing, self._facts = owner, doing, facts
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    @classmethod
+    def take(
+        cls,
+        folder: str,
+        say: Say,
+        doing: Callable[[], str] = str,
+        facts: Mapping[str, Any] | None = None,
+    ) -> Lease:
+        """Own the name: at once, or when its last owner has ended or its lease has expired.
+
+        Raises:
+            OwnedByAnother: a process that is alive owns it, or was faster.
+        """
+        while True:
+            last = _wait(folder, say)
+            owner = Owner.this()
+            if claim(folder, last, owner):
+                return cls(folder, owner, doing, facts or {})
+            if winner := Standing.look(folder):
+                raise _at_work(folder, winner)
+
+    def __enter__(self) -> Self:
+        self._beat()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+        if kind:
+            self._beat(ended=kind.__name__)
+
+    def stop(self) -> None:
+        """Give no more signs, so that none comes after the removal of the run's folder."""
+        self._stop.set()
+        self._thread.join()
+
+    @contextlib.contextmanager
+    def creating(self) -> Iterator[None]:
+        """What the block creates exclusively is this run's.
+
+        Raises:
+            OwnedByAnother: the name is lost, or another run created the same.
+        """
+        self.fence.check()
+        try:
+            yield
+        except FileExistsError as error:
+            self.fence.check()
+            problem = f"another run, which was taken for dead, wrote the same meanwhile ({error})"
+            fix = "run the same command again once that run has stopped: it finds what was finished"
+            raise OwnedByAnother("output.name", _name(self.folder), problem, fix) from error
+
+    def _renew(self) -> None:
+        while not self._stop.wait(EVERY):
+            self._beat()
+
+    def _beat(self, **more: str) -> None:
+        owner = {"owner": self._owner.id, "host": self._owner.host, "pid": self._owner.pid}
+        sign = {"time": time.time(), **owner, "doing": self._doing(), **self._facts, **more}
+        with contextlib.suppress(Exception):  # whatever the store raises; or the name is lost
+            self.fence.check()
+            storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), patience=0)
+
+
+def claim(folder: str, last: Standing | None, owner: Owner) -> bool:
+    """Create the lease that follows `last`; whether nobody else was faster."""
+    try:
+        storage.create(_file(folder, last.generation + 1 if last else 1), sealed(asdict(owner)))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _wait(folder: str, say: Say) -> Standing | None:
+    """The last lease, once it binds nobody any more.
+
+    Raises:
+        OwnedByAnother: its owner is alive.
+    """
+    first = Standing.look(folder)
+    if first is None or first.over:
+        return first
+    if first.owner.lives():
+        raise _at_work(folder, first)
+    began = time.monotonic()
+    seen = f"a run of this name was alive on {first.owner}"
+    say(f"{seen}; waiting up to {EXPIRY:.0f} s to see whether it still is")
+    while True:
+        waited = time.monotonic() - began  # known before the look, which then covers all of it
+        now = Standing.look(folder)
+        if now is None or now.over:
+            return now
+        if now != first:
+            raise _at_work(folder, now)
+        if waited >= EXPIRY:
+            return now
+        time.sleep(EVERY / 10)
+
+
+def _at_work(folder: str, owned: Standing) -> OwnedByAnother:
+    problem = f"a run of this name is at work on {owned.owner}: {owned.doing}"
+    shown = f"fusegpt status {_place(folder)} shows it"
+    fix = f"wait for it ({shown}), stop it, or choose another output.name"
+    return OwnedByAnother("output.name", _name(folder), problem, fix)
+
+
+def _without_lease(sign: Mapping[str, Any]) -> Standing | None:
+    """A folder of a version before leases: its sign of life alone tells whose it is."""
+    if not {"host", "pid"} <= sign.keys():
+        return None
+    return Standing(0, Owner("", sign["host"], "", sign["pid"], 0.0, ""), sign)
+
+
+def _read_sign(folder: str) -> dict[str, Any]:
+    try:
+        sign = storage.read_json(storage.join(folder, SIGN))
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError):  # none, or none that can be read
+        return {}
+    return sign if isinstance(sign, dict) else {}
+
+
+def _file(folder: str, generation: int) -> str:
+    return storage.join(folder, f"lease-{generation:06d}.json")
+
+
+def _name(folder: str) -> str:
+    return folder.rsplit("/", 1)[-1].removesuffix(".run")
+
+
+def _place(folder: str) -> str:
+    return folder.rsplit("/", 1)[0]
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not Linux
+        return socket.gethostname()
