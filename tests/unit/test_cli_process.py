@@ -40,7 +40,8 @@ def test_a_process_of_its_own_with_relative_paths_and_without_ray(desk: Desk) ->
     imports, said = [], []
     for line in done.stderr.splitlines():
         (imports if line.startswith("import time:") else said).append(line)
-    assert said == [*BEGINNING, "scoring 5 blocks on 4 windows"]
+    protocol = "4 windows of 12 tokens of calibration.txt, without a beginning-of-sequence token"
+    assert said == [*BEGINNING, f"calibration: {protocol}", "scoring 5 blocks on 4 windows"]
     modules = {line.rpartition("|")[2].strip() for line in imports}
     assert "torch" in modules and not {"ray", "datasets", "s3fs"} & modules
 
