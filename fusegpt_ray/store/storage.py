@@ -70,6 +70,9 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem):  # also below a file, or a link to itself
+        return bool(fs.exists(path))
     try:
         _info(uri)
     except FileNotFoundError:
