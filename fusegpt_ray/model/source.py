@@ -188,23 +188,19 @@ def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tupl
         UserError: there is no such model, it may not be read, or it is not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     problem = "no such folder here, and the hub does not give it"
     fix = f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
     with _quiet_hub(), reading_users_file(key, name, problem, fix):
         try:
-            files = HfApi().list_repo_files(name, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):  # it answered, or the name is none
-            raise
+            files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
         except Exception as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
+            refused = isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code < 500
+            if refused or isinstance(unreachable, ValueError):  # it has answered, or the name is none
+                raise
             try:
-                return str(snapshot_download(name, revision=revision, local_files_only=True)), ()
+                return str(snapshot_download(name, revision=revision, allow_patterns=CONFIG, local_files_only=True)), ()
             except LocalEntryNotFoundError:
                 offline = isinstance(unreachable, OfflineModeIsEnabled)
                 why = "HF_HUB_OFFLINE is set" if offline else f"it cannot be reached: {first_line(unreachable)}"
