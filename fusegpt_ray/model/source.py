@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,8 @@ from fusegpt_ray.store.manifest import MANIFEST as MANIFEST
 
 TOKENIZER_BYTES = 100_000_000
 """Of the largest file that may belong to a tokenizer: the largest of them have a third of it."""
+LOOK_INTO = 20
+"""Folders of a folder that is no model, to say where there is one."""
 _WEB = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?.*")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
@@ -113,7 +115,10 @@ class Source:
         try:
             data = storage.read(storage.join(self.folder, CONFIG), storage.SMALL)
         except FileNotFoundError as error:
-            problem, fix = diagnosis.unusable_folder(storage.names(self.folder), storage.folders(self.folder))
+            folders = storage.folders(self.folder)
+            problem, fix = diagnosis.unusable_folder(storage.names(self.folder), folders)
+            if not problem and (inner := self._with_config(folders)):
+                problem, fix = f"but in {', '.join(inner)}", f"give the model's own folder, such as …/{inner[0]}"
             missing = "no config.json there"
             raise UserError(key, self.name, f"{missing} ({problem})" if problem else missing, fix) from error
         except StorageError:
@@ -127,6 +132,10 @@ class Source:
             raise UserError(key, self.name, "config.json is not a JSON object", "download the checkpoint again")
         read_config(raw)
         return raw
+
+    def _with_config(self, folders: Sequence[str]) -> list[str]:
+        """Which of the first folders are models of their own."""
+        return [name for name in folders[:LOOK_INTO] if storage.exists(storage.join(self.folder, name, CONFIG))]
 
     def stack(self) -> Stack:
         """The dense stack: reads config.json and the headers of the safetensors files (see `dense_stack` for errors)."""
@@ -188,23 +197,19 @@ def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tupl
         UserError: there is no such model, it may not be read, or it is not in the cache and the hub cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     problem = "no such folder here, and the hub does not give it"
     fix = f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
     with _quiet_hub(), reading_users_file(key, name, problem, fix):
         try:
-            files = HfApi().list_repo_files(name, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError, ValueError):  # it answered, or the name is none
-            raise
+            files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
         except Exception as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
+            refused = isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code < 500
+            if refused or isinstance(unreachable, ValueError):  # it has answered, or the name is none
+                raise
             try:
-                return str(snapshot_download(name, revision=revision, local_files_only=True)), ()
+                return str(snapshot_download(name, revision=revision, allow_patterns=CONFIG, local_files_only=True)), ()
             except LocalEntryNotFoundError:
                 offline = isinstance(unreachable, OfflineModeIsEnabled)
                 why = "HF_HUB_OFFLINE is set" if offline else f"it cannot be reached: {first_line(unreachable)}"

@@ -42,8 +42,8 @@ def manifest(contents: dict[str, bytes], **changes: Any) -> bytes:
 
 
 def write_model(folder: Path, files: dict[str, bytes] = FILES) -> Path:
-    folder.mkdir(parents=True)
     for name, data in {**files, "fusegpt.json": manifest(files)}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     return folder
 

@@ -81,6 +81,14 @@ def training_folder(desk: Desk) -> None:
     shutil.rmtree(inner)
 
 
+def subfolder(desk: Desk) -> None:
+    inner = desk.folder / "inner"
+    desk.model.rename(inner)
+    desk.model.mkdir()
+    inner.rename(desk.model / "language_model")
+    (desk.model / "README.md").write_text("A model and more.")
+
+
 def cache_folder(desk: Desk) -> None:
     inner = desk.folder / "inner"
     desk.model.rename(inner)
@@ -136,6 +144,7 @@ DIAGNOSES = [
     model("no-index", sharded(lambda f: (f / INDEX).unlink()), "model'", r"\d+ shards.*model-00001-of.*index", "download the index"),
     model("variant", lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"), "", "model.fp16", "save_pre"),
     model("training-folder", training_folder, "model'", "training folder.*checkpoint-500, checkpoint-1000", "checkpoint-1000"),
+    model("subfolder", subfolder, "model'", r"no config.json there \(but in language_model\)", "…/language_model"),
     model("cache-folder", cache_folder, "model'", "hub's cache", "snapshots/COMMIT"),
     model("a-layer-more", tensors(another_layer), "layers.5", "6 blocks, its config.json says 5.*MTP", "take the tensors"),
     model("prediction-layer", tensors(prediction_layer), "layers.5", "6 blocks.*MTP", "take the tensors"),

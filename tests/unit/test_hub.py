@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from models import load_model, save_tiny
 
+from fusegpt_ray.model.source import Source
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "some-org/tiny"
 
@@ -32,6 +34,10 @@ class Hub(ThreadingHTTPServer):
     def downloads(self) -> list[str]:
         return [path.rsplit("/", 1)[-1] for method, path in self.asked if method == "GET" and "/resolve/" in path]
 
+    @property
+    def files(self) -> list[str]:
+        return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
+
 
 class Handler(BaseHTTPRequestHandler):
     server: Hub
@@ -41,18 +47,18 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked.append((self.command, self.path))
-        path = self.path.split("?")[0]
+        path = self.path.split("?")[0].replace("/gpt2", f"/{NAME}")
         if path.startswith(f"/api/models/{NAME}/tree/"):
-            sizes = {file.name: file.stat().st_size for file in sorted(self.server.folder.iterdir())}
+            sizes = {name: (self.server.folder / name).stat().st_size for name in self.server.files}
             tree = [
                 {"type": "file", "path": name, "size": size, "oid": f"{number:040x}"}
                 for number, (name, size) in enumerate(sizes.items())
             ]
             self._answer(json.dumps(tree).encode(), "application/json")
         elif path.startswith(f"/api/models/{NAME}"):
-            files = [{"rfilename": file.name} for file in sorted(self.server.folder.iterdir())]
+            files = [{"rfilename": name} for name in self.server.files]
             self._answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": files}).encode(), "application/json")
-        elif path.startswith(f"/{NAME}/resolve/") and (file := self.server.folder / path.rsplit("/", 1)[-1]).is_file():
+        elif path.startswith(f"/{NAME}/resolve/") and (file := self.server.folder / path.split("/", 5)[-1]).is_file():
             self._answer(file.read_bytes(), "application/octet-stream")
         else:
             self.send_error(404)
@@ -93,6 +99,7 @@ def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
     lines = "import json\nfrom fusegpt_ray.model.source import Source\n" + code
     done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "the hub client has nothing to say beside us"
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -126,3 +133,56 @@ def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Pat
     hub.asked.clear()
     in_a_process(fetch, hub, home)
     assert hub.asked == [], "what is there is not asked for again"
+
+
+def test_the_same_files_as_of_a_folder(hub: Hub, tmp_path: Path) -> None:
+    for name in ("LICENCE", "USE_POLICY.md", "qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/rag.jinja"):
+        (hub.folder / name).parent.mkdir(exist_ok=True)
+        (hub.folder / name).write_text("{}")
+    (hub.folder / "images").mkdir()
+    (hub.folder / "images/plot.png").write_bytes(b"png")
+    here = Source.find(str(hub.folder), None)
+    code = f"source = Source.find({NAME!r}, None)\nprint(json.dumps([source.small_files, source.left_out([])]))"
+    assert in_a_process(code, hub, tmp_path / "home") == [[*here.small_files], here.left_out([])]
+    assert {"LICENCE", "additional_chat_templates/rag.jinja"} <= {*here.small_files}
+    assert not {"plot.png", "modeling_tiny.py"} & {*hub.downloads}
+
+
+def test_a_single_file_goes_before_an_old_index(hub: Hub, tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path / "newer")
+    shutil.copy(tmp_path / "newer/model.safetensors", hub.folder)
+    used = "{ref.file for ref in source.stack().trunk.values()}"
+    code = f"source = Source.find({NAME!r}, None)\nprint(json.dumps([*{used}]))"
+    (file,) = in_a_process(code, hub, tmp_path / "home")
+    assert file.endswith("/model.safetensors")
+    assert [name for name in hub.downloads if name.endswith(".safetensors")] == ["model.safetensors"]
+
+
+def test_a_name_of_one_word(hub: Hub, tmp_path: Path) -> None:
+    """Such as gpt2; a folder of that name goes first."""
+    home = tmp_path / "home"
+    code = "source = Source.find('gpt2', None)\nprint(json.dumps([source.on_hub, source.folder]))"
+    on_hub, folder = in_a_process(code, hub, home)
+    assert on_hub and folder.endswith(COMMIT)
+    (tmp_path / "gpt2").mkdir()
+    on_hub, folder = in_a_process(f"import os\nos.chdir({str(tmp_path)!r})\n{code}", hub, home)
+    assert not on_hub and folder == str(tmp_path / "gpt2")
+
+
+ASK = f"""
+from fusegpt_ray.errors import UserError
+try:
+    Source.find("some-org/other", None)
+except UserError as error:
+    print(json.dumps([Source.find({NAME!r}, None).folder, str(error)]))
+"""
+
+
+def test_without_a_network_the_cache_or_one_clear_message(hub: Hub, tmp_path: Path) -> None:
+    folder, unknown = in_a_process(ASK, hub, tmp_path / "home")
+    assert "the hub does not give it (Client error '404" in unknown and "check the spelling" in unknown
+    hub.shutdown()
+    hub.server_close()  # whoever asks is refused
+    same, message = in_a_process(ASK, hub, tmp_path / "home")
+    assert same == folder
+    assert "cannot be reached" in message and "nor is it in the cache here" in message and "offline, give a local folder" in message
