@@ -40,7 +40,7 @@ def _ambiguity(uri: str) -> str:
         return f"has {found.group()!r} in it, which object stores' clients take for a pattern"
     if "::" in uri:
         return "is a chain of file systems, not the name of a place"
-    segments = uri.partition("://")[2].rstrip("/").split("/")
+    segments = uri.partition("://")[2].removeprefix("/").rstrip("/").split("/")  # hdfs:///a is fine
     if strange := [segment for segment in segments if segment in ("", ".", "..")]:
         return f"has the segment {strange[0]!r} in it"
     try:

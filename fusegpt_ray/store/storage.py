@@ -88,7 +88,7 @@ def _info(uri: str) -> dict[str, Any]:
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
     info: dict[str, Any] = patiently(uri, lambda: fs.info(path))
-    if info["type"] == "directory" and not isinstance(fs, LocalFileSystem):
+    if info.get("type") == "directory" and not isinstance(fs, LocalFileSystem):
         raise FileNotFoundError(errno.ENOENT, "a prefix, not a file", uri)
     return info
 
