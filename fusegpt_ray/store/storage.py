@@ -73,7 +73,7 @@ def join(uri: str, *parts: str) -> str:
 def exists(uri: str) -> bool:
     try:
         _info(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 
