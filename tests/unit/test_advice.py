@@ -63,12 +63,12 @@ def test_ctrl_c_before_anything_is_saved(desk: Desk, monkeypatch: Patch, capsys:
 
 
 @pytest.mark.parametrize("stage", ["round 1: fusing", "round 2/2: scoring"])
-def test_the_same_command_is_named_where_something_is_saved(stage: str, desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
+def test_what_is_saved_is_told(stage: str, desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
     assert failed(stage, desk, monkeypatch, capsys).splitlines()[-1] == GOES_ON
     assert main(["compress", desk.write()]) == 0
 
 
-def test_another_recipe_may_follow_one_that_did_no_round(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
+def test_another_recipe_may_follow(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
     """Not even scores that were noted are in its way."""
     failed("round 1: fusing", desk, monkeypatch, capsys)
     assert (run_folder(desk) / "scores-001.json").exists()
@@ -139,7 +139,7 @@ def test_a_finished_model_is_named_where_restart_alone_is_no_way_out(desk: Desk)
         compress(recipe(desk, seed=1), Watching())
 
 
-def test_a_loss_that_is_not_finite_names_the_way_of_another_recipe(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
+def test_a_loss_that_is_not_finite(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
     from fusegpt_ray.local import LocalEngine
 
     finetune, calls = LocalEngine.finetune, list[int]()

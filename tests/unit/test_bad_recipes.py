@@ -259,7 +259,7 @@ def test_evaluations(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pyte
 
 
 def test_a_run_that_fails_says_where(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    """The same command would fail again, so nothing is said of it; another recipe is not in the way."""
+    """The same command would fail again, so nothing is said of it; another recipe may follow."""
     assert main(["compress", desk.write(), "--set", "fusion.learning_rate=1e30"]) == 1
     stdout, stderr = capsys.readouterr()
     end = stderr.splitlines()[-2:]

@@ -72,7 +72,7 @@ def only_fine_tuning_meets_it(desk: Desk) -> str:
 
 
 def test_a_row_that_only_fine_tuning_meets(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither scored nor held-out text has the token: the loss tells, and blames no learning rate."""
+    """No scored and no held-out text has the token: the loss tells, and blames no learning rate."""
     recipe = only_fine_tuning_meets_it(desk)
     before = tree(desk.folder)
     assert main(["score", recipe]) == 0
