@@ -31,8 +31,8 @@ def racer(uri: str, races: int, start: Barrier, results: Any) -> None:
             start.wait()
 
 
-def race(uri: str, races: int) -> dict[int, dict[str, str]]:
-    """Race → process → "won", or what the loser was told."""
+def race(uri: str, races: int, busy: int) -> dict[int, dict[str, str]]:
+    """Race → process → "won", or what the loser was told; `busy` others have the machine."""
     context = mp.get_context("spawn")
     start, results = context.Barrier(RACERS), context.SimpleQueue()
     arguments = (uri, races, start, results)
@@ -40,7 +40,7 @@ def race(uri: str, races: int) -> dict[int, dict[str, str]]:
     for process in racers:
         process.start()
     found: dict[int, dict[str, str]] = {race: {} for race in range(races)}
-    with load():
+    with load(busy):
         for _ in range(RACERS * races):
             number, told, who = results.get()
             found[number][who] = told
@@ -51,16 +51,16 @@ def race(uri: str, races: int) -> dict[int, dict[str, str]]:
 
 
 @contextmanager
-def load() -> Iterator[None]:
-    """More busy processes than there are processors."""
+def load(busy: int) -> Iterator[None]:
+    """So many processes that only take time."""
     context = mp.get_context("spawn")
-    busy = [context.Process(target=_spin, daemon=True) for _ in range(mp.cpu_count() + 1)]
-    for process in busy:
+    spinning = [context.Process(target=_spin, daemon=True) for _ in range(busy)]
+    for process in spinning:
         process.start()
     try:
         yield
     finally:
-        for process in busy:
+        for process in spinning:
             process.kill()
             process.join()
 

@@ -25,8 +25,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
-
 from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened, sealed
@@ -51,19 +49,20 @@ class Owner:
     id: str
     host: str
     machine: str
-    """Tells apart machines, their boots, and containers, whatever their host names."""
+    """Tells apart machines, their boots, and containers; empty where that is not known."""
     pid: int
-    born: float
-    """When the process began, in seconds since 1970: another process may get its number later."""
+    born: int
+    """When the process began: another may get its number later."""
     since: str
     """When it took the name."""
 
     @classmethod
     def this(cls) -> Owner:
         """This process, anew for each name that it takes."""
-        born = psutil.Process().create_time()
+        machine = _machine()
+        born = _life(os.getpid())[1] if machine else 0
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        return cls(secrets.token_hex(8), socket.gethostname(), _machine(), os.getpid(), born, since)
+        return cls(secrets.token_hex(8), socket.gethostname(), machine, os.getpid(), born, since)
 
     def __str__(self) -> str:
         since = f", since {self.since}" if self.since else ""
@@ -71,20 +70,21 @@ class Owner:
 
     def lives(self) -> bool | None:
         """Whether its process still runs, as far as this machine can tell."""
-        if self.machine != _machine() or self.pid == os.getpid():
+        if not self.machine or self.machine != _machine() or self.pid == os.getpid():
             return None
         try:
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.born) > 5:
-                return False
-            status = process.status()
-        except psutil.NoSuchProcess:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
             return False
-        except psutil.AccessDenied:
+        except PermissionError:  # it is another user's
+            pass
+        try:
+            state, born = _life(self.pid)
+        except OSError:
             return None
-        if status == psutil.STATUS_ZOMBIE:
+        if born != self.born or state in "ZX":
             return False
-        return None if status == psutil.STATUS_STOPPED else True
+        return None if state in "Tt" else True  # a stopped process may never go on
 
 
 @dataclass(frozen=True)
@@ -99,19 +99,11 @@ class Standing:
     @classmethod
     def look(cls, folder: str) -> Standing | None:
         """Nothing where nobody has ever had the name, or its last owner has finished."""
-        while True:
-            found = [int(m[1]) for name in storage.names(folder) if (m := LEASE.fullmatch(name))]
-            sign = _read_sign(folder)
-            if not found:
-                return _without_lease(sign)
-            try:
-                body = opened(storage.read(_file(folder, max(found))))
-                owner = Owner(**body)
-            except FileNotFoundError:  # it has just been removed, with all before it
-                continue
-            except (DamagedRecord, TypeError):
-                owner = Owner("", "a machine unknown (its lease is damaged)", "", 0, 0.0, "")
-            return cls(max(found), owner, sign if sign.get("owner") == owner.id else {})
+        last, sign = _last(folder), _read_sign(folder)
+        if last is None:
+            return _without_lease(sign)
+        generation, owner = last
+        return cls(generation, owner, sign if sign.get("owner") == owner.id else {})
 
     @property
     def doing(self) -> str:
@@ -136,16 +128,17 @@ class Fence:
         Raises:
             OwnedByAnother: the name has another owner by now.
         """
-        there = Standing.look(self.folder)
-        if there is not None and there.owner.id == self.owner:
+        last = _last(self.folder)
+        if last and last[1].id == self.owner:
             return
+        there = Standing.look(self.folder)
         if there is None:
             problem = f"{self.folder} is gone: another run finished there, or somebody removed it"
             fix = f"look what is there (fusegpt status {_place(self.folder)}) before you go on"
         else:
-            seen = f"it gave no sign of life for {EXPIRY:.0f} s or more"
-            problem = f"this run lost its name ({seen}) to one on {there.owner}: {there.doing}"
-            fix = f"leave it to that run (fusegpt status {_place(self.folder)} shows it)"
+            problem = f"this run lost its name to one on {there.owner}: {there.doing}"
+            rule = f"a run that gives no sign of life for {EXPIRY:.0f} s is taken for dead"
+            fix = f"leave it to that run ({rule}; fusegpt status {_place(self.folder)} shows it)"
         raise OwnedByAnother("output.name", _name(self.folder), problem, fix)
 
 
@@ -185,10 +178,12 @@ class Lease:
         while True:
             last = _wait(folder, say)
             owner = Owner.this()
-            if claim(folder, last, owner):
+            claim(folder, last, owner)
+            now = Standing.look(folder)  # what is there tells who won
+            if now and now.owner.id == owner.id:
                 return cls(folder, owner, doing, facts or {})
-            if winner := Standing.look(folder):
-                raise _at_work(folder, winner)
+            if now:
+                raise _at_work(folder, now)
 
     def __enter__(self) -> Self:
         self._beat()
@@ -280,11 +275,25 @@ def _at_work(folder: str, owned: Standing) -> OwnedByAnother:
     return OwnedByAnother("output.name", _name(folder), problem, fix)
 
 
+def _last(folder: str) -> tuple[int, Owner] | None:
+    """The last lease: its generation, and whose it is."""
+    while found := [int(m[1]) for name in storage.names(folder) if (m := LEASE.fullmatch(name))]:
+        generation = max(found)
+        try:
+            return generation, Owner(**opened(storage.read(_file(folder, generation))))
+        except FileNotFoundError:  # it has just been removed
+            continue
+        except (DamagedRecord, TypeError):
+            unknown = "a machine unknown (its lease is damaged)"
+            return generation, Owner("", unknown, "", 0, 0, "")
+    return None
+
+
 def _without_lease(sign: Mapping[str, Any]) -> Standing | None:
     """A folder of a version before leases: its sign of life alone tells whose it is."""
     if not {"host", "pid"} <= sign.keys():
         return None
-    return Standing(0, Owner("", sign["host"], "", sign["pid"], 0.0, ""), sign)
+    return Standing(0, Owner("", sign["host"], "", sign["pid"], 0, ""), sign)
 
 
 def _read_sign(folder: str) -> dict[str, Any]:
@@ -314,4 +323,13 @@ def _machine() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not Linux
-        return socket.gethostname()
+        return ""
+
+
+def _life(pid: int) -> tuple[str, int]:
+    """A process's state, and its beginning in ticks since the boot: no clock that is set alters it.
+
+    (psutil tells the beginning by the wall clock only.)
+    """
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[19])

@@ -75,7 +75,7 @@ def exists(uri: str) -> bool:
         return bool(fs.exists(path))
     try:
         _info(uri)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

@@ -65,7 +65,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         }.items():
             patch.setenv(name, value)
         S3FileSystem.clear_instance_cache()
-        server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=out, stderr=out)
+        command = [sys.executable, str(Path(__file__).parents[1] / "s3_server.py")]
+        where = ["-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen([*command, *where], stdout=out, stderr=out)
         try:
             _wait_for(port, server)
             yield S3(boto3.client("s3"), keys, log)

@@ -258,11 +258,12 @@ def test_evaluations(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pyte
 # --- a run that fails ---
 
 
-def test_a_run_that_fails_says_where_and_how_to_go_on(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_says_where(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same command would fail again, so nothing is said of it; another recipe may follow."""
     assert main(["compress", desk.write(), "--set", "fusion.learning_rate=1e30"]) == 1
     stdout, stderr = capsys.readouterr()
-    end = stderr.splitlines()[-3:]
+    end = stderr.splitlines()[-2:]
     assert stdout == "" and not list(desk.out.glob("*/fusegpt.json"))
     assert re.fullmatch("failed: FloatingPointError: the fine-tuning loss became .* lower fusion.learning_rate", end[0])
     assert end[1] == f"stopped in round 1 of 2; 0 are finished in {desk.out / 'demo.run'}"
-    assert end[2] == "The same command goes on from what is saved."
+    assert main(["compress", desk.write()]) == 0

@@ -60,20 +60,22 @@ def test_compress_names_the_tensor_and_leaves_nothing(name: str, value: float, d
     assert tree(desk.folder) == before
 
 
-def test_a_row_that_only_fine_tuning_meets(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    """Neither scored nor held-out text has the token: the loss tells, and blames no learning rate."""
+def only_fine_tuning_meets_it(desk: Desk) -> str:
+    """A NaN in the row of a token that only windows for fine-tuning have; the recipe's path."""
     spoil(desk, EMBEDDING, at(10 * 32, float("nan")))
     text = desk.folder / "calibration.txt"
-    recipe = desk.write(importance={"windows": 1, "batch": 1})
-    text.write_text(text.read_text().replace("w10 ", "w11 "))
+    ids = text.read_text().replace("w10 ", "w11 ").split()
+    first = random.Random(0).randint(0, len(ids) - LENGTH - 1)
+    scored = range(first, first + LENGTH)
+    text.write_text(" ".join(word if place in scored else "w10" for place, word in enumerate(ids)))
+    return desk.write(importance={"windows": 1, "batch": 1})
+
+
+def test_a_row_that_only_fine_tuning_meets(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """No scored and no held-out text has the token: the loss tells, and blames no learning rate."""
+    recipe = only_fine_tuning_meets_it(desk)
     before = tree(desk.folder)
     assert main(["score", recipe]) == 0
-    ids = text.read_text().split()
-    starts = random.Random(0)
-    first = starts.randint(0, len(ids) - LENGTH - 1)
-    places = [place for place in range(len(ids)) if not first <= place < first + LENGTH]
-    text.write_text(" ".join("w10" if place in places else word for place, word in enumerate(ids)))
-    before["calibration.txt"] = text.read_bytes()
     capsys.readouterr()
     assert f"tensor {EMBEDDING} holds" in told(["compress", recipe], capsys)["problem"]
     assert tree(desk.folder) == before
@@ -115,19 +117,23 @@ def test_folders_that_were_there_stay(desk: Desk, capsys: pytest.CaptureFixture[
     assert desk.out.is_dir() and not list(desk.out.iterdir())
 
 
-def test_an_earlier_attempt_of_the_same_run_stays(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
-    """What began the journal was another process: it is not ours to remove."""
-    spoil(desk, MATRIX, at(0, float("nan")))
+def test_an_earlier_attempt_of_the_same_run_stays(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What began the journal, and noted its scores, was another process: not ours to remove."""
+    recipe = only_fine_tuning_meets_it(desk)
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fusegpt_ray.local.LocalEngine.score", interrupted)
-        assert main(["compress", desk.write()]) == 130
+        patch.setattr("fusegpt_ray.local.LocalEngine.finetune", interrupted)
+        assert main(["compress", recipe]) == 130
     capsys.readouterr()
-    told(["compress", desk.write()], capsys)
+    notes = (desk.out / "demo.run/scores-001.json").read_bytes()
+    assert f"tensor {EMBEDDING} holds" in told(["compress", recipe], capsys)["problem"]
     assert (desk.out / "demo.run/identity.json").exists()
+    assert (desk.out / "demo.run/scores-001.json").read_bytes() == notes
 
 
 def test_a_good_run_looks_at_no_weight(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
