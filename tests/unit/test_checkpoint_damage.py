@@ -163,7 +163,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (only(), "holds no"),
     "pickles": (only("pytorch_model.bin"), "pickles are never opened"),
     "pickles in shards": (only("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "never opened"),
-    "a gguf": (only("model.gguf"), "not a safetensors"),
+    "a gguf": (only("model.gguf"), "a GGUF checkpoint"),
     "other files": (only("README.md", "config.json"), "holds no"),
     "index: no JSON": (index_file("{"), "damaged"),
     "index: a list": (index_file([]), "damaged"),
