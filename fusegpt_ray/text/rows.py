@@ -53,8 +53,10 @@ def rows(source: Source) -> Iterator[str]:
         yield row.value
     if row and blank:
         problem = f"every row of {source.uri} is empty there"
-        key = beside(source.key, "column")
-        raise UserError(key, source.text.column, problem, one_of(row.columns))
+        key, others = beside(source.key, "column"), [*row.columns]
+        others.remove(source.text.column)
+        fix = one_of(others) if others else "give a text with words in it"
+        raise UserError(key, source.text.column, problem, fix)
 
 
 @contextmanager
