@@ -29,8 +29,9 @@ _DEEPEST = 10_000
 _DEPTH = re.compile(r"(n|num)_(hidden_)?layers?|(en|de)coder_layers|depth")
 _MODULES = 250_000
 """Modules that no model has; the largest mixtures of experts have a third of it."""
+_CAUSAL = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
 _ARCHITECTURES = {
-    *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *_CAUSAL,
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
 }
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
@@ -62,7 +63,9 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         # Through a file, as transformers reads it: it has a way of its own to write infinity and NaN.
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
-        config = transformers.CONFIG_MAPPING[kind].from_json_file(file)
+        config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         config.get_text_config().use_cache = False
     return config
 
@@ -107,12 +110,13 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
         UserError: none of transformers' own causal or image-text-to-text models.
     """
     names = raw.get("architectures")
-    usual = _usual_class(raw)
-    if not names and usual:
-        return usual
     name = names[0] if isinstance(names, list) and names else names
-    if isinstance(name, str) and name in _ARCHITECTURES:
-        found: type[transformers.PreTrainedModel] = getattr(transformers, name)
+    known_name = name if isinstance(name, str) and name in _ARCHITECTURES else ""
+    usual = _usual_class(raw, known_name)
+    if usual and (known_name or not names):
+        return usual
+    if known_name:
+        found: type[transformers.PreTrainedModel] = getattr(transformers, known_name)
         return found
     known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
     problem = "not a causal language model" if known else "config.json names no architecture that transformers knows"
@@ -122,9 +126,12 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
     raise UserError(KEY, names, problem, fix)
 
 
-def _usual_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel] | None:
-    kind = transformers.CONFIG_MAPPING[raw["model_type"]]
-    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None) or MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(kind, None)
+def _usual_class(raw: Mapping[str, Any], name: str) -> type[transformers.PreTrainedModel] | None:
+    """What the auto class that knows `name` builds; of both, if there is no name."""
+    kind = type(read_config(raw))
+    causal, sees = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    found = causal.get(kind, None) if not name or name in _CAUSAL else None
+    found = found or (sees.get(kind, None) if not name or name not in _CAUSAL else None)
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -163,5 +170,5 @@ def _bounded() -> Iterator[None]:
 
 def auto_class(raw: Mapping[str, Any]) -> str:
     """The class of transformers whose `from_pretrained` loads such a checkpoint."""
-    is_causal = model_class(raw).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    is_causal = model_class(raw).__name__ in _CAUSAL
     return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"

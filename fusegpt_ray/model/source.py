@@ -58,6 +58,9 @@ class Source:
         if page := _WEB.fullmatch(name):
             fix = f"use the hub id {page[1]}" + (f" with model.revision: {page[2]}" if page[2] else "")
             raise UserError(key, name, "the address of a page on the hub", fix)
+        if name.startswith(("http://", "https://")):
+            fix = "give a hub id such as meta-llama/Llama-2-7b-hf, a local folder, or a URI such as s3://"
+            raise UserError(key, name, "the address of a web page, not of a folder", fix)
         if "://" in name:
             with reading_users_file(key, name, "cannot be reached", "check the URI's protocol"):
                 storage.filesystem(name)
@@ -152,6 +155,8 @@ class Source:
         from transformers import AutoTokenizer
 
         fix = "put the model's tokenizer.json beside its weights"
+        if "tokenizer.json" in self.small_files:
+            fix = "download the tokenizer's files again (tokenizer.json, tokenizer_config.json, …)"
         with tempfile.TemporaryDirectory() as folder:
             beginnings = self._copy_small(Path(folder))
             for name, beginning in beginnings.items():

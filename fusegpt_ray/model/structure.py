@@ -21,6 +21,8 @@ from fusegpt_ray.model.recorder import Context, Recorded, stopped_at
 
 TOKENS = 8
 """Tokens a row of the passes through an empty model."""
+_ROWS = 10_000_000
+"""More than any vocabulary has."""
 _FIX = "use a decoder-only model that transformers runs block after block (LLaMA, Mistral, Qwen, …)"
 
 
@@ -89,7 +91,8 @@ def _fill_without_memory(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, empty in list(model.named_parameters()):
         owner, _, key = name.rpartition(".")
-        rows = torch.randn(empty.shape[:1] + (1,) * (empty.dim() - 1), generator=generator)
+        many = empty.shape[:1] if empty.shape[:1].numel() <= _ROWS else (1,)  # or it would need memory
+        rows = torch.randn((*many, *(1,) * (empty.dim() - 1)), generator=generator)
         filled = rows.expand(empty.shape)
         setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
 

@@ -35,6 +35,9 @@ _USUAL = "give the folder of a Hugging Face checkpoint"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz", ".onnx")
 
 
+_NO_PICKLES = (".h5", ".msgpack", ".npz", ".onnx")
+
+
 def kind(beginning: bytes) -> str:
     """What a file is that begins like this, where that tells: "a Git LFS pointer instead of the file"; or nothing."""
     lower = beginning.lstrip().lower()
@@ -88,8 +91,13 @@ def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[s
         return f"an adapter ({_some(adapters)}), not a whole model", fix
     if gguf:
         return f"a GGUF checkpoint ({_some(gguf)})", remedy("GGUF")
+    zero = sorted(name for name in (*files, *folders) if re.match(r"global_step\d+$|(zero_pp_|mp_)rank_", name))
+    if zero:
+        fix = "make a whole one of it: zero_to_fp32.py in the training folder, then save_pretrained"
+        return f"a training checkpoint of DeepSpeed ({_some(zero)})", fix
     if pickles:
-        return f"not a safetensors checkpoint (found {_some(pickles)}); pickles are never opened", SAVE
+        never = "" if pickles[0].endswith(_NO_PICKLES) else "; pickles are never opened"
+        return f"not a safetensors checkpoint (found {_some(pickles)}){never}", SAVE
     steps = sorted((name for name in folders if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
     if steps:
         return f"a training folder, whose checkpoints lie in {_some(steps)}", f"give one of them, such as …/{steps[-1]}"

@@ -217,7 +217,7 @@ def no_tokenizer(desk: Desk) -> None:
 
 def tokenizer(name: str, data: bytes) -> Bad:
     """tokenizer.json holds this."""
-    return model(name, lambda desk: (desk.model / "tokenizer.json").write_bytes(data), "model'", NO_TOKENIZER, BESIDE)
+    return model(name, lambda desk: (desk.model / "tokenizer.json").write_bytes(data), "model'", NO_TOKENIZER, AGAIN_ITS)
 
 
 def of_another_model(desk: Desk) -> None:
@@ -239,6 +239,7 @@ def tokenizer_code(desk: Desk) -> None:
     (desk.model / "tokenizer_config.json").write_text(json.dumps(data))
 
 
+AGAIN_ITS = "tokenizer's files again"
 NO_TOKENIZER, BESIDE = "tokenizer does not load", "tokenizer.json beside its weights"
 TOKENIZERS = [
     model("none", no_tokenizer, "model'", NO_TOKENIZER, BESIDE),

@@ -111,6 +111,12 @@ def prediction_layer(held: dict[str, torch.Tensor]) -> None:
     held["model.layers.5.eh_proj.weight"] = torch.zeros(32, 64)
 
 
+def deepspeed(desk: Desk) -> None:
+    (desk.model / SINGLE).unlink()
+    (desk.model / "config.json").unlink()
+    (desk.model / "global_step10").mkdir()
+
+
 WRAPPED, INNER = "wrapped: ", "save the model inside|rename"
 DIAGNOSES = [
     model("lfs-weights", instead(SINGLE, POINTER), SINGLE, LFS, AGAIN),
@@ -142,6 +148,9 @@ DIAGNOSES = [
     model("adapter", adapter, "model'", "no config.json.*an adapter", "merge_and_unload"),
     model("adapter-with-config", adapter_with_config, "model'", "an adapter", "merge_and_unload"),
     model("no-index", sharded(lambda f: (f / INDEX).unlink()), "model'", r"\d+ shards.*model-00001-of.*index", "download the index"),
+    model("deepspeed", deepspeed, "model'", r"DeepSpeed \(global_step10\)", "zero_to_fp32"),
+    model("onnx", only("model.onnx", b"x"), "model'", r"\(found model.onnx\)$", "save_pretrained"),
+    source("web-address", "https://example.invalid/x", "address of a web page", "hub id such as"),
     model("variant", lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"), "", "model.fp16", "save_pre"),
     model("training-folder", training_folder, "model'", "training folder.*checkpoint-500, checkpoint-1000", "checkpoint-1000"),
     model("subfolder", subfolder, "model'", r"no config.json there \(but in language_model\)", "…/language_model"),
