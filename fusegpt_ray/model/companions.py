@@ -14,22 +14,30 @@ from typing import Any
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from fusegpt_ray.store.checkpoint import INDEX, choice
-from fusegpt_ray.store.manifest import MANIFEST
+from fusegpt_ray.store.manifest import MANIFEST, unusable
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl")
 CONFIG = "config.json"
 OWN = {CONFIG, INDEX, MANIFEST, "README.md"}
 """Written anew for the published model."""
 _TOKENIZER = re.compile(
-    r".+\.(json|txt|model|jinja2?|tiktoken|spm|vocab|bpe)|.*tokenizer\.model.*|(vocab|merges|chat_template)\..*",
+    r".+\.(json|txt|model|jinja2?|tiktoken|spm|vocab|bpe|codes|tokenizer)|.*tokenizer\.model.*|(vocab|merges|chat_template)\..*",
     re.IGNORECASE,
 )
 _TERMS = re.compile(
-    r".*(licen[cs]e|copying|copyright|notice|use_policy|acceptable_use|terms_of|terms\b|patents)[^/]*",
+    r".*(licen[cs]e|copying|copyright|notice|use_policy|(acceptable|responsible)[-_ ]use|terms_of|terms\b|patents)[^/]*",
     re.IGNORECASE,
 )
-_NO_TEXT = re.compile(r".*\.(py|pyc|so|sh|js|exe|zip|tar|gz|png|jpe?g|gif|svg|webp|mp4)", re.IGNORECASE)
-_MISLEADING = re.compile(r"adapter_.*|.*\.index\.json|trainer_state\.json|model_index\.json|\..*", re.IGNORECASE)
+_NO_TEXT = re.compile(r".*\.(py\w*|ipynb|so|dll|sh|js|exe|zip|tar|gz|png|jpe?g|gif|svg|webp|mp4)", re.IGNORECASE)
+_MISLEADING = re.compile(
+    r"adapter_.*|.*\.index\.json|(hf_)?quant(ize)?_config\.json"
+    r"|(trainer_state|training_args|params|model_index)\.json|\..*",
+    re.IGNORECASE,
+)
+_CODE = ("auto_map", "custom_pipelines")
+"""Settings that say where code is."""
+_MOST = 100
+"""Files of a folder that belongs to a tokenizer; one with more is something else."""
 _LOADED = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}
 """What a processor's part saves into a folder of its own."""
 
@@ -51,9 +59,12 @@ def taken(files: Iterable[str]) -> list[str]:
     for folder, names in inside.items():
         if not folder:
             found += [name for name in names if belongs(name)]
-        elif _is_part(folder, names):
+        elif len(names) <= _MOST and _is_part(folder, names):
             found += [f"{folder}/{name}" for name in names if belongs(name)]
-    return sorted(found)
+    # A manifest takes no name that a file system cannot hold, or takes for another's.
+    apart = {name.casefold(): name for name in sorted(found, reverse=True) if not unusable(name)}
+    written = {name.casefold() for name in OWN}
+    return sorted(name for key, name in apart.items() if key not in written)
 
 
 def small(files: Iterable[str]) -> list[str]:
@@ -93,13 +104,18 @@ def without_code(name: str, data: bytes) -> bytes:
 
     Such an `auto_map` would break the model for whoever loads it with `trust_remote_code`.
     """
-    if not name.endswith(CONFIG) or b'"auto_map"' not in data:
+    if not name.endswith(CONFIG):
         return data
-    return (json.dumps(unmapped(json.loads(data)), indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        whole = json.loads(data)
+    except (ValueError, RecursionError):  # no loader finds anything in it either
+        return data
+    kept = unmapped(whole)
+    return data if kept == whole else (json.dumps(kept, indent=2) + "\n").encode()
 
 
 def unmapped(value: Any) -> Any:
-    """A configuration, or part of one, without `auto_map`."""
+    """A configuration, or part of one, that does not say where code is."""
     if isinstance(value, dict):
-        return {key: unmapped(item) for key, item in value.items() if key != "auto_map"}
+        return {key: unmapped(item) for key, item in value.items() if key not in _CODE}
     return [unmapped(item) for item in value] if isinstance(value, list) else value

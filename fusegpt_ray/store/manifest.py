@@ -85,7 +85,7 @@ class Manifest:
             raise bad("does not say which blocks were kept")
         folded: set[str] = set()
         for name, entry in data["files"].items():
-            if problem := _unusable(name):
+            if problem := unusable(name):
                 raise bad(f"lists the file {name[:260]!r}, {problem}")
             if (key := unicodedata.normalize("NFC", name).casefold()) in folded:
                 raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
@@ -99,7 +99,7 @@ class Manifest:
         return cls(raw, data, {name: FileRecord.from_json(entry) for name, entry in data["files"].items()})
 
 
-def _unusable(path: str) -> str:
+def unusable(path: str) -> str:
     """What is wrong with a file's path in a manifest, or nothing. One that is right names a file within any folder."""
     if re.search(r"[\x00-\x1f\x7f]", path):
         return "a name with control characters"

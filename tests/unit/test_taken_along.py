@@ -51,6 +51,9 @@ TAKEN = [
     "LICENSE-MODEL",
     "LICENSE.pdf",
     "TERMS_OF_USE.md",
+    "Responsible-Use-Guide.pdf",
+    "prophetnet.tokenizer",
+    "bpe.codes",
     "additional_chat_templates/tool_use.jinja",
     "additional_chat_templates/rag.jinja",
     "qformer_tokenizer/tokenizer.json",
@@ -72,6 +75,11 @@ LEFT = [
     "events.out.tfevents",
     "consolidated.safetensors",
     "pytorch_model.bin.index.json",
+    "quantize_config.json",
+    "hf_quant_config.json",
+    "training_args.json",
+    "license.ipynb",
+    "vocab.dll",
 ]
 FOLDERS = {"original/params.json": "original/", "onnx/model.onnx": "onnx/", "checkpoint-5/config.json": "checkpoint-5/"}
 UNSPOKEN = ["config.json", "README.md", "fusegpt.json", ".gitattributes", ".cache/huggingface/x.json"]
@@ -96,6 +104,34 @@ def test_by_name_alone() -> None:
     files = [*TAKEN, *LEFT, *FOLDERS, *UNSPOKEN, "model.safetensors"]
     assert companions.taken(files) == sorted(TAKEN)
     assert companions.left_out(files, ["model.safetensors"]) == sorted([*LEFT, *FOLDERS.values()])
+
+
+def test_what_no_manifest_could_name_stays() -> None:
+    """Else the published model could not be pulled."""
+    names = ["LICENSE", "license", "Config.json", "a:b.txt", "vocab.json"]
+    assert companions.taken(names) == ["LICENSE", "vocab.json"]
+    assert companions.left_out(names, []) == ["Config.json", "a:b.txt", "license"]
+    crowd = [f"additional_chat_templates/{number}.jinja" for number in range(5000)]
+    assert companions.taken(crowd) == []
+    assert companions.left_out(crowd, []) == ["additional_chat_templates/"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("tokenizer_config.json", b"{not JSON auto_map"),
+        ("tokenizer.json", b'{"vocab": {"auto_map": 5}}'),
+        ("preprocessor_config.json", b'{"size":  8}'),
+    ],
+)
+def test_nothing_else_is_rewritten(name: str, data: bytes) -> None:
+    assert companions.without_code(name, data) == data
+
+
+def test_no_setting_says_where_code_is() -> None:
+    before = {"a": [{"auto_map": 1, "b": "\ud800"}], "custom_pipelines": {"x": {"impl": "own.X"}}}
+    after = companions.without_code("processor_config.json", json.dumps(before).encode())
+    assert json.loads(after) == {"a": [{"b": "\ud800"}]}
 
 
 @pytest.mark.parametrize("where", ["folder", "store"])
