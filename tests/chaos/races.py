@@ -25,7 +25,9 @@ def race(folder: Path, recipe: dict[str, object], runs: int) -> Counter[str]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     command = [sys.executable, "-m", "fusegpt_ray.cli", "compress", str(folder / "recipe.yaml")]
     pipe, environment = subprocess.PIPE, os.environ | {"OMP_NUM_THREADS": "1"}
-    started = [subprocess.Popen(command, stderr=pipe, text=True, env=environment) for _ in range(runs)]
+    started = []
+    for _ in range(runs):
+        started.append(subprocess.Popen(command, stderr=pipe, text=True, env=environment))
     ends: Counter[str] = Counter()
     for process in started:
         err = process.communicate()[1]
