@@ -23,6 +23,7 @@ test: install
 chaos: install
 	$(BIN)/python tests/chaos/fuzz.py
 	$(BIN)/python tests/chaos/kills.py
+	$(BIN)/python tests/chaos/races.py
 
 install: .venv/installed
 
