@@ -31,7 +31,7 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
         UserError: transformers does not take the result.
     """
     raw: dict[str, Any] = json.loads(json.dumps(unmapped(dict(stack.config))))
-    raw["architectures"] = raw.get("architectures") or [model_class(raw).__name__]
+    raw["architectures"] = [model_class(raw).__name__]
     config = read_config(raw)
     text = config.get_text_config()
     section = text_section(raw, config, text)

@@ -95,16 +95,23 @@ def _info(uri: str) -> dict[str, Any]:
 
 def names(uri: str) -> list[str]:
     """Names of the files directly in a folder, sorted; empty if there is no such folder."""
-    fs, path = filesystem(uri)
-    fresh = {"refresh": True} if "s3" in fs.protocol else {}
-    try:
-        entries = patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
-    except FileNotFoundError:
-        return []
+    fs, path, entries = _entries(uri)
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
     files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
     # A file is listed as if it lay in itself.
     return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)
+
+
+def _entries(uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[dict[str, Any]]]:
+    """What is directly in a folder, with its file system and path there; nothing if there is no such folder."""
+    fs, path = filesystem(uri)
+    if isinstance(fs, LocalFileSystem) and not fs.exists(path):  # also below a file, or a link to itself
+        return fs, path, []
+    fresh = {"refresh": True} if "s3" in fs.protocol else {}
+    try:
+        return fs, path, patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
+    except FileNotFoundError:
+        return fs, path, []
 
 
 def below(uri: str) -> dict[str, dict[str, Any]]:
@@ -120,12 +127,7 @@ def below(uri: str) -> dict[str, dict[str, Any]]:
 
 def folders(uri: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
-    fs, path = filesystem(uri)
-    fresh = {"refresh": True} if "s3" in fs.protocol else {}
-    try:
-        entries = patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
-    except FileNotFoundError:
-        return []
+    fs, _, entries = _entries(uri)
     found = (entry["name"] for entry in entries if entry["type"] == "directory" or (entry.get("islink") and fs.isdir(entry["name"])))
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
 

@@ -271,7 +271,6 @@ MISTAKES = {
         "trust_remote_code",
     ),
     "an unknown architecture": (config_changed(architectures=["FrobnicateForCausalLM"]), "Frobnicate", "architecture"),
-    "an architecture of another type": (config_changed(architectures=["GPT2LMHeadModel"]), "GPT2LMHeadModel", "config.json"),
     "a model_type that is a list": (config_changed(model_type=["llama"]), "llama", "unknown"),
     "an architecture that is a number": (config_changed(architectures=[7]), "7", "architecture"),
     "a name that is no model": (config_changed(architectures=["AutoTokenizer"]), "AutoTokenizer", "Fix"),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from desk import LENGTH, Desk, random_text
 from mistakes import Bad, check, table
+from stopped_runs import stopped
 
 from fusegpt_ray.cli import main
 
@@ -185,9 +186,9 @@ def finished_before(desk: Desk) -> None:
 
 
 def stopped_before(desk: Desk) -> list[str]:
-    """A run that failed in its first round; then another rate."""
-    assert main(["compress", desk.write(), "--set", "fusion.learning_rate=1e30"]) == 1
-    return ["compress", desk.write(), "--set", "fusion.learning_rate=0.001"]
+    """A run that was stopped after its first round; then another rate."""
+    stopped(desk, sparsity=0.4)
+    return ["compress", desk.write(), "--set", "fusion.learning_rate=0.002"]
 
 
 def in_the_way(name: str) -> Callable[[Desk], None]:
@@ -214,7 +215,7 @@ OUTPUTS = [
     Bad("a-link-to-a-device", linked("/dev/null"), "output.uri", "out'", "cannot be written", "check the path"),
     Bad("may-not-be-written", closed, "output.uri", "out'", "cannot be written .*ermission", "your rights"),
     Bad("finished", finished_before, "output.name", "'demo'", "a finished model is already at .*demo-p40", "another output.name"),
-    Bad("stopped", stopped_before, "output.name", "'demo'", r"recipe.fusion.learning_rate = 1e\+30, .* 0.001", "of that run"),
+    Bad("stopped", stopped_before, "output.name", "'demo'", r"recipe.fusion.learning_rate = .* 0.002", "--restart, which forgets it"),
     Bad("a-file-for-the-model", in_the_way("demo-p40"), "output.name", "'demo'", "demo-p40", "another"),
     Bad("a-file-for-the-run", in_the_way("demo.run"), "output.name", "'demo'", "demo.run", "another"),
 ]

@@ -40,6 +40,7 @@ def shortened(desk: Desk, auto: Any = tf.AutoModelForCausalLM) -> tuple[Path, An
         {"n_routed_experts": 10**6, "max_window_layers": 10**6},
         {"architectures": None},
         {"architectures": []},
+        {"architectures": ["GPT2LMHeadModel"]},
         {"router_jitter": INFINITE, "time_step_limit": [0.0, INFINITE]},
         {"router_jitter": float("inf"), "aux_loss": float("nan")},
     ],
