@@ -34,6 +34,15 @@ class Watching(Display):
         super().round_begins(number, rounds, blocks)
 
 
+class BeforeItsSecondModel(Watching):
+    """The user presses Ctrl-C when one model of two has been published."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        if text == "evaluating and publishing demo-p60":
+            raise KeyboardInterrupt
+        super().stage(text, total)
+
+
 def recipe(desk: Desk, **changes: Any) -> Recipe:
     return Recipe.parse(desk.recipe(**({"sparsity": [0.2, 0.6]} | changes)))
 

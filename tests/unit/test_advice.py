@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from desk import Desk
-from stopped_runs import Watching, contents, recipe, run_folder, stopped
+from stopped_runs import BeforeItsSecondModel, Watching, contents, recipe, run_folder, stopped
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import GOES_ON, UserError
@@ -127,14 +127,8 @@ def test_a_text_that_changed_is_refused_before_anything_is_written(desk: Desk) -
 
 
 def test_a_finished_model_is_named_where_restart_alone_is_no_way_out(desk: Desk) -> None:
-    class Dying(Watching):
-        def stage(self, text: str, total: int | None = None) -> None:
-            if text == "evaluating and publishing demo-p60":
-                raise KeyboardInterrupt
-            super().stage(text, total)
-
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk), Dying())
+        compress(recipe(desk), BeforeItsSecondModel())
     with pytest.raises(UserError, match=r"--restart, .* \(once .*demo-p20 is moved or removed\)"):
         compress(recipe(desk, seed=1), Watching())
 

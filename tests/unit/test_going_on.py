@@ -15,6 +15,7 @@ from faults import full_disk
 from models import load_model, open_stack
 from safetensors.torch import load_file, save_file
 from stopped_runs import (  # noqa: F401 - fixtures
+    BeforeItsSecondModel,
     Watching,
     Weights,
     _undisturbed,
@@ -125,14 +126,8 @@ def test_a_finished_run_goes_on_to_a_higher_sparsity(desk: Desk, undisturbed: di
 
 
 def test_a_run_that_died_between_two_models_publishes_the_other(desk: Desk, undisturbed: dict[str, Weights]) -> None:
-    class Dying(Watching):
-        def stage(self, text: str, total: int | None = None) -> None:
-            if text == "evaluating and publishing demo-p60":
-                raise KeyboardInterrupt
-            super().stage(text, total)
-
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk), Dying())
+        compress(recipe(desk), BeforeItsSecondModel())
     first = (desk.out / "demo-p20/fusegpt.json").read_bytes()
     show = Watching()
     models = compress(recipe(desk), show)
