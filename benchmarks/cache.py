@@ -28,6 +28,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--blocks", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=5632)
@@ -50,24 +53,38 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write all numbers to this file")
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, _store(arguments.megabytes * 1e6):
-        blocks = [_block(f"s3://models/{number}.safetensors", arguments) for number in range(arguments.blocks)]
+        blocks = [
+            _block(f"s3://models/{number}.safetensors", arguments)
+            for number in range(arguments.blocks)
+        ]
         size = sum(ref.end - ref.begin for refs in blocks for ref in refs.values())
         place = Path(folder) / "cache"
         cache = BlockCache(place, None)
-        seconds: dict[str, list[float]] = {"store": [_walk(read_tensors, blocks) for _ in range(arguments.walks)]}
+        seconds: dict[str, list[float]] = {
+            "store": [_walk(read_tensors, blocks) for _ in range(arguments.walks)]
+        }
         seconds["fill"] = [_walk(cache.tensors, blocks)]
         cache_module._SOUND.clear()
         cache = BlockCache(place, None)
         seconds["new process"] = [_walk(cache.tensors, blocks)]
         seconds["walk"] = [_walk(cache.tensors, blocks) for _ in range(arguments.walks)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{arguments.blocks} blocks, {size / 1e6:.0f} MB in all, {arguments.megabytes:g} MB/s from the store\n")
+    print(
+        f"{arguments.blocks} blocks, {size / 1e6:.0f} MB in all, {arguments.megabytes:g} MB/s from the store\n"
+    )
     print("| walk | seconds | MB/s | store ÷ |")
     print("|---|---|---|---|")
     for name, value in medians.items():
-        print(f"| {name} | {value:.2f} | {size / 1e6 / value:.0f} | {medians['store'] / value:.1f} |")
+        print(
+            f"| {name} | {value:.2f} | {size / 1e6 / value:.0f} | {medians['store'] / value:.1f} |"
+        )
     if arguments.json:
-        result = {"arguments": vars(arguments), "bytes": size, "seconds": seconds, "threads": torch.get_num_threads()}
+        result = {
+            "arguments": vars(arguments),
+            "bytes": size,
+            "seconds": seconds,
+            "threads": torch.get_num_threads(),
+        }
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
@@ -82,8 +99,15 @@ def _walk(read: Callable[[Refs], dict[str, torch.Tensor]], blocks: list[Refs]) -
 def _block(uri: str, arguments: argparse.Namespace) -> Refs:
     d, f = arguments.hidden, arguments.intermediate
     shapes = {f"self_attn.{name}_proj.weight": (d, d) for name in "qkvo"}
-    shapes |= {"mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f)}
-    entries = [Entry(name, torch.bfloat16, shape, lambda shape=shape: torch.randn(shape)) for name, shape in shapes.items()]  # type: ignore[misc]
+    shapes |= {
+        "mlp.gate_proj.weight": (f, d),
+        "mlp.up_proj.weight": (f, d),
+        "mlp.down_proj.weight": (d, f),
+    }
+    entries = [
+        Entry(name, torch.bfloat16, shape, partial(torch.randn, shape))
+        for name, shape in shapes.items()
+    ]
     return write_safetensors(uri, entries)[1]
 
 
@@ -100,13 +124,21 @@ def _store(rate: float) -> Iterator[None]:
             time.sleep(len(data) / rate)
         exchange.send(response, data)
 
-    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", "0"], stderr=subprocess.PIPE, text=True)
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-p", "0"], stderr=subprocess.PIPE, text=True
+    )
     assert server.stderr
     try:
         port = next(int(line.rsplit(":", 1)[1]) for line in server.stderr if "Running on" in line)
         threading.Thread(target=server.stderr.read, daemon=True).start()
-        proxy = faults.Proxy(port, [faults.Fault(throttled, "GET", r"\.safetensors", times=faults.FOREVER)])
+        proxy = faults.Proxy(
+            port, [faults.Fault(throttled, "GET", r"\.safetensors", times=faults.FOREVER)]
+        )
         os.environ["AWS_ENDPOINT_URL"] = proxy.url
         fsspec.filesystem("s3").mkdir("models")
         yield

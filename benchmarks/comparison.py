@@ -30,7 +30,7 @@ import torch
 import transformers
 from shapes import SHAPES
 
-from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.runner import Runner, pick_device
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, TOKENS, compare_plain
@@ -47,7 +47,8 @@ COMMON: dict[str, Any] = {
 }
 GROUPED = COMMON | {"intermediate_size": 2 * HIDDEN, "num_key_value_heads": 4}
 FAMILIES: dict[str, type[transformers.PretrainedConfig]] = {
-    name: transformers.CONFIG_MAPPING[name] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "lfm2")
+    name: transformers.CONFIG_MAPPING[name]
+    for name in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "lfm2")
 } | {name: transformers.CONFIG_MAPPING[name] for name in ("gpt_neox", "opt", "falcon")}
 OWN: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "sliding_window": 64},
@@ -59,7 +60,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", nargs="*", default=[], help="folders of trained models")
     parser.add_argument("--shape", nargs="*", default=[], choices=SHAPES)
     parser.add_argument("--windows", type=int, default=4)
@@ -123,7 +126,9 @@ def _random(config: transformers.PretrainedConfig, scale: float) -> Iterator[Pat
         yield Path(folder)
 
 
-def _measure(folder: Path, dtype: torch.dtype, device: torch.device, windows: int) -> dict[str, Any]:
+def _measure(
+    folder: Path, dtype: torch.dtype, device: torch.device, windows: int
+) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     stack = dense_stack(config, read_index(str(folder), "model.source"))
     runner = Runner(stack, device, dtype, rows=8)
@@ -153,7 +158,9 @@ def _changed(stack: Stack, folder: Path) -> Stack:
     block = stack.blocks[0]
     name = max(block.weights, key=lambda name: block.weights[name].end - block.weights[name].begin)
     value = read_tensors({name: block.weights[name]})[name].float()
-    value += 0.05 * value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+    value += (
+        0.05 * value.std() * torch.randn(value.shape, generator=torch.Generator().manual_seed(2))
+    )
     entry = Entry(name, torch.float32, tuple(value.shape), lambda: value)
     _, refs = write_safetensors(str(folder / "changed.safetensors"), [entry])
     blocks = (replace(block, weights={**block.weights, **refs}), *stack.blocks[1:])

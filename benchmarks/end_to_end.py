@@ -44,7 +44,9 @@ PHASES = ("score", "states", "finetune")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a LLaMA: the plain way knows no other architecture")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--test", required=True, nargs="+", help="held-out texts")
@@ -66,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     turns = [_turn(arguments, number, argv) for number in range(arguments.repeats)]
     show(turns, arguments)
     if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "turns": turns}, indent=1) + "\n")
+        Path(arguments.json).write_text(
+            json.dumps({"arguments": vars(arguments), "turns": turns}, indent=1) + "\n"
+        )
     return 0
 
 
@@ -101,8 +105,15 @@ def show(turns: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
         cells = [way, ", ".join(map(str, turns[0][way]["removed"]))]
         cells += [f"{median(way, 'perplexity', text):.2f}" for text in texts]
         cells += [f"{median(way, 'seconds', phase):.1f}" for phase in PHASES]
-        cells += [f"{median(way, 'whole'):.1f}", f"{median(way, 'cpu'):.1f}", f"{median(way, 'gb'):.2f}"]
-        cells += [f"{median(way, 'seconds', 'all', over=first):.2f}", f"{median(way, 'cpu', over=first):.2f}"]
+        cells += [
+            f"{median(way, 'whole'):.1f}",
+            f"{median(way, 'cpu'):.1f}",
+            f"{median(way, 'gb'):.2f}",
+        ]
+        cells += [
+            f"{median(way, 'seconds', 'all', over=first):.2f}",
+            f"{median(way, 'cpu', over=first):.2f}",
+        ]
         print(f"| {' | '.join(cells)} |")
 
 
@@ -111,26 +122,45 @@ def _turn(arguments: argparse.Namespace, number: int, argv: list[str] | None) ->
     rows = {}
     for way in arguments.ways:
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, __file__, *(argv or sys.argv[1:]), "--only", way, "--out", out]
+            command = [
+                sys.executable,
+                __file__,
+                *(argv or sys.argv[1:]),
+                "--only",
+                way,
+                "--out",
+                out,
+            ]
             began = time.perf_counter()
             process = subprocess.Popen(command, stdout=sys.stderr)
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
             assert process.returncode == 0, way
             row = json.loads(Path(out, "found.json").read_text())
-            row |= {"whole": time.perf_counter() - began, "cpu": usage.ru_utime + usage.ru_stime, "gb": usage.ru_maxrss * 1024 / 1e9}
+            row |= {
+                "whole": time.perf_counter() - began,
+                "cpu": usage.ru_utime + usage.ru_stime,
+                "gb": usage.ru_maxrss * 1024 / 1e9,
+            }
             row["seconds"]["all"] = sum(row["seconds"].values())
-            row["perplexity"] = {Path(text).name: perplexity(row["folder"], text, arguments.length) for text in arguments.test}
+            row["perplexity"] = {
+                Path(text).name: perplexity(row["folder"], text, arguments.length)
+                for text in arguments.test
+            }
         rows[way] = row
         print(f"turn {number}: {way} {row}", file=sys.stderr)
     return rows
 
 
 def _plain(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32
+    ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
     stream = np.array(tokenizer(Path(arguments.calibration).read_text())["input_ids"])
-    windows_WT = torch.from_numpy(sample_windows(lambda: [stream], arguments.windows, arguments.length, 0, "calibration"))
+    windows_WT = torch.from_numpy(
+        sample_windows(lambda: [stream], arguments.windows, arguments.length, 0, "calibration")
+    )
     torch.manual_seed(0)
     compression = Compression(model, windows_WT, arguments.epochs, arguments.rank)
     removed = compression.run(arguments.remove)
@@ -154,7 +184,12 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
             "bos": "never",  # as the paper
         },
         "importance": {"windows": min(32, arguments.windows)},
-        "fusion": {**WAYS[arguments.only], "epochs": epochs, "rank": arguments.rank, "lora_rank": arguments.rank},
+        "fusion": {
+            **WAYS[arguments.only],
+            "epochs": epochs,
+            "rank": arguments.rank,
+            "lora_rank": arguments.rank,
+        },
         "cluster": {"engine": "local"},
         "output": {"uri": arguments.out, "name": "model"},
     }
@@ -168,9 +203,13 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
 def perplexity(folder: str, text: str, length: int) -> float:
     """Of plain transformers over consecutive windows."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    stream = np.array(transformers.AutoTokenizer.from_pretrained(folder)(Path(text).read_text())["input_ids"])
+    stream = np.array(
+        transformers.AutoTokenizer.from_pretrained(folder)(Path(text).read_text())["input_ids"]
+    )
     windows_WT = torch.from_numpy(consecutive_windows(lambda: [stream], length, None, "test"))
-    return math.exp(statistics.mean(model(ids_BT, labels=ids_BT).loss.item() for ids_BT in windows_WT.split(1)))
+    return math.exp(
+        statistics.mean(model(ids_BT, labels=ids_BT).loss.item() for ids_BT in windows_WT.split(1))
+    )
 
 
 if __name__ == "__main__":

@@ -38,12 +38,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusegpt_ray import Recipe
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.fusion.student import Student
-from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.text import calibration
+from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalEngine
 
 Epoch = Callable[[], float]
 """Trains for one epoch; returns its mean loss."""
@@ -54,38 +55,72 @@ BUDGET = 20
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", help="a LLaMA: the plain loops know no other architecture")
     parser.add_argument("--data", required=True)
-    parser.add_argument("--donors", type=int, nargs="+", default=[3, 8, 12], help="blocks to fuse away, one group each")
+    parser.add_argument(
+        "--donors",
+        type=int,
+        nargs="+",
+        default=[3, 8, 12],
+        help="blocks to fuse away, one group each",
+    )
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=128, help="of both low-rank terms")
-    parser.add_argument("--epochs", type=int, default=5, help="turns; the first one warms up and is not counted")
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="turns; the first one warms up and is not counted"
+    )
     parser.add_argument("--compile", action="store_true", help="measure torch.compile as well")
     parser.add_argument("--json", help="write all numbers to this file")
     arguments = parser.parse_args()
 
-    results: dict[str, Any] = {"arguments": vars(arguments), "threads": torch.get_num_threads(), "groups": {}}
+    results: dict[str, Any] = {
+        "arguments": vars(arguments),
+        "threads": torch.get_num_threads(),
+        "groups": {},
+    }
     print(HEADER)
     for donor in arguments.donors:
         group = Group(arguments, donor)
         rows = group.measure(arguments.epochs)
         for name, row in rows.items():
-            ratios = " | ".join(f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio"))
-            print(f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} | {row['loss']:.1e} |", flush=True)
-        results["groups"][donor] = {"rows": rows, "flops": group.flops(), "profile": group.profile()}
+            ratios = " | ".join(
+                f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio")
+            )
+            print(
+                f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} | {row['loss']:.1e} |",
+                flush=True,
+            )
+        results["groups"][donor] = {
+            "rows": rows,
+            "flops": group.flops(),
+            "profile": group.profile(),
+        }
     if arguments.compile:
         print("\n| donor | CPU seconds of the first turn: ours | ours, compiled |\n|---|---|---|")
         for donor, result in results["groups"].items():
             print(
-                f"| {donor} | " + " | ".join(f"{result['rows'][way]['turns'][0][1]:.1f}" for way in ("ours", "ours, compiled")) + " |"
+                f"| {donor} | "
+                + " | ".join(
+                    f"{result['rows'][way]['turns'][0][1]:.1f}"
+                    for way in ("ours", "ours, compiled")
+                )
+                + " |"
             )
-    print("\n| donor | GFLOPs a step: student | teacher | blocks before the group | all ÷ student |")
+    print(
+        "\n| donor | GFLOPs a step: student | teacher | blocks before the group | all ÷ student |"
+    )
     print("|---|---|---|---|---|")
     for donor, result in results["groups"].items():
-        student, teacher, before = (result["flops"][key] / 1e9 for key in ("student", "teacher", "before"))
-        print(f"| {donor} | {student:.1f} | {teacher:.1f} | {before:.1f} | {(student + teacher + before) / student:.2f} |")
+        student, teacher, before = (
+            result["flops"][key] / 1e9 for key in ("student", "teacher", "before")
+        )
+        print(
+            f"| {donor} | {student:.1f} | {teacher:.1f} | {before:.1f} | {(student + teacher + before) / student:.2f} |"
+        )
     print("\n| operator of our step | share of CPU time | calls |")
     print("|---|---|---|")
     for row in results["groups"][arguments.donors[0]]["profile"]:
@@ -115,15 +150,19 @@ class Group:
             }
         )
         source = Source.find(arguments.model, None)
-        self.engine = LocalEngine(recipe, source, source.stack())
+        self.engine = LocalEngine(Setup.of(recipe, source, source.stack()))
         text, self.settings = recipe.calibration, recipe.fusion
         stream = self.engine.tokens(text, "data")
-        self.windows_WT = torch.from_numpy(calibration.sample_windows(stream, text.windows, text.length, text.seed, "data"))
+        self.windows_WT = torch.from_numpy(
+            calibration.sample_windows(stream, text.windows, text.length, text.seed, "data")
+        )
         dense = self.engine.dense
         self.job = Round(dense, dense, donor, self.settings, True, 0, "unused")
         self.steps = BUDGET * text.windows // self.settings.batch
         self.compile: bool = arguments.compile
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32
+        ).eval()
 
     def measure(self, epochs: int) -> dict[str, dict[str, Any]]:
         """Every way's seconds, ratios to ours and losses."""
@@ -133,7 +172,11 @@ class Group:
         states_cpu = time.process_time() - states_cpu
         ways: dict[str, tuple[Epoch, bool]] = {
             "ours": (self.ours(entering_WTD, leaving_WTD), True),
-            **({"ours, compiled": (self.ours(entering_WTD, leaving_WTD, compiled=True), True)} if self.compile else {}),
+            **(
+                {"ours, compiled": (self.ours(entering_WTD, leaving_WTD, compiled=True), True)}
+                if self.compile
+                else {}
+            ),
             "plain": (self.plain(entering_WTD, leaving_WTD), True),
             "plain, collecting": (self.plain(entering_WTD, leaving_WTD, collect=True), True),
             "plain, states anew": (self.plain(None, None), False),
@@ -147,13 +190,23 @@ class Group:
                 losses[name].append(way())
                 walls[name].append(time.perf_counter() - wall)
                 cpus[name].append(time.process_time() - cpu)
-            print(f"turn {turn}: " + ", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in walls.items()), file=sys.stderr)
+            print(
+                f"turn {turn}: "
+                + ", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in walls.items()),
+                file=sys.stderr,
+            )
 
         def ratio(seconds: dict[str, list[float]], name: str) -> float:
-            return statistics.median(other / own for other, own in zip(seconds[name][1:], seconds["ours"][1:], strict=True))
+            return statistics.median(
+                other / own
+                for other, own in zip(seconds[name][1:], seconds["ours"][1:], strict=True)
+            )
 
         rows = {}
-        budget = {name: BUDGET * statistics.median(cpus[name][1:]) + once * states_cpu for name, (_, once) in ways.items()}
+        budget = {
+            name: BUDGET * statistics.median(cpus[name][1:]) + once * states_cpu
+            for name, (_, once) in ways.items()
+        }
         for name in ways:
             pairs = zip(losses[name], losses["ours"], strict=True)
             rows[name] = {
@@ -174,27 +227,42 @@ class Group:
     def student(self) -> Student:
         trunk, settings = self.engine.runner.trunk, self.settings
         contexts = trunk.contexts(settings.batch, self.windows_WT.shape[1])
-        return build_student(self.job, trunk.moulds, contexts, self.job.plan(torch.float32), torch.device("cpu"))
+        return build_student(
+            self.job, trunk.meta_blocks, contexts, self.job.plan(torch.float32), torch.device("cpu")
+        )
 
-    def ours(self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor, compiled: bool = False) -> Epoch:
+    def ours(
+        self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor, compiled: bool = False
+    ) -> Epoch:
         stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"))
         if compiled:
             stepper.student.compile()  # in place, as torch.compile of the module
         size = self.settings.batch
 
         def epoch() -> float:
-            return train(stepper, lambda: batches_of(entering_WTD, leaving_WTD, size), 1, lambda *_: None)[0]
+            return train(
+                stepper, lambda: batches_of(entering_WTD, leaving_WTD, size), 1, lambda *_: None
+            )[0]
 
         return epoch
 
-    def plain(self, entering_WTD: torch.Tensor | None, leaving_WTD: torch.Tensor | None, collect: bool = False) -> Epoch:
+    def plain(
+        self,
+        entering_WTD: torch.Tensor | None,
+        leaving_WTD: torch.Tensor | None,
+        collect: bool = False,
+    ) -> Epoch:
         """A plain loop on these states, or on states computed for every batch."""
         student, settings, base = self.plain_student(), self.settings, self.model.model
         optimizer, schedule = adam(student, self.steps)
 
         def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             if entering_WTD is not None and leaving_WTD is not None:
-                yield from zip(entering_WTD.split(settings.batch), leaving_WTD.split(settings.batch), strict=True)
+                yield from zip(
+                    entering_WTD.split(settings.batch),
+                    leaving_WTD.split(settings.batch),
+                    strict=True,
+                )
             else:
                 yield from map(self.plain_states, self.windows_WT.split(settings.batch))
 
@@ -232,7 +300,12 @@ class Group:
                 if isinstance(layer, nn.Linear):
                     fused = PlainFused(layer, self.settings.rank).fuse(donor.get_submodule(name))
                     learned = start.get_submodule(name)
-                    for own, name_there in ((fused.A, "A"), (fused.B, "B"), (fused.C[0], "C0"), (fused.D[0], "D0")):
+                    for own, name_there in (
+                        (fused.A, "A"),
+                        (fused.B, "B"),
+                        (fused.C[0], "C0"),
+                        (fused.D[0], "D0"),
+                    ):
                         own.data.copy_(learned.get_parameter(name_there).data)
                     block.set_submodule(name, fused)
             blocks.append(block)
@@ -244,7 +317,9 @@ class Group:
         ids_BT = self.windows_WT[: self.settings.batch]
         found = {}
         with FlopCounterMode(display=False) as count, torch.no_grad():
-            entering_BTD = blocks_forward(base, base.layers[: span.start], base.embed_tokens(ids_BT))
+            entering_BTD = blocks_forward(
+                base, base.layers[: span.start], base.embed_tokens(ids_BT)
+            )
         found["before"] = count.get_total_flops()
         with FlopCounterMode(display=False) as count, torch.no_grad():
             blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
@@ -262,7 +337,10 @@ class Group:
             epoch()
         events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
         total = math.fsum(event.self_cpu_time_total for event in events)
-        return [{"operator": e.key, "share": e.self_cpu_time_total / total, "calls": e.count} for e in events[:12]]
+        return [
+            {"operator": e.key, "share": e.self_cpu_time_total / total, "calls": e.count}
+            for e in events[:12]
+        ]
 
 
 if __name__ == "__main__":

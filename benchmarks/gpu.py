@@ -35,16 +35,16 @@ import torch
 import transformers
 from shapes import SHAPES, Shape
 
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.model.anatomy import dense_stack, find_blocks
+from fusegpt_ray.model.architecture import dense_stack, find_blocks
 from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.runner import Runner, pick_device
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store.checkpoint import Entry, write_safetensors
+from fusegpt_ray.training.loop import TorchStepper, batches_of, train
 
 SCORE_WINDOWS, WINDOWS, LENGTH, EPOCHS, SPARSITY = 32, 1024, 2048, 20, 0.25
 """The paper's budget."""
@@ -68,24 +68,54 @@ SIZES = dict.fromkeys(SHAPES, Size()) | {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", nargs="+", default=[name for name in SHAPES if name != "toy"], choices=SHAPES)
-    parser.add_argument("--peak-tflops", type=float, help="the device's, at the dtype of the arithmetic; left out: measured")
-    parser.add_argument("--micro-batch", type=int, help="windows of a loss batch that pass the group at once; left out: all 8")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--shape", nargs="+", default=[name for name in SHAPES if name != "toy"], choices=SHAPES
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="the device's, at the dtype of the arithmetic; left out: measured",
+    )
+    parser.add_argument(
+        "--micro-batch",
+        type=int,
+        help="windows of a loss batch that pass the group at once; left out: all 8",
+    )
     parser.add_argument("--json", help="write all numbers to this file")
     arguments = parser.parse_args(argv)
     device = pick_device()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    found: dict[str, Any] = {"device": name, "cuda": torch.version.cuda, "dtype": str(dtype), "versions": versions(), "shapes": {}}
+    found: dict[str, Any] = {
+        "device": name,
+        "cuda": torch.version.cuda,
+        "dtype": str(dtype),
+        "versions": versions(),
+        "shapes": {},
+    }
     print(HEADER)
     for label in arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
-            found["shapes"][label] = row = measure(SHAPES[label], SIZES[label], folder, device, dtype, arguments)
+            found["shapes"][label] = row = measure(
+                SHAPES[label], SIZES[label], folder, device, dtype, arguments
+            )
         score, states, tuning = row["score"], row["states"], row["finetune"]
-        cells = [f"{score['seconds']:.1f}", f"{score['tflops']:.3g}", f"{score['share']:.0%}", f"{score['gb']:.1f}"]
+        cells = [
+            f"{score['seconds']:.1f}",
+            f"{score['tflops']:.3g}",
+            f"{score['share']:.0%}",
+            f"{score['gb']:.1f}",
+        ]
         cells += [f"{states['seconds']:.1f}", f"{states['gb']:.1f}"]
-        cells += [f"{tuning['tokens']:.0f}", f"{tuning['tflops']:.3g}", f"{tuning['share']:.0%}", f"{tuning['gb']:.1f}"]
+        cells += [
+            f"{tuning['tokens']:.0f}",
+            f"{tuning['tflops']:.3g}",
+            f"{tuning['share']:.0%}",
+            f"{tuning['gb']:.1f}",
+        ]
         print(f"| {label} | {' | '.join(cells)} | {row['hours']:.2f} |", flush=True)
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
@@ -94,16 +124,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(
-    shape: Shape, size: Size, folder: str, device: torch.device, dtype: torch.dtype, arguments: argparse.Namespace
+    shape: Shape,
+    size: Size,
+    folder: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: argparse.Namespace,
 ) -> dict[str, Any]:
     """Every step of one shape."""
     flops = shape.forward_flops(size.length)
     micro_batch: int | None = arguments.micro_batch
-    peak = arguments.peak_tflops * 1e12 if arguments.peak_tflops else matmul_rate(size.matmul, device, dtype)
+    peak = (
+        arguments.peak_tflops * 1e12
+        if arguments.peak_tflops
+        else matmul_rate(size.matmul, device, dtype)
+    )
     dense = random_stack(shape, size.length, folder, dtype)
-    recipe = Recipe.parse({"model": {"source": folder}, "calibration": {"data": "none"}, "output": {"uri": folder, "name": "none"}})
+    recipe = Recipe.parse(
+        {
+            "model": {"source": folder},
+            "calibration": {"data": "none"},
+            "output": {"uri": folder, "name": "none"},
+        }
+    )
     runner = Runner(dense, device, dtype, recipe.importance.batch, recipe.cluster.weights)
-    windows_WT = torch.randint(shape.vocabulary, (max(size.score_windows, size.state_windows), size.length))
+    windows_WT = torch.randint(
+        shape.vocabulary, (max(size.score_windows, size.state_windows), size.length)
+    )
     row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.keeps}
 
     # Scoring: the reading alone, then the whole sweep.
@@ -114,34 +161,67 @@ def measure(
     reading, _ = clock.stop()
     scored_WT = windows_WT[: size.score_windows]
     clock = Clock(device)
-    sweep(runner, dense, [Part(part, tuple(range(shape.blocks))) for part in scored_WT.split(recipe.importance.batch)])
+    sweep(
+        runner,
+        dense,
+        [
+            Part(part, tuple(range(shape.blocks)))
+            for part in scored_WT.split(recipe.importance.batch)
+        ],
+    )
     seconds, gb = clock.stop()
     rate = shape.blocks * (shape.blocks + 1) / 2 * scored_WT.numel() * flops / seconds
     scaled = reading + max(seconds - reading, 0) * SCORE_WINDOWS / size.score_windows
-    row["score"] = {"seconds": scaled, "measured": seconds, "reading": reading, "windows": size.score_windows, "gb": gb}
+    row["score"] = {
+        "seconds": scaled,
+        "measured": seconds,
+        "reading": reading,
+        "windows": size.score_windows,
+        "gb": gb,
+    }
     row["score"] |= {"tflops": rate / 1e12, "share": rate / peak}
 
     # A round in the middle of the model, after one that removed block 1.
     job = Round(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
     clock = Clock(device)
-    entering, leaving = (states.cpu() for states in group_states(runner, job, windows_WT[: size.state_windows]))
+    entering, leaving = (
+        states.cpu() for states in group_states(runner, job, windows_WT[: size.state_windows])
+    )
     seconds, gb = clock.stop()
-    row["states"] = {"seconds": seconds * WINDOWS / size.state_windows, "measured": seconds, "windows": size.state_windows, "gb": gb}
+    row["states"] = {
+        "seconds": seconds * WINDOWS / size.state_windows,
+        "measured": seconds,
+        "windows": size.state_windows,
+        "gb": gb,
+    }
 
     # Fine-tuning: one epoch of warming up, one measured.
     settings = recipe.fusion
     clock = Clock(device)
     contexts = runner.trunk.contexts(micro_batch or settings.batch, size.length)
-    student = build_student(job, runner.trunk.moulds, contexts, job.plan(dtype), device)
+    student = build_student(job, runner.trunk.meta_blocks, contexts, job.plan(dtype), device)
     building, _ = clock.stop()
     stepper = TorchStepper.make(student, settings, 1000, device, micro_batch)
-    train(stepper, lambda: batches_of(entering[: settings.batch], leaving[: settings.batch], settings.batch), 1, lambda *_: None)
+    train(
+        stepper,
+        lambda: batches_of(entering[: settings.batch], leaving[: settings.batch], settings.batch),
+        1,
+        lambda *_: None,
+    )
     clock = Clock(device)
-    losses = train(stepper, lambda: batches_of(entering, leaving, settings.batch), 1, lambda *_: None)
+    losses = train(
+        stepper, lambda: batches_of(entering, leaving, settings.batch), 1, lambda *_: None
+    )
     seconds, gb = clock.stop()
     tokens = entering.shape[0] * size.length / seconds
     rate = 3 * len(job.neighbours) * flops * tokens
-    row["finetune"] = {"tokens": tokens, "seconds": seconds, "build": building, "loss": losses[0], "gb": gb}
+    row["finetune"] = {
+        "tokens": tokens,
+        "seconds": seconds,
+        "build": building,
+        "loss": losses[0],
+        "gb": gb,
+    }
     row["finetune"] |= {"tflops": rate / 1e12, "share": rate / peak}
     row["hours"] = hours(shape, row)
     return row
@@ -153,7 +233,11 @@ def hours(shape: Shape, row: dict[str, Any]) -> float:
     for number in range(math.ceil(shape.blocks * SPARSITY)):
         left = shape.blocks - number
         total += row["score"]["seconds"] * left * (left + 1) / (shape.blocks * (shape.blocks + 1))
-        total += row["states"]["seconds"] + row["finetune"]["build"] + EPOCHS * WINDOWS * LENGTH / row["finetune"]["tokens"]
+        total += (
+            row["states"]["seconds"]
+            + row["finetune"]["build"]
+            + EPOCHS * WINDOWS * LENGTH / row["finetune"]["tokens"]
+        )
     return total / 3600
 
 
@@ -178,9 +262,17 @@ def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> 
         return torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size)  # norms, products
 
     sizes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    trunk = [Entry(name, dtype, size, partial(value, size)) for name, size in sizes.items() if not name.startswith(f"{path}.")]
+    trunk = [
+        Entry(name, dtype, size, partial(value, size))
+        for name, size in sizes.items()
+        if not name.startswith(f"{path}.")
+    ]
     first = f"{path}.0."
-    block = [Entry(name, dtype, size, partial(value, size)) for name, size in sizes.items() if name.startswith(first)]
+    block = [
+        Entry(name, dtype, size, partial(value, size))
+        for name, size in sizes.items()
+        if name.startswith(first)
+    ]
     _, refs = write_safetensors(f"{folder}/trunk.safetensors", trunk)
     _, same = write_safetensors(f"{folder}/block.safetensors", block)
     for number in range(shape.blocks):
@@ -203,7 +295,9 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.begin
-        return seconds, torch.cuda.max_memory_allocated(self.device) / 1e9 if self.device.type == "cuda" else 0.0
+        return seconds, torch.cuda.max_memory_allocated(
+            self.device
+        ) / 1e9 if self.device.type == "cuda" else 0.0
 
 
 def matmul_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -48,7 +48,9 @@ MB = 1_000_000
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 16, 32, 64])
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--intermediate", type=int, default=1408)
@@ -65,20 +67,36 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     for depth in arguments.depths:
         with tempfile.TemporaryDirectory() as folder:
-            row = _measure(Path(folder), depth, arguments.hidden, arguments.intermediate, depth == arguments.depths[-1])
+            row = _measure(
+                Path(folder),
+                depth,
+                arguments.hidden,
+                arguments.intermediate,
+                depth == arguments.depths[-1],
+            )
         rows.append(row)
         sizes = [f"{row[key] / MB:.0f}" for key in ("checkpoint", "peak", "formula")]
         limited, whole = (row[key] for key in ("under_limit", "whole_under_limit"))
-        print(f"| {depth} | {' | '.join(sizes)} | {row['checkpoint'] / row['peak']:.1f} | {limited} | {whole} |", flush=True)
-    print(f"\nThe deepest with the `from_pretrained` check of small models: {rows[-1]['with_plain_check'] / MB:.0f} MB.")
+        print(
+            f"| {depth} | {' | '.join(sizes)} | {row['checkpoint'] / row['peak']:.1f} | {limited} | {whole} |",
+            flush=True,
+        )
+    print(
+        f"\nThe deepest with the `from_pretrained` check of small models: {rows[-1]['with_plain_check'] / MB:.0f} MB."
+    )
     if arguments.json:
         Path(arguments.json).write_text(
-            json.dumps({"arguments": vars(arguments), "versions": versions(), "rows": rows}, indent=1) + "\n"
+            json.dumps(
+                {"arguments": vars(arguments), "versions": versions(), "rows": rows}, indent=1
+            )
+            + "\n"
         )
     return 0
 
 
-def _measure(folder: Path, depth: int, hidden: int, intermediate: int, last: bool) -> dict[str, Any]:
+def _measure(
+    folder: Path, depth: int, hidden: int, intermediate: int, last: bool
+) -> dict[str, Any]:
     _checkpoint(folder / "tiny", 4, 32, 64)
     _checkpoint(folder / "model", depth, hidden, intermediate)
     (folder / "text.txt").write_text(" ".join(f"w{i * i % VOCABULARY}" for i in range(4000)))
@@ -111,7 +129,10 @@ def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
     return {
         "check": 3 * STEP,
         "score": trunk + 4 * block + (depth + 1) * states,
-        "finetune": trunk + (own_and_effective + donors + in_passing) * block + adam * NEIGHBOURS * (1 + donors) * pair + 2 * states,
+        "finetune": trunk
+        + (own_and_effective + donors + in_passing) * block
+        + adam * NEIGHBOURS * (1 + donors) * pair
+        + 2 * states,
     }
 
 
@@ -141,8 +162,8 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(task: dict[str, Any]) -> dict[str, Any]:
-    from fusegpt_ray import local
     from fusegpt_ray.publishing import plain, proof
+    from fusegpt_ray.workers import local
 
     folder = Path(task["folder"])
     _compress(folder, "tiny", 4, f"{task['output']}-tiny")
@@ -203,7 +224,13 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
         },
         "evaluation": {"text": {"data": str(folder / "text.txt"), "windows": WINDOWS}},
         "importance": {"windows": WINDOWS, "batch": BATCH},
-        "fusion": {"group_size": NEIGHBOURS, "rank": RANK, "lora_rank": RANK, "epochs": 1, "batch": BATCH},
+        "fusion": {
+            "group_size": NEIGHBOURS,
+            "rank": RANK,
+            "lora_rank": RANK,
+            "epochs": 1,
+            "batch": BATCH,
+        },
         "cluster": {"engine": "local", "weights": "streamed"},
         "output": {"uri": str(folder), "name": output},
     }
@@ -215,13 +242,19 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
 def _read_all(folder: Path) -> None:
     from fusegpt_ray.store.checkpoint import read_index, read_tensors
 
-    tensors = [read_tensors({name: ref}) for name, ref in read_index(str(folder), "model.source").items()]
+    tensors = [
+        read_tensors({name: ref}) for name, ref in read_index(str(folder), "model.source").items()
+    ]
     assert tensors
 
 
 def _status(key: str) -> int:
     """Bytes of this process, as the kernel counts them."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:")]
+    (line,) = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(f"{key}:")
+    ]
     return int(line.split()[1]) * 1024
 
 

@@ -74,13 +74,22 @@ def blocks_forward(base: Any, blocks: Iterable[nn.Module], h_BTD: torch.Tensor) 
 
 def knowledge_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor) -> torch.Tensor:
     """The paper's: KL over the batch, `batchmean`, as its public code divides."""
-    return nn.functional.kl_div(student_BTD.log_softmax(0), teacher_BTD.softmax(0), reduction="batchmean")
+    return nn.functional.kl_div(
+        student_BTD.log_softmax(0), teacher_BTD.softmax(0), reduction="batchmean"
+    )
 
 
 def adam(student: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]:
     """Adam and its cosine to zero; the fusion's coefficients and the rest learn at different rates."""
-    named = [({"C", "D"} & set(name.split(".")), value) for name, value in student.named_parameters() if value.requires_grad]
-    fusing, others = ([value for of_fusion, value in named if bool(of_fusion) == wanted] for wanted in (True, False))
+    named = [
+        ({"C", "D"} & set(name.split(".")), value)
+        for name, value in student.named_parameters()
+        if value.requires_grad
+    ]
+    fusing, others = (
+        [value for of_fusion, value in named if bool(of_fusion) == wanted]
+        for wanted in (True, False)
+    )
     rates = [{"params": fusing, "lr": FUSING_RATE}, {"params": others, "lr": OTHER_RATE}]
     optimizer = torch.optim.Adam(rates, betas=BETAS, eps=EPS)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
@@ -90,8 +99,17 @@ class Compression:
     """A whole run in memory: brute-force scoring, fusion, fine-tuning, until enough blocks are gone."""
 
     def __init__(self, model: Any, windows_WT: torch.Tensor, epochs: int, rank: int = RANK) -> None:
-        self.base, self.windows_WT, self.epochs, self.rank = model.model.requires_grad_(False), windows_WT, epochs, rank
-        self.linears = [name for name, layer in self.base.layers[0].named_modules() if isinstance(layer, nn.Linear)]
+        self.base, self.windows_WT, self.epochs, self.rank = (
+            model.model.requires_grad_(False),
+            windows_WT,
+            epochs,
+            rank,
+        )
+        self.linears = [
+            name
+            for name, layer in self.base.layers[0].named_modules()
+            if isinstance(layer, nn.Linear)
+        ]
         self.seconds = {"score": 0.0, "states": 0.0, "finetune": 0.0}
 
     @torch.no_grad()
@@ -122,7 +140,10 @@ class Compression:
             for place in range(len(blocks)):
                 rest = [block for number, block in enumerate(blocks) if number != place]
                 without_BTD = blocks_forward(self.base, rest, self.base.embed_tokens(ids_BT))
-                sums[place] += 1 - nn.functional.cosine_similarity(full_BTD, without_BTD, dim=-1).double().mean()
+                sums[place] += (
+                    1
+                    - nn.functional.cosine_similarity(full_BTD, without_BTD, dim=-1).double().mean()
+                )
         return int(sums.argmin())
 
     def round(self, place: int) -> None:
@@ -136,14 +157,21 @@ class Compression:
             donor = group.pop(place - begin)
             student = self.student(group, donor)
             self.finetune(student, entering_WTD, leaving_WTD)
-        self.base.layers = nn.ModuleList([*blocks[:begin], *student.requires_grad_(False), *blocks[begin + size :]])
+        self.base.layers = nn.ModuleList(
+            [*blocks[:begin], *student.requires_grad_(False), *blocks[begin + size :]]
+        )
 
     @torch.no_grad()
     def states(self, begin: int, group: Sequence[nn.Module]) -> tuple[torch.Tensor, torch.Tensor]:
         """Entering the group and leaving its teacher, the current model's own group."""
         batches = self.windows_WT.split(BATCH)
-        entering = [blocks_forward(self.base, self.base.layers[:begin], self.base.embed_tokens(ids_BT)) for ids_BT in batches]
-        return torch.cat(entering), torch.cat([blocks_forward(self.base, group, h_BTD) for h_BTD in entering])
+        entering = [
+            blocks_forward(self.base, self.base.layers[:begin], self.base.embed_tokens(ids_BT))
+            for ids_BT in batches
+        ]
+        return torch.cat(entering), torch.cat(
+            [blocks_forward(self.base, group, h_BTD) for h_BTD in entering]
+        )
 
     def student(self, neighbours: Sequence[nn.Module], donor: nn.Module) -> nn.ModuleList:
         """Every linear layer fused with the donor's; terms of earlier rounds go on learning, with the norms."""
@@ -152,19 +180,28 @@ class Compression:
             plain = layer.folded() if isinstance(layer, PlainFused) else layer
             for block in neighbours:
                 own: Any = block.get_submodule(name)
-                block.set_submodule(name, (own if isinstance(own, PlainFused) else PlainFused(own, self.rank)).fuse(plain))
+                block.set_submodule(
+                    name,
+                    (own if isinstance(own, PlainFused) else PlainFused(own, self.rank)).fuse(
+                        plain
+                    ),
+                )
         student = nn.ModuleList(neighbours)
         for name, value in student.named_parameters():
             value.requires_grad_(not {"own", "donors"} & set(name.split(".")))
         return student
 
-    def finetune(self, student: nn.ModuleList, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor) -> None:
+    def finetune(
+        self, student: nn.ModuleList, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor
+    ) -> None:
         batches = list(zip(entering_WTD.split(BATCH), leaving_WTD.split(BATCH), strict=True))
         optimizer, schedule = adam(student, self.epochs * len(batches))
         for _ in range(self.epochs):
             for entering_BTD, leaving_BTD in batches:
                 optimizer.zero_grad()
-                knowledge_loss(blocks_forward(self.base, student, entering_BTD), leaving_BTD).backward()
+                knowledge_loss(
+                    blocks_forward(self.base, student, entering_BTD), leaving_BTD
+                ).backward()
                 optimizer.step()
                 schedule.step()
 

@@ -35,11 +35,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
-    parser.add_argument("--test", required=True, nargs="+", help="held-out texts, in or out of domain")
-    parser.add_argument("--settings", nargs="+", default=["mi", "paper", "default"], choices=SETTINGS)
+    parser.add_argument(
+        "--test", required=True, nargs="+", help="held-out texts, in or out of domain"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=["mi", "paper", "default"], choices=SETTINGS
+    )
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
@@ -80,7 +86,10 @@ def main() -> int:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and text."""
-    lines = ["| setting | removed | text | dense | dropped | fused | damage left | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| setting | removed | text | dense | dropped | fused | damage left | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for name, manifest in results.items():
         seconds = sum(sum(record["seconds"].values()) for record in manifest["rounds"])
         for text, row in manifest["perplexity"].items():

@@ -20,7 +20,9 @@ from fusegpt_ray.publishing.rehearsal import rehearse
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     shapes = ["toy", "llama2-7b", "llama2-70b"]
     parser.add_argument("--shape", nargs="*", default=shapes, choices=SHAPES)
     arguments = parser.parse_args()

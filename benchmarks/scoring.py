@@ -38,11 +38,12 @@ from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.local import LocalEngine
-from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.sections import Importance, Text
 from fusegpt_ray.text import calibration
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalEngine
 
 Way = Callable[[], tuple[int, Ranking | None]]
 """Finds the block to remove."""
@@ -55,11 +56,17 @@ class Turn(NamedTuple):
     ranking: Ranking | None
 
 
-WAYS: dict[str, dict[str, Any]] = {"full table": {"all": True}, "exact": {}, "racing": {"racing": 0.05}}
+WAYS: dict[str, dict[str, Any]] = {
+    "full table": {"all": True},
+    "exact": {},
+    "racing": {"racing": 0.05},
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--windows", type=int, default=32)
@@ -82,7 +89,10 @@ def main() -> int:
             wall, cpu = time.perf_counter(), time.process_time()
             removed, ranking = way()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            print(f"{f'turn {turn}' if turn else 'warming up'}: {name} {wall:.2f} s, CPU {cpu:.2f} s", file=sys.stderr)
+            print(
+                f"{f'turn {turn}' if turn else 'warming up'}: {name} {wall:.2f} s, CPU {cpu:.2f} s",
+                file=sys.stderr,
+            )
             if turn:
                 runs[name].append(Turn(wall, cpu, removed, ranking))
     rows = _rows(runs, arguments.windows)
@@ -91,31 +101,60 @@ def main() -> int:
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
-        values = [row["removed"], row["windows"], row["block_forwards"], f"{row['wall']:.1f}", f"{row['cpu']:.1f}"]
+        values = [
+            row["removed"],
+            row["windows"],
+            row["block_forwards"],
+            f"{row['wall']:.1f}",
+            f"{row['cpu']:.1f}",
+        ]
         ratios = [f"{row[key]:.3f}" for key in ("work_ratio", "wall_ratio", "cpu_ratio")]
         print(f"| {name} | " + " | ".join(map(str, values + ratios)) + " |")
 
     engine = _engine(source, arguments.model, arguments, {"all": True})
     parts = torch.from_numpy(windows_WT).split(arguments.batch)
     everyone = tuple(range(len(engine.dense)))
-    table_WN = torch.cat(sweep(engine.runner, engine.dense, [Part(part, everyone) for part in parts])).numpy()
-    races = {"its windows, resampled": _races(_resampled(table_WN), arguments), "flat models": _races(_flat(table_WN), arguments)}
-    print("\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force | exact ÷ brute force |")
+    table_WN = torch.cat(
+        sweep(engine.runner, engine.dense, [Part(part, everyone) for part in parts])
+    ).numpy()
+    races = {
+        "its windows, resampled": _races(_resampled(table_WN), arguments),
+        "flat models": _races(_flat(table_WN), arguments),
+    }
+    print(
+        "\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force | exact ÷ brute force |"
+    )
     print("|---|---|---|---|---|---|")
     for name, race in races.items():
-        values = [race["seeds"], race["differ"], f"{race['excess']:.2%}", f"{race['racing']:.3f}", f"{race['exact']:.3f}"]
+        values = [
+            race["seeds"],
+            race["differ"],
+            f"{race['excess']:.2%}",
+            f"{race['racing']:.3f}",
+            f"{race['exact']:.3f}",
+        ]
         print(f"| {name} | " + " | ".join(map(str, values)) + " |")
 
     rate = _matmul_share(*arguments.shape) if arguments.shape[-1] else {}
     if rate:
-        print(f"\nwalk {rate['walk']:.1f} GFLOP/s, matrix products {rate['matmul']:.1f} GFLOP/s: {rate['walk'] / rate['matmul']:.0%}")
+        print(
+            f"\nwalk {rate['walk']:.1f} GFLOP/s, matrix products {rate['matmul']:.1f} GFLOP/s: {rate['walk'] / rate['matmul']:.0%}"
+        )
     if arguments.json:
-        result = {"arguments": vars(arguments), "ways": rows, "racing": races, "rate": rate, "threads": torch.get_num_threads()}
+        result = {
+            "arguments": vars(arguments),
+            "ways": rows,
+            "racing": races,
+            "rate": rate,
+            "threads": torch.get_num_threads(),
+        }
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 
 
-def _engine(source: Source, model: str, arguments: argparse.Namespace, importance: dict[str, Any]) -> LocalEngine:
+def _engine(
+    source: Source, model: str, arguments: argparse.Namespace, importance: dict[str, Any]
+) -> LocalEngine:
     settings = {
         "model": {"source": model, "dtype": "float32"},
         "calibration": {
@@ -129,16 +168,21 @@ def _engine(source: Source, model: str, arguments: argparse.Namespace, importanc
         "method": "mi",
         "output": {"uri": ".", "name": "none"},  # nothing is written
     }
-    return LocalEngine(Recipe.parse(settings), source, source.stack())
+    return LocalEngine(Setup.of(Recipe.parse(settings), source, source.stack()))
 
 
 def _windows(source: Source, arguments: argparse.Namespace) -> np.ndarray:
     engine = _engine(source, arguments.model, arguments, {})
-    text = engine.recipe.calibration
-    return calibration.sample_windows(engine.tokens(text, "data"), text.windows, text.length, text.seed, "data")
+    stream = engine.tokens(Text(data=arguments.data), "data")
+    return calibration.sample_windows(stream, arguments.windows, arguments.length, 0, "data")
 
 
-def _scoring(source: Source, arguments: argparse.Namespace, windows_WT: np.ndarray, importance: dict[str, Any]) -> Way:
+def _scoring(
+    source: Source,
+    arguments: argparse.Namespace,
+    windows_WT: np.ndarray,
+    importance: dict[str, Any],
+) -> Way:
     engine = _engine(source, arguments.model, arguments, importance)
     assert engine.runner  # the trunk is read once a run, as brute force's model is
 
@@ -152,12 +196,18 @@ def _scoring(source: Source, arguments: argparse.Namespace, windows_WT: np.ndarr
 @torch.no_grad()
 def _brute_force(arguments: argparse.Namespace, windows_WT: np.ndarray) -> Way:
     """The model and the model without each block, by transformers' own forward pass; the states before the final norm are compared."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.float32
+    ).eval()
     path = find_blocks(model)
     blocks = model.get_submodule(path)
     seen: list[torch.Tensor] = []
     base = model.base_model
-    norm = next(module for name, module in base.named_children() if name in ("norm", "ln_f", "final_layer_norm"))
+    norm = next(
+        module
+        for name, module in base.named_children()
+        if name in ("norm", "ln_f", "final_layer_norm")
+    )
     norm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     batches = torch.from_numpy(windows_WT).split(arguments.batch)
 
@@ -173,7 +223,9 @@ def _brute_force(arguments: argparse.Namespace, windows_WT: np.ndarray) -> Way:
         for batch in batches:
             full = states(list(totals), batch)
             for i in totals:
-                totals[i] += float(macro_influence(full, states([j for j in totals if j != i], batch)).sum())
+                totals[i] += float(
+                    macro_influence(full, states([j for j in totals if j != i], batch)).sum()
+                )
         return lowest(totals), None
 
     return way
@@ -193,8 +245,12 @@ def _rows(runs: dict[str, list[Turn]], windows: int) -> dict[str, dict[str, Any]
             "wall": statistics.median(turn.wall for turn in turns),
             "cpu": statistics.median(turn.cpu for turn in turns),
             "work_ratio": done / cost.brute_force,
-            "wall_ratio": statistics.median(turn.wall / other.wall for turn, other in zip(turns, brute, strict=True)),
-            "cpu_ratio": statistics.median(turn.cpu / other.cpu for turn, other in zip(turns, brute, strict=True)),
+            "wall_ratio": statistics.median(
+                turn.wall / other.wall for turn, other in zip(turns, brute, strict=True)
+            ),
+            "cpu_ratio": statistics.median(
+                turn.cpu / other.cpu for turn, other in zip(turns, brute, strict=True)
+            ),
             "turns": [[turn.wall, turn.cpu] for turn in turns],
         }
     return rows
@@ -219,7 +275,9 @@ def _flat(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
     return draw
 
 
-def _races(draw: Callable[[np.random.Generator], np.ndarray], arguments: argparse.Namespace) -> dict[str, Any]:
+def _races(
+    draw: Callable[[np.random.Generator], np.ndarray], arguments: argparse.Namespace
+) -> dict[str, Any]:
     """How often racing chooses another block than the full table, by how much worse a one, and the work of both searches."""
     differ, excess, work = 0, [0.0], {"racing": [], "exact": []}  # type: ignore[var-annotated]
     for seed in range(arguments.seeds):
@@ -232,7 +290,13 @@ def _races(draw: Callable[[np.random.Generator], np.ndarray], arguments: argpars
         found = {}
         for name in work:
             settings = Importance(**WAYS[name])
-            found[name] = search(measure, range(table_WN.shape[1]), list(map(len, batches)), arguments.length, settings)
+            found[name] = search(
+                measure,
+                range(table_WN.shape[1]),
+                list(map(len, batches)),
+                arguments.length,
+                settings,
+            )
             work[name].append(found[name].cost.done / found[name].cost.brute_force)
         sums_N = table_WN.sum(axis=0)
         assert found["exact"].lowest == sums_N.argmin()
@@ -263,7 +327,9 @@ def _matmul_share(hidden: int, intermediate: int, heads: int, depth: int) -> dic
         tokens = torch.randint(0, 512, (batch, length))
         source = Source.find(folder, None)
         stack = source.stack()
-        arguments = argparse.Namespace(model=folder, data="unused", windows=batch, length=length, batch=batch)
+        arguments = argparse.Namespace(
+            model=folder, data="unused", windows=batch, length=length, batch=batch
+        )
         runner = _engine(source, folder, arguments, {}).runner
         projections = 4 * hidden**2 + 3 * hidden * intermediate
         attention = 2 * length * hidden  # scores and values, for each token

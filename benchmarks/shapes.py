@@ -17,7 +17,11 @@ class Shape(NamedTuple):
     @property
     def linears(self) -> list[tuple[int, int]]:
         keys = self.hidden * self.kv_heads // self.heads
-        return [(self.hidden, self.hidden)] * 2 + [(self.hidden, keys)] * 2 + [(self.hidden, self.intermediate)] * 3
+        return (
+            [(self.hidden, self.hidden)] * 2
+            + [(self.hidden, keys)] * 2
+            + [(self.hidden, self.intermediate)] * 3
+        )
 
     @property
     def products(self) -> int:

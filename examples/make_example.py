@@ -30,7 +30,13 @@ from pydoc_data.topics import topics
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 HELD_OUT, CALIBRATION = 4, 16
 VOCABULARY, WINDOW, BATCH = 2048, 256, 8
@@ -44,7 +50,11 @@ def prose(text: str) -> Iterator[str]:
     for block in re.split(r"\n\s*\n", text):
         paragraph = " ".join(block.split())
         letters = sum(c.isalpha() or c == " " for c in paragraph)
-        if len(paragraph.split()) >= 6 and letters >= 0.85 * len(paragraph) and ">>>" not in paragraph:
+        if (
+            len(paragraph.split()) >= 6
+            and letters >= 0.85 * len(paragraph)
+            and ">>>" not in paragraph
+        ):
             yield paragraph
 
 
@@ -90,7 +100,13 @@ def split_text() -> dict[str, str]:
     parts: dict[str, list[str]] = {"heldout": [], "calibration": [], "train": []}
     for name, paragraphs in documents():
         residue = zlib.crc32(name.encode()) % 100
-        part = "heldout" if residue < HELD_OUT else "calibration" if residue < HELD_OUT + CALIBRATION else "train"
+        part = (
+            "heldout"
+            if residue < HELD_OUT
+            else "calibration"
+            if residue < HELD_OUT + CALIBRATION
+            else "train"
+        )
         parts[part].append("\n".join(paragraphs) + "\n")
     return {part: "\n".join(texts) for part, texts in parts.items()}
 
@@ -102,10 +118,19 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=alphabet,
+        show_progress=False,
     )
     bpe.train_from_iterator(text.splitlines(keepends=True), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>", model_max_length=512)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        model_max_length=512,
+    )
 
 
 def make_model() -> LlamaForCausalLM:
@@ -141,7 +166,10 @@ def perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
     """Exp of the mean loss over consecutive windows of ``tokens``; the tail is dropped."""
     model.eval()
     windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
-    losses = [model(input_ids=window[None], labels=window[None], use_cache=False).loss for window in windows]
+    losses = [
+        model(input_ids=window[None], labels=window[None], use_cache=False).loss
+        for window in windows
+    ]
     return math.exp(torch.stack(losses).double().mean().item())
 
 
@@ -154,7 +182,9 @@ def batches(tokens: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from windows[torch.randperm(count)].split(BATCH)
 
 
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, steps: int) -> None:
+def train(
+    model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor, steps: int
+) -> None:
     """AdamW with warm-up and cosine decay, the matrix products in bfloat16."""
 
     def factor(step: int) -> float:
@@ -162,7 +192,10 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
 
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": scales, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": scales, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     start = time.perf_counter()
@@ -180,14 +213,25 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, held_out: torch.Tensor,
         if step % 500 == 0 or step == steps:
             seen, unseen = math.exp(sum(losses) / len(losses)), perplexity(model, held_out)
             elapsed = time.perf_counter() - start
-            print(f"step {step}  {elapsed:.0f} s  train {seen:.2f}  held-out {unseen:.2f}", flush=True)
+            print(
+                f"step {step}  {elapsed:.0f} s  train {seen:.2f}  held-out {unseen:.2f}", flush=True
+            )
             losses.clear()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make the example model and its calibration and held-out text.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for tiny-llama/ and text/")
-    parser.add_argument("--steps", type=int, default=3000, help=f"training steps of {BATCH} windows of {WINDOW} tokens")
+    parser = argparse.ArgumentParser(
+        description="Make the example model and its calibration and held-out text."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="folder for tiny-llama/ and text/"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=3000,
+        help=f"training steps of {BATCH} windows of {WINDOW} tokens",
+    )
     parser.add_argument("--threads", type=int, default=1, help="threads of the training")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

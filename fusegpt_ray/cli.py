@@ -38,9 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes = [note for e in dict.fromkeys((told, error)) for note in getattr(e, "__notes__", ())]
         print(f"failed: {told}", *notes, sep="\n", file=sys.stderr)
         return 1
-    except Exception as error:  # the last place: the trace for whoever mends it, then what happened and where
+    except (
+        Exception
+    ) as error:  # the last place: the trace for whoever mends it, then what happened and where
         traceback.print_exc()
-        print(f"\nfailed: {type(error).__name__}: {error}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
+        print(
+            f"\nfailed: {type(error).__name__}: {error}",
+            *getattr(error, "__notes__", ()),
+            sep="\n",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -76,12 +83,22 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     text |= {key: value for key, value in options.items() if value}
     try:
         data = Recipe.check(Evaluation, text, "evaluation.data")
-        cluster = Recipe.check(Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster")
+        cluster = Recipe.check(
+            Cluster, {"engine": arguments.engine, "replicas": arguments.replicas}, "cluster"
+        )
         from fusegpt_ray.pipeline import evaluate
 
-        result = evaluate(arguments.model, data, revision=arguments.revision, dtype=arguments.dtype, cluster=cluster)
+        result = evaluate(
+            arguments.model,
+            data,
+            revision=arguments.revision,
+            dtype=arguments.dtype,
+            cluster=cluster,
+        )
     except UserError as error:
-        raise UserError(_as_argument(error.key), error.value, error.problem, _as_argument(error.fix)) from error
+        raise UserError(
+            _as_argument(error.key), error.value, error.problem, _as_argument(error.fix)
+        ) from error
     if arguments.json:
         print(json.dumps(result))
     else:
@@ -126,11 +143,19 @@ def _clean(arguments: argparse.Namespace) -> int:
     found = housekeeping.leftovers(arguments.uri, **options)
     removed = housekeeping.clean(arguments.uri, **options) if arguments.yes else []
     for item in found:
-        verb = "removed" if item in removed else "would remove" if item.dead and not arguments.yes else "kept"
+        verb = (
+            "removed"
+            if item in removed
+            else "would remove"
+            if item.dead and not arguments.yes
+            else "kept"
+        )
         print(f"{verb:<12}  {item.uri}  {byte_count(item.size)}  {item.what}")
     dead = [item for item in found if item.dead]
     if dead and not arguments.yes:
-        print(f"{byte_count(sum(item.size for item in dead))} could go; nothing was removed: that takes --yes")
+        print(
+            f"{byte_count(sum(item.size for item in dead))} could go; nothing was removed: that takes --yes"
+        )
     if not found:
         print(f"nothing to remove in {arguments.uri}")
     return 0
@@ -157,13 +182,21 @@ def _as_argument(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fusegpt", description="Make GPT-style models shallower by fusing blocks.")
+    parser = argparse.ArgumentParser(
+        prog="fusegpt", description="Make GPT-style models shallower by fusing blocks."
+    )
     parser.set_defaults(again="")
     verbs = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    verb = verbs.add_parser("compress", help="compress the model of a recipe and publish the result")
+    verb = verbs.add_parser(
+        "compress", help="compress the model of a recipe and publish the result"
+    )
     _recipe_arguments(verb)
-    verb.add_argument("--restart", action="store_true", help="forget an unfinished run of this name and begin anew")
+    verb.add_argument(
+        "--restart",
+        action="store_true",
+        help="forget an unfinished run of this name and begin anew",
+    )
     verb.set_defaults(run=_compress)
 
     verb = verbs.add_parser("score", help="how much each block of the dense model matters")
@@ -171,7 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     verb.set_defaults(run=_score)
 
-    verb = verbs.add_parser("evaluate", help="perplexity of a model over consecutive windows of a text")
+    verb = verbs.add_parser(
+        "evaluate", help="perplexity of a model over consecutive windows of a text"
+    )
     verb.add_argument("model", metavar="MODEL", help="folder, hub id or URI of a checkpoint")
     data = "file of text or a table of it (path or URI), or a `datasets` id"
     verb.add_argument("--data", required=True, help=data)
@@ -180,33 +215,57 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--config", help="`datasets` only: the configuration")
     verb.add_argument("--split", help="`datasets` only: the split (default: test)")
     verb.add_argument("--column", help="the column that holds the text (default: text)")
-    bos = "whether each window begins with a beginning-of-sequence token; auto: as the tokenizer does"
+    bos = (
+        "whether each window begins with a beginning-of-sequence token; auto: as the tokenizer does"
+    )
     verb.add_argument("--bos", default="auto", choices=["auto", "always", "never"], help=bos)
     verb.add_argument("--revision", help="hub models only: branch, tag or commit")
-    verb.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic")
-    verb.add_argument("--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray")
-    verb.add_argument("--replicas", type=int, default=1, help="Ray only: replicas that share the windows")
+    verb.add_argument(
+        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic"
+    )
+    verb.add_argument(
+        "--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray"
+    )
+    verb.add_argument(
+        "--replicas", type=int, default=1, help="Ray only: replicas that share the windows"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     verb.set_defaults(run=_evaluate)
 
-    verb = verbs.add_parser("pull", help="download a published model, checked; run again, it goes on")
-    verb.add_argument("uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches")
+    verb = verbs.add_parser(
+        "pull", help="download a published model, checked; run again, it goes on"
+    )
+    verb.add_argument(
+        "uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches"
+    )
     verb.add_argument("folder", metavar="DIR", help="local folder; it appears once it is whole")
     verb.set_defaults(run=_pull, again="; the same command goes on with what has arrived")
 
     verb = verbs.add_parser("verify", help="is a published model what its manifest says?")
-    verb.add_argument("uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches")
+    verb.add_argument(
+        "uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     verb.set_defaults(run=_verify)
 
     verb = verbs.add_parser("clean", help="list, or remove, what dead runs and pulls left")
     verb.add_argument("uri", metavar="URI", help="an output.uri")
-    verb.add_argument("--yes", action="store_true", help="remove what is listed (otherwise nothing is)")
+    verb.add_argument(
+        "--yes", action="store_true", help="remove what is listed (otherwise nothing is)"
+    )
     verb.add_argument("--unfinished", action="store_true", help="dead runs that could go on, too")
-    verb.add_argument("--age", type=float, default=10, metavar="MINUTES", help="without a sign of life → dead (default: 10)")
+    verb.add_argument(
+        "--age",
+        type=float,
+        default=10,
+        metavar="MINUTES",
+        help="without a sign of life → dead (default: 10)",
+    )
     verb.set_defaults(run=_clean)
 
-    verb = verbs.add_parser("status", help="models and runs below an output URI, and what they are at")
+    verb = verbs.add_parser(
+        "status", help="models and runs below an output URI, and what they are at"
+    )
     verb.add_argument("uri", metavar="URI", help="an output.uri, or the folder of one run or model")
     verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     verb.set_defaults(run=_status)
@@ -215,7 +274,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/quickstart.yaml")
-    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a field, such as sparsity=0.3")
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field, such as sparsity=0.3",
+    )
 
 
 def _quiet() -> None:

@@ -17,7 +17,9 @@ class UserError(ValueError):
     def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
         text = repr(value)
-        super().__init__(f"{key} = {text if len(text) <= LONGEST else text[:LONGEST] + '…'}: {problem}. Fix: {fix}.")
+        super().__init__(
+            f"{key} = {text if len(text) <= LONGEST else text[:LONGEST] + '…'}: {problem}. Fix: {fix}."
+        )
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
         # An exception is pickled by its `args` (the one message) unless told otherwise; Ray sends it between processes.
@@ -53,7 +55,9 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def reading_users_file(key: str, value: object, problem: str, fix: str, copy: str = "") -> Iterator[None]:
+def reading_users_file(
+    key: str, value: object, problem: str, fix: str, copy: str = ""
+) -> Iterator[None]:
     """While a library reads or builds from a file of the user's: whatever it raises is one message.
 
     No list of exception types: what a file holds decides how a library fails. The library's own

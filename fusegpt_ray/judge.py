@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fusegpt_ray.engine import Engine
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.workers.base import Engine
 
 
 @dataclass

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fusegpt_ray.engine import Engine
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
@@ -37,12 +36,15 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
+from fusegpt_ray.workers.base import Engine, Setup
 
 Leading = dict[str, int | None]
 """The token that each window begins with, if any, by the recipe key of its text."""
 
 
-def compress(recipe: Recipe, display: Display | None = None, restart: bool = False) -> list[Published]:
+def compress(
+    recipe: Recipe, display: Display | None = None, restart: bool = False
+) -> list[Published]:
     """Make the model shallower as the recipe says; returns what was published, the lightest compression first.
 
     Run again after a failure, it goes on from the last committed round; with `restart` it forgets an unfinished run and begins anew.
@@ -90,11 +92,16 @@ def compress(recipe: Recipe, display: Display | None = None, restart: bool = Fal
                 show.stage("evaluating the dense model")
                 with explained(dense, source.name, engine.dtype):
                     judge = Judge(engine, dense, held_out, windows_WT, show)
-                done = Rounds(recipe, engine, journal, dense, windows_WT, show).up_to([target.remove for target in missing])
+                done = Rounds(recipe, engine, journal, dense, windows_WT, show).up_to(
+                    [target.remove for target in missing]
+                )
             else:
                 show.say("nothing is left to do: this very run has published everything")
             for target in missing:
-                records, stack = [round.record for round in done[: target.remove]], done[target.remove - 1].stack
+                records, stack = (
+                    [round.record for round in done[: target.remove]],
+                    done[target.remove - 1].stack,
+                )
                 show.stage(f"evaluating and publishing {target.name}")
                 facts = {
                     "run": run_id,
@@ -175,7 +182,9 @@ def evaluate(
         UserError: the model or the text cannot be used.
     """
     if data.length is None:
-        raise UserError("evaluation.data.length", None, "missing", "give the tokens a window, such as 2048")
+        raise UserError(
+            "evaluation.data.length", None, "missing", "give the tokens a window, such as 2048"
+        )
     recipe = Recipe.parse(
         {
             "model": {"source": model, "revision": revision, "dtype": dtype},
@@ -202,7 +211,9 @@ def evaluate(
     return {"model": model, **taken.protocol, "perplexity": value}
 
 
-def _compare_source(engine: Engine, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display) -> None:
+def _compare_source(
+    engine: Engine, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display
+) -> None:
     """
     Raises:
         UserError: what is walked block by block is not the model that plain `from_pretrained` loads.
@@ -220,12 +231,12 @@ def _compare_source(engine: Engine, source: Source, dense: Stack, windows_WT: np
 def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
     """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
     if recipe.cluster.engine == "local":
-        from fusegpt_ray.local import LocalEngine
+        from fusegpt_ray.workers.local import LocalEngine
 
-        return LocalEngine(recipe, source, dense)
+        return LocalEngine(Setup.of(recipe, source, dense))
     from fusegpt_ray.distributed.engine import RayEngine
 
-    return RayEngine(recipe, source, dense)
+    return RayEngine(Setup.of(recipe, source, dense))
 
 
 def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Structure]:
@@ -245,7 +256,11 @@ def _open_source(source: Source, show: Display) -> tuple[Stack, Any]:
 
 def _lengths(recipe: Recipe) -> dict[str, int]:
     lengths = {"calibration.length": recipe.calibration.length}
-    return lengths | {f"evaluation.{name}.length": item.length for name, item in recipe.evaluation.items() if item.length}
+    return lengths | {
+        f"evaluation.{name}.length": item.length
+        for name, item in recipe.evaluation.items()
+        if item.length
+    }
 
 
 def _leading_tokens(recipe: Recipe, tokenizer: Any) -> Leading:
@@ -254,7 +269,9 @@ def _leading_tokens(recipe: Recipe, tokenizer: Any) -> Leading:
         UserError: see `calibration.leading_token`.
     """
     asked = {"calibration": recipe.calibration.bos}
-    asked |= {f"evaluation.{name}": item.bos for name, item in recipe.evaluation.items() if item.bos}
+    asked |= {
+        f"evaluation.{name}": item.bos for name, item in recipe.evaluation.items() if item.bos
+    }
     leading = calibration.leading_token
     found = {key: leading(bos, tokenizer, f"{key}.bos") for key, bos in asked.items()}
     inherited = {f"evaluation.{name}": found["calibration"] for name in recipe.evaluation}

@@ -46,7 +46,12 @@ def check_model(source: Source, lengths: dict[str, int]) -> Structure:
     positions = getattr(read_config(raw).get_text_config(), "max_position_embeddings", None)
     for key, length in lengths.items():
         if positions and length > positions:
-            raise UserError(key, length, f"longer than the model's {positions} positions", f"use at most {positions}")
+            raise UserError(
+                key,
+                length,
+                f"longer than the model's {positions} positions",
+                f"use at most {positions}",
+            )
     return structure
 
 
@@ -60,7 +65,9 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
     linear = {f"{name}.weight" for name, _ in linear_layers(block)}
     share = sum(sizes[name] for name in linear) / sum(sizes.values())
     if recipe.method != "mi" and share < 0.5:
-        problem = f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
+        problem = (
+            f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
+        )
         fix = "use method: mi, which only removes blocks, or a model without experts"
         raise UserError("method", recipe.method, problem, fix)
 
@@ -70,10 +77,15 @@ def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:
     Raises:
         UserError: the tokenizer gives tokens that the model has no embedding for.
     """
-    known, largest = read_config(dense.config).get_text_config().vocab_size, max(int(windows_WT.max()) for windows_WT in texts)
+    known, largest = (
+        read_config(dense.config).get_text_config().vocab_size,
+        max(int(windows_WT.max()) for windows_WT in texts),
+    )
     if largest >= known:
         problem = f"its tokenizer gives the token {largest}, its config.json knows {known} tokens"
-        raise UserError("model.source", source.name, problem, "use the tokenizer that belongs to the weights")
+        raise UserError(
+            "model.source", source.name, problem, "use the tokenizer that belongs to the weights"
+        )
 
 
 def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
@@ -87,8 +99,15 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
         remove = blocks_to_remove(depth, sparsity)
         if depth - remove < 2:
             problem = f"leaves {depth - remove} of {depth} blocks"
-            raise UserError("sparsity", sparsity, problem, f"use at most {(depth - 2) / depth:.2f}: two blocks must stay")
-        folder = storage.join(storage.absolute(recipe.output.uri), f"{recipe.output.name}-p{percent(sparsity)}")
+            raise UserError(
+                "sparsity",
+                sparsity,
+                problem,
+                f"use at most {(depth - 2) / depth:.2f}: two blocks must stay",
+            )
+        folder = storage.join(
+            storage.absolute(recipe.output.uri), f"{recipe.output.name}-p{percent(sparsity)}"
+        )
         targets.append(Target(sparsity, remove, folder))
     return targets
 
@@ -121,15 +140,24 @@ def _published_by(recipe: Recipe, target: Target) -> bool:
         made_by = Manifest.read(target.folder).data.get("recipe")
     except UserError:  # it is no manifest of ours
         return False
-    return isinstance(made_by, dict) and made_by | {"cluster": None} == recipe.model_dump(mode="json") | {"cluster": None}
+    return isinstance(made_by, dict) and made_by | {"cluster": None} == recipe.model_dump(
+        mode="json"
+    ) | {"cluster": None}
 
 
 def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
     for folder in (*(target.folder for target in targets), Journal.of(recipe).folder):
         if "://" not in folder and Path(folder).exists() and not Path(folder).is_dir():
             problem = f"a file is in the way at {folder}"
-            raise UserError("output.name", recipe.output.name, problem, "choose another output.name, or remove the file")
-    finished = [target for target in targets if storage.exists(storage.join(target.folder, MANIFEST))]
+            raise UserError(
+                "output.name",
+                recipe.output.name,
+                problem,
+                "choose another output.name, or remove the file",
+            )
+    finished = [
+        target for target in targets if storage.exists(storage.join(target.folder, MANIFEST))
+    ]
     # A run of several sparsities that died between two of them goes on; `pipeline` makes sure that the finished ones are its own.
     if finished and (restart or len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
@@ -140,7 +168,12 @@ def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
 
 def name_taken(recipe: Recipe, target: Target) -> UserError:
     problem = f"a finished model is already at {target.folder}"
-    return UserError("output.name", recipe.output.name, problem, "choose another output.name or output.uri, or remove it")
+    return UserError(
+        "output.name",
+        recipe.output.name,
+        problem,
+        "choose another output.name or output.uri, or remove it",
+    )
 
 
 def _check_writable(recipe: Recipe) -> None:
@@ -151,7 +184,9 @@ def _check_writable(recipe: Recipe) -> None:
             storage.write(probe, b"")
             storage.remove(probe)
         else:
-            there = next(folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder))  # a link to nothing, too
+            there = next(
+                folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder)
+            )  # a link to nothing, too
             tempfile.TemporaryFile(dir=there).close()
     except StorageError:
         raise
@@ -160,4 +195,9 @@ def _check_writable(recipe: Recipe) -> None:
 
 
 def _unwritable(recipe: Recipe, error: Exception) -> UserError:
-    return UserError("output.uri", recipe.output.uri, f"cannot be written ({error})", "check the path and your rights")
+    return UserError(
+        "output.uri",
+        recipe.output.uri,
+        f"cannot be written ({error})",
+        "check the path and your rights",
+    )

@@ -19,7 +19,19 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import PRESETS, Calibration, Cluster, Evaluation, Fusion, Importance, Method, Model, Output, Section, Seed
+from fusegpt_ray.sections import (
+    PRESETS,
+    Calibration,
+    Cluster,
+    Evaluation,
+    Fusion,
+    Importance,
+    Method,
+    Model,
+    Output,
+    Section,
+    Seed,
+)
 from fusegpt_ray.uris import shown
 
 MAX_BYTES = 1_000_000
@@ -34,14 +46,18 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.composer.ComposerError(None, None, "an alias (*name) is not taken here: write it out", event.start_mark)
+            raise yaml.composer.ComposerError(
+                None, None, "an alias (*name) is not taken here: write it out", event.start_mark
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         twice = [key for key, count in keys.items() if count > 1]
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is there twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {twice[0]!r} is there twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -80,7 +96,12 @@ class Recipe(Section):
     def _check_together(self) -> Self:
         for value in self.sparsity:
             if not (math.isfinite(value) and 0 < value < 1):
-                raise UserError("sparsity", value, "not between 0 and 1", "give the fraction to remove, such as 0.25")
+                raise UserError(
+                    "sparsity",
+                    value,
+                    "not between 0 and 1",
+                    "give the fraction to remove, such as 0.25",
+                )
         percents = [percent(value) for value in self.sparsity]
         if not percents or len(set(percents)) < len(percents):
             raise UserError(
@@ -97,7 +118,12 @@ class Recipe(Section):
                 "lower it, or raise calibration.windows",
             )
         if self.importance.all and self.importance.racing is not None:
-            raise UserError("importance.racing", self.importance.racing, "importance.all scores every block", "leave one of them out")
+            raise UserError(
+                "importance.racing",
+                self.importance.racing,
+                "importance.all scores every block",
+                "leave one of them out",
+            )
         if self.method != "mi" and self.calibration.windows % self.fusion.batch:
             raise UserError(
                 "calibration.windows",
@@ -115,7 +141,9 @@ class Recipe(Section):
         share, micro_batch = self.fusion.batch // self.cluster.workers, self.cluster.micro_batch
         if micro_batch and share % micro_batch:
             problem = f"does not divide the {share} windows of a loss batch that each worker takes"
-            raise UserError("cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}")
+            raise UserError(
+                "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
+            )
         return self
 
     @classmethod
@@ -129,16 +157,33 @@ class Recipe(Section):
             with open(path, "rb") as file:
                 raw = file.read(MAX_BYTES + 1)
             text = raw.decode()
-        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file can have
-            raise UserError("recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe") from error
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # ValueError: not UTF-8, or a path that no file can have
+            raise UserError(
+                "recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe"
+            ) from error
         if len(raw) > MAX_BYTES:
-            raise UserError("recipe", str(path), f"longer than {MAX_BYTES} bytes", "give the path of a YAML recipe")
+            raise UserError(
+                "recipe",
+                str(path),
+                f"longer than {MAX_BYTES} bytes",
+                "give the path of a YAML recipe",
+            )
         try:
             data = _yaml(text)
         except ValueError as error:
-            raise UserError("recipe", str(path), f"not valid YAML ({error})", "see examples/quickstart.yaml") from error
+            raise UserError(
+                "recipe", str(path), f"not valid YAML ({error})", "see examples/quickstart.yaml"
+            ) from error
         if not isinstance(data, dict):
-            raise UserError("recipe", str(path), "not a mapping of keys to values", "see examples/quickstart.yaml")
+            raise UserError(
+                "recipe",
+                str(path),
+                "not a mapping of keys to values",
+                "see examples/quickstart.yaml",
+            )
         for override in overrides:
             _override(data, override)
         return cls.parse(data)
@@ -184,23 +229,37 @@ def _yaml(text: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"line {mark.line + 1 if mark else '?'}: {error.problem or error.context}") from error
+        raise ValueError(
+            f"line {mark.line + 1 if mark else '?'}: {error.problem or error.context}"
+        ) from error
     except yaml.YAMLError as error:  # a character that YAML does not know
         raise ValueError(str(error).partition("\n")[0]) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:  # what PyYAML makes of `!!int {}`, and the like
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+    ) as error:  # what PyYAML makes of `!!int {}`, and the like
         raise ValueError(f"a value that is none ({type(error).__name__})") from error
 
 
 def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
-        raise UserError("--set", shown(override), "not of the form key=value", "write for example --set fusion.epochs=5")
+        raise UserError(
+            "--set",
+            shown(override),
+            "not of the form key=value",
+            "write for example --set fusion.epochs=5",
+        )
     try:
         value = _yaml(text)
     except ValueError as error:
-        raise UserError("--set", shown(override), f"the value is not YAML ({error})", "quote it") from error
+        raise UserError(
+            "--set", shown(override), f"the value is not YAML ({error})", "quote it"
+        ) from error
     *parents, last = key.split(".")
     section: Any = data
     for parent in parents:
@@ -208,7 +267,12 @@ def _override(data: dict[str, Any], override: str) -> None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
-            raise UserError("--set", shown(override), f"{parent} is not a section", "see the recipe's keys in the README")
+            raise UserError(
+                "--set",
+                shown(override),
+                f"{parent} is not a section",
+                "see the recipe's keys in the README",
+            )
     section[last] = value
 
 
@@ -224,11 +288,19 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
         known = _keys_at(root, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         prefix = "".join(f"{part}." for part in path[:-1])
-        fix = f"did you mean {prefix}{near[0]}?" if near else f"the keys here are {', '.join(sorted(known))}"
-        return UserError(key, shown(first["input"]), "unknown key", fix.rstrip("?") if near else fix)
+        fix = (
+            f"did you mean {prefix}{near[0]}?"
+            if near
+            else f"the keys here are {', '.join(sorted(known))}"
+        )
+        return UserError(
+            key, shown(first["input"]), "unknown key", fix.rstrip("?") if near else fix
+        )
     if first["type"] == "missing":
         return UserError(key, None, "missing", f"add {key} to the recipe")
-    return UserError(key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}")
+    return UserError(
+        key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}"
+    )
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:

@@ -36,7 +36,12 @@ class _Live:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._bar.stop()
 
     def say(self, text: str) -> None:
@@ -88,15 +93,26 @@ class Display(_Live):
 
     def scored(self, ranking: Ranking) -> None:
         """The nearest four, `~` before an estimate, and what share of the full table's work was done."""
-        order = sorted(ranking.estimates.items(), key=lambda item: (item[0] != ranking.lowest, item[1]))
-        nearest = "  ".join(f"{dense}: {'~' * (dense in ranking.stopped)}{score:.4f}" for dense, score in order[:4])
+        order = sorted(
+            ranking.estimates.items(), key=lambda item: (item[0] != ranking.lowest, item[1])
+        )
+        nearest = "  ".join(
+            f"{dense}: {'~' * (dense in ranking.stopped)}{score:.4f}" for dense, score in order[:4]
+        )
         work = f"{ranking.cost.done / ranking.cost.single_walk:.0%} of the full table's work"
         self.say(f"  lowest Macro Influence  {nearest}  →  block {ranking.lowest} goes ({work})")
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
         self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"
-        self._bar.update(self._task, completed=number, total=epochs, note=f"epoch {number}/{epochs}  loss {loss:.4g}")
-        if not self.console.is_terminal and (number in (1, epochs) or number % max(1, epochs // 5) == 0):
+        self._bar.update(
+            self._task,
+            completed=number,
+            total=epochs,
+            note=f"epoch {number}/{epochs}  loss {loss:.4g}",
+        )
+        if not self.console.is_terminal and (
+            number in (1, epochs) or number % max(1, epochs // 5) == 0
+        ):
             self.say(f"  epoch {number}/{epochs}  loss {loss:.4g}")
 
     def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
@@ -129,7 +145,9 @@ class Display(_Live):
     def left_out(self, source: str, names: Sequence[str]) -> None:
         """What of a source no published model holds; the manifest has all the names."""
         if names:
-            more = f" and {len(names) - SHOWN} more (see fusegpt.json)" if len(names) > SHOWN else ""
+            more = (
+                f" and {len(names) - SHOWN} more (see fusegpt.json)" if len(names) > SHOWN else ""
+            )
             self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
 
 
@@ -138,8 +156,16 @@ class Transfer(_Live):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        )
         self._task = self._bar.add_task("looking", total=None)
         self._at: dict[str, int] = {}
         self._files = self._finished = 0

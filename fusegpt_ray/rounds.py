@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusegpt_ray.engine import Engine
 from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
@@ -19,6 +18,7 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.workers.base import Engine
 
 KEEP_SECONDS = 10.0
 """How much scoring a kill may cost at most, besides the share that is being measured."""
@@ -40,7 +40,9 @@ class Rounds:
         total = max(wanted)
         done = self.journal.rounds(wanted, self.show.say)[:total]
         if done:
-            self.show.say(f"going on after round {len(done)} of {total} (found in {self.journal.folder})")
+            self.show.say(
+                f"going on after round {len(done)} of {total} (found in {self.journal.folder})"
+            )
         while len(done) < total:
             number = len(done) + 1
             self.show.round_begins(number, total, len(self.dense) - len(done))
@@ -59,7 +61,9 @@ class Rounds:
 
     def _round(self, number: int, before: list[Done]) -> Done:
         stack = before[-1].stack if before else self.dense
-        score_seconds, ranking = self._score(number, stack, Ranking.from_record(before[-1].record) if before else None)
+        score_seconds, ranking = self._score(
+            number, stack, Ranking.from_record(before[-1].record) if before else None
+        )
         donor = ranking.lowest
         self.show.scored(ranking)
         seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
@@ -85,13 +89,19 @@ class Rounds:
             )
             group = [block.dense for block in job.group]
             verb = "fusing" if fuse else "fine-tuning"
-            self.show.stage(f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}", settings.epochs)
+            self.show.stage(
+                f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}",
+                settings.epochs,
+            )
             heard = lambda n, loss: self.show.epoch(n, settings.epochs, loss)  # noqa: E731
             with self._explained(trained=True):
                 tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
             after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
             states_rows, micro_batch = tuned.rows, tuned.micro_batch
-            seconds |= {"states": round(tuned.states_seconds, 3), "finetune": round(tuned.finetune_seconds, 3)}
+            seconds |= {
+                "states": round(tuned.states_seconds, 3),
+                "finetune": round(tuned.finetune_seconds, 3),
+            }
         record = {
             "removed": donor,
             **ranking.to_record(),
@@ -122,7 +132,9 @@ class Rounds:
 
         sums.changed = keep
         with self._explained(trained=number > 1):
-            ranking = self.engine.score(stack, self.windows_WT[: self.recipe.importance.windows], last, sums)
+            ranking = self.engine.score(
+                stack, self.windows_WT[: self.recipe.importance.windows], last, sums
+            )
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)

@@ -58,7 +58,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Section(BaseModel):
     """One section of the recipe: immutable, every key known."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 class Model(Section):

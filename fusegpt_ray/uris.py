@@ -9,7 +9,9 @@ from fusegpt_ray.errors import UserError
 _HIDDEN = "…"
 _NAMES_A_USER = {"http", "https", "s3", "s3a", "gs", "gcs"}
 """Schemes where a lone name before an @ is a key or a token; elsewhere it may be an account or a container (sftp, abfs)."""
-_SECRET_PARAMETER = re.compile(r"[?&][^=&]*(secret|token|password|passwd|signature|credential|key|sig)[^=&]*=", re.IGNORECASE)
+_SECRET_PARAMETER = re.compile(
+    r"[?&][^=&]*(secret|token|password|passwd|signature|credential|key|sig)[^=&]*=", re.IGNORECASE
+)
 _FIX = "leave it out: credentials come from the environment or the provider's chain, and a signed address is downloaded first"
 
 
@@ -23,7 +25,9 @@ def secret_in(text: str) -> str:
         user, at, host = authority.rpartition("@")
         if ":" in user or (at and scheme in _NAMES_A_USER):
             return "a URI with a user name, key or password in it"
-        if re.search(r":(?!\d*$)", host) and not host.startswith("["):  # the key's slash has cut it short
+        if re.search(r":(?!\d*$)", host) and not host.startswith(
+            "["
+        ):  # the key's slash has cut it short
             return "a URI with a key or password in it"
         if ("?" in rest and scheme in ("http", "https")) or _SECRET_PARAMETER.search(rest):
             return "a URI with a query, which may be a secret"
@@ -36,7 +40,12 @@ def refuse_secret(key: str, uri: str) -> None:
         UserError: the URI holds what may be a secret, which the message does not repeat.
     """
     if problem := secret_in(uri):
-        raise UserError(key, f"{uri.partition('://')[0]}://{_HIDDEN}", f"{problem}; URIs are written to logs and manifests", _FIX)
+        raise UserError(
+            key,
+            f"{uri.partition('://')[0]}://{_HIDDEN}",
+            f"{problem}; URIs are written to logs and manifests",
+            _FIX,
+        )
 
 
 def shown(value: object) -> object:

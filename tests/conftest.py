@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 
 # Before anything imports these libraries: they read their environment once.
-os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    RAY_AUTH_MODE="disabled",
+    DS_ACCELERATOR="cpu",
+)
 
 from collections.abc import Callable
 from pathlib import Path

@@ -11,10 +11,11 @@ import transformers as tf
 from models import GROUPED, open_stack, randomize, token_windows
 
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Fusion
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalEngine
 
 LENGTH = 256
 WIDTH = 2048
@@ -31,7 +32,10 @@ take 3 and (in three blocks) 12 to 16 numbers, 100 and 200 to 270 MB."""
 def save_wide(folder: Path) -> Path:
     """A tiny llama with narrow states and wide layers between them."""
     torch.manual_seed(0)
-    config = tf.LlamaConfig(**GROUPED | {"intermediate_size": WIDTH, "max_position_embeddings": LENGTH}, tie_word_embeddings=False)
+    config = tf.LlamaConfig(
+        **GROUPED | {"intermediate_size": WIDTH, "max_position_embeddings": LENGTH},
+        tie_word_embeddings=False,
+    )
     model = tf.LlamaForCausalLM(config)
     randomize(model)
     with torch.no_grad():
@@ -69,7 +73,12 @@ class CrampedFusion:
 def save_broad(folder: Path) -> Path:
     """A tiny llama with broad states and narrow layers between them: states are what takes memory."""
     torch.manual_seed(0)
-    broad = {"hidden_size": 512, "intermediate_size": 64, "num_hidden_layers": 3, "max_position_embeddings": LENGTH}
+    broad = {
+        "hidden_size": 512,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": LENGTH,
+    }
     model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | broad, tie_word_embeddings=False))
     randomize(model)
     model.save_pretrained(folder)
@@ -89,8 +98,10 @@ def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
         }
     )
     dense, windows = open_stack(folder), token_windows(MANY, 64).numpy()
-    with LocalEngine(recipe, Source.find(str(folder), None), dense) as engine:
-        assert engine.perplexity(dense, windows[:1]) > 1  # what is loaded once is loaded before the limit
+    with LocalEngine(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
+        assert (
+            engine.perplexity(dense, windows[:1]) > 1
+        )  # what is loaded once is loaded before the limit
         if more is not None:
             limit_memory(more)
         job = Round(dense, dense, 1, recipe.fusion, True, 0, f"{out}-blocks")
@@ -105,14 +116,23 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
             "model": {"source": str(folder)},
             "calibration": {"data": "unused", "windows": SCORED, "length": LENGTH},
             "importance": {"windows": SCORED, "batch": SCORED if what == "score" else 1},
-            "fusion": {"group_size": 3, "epochs": 2, "batch": TRAINED, "rank": 4, "lora_rank": 4, "loss": loss},
+            "fusion": {
+                "group_size": 3,
+                "epochs": 2,
+                "batch": TRAINED,
+                "rank": 4,
+                "lora_rank": 4,
+                "loss": loss,
+            },
             "cluster": {"engine": "local"},
             "output": {"uri": str(out.parent), "name": "x"},
         }
     )
     dense, windows = open_stack(folder), token_windows(SCORED, LENGTH).numpy()
-    with LocalEngine(recipe, Source.find(str(folder), None), dense) as engine:
-        assert engine.perplexity(dense, windows[:1]) > 1  # what is loaded once is loaded before the limit
+    with LocalEngine(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
+        assert (
+            engine.perplexity(dense, windows[:1]) > 1
+        )  # what is loaded once is loaded before the limit
         if more is not None:
             limit_memory(more)
         if what == "score":

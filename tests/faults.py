@@ -81,8 +81,14 @@ class Exchange(BaseHTTPRequestHandler):
     def upstream(self) -> tuple[HTTPResponse, bytes]:
         """What the server answers; it has done what was asked then."""
         connection = HTTPConnection("127.0.0.1", self.server.upstream, timeout=60)
-        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("transfer-encoding", "expect")}
-        connection.request(self.command, self.path, self.body, headers | {"Content-Length": str(len(self.body))})
+        headers = {
+            name: value
+            for name, value in self.headers.items()
+            if name.lower() not in ("transfer-encoding", "expect")
+        }
+        connection.request(
+            self.command, self.path, self.body, headers | {"Content-Length": str(len(self.body))}
+        )
         response = connection.getresponse()
         data = response.read()
         connection.close()
@@ -179,7 +185,9 @@ class Proxy(ThreadingHTTPServer):
 
     def __post_init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Exchange)
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     __hash__ = object.__hash__
 

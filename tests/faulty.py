@@ -29,11 +29,17 @@ class Faulty(LocalFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("faulty://"))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **options: Any
+    ) -> bytes:
         return self._read(self._strip_protocol(path), start or 0, end)
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        return io.BytesIO(self._read(path, 0, None)) if mode == "rb" else super()._open(path, mode, **options)
+        return (
+            io.BytesIO(self._read(path, 0, None))
+            if mode == "rb"
+            else super()._open(path, mode, **options)
+        )
 
     def _read(self, path: str, begin: int, end: int | None) -> bytes:
         file = Path(path)

@@ -15,7 +15,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 BLOCKS = 8
-WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po", "ri", "sa") for b in ("ba", "de", "fi", "go", "lu", "ma")]
+WORDS = [
+    a + b
+    for a in ("ba", "de", "fi", "go", "lu", "ma", "ne", "po", "ri", "sa")
+    for b in ("ba", "de", "fi", "go", "lu", "ma")
+]
 SETTINGS: dict[str, Any] = {
     "sparsity": [0.125, 0.25],  # one and two of the eight blocks
     "calibration": {"windows": 16, "length": 24},
@@ -57,7 +61,10 @@ class Material:
 
 def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, mapping by mapping."""
-    both = {key: _merge(base[key], value) if isinstance(value, dict) and key in base else value for key, value in changes.items()}
+    both = {
+        key: _merge(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
     return {**base, **both}
 
 
@@ -65,17 +72,31 @@ def make_material(folder: Path) -> Material:
     calibration, heldout = folder / "calibration.txt", folder / "heldout.txt"
     calibration.write_text(_text(words=2000, seed=1))
     heldout.write_text(_text(words=500, seed=2))
-    return Material(_model(folder / "float32", torch.float32), _model(folder / "bfloat16", torch.bfloat16), calibration, heldout)
+    return Material(
+        _model(folder / "float32", torch.float32),
+        _model(folder / "bfloat16", torch.bfloat16),
+        calibration,
+        heldout,
+    )
 
 
 def _model(folder: Path, dtype: torch.dtype) -> Path:
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED | {"num_hidden_layers": BLOCKS}, tie_word_embeddings=False))
+    model = tf.LlamaForCausalLM(
+        tf.LlamaConfig(**GROUPED | {"num_hidden_layers": BLOCKS}, tie_word_embeddings=False)
+    )
     randomize(model)
     model.to(dtype).save_pretrained(folder)
-    words = Tokenizer(WordLevel({word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", ".", *WORDS])}, unk_token="<unk>"))
+    words = Tokenizer(
+        WordLevel(
+            {word: n for n, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", ".", *WORDS])},
+            unk_token="<unk>",
+        )
+    )
     words.pre_tokenizer = Whitespace()
-    tf.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
     return folder
 
 
@@ -84,6 +105,10 @@ def _text(words: int, seed: int) -> str:
     draw = random.Random(seed)
     said, word = [], 0
     for n in range(words):
-        word = (3 * word + draw.choice([1, 2])) % len(WORDS) if draw.random() < 0.8 else draw.randrange(len(WORDS))
+        word = (
+            (3 * word + draw.choice([1, 2])) % len(WORDS)
+            if draw.random() < 0.8
+            else draw.randrange(len(WORDS))
+        )
         said.append(WORDS[word] + (" .\n" if n % 12 == 11 else " "))
     return "".join(said)

@@ -17,7 +17,7 @@ import transformers as tf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store.checkpoint import read_index
 
@@ -49,11 +49,15 @@ def _llava() -> tf.LlavaConfig:
         patch_size=4,
         projection_dim=16,
     )
-    return tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**GROUPED), image_token_index=VOCAB - 1)
+    return tf.LlavaConfig(
+        vision_config=vision, text_config=tf.LlamaConfig(**GROUPED), image_token_index=VOCAB - 1
+    )
 
 
 def _qwen2() -> tf.Qwen2Config:
-    return tf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=SLIDING, max_window_layers=2)
+    return tf.Qwen2Config(
+        **GROUPED, use_sliding_window=True, sliding_window=SLIDING, max_window_layers=2
+    )
 
 
 def _gemma3() -> tf.Gemma3TextConfig:
@@ -62,12 +66,22 @@ def _gemma3() -> tf.Gemma3TextConfig:
 
 
 def _gpt2() -> tf.GPT2Config:
-    return tf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=DEPTH, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2)
+    return tf.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=32,
+        n_layer=DEPTH,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
 
 
 def _lfm2() -> tf.Lfm2Config:
     """A hybrid: attention in two blocks, a short convolution with other linear layers in the others."""
-    return tf.Lfm2Config(**GROUPED, full_attn_idxs=[1, 2], block_auto_adjust_ff_dim=False, tie_word_embeddings=False)
+    return tf.Lfm2Config(
+        **GROUPED, full_attn_idxs=[1, 2], block_auto_adjust_ff_dim=False, tie_word_embeddings=False
+    )
 
 
 @dataclass(frozen=True)
@@ -85,8 +99,15 @@ LLAMA_LIKE = ("model.layers", "model.norm", "model.layers.")
 MODELS: dict[str, Tiny] = {
     "llama": Tiny(lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=False), *LLAMA_LIKE),
     "llama-tied": Tiny(lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=True), *LLAMA_LIKE),
-    "llama-sharded": Tiny(lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=False), *LLAMA_LIKE),
-    "llava": Tiny(_llava, "model.language_model.layers", "model.language_model.norm", "language_model.model.layers."),
+    "llama-sharded": Tiny(
+        lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=False), *LLAMA_LIKE
+    ),
+    "llava": Tiny(
+        _llava,
+        "model.language_model.layers",
+        "model.language_model.norm",
+        "language_model.model.layers.",
+    ),
     "gpt2": Tiny(_gpt2, "transformer.h", "transformer.ln_f", "transformer.h."),
     "gemma3": Tiny(_gemma3, *LLAMA_LIKE),
     "qwen2": Tiny(_qwen2, *LLAMA_LIKE),
@@ -106,7 +127,12 @@ MODELS: dict[str, Tiny] = {
         "gpt_neox.layers.",
     ),
     "lfm2": Tiny(_lfm2, "model.layers", "model.embedding_norm", "model.layers."),
-    "falcon": Tiny(lambda: tf.FalconConfig(**COMMON, alibi=False), "transformer.h", "transformer.ln_f", "transformer.h."),
+    "falcon": Tiny(
+        lambda: tf.FalconConfig(**COMMON, alibi=False),
+        "transformer.h",
+        "transformer.ln_f",
+        "transformer.h.",
+    ),
 }
 SUPPORTED = [name for name in MODELS if name not in ("llama-tied", "llama-sharded")]
 """One of each architecture."""
@@ -141,13 +167,19 @@ def randomize(model: nn.Module) -> None:
 def load_model(folder: Path) -> tf.PreTrainedModel:
     """The real model, by from_pretrained, in float32."""
     config = json.loads((folder / "config.json").read_text())
-    auto = tf.AutoModelForImageTextToText if config["model_type"] == "llava" else tf.AutoModelForCausalLM
+    auto = (
+        tf.AutoModelForImageTextToText
+        if config["model_type"] == "llava"
+        else tf.AutoModelForCausalLM
+    )
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def token_windows(windows: int, length: int, seed: int = 1) -> torch.Tensor:
     """Random token ids [windows, length] without special ones."""
-    return torch.randint(3, VOCAB - 1, (windows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        3, VOCAB - 1, (windows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def without_blocks(model: tf.PreTrainedModel, name: str, kept: Sequence[int]) -> tf.PreTrainedModel:
@@ -165,7 +197,11 @@ def without_blocks(model: tf.PreTrainedModel, name: str, kept: Sequence[int]) ->
 
 def _shorten(model: tf.PreTrainedModel, kept: Sequence[int], depth: int) -> None:
     """Every configuration in the model: the depth, and lists with one entry a block."""
-    configs = {id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None}
+    configs = {
+        id(config): config
+        for m in model.modules()
+        if (config := getattr(m, "config", None)) is not None
+    }
     for config in configs.values():
         if "Vision" in type(config).__name__:
             continue
@@ -202,10 +238,15 @@ def open_stack(folder: Path) -> Stack:
     return dense_stack(config, read_index(str(folder), "model.source"))
 
 
-def rewrite(folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+def rewrite(
+    folder: Path, out: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> Path:
     """A copy of an unsharded checkpoint with its tensors changed."""
     out.mkdir(exist_ok=True)
     (out / "config.json").write_text((folder / "config.json").read_text())
-    tensors = {name: value.contiguous() for name, value in change(load_file(folder / "model.safetensors")).items()}
+    tensors = {
+        name: value.contiguous()
+        for name, value in change(load_file(folder / "model.safetensors")).items()
+    }
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out

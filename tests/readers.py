@@ -22,7 +22,9 @@ from fusegpt_ray.store.checkpoint import TensorRef
 
 def digest_of(refs: Refs, cache: BlockCache) -> str:
     tensors = cache.tensors(refs)
-    return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
+    return hashlib.sha256(
+        b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()
 
 
 def _hang(share: float) -> None:
@@ -40,7 +42,10 @@ def _hang(share: float) -> None:
 def main(folder: str, file: str, hang: str = "") -> None:
     if hang:
         _hang({"half": 0.5, "whole": 1}[hang])
-    blocks = [{name: TensorRef.from_json(row) for name, row in refs.items()} for refs in json.loads(Path(file).read_text())]
+    blocks = [
+        {name: TensorRef.from_json(row) for name, row in refs.items()}
+        for refs in json.loads(Path(file).read_text())
+    ]
     cache = BlockCache(Path(folder), None)
     print("ready", flush=True)
     sys.stdin.readline()

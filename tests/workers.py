@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from fusegpt_ray.fusion.loss import LOSSES
+from fusegpt_ray.training.losses import LOSSES
 
 
 def split_loss(rank: int, workers: int, folder: str) -> None:
     """One of several data-parallel workers: its rows of a loss batch; saves its loss and the averaged gradient."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers
+    )
     data = torch.load(f"{folder}/data.pt")
     x, teacher = (data[name].chunk(workers)[rank] for name in ("x", "teacher"))
     out = {}

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def token_stream(text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str) -> Callable[[], Iterator[np.ndarray]]:
+def token_stream(
+    text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
+) -> Callable[[], Iterator[np.ndarray]]:
     """As `calibration.token_stream`: a function that yields the tokens of each piece, int32 [tokens], in order.
 
     Each call of the function reads and tokenises the text again. The arrays are read-only.
@@ -44,7 +46,12 @@ def token_stream(text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBas
             for piece in pieces(found[row["source"]], piece_bytes):
                 yield {"source": row["source"], "piece": next(numbers), "text": piece, "error": b""}
         except UserError as error:
-            yield {"source": row["source"], "piece": next(numbers), "text": "", "error": pickle.dumps(error)}
+            yield {
+                "source": row["source"],
+                "piece": next(numbers),
+                "text": "",
+                "error": pickle.dumps(error),
+            }
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "text": "", "tokens": tokenize(row["text"], tokenizer)}

@@ -10,12 +10,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
+from fusegpt_ray.workers.base import Setup
 
 
-def check_paths(recipe: Recipe, source: Source, dense: Stack) -> None:
+def check_paths(setup: Setup) -> None:
     """A hub model is downloaded to every node; any other local path must be in a folder that all nodes share.
 
     Raises:
@@ -23,18 +22,29 @@ def check_paths(recipe: Recipe, source: Source, dense: Stack) -> None:
     """
     if len(alive_nodes()) < 2:
         return
-    refs = [*dense.trunk.values(), *(ref for block in dense.blocks for ref in block.weights.values())]
+    source, dense = setup.source, setup.dense
+    refs = [
+        *dense.trunk.values(),
+        *(ref for block in dense.blocks for ref in block.weights.values()),
+    ]
     files = sorted({ref.file for ref in refs if "://" not in ref.file})
     fix = "use object storage, or a folder that all nodes share"
     if blind := nodes_without(files, source if source.on_hub else None):
         problem = f"node {blind[0]} has no {files[0]}"
-        raise UserError("model.source", recipe.model.source, problem, f"{fix} (for hub models: HF_HOME)")
-    output = storage.absolute(recipe.output.uri)
+        raise UserError("model.source", source.name, problem, f"{fix} (for hub models: HF_HOME)")
+    if setup.output_uri is None:
+        return
+    output = storage.absolute(setup.output_uri)
     if "://" not in output:
         there = next(folder for folder in (Path(output), *Path(output).parents) if folder.exists())
         with tempfile.NamedTemporaryFile(dir=there, prefix=".shared-") as probe:
             if blind := nodes_without([probe.name]):
-                raise UserError("output.uri", recipe.output.uri, f"node {blind[0]} does not see this folder", fix)
+                raise UserError(
+                    "output.uri",
+                    setup.output_uri,
+                    f"node {blind[0]} does not see this folder",
+                    fix,
+                )
 
 
 def alive_nodes() -> set[str]:
@@ -49,7 +59,11 @@ def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
     for node in nodes:
         here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         tasks.append(_sees.options(num_cpus=0, scheduling_strategy=here).remote(files, hub))
-    return [node["NodeManagerAddress"] for node, sees in zip(nodes, ray.get(tasks), strict=True) if not sees]
+    return [
+        node["NodeManagerAddress"]
+        for node, sees in zip(nodes, ray.get(tasks), strict=True)
+        if not sees
+    ]
 
 
 @ray.remote

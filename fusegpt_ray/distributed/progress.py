@@ -9,8 +9,8 @@ from typing import Any
 
 import ray
 
-from fusegpt_ray.engine import Epoch
-from fusegpt_ray.fusion.savepoint import Say
+from fusegpt_ray.training.checkpoints import Say
+from fusegpt_ray.workers.base import Epoch
 
 
 @ray.remote(num_cpus=0)

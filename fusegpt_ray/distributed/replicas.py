@@ -60,7 +60,9 @@ class Replica:
         if self.source is not None:
             self.source.fetch()
         if self.gpus and not torch.cuda.is_available():
-            raise RuntimeError("Ray gave this replica a GPU, and torch cannot use it: check the driver and torch's CUDA build")
+            raise RuntimeError(
+                "Ray gave this replica a GPU, and torch cannot use it: check the driver and torch's CUDA build"
+            )
         device, cache = torch.device("cuda" if self.gpus else "cpu"), BlockCache.open(self.cache_gb)
         return Runner(stack, device, self.dtype, self.rows, self.weights, self.share, cache)
 
@@ -78,7 +80,7 @@ class _Replica:
         self.failed = True
         if self.runner is None:
             self.runner = self.replica.runner(self.dense)
-        result = function(self.runner.taking(rows), *arguments)
+        result = function(self.runner.with_batch_size(rows), *arguments)
         self.failed = False
         return result
 
@@ -146,14 +148,18 @@ class Replicas:
         paces: list[float] = []
         """Seconds by cost, of the shares that are done."""
         lost: Counter[int] = Counter()
-        for call in self._calls.values():  # left over from a share that was given out twice, or from an attempt that failed
+        for call in (
+            self._calls.values()
+        ):  # left over from a share that was given out twice, or from an attempt that failed
             call.share = None
         while len(self._idle) + len(self._calls) < self.replica.count:
             self._idle.append(self._start())
         while left:
             while self._idle and (number := self._next(waiting, costs, paces)) is not None:
                 actor = self._idle.pop()
-                found = actor.run.options(num_returns=returns).remote(function, rows, *shares[number])
+                found = actor.run.options(num_returns=returns).remote(
+                    function, rows, *shares[number]
+                )
                 refs = found if returns > 1 else [found]
                 self._calls[refs[0]] = _Call(actor, refs, number, time.monotonic())
             for ref in ray.wait(list(self._calls), num_returns=1, timeout=1)[0]:
@@ -161,7 +167,9 @@ class Replicas:
                 try:
                     ray.get(ref)
                 except (RayActorError, OutOfMemoryError) as error:
-                    self._idle.insert(0, self._start())  # it is asked last: there may be no place for it
+                    self._idle.insert(
+                        0, self._start()
+                    )  # it is asked last: there may be no place for it
                     if call.share is not None and call.share not in self._shares():
                         lost[call.share] += 1
                         if is_out_of_memory(error) or lost[call.share] > MAX_LOST:
@@ -190,7 +198,9 @@ class Replicas:
         options = {"num_cpus": self.replica.cpus, "num_gpus": self.replica.gpus}
         return _Replica.options(**options).remote(self.dense, self.replica)  # type: ignore[attr-defined]
 
-    def _next(self, waiting: deque[int], costs: Sequence[float], paces: Sequence[float]) -> int | None:
+    def _next(
+        self, waiting: deque[int], costs: Sequence[float], paces: Sequence[float]
+    ) -> int | None:
         """The share to give out: one that waits, else the one that is most overdue where it is."""
         if waiting:
             return waiting.popleft()

@@ -47,7 +47,9 @@ def score(
         shares = cut(jobs, sizes, depth, replicas.replica.count)
         if not replicas.streams:  # then a share may as well be each part by itself
             shares = [[part] for part in in_turn(shares, sizes, depth)]
-        arguments = [(stack, [(batches[batch], positions) for batch, positions in share]) for share in shares]
+        arguments = [
+            (stack, [(batches[batch], positions) for batch, positions in share]) for share in shares
+        ]
         costs = [sum(cost(part, sizes, depth) for part in share) for share in shares]
 
         def parts() -> Iterator[tuple[Job, np.ndarray]]:
@@ -56,23 +58,36 @@ def score(
 
         return joined(jobs, parts())
 
-    return search(sums.recalled(rows, measure), stack.kept, sizes, windows_WT.shape[1], settings, last)
+    return search(
+        sums.recalled(rows, measure), stack.kept, sizes, windows_WT.shape[1], settings, last
+    )
 
 
 def evaluate(stack: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int) -> float:
     """Perplexity."""
     shares = [(stack, share) for share in _shares(windows_WT, rows, replicas.pieces)]
     losses = dict(replicas.map(_losses, shares, rows))
-    return perplexity(torch.from_numpy(np.concatenate([losses[number] for number in range(len(shares))])))
+    return perplexity(
+        torch.from_numpy(np.concatenate([losses[number] for number in range(len(shares))]))
+    )
 
 
-def prove(published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int) -> Proof:
+def prove(
+    published: Stack,
+    folder: str,
+    stack: Stack,
+    windows_WT: np.ndarray,
+    replicas: Replicas,
+    rows: int,
+) -> Proof:
     """See `proof.prove`; on one replica."""
     ((_, proof),) = replicas.map(_prove, [(published, folder, stack, windows_WT[:WINDOWS])], rows)
     return proof
 
 
-def compare_source(folder: str, dense: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int) -> Plain:
+def compare_source(
+    folder: str, dense: Stack, windows_WT: np.ndarray, replicas: Replicas, rows: int
+) -> Plain:
     """See `plain.compare_plain`; on one replica."""
     ((_, found),) = replicas.map(_compare_source, [(folder, dense, windows_WT[:1])], rows)
     return found
@@ -88,13 +103,23 @@ def _contexts(runner: Runner, length: int) -> list[Context]:
     return [context.to("cpu") for context in runner.trunk.contexts(runner.rows, length)]
 
 
-def _sweep(runner: Runner, stack: Stack, parts: list[tuple[np.ndarray, tuple[int, ...]]]) -> list[np.ndarray]:
-    walked = sweep(runner, stack, [Part(torch.tensor(windows_WT), positions) for windows_WT, positions in parts])
+def _sweep(
+    runner: Runner, stack: Stack, parts: list[tuple[np.ndarray, tuple[int, ...]]]
+) -> list[np.ndarray]:
+    walked = sweep(
+        runner,
+        stack,
+        [Part(torch.tensor(windows_WT), positions) for windows_WT, positions in parts],
+    )
     return [sums_WC.numpy() for sums_WC in walked]
 
 
-def _prove(runner: Runner, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-    return prove_here(published, folder, stack, runner, runner.for_trunk_of(published), torch.tensor(windows_WT))
+def _prove(
+    runner: Runner, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray
+) -> Proof:
+    return prove_here(
+        published, folder, stack, runner, runner.for_trunk_of(published), torch.tensor(windows_WT)
+    )
 
 
 def _compare_source(runner: Runner, folder: str, dense: Stack, windows_WT: np.ndarray) -> Plain:

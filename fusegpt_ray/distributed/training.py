@@ -35,18 +35,25 @@ from torch.distributed import distributed_c10d
 from fusegpt_ray.distributed.meeting import PATIENCE, Meeting, lost_worker
 from fusegpt_ray.distributed.progress import Progress, watching
 from fusegpt_ray.distributed.states import batches
-from fusegpt_ray.engine import Epoch
-from fusegpt_ray.fusion.finetune import Batch, cosine_to_zero, load_training_state, make_optimizer, train, training_state
-from fusegpt_ray.fusion.micro import accumulate
 from fusegpt_ray.fusion.round import Round, Saved, build_student, save_group
-from fusegpt_ray.fusion.savepoint import Savepoints, Say
-from fusegpt_ray.model.anatomy import block_moulds
+from fusegpt_ray.model.architecture import build_meta_blocks
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
+from fusegpt_ray.training.checkpoints import Savepoints, Say
+from fusegpt_ray.training.loop import (
+    Batch,
+    cosine_to_zero,
+    load_training_state,
+    make_optimizer,
+    train,
+    training_state,
+)
+from fusegpt_ray.training.microbatch import accumulate
+from fusegpt_ray.workers.base import Epoch
 
 MAX_FAILURES = 3
 """How often a group is started again after a lost worker or node; every start gives the same result."""
@@ -76,7 +83,12 @@ class Workers:
 def setup(workers: Workers) -> dict[str, str | int]:
     """What a worker's part of a savepoint depends on: how parameters are split, and who splits them."""
     device, version = "cuda" if workers.gpus else "cpu", importlib.metadata.version("deepspeed")
-    return {"engine": f"deepspeed {version}", "device": device, "workers": workers.count, "zero_stage": workers.zero_stage}
+    return {
+        "engine": f"deepspeed {version}",
+        "device": device,
+        "workers": workers.count,
+        "zero_stage": workers.zero_stage,
+    }
 
 
 @dataclass
@@ -130,12 +142,22 @@ class DeepSpeedStepper:
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
         shared = dist.get_world_size() > 1
-        loss = accumulate(self.engine, self._backward, entering, leaving, self.settings.loss, self.micro_batch, shared)
+        loss = accumulate(
+            self.engine,
+            self._backward,
+            entering,
+            leaving,
+            self.settings.loss,
+            self.micro_batch,
+            shared,
+        )
         self.engine.step()
         return loss
 
     def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        self.engine.set_gradient_accumulation_boundary(last)  # the workers' gradients meet, and the optimizer steps, after the last
+        self.engine.set_gradient_accumulation_boundary(
+            last
+        )  # the workers' gradients meet, and the optimizer steps, after the last
         self.engine.backward(loss)
 
     def mean(self, losses: torch.Tensor) -> float:
@@ -172,12 +194,18 @@ class DeepSpeedStepper:
 
     @property
     def _masters(self) -> list[torch.Tensor]:
-        if self.engine.zero_optimization_stage() == 3:  # it hands them to the optimizer only while that steps
+        if (
+            self.engine.zero_optimization_stage() == 3
+        ):  # it hands them to the optimizer only while that steps
             return list(self.engine.optimizer.fp32_partitioned_groups_flat)
-        return [value for group in self.engine.basic_optimizer.param_groups for value in group["params"]]
+        return [
+            value for group in self.engine.basic_optimizer.param_groups for value in group["params"]
+        ]
 
 
-def deepspeed_config(settings: Fusion, workers: int, stage: int, trained: int, bf16: bool) -> dict[str, Any]:
+def deepspeed_config(
+    settings: Fusion, workers: int, stage: int, trained: int, bf16: bool
+) -> dict[str, Any]:
     """DeepSpeed's configuration for one loss batch a step, no clipping (its default is 1), our own Adam. We accumulate ourselves.
 
     `trained`: how many numbers learn. The bucket in which their gradients meet is else of 5e8, 2 GB on every worker.
@@ -192,7 +220,11 @@ def deepspeed_config(settings: Fusion, workers: int, stage: int, trained: int, b
     }
     if bf16:  # DeepSpeed keeps bf16 masters only where ZeRO partitions them; stage 1 is the same arithmetic as 0
         config["zero_optimization"]["stage"] = max(stage, 1)
-        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        config["bf16"] = {
+            "enabled": True,
+            "bf16_master_weights_and_grads": True,
+            "bf16_optimizer_states": True,
+        }
     return config
 
 
@@ -236,7 +268,10 @@ def finetune(
         scaling_config=ScalingConfig(
             num_workers=workers.count,
             use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+            resources_per_worker={
+                "CPU": workers.cpus,
+                **({"GPU": workers.gpus} if workers.gpus else {}),
+            },
         ),
         run_config=RunConfig(
             name=f"without-{job.donor:03d}",
@@ -274,8 +309,8 @@ def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
     if workers.source is not None:
         workers.source.fetch()
     device, dtype = get_device(), workers.dtype
-    moulds, contexts = block_moulds(job.dense.config), ray.get(config["contexts"])
-    student = build_student(job, moulds, contexts, job.plan(dtype), device, workers.recompute)
+    meta_blocks, contexts = build_meta_blocks(job.dense.config), ray.get(config["contexts"])
+    student = build_student(job, meta_blocks, contexts, job.plan(dtype), device, workers.recompute)
     # What one of them reads or writes by itself is no more than all of this in float32, and of a
     # savepoint two moments more.
     moved = 12 * sum(value.numel() for value in (*student.parameters(), *student.buffers()))
@@ -283,7 +318,9 @@ def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
     meeting.wait(moved + (_bytes_of(job.dense) if workers.source is not None else 0))
     stage, micro_batch, patience = workers.zero_stage, workers.micro_batch, workers.patience
     settings, steps = job.settings, config["steps"]
-    stepper = DeepSpeedStepper.make(student, settings, steps, stage, device, micro_batch, patience, meet)
+    stepper = DeepSpeedStepper.make(
+        student, settings, steps, stage, device, micro_batch, patience, meet
+    )
     shard = ray.train.get_dataset_shard(f"states-{rank}")
 
     def epoch() -> Iterator[Batch]:
@@ -306,7 +343,9 @@ def _learn(config: dict[str, Any], meeting: Meeting) -> dict[str, Any]:
             if rank == 0:
                 saved = save_group(job, student).to_json()
             meet()  # nobody leaves while the first worker still needs the others' partitions
-    except FloatingPointError as error:  # every worker sees the same mean loss; starting again would end the same way
+    except (
+        FloatingPointError
+    ) as error:  # every worker sees the same mean loss; starting again would end the same way
         return {"error": str(error)}
     except Exception as error:
         if is_out_of_memory(error):

@@ -56,7 +56,9 @@ class FusedLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(value.to(own.weight.device, dtype)))
 
         self.register_buffer("weight", own.weight.detach(), persistent=False)
-        self.register_buffer("bias", None if own.bias is None else own.bias.detach(), persistent=False)
+        self.register_buffer(
+            "bias", None if own.bias is None else own.bias.detach(), persistent=False
+        )
         learn("B", torch.zeros(outputs, lora_rank))
         learn("A", _kaiming(lora_rank, inputs, generator))
         for k, donor in enumerate(donors):
@@ -70,7 +72,9 @@ class FusedLinear(nn.Module):
                 self.register_buffer(f"donor_bias{k}", bias, persistent=False)
                 learn(f"c{k}", torch.zeros(bias.shape))
 
-    def fused(self, frozen: Sequence[Frozen | None] | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def fused(
+        self, frozen: Sequence[Frozen | None] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32).
 
         `frozen`: the layer's own and its donors' weights and biases, if not those it holds.
@@ -107,7 +111,11 @@ class FusedLinear(nn.Module):
         weight, bias = self.fused()
         dtype = self.weight.dtype
         weight = weight.to(dtype)
-        return nn.functional.linear(x.to(dtype), weight.T if self.transposed else weight, None if bias is None else bias.to(dtype))
+        return nn.functional.linear(
+            x.to(dtype),
+            weight.T if self.transposed else weight,
+            None if bias is None else bias.to(dtype),
+        )
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -54,7 +54,9 @@ class Round:
     @property
     def span(self) -> range:
         """Positions of the group in `stack`, the donor included."""
-        return group_span(self.stack.position(self.donor), len(self.stack), self.settings.group_size)
+        return group_span(
+            self.stack.position(self.donor), len(self.stack), self.settings.group_size
+        )
 
     @property
     def group(self) -> tuple[Block, ...]:
@@ -70,7 +72,14 @@ class Round:
 
     def plan(self, compute_dtype: torch.dtype) -> Plan:
         trained = torch.float32 if self.settings.trained_dtype == "float32" else compute_dtype
-        return Plan(self.fuse, self.settings.rank, self.settings.lora_rank, self.seed, compute_dtype, trained)
+        return Plan(
+            self.fuse,
+            self.settings.rank,
+            self.settings.lora_rank,
+            self.seed,
+            compute_dtype,
+            trained,
+        )
 
 
 def teacher(job: Round) -> tuple[Stack, int]:
@@ -86,7 +95,9 @@ def teacher(job: Round) -> tuple[Stack, int]:
 
 
 @torch.no_grad()
-def group_states(runner: Runner, job: Round, windows_WT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def group_states(
+    runner: Runner, job: Round, windows_WT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States entering the group and the teacher's leaving it, [W, T, D] each. One walk where both lie on the same blocks."""
     model, stop = teacher(job)
     start = job.span.start
@@ -104,16 +115,24 @@ def group_states(runner: Runner, job: Round, windows_WT: torch.Tensor) -> tuple[
 
 def build_student(
     job: Round,
-    moulds: Sequence[nn.Module],
+    meta_blocks: Sequence[nn.Module],
     contexts: Sequence[Context],
     plan: Plan,
     device: torch.device,
     recompute: bool = False,
 ) -> Student:
-    """The student of a round; `moulds` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
+    """The student of a round; `meta_blocks` and `contexts` by dense block number (see `Trunk`). Reads the group's blocks only."""
     donors = DonorCache(device, plan.compute_dtype)
-    blocks = [build_block(moulds[block.dense], block, job.donor_block, plan, device, donors) for block in job.neighbours]
-    return Student(blocks, [contexts[block.dense].to(device) for block in job.neighbours], plan.compute_dtype, recompute)
+    blocks = [
+        build_block(meta_blocks[block.dense], block, job.donor_block, plan, device, donors)
+        for block in job.neighbours
+    ]
+    return Student(
+        blocks,
+        [contexts[block.dense].to(device) for block in job.neighbours],
+        plan.compute_dtype,
+        recompute,
+    )
 
 
 @dataclass(frozen=True)
@@ -145,7 +164,10 @@ def save_group(job: Round, student: Student) -> Saved:
     files: dict[str, FileRecord] = {}
 
     def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
-        entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
+        entries = [
+            Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
+            for name, value in tensors.items()
+        ]
         job.fence()
         files[file], refs = write_safetensors(file, entries)
         return refs
@@ -158,6 +180,8 @@ def save_group(job: Round, student: Student) -> Saved:
         terms = None
         if job.settings.fold == "at_end":
             base, donors = terms_of(neighbour, job.donor_block if job.fuse else None)
-            terms = Terms(base, donors, write(f"{name}.learned.safetensors", learned_tensors(block)))
+            terms = Terms(
+                base, donors, write(f"{name}.learned.safetensors", learned_tensors(block))
+            )
         blocks[neighbour.dense] = Block(neighbour.dense, weights, terms)
     return Saved(blocks, files)

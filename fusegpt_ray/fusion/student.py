@@ -36,7 +36,13 @@ class Plan:
 class Student(nn.Module):
     """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
 
-    def __init__(self, blocks: Iterable[nn.Module], contexts: Sequence[Context], dtype: torch.dtype, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        contexts: Sequence[Context],
+        dtype: torch.dtype,
+        recompute: bool = False,
+    ) -> None:
         """`dtype`: of the arithmetic. `recompute`: what is inside a block is not kept for the backward pass, but found again there."""
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
@@ -46,10 +52,21 @@ class Student(nn.Module):
 
     def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
         # Autocast, where norms learn in float32 beside 16-bit weights. Here: DeepSpeed switches off what it finds around.
-        with torch.autocast(h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(
+            h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
+        ):
             for block, context in zip(self.blocks, self.contexts, strict=True):
-                if self.recompute and torch.is_grad_enabled():  # nothing in a block is random: they are in eval mode
-                    h_BTD = checkpoint(run_block, block, h_BTD, context, use_reentrant=False, preserve_rng_state=False)
+                if (
+                    self.recompute and torch.is_grad_enabled()
+                ):  # nothing in a block is random: they are in eval mode
+                    h_BTD = checkpoint(
+                        run_block,
+                        block,
+                        h_BTD,
+                        context,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
                 else:
                     h_BTD = run_block(block, h_BTD, context)
         return h_BTD
@@ -62,14 +79,21 @@ def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, .
     return base, (*donors, donor.weights) if donor is not None else donors
 
 
-def build_block(mould: nn.Module, neighbour: Block, donor: Block, plan: Plan, device: torch.device, donors: DonorCache) -> nn.Module:
+def build_block(
+    meta_block: nn.Module,
+    neighbour: Block,
+    donor: Block,
+    plan: Plan,
+    device: torch.device,
+    donors: DonorCache,
+) -> nn.Module:
     """One neighbour as a learnable block: LoRA, fused terms and norm weights learn.
 
     What it learned before is kept.
     """
     base, donor_refs = terms_of(neighbour, donor if plan.fuse else None)
     stored = read_tensors(base)
-    block = load_block(mould, stored, device, plan.compute_dtype)
+    block = load_block(meta_block, stored, device, plan.compute_dtype)
     for name, own in list(linear_layers(block)):
         fused = FusedLinear(
             own,
@@ -124,17 +148,25 @@ class DonorCache:
         key = tuple(refs[name] for name in sorted(refs))
         if key not in self._blocks:
             stored = read_tensors(refs)
-            self._blocks[key] = {name: value.to(self.device, self.dtype) for name, value in stored.items()}
+            self._blocks[key] = {
+                name: value.to(self.device, self.dtype) for name, value in stored.items()
+            }
         return self._blocks[key]
 
 
 def learned_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
     """Everything that learns, by parameter name, on the CPU."""
-    return {name: value.detach().cpu() for name, value in block.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().cpu()
+        for name, value in block.named_parameters()
+        if value.requires_grad
+    }
 
 
 @torch.no_grad()
-def folded_tensors(block: nn.Module, neighbour: Block, donor: Block | None) -> dict[str, torch.Tensor]:
+def folded_tensors(
+    block: nn.Module, neighbour: Block, donor: Block | None
+) -> dict[str, torch.Tensor]:
     """The plain weights of all that fine-tuning changed, what was learned folded in, on the CPU.
 
     What is learned is added to the weights as they are stored, not as the arithmetic rounded them (and in the wider of both dtypes): a
@@ -150,11 +182,16 @@ def folded_tensors(block: nn.Module, neighbour: Block, donor: Block | None) -> d
             if bias is not None:
                 out[f"{name}.bias"] = bias.cpu()
         elif is_norm(module):
-            out |= {f"{name}.{key}": value.detach().cpu() for key, value in module.named_parameters(recurse=False)}
+            out |= {
+                f"{name}.{key}": value.detach().cpu()
+                for key, value in module.named_parameters(recurse=False)
+            }
     return out
 
 
-def _stored_layers(name: str, base: Refs, donors: Sequence[Refs], held: torch.dtype) -> list[Frozen | None] | None:
+def _stored_layers(
+    name: str, base: Refs, donors: Sequence[Refs], held: torch.dtype
+) -> list[Frozen | None] | None:
     """A layer's weight and bias as they are stored, in `base` and in each donor.
 
     Nothing if those held in the dtype `held` are no less exact.
@@ -163,7 +200,9 @@ def _stored_layers(name: str, base: Refs, donors: Sequence[Refs], held: torch.dt
     stored = [refs[key] for refs, keys in blocks for key in keys]
     if all(torch.promote_types(ref.dtype, held) == held for ref in stored):
         return None
-    return [_layer(name, keys, read_tensors({key: refs[key] for key in keys})) for refs, keys in blocks]
+    return [
+        _layer(name, keys, read_tensors({key: refs[key] for key in keys})) for refs, keys in blocks
+    ]
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:

@@ -6,7 +6,9 @@ import math
 from collections.abc import Sequence
 
 
-def surely_above(candidate: Sequence[float], leader: Sequence[float], windows: int, error: float) -> bool:
+def surely_above(
+    candidate: Sequence[float], leader: Sequence[float], windows: int, error: float
+) -> bool:
     """Whether the candidate's sum over all `windows` windows is above the leader's, seen on the first n of them.
 
     A one-sided paired t-test on the differences of the n windows' sums, at the level `error`. The comparison meant is that over the

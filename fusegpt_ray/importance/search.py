@@ -45,7 +45,12 @@ def block_forwards(depth: int, positions: Sequence[int]) -> int:
 
 
 def search(
-    measure: Measure, kept: Sequence[int], batches: Sequence[int], length: int, settings: Importance, last: Ranking | None = None
+    measure: Measure,
+    kept: Sequence[int],
+    batches: Sequence[int],
+    length: int,
+    settings: Importance,
+    last: Ranking | None = None,
 ) -> Ranking:
     """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows of `length` tokens.
 
@@ -82,7 +87,12 @@ def _race(found: _Found, error: float) -> None:
         found.walk(dict.fromkeys(found.alive, batches))
         leader = min(found.alive, key=found.mean)
         for position in set(found.alive) - {leader}:
-            if surely_above(found.sums[position], found.sums[leader], found.windows, error / (len(found.kept) - 1) / len(looks)):
+            if surely_above(
+                found.sums[position],
+                found.sums[leader],
+                found.windows,
+                error / (len(found.kept) - 1) / len(looks),
+            ):
                 found.alive.remove(position)
         if len(found.alive) == 1:
             return
@@ -105,7 +115,9 @@ def _goals(found: _Found, means: Sequence[float]) -> dict[int, int]:
 class _Found:
     """What is known so far. Candidates are named by their positions."""
 
-    def __init__(self, measure: Measure, kept: Sequence[int], batches: Sequence[int], length: int) -> None:
+    def __init__(
+        self, measure: Measure, kept: Sequence[int], batches: Sequence[int], length: int
+    ) -> None:
         self.measure, self.kept, self.batches, self.length = measure, kept, batches, length
         self.windows = sum(batches)
         self.sums: list[list[float]] = [[] for _ in kept]
@@ -132,7 +144,9 @@ class _Found:
         """Stop who cannot be the lowest any more."""
         complete = [self.at_least(position) for position in self.alive if self.complete(position)]
         if complete:
-            self.alive = [position for position in self.alive if self.at_least(position) <= min(complete)]
+            self.alive = [
+                position for position in self.alive if self.at_least(position) <= min(complete)
+            ]
 
     def complete(self, position: int) -> bool:
         return len(self.sums[position]) == self.windows
@@ -153,13 +167,21 @@ class _Found:
         known = [p for p in range(len(self.kept)) if p in self.alive or self.complete(p)]
         scores = {self.kept[p]: self.mean(p) for p in known}
         others = [p for p in range(len(self.kept)) if p not in known]
-        stopped = {self.kept[p]: Stopped(self.at_least(p), self.mean(p), len(self.sums[p])) for p in others}
+        stopped = {
+            self.kept[p]: Stopped(self.at_least(p), self.mean(p), len(self.sums[p])) for p in others
+        }
         depth = len(self.kept)
-        cost = Cost(self._cost, self.windows * block_forwards(depth, range(depth)), self.windows * depth**2)
+        cost = Cost(
+            self._cost, self.windows * block_forwards(depth, range(depth)), self.windows * depth**2
+        )
         return Ranking(scores, stopped, windows, cost)
 
     def _check(self, positions: Sequence[int], sums_WC: np.ndarray) -> None:
-        if bad := [p for p, fine in zip(positions, np.isfinite(sums_WC).all(axis=0), strict=True) if not fine]:
+        if bad := [
+            p
+            for p, fine in zip(positions, np.isfinite(sums_WC).all(axis=0), strict=True)
+            if not fine
+        ]:
             reason = "NaN or Inf in the model's weights, or an overflow in its arithmetic"
             which = f"{len(bad)} of {len(self.kept)} blocks, such as block {self.kept[bad[0]]}"
             raise FloatingPointError(f"the scores of {which}, are nan: {reason}")

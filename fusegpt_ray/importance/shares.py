@@ -67,7 +67,9 @@ def in_turn(shares: Iterable[Sequence[Job]], batches: Sequence[int], depth: int)
     return [part for _, part in sorted(begins, key=lambda item: item[0])]
 
 
-def joined(jobs: Iterable[Job], parts: Iterable[tuple[Job, np.ndarray]]) -> Iterator[tuple[Job, np.ndarray]]:
+def joined(
+    jobs: Iterable[Job], parts: Iterable[tuple[Job, np.ndarray]]
+) -> Iterator[tuple[Job, np.ndarray]]:
     """The jobs with their sums [windows, candidates], each as soon as the last of its parts has come. `jobs`: one a batch."""
     wanted = dict(jobs)
     columns: dict[int, dict[int, np.ndarray]] = defaultdict(dict)
@@ -75,10 +77,15 @@ def joined(jobs: Iterable[Job], parts: Iterable[tuple[Job, np.ndarray]]) -> Iter
         columns[batch] |= zip(positions, sums_WC.T, strict=True)
         if len(columns[batch]) == len(wanted[batch]):
             found = columns.pop(batch)
-            yield (batch, wanted[batch]), np.stack([found[position] for position in wanted[batch]], axis=1)
+            yield (
+                (batch, wanted[batch]),
+                np.stack([found[position] for position in wanted[batch]], axis=1),
+            )
 
 
-def _fill(jobs: Sequence[Job], batches: Sequence[int], depth: int, replicas: int, limit: int) -> list[list[Job]] | None:
+def _fill(
+    jobs: Sequence[Job], batches: Sequence[int], depth: int, replicas: int, limit: int
+) -> list[list[Job]] | None:
     """Shares of at most `limit` each, one filled after the other: what of a job does not fit goes to the next one. None: too many."""
     shares: list[list[Job]] = [[]]
     room = limit

@@ -22,7 +22,9 @@ class Sums:
     changed: Callable[[], None] = lambda: None
     """Called whenever some have come."""
 
-    def recalled(self, rows: int, measure: Callable[[list[Job]], Iterable[tuple[Job, np.ndarray]]]) -> Measure:
+    def recalled(
+        self, rows: int, measure: Callable[[list[Job]], Iterable[tuple[Job, np.ndarray]]]
+    ) -> Measure:
         """`measure`, which yields jobs as they are done in any order, asked only for what is not known yet."""
 
         def ask(jobs: list[Job]) -> list[np.ndarray]:
@@ -35,9 +37,15 @@ class Sums:
         return ask
 
     def to_json(self) -> list[Any]:
-        return [[rows, batch, positions, sums_WC.tolist()] for (rows, batch, positions), sums_WC in self.known.items()]
+        return [
+            [rows, batch, positions, sums_WC.tolist()]
+            for (rows, batch, positions), sums_WC in self.known.items()
+        ]
 
     @staticmethod
     def known_from(data: Iterable[Any]) -> dict[tuple[int, int, tuple[int, ...]], np.ndarray]:
         """What `to_json` told. JSON keeps every bit of a float."""
-        return {(rows, batch, tuple(positions)): np.array(sums, dtype=np.float64) for rows, batch, positions, sums in data}
+        return {
+            (rows, batch, tuple(positions)): np.array(sums, dtype=np.float64)
+            for rows, batch, positions, sums in data
+        }

@@ -70,7 +70,9 @@ def _sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Te
 @torch.no_grad()
 def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     fulls = [runner.embed(part.windows_WT) for part in parts]
-    without: list[dict[int, torch.Tensor]] = [{} for _ in parts]  # by position: states [W, T, D] of the model without it
+    without: list[dict[int, torch.Tensor]] = [
+        {} for _ in parts
+    ]  # by position: states [W, T, D] of the model without it
     for block, module in runner.weights.walk(stack.blocks):
         position = stack.position(block.dense)
         for i, part in enumerate(parts):
@@ -81,6 +83,8 @@ def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Ten
             fulls[i] = runner.apply(module, block.dense, fulls[i])
         del module  # before the next one is asked for
     return [
-        torch.stack([macro_influence(full_WTD, h[position]) for position in part.positions], dim=1).cpu()
+        torch.stack(
+            [macro_influence(full_WTD, h[position]) for position in part.positions], dim=1
+        ).cpu()
         for part, full_WTD, h in zip(parts, fulls, without, strict=True)
     ]

@@ -66,7 +66,9 @@ class BlockCache:
     folder: Path
     limit: int | None
     """Bytes of all files in it, at any time; None: half of what the disk would have free without them."""
-    _versions: dict[str, str | None] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _versions: dict[str, str | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def open(cls, limit_gb: float | None = None) -> Self | None:
@@ -74,7 +76,11 @@ class BlockCache:
         if limit_gb == 0:
             return None
         given = os.environ.get("FUSEGPT_CACHE")
-        folder = Path(given or f"{tempfile.gettempdir()}/fusegpt-ray-{os.geteuid()}/blocks").expanduser().absolute()
+        folder = (
+            Path(given or f"{tempfile.gettempdir()}/fusegpt-ray-{os.geteuid()}/blocks")
+            .expanduser()
+            .absolute()
+        )
         cache = cls(folder, None if limit_gb is None else int(limit_gb * 1e9))
         try:
             for path in (folder,) if given else (folder.parent, folder):
@@ -112,18 +118,27 @@ class BlockCache:
         except OSError as error:
             _say_once(self.folder, error)
             return refs
-        return refs if path is None else {**refs, **{name: replace(ref, file=str(path)) for name, ref in placed.items()}}
+        return (
+            refs
+            if path is None
+            else {**refs, **{name: replace(ref, file=str(path)) for name, ref in placed.items()}}
+        )
 
     def _key(self, remote: Refs) -> str | None:
         """What names these tensors' bytes; nothing if there are none, or their store does not tell when a file changes."""
         with _blaming_the_store():
             for file in {ref.file for ref in remote.values()} - self._versions.keys():
                 self._versions[file] = storage.version(file)
-        rows = [[name, ref.file, self._versions[ref.file], ref.code, ref.shape, ref.begin, ref.end] for name, ref in remote.items()]
+        rows = [
+            [name, ref.file, self._versions[ref.file], ref.code, ref.shape, ref.begin, ref.end]
+            for name, ref in remote.items()
+        ]
         known = rows and all(self._versions[ref.file] for ref in remote.values())
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest() if known else None
 
-    def _path(self, key: str, size: int, head: bytes, remote: Refs, among: Collection[Refs]) -> Path | None:
+    def _path(
+        self, key: str, size: int, head: bytes, remote: Refs, among: Collection[Refs]
+    ) -> Path | None:
         """The entry's file, filled if it is not there yet; nothing if there is no room for it."""
         while True:
             found = self._find(key)
@@ -140,7 +155,11 @@ class BlockCache:
                 if not self._make_room(size, {self._key(_remote(refs)) for refs in among}, part):
                     return None
                 tensors = self._fetch(remote)
-                return None if tensors is None else self._keep(key, part, [head, *(tensors[name] for name in remote)])
+                return (
+                    None
+                    if tensors is None
+                    else self._keep(key, part, [head, *(tensors[name] for name in remote)])
+                )
 
     def _find(self, key: str) -> _Entry | None:
         for name in os.listdir(self.folder):
@@ -150,7 +169,9 @@ class BlockCache:
                     return _Entry(self.folder / name, info.st_size, info.st_ino, info.st_mtime_ns)
         return None
 
-    def _make_room(self, size: int, needed: Collection[str | None] = (), part: BinaryIO | None = None) -> bool:
+    def _make_room(
+        self, size: int, needed: Collection[str | None] = (), part: BinaryIO | None = None
+    ) -> bool:
         """Have a file take its size on the disk, within the limit: what dead processes left goes, then what was used longest ago.
 
         False, and no entry goes, if it does not fit beside the needed ones.
@@ -159,7 +180,9 @@ class BlockCache:
             if part:
                 part.truncate(0)  # it may be a dead process's
             taken, others = 0, []
-            for path in [self.folder / name for name in os.listdir(self.folder) if _OURS.fullmatch(name)]:
+            for path in [
+                self.folder / name for name in os.listdir(self.folder) if _OURS.fullmatch(name)
+            ]:
                 if path.suffix == ".part" and removed_if_dead(path):
                     continue
                 with suppress(FileNotFoundError):
@@ -167,14 +190,23 @@ class BlockCache:
                     taken += info.st_size
                     if path.suffix != ".part" and path.name[:64] not in needed:
                         others.append((info.st_atime_ns, info.st_size, path))
-            limit = (shutil.disk_usage(self.folder).free + taken) // 2 if self.limit is None else self.limit
+            limit = (
+                (shutil.disk_usage(self.folder).free + taken) // 2
+                if self.limit is None
+                else self.limit
+            )
             excess, leaving = taken + size - limit, []
             for _, freed, path in sorted(others):
                 if excess > 0:
                     leaving.append(path)
                     excess -= freed
             if excess > 0:
-                _LOG.info("%s: %d bytes do not fit within %d: read from their store each time", self.folder, size, limit)
+                _LOG.info(
+                    "%s: %d bytes do not fit within %d: read from their store each time",
+                    self.folder,
+                    size,
+                    limit,
+                )
                 return False
             for path in leaving:
                 path.unlink(missing_ok=True)
@@ -190,7 +222,11 @@ class BlockCache:
         """The tensors' bytes; nothing if a file changed while they were read."""
         with _blaming_the_store():
             tensors = dict(read_parts(remote))
-            changed = [file for file in {ref.file for ref in remote.values()} if storage.version(file) != self._versions[file]]
+            changed = [
+                file
+                for file in {ref.file for ref in remote.values()}
+                if storage.version(file) != self._versions[file]
+            ]
         for file in changed:
             del self._versions[file]
         return None if changed else tensors

@@ -8,7 +8,9 @@ HELD_BYTES = 4_000_000_000
 """Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
 
 
-def chunk_size(windows: int, rows: int, state_bytes: int, pieces: int = 1, held: float = HELD_BYTES) -> int:
+def chunk_size(
+    windows: int, rows: int, state_bytes: int, pieces: int = 1, held: float = HELD_BYTES
+) -> int:
     """How many windows should walk the model together: every block is fetched once for them, and their states are held.
 
     Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the pieces; and at

@@ -16,7 +16,19 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 from fusegpt_ray.store.checkpoint import INDEX, choice
 from fusegpt_ray.store.manifest import MANIFEST, unusable
 
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".pkl")
+WEIGHTS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+    ".pkl",
+)
 CONFIG = "config.json"
 OWN = {CONFIG, INDEX, MANIFEST, "README.md"}
 """Written anew for the published model."""
@@ -28,7 +40,9 @@ _TERMS = re.compile(
     r".*(licen[cs]e|copying|copyright|notice|use_policy|(acceptable|responsible)[-_ ]use|terms_of|terms\b|patents)[^/]*",
     re.IGNORECASE,
 )
-_NO_TEXT = re.compile(r".*\.(py\w*|ipynb|so|dll|sh|js|exe|zip|tar|gz|png|jpe?g|gif|svg|webp|mp4)", re.IGNORECASE)
+_NO_TEXT = re.compile(
+    r".*\.(py\w*|ipynb|so|dll|sh|js|exe|zip|tar|gz|png|jpe?g|gif|svg|webp|mp4)", re.IGNORECASE
+)
 _MISLEADING = re.compile(
     r"adapter_.*|.*\.index\.json|(hf_)?quant(ize)?_config\.json"
     r"|(trainer_state|training_args|params|model_index)\.json|\..*",
@@ -38,13 +52,23 @@ _CODE = ("auto_map", "custom_pipelines")
 """Settings that say where code is."""
 _MOST = 100
 """Files of a folder that belongs to a tokenizer; one with more is something else."""
-_LOADED = {"tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json"}
+_LOADED = {
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+}
 """What a processor's part saves into a folder of its own."""
 
 
 def belongs(name: str) -> bool:
     """Whether a file of this name, without folders, goes along: tokenizer, processor, generation, licence, policy."""
-    if name in OWN or name.lower().endswith(WEIGHTS) or _MISLEADING.fullmatch(name) or _NO_TEXT.fullmatch(name):
+    if (
+        name in OWN
+        or name.lower().endswith(WEIGHTS)
+        or _MISLEADING.fullmatch(name)
+        or _NO_TEXT.fullmatch(name)
+    ):
         return False
     return bool(_TOKENIZER.fullmatch(name) or _TERMS.fullmatch(name))
 
@@ -95,7 +119,9 @@ def left_out(files: Iterable[str], weights: Collection[str]) -> list[str]:
     along = {*taken(files), *weights, *(OWN if choice(files) == INDEX else OWN - {INDEX})}
     parts = {name.partition("/")[0] for name in along if "/" in name}
     left = {name for name in files if name not in along}
-    shown = {name if name.partition("/")[0] in parts else re.sub(r"/.*", "/", name) for name in left}
+    shown = {
+        name if name.partition("/")[0] in parts else re.sub(r"/.*", "/", name) for name in left
+    }
     return sorted(name for name in shown if not name.startswith("."))
 
 

@@ -54,7 +54,9 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         raise UserError(KEY, kind, f"config.json is not valid ({absurd})", again)
     if how := _quantized(raw):
         fix = "use the checkpoint in its original dtype; quantize what this tool publishes"
-        raise UserError(KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix)
+        raise UserError(
+            KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix
+        )
     if named := raw.get("transformers_weights"):
         fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
@@ -99,7 +101,9 @@ def _quantized(raw: Mapping[str, Any]) -> str:
                 return key
             method = settings.get("quant_method", "MLX" if key == "quantization" else None)
             return method if isinstance(method, str) else key
-    sections = (value for key, value in raw.items() if isinstance(value, dict) and key.endswith("_config"))
+    sections = (
+        value for key, value in raw.items() if isinstance(value, dict) and key.endswith("_config")
+    )
     return next((found for section in sections if (found := _quantized(section))), "")
 
 
@@ -119,7 +123,11 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
         found: type[transformers.PreTrainedModel] = getattr(transformers, known_name)
         return found
     known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
-    problem = "not a causal language model" if known else "config.json names no architecture that transformers knows"
+    problem = (
+        "not a causal language model"
+        if known
+        else "config.json names no architecture that transformers knows"
+    )
     fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
     if usual and not known:
         fix += f'; if it is a {usual.__name__}, say so in config.json: "architectures": ["{usual.__name__}"]'

@@ -19,7 +19,9 @@ def finite(values: torch.Tensor) -> bool:
 
 
 @contextmanager
-def explained(dense: Stack, source: str, dtype: torch.dtype, trained: bool = False) -> Iterator[None]:
+def explained(
+    dense: Stack, source: str, dtype: torch.dtype, trained: bool = False
+) -> Iterator[None]:
     """Makes a result that is not finite, computed in `dtype` from the dense model, a mistake in `model.source`.
 
     `trained`: from more than the dense model, so that it is only this mistake if a stored weight is not finite.
@@ -33,7 +35,9 @@ def explained(dense: Stack, source: str, dtype: torch.dtype, trained: bool = Fal
         bad = _unfit(dense)
         if bad is not None:
             problem = f"its tensor {bad.name} holds NaN or Inf ({bad.file})"
-            raise UserError("model.source", source, problem, "download the checkpoint again, or use another") from error
+            raise UserError(
+                "model.source", source, problem, "download the checkpoint again, or use another"
+            ) from error
         if trained:
             raise
         name = str(dtype).removeprefix("torch.")
@@ -44,5 +48,15 @@ def explained(dense: Stack, source: str, dtype: torch.dtype, trained: bool = Fal
 
 def _unfit(stack: Stack) -> TensorRef | None:
     """The first stored tensor with NaN or Inf; one is held at a time."""
-    refs = [*stack.trunk.values(), *(ref for block in stack.blocks for ref in block.weights.values())]
-    return next((ref for ref in sorted(refs, key=lambda ref: (ref.file, ref.begin)) if not finite(read_tensors({"": ref})[""])), None)
+    refs = [
+        *stack.trunk.values(),
+        *(ref for block in stack.blocks for ref in block.weights.values()),
+    ]
+    return next(
+        (
+            ref
+            for ref in sorted(refs, key=lambda ref: (ref.file, ref.begin))
+            if not finite(read_tensors({"": ref})[""])
+        ),
+        None,
+    )

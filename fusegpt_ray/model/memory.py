@@ -19,7 +19,10 @@ import torch
 from fusegpt_ray.recipe import Recipe
 
 T = TypeVar("T")
-_SIGNS = re.compile(r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError|low on memory", re.IGNORECASE)
+_SIGNS = re.compile(
+    r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError|low on memory",
+    re.IGNORECASE,
+)
 
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -31,15 +34,23 @@ def free_bytes(device: torch.device) -> int:
         return int(torch.cuda.mem_get_info(device)[0])
     mine = psutil.Process().memory_info()
     limits = {resource.RLIMIT_DATA: mine.data, resource.RLIMIT_AS: mine.vms}
-    left = [limit - taken for kind, taken in limits.items() if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY]
+    left = [
+        limit - taken
+        for kind, taken in limits.items()
+        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
+    ]
     return max(0, min([psutil.virtual_memory().available, *left, *_left_in_container()]))
 
 
 def _left_in_container() -> list[int]:
     """What cgroup v2 leaves, if it sets a limit; pages of files that nobody needs at the moment count as free."""
     with suppress(OSError, ValueError):  # no cgroup v2, or "max"
-        limit, taken = (int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        idle = re.search(r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        limit, taken = (
+            int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
+        )
+        idle = re.search(
+            r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE
+        )
         return [limit - taken + int(idle[1] if idle else 0)]
     return []
 
@@ -55,7 +66,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return tells and _SIGNS.search(str(error)) is not None
 
 
-def fitting(attempt: Callable[[int], T], rows: int, share: int, what: str) -> tuple[T, int]:
+def find_batch_size(attempt: Callable[[int], T], rows: int, share: int, what: str) -> tuple[T, int]:
     """`attempt(rows)`, begun again with about half the rows (a divisor of `share`) whenever memory runs out: its result, and the rows.
 
     Raises:
@@ -69,7 +80,9 @@ def fitting(attempt: Callable[[int], T], rows: int, share: int, what: str) -> tu
                 raise
             if rows == 1:
                 fix = "a shorter calibration.length, a smaller fusion.group_size or rank, or more memory"
-                raise MemoryError(f"{what} runs out of memory with a single window at a time: it needs {fix} ({error})") from error
+                raise MemoryError(
+                    f"{what} runs out of memory with a single window at a time: it needs {fix} ({error})"
+                ) from error
         rows = max(n for n in range(1, rows // 2 + 1) if share % n == 0)
         release()  # here, where the error no longer holds the frames in which it was raised
 
@@ -85,7 +98,11 @@ def fewer_at_once(recipe: Recipe, rounds: Sequence[Mapping[str, Any]]) -> str:
     """Where rounds, given by their records, passed fewer windows at once than the recipe says: "1 of 4 in scoring"; or nothing."""
     batch = recipe.importance.batch
     micro_batch = recipe.cluster.micro_batch or recipe.fusion.batch // recipe.cluster.workers
-    asked = {"rows": (batch, "scoring"), "states_rows": (batch, "states"), "micro_batch": (micro_batch, "fine-tuning")}
+    asked = {
+        "rows": (batch, "scoring"),
+        "states_rows": (batch, "states"),
+        "micro_batch": (micro_batch, "fine-tuning"),
+    }
     found = []
     for key, (wanted, what) in asked.items():
         least = min((record[key] for record in rounds if record.get(key)), default=wanted)

@@ -35,11 +35,20 @@ def refuse(
         UserError: always; the message says what the checkpoint seems to be.
     """
     if quantized := sorted(name for name in extra if _QUANTIZED.search(name)):
-        problem = f"quantized weights ({len(quantized)} tensors of this kind), which cannot be fused"
+        problem = (
+            f"quantized weights ({len(quantized)} tensors of this kind), which cannot be fused"
+        )
         raise UserError(KEY, quantized[0], problem, "use the checkpoint in its original dtype")
-    if adapters := sorted(name for name in extra if re.search(r"[._]lora_|\.hada_|\.oft_|\.vera_", name)):
+    if adapters := sorted(
+        name for name in extra if re.search(r"[._]lora_|\.hada_|\.oft_|\.vera_", name)
+    ):
         problem = f"the weights of an adapter are among those of the model ({len(adapters)} tensors), not merged into them"
-        raise UserError(KEY, adapters[0], problem, "merge it first: model.merge_and_unload().save_pretrained(folder)")
+        raise UserError(
+            KEY,
+            adapters[0],
+            problem,
+            "merge it first: model.merge_and_unload().save_pretrained(folder)",
+        )
     for what, strip in _wrappings(extra, expected):
         if missing and {*missing} <= {rename(strip(name)) for name in tensors}:
             problem = f"the names of its tensors are wrapped: {what} stands in them, and without it they are the model's"
@@ -52,11 +61,15 @@ def refuse(
             problem += f" and has {len(extra)} others, such as {min(extra)}"
             fix += f", or {_BELONGS}"
         raise UserError(KEY, min(missing), problem, fix)
-    problem = f"the checkpoint has {len(extra)} tensors that the model of its config.json does not use"
+    problem = (
+        f"the checkpoint has {len(extra)} tensors that the model of its config.json does not use"
+    )
     raise UserError(KEY, min(extra), problem, _BELONGS)
 
 
-def _wrappings(extra: Collection[str], expected: Collection[str]) -> Iterator[tuple[str, Callable[[str], str]]]:
+def _wrappings(
+    extra: Collection[str], expected: Collection[str]
+) -> Iterator[tuple[str, Callable[[str], str]]]:
     """Ways in which names may be wrapped: in words, and what takes it away."""
     first = min(extra, key=len, default="").split(".")
     for length in range(1, len(first)):

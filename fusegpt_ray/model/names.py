@@ -38,10 +38,17 @@ class Names:
         Raises:
             UserError: transformers does more than rename the tensor.
         """
-        found, converted = rename_source_key(name, self.renamings, self.converters, self.base, self.expected)
+        found, converted = rename_source_key(
+            name, self.renamings, self.converters, self.base, self.expected
+        )
         if converted is not None:
             fix = "use a model whose checkpoint holds its weights as the model uses them (not a mixture of experts)"
-            raise UserError(KEY, name, "transformers rearranges this tensor on loading, which fusing cannot follow yet", fix)
+            raise UserError(
+                KEY,
+                name,
+                "transformers rearranges this tensor on loading, which fusing cannot follow yet",
+                fix,
+            )
         return found
 
     def prefix(self, name: str, path: str, number: int, tail: str) -> str:
@@ -52,9 +59,16 @@ class Names:
         """
         if name.endswith(f"{number}.{tail}"):
             return name.removesuffix(f"{number}.{tail}")
-        for found in re.finditer(rf"(?:^|(?<=\.)){number}(?=\.)", name):  # renamed inside the block, too
+        for found in re.finditer(
+            rf"(?:^|(?<=\.)){number}(?=\.)", name
+        ):  # renamed inside the block, too
             other = f"{name[: found.start()]}{number + 1}{name[found.end() :]}"
             if self.inside(other) == f"{path}.{number + 1}.{tail}":
                 return name[: found.start()]
         inside = f"{path}.{number}.{tail}"
-        raise UserError(KEY, name, f"called {inside} in the model", "re-save the checkpoint with save_pretrained")
+        raise UserError(
+            KEY,
+            name,
+            f"called {inside} in the model",
+            "re-save the checkpoint with save_pretrained",
+        )

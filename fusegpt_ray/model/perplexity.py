@@ -37,5 +37,7 @@ def perplexity(losses_W: torch.Tensor) -> float:
     """
     mean = math.fsum(losses_W.tolist()) / len(losses_W)
     if not mean < 700:  # NaN, Inf, or e^mean beyond a float
-        raise FloatingPointError(f"the mean loss is {mean}: NaN or Inf in the model's weights, or an overflow in its arithmetic")
+        raise FloatingPointError(
+            f"the mean loss is {mean}: NaN or Inf in the model's weights, or an overflow in its arithmetic"
+        )
     return math.exp(mean)

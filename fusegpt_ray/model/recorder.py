@@ -45,7 +45,9 @@ class Recorder(nn.Module):
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        object.__setattr__(self, "_block", block)  # not a submodule: its weights are not the trunk's
+        object.__setattr__(
+            self, "_block", block
+        )  # not a submodule: its weights are not the trunk's
         self.h_BTD: torch.Tensor | None = None
         self.context: Context | None = None
         self.inject: torch.Tensor | None = None

@@ -64,12 +64,20 @@ class Runner:
         `weights`: kept on the device, read for every walk, or as memory allows; `share`: of the free memory that this runner may use;
         `cache`: this node's, of what lies in object storage.
         """
-        self.stack, self.device, self.dtype, self.rows, self.share = stack, device, dtype, rows, share
+        self.stack, self.device, self.dtype, self.rows, self.share = (
+            stack,
+            device,
+            dtype,
+            rows,
+            share,
+        )
         self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
-        self.keeps = weights == "resident" or (weights == "auto" and fits(stack, device, dtype, share))
-        self.weights = Weights(stack, self.trunk.moulds, device, dtype, self.keeps, cache)
+        self.keeps = weights == "resident" or (
+            weights == "auto" and fits(stack, device, dtype, share)
+        )
+        self.weights = Weights(stack, self.trunk.meta_blocks, device, dtype, self.keeps, cache)
 
-    def taking(self, rows: int) -> Self:
+    def with_batch_size(self, rows: int) -> Self:
         """The same, with so many rows in a call."""
         other = copy.copy(self)
         other.rows = rows
@@ -79,11 +87,17 @@ class Runner:
         """Windows that should walk together, see `chunk_size`: a walk holds their states some three times."""
         windows, length = windows_WT.shape
         held = min(HELD_BYTES, HELD_SHARE * self.share * free_bytes(self.device))
-        return windows_WT.split(chunk_size(windows, self.rows, state_bytes(stack, length), held=held))
+        return windows_WT.split(
+            chunk_size(windows, self.rows, state_bytes(stack, length), held=held)
+        )
 
     def for_trunk_of(self, stack: Stack) -> Runner:
         """This one, or another beside it that keeps no weights if the stack has a trunk of its own: a published model."""
-        return self if stack.trunk == self.stack.trunk else Runner(stack, self.device, self.dtype, self.rows, share=self.share)
+        return (
+            self
+            if stack.trunk == self.stack.trunk
+            else Runner(stack, self.device, self.dtype, self.rows, share=self.share)
+        )
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
@@ -93,7 +107,9 @@ class Runner:
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
         """States [B, T, D] after the block, which was number `dense` of the dense model; at most `rows` rows a call."""
-        parts = [run_block(module, part, self.context(dense, part)) for part in h_BTD.split(self.rows)]
+        parts = [
+            run_block(module, part, self.context(dense, part)) for part in h_BTD.split(self.rows)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
@@ -101,7 +117,9 @@ class Runner:
         return self.trunk.contexts(rows, length)[dense]
 
     @torch.no_grad()
-    def walk(self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None) -> Iterator[torch.Tensor]:
+    def walk(
+        self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None
+    ) -> Iterator[torch.Tensor]:
         """The states [W, T, D] entering block 0, 1, …, and last those after the last block (or entering block `stop`)."""
         h_BTD = self.embed(windows_WT)
         yield h_BTD
@@ -114,8 +132,12 @@ class Runner:
     def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy (nats) of predicting tokens 1 … T−1 of each window from the states after the last block: [W] float64."""
         means = []
-        for h_1TD, ids_1T in zip(h_WTD.split(1), windows_WT.split(1), strict=True):  # one window's logits at a time
+        for h_1TD, ids_1T in zip(
+            h_WTD.split(1), windows_WT.split(1), strict=True
+        ):  # one window's logits at a time
             logits_TV = self.trunk.logits(h_1TD)[0, :-1].float()
-            loss_T = nn.functional.cross_entropy(logits_TV, ids_1T[0, 1:].to(self.device), reduction="none")
+            loss_T = nn.functional.cross_entropy(
+                logits_TV, ids_1T[0, 1:].to(self.device), reduction="none"
+            )
             means.append(loss_T.double().mean().cpu())
         return torch.stack(means)

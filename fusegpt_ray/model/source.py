@@ -20,7 +20,7 @@ from typing import Any
 
 from fusegpt_ray.errors import StorageError, UserError, first_line, reading_users_file
 from fusegpt_ray.model import companions
-from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.companions import CONFIG
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Stack
@@ -32,7 +32,9 @@ TOKENIZER_BYTES = 100_000_000
 """Of the largest file that may belong to a tokenizer: the largest of them have a third of it."""
 LOOK_INTO = 20
 """Folders of a folder that is no model, to say where there is one."""
-_WEB = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?.*")
+_WEB = re.compile(
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?.*"
+)
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -56,7 +58,9 @@ class Source:
             UserError: it does not exist or may not be read.
         """
         if page := _WEB.fullmatch(name):
-            fix = f"use the hub id {page[1]}" + (f" with model.revision: {page[2]}" if page[2] else "")
+            fix = f"use the hub id {page[1]}" + (
+                f" with model.revision: {page[2]}" if page[2] else ""
+            )
             raise UserError(key, name, "the address of a page on the hub", fix)
         if name.startswith(("http://", "https://")):
             fix = "give a hub id such as meta-llama/Llama-2-7b-hf, a local folder, or a URI such as s3://"
@@ -68,7 +72,9 @@ class Source:
         if _is_folder(name):
             return cls(name, revision, storage.absolute(name))
         if os.path.exists(os.path.expanduser(name)):
-            raise UserError(key, name, "a file, not a folder", "give the folder that holds config.json")
+            raise UserError(
+                key, name, "a file, not a folder", "give the folder that holds config.json"
+            )
         if not _HUB_ID.fullmatch(name):
             raise UserError(key, name, "no such folder", _FIX)
         return cls(name, revision, *_snapshot(name, revision, key, companions.small))
@@ -101,7 +107,11 @@ class Source:
         """Paths of the files in the folder, and in those directly in it that may belong to the model; of others their names."""
         files = storage.names(self.folder)
         for name in storage.folders(self.folder):
-            inside = storage.names(storage.join(self.folder, name)) if companions.may_be_part(name) else []
+            inside = (
+                storage.names(storage.join(self.folder, name))
+                if companions.may_be_part(name)
+                else []
+            )
             files += [f"{name}/{file}" for file in inside] or [f"{name}/"]
         return files
 
@@ -121,24 +131,39 @@ class Source:
             folders = storage.folders(self.folder)
             problem, fix = diagnosis.unusable_folder(storage.names(self.folder), folders)
             if not problem and (inner := self._with_config(folders)):
-                problem, fix = f"but in {', '.join(inner)}", f"give the model's own folder, such as …/{inner[0]}"
+                problem, fix = (
+                    f"but in {', '.join(inner)}",
+                    f"give the model's own folder, such as …/{inner[0]}",
+                )
             missing = "no config.json there"
-            raise UserError(key, self.name, f"{missing} ({problem})" if problem else missing, fix) from error
+            raise UserError(
+                key, self.name, f"{missing} ({problem})" if problem else missing, fix
+            ) from error
         except StorageError:
             raise
         except OSError as error:
-            raise UserError(key, self.name, f"cannot be read ({error})", "check the path and the permissions") from error
+            raise UserError(
+                key, self.name, f"cannot be read ({error})", "check the path and the permissions"
+            ) from error
         diagnosis.refuse_other_kinds(key, self.name, CONFIG, data[: diagnosis.BEGINNING])
-        with reading_users_file(key, self.name, "config.json is not JSON", "download the checkpoint again"):
+        with reading_users_file(
+            key, self.name, "config.json is not JSON", "download the checkpoint again"
+        ):
             raw = json.loads(data.decode())
         if not isinstance(raw, dict):
-            raise UserError(key, self.name, "config.json is not a JSON object", "download the checkpoint again")
+            raise UserError(
+                key, self.name, "config.json is not a JSON object", "download the checkpoint again"
+            )
         read_config(raw)
         return raw
 
     def _with_config(self, folders: Sequence[str]) -> list[str]:
         """Which of the first folders are models of their own."""
-        return [name for name in folders[:LOOK_INTO] if storage.exists(storage.join(self.folder, name, CONFIG))]
+        return [
+            name
+            for name in folders[:LOOK_INTO]
+            if storage.exists(storage.join(self.folder, name, CONFIG))
+        ]
 
     def stack(self) -> Stack:
         """The dense stack: reads config.json and the headers of the safetensors files (see `dense_stack` for errors)."""
@@ -164,9 +189,16 @@ class Source:
                     diagnosis.refuse_other_kinds(key, self.name, name, beginning)
             try:
                 with reading_users_file(key, self.name, "its tokenizer does not load", fix, folder):
-                    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+                    return AutoTokenizer.from_pretrained(
+                        folder, trust_remote_code=False, local_files_only=True
+                    )
             except UserError:
-                for name, beginning in beginnings.items():  # of others than texts the library says only that they are bad
+                for (
+                    name,
+                    beginning,
+                ) in (
+                    beginnings.items()
+                ):  # of others than texts the library says only that they are bad
                     if name.endswith((".json", ".txt", ".jinja")):
                         diagnosis.refuse_other_kinds(key, self.name, name, beginning)
                 raise
@@ -193,7 +225,9 @@ _FIX = "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7
 Wanted = Callable[[list[str]], list[str]]
 
 
-def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tuple[str, tuple[str, ...]]:
+def _snapshot(
+    name: str, revision: str | None, key: str, wanted: Wanted
+) -> tuple[str, tuple[str, ...]]:
     """A hub model's folder in the cache, with those of its files that are `wanted`, and the paths of all.
 
     Without a network it is what the cache holds, and no paths.
@@ -205,28 +239,53 @@ def _snapshot(name: str, revision: str | None, key: str, wanted: Wanted) -> tupl
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     problem = "no such folder here, and the hub does not give it"
-    fix = f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
+    fix = (
+        f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
+    )
     with _quiet_hub(), reading_users_file(key, name, problem, fix):
         try:
-            files = [file.rfilename for file in HfApi().model_info(name, revision=revision).siblings or ()]
-        except Exception as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
-            refused = isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code < 500
-            if refused or isinstance(unreachable, ValueError):  # it has answered, or the name is none
+            files = [
+                file.rfilename
+                for file in HfApi().model_info(name, revision=revision).siblings or ()
+            ]
+        except (
+            Exception
+        ) as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
+            refused = (
+                isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code < 500
+            )
+            if refused or isinstance(
+                unreachable, ValueError
+            ):  # it has answered, or the name is none
                 raise
             try:
-                return str(snapshot_download(name, revision=revision, allow_patterns=CONFIG, local_files_only=True)), ()
+                return str(
+                    snapshot_download(
+                        name, revision=revision, allow_patterns=CONFIG, local_files_only=True
+                    )
+                ), ()
             except LocalEntryNotFoundError:
                 offline = isinstance(unreachable, OfflineModeIsEnabled)
-                why = "HF_HUB_OFFLINE is set" if offline else f"it cannot be reached: {first_line(unreachable)}"
+                why = (
+                    "HF_HUB_OFFLINE is set"
+                    if offline
+                    else f"it cannot be reached: {first_line(unreachable)}"
+                )
                 raise ConnectionError(f"{why}; nor is it in the cache here") from unreachable
         patterns = [glob.escape(file) for file in wanted(files)]
-        return str(snapshot_download(name, revision=revision, allow_patterns=patterns)), tuple(files)
+        return str(snapshot_download(name, revision=revision, allow_patterns=patterns)), tuple(
+            files
+        )
 
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Without the hub client's own progress bars and remarks: our display is the one display."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
 
     log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = log.level

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.recorder import Context, Recorded, stopped_at
 
@@ -43,7 +43,10 @@ class Structure:
     @property
     def calls(self) -> list[tuple[nn.Module, torch.Tensor, Context]]:
         """By block, what it is called with."""
-        return [(block, self.h_BTD, context) for block, context in zip(self.blocks, self.contexts, strict=True)]
+        return [
+            (block, self.h_BTD, context)
+            for block, context in zip(self.blocks, self.contexts, strict=True)
+        ]
 
 
 def observe(raw: Mapping[str, Any]) -> Structure:
@@ -91,7 +94,9 @@ def _fill_without_memory(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, empty in list(model.named_parameters()):
         owner, _, key = name.rpartition(".")
-        many = empty.shape[:1] if empty.shape[:1].numel() <= _ROWS else (1,)  # or it would need memory
+        many = (
+            empty.shape[:1] if empty.shape[:1].numel() <= _ROWS else (1,)
+        )  # or it would need memory
         rows = torch.randn((*many, *(1,) * (empty.dim() - 1)), generator=generator)
         filled = rows.expand(empty.shape)
         setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusegpt_ray.model.anatomy import find_blocks
+from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
@@ -27,7 +27,9 @@ Read = Callable[[Refs], Mapping[str, torch.Tensor]]
 class Trunk:
     """All of the model but its blocks, loaded: embeds tokens, tells the blocks' contexts, turns final states into logits."""
 
-    def __init__(self, stack: Stack, device: torch.device, dtype: torch.dtype, read: Read = read_tensors) -> None:
+    def __init__(
+        self, stack: Stack, device: torch.device, dtype: torch.dtype, read: Read = read_tensors
+    ) -> None:
         self.device, self.dtype = device, dtype
         self.model = build_skeleton(stack.config)
         self._recorded = Recorded(self.model, find_blocks(self.model))
@@ -41,7 +43,7 @@ class Trunk:
         self._contexts: dict[tuple[int, int], list[Context]] = {}
 
     @property
-    def moulds(self) -> list[nn.Module]:
+    def meta_blocks(self) -> list[nn.Module]:
         """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
         return self._recorded.blocks
 
@@ -75,15 +77,23 @@ class Trunk:
         return self._recorded(ids_BT.to(self.device), **options).logits
 
 
-def load_block(mould: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A block of its own with these weights: `mould` is `Trunk.moulds[dense]`."""
-    block = copy.deepcopy(mould)
+def load_block(
+    meta_block: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> nn.Module:
+    """A block of its own with these weights: `meta_block` is `Trunk.meta_blocks[dense]`."""
+    block = copy.deepcopy(meta_block)
     _assign(block, weights, dtype)
     return block.to(device)
 
 
 def _assign(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
     """Put weights in place of meta parameters, cast to `dtype` where they are floating."""
-    known = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    known = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in weights.items()
+    }
     module.load_state_dict(known, strict=False, assign=True)
     module.requires_grad_(False)

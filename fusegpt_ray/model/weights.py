@@ -30,14 +30,20 @@ class Weights:
     def __init__(
         self,
         dense: Stack,
-        moulds: Sequence[nn.Module],
+        meta_blocks: Sequence[nn.Module],
         device: torch.device,
         dtype: torch.dtype,
         keep: bool,
         cache: BlockCache | None = None,
     ) -> None:
-        """`moulds`: the dense model's blocks without weights, by dense number. `keep`: hold blocks for later walks."""
-        self.moulds, self.device, self.dtype, self.keep, self.cache = moulds, device, dtype, keep, cache
+        """`meta_blocks`: the dense model's blocks without weights, by dense number. `keep`: hold blocks for later walks."""
+        self.meta_blocks, self.device, self.dtype, self.keep, self.cache = (
+            meta_blocks,
+            device,
+            dtype,
+            keep,
+            cache,
+        )
         self._needed: list[Refs] = []  # by the walk under way
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
@@ -56,7 +62,9 @@ class Weights:
             ahead: Future[nn.Module] | None = None
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 module = self._arrived(ahead, block)
-                ahead = reader.submit(self._read_aside, following) if following is not None else None
+                ahead = (
+                    reader.submit(self._read_aside, following) if following is not None else None
+                )
                 yield block, module
                 del module
 
@@ -81,8 +89,12 @@ class Weights:
             yield block, self._kept[key]
 
     def _read(self, block: Block) -> nn.Module:
-        tensors = self.cache.tensors(block.weights, self._needed) if self.cache else read_tensors(block.weights)
-        return load_block(self.moulds[block.dense], tensors, self.device, self.dtype)
+        tensors = (
+            self.cache.tensors(block.weights, self._needed)
+            if self.cache
+            else read_tensors(block.weights)
+        )
+        return load_block(self.meta_blocks[block.dense], tensors, self.device, self.dtype)
 
     def _read_aside(self, block: Block) -> nn.Module:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""
@@ -106,9 +118,13 @@ class Weights:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            error.__traceback__ = None  # the future keeps the error, and with its frames what had been read
+            error.__traceback__ = (
+                None  # the future keeps the error, and with its frames what had been read
+            )
         else:
-            if self.device.type == "cuda":  # the reader's stream shall not use this memory again before ours is done with it
+            if (
+                self.device.type == "cuda"
+            ):  # the reader's stream shall not use this memory again before ours is done with it
                 for tensor in (*module.parameters(), *module.buffers()):
                     tensor.record_stream(torch.cuda.current_stream(self.device))
             return module
@@ -118,7 +134,11 @@ class Weights:
 
 def fits(stack: Stack, device: torch.device, dtype: torch.dtype, share: float) -> bool:
     """Whether the weights of all blocks fit into what they may take of a `share` of the memory that is free now."""
-    numbers = sum((ref.end - ref.begin) // ref.dtype.itemsize for block in stack.blocks for ref in block.weights.values())
+    numbers = sum(
+        (ref.end - ref.begin) // ref.dtype.itemsize
+        for block in stack.blocks
+        for ref in block.weights.values()
+    )
     return numbers * dtype.itemsize <= RESIDENT_SHARE * share * free_bytes(device)
 
 

@@ -41,7 +41,9 @@ class Incomplete(OSError):
     def __init__(self, part: Path, files: dict[str, str]) -> None:
         self.files = files
         lines = [f"{name} {problem}" for name, problem in files.items()]
-        lines.append(f"{len(files)} files failed {TRIES} times; the whole ones are kept in {part}, the same command fetches the rest")
+        lines.append(
+            f"{len(files)} files failed {TRIES} times; the whole ones are kept in {part}, the same command fetches the rest"
+        )
         super().__init__("\n".join(lines))
 
 
@@ -56,7 +58,10 @@ def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = No
     """
     if "://" in str(folder):
         raise UserError("DIR", str(folder), "not a local path", "give a folder on this machine")
-    source, target = storage.absolute(uri).rstrip("/"), Path(os.path.abspath(os.path.expanduser(folder)))
+    source, target = (
+        storage.absolute(uri).rstrip("/"),
+        Path(os.path.abspath(os.path.expanduser(folder))),
+    )
     manifest = Manifest.read(source)
     with display or Transfer() as show:
         if target.is_dir() and any(target.iterdir()):
@@ -64,7 +69,12 @@ def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = No
             show.say(f"{target} is this model already, and whole")
             return target
         if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise UserError("DIR", str(target), "a file or a link, not a folder", "give a new folder, or remove it")
+            raise UserError(
+                "DIR",
+                str(target),
+                "a file or a link, not a folder",
+                "give a new folder, or remove it",
+            )
         part = target.with_name(f"{target.name}.part")
         with _opened(part) as directory:
             _make_room(directory, part, manifest)
@@ -89,7 +99,9 @@ def _check_same(target: Path, manifest: Manifest) -> None:
         raise UserError("DIR", str(target), "exists, is not empty and is not this model", fix)
     for name, record in manifest.files.items():
         if problem := damage(str(target / name), record):
-            raise UserError("DIR", str(target), f"exists and is this model, but {name} {problem}", fix)
+            raise UserError(
+                "DIR", str(target), f"exists and is this model, but {name} {problem}", fix
+            )
 
 
 @contextmanager
@@ -105,7 +117,9 @@ def _opened(part: Path) -> Iterator[int]:
         directory = os.open(part, _FOLDER)
     except OSError as error:
         fix = "remove what is in the way, check your rights, or give another folder"
-        raise UserError("DIR", str(part), f"cannot be made or used ({error.strerror})", fix) from error
+        raise UserError(
+            "DIR", str(part), f"cannot be made or used ({error.strerror})", fix
+        ) from error
     try:
         _lock(directory, part)
         yield directory
@@ -117,7 +131,9 @@ def _lock(directory: int, part: Path) -> None:
     try:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise UserError("DIR", str(part), "another pull is filling it", "wait for it, or give another folder") from error
+        raise UserError(
+            "DIR", str(part), "another pull is filling it", "wait for it, or give another folder"
+        ) from error
 
 
 def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
@@ -129,13 +145,17 @@ def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
     found = dict(_walk(directory, ""))
     files = {name: info for name, info in found.items() if not stat.S_ISDIR(info.st_mode)}
     folders = {name for path in manifest.files for name in _folders(path)}
-    strange = [name for name, info in files.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1]
+    strange = [
+        name for name, info in files.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1
+    ]
     strange += sorted(found.keys() - files.keys() - folders)
     if found and not {PULLING, MANIFEST} & files.keys():
         strange = [*found]
     if strange:
         fix = "look at it, then remove the folder, or give another one"
-        raise UserError("DIR", str(part), f"in the way: a pull never made {min(strange)!r} there", fix)
+        raise UserError(
+            "DIR", str(part), f"in the way: a pull never made {min(strange)!r} there", fix
+        )
     there = sum(info.st_size for name, info in files.items() if name in manifest.files)
     free = shutil.disk_usage(directory).free
     if manifest.size - there > free:
@@ -210,7 +230,11 @@ class _Pull:
             except BaseException:
                 self.stop.set()
                 raise
-        return {name: problem for name, problem in zip(self.manifest.files, problems, strict=True) if problem}
+        return {
+            name: problem
+            for name, problem in zip(self.manifest.files, problems, strict=True)
+            if problem
+        }
 
     def one(self, name: str) -> str:
         """What is wrong with a file in the end, or nothing."""
@@ -238,7 +262,9 @@ class _Pull:
                 end = min(at + CHUNK, record.size)
                 try:
                     (data,) = storage.read_ranges(uri, [(at, end)])
-                except Exception as error:  # whatever a store raises, botocore's and aiohttp's own kinds among it
+                except (
+                    Exception
+                ) as error:  # whatever a store raises, botocore's and aiohttp's own kinds among it
                     return f"cannot be read ({reason(error)})"
                 if len(data) != end - at:
                     return f"ended early: {at + len(data)} bytes of {record.size}"

@@ -28,7 +28,11 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} | {row['fused']:.2f} |"
         for data, row in manifest["perplexity"].items()
     ]
-    table = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows] if rows else ["Not evaluated."]
+    table = (
+        ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows]
+        if rows
+        else ["Not evaluated."]
+    )
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     less, protocol = manifest.get("fewer_at_once"), manifest.get("calibration", {})
     lines = [
@@ -56,7 +60,13 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
         "*Dropped*: the same blocks removed, nothing fused or trained.",
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
-        *([f"Fewer windows at once than the recipe says, beyond rounding with the same result: {less}."] if less else []),
+        *(
+            [
+                f"Fewer windows at once than the recipe says, beyond rounding with the same result: {less}."
+            ]
+            if less
+            else []
+        ),
         "",
         "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256. The recipe:",
         "",

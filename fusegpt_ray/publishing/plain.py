@@ -63,14 +63,18 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
             model, report = _load(place, auto_class(stack.config), runner.dtype)
         except StorageError:
             raise
-        except Exception as error:  # of whatever kind: what the files hold decides how the library fails
+        except (
+            Exception
+        ) as error:  # of whatever kind: what the files hold decides how the library fails
             if is_out_of_memory(error):
                 raise
             why = first_line(error).replace(place, folder)  # perhaps a copy
             return Plain(None, f"from_pretrained does not load it ({type(error).__name__}: {why})")
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if report.get(kind):
-            return Plain(None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}")
+            return Plain(
+                None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}"
+            )
     model.eval().to(runner.device)
     pairs = (
         (_logits(model, ids_1T.to(runner.device)), runner.trunk.logits(h_1TD))
@@ -92,7 +96,9 @@ def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
 def one_of_each_kind(stack: Stack) -> Stack:
     """The first blocks up to the last that is of another kind than those before it, and at least two."""
     config = read_config(stack.config).get_text_config().to_dict()
-    lists = [value for value in config.values() if isinstance(value, list) and len(value) == len(stack)]
+    lists = [
+        value for value in config.values() if isinstance(value, list) and len(value) == len(stack)
+    ]
 
     def kind(position: int, block: Block) -> object:
         shapes = tuple(sorted((name, ref.shape) for name, ref in block.weights.items()))
@@ -131,7 +137,9 @@ def _local(folder: str, stack: Stack, part: Stack) -> Iterator[str]:
             if remote:
                 write_safetensors(str(target / SINGLE), list(model_entries(part, stack)))
             else:
-                for name in {*names} - {"config.json"}:  # weights of the other blocks are not loaded
+                for name in {*names} - {
+                    "config.json"
+                }:  # weights of the other blocks are not loaded
                     os.symlink(Path(folder).absolute() / name, target / name)
             (target / "config.json").write_text(json.dumps(shrink_config(part)))
         yield place
@@ -154,7 +162,9 @@ def mean_kl(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """Mean KL(wanted ‖ found) in nats a token over pairs (found, wanted) of logits [1, T, V]."""
     total, tokens = 0.0, 0
     for found_1TV, wanted_1TV in pairs:
-        for found_TV, wanted_TV in zip(found_1TV[0].split(256), wanted_1TV[0].split(256), strict=True):
+        for found_TV, wanted_TV in zip(
+            found_1TV[0].split(256), wanted_1TV[0].split(256), strict=True
+        ):
             log_q, log_p = (logits.double().log_softmax(-1) for logits in (found_TV, wanted_TV))
             total += (log_p.exp() * (log_p - log_q)).sum().item()
             tokens += len(log_p)

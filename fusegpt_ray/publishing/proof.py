@@ -29,7 +29,15 @@ from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, compare_plain, mean_kl
 from fusegpt_ray.publishing.ties import tied
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import INDEX, Entry, FileRecord, TensorRef, read_header, read_index, read_tensors
+from fusegpt_ray.store.checkpoint import (
+    INDEX,
+    Entry,
+    FileRecord,
+    TensorRef,
+    read_header,
+    read_index,
+    read_tensors,
+)
 
 KEY = "published model"
 WINDOWS = 2
@@ -57,7 +65,11 @@ def read_back(file: str, record: FileRecord) -> None:
     if (there := storage.size(file)) != record.size:
         raise ProofError(f"{file} has {there} bytes in the store, {record.size} were written")
     digest = hashlib.sha256()
-    refs = sorted(_header(file).values(), key=lambda ref: ref.begin) if file.endswith(".safetensors") else []
+    refs = (
+        sorted(_header(file).values(), key=lambda ref: ref.begin)
+        if file.endswith(".safetensors")
+        else []
+    )
     watch = _FiniteWatch(refs)
     bad = ""
     for part in storage.stream(file):
@@ -90,7 +102,9 @@ class _FiniteWatch:
         while self.ref is not None and self.ref.begin < self.at:
             inside = self.rest + part[max(self.ref.begin - begin, 0) : self.ref.end - begin]
             whole = len(inside) - len(inside) % self.ref.dtype.itemsize
-            if whole and not finite(torch.frombuffer(bytearray(inside[:whole]), dtype=self.ref.dtype)):
+            if whole and not finite(
+                torch.frombuffer(bytearray(inside[:whole]), dtype=self.ref.dtype)
+            ):
                 return f"{self.ref.name} holds NaN or Inf"
             self.rest = inside[whole:]
             if self.ref.end > self.at:
@@ -112,9 +126,15 @@ def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> S
     source = Source.find(folder, None, KEY)
     try:
         tensors = read_index(folder, KEY)
-        weights = {ref.file.rsplit("/", 1)[-1] for ref in tensors.values()} | ({INDEX} & set(storage.names(folder)))
-        if stray := sorted(name for name in storage.names(folder) if ".safetensors" in name and name not in weights):
-            raise ProofError(f"{folder} holds {stray[0]}, which is not part of this model: remove it")
+        weights = {ref.file.rsplit("/", 1)[-1] for ref in tensors.values()} | (
+            {INDEX} & set(storage.names(folder))
+        )
+        if stray := sorted(
+            name for name in storage.names(folder) if ".safetensors" in name and name not in weights
+        ):
+            raise ProofError(
+                f"{folder} holds {stray[0]}, which is not part of this model: remove it"
+            )
         _check_tensors(folder, tensors, entries)
         stack = source.stack()
     except UserError as error:
@@ -123,15 +143,21 @@ def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> S
     found, expected = set(build_skeleton(stack.config).all_tied_weights_keys), tied(dense)
     if found != expected:
         names = ", ".join(sorted(found ^ expected))
-        raise ProofError(f"{folder}: {names} is {'no longer' if expected - found else 'newly'} tied by its config.json")
+        raise ProofError(
+            f"{folder}: {names} is {'no longer' if expected - found else 'newly'} tied by its config.json"
+        )
     return stack
 
 
-def _check_tensors(folder: str, tensors: Mapping[str, TensorRef], entries: Mapping[str, Entry]) -> None:
+def _check_tensors(
+    folder: str, tensors: Mapping[str, TensorRef], entries: Mapping[str, Entry]
+) -> None:
     if missing := sorted(set(entries) - set(tensors)):
         raise ProofError(f"{folder} lacks the tensor {missing[0]} ({len(missing)} in all)")
     if extra := sorted(set(tensors) - set(entries)):
-        raise ProofError(f"{folder} holds {extra[0]}, which the model does not have ({len(extra)} in all)")
+        raise ProofError(
+            f"{folder} holds {extra[0]}, which the model does not have ({len(extra)} in all)"
+        )
     for name, ref in tensors.items():
         expected = entries[name]
         if (ref.shape, ref.dtype) != (expected.shape, expected.dtype):
@@ -157,7 +183,14 @@ class Proof:
     """The same for plain `from_pretrained` against the streamed walk (see `plain.py`)."""
 
 
-def prove(published: Stack, folder: str, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor) -> Proof:
+def prove(
+    published: Stack,
+    folder: str,
+    stack: Stack,
+    here: Runner,
+    there: Runner,
+    windows_WT: torch.Tensor,
+) -> Proof:
     """Compare the published model with the stack; `here` runs the stack, `there` the published one, on the same device.
 
     Raises:
@@ -172,7 +205,9 @@ def prove(published: Stack, folder: str, stack: Stack, here: Runner, there: Runn
 
 
 @torch.no_grad()
-def compare(published: Stack, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor) -> tuple[float, float]:
+def compare(
+    published: Stack, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor
+) -> tuple[float, float]:
     """Walk both models together, a block of each in memory: the largest difference, and the KL."""
     if len(published) != len(stack):
         raise ProofError(f"the published model has {len(published)} blocks, the stack {len(stack)}")
@@ -190,14 +225,19 @@ def compare(published: Stack, stack: Stack, here: Runner, there: Runner, windows
 
 def _rounded(runner: Runner, block: Block, stored: Block) -> nn.Module:
     """The stack's block with its weights rounded to the dtypes they are published in."""
-    weights = {name: tensor.to(stored.weights[name].dtype) for name, tensor in read_tensors(block.weights).items()}
-    return load_block(runner.trunk.moulds[block.dense], weights, runner.device, runner.dtype)
+    weights = {
+        name: tensor.to(stored.weights[name].dtype)
+        for name, tensor in read_tensors(block.weights).items()
+    }
+    return load_block(runner.trunk.meta_blocks[block.dense], weights, runner.device, runner.dtype)
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, what: str) -> float:
     """Root mean square of the difference as a share of that of `wanted`."""
     if found.shape != wanted.shape:
-        raise ProofError(f"the published model's states are {list(found.shape)}, the stack's {list(wanted.shape)}")
+        raise ProofError(
+            f"the published model's states are {list(found.shape)}, the stack's {list(wanted.shape)}"
+        )
     size = wanted.float().square().mean().sqrt().item()
     share = (found.float() - wanted.float()).square().mean().sqrt().item() / (size or 1.0)
     if not share <= STATES_TOLERANCE[dtype]:  # also where it is NaN

@@ -25,7 +25,14 @@ from fusegpt_ray.publishing.proof import open_published, read_back
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import INDEX, SINGLE, Entry, FileRecord, plan_shards, write_safetensors
+from fusegpt_ray.store.checkpoint import (
+    INDEX,
+    SINGLE,
+    Entry,
+    FileRecord,
+    plan_shards,
+    write_safetensors,
+)
 
 AT_ONCE = 4
 """Shards on their way; each holds two tensors."""
@@ -84,7 +91,10 @@ def publish(
             files[name] = record
             weight_map |= {entry.name: name for entry in shards[name]}
     if list(files) != [SINGLE]:
-        index = {"metadata": {"total_size": sum(entry.bytes for entry in entries)}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(entry.bytes for entry in entries)},
+            "weight_map": weight_map,
+        }
         put(INDEX, json.dumps(index, indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
@@ -101,7 +111,10 @@ def publish(
         "left_out": left_out(source, dense),
         "versions": versions(),
     }
-    put("README.md", model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode())
+    put(
+        "README.md",
+        model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode(),
+    )
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
@@ -110,7 +123,11 @@ def publish(
 
 def left_out(source: Source, dense: Stack) -> list[str]:
     """What the source holds and a published model does not: files, folders ("images/") and tensors that no class loads."""
-    used = {ref.file.rsplit("/", 1)[-1] for refs in (dense.trunk, *(block.weights for block in dense.blocks)) for ref in refs.values()}
+    used = {
+        ref.file.rsplit("/", 1)[-1]
+        for refs in (dense.trunk, *(block.weights for block in dense.blocks))
+        for ref in refs.values()
+    }
     return [*source.left_out(used), *dense.ignored]
 
 

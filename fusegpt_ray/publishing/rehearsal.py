@@ -48,7 +48,9 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> N
             raise UserError(KEY, structure.name, problem, _FIX)
 
 
-def _difference(dense: Structure, operations: Sequence[Any], short: Structure, kept: Sequence[int]) -> str:
+def _difference(
+    dense: Structure, operations: Sequence[Any], short: Structure, kept: Sequence[int]
+) -> str:
     """What is not as it would be published, or nothing; `operations`: of the dense blocks."""
     if len(short.blocks) != len(kept):
         return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
@@ -75,7 +77,9 @@ def _other_block(old: nn.Module, new: nn.Module, number: int, position: int) -> 
     """How an empty block differs from the one it should be, but for knowing its own number."""
     ours, theirs = _shapes(old), _shapes(new)
     if ours != theirs:
-        name = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        name = min(
+            name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+        )
         return f"has other tensors ({name} is {_shown(ours.get(name))}, {_shown(theirs.get(name))} there)"
     for (name, mine), (_, other) in zip(old.named_buffers(), new.named_buffers(), strict=True):
         if not same(mine, other):
@@ -112,7 +116,9 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.seen: list[Any] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         self.seen.append((str(function), tree_map(_note, (args, kwargs or {}, out))))
         return out

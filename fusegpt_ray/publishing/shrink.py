@@ -52,7 +52,9 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
     return raw
 
 
-def text_section(raw: dict[str, Any], config: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
+def text_section(
+    raw: dict[str, Any], config: PretrainedConfig, text: PretrainedConfig
+) -> dict[str, Any]:
     """Where a file keeps the settings of the text model; older ones keep them among the others."""
     names = [key for key in config.sub_configs if getattr(config, key, None) is text]
     return raw[names[0]] if names and isinstance(raw.get(names[0]), dict) else raw

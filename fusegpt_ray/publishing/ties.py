@@ -23,7 +23,11 @@ def tied(stack: Stack) -> set[str]:
     names = Names.of(model)
     stored = {names.inside(name): ref for name, ref in stack.trunk.items()}
     ties = model.all_tied_weights_keys.items()
-    return {target for target, source in ties if not {target, source} <= stored.keys() or _equal(stored[target], stored[source])}
+    return {
+        target
+        for target, source in ties
+        if not {target, source} <= stored.keys() or _equal(stored[target], stored[source])
+    }
 
 
 def with_true_ties(config: Mapping[str, Any], stack: Stack) -> dict[str, Any]:
@@ -44,7 +48,10 @@ def _equal(first: TensorRef, second: TensorRef) -> bool:
     size = first.end - first.begin
     for at in range(0, size, storage.STEP):
         end = min(at + storage.STEP, size)
-        pieces = [storage.read_ranges(ref.file, [(ref.begin + at, ref.begin + end)])[0] for ref in (first, second)]
+        pieces = [
+            storage.read_ranges(ref.file, [(ref.begin + at, ref.begin + end)])[0]
+            for ref in (first, second)
+        ]
         if pieces[0] != pieces[1]:
             return False
     return True

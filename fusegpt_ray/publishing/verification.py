@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fusegpt_ray.errors import UserError, reason
-from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.companions import WEIGHTS
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.publishing.outputs import Folder
 from fusegpt_ray.report import Transfer
+from fusegpt_ray.run.outputs import Folder
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header, read_index
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
@@ -34,7 +34,9 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
         def check(name: str) -> str:
             try:
                 problem = damage(storage.join(folder, name), manifest.files[name])
-            except Exception as error:  # whatever a store raises; the other files are checked all the same
+            except (
+                Exception
+            ) as error:  # whatever a store raises; the other files are checked all the same
                 problem = f"cannot be read ({reason(error)})"
             show.at(name, manifest.files[name].size)
             show.ends(name, problem or "is whole")
@@ -42,11 +44,19 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
 
         with ThreadPoolExecutor(WORKERS) as pool:
             problems = {
-                name: problem for name, problem in zip(manifest.files, pool.map(check, manifest.files), strict=True) if problem
+                name: problem
+                for name, problem in zip(
+                    manifest.files, pool.map(check, manifest.files), strict=True
+                )
+                if problem
             }
         extra = sorted(set(Folder.look(folder).files) - set(manifest.files) - {MANIFEST})
         remarks = [name for name in extra if not name.lower().endswith((*WEIGHTS, ".index.json"))]
-        problems |= {name: "is not in the manifest, but a loader may take it for weights" for name in extra if name not in remarks}
+        problems |= {
+            name: "is not in the manifest, but a loader may take it for weights"
+            for name in extra
+            if name not in remarks
+        }
         if not problems:  # of files that are not what was written nothing more is worth saying
             problems = dict(_disagreements(folder, manifest))
     return {

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.publishing.outputs import (
+from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
+from fusegpt_ray.run.outputs import (
     DEAD_AFTER,
     IDENTITY,
     MODEL,
@@ -18,7 +19,6 @@ from fusegpt_ray.publishing.outputs import (
     Outputs,
     Run,
 )
-from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 from fusegpt_ray.store.naming import refuse_ambiguous
@@ -51,7 +51,12 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
     there = Outputs.look(uri)
     for name in (MANIFEST, IDENTITY):
         if name in there.files:
-            raise UserError(KEY, there.uri, f"a single model or run (it holds {name})", "give the folder it lies in")
+            raise UserError(
+                KEY,
+                there.uri,
+                f"a single model or run (it holds {name})",
+                "give the folder it lies in",
+            )
     return list(_leftovers(there, age, unfinished))
 
 
@@ -94,17 +99,25 @@ def remove_run(folder: str, keep_lease: bool = False) -> None:
 
 def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftover]:
     runs = {run.name: run for folder in there.folders if (run := folder.run)}
-    families = {match["name"] for folder in there.folders if folder.finished and (match := MODEL.fullmatch(folder.name))}
+    families = {
+        match["name"]
+        for folder in there.folders
+        if folder.finished and (match := MODEL.fullmatch(folder.name))
+    }
     # Half models first: the run's folder beside them is how they are known, should this stop in between.
     for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
         if folder.half:
             name = MODEL.fullmatch(folder.name)["name"]  # type: ignore[index]
-            yield Leftover(folder.uri, folder.size, *_half(folder, runs.get(name), name in families, age))
+            yield Leftover(
+                folder.uri, folder.size, *_half(folder, runs.get(name), name in families, age)
+            )
         elif run := folder.run:
             yield Leftover(folder.uri, folder.size, *_run(run, age, unfinished))
         elif folder.name.endswith(".part") and PULLING in folder.files and "://" not in folder.uri:
             busy = _locked(folder.uri) or folder.silent() < age
-            yield Leftover(folder.uri, folder.size, "being pulled" if busy else "a pull that stopped", not busy)
+            yield Leftover(
+                folder.uri, folder.size, "being pulled" if busy else "a pull that stopped", not busy
+            )
     for name, file in there.files.items():
         probe = Folder(storage.join(there.uri, name), {name: file})
         if name.endswith(".write-test") and file.size == 0 and probe.silent() >= age:
@@ -115,7 +128,10 @@ def _half(folder: Folder, run: Run | None, family: bool, age: float) -> tuple[st
     if run.state(age) == "alive" if run else folder.silent() < age:
         return "a model that is being written", False
     if run is None and not family:
-        return "no finished model, but no run or model of that name is beside it: perhaps not ours", False
+        return (
+            "no finished model, but no run or model of that name is beside it: perhaps not ours",
+            False,
+        )
     return "a model that was never finished", True
 
 

@@ -16,13 +16,13 @@ from typing import Any, Literal, Self, get_args
 import torch
 
 from fusegpt_ray.errors import GOES_ON, StorageError, UserError
-from fusegpt_ray.fusion import savepoint
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
+from fusegpt_ray.training import checkpoints
 
 METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""
@@ -32,13 +32,20 @@ Note = Literal["sums", "scores"]
 """Of a round that is under way: what its scoring has measured so far, and what it found."""
 
 
-def identity(recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype
+) -> dict[str, Any]:
     """What a run may not change and still be resumed: all of the recipe that shapes the result, the data and the model.
 
     Reads all of a local model's weights once, for their checksums; an object store is asked for its own.
     """
-    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(dense.trunk.values())
-    files = {uri.rsplit("/", 1)[-1]: storage.fingerprint(uri) for uri in sorted({ref.file for ref in refs})}
+    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
+        dense.trunk.values()
+    )
+    files = {
+        uri.rsplit("/", 1)[-1]: storage.fingerprint(uri)
+        for uri in sorted({ref.file for ref in refs})
+    }
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
@@ -49,7 +56,9 @@ def identity(recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dty
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
-    shaping = recipe.model_dump(mode="json", exclude={"cluster", "output", "evaluation", "sparsity"})
+    shaping = recipe.model_dump(
+        mode="json", exclude={"cluster", "output", "evaluation", "sparsity"}
+    )
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 
@@ -198,7 +207,10 @@ class Journal:
             damaged = f"its identity.json is damaged ({error})"
             return f"an unfinished run is in {self.folder}, and {damaged}"
         theirs = {key: there.get(key) for key in this}
-        found = [f"{key} = {old!r}, this one has {new!r}" for key, old, new in _differences(theirs, json.loads(json.dumps(this)))]
+        found = [
+            f"{key} = {old!r}, this one has {new!r}"
+            for key, old, new in _differences(theirs, json.loads(json.dumps(this)))
+        ]
         return f"an unfinished run in {self.folder} has " + "; and ".join(found) if found else ""
 
     def commit(self, number: int, done: Done) -> None:
@@ -237,8 +249,17 @@ class Journal:
         done, problem = self._records()
         good: set[str] = set()
         while done:
-            written = {uri: (number, record) for number, d in enumerate(done, 1) for uri, record in d.files.items()}
-            needed = {uri for n in {len(done), *wanted} if 0 < n <= len(done) for uri in _files(done[n - 1].stack)} & set(written)
+            written = {
+                uri: (number, record)
+                for number, d in enumerate(done, 1)
+                for uri, record in d.files.items()
+            }
+            needed = {
+                uri
+                for n in {len(done), *wanted}
+                if 0 < n <= len(done)
+                for uri in _files(done[n - 1].stack)
+            } & set(written)
             found = ((uri, damage(uri, written[uri][1])) for uri in sorted(needed - good))
             bad = next(((uri, what) for uri, what in found if what), None)
             if bad is None:
@@ -272,7 +293,7 @@ class Journal:
         remove_run(self.folder)
 
     def _forget_savepoints(self, number: int) -> None:
-        storage.remove(savepoint.folder_of(self.round_folder(number)), recursive=True)
+        storage.remove(checkpoints.folder_of(self.round_folder(number)), recursive=True)
 
     @property
     def _identity(self) -> str:
@@ -310,7 +331,11 @@ def _files(stack: Stack) -> set[str]:
     refs = [ref for block in stack.blocks for ref in block.weights.values()]
     for block in stack.blocks:
         if block.terms:
-            refs += [ref for part in (block.terms.base, block.terms.learned, *block.terms.donors) for ref in part.values()]
+            refs += [
+                ref
+                for part in (block.terms.base, block.terms.learned, *block.terms.donors)
+                for ref in part.values()
+            ]
     return {ref.file for ref in refs}
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.publishing.outputs import Folder, Outputs, Run
 from fusegpt_ray.report import duration
+from fusegpt_ray.run.outputs import Folder, Outputs, Run
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.text.protocol import described
 
@@ -27,7 +27,9 @@ def status(uri: str) -> dict[str, Any]:
     if MANIFEST in there.files or there.uri.endswith(".run"):
         folders = (Folder.look(there.uri),)
         if not (folders[0].finished or folders[0].run):
-            raise UserError(KEY, there.uri, "not the folder of a run", "give an output.uri, or a folder in it")
+            raise UserError(
+                KEY, there.uri, "not the folder of a run", "give an output.uri, or a folder in it"
+            )
     return {
         "uri": there.uri,
         "models": [_model(folder) for folder in folders if folder.finished],
@@ -42,7 +44,9 @@ def _model(folder: Folder) -> dict[str, Any]:
         manifest = Manifest.read(folder.uri)
     except UserError as error:
         return about | {"problem": error.problem}
-    facts = {key: manifest.data.get(key) for key in ("dense_blocks", "sparsity", "method", "perplexity")}
+    facts = {
+        key: manifest.data.get(key) for key in ("dense_blocks", "sparsity", "method", "perplexity")
+    }
     if not _is_sound(facts):
         return about | {"problem": f"{MANIFEST} says nonsense of its sparsity, depth or perplexity"}
     return about | {"blocks": len(manifest.data["kept"]), "bytes": manifest.size, **facts}
@@ -79,7 +83,9 @@ def _run(run: Run) -> dict[str, Any]:
         "removed": [record["removed"] for record in rounds],
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
-        "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1) if rounds and total else None,
+        "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1)
+        if rounds and total
+        else None,
     }
 
 
@@ -100,7 +106,11 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if result["runs"]:
         console.print(_runs(result["runs"]))
     for name in result["unfinished"]:
-        console.print(f"{name}: without a manifest, so not a finished model (yet)", markup=False, soft_wrap=True)
+        console.print(
+            f"{name}: without a manifest, so not a finished model (yet)",
+            markup=False,
+            soft_wrap=True,
+        )
     if not (result["models"] or result["runs"] or result["unfinished"]):
         console.print(f"no models and no runs in {result['uri']}", markup=False, soft_wrap=True)
 
@@ -113,7 +123,14 @@ def _models(models: list[dict[str, Any]]) -> Table:
         sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
         about = [model["name"], f"{model['blocks']} of {model['dense_blocks'] or '?'}", sparsity]
         for data, row in (model["perplexity"] or {"–": {}}).items():
-            table.add_row(*about, data, *(f"{row[key]:.2f}" if key in row else "–" for key in ("dense", "dropped", "fused")))
+            table.add_row(
+                *about,
+                data,
+                *(
+                    f"{row[key]:.2f}" if key in row else "–"
+                    for key in ("dense", "dropped", "fused")
+                ),
+            )
             about = ["", "", ""]
     return table
 
@@ -123,7 +140,11 @@ def _runs(runs: list[dict[str, Any]]) -> Table:
     for run in runs:
         ended = f", then {run['ended']}" if run["ended"] else ""
         saved = f", epochs saved: {run['epochs_saved']}" if run["epochs_saved"] else ""
-        heard = f", heard of {duration(run['heartbeat_age'])} ago" if run["heartbeat_age"] is not None else ""
+        heard = (
+            f", heard of {duration(run['heartbeat_age'])} ago"
+            if run["heartbeat_age"] is not None
+            else ""
+        )
         table.add_row(
             run["name"],
             run["state"] + heard,

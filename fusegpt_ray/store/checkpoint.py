@@ -27,7 +27,9 @@ from fusegpt_ray.store.records import FileRecord as FileRecord
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 SINGLE = SAFE_WEIGHTS_NAME
 """Where both are there, transformers takes this one; so do we (see `choice`)."""
-MAX_HEADER_BYTES = storage.SMALL  # some 200,000 tensors; the format's own limit is 100 MB, which parsed would take gigabytes
+MAX_HEADER_BYTES = (
+    storage.SMALL
+)  # some 200,000 tensors; the format's own limit is 100 MB, which parsed would take gigabytes
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -101,13 +103,19 @@ def read_header(file: str, key: str) -> dict[str, TensorRef]:
     length = struct.unpack("<Q", beginning[:8])[0] if total >= 8 else 0
     if not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
         if what := diagnosis.kind(beginning):
-            raise UserError(key, file, f"not a safetensors file, but {what}", diagnosis.remedy(what))
+            raise UserError(
+                key, file, f"not a safetensors file, but {what}", diagnosis.remedy(what)
+            )
         raise bad("not a safetensors file (its header does not fit in it)")
     (raw,) = storage.read_ranges(file, [(8, 8 + length)])
     with reading_users_file(key, file, "damaged safetensors header", again):
-        header = json.loads(raw.decode(), object_pairs_hook=_once, parse_int=_natural, parse_constant=_natural)
+        header = json.loads(
+            raw.decode(), object_pairs_hook=_once, parse_int=_natural, parse_constant=_natural
+        )
         about = header.pop("__metadata__", {})
-        if not isinstance(about, dict) or not all(isinstance(value, str) for value in about.values()):
+        if not isinstance(about, dict) or not all(
+            isinstance(value, str) for value in about.values()
+        ):
             raise ValueError("its __metadata__ is not text by name")
         refs = {name: _ref(file, name, entry, 8 + length, total) for name, entry in header.items()}
     end = 8 + length
@@ -128,12 +136,21 @@ def _ref(file: str, name: str, entry: Mapping[str, Any], data: int, total: int) 
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"{short} has the unknown dtype {str(entry['dtype'])[:20]!r}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not type(shape) is type(offsets) is list or len(shape) > 64 or any(type(number) is not int for number in (*shape, *offsets)):
+    if (
+        not type(shape) is type(offsets) is list
+        or len(shape) > 64
+        or any(type(number) is not int for number in (*shape, *offsets))
+    ):
         raise ValueError(f"{short} has the shape {str(shape)[:100]}")
-    if math.prod(size for size in shape if size) >= 1 << 60:  # where others would overflow: a size of 0 among them hides it
+    if (
+        math.prod(size for size in shape if size) >= 1 << 60
+    ):  # where others would overflow: a size of 0 among them hides it
         raise ValueError(f"{short} has the absurd shape {str(shape)[:100]}")
     begin, end = (data + offset for offset in offsets)
-    if not data <= begin <= end <= total or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize:
+    if (
+        not data <= begin <= end <= total
+        or end - begin != math.prod(shape) * DTYPES[entry["dtype"]].itemsize
+    ):
         raise ValueError(f"{short} lies outside the file or has another size than its shape says")
     return TensorRef(file, name, entry["dtype"], tuple(shape), begin, end)
 
@@ -163,9 +180,18 @@ def read_weight_map(folder: str, key: str) -> dict[str, str]:
         raw = storage.read(storage.join(folder, INDEX), storage.SMALL)
         diagnosis.refuse_other_kinds(key, folder, INDEX, raw[: diagnosis.BEGINNING])
         weight_map: dict[str, str] = dict(json.loads(raw.decode())["weight_map"])
-        outside = [shard for shard in weight_map.values() if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard)]
+        outside = [
+            shard
+            for shard in weight_map.values()
+            if not re.fullmatch(r"[^/\\:\0]{1,200}\.safetensors", shard)
+        ]
     if outside:
-        raise UserError(key, folder, f"{INDEX} points outside its folder: {outside[0][:200]!r}", "use a trusted checkpoint")
+        raise UserError(
+            key,
+            folder,
+            f"{INDEX} points outside its folder: {outside[0][:200]!r}",
+            "use a trusted checkpoint",
+        )
     return weight_map
 
 
@@ -186,7 +212,12 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
             refs |= read_header(storage.join(folder, shard), key)
         missing = sorted(set(weight_map) - set(refs))
         if missing:
-            raise UserError(key, folder, f"{INDEX} lists {missing[0]}, no shard has it", "download the checkpoint again")
+            raise UserError(
+                key,
+                folder,
+                f"{INDEX} lists {missing[0]}, no shard has it",
+                "download the checkpoint again",
+            )
         return refs
     problem, fix = diagnosis.unusable_folder(files, storage.folders(folder))
     raise UserError(key, folder, problem or f"holds no {SINGLE} and no {INDEX}", fix)
@@ -203,7 +234,11 @@ def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
     for name, part in read_parts(refs):
         ref = refs[name]
         # bytearray: torch wants writable memory, and the copy is dropped with the tensor.
-        flat = torch.frombuffer(bytearray(part), dtype=ref.dtype) if part else torch.empty(0, dtype=ref.dtype)
+        flat = (
+            torch.frombuffer(bytearray(part), dtype=ref.dtype)
+            if part
+            else torch.empty(0, dtype=ref.dtype)
+        )
         tensors[name] = flat.reshape(ref.shape)
     return tensors
 
@@ -218,7 +253,9 @@ def read_parts(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, bytes]]:
         for name, part in zip(members, parts, strict=True):
             ref = refs[name]
             if len(part) != ref.end - ref.begin:
-                raise OSError(f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes")
+                raise OSError(
+                    f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes"
+                )
             yield name, part
 
 
@@ -236,7 +273,9 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[bytes, dict[str, TensorRef]]:
+def layout(
+    file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]
+) -> tuple[bytes, dict[str, TensorRef]]:
     """What a safetensors file of these tensors (name, dtype, shape), in order, begins with, and where each will lie in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -247,10 +286,14 @@ def layout(file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]
     raw += b" " * (-len(raw) % 8)
     head = struct.pack("<Q", len(raw)) + raw
     del header["__metadata__"]
-    return head, {name: _ref(file, name, entry, len(head), len(head) + end) for name, entry in header.items()}
+    return head, {
+        name: _ref(file, name, entry, len(head), len(head) + end) for name, entry in header.items()
+    }
 
 
-def write_safetensors(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
+def write_safetensors(
+    file: str, entries: Sequence[Entry]
+) -> tuple[FileRecord, dict[str, TensorRef]]:
     """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it.
 
     A store that fails in passing gets the whole file again: entries are loaded anew, nothing of the broken stream stays.
@@ -290,4 +333,7 @@ def plan_shards(entries: Iterable[Entry], shard_bytes: int) -> dict[str, list[En
         room -= entry.bytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards)}
+    return {
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
+        for i, shard in enumerate(shards)
+    }

@@ -77,34 +77,57 @@ def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[s
     adapters = sorted(name for name in files if re.match(r"adapter_(config|model)\.", name))
     gguf = sorted(name for name in files if name.endswith(".gguf"))
     safe = sorted(name for name in files if name.endswith(".safetensors") and name not in adapters)
-    pickles = sorted(name for name in files if name.endswith(_OTHER_WEIGHTS) and name not in adapters)
+    pickles = sorted(
+        name for name in files if name.endswith(_OTHER_WEIGHTS) and name not in adapters
+    )
     if {"model.safetensors", "model.safetensors.index.json"} & {*files}:
         return "", _USUAL
     if shards:
         problem = f"{len(shards)} shards are there ({_some(shards)}), but no model.safetensors.index.json that says what is in which"
         return problem, "download the index, too; it belongs to the checkpoint"
     if safe:
-        problem = f"its weights are called {_some(safe)}, and transformers looks for model.safetensors"
-        return problem, "give the folder of a checkpoint in the format of Hugging Face, as save_pretrained writes it"
+        problem = (
+            f"its weights are called {_some(safe)}, and transformers looks for model.safetensors"
+        )
+        return (
+            problem,
+            "give the folder of a checkpoint in the format of Hugging Face, as save_pretrained writes it",
+        )
     if adapters:
         fix = "merge it into its base model first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
         return f"an adapter ({_some(adapters)}), not a whole model", fix
     if gguf:
         return f"a GGUF checkpoint ({_some(gguf)})", remedy("GGUF")
-    zero = sorted(name for name in (*files, *folders) if re.match(r"global_step\d+$|(zero_pp_|mp_)rank_", name))
+    zero = sorted(
+        name
+        for name in (*files, *folders)
+        if re.match(r"global_step\d+$|(zero_pp_|mp_)rank_", name)
+    )
     if zero:
         fix = "make a whole one of it: zero_to_fp32.py in the training folder, then save_pretrained"
         return f"a training checkpoint of DeepSpeed ({_some(zero)})", fix
     if pickles:
         never = "" if pickles[0].endswith(_NO_PICKLES) else "; pickles are never opened"
         return f"not a safetensors checkpoint (found {_some(pickles)}){never}", SAVE
-    steps = sorted((name for name in folders if re.fullmatch(r"checkpoint-\d+", name)), key=lambda name: int(name[11:]))
+    steps = sorted(
+        (name for name in folders if re.fullmatch(r"checkpoint-\d+", name)),
+        key=lambda name: int(name[11:]),
+    )
     if steps:
-        return f"a training folder, whose checkpoints lie in {_some(steps)}", f"give one of them, such as …/{steps[-1]}"
+        return (
+            f"a training folder, whose checkpoints lie in {_some(steps)}",
+            f"give one of them, such as …/{steps[-1]}",
+        )
     if "snapshots" in folders:
-        return "a folder of the hub's cache, whose checkpoints lie in snapshots", "give the hub id, or …/snapshots/COMMIT"
+        return (
+            "a folder of the hub's cache, whose checkpoints lie in snapshots",
+            "give the hub id, or …/snapshots/COMMIT",
+        )
     if "model_index.json" in files:
-        return "a pipeline of several models (model_index.json)", "give the folder of its language model"
+        return (
+            "a pipeline of several models (model_index.json)",
+            "give the folder of its language model",
+        )
     return "", _USUAL
 
 

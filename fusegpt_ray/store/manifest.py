@@ -49,16 +49,27 @@ class Manifest:
         try:
             raw = storage.read(storage.join(folder, MANIFEST), storage.SMALL)
         except (FileNotFoundError, NotADirectoryError) as error:
-            fix = "give the folder of a published model; one without its manifest was never finished"
+            fix = (
+                "give the folder of a published model; one without its manifest was never finished"
+            )
             raise UserError(KEY, folder, f"holds no {MANIFEST}", fix) from error
         except PermissionError as error:
-            raise UserError(KEY, folder, f"may not be read ({error})", "check your rights and credentials") from error
-        except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
-            raise UserError(KEY, folder, f"cannot be reached ({error})", "check the URI's protocol") from error
+            raise UserError(
+                KEY, folder, f"may not be read ({error})", "check your rights and credentials"
+            ) from error
+        except (
+            ValueError,
+            ImportError,
+        ) as error:  # the protocol is unknown, or its package is missing
+            raise UserError(
+                KEY, folder, f"cannot be reached ({error})", "check the URI's protocol"
+            ) from error
         except StorageError:
             raise
         except OSError as error:  # too large, a device, a link to itself, …
-            raise UserError(KEY, folder, f"its {MANIFEST} cannot be read ({error})", "check the path") from error
+            raise UserError(
+                KEY, folder, f"its {MANIFEST} cannot be read ({error})", "check the path"
+            ) from error
         return cls.parse(raw, folder)
 
     @classmethod
@@ -70,13 +81,22 @@ class Manifest:
         """
 
         def bad(problem: str) -> UserError:
-            return UserError(KEY, folder, f"{MANIFEST} {problem}", "publish or download the model again, from a source you trust")
+            return UserError(
+                KEY,
+                folder,
+                f"{MANIFEST} {problem}",
+                "publish or download the model again, from a source you trust",
+            )
 
         try:
             data = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise bad(f"is not JSON ({error})") from error
-        if not isinstance(data, dict) or not isinstance(data.get("files"), dict) or not data["files"]:
+        if (
+            not isinstance(data, dict)
+            or not isinstance(data.get("files"), dict)
+            or not data["files"]
+        ):
             raise bad("is not a manifest: it lists no files")
         if data.get("format") != FORMAT:
             raise bad(f"has the format {shown(data.get('format'))!r}, this version knows {FORMAT}")
@@ -91,12 +111,16 @@ class Manifest:
                 raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
             folded.add(key)
             if clash := folded & {*map(str, PurePosixPath(key).parents)}:
-                raise bad(f"lists the file {name!r} in a folder that is a file, too: {min(clash)!r}")
+                raise bad(
+                    f"lists the file {name!r} in a folder that is a file, too: {min(clash)!r}"
+                )
             if any(other.startswith(f"{key}/") for other in folded):
                 raise bad(f"lists the file {name!r}, which is a folder, too")
             if not _is_record(entry):
                 raise bad(f"does not give size and sha256 of {name!r}")
-        return cls(raw, data, {name: FileRecord.from_json(entry) for name, entry in data["files"].items()})
+        return cls(
+            raw, data, {name: FileRecord.from_json(entry) for name, entry in data["files"].items()}
+        )
 
 
 def unusable(path: str) -> str:
@@ -119,4 +143,9 @@ def _is_record(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     size, digest = entry.get("bytes"), entry.get("sha256")
-    return type(size) is int and 0 <= size < 2**63 and isinstance(digest, str) and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    return (
+        type(size) is int
+        and 0 <= size < 2**63
+        and isinstance(digest, str)
+        and re.fullmatch(r"[0-9a-f]{64}", digest) is not None
+    )

@@ -47,7 +47,14 @@ _NO_CREDENTIALS = {
     "TokenRetrievalError",
     "LoginRefreshRequired",
 }
-_PASSING_CODES = {"SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "NoSuchUpload", "OperationAborted"}
+_PASSING_CODES = {
+    "SlowDown",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+    "NoSuchUpload",
+    "OperationAborted",
+}
 """`NoSuchUpload`: the upload was finished and the answer lost; it is written again."""
 _PASSING_STATUS = {408, 409, 429, 500, 502, 503, 504, 509}
 _KEYS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or the profile"
@@ -118,7 +125,8 @@ def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) ->
                 raise StorageError(cleaned(uri), found.problem, found.fix) from error
             if time.monotonic() + pause > failed + patience:
                 raise StorageError(
-                    cleaned(uri), f"{found.problem}; given up after {attempt + 1} {'tries' if attempt else 'try'}"
+                    cleaned(uri),
+                    f"{found.problem}; given up after {attempt + 1} {'tries' if attempt else 'try'}",
                 ) from error
         attempt += 1
         time.sleep(pause)
@@ -131,10 +139,21 @@ def trouble(error: BaseException) -> Trouble | None:
     said = answer(error)
     if said is not None:
         passing = said.status in _PASSING_STATUS or said.code in _PASSING_CODES
-        if isinstance(error, FileNotFoundError | FileExistsError) and not passing and said.code not in _FIXES:
+        if (
+            isinstance(error, FileNotFoundError | FileExistsError)
+            and not passing
+            and said.code not in _FIXES
+        ):
             return None
-        fix = _FIXES.get(said.code, "check the credentials, their rights and the region" if said.status in (400, 401, 403) else "")
-        return Trouble(cleaned(f"the store answered {said.status} {said.code} ({said.message})"), passing, fix)
+        fix = _FIXES.get(
+            said.code,
+            "check the credentials, their rights and the region"
+            if said.status in (400, 401, 403)
+            else "",
+        )
+        return Trouble(
+            cleaned(f"the store answered {said.status} {said.code} ({said.message})"), passing, fix
+        )
     classes = {link.__name__ for link in type(error).__mro__}
     text = cleaned(f"{type(error).__name__}: {error}")
     if classes & _NO_CREDENTIALS:

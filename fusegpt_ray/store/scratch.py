@@ -19,7 +19,11 @@ def locked(path: Path) -> Iterator[BinaryIO]:
     It may hold what a dead process left. It is removed in the end, unless it was renamed.
     """
     while True:
-        with open(path, "r+b", opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600)) as file:
+        with open(
+            path,
+            "r+b",
+            opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600),
+        ) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not _is(file, path):
                 continue  # renamed or removed by whom we waited for: this lock is of no use now

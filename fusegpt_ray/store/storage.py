@@ -97,7 +97,11 @@ def names(uri: str) -> list[str]:
     """Names of the files directly in a folder, sorted; empty if there is no such folder."""
     fs, path, entries = _entries(uri)
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
-    files = (entry["name"] for entry in entries if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"])))
+    files = (
+        entry["name"]
+        for entry in entries
+        if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"]))
+    )
     # A file is listed as if it lay in itself.
     return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)
 
@@ -105,7 +109,9 @@ def names(uri: str) -> list[str]:
 def _entries(uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[dict[str, Any]]]:
     """What is directly in a folder, with its file system and path there; nothing if there is no such folder."""
     fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem) and not fs.exists(path):  # also below a file, or a link to itself
+    if isinstance(fs, LocalFileSystem) and not fs.exists(
+        path
+    ):  # also below a file, or a link to itself
         return fs, path, []
     fresh = {"refresh": True} if "s3" in fs.protocol else {}
     try:
@@ -128,7 +134,11 @@ def below(uri: str) -> dict[str, dict[str, Any]]:
 def folders(uri: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
     fs, _, entries = _entries(uri)
-    found = (entry["name"] for entry in entries if entry["type"] == "directory" or (entry.get("islink") and fs.isdir(entry["name"])))
+    found = (
+        entry["name"]
+        for entry in entries
+        if entry["type"] == "directory" or (entry.get("islink") and fs.isdir(entry["name"]))
+    )
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})
 
 
@@ -157,7 +167,10 @@ def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
     begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
     paths = [path] * len(ranges)
     # on_error="raise": fsspec would otherwise hand exceptions back as if they were bytes.
-    return [bytes(part) for part in patiently(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))]
+    return [
+        bytes(part)
+        for part in patiently(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))
+    ]
 
 
 def stream(uri: str) -> Iterator[bytes]:
@@ -307,8 +320,12 @@ def writing(uri: str) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
         file.close()
     except BaseException:
-        with suppress(Exception):  # what broke the stream is the news, not that tidying up after it fails, too
-            if isinstance(file, fsspec.spec.AbstractBufferedFile):  # an object store's multipart upload: nothing appears
+        with suppress(
+            Exception
+        ):  # what broke the stream is the news, not that tidying up after it fails, too
+            if isinstance(
+                file, fsspec.spec.AbstractBufferedFile
+            ):  # an object store's multipart upload: nothing appears
                 file.closed = True
                 file.discard()
             else:
@@ -380,7 +397,10 @@ def version(uri: str) -> str | None:
     fs, path = filesystem(uri)
     info = _info(uri)
     try:
-        return _checksum(info) or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
+        return (
+            _checksum(info)
+            or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
+        )
     except NotImplementedError:  # a store that does not tell the time
         return None
 
@@ -391,5 +411,7 @@ def _checksum(info: dict[str, Any]) -> str | None:
 
 
 def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    if "file" in fs.protocol:  # object stores have no folders, and creating "folders" may ask for rights on buckets
+    if (
+        "file" in fs.protocol
+    ):  # object stores have no folders, and creating "folders" may ask for rights on buckets
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)

@@ -56,14 +56,18 @@ def leading_token(bos: Bos, tokenizer: PreTrainedTokenizerBase, key: str) -> int
     return token if token is not None and tokenizer("x")["input_ids"][:1] == [token] else None
 
 
-def token_stream(text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str) -> Callable[[], Iterator[np.ndarray]]:
+def token_stream(
+    text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
+) -> Callable[[], Iterator[np.ndarray]]:
     """A function that reads the text from its beginning and yields the tokens of each piece, int32 [tokens].
 
     Raises:
         UserError: as `sources`, at once; as `pieces`, while the tokens are drawn.
     """
     found = sources(text, key)
-    return lambda: (tokenize(piece, tokenizer) for source in found for piece in pieces(source, piece_bytes))
+    return lambda: (
+        tokenize(piece, tokenizer) for source in found for piece in pieces(source, piece_bytes)
+    )
 
 
 def window_starts(n_tokens: int, windows: int, length: int, seed: int) -> list[int]:
@@ -116,7 +120,9 @@ def sample_windows(
                 window[low - start : high - start] = tokens[low - first : high - first]
         first = end
     if first != n_tokens:
-        raise RuntimeError(f"{key}: first {n_tokens} tokens, then {first}: the text changed while it was read")
+        raise RuntimeError(
+            f"{key}: first {n_tokens} tokens, then {first}: the text changed while it was read"
+        )
     return sampled
 
 
@@ -157,4 +163,6 @@ def fingerprint(windows: np.ndarray) -> str:
 
 def _too_short(key: str, length: int, found: int, needed: int) -> UserError:
     problem = f"the text has {found} tokens, and windows of this length need {needed}"
-    return UserError(beside(key, "length"), length, problem, f"give more text in {key}, or lower the length")
+    return UserError(
+        beside(key, "length"), length, problem, f"give more text in {key}, or lower the length"
+    )

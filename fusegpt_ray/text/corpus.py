@@ -40,18 +40,27 @@ def sources(text: Text, key: str) -> list[Source]:
         fs, path = storage.filesystem(data)
         if patiently(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
-                raise UserError(key, data, "is a folder", f"give its files, such as {data.rstrip('/')}/*.parquet")
+                raise UserError(
+                    key,
+                    data,
+                    "is a folder",
+                    f"give its files, such as {data.rstrip('/')}/*.parquet",
+                )
             if glob.escape(path) != path:
                 problem = "a folder whose name `datasets` would take for a pattern, and read others"
                 raise UserError(key, data, problem, "rename the folder, or give one of its files")
             return [_dataset(path, text, key)]
         # A name with brackets is a glob only if there is no file of that name.
-        entries = patiently(data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True))
+        entries = patiently(
+            data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
+        )
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")
     if not paths and _DATASET_ID.fullmatch(data) and not names_a_file(data):
         return [_dataset(data, text, key)]
     if not paths:
-        raise UserError(key, data, "no such file", "give the path or glob of your text files, or a dataset's id")
+        raise UserError(
+            key, data, "no such file", "give the path or glob of your text files, or a dataset's id"
+        )
     uris = [fs.unstrip_protocol(name) for name in paths]
     found = [Source(uri, file_format(uri, key), text, key) for uri in uris]
     next(pieces(found[0], 1 << 16), None)
@@ -118,11 +127,17 @@ def _dataset(uri: str, text: Text, key: str) -> Source:
         builder = datasets.load_dataset_builder(uri, text.config, revision=text.revision)
     if builder.name == "text":
         # load_dataset makes every line a row, and joining rows would double the line ends.
-        raise UserError(key, uri, "a folder of plain text", f"give the files, such as {uri.rstrip('/')}/*.txt")
+        raise UserError(
+            key, uri, "a folder of plain text", f"give the files, such as {uri.rstrip('/')}/*.txt"
+        )
     splits = [str(split) for split in builder.info.splits or builder.config.data_files or ()]
-    wanted = {part.partition("[")[0].strip() for part in text.split.split("+")}  # "train[:10%]+test" is a split, too
+    wanted = {
+        part.partition("[")[0].strip() for part in text.split.split("+")
+    }  # "train[:10%]+test" is a split, too
     if splits and not wanted <= {*splits, "all"}:
-        raise UserError(beside(key, "split"), text.split, f"{uri} has no such split", f"use one of {splits}")
+        raise UserError(
+            beside(key, "split"), text.split, f"{uri} has no such split", f"use one of {splits}"
+        )
     if builder.info.features:
         check_column(source, uri, builder.info.features)
     return source
@@ -139,11 +154,15 @@ def _explained(key: str, value: str) -> Iterator[None]:
             raise
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             problem = f"not UTF-8 text ({error.reason})"
-            raise UserError(key, value, problem, "convert it to UTF-8, or to JSONL or Parquet") from error
+            raise UserError(
+                key, value, problem, "convert it to UTF-8, or to JSONL or Parquet"
+            ) from error
         except Exception as error:
             found = error if isinstance(error, StorageError) else trouble(error)
             if found and found.fix:
-                raise UserError(key, value, f"cannot be read ({found.problem})", found.fix) from error
+                raise UserError(
+                    key, value, f"cannot be read ({found.problem})", found.fix
+                ) from error
             if isinstance(found, Trouble):
                 raise StorageError(cleaned(value), found.problem) from error
             raise

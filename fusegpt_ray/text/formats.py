@@ -76,8 +76,12 @@ def file_format(uri: str, key: str) -> Format:
     suffix = _suffix(_inner(uri))
     if suffix in ARCHIVES:
         problem = "an archive, which may hold several files and other things than text"
-        raise UserError(key, uri, problem, "unpack it and give its files of text, such as corpus/*.txt")
-    fix = "convert it to text, JSON Lines, CSV, Parquet or Arrow, or name it .txt if it is plain text"
+        raise UserError(
+            key, uri, problem, "unpack it and give its files of text, such as corpus/*.txt"
+        )
+    fix = (
+        "convert it to text, JSON Lines, CSV, Parquet or Arrow, or name it .txt if it is plain text"
+    )
     raise UserError(key, uri, f"no text is read from files of the kind .{suffix}", fix)
 
 

@@ -186,7 +186,9 @@ def _parquet(source: Source) -> Iterator[_Row]:
         check_column(source, source.uri, names)
         # Few rows at once: a page may hold a long text once, and say that all its rows are this text.
         batches = table.iter_batches(batch_size=8, columns=[source.text.column])
-        yield from _numbered((value.as_py() for batch in batches for value in batch.column(0)), names)
+        yield from _numbered(
+            (value.as_py() for batch in batches for value in batch.column(0)), names
+        )
 
 
 def _arrow(source: Source) -> Iterator[_Row]:

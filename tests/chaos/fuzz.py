@@ -35,7 +35,13 @@ RECIPE: dict[str, Any] = {
     "model": {"source": "meta-llama/Llama-2-7b-hf", "revision": "main", "dtype": "auto"},
     "sparsity": [0.2, 0.25],
     "method": "fusegpt",
-    "calibration": {"data": "wikitext", "config": "wikitext-2-raw-v1", "windows": 1024, "length": 2048, "seed": 3},
+    "calibration": {
+        "data": "wikitext",
+        "config": "wikitext-2-raw-v1",
+        "windows": 1024,
+        "length": 2048,
+        "seed": 3,
+    },
     "evaluation": {"wikitext2": {"data": "s3://bucket/text.jsonl", "column": "text", "windows": 5}},
     "importance": {"windows": 32, "batch": 4, "racing": 0.05},
     "fusion": {"preset": "paper", "rank": 16, "betas": [0.9, 0.95], "learning_rate": 1e-3},
@@ -49,8 +55,15 @@ MANIFEST = {
     "files": {"config.json": FILE, "model.safetensors": FILE},
     "perplexity": {"a": {"dense": 2.5}},
 }
-RECORD = {"round": {"removed": 3, "losses": [0.5, 0.25]}, "stack": {"prefix": "model.layers."}, "files": {}}
-INDEXED = {"metadata": {"total_size": 24}, "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+RECORD = {
+    "round": {"removed": 3, "losses": [0.5, 0.25]},
+    "stack": {"prefix": "model.layers."},
+    "files": {},
+}
+INDEXED = {
+    "metadata": {"total_size": 24},
+    "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
+}
 HEADER = {
     "__metadata__": {"format": "pt"},
     "a.weight": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
@@ -77,13 +90,30 @@ SIZES = {
     "F8_E5M2": 1,
 }
 """Bytes of an element, by dtype."""
-NUMBERS = st.integers(-3, 70) | st.sampled_from([2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, math.inf, math.nan])
-STRINGS = st.text(max_size=8) | st.sampled_from(["\0", "\ud800", "..", "/", "s3://a:b@c/d", "U16", "mi", "", *SIZES])
+NUMBERS = st.integers(-3, 70) | st.sampled_from(
+    [2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, math.inf, math.nan]
+)
+STRINGS = st.text(max_size=8) | st.sampled_from(
+    ["\0", "\ud800", "..", "/", "s3://a:b@c/d", "U16", "mi", "", *SIZES]
+)
 LEAVES = st.one_of(st.none(), st.booleans(), NUMBERS, STRINGS)
-TREES = st.recursive(LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRINGS, inner, max_size=4), max_leaves=12)
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRINGS, inner, max_size=4),
+    max_leaves=12,
+)
 WORDS = '[ ] { } " , : - 0 1e9 null NaN true \\ud800 &a *a !! \xff \0 % \' ? <<: __metadata__ "a.weight": 99999999999999999999999'
-TOKENS = st.sampled_from([word.encode("latin-1") for word in (*WORDS.split(" "), "\n", "  ", "\t", "- ", "? ", "|\n", "\xef\xbb\xbf")])
-EDITS = st.lists(st.tuples(st.integers(0, 2000), st.integers(0, 12), st.one_of(TOKENS, st.binary(max_size=3))), min_size=1, max_size=5)
+TOKENS = st.sampled_from(
+    [
+        word.encode("latin-1")
+        for word in (*WORDS.split(" "), "\n", "  ", "\t", "- ", "? ", "|\n", "\xef\xbb\xbf")
+    ]
+)
+EDITS = st.lists(
+    st.tuples(st.integers(0, 2000), st.integers(0, 12), st.one_of(TOKENS, st.binary(max_size=3))),
+    min_size=1,
+    max_size=5,
+)
 
 
 def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
@@ -96,7 +126,13 @@ def edited(data: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 
 def _paths(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     """Of all parts of a tree but the whole."""
-    below = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    below = (
+        tree.items()
+        if isinstance(tree, dict)
+        else enumerate(tree)
+        if isinstance(tree, list)
+        else ()
+    )
     return [found for key, value in below for found in [(*path, key), *_paths(value, (*path, key))]]
 
 
@@ -193,8 +229,13 @@ def _header(data: bytes, folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(data)
     refs = read_header(str(file), "model.source")
-    ours = {name: (list(ref.shape), ref.code, data[ref.begin : ref.end]) for name, ref in refs.items()}
-    theirs = {name: (entry["shape"], entry["dtype"], bytes(entry["data"])) for name, entry in safetensors.deserialize(data)}
+    ours = {
+        name: (list(ref.shape), ref.code, data[ref.begin : ref.end]) for name, ref in refs.items()
+    }
+    theirs = {
+        name: (entry["shape"], entry["dtype"], bytes(entry["data"]))
+        for name, entry in safetensors.deserialize(data)
+    }
     assert ours == theirs
 
 
@@ -221,13 +262,22 @@ OVERRIDES = st.one_of(
     st.integers(1, 99).map(lambda number: f"fusion.rank={number}"),
 )
 READERS = [
-    Reader("recipe, its text", EDITS.map(lambda edits: edited(YAML, edits)) | st.binary(max_size=64), _recipe_text),
+    Reader(
+        "recipe, its text",
+        EDITS.map(lambda edits: edited(YAML, edits)) | st.binary(max_size=64),
+        _recipe_text,
+    ),
     Reader("recipe, as a tree", altered(RECIPE) | TREES, _recipe_tree),
     Reader("--set", OVERRIDES, _override),
     Reader("safetensors header", FILES, _header),
     Reader("index", malformed(INDEXED), _index),
     Reader("manifest", malformed(MANIFEST), _manifest),
-    Reader("record", malformed(json.loads(sealed(RECORD))) | altered(RECORD).map(sealed), _record, DamagedRecord),
+    Reader(
+        "record",
+        malformed(json.loads(sealed(RECORD))) | altered(RECORD).map(sealed),
+        _record,
+        DamagedRecord,
+    ),
 ]
 
 
@@ -279,15 +329,22 @@ def fuzz(reader: Reader, examples: int, seed: int | None = None) -> Outcome:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Throw malformed input at every reader; print what became of it.")
+    parser = argparse.ArgumentParser(
+        description="Throw malformed input at every reader; print what became of it."
+    )
     parser.add_argument("--examples", type=int, default=20_000, help="for each reader")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    print(f"{'reader':<22}{'examples':>9}{'accepted':>10}{'refused':>9}{'seconds':>9}{'slowest':>10}")
+    print(
+        f"{'reader':<22}{'examples':>9}{'accepted':>10}{'refused':>9}{'seconds':>9}{'slowest':>10}"
+    )
     for reader in READERS:
         row = fuzz(reader, arguments.examples, arguments.seed)
         times = f"{row.seconds:>9.1f}{row.slowest * 1000:>7.0f} ms"
-        print(f"{row.reader:<22}{row.examples:>9}{row.accepted:>10}{row.refused:>9}{times}", flush=True)
+        print(
+            f"{row.reader:<22}{row.examples:>9}{row.accepted:>10}{row.refused:>9}{times}",
+            flush=True,
+        )
     return 0
 
 

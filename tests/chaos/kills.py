@@ -53,7 +53,11 @@ class Case:
     """The beginning of a line of the log, or a part of the undisturbed run's time, in (0, 1)."""
 
     def __str__(self) -> str:
-        at = f"at “{self.moment.strip()}”" if isinstance(self.moment, str) else f"after {self.moment:.0%} of the time"
+        at = (
+            f"at “{self.moment.strip()}”"
+            if isinstance(self.moment, str)
+            else f"after {self.moment:.0%} of the time"
+        )
         return f"{self.victim} ({self.engine}) {at}"
 
 
@@ -108,17 +112,33 @@ class Chaos:
     def _start(self, out: Path, engine: str, address: Address | None) -> psutil.Popen:
         out.mkdir(exist_ok=True)
         recipe = self.recipe(out)
-        recipe["cluster"] = {"engine": engine if engine == "local" else "ray", "replicas": 2, "savepoint_minutes": 0}
+        recipe["cluster"] = {
+            "engine": engine if engine == "local" else "ray",
+            "replicas": 2,
+            "savepoint_minutes": 0,
+        }
         if address:
             recipe["cluster"]["address"] = address.uri
         (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "RAY_AUTH_MODE": "disabled",
+            "HF_HUB_OFFLINE": "1",
+        }
         environment.pop("RAY_ADDRESS", None)
         with (out / "log").open("a") as log:
             log.write("--- the command is given\n")
             log.flush()
-            command = [sys.executable, "-m", "fusegpt_ray.cli", "compress", str(out / "recipe.yaml")]
-            return psutil.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            command = [
+                sys.executable,
+                "-m",
+                "fusegpt_ray.cli",
+                "compress",
+                str(out / "recipe.yaml"),
+            ]
+            return psutil.Popen(
+                command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
 
     def _kill(self, case: Case, run: psutil.Popen, log: Path, address: Address | None) -> int:
         """Wait for the moment and the victim, and kill it. 0: the run ended before."""
@@ -137,9 +157,17 @@ class Chaos:
                     address.replace_second_node()
                     return 1
                 victims = (
-                    [process for process in address.processes() if TITLES[case.victim] in _title(process)]
+                    [
+                        process
+                        for process in address.processes()
+                        if TITLES[case.victim] in _title(process)
+                    ]
                     if address
-                    else [process for process in run.children(recursive=True) if TITLES[case.victim] in _title(process)]
+                    else [
+                        process
+                        for process in run.children(recursive=True)
+                        if TITLES[case.victim] in _title(process)
+                    ]
                 )
                 if victims:
                     _kill(victims[0])
@@ -166,7 +194,9 @@ class Address:
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000})
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 200_000_000}
+        )
         self._second = self._add()
 
     def _add(self) -> Any:
@@ -246,10 +276,16 @@ def summary(outcomes: list[Outcome]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Kill runs at every stage boundary and at random moments; print what became of them.")
-    parser.add_argument("--kills", type=int, default=30, help="random moments, besides the stage boundaries")
+    parser = argparse.ArgumentParser(
+        description="Kill runs at every stage boundary and at random moments; print what became of them."
+    )
+    parser.add_argument(
+        "--kills", type=int, default=30, help="random moments, besides the stage boundaries"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--skip", type=int, default=0, help="cases to leave out: a long run in parts")
+    parser.add_argument(
+        "--skip", type=int, default=0, help="cases to leave out: a long run in parts"
+    )
     arguments = parser.parse_args()
     sys.path.insert(0, str(TESTS))
     from material import make_material
@@ -261,7 +297,9 @@ def main() -> int:
         print(f"undisturbed, {engine}: {chaos.seconds[engine]:.0f} s", flush=True)
     cases = [Case("driver", engine, stage) for stage in STAGES for engine in ("local", "ray")]
     outcomes = []
-    for number, case in list(enumerate([*cases, *random_cases(arguments.kills, arguments.seed)]))[arguments.skip :]:
+    for number, case in list(enumerate([*cases, *random_cases(arguments.kills, arguments.seed)]))[
+        arguments.skip :
+    ]:
         outcomes.append(chaos.run(case, number))
         last = outcomes[-1]
         what = "identical" if last.identical else "DIFFERENT" if last.finished else "LOST"

@@ -26,7 +26,10 @@ CASES = [
 def chaoses(material, tmp_path_factory) -> dict[bool, Chaos]:
     """Whether on Ray (where a round takes long: one must do) → where runs are made."""
     one_round = partial(material.recipe, sparsity=0.125)
-    made = {ray: Chaos(tmp_path_factory.mktemp("chaos"), one_round if ray else material.recipe) for ray in (False, True)}
+    made = {
+        ray: Chaos(tmp_path_factory.mktemp("chaos"), one_round if ray else material.recipe)
+        for ray in (False, True)
+    }
     for chaos in made.values():
         chaos.undisturbed("local")
     return made

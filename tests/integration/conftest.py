@@ -20,7 +20,9 @@ import pytest
 import ray
 from s3fs import S3FileSystem
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for what the tests start: the same threads everywhere, so the same sums
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # for what the tests start: the same threads everywhere, so the same sums
+)
 
 # --- S3 and Ray ---
 
@@ -99,7 +101,9 @@ def ray_session(s3: S3) -> Iterator[None]:
             object_store_memory=500_000_000,
             log_to_driver=False,
         )
-        logging.getLogger("ray.data").setLevel(logging.WARNING)  # else a failed test shows pages of its metrics
+        logging.getLogger("ray.data").setLevel(
+            logging.WARNING
+        )  # else a failed test shows pages of its metrics
         yield
         ray.shutdown()
 

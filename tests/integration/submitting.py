@@ -35,7 +35,9 @@ class Head:
 def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
     """A Ray head; its workers find Python, and S3's address and keys, in their environment, which is this one's."""
     dashboard = f"http://127.0.0.1:{(port := free_port())}"
-    temp = Path(tempfile.mkdtemp(prefix="head", dir="/tmp"))  # short: the paths of Ray's sockets have at most 107 bytes
+    temp = Path(
+        tempfile.mkdtemp(prefix="head", dir="/tmp")
+    )  # short: the paths of Ray's sockets have at most 107 bytes
     options = {
         "node-ip-address": "127.0.0.1",
         "port": free_port(),
@@ -49,7 +51,14 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
         "object-store-memory": 200_000_000,
         "temp-dir": temp,
     }
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--disable-usage-stats", "--include-dashboard=true"]
+    command = [
+        str(BIN / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--include-dashboard=true",
+    ]
     with (temp / "head.log").open("w") as log:
         process = subprocess.Popen(
             [*command, *(f"--{key}={value}" for key, value in options.items())],
@@ -88,7 +97,9 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 def users_folder(material, folder: Path) -> Path:
     """Fill a user's folder: the jobs, a model, texts, and room for recipes. All of it is uploaded with a job."""
-    shutil.copytree(REPOSITORY / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__")
+    )
     shutil.copytree(material.model, folder / "model")
     for text in (material.calibration, material.heldout):
         shutil.copy(text, folder)
@@ -112,10 +123,32 @@ def write_recipe(material, folder: Path, output: str, **changes: Any) -> dict[st
 
 def submit(head: str, folder: Path, name: str, *command: str) -> subprocess.CompletedProcess[str]:
     """Submit a job and wait for its end; its log comes back on stdout."""
-    line = [str(BIN / "ray"), "job", "submit", "--address", head, "--submission-id", name, "--working-dir", ".", "--", *command]
-    return subprocess.run(line, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+    line = [
+        str(BIN / "ray"),
+        "job",
+        "submit",
+        "--address",
+        head,
+        "--submission-id",
+        name,
+        "--working-dir",
+        ".",
+        "--",
+        *command,
+    ]
+    return subprocess.run(
+        line,
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
 
 
 def status(head: str, name: str) -> str:
     line = [str(BIN / "ray"), "job", "status", "--address", head, name]
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(
+        line, env=environment(), capture_output=True, text=True, timeout=60, check=True
+    ).stdout

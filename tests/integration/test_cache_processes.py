@@ -31,7 +31,10 @@ def blocks(bucket: str) -> list[Refs]:
     made = []
     for number in range(BLOCKS):
         tensors = {name: torch.randn(300, 500) for name in ("q", "k", "v")}
-        entries = [Entry(name, value.dtype, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()]
+        entries = [
+            Entry(name, value.dtype, tuple(value.shape), lambda value=value: value)
+            for name, value in tensors.items()
+        ]
         made.append(write_safetensors(f"s3://{bucket}/{number}.safetensors", entries)[1])
     return made
 
@@ -41,10 +44,14 @@ class Reader:
 
     def __init__(self, folder: Path, blocks: list[Refs], *hang: str) -> None:
         file = folder.with_name("blocks.json")
-        file.write_text(json.dumps([{name: ref.to_json() for name, ref in refs.items()} for refs in blocks]))
+        file.write_text(
+            json.dumps([{name: ref.to_json() for name, ref in refs.items()} for refs in blocks])
+        )
         script = Path(__file__).parents[1] / "readers.py"
         command = [sys.executable, str(script), str(folder), str(file), *hang]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def says(self) -> str:
         assert self.process.stdout
@@ -75,7 +82,9 @@ def digests(blocks: list[Refs], folder: Path) -> list[str]:
     return [digest_of(refs, BlockCache(folder, 0)) for refs in blocks]
 
 
-def test_four_processes_ask_the_store_for_what_one_asks(s3, blocks: list[Refs], tmp_path: Path) -> None:
+def test_four_processes_ask_the_store_for_what_one_asks(
+    s3, blocks: list[Refs], tmp_path: Path
+) -> None:
     expected = digests(blocks, tmp_path / "none")
     before = len(s3.requests())
     for refs in blocks:
@@ -91,11 +100,15 @@ def test_four_processes_ask_the_store_for_what_one_asks(s3, blocks: list[Refs], 
             assert [reader.says() for _ in blocks] == expected
     requests = s3.requests()[before:]
     assert Counter(path for method, path in requests if method == "GET") == alone
-    assert len(requests) - alone.total() <= 5 * BLOCKS, "more than a HEAD for each process, and one for who fetched"
+    assert len(requests) - alone.total() <= 5 * BLOCKS, (
+        "more than a HEAD for each process, and one for who fetched"
+    )
     assert len(list(folder.iterdir())) == BLOCKS
 
 
-def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waits_for_a_killed_process_goes_on(
+    s3, blocks: list[Refs], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = digests(blocks, tmp_path / "none")
     folder = tmp_path / "cache"
     proxy = Proxy(int(s3.client.meta.endpoint_url.rsplit(":", 1)[1]))
@@ -111,7 +124,9 @@ def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path
                 other.begin()
             assert [other.says() for other in others] == [expected[0]] * 3
             time.sleep(1)
-            assert fault.seen <= 6, "nobody waited"  # 3 tensors, which the victim may ask for again if this machine is slow
+            assert fault.seen <= 6, (
+                "nobody waited"
+            )  # 3 tensors, which the victim may ask for again if this machine is slow
             victim.process.kill()
             proxy.inject()
             for other in others:
@@ -122,7 +137,9 @@ def test_who_waits_for_a_killed_process_goes_on(s3, blocks: list[Refs], tmp_path
 
 
 @pytest.mark.parametrize("written", ["half", "whole"])
-def test_a_file_half_written_by_a_killed_process_is_never_read(written: str, blocks: list[Refs], tmp_path: Path) -> None:
+def test_a_file_half_written_by_a_killed_process_is_never_read(
+    written: str, blocks: list[Refs], tmp_path: Path
+) -> None:
     expected = digests(blocks, tmp_path / "none")
     folder = tmp_path / "cache"
     with started(1, folder, blocks[:1], written) as (victim,):
@@ -131,7 +148,9 @@ def test_a_file_half_written_by_a_killed_process_is_never_read(written: str, blo
         victim.process.kill()
     assert [path.suffix for path in folder.iterdir()] == [".part"]
     assert digest_of(blocks[1], BlockCache(folder, None)) == expected[1]
-    assert [path.suffix for path in folder.iterdir()] == [".safetensors"], "the next that needed room left it there"
+    assert [path.suffix for path in folder.iterdir()] == [".safetensors"], (
+        "the next that needed room left it there"
+    )
     with started(1, folder, blocks[2:3], written) as (victim,):
         victim.begin()
         assert victim.says() == "hanging"

@@ -61,11 +61,15 @@ def test_the_stream_is_that_of_one_process(cluster, corpus, tokenizer, piece_byt
     assert all(tokens.dtype == np.int32 for tokens in got)
     # Reading again gives the same, and windows cut from it are the same.
     alone = calibration.token_stream(corpus, piece_bytes, tokenizer, KEY)
-    assert np.array_equal(sample_windows(stream, 16, 64, 3, KEY), sample_windows(alone, 16, 64, 3, KEY))
+    assert np.array_equal(
+        sample_windows(stream, 16, 64, 3, KEY), sample_windows(alone, 16, 64, 3, KEY)
+    )
 
 
 @pytest.mark.parametrize("cluster", [2], indirect=True)
-def test_pieces_of_one_file_are_tokenised_side_by_side_and_arrive_in_order(cluster, tmp_path, tokenizer):
+def test_pieces_of_one_file_are_tokenised_side_by_side_and_arrive_in_order(
+    cluster, tmp_path, tokenizer
+):
     def first_waits_for_last(piece: str, **options: Any) -> Any:
         if piece == "piece 9\n":
             (tmp_path / "last").touch()
@@ -77,7 +81,9 @@ def test_pieces_of_one_file_are_tokenised_side_by_side_and_arrive_in_order(clust
 
     lines = [f"piece {n}\n" for n in range(10)]
     (tmp_path / "one.txt").write_text("".join(lines))
-    stream = data.token_stream(Text(data=str(tmp_path / "one.txt")), len(lines[0]), first_waits_for_last, KEY)
+    stream = data.token_stream(
+        Text(data=str(tmp_path / "one.txt")), len(lines[0]), first_waits_for_last, KEY
+    )
     assert [tokenizer.decode(tokens) for tokens in stream()] == lines
 
 

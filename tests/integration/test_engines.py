@@ -22,12 +22,12 @@ from safetensors.torch import load_file, save_file
 
 from fusegpt_ray import Evaluation, Recipe, UserError, compress, evaluate, score
 from fusegpt_ray.distributed.nodes import nodes_without
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import folded_tensors
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Cluster
 from fusegpt_ray.text.calibration import sample_windows, token_stream
+from fusegpt_ray.training.loop import TorchStepper, batches_of, train
 
 pytestmark = pytest.mark.integration
 
@@ -44,7 +44,9 @@ class Finished:
         self.recipe = Recipe.parse(data)
         self.published = compress(self.recipe)
         self.folders = [Path(item.uri) for item in self.published]
-        self.manifests = [json.loads((folder / "fusegpt.json").read_text()) for folder in self.folders]
+        self.manifests = [
+            json.loads((folder / "fusegpt.json").read_text()) for folder in self.folders
+        ]
 
 
 LIGHT = {"sparsity": 0.125}
@@ -71,7 +73,9 @@ def run(material, tmp_path_factory, request) -> Run:
         if name not in finished:
             if name.startswith("ray"):
                 request.getfixturevalue("ray_session")
-            model = {"source": str(material.model_bf16 if name.endswith("bf16") else material.model)}
+            model = {
+                "source": str(material.model_bf16 if name.endswith("bf16") else material.model)
+            }
             data = material.recipe(tmp_path_factory.mktemp("out"), **{"model": model} | RUNS[name])
             finished[name] = Finished(data)
         return finished[name]
@@ -96,9 +100,13 @@ REORDERED = {"rtol": 0, "atol": 1e-4}
         ("local mi", "ray mi", EXACT),
     ],
 )
-def test_engines_make_the_same_model(run: Run, one: str, other: str, close: dict[str, float]) -> None:
+def test_engines_make_the_same_model(
+    run: Run, one: str, other: str, close: dict[str, float]
+) -> None:
     a, b = run(one), run(other)
-    for folder, same, manifest, alike in zip(a.folders, b.folders, a.manifests, b.manifests, strict=False):
+    for folder, same, manifest, alike in zip(
+        a.folders, b.folders, a.manifests, b.manifests, strict=False
+    ):
         assert folder.name == same.name
         assert manifest["removed"] == alike["removed"]
         for this, that in zip(manifest["rounds"], alike["rounds"], strict=True):
@@ -109,17 +117,25 @@ def test_engines_make_the_same_model(run: Run, one: str, other: str, close: dict
                 for key in ("scores", "stopped", "block_forwards"):
                     assert this[key] == that[key]
             for block in this["scores"].keys() & that["scores"].keys():
-                assert this["scores"][block] == pytest.approx(that["scores"][block], abs=close["atol"])
+                assert this["scores"][block] == pytest.approx(
+                    that["scores"][block], abs=close["atol"]
+                )
             for key in ("loss_first", "loss_last"):
-                assert this[key] == (that[key] and pytest.approx(that[key], rel=1e-4))  # sums in another order, or none for `mi`
+                assert this[key] == (
+                    that[key] and pytest.approx(that[key], rel=1e-4)
+                )  # sums in another order, or none for `mi`
         weights, others = (load_file(path / "model.safetensors") for path in (folder, same))
         assert weights.keys() == others.keys()
         for name in weights:
-            torch.testing.assert_close(weights[name], others[name], **close, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                weights[name], others[name], **close, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 def test_training_moved_the_weights_far_more_than_the_tolerance(run: Run) -> None:
-    fused, dropped = (load_file(run(name).folders[0] / "model.safetensors") for name in ("local", "local mi"))
+    fused, dropped = (
+        load_file(run(name).folders[0] / "model.safetensors") for name in ("local", "local mi")
+    )
     moved = [(fused[name] - dropped[name]).abs().max() for name in fused if "_proj" in name]
     assert max(moved) > 100 * REORDERED["atol"]
 
@@ -136,7 +152,13 @@ def test_the_local_engine_needs_neither_ray_nor_deepspeed(material, tmp_path) ->
         "import sys; from fusegpt_ray.cli import main; code = main(['compress', sys.argv[1]]);"
         "print(code, sorted({name.split('.')[0] for name in sys.modules} & {'ray', 'deepspeed'}))"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.stdout == "0 []\n", done.stderr
     assert (tmp_path / "out" / "tiny-p12.5" / "fusegpt.json").exists()
 
@@ -147,7 +169,9 @@ def test_the_local_engine_needs_neither_ray_nor_deepspeed(material, tmp_path) ->
 @pytest.mark.parametrize("name", RUNS)
 def test_the_manifest_is_true(run: Run, material, name: str) -> None:
     finished = run(name)
-    for folder, manifest, sparsity in zip(finished.folders, finished.manifests, finished.recipe.sparsity, strict=True):
+    for folder, manifest, sparsity in zip(
+        finished.folders, finished.manifests, finished.recipe.sparsity, strict=True
+    ):
         removed = math.ceil(BLOCKS * sparsity)
         assert folder.name == f"tiny-p{sparsity * 100:g}"
         assert manifest["format"] == 1
@@ -158,7 +182,9 @@ def test_the_manifest_is_true(run: Run, material, name: str) -> None:
         assert [round_["removed"] for round_ in manifest["rounds"]] == manifest["removed"]
         assert len(set(manifest["removed"])) == removed
         assert manifest["kept"] == [n for n in range(BLOCKS) if n not in manifest["removed"]]
-        assert {"python", "torch", "transformers", "ray", "deepspeed", "fusegpt-ray"} <= manifest["versions"].keys()
+        assert {"python", "torch", "transformers", "ray", "deepspeed", "fusegpt-ray"} <= manifest[
+            "versions"
+        ].keys()
         assert manifest["versions"]["torch"] == torch.__version__
         check_rounds(manifest, finished.recipe)
         check_files(folder, manifest)
@@ -175,7 +201,9 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
         assert done["seconds"].keys() == {"score", "states", "finetune"}
         assert done["rows"] == recipe.importance.batch
         share = recipe.fusion.batch // recipe.cluster.workers
-        assert (done["states_rows"], done["micro_batch"]) == ((None, None) if recipe.method == "mi" else (done["rows"], share))
+        assert (done["states_rows"], done["micro_batch"]) == (
+            (None, None) if recipe.method == "mi" else (done["rows"], share)
+        )
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
         else:
@@ -187,18 +215,29 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
 
 
 def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    there = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "fusegpt.json"}
-    assert manifest["files"] == {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
+    there = {
+        file.name: file.read_bytes() for file in folder.iterdir() if file.name != "fusegpt.json"
     }
-    assert {"config.json", "tokenizer.json", "tokenizer_config.json", "README.md", "model.safetensors"} <= there.keys()
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in there.items()
+    }
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "model.safetensors",
+    } <= there.keys()
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_what_is_published_loads_as_any_checkpoint(run: Run, name: str) -> None:
     finished = run(name)
     for folder, manifest in zip(finished.folders, finished.manifests, strict=True):
-        model, report = tf.AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, report = tf.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True
+        )
         assert not any(report.values()), report
         assert model.dtype == (torch.bfloat16 if name.endswith("bf16") else torch.float32)
         assert model.config.num_hidden_layers == len(model.model.layers) == len(manifest["kept"])
@@ -223,7 +262,9 @@ def dense_model(recipe: Recipe) -> tf.PreTrainedModel:
 
 def heldout_windows(recipe: Recipe) -> torch.Tensor:
     text = recipe.evaluation["heldout"]
-    ids = tf.AutoTokenizer.from_pretrained(recipe.model.source)(Path(text.data).read_text(), add_special_tokens=False).input_ids
+    ids = tf.AutoTokenizer.from_pretrained(recipe.model.source)(
+        Path(text.data).read_text(), add_special_tokens=False
+    ).input_ids
     return torch.tensor(ids[: len(ids) // text.length * text.length]).view(-1, text.length)
 
 
@@ -233,7 +274,9 @@ def plain_perplexity(model: tf.PreTrainedModel, ids_WT: torch.Tensor) -> float:
     return torch.stack(losses).mean().exp().item()
 
 
-@pytest.mark.parametrize("name", ["local", "ray", "local mi", "ray mi", "local mi+ft", "local bf16"])
+@pytest.mark.parametrize(
+    "name", ["local", "ray", "local mi", "ray mi", "local mi+ft", "local bf16"]
+)
 def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
     finished = run(name)
     dense, ids_WT = dense_model(finished.recipe), heldout_windows(finished.recipe)
@@ -246,7 +289,9 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
         assert {key: found[key] for key in protocol} == protocol
         # The same arithmetic in other batches: float32 rounding through eight blocks.
         assert found["dense"] == pytest.approx(plain, rel=1e-5)
-        assert found["dropped"] == pytest.approx(plain_perplexity(without_blocks(dense, "llama", manifest["kept"]), ids_WT), rel=1e-5)
+        assert found["dropped"] == pytest.approx(
+            plain_perplexity(without_blocks(dense, "llama", manifest["kept"]), ids_WT), rel=1e-5
+        )
         published = tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         # A bfloat16 checkpoint is rounded when published; the stack that was evaluated is not yet.
         rounded = 2e-2 if name.endswith("bf16") else 1e-5
@@ -260,19 +305,38 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
     runner = Runner(dense, CPU, torch.float32, recipe.importance.batch)
     tokenizer, settings = tf.AutoTokenizer.from_pretrained(recipe.model.source), recipe.calibration
     stream = token_stream(settings, 1_000_000, tokenizer, "calibration.data")
-    windows_WT = torch.from_numpy(sample_windows(stream, settings.windows, settings.length, settings.seed, "calibration.data"))
+    windows_WT = torch.from_numpy(
+        sample_windows(stream, settings.windows, settings.length, settings.seed, "calibration.data")
+    )
     contexts = runner.trunk.contexts(recipe.fusion.batch, settings.length)
     stack, model = dense, dense_model(recipe)
     for number, donor in enumerate(manifest["removed"]):
-        job = Round(stack, dense, donor, recipe.fusion, recipe.method == "fusegpt", recipe.seed, str(folder / str(number)))
+        job = Round(
+            stack,
+            dense,
+            donor,
+            recipe.fusion,
+            recipe.method == "fusegpt",
+            recipe.seed,
+            str(folder / str(number)),
+        )
         entering, leaving = group_states(runner, job, windows_WT)
-        student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.float32), CPU)
+        student = build_student(
+            job, runner.trunk.meta_blocks, contexts, job.plan(torch.float32), CPU
+        )
         fused = job.donor_block if job.fuse else None
         epochs, batch = recipe.fusion.epochs, recipe.fusion.batch
         stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU)
-        train(stepper, lambda e=entering, o=leaving, b=batch: batches_of(e, o, b), epochs, lambda *_: None)
+        train(
+            stepper,
+            lambda e=entering, o=leaving, b=batch: batches_of(e, o, b),
+            epochs,
+            lambda *_: None,
+        )
         for block, learned in zip(job.neighbours, student.blocks, strict=True):
-            model.model.layers[block.dense].load_state_dict(folded_tensors(learned, block, fused), strict=False)
+            model.model.layers[block.dense].load_state_dict(
+                folded_tensors(learned, block, fused), strict=False
+            )
         stack = stack.drop(donor).swap(save_group(job, student).blocks)
     return without_blocks(model, "llama", manifest["kept"])
 
@@ -289,13 +353,17 @@ def test_logits_are_those_of_the_model_in_memory(run: Run, tmp_path, name: str) 
         if name.endswith("bf16"):
             for weight in reference.parameters():
                 weight.copy_(weight.bfloat16())  # rounded once, as publishing does
-        torch.testing.assert_close(published(ids_WT).logits, reference(ids_WT).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            published(ids_WT).logits, reference(ids_WT).logits, rtol=0, atol=1e-5
+        )
 
 
 def test_nodes_that_do_not_see_a_file_are_named(ray_session, material, tmp_path) -> None:
     seen = str(material.model / "model.safetensors")
     assert nodes_without([seen]) == []
-    assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [node["NodeManagerAddress"] for node in ray.nodes()]
+    assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [
+        node["NodeManagerAddress"] for node in ray.nodes()
+    ]
 
 
 def test_nan_is_told_on_ray(ray_session, material, tmp_path: Path) -> None:

@@ -15,17 +15,37 @@ import fsspec
 import pytest
 import torch
 import yaml
-from faults import FOREVER, Fault, Proxy, answers, full_disk, lost, reset, reset_halfway, stalled, truncated
+from faults import (
+    FOREVER,
+    Fault,
+    Proxy,
+    answers,
+    full_disk,
+    lost,
+    reset,
+    reset_halfway,
+    stalled,
+    truncated,
+)
 from s3fs import S3FileSystem
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import Entry, FileRecord, read_header, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import (
+    Entry,
+    FileRecord,
+    read_header,
+    read_tensors,
+    write_safetensors,
+)
 
 pytestmark = pytest.mark.integration
 
-BUSY = {status: answers(status, code) for status, code in [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")]}
+BUSY = {
+    status: answers(status, code)
+    for status, code in [(500, "InternalError"), (503, "SlowDown"), (429, "TooManyRequests")]
+}
 PASSING = {"500": BUSY[500], "503": BUSY[503], "429": BUSY[429], "reset": reset}
 BROKEN = {"reset-halfway": reset_halfway, "truncated": truncated, "stalled": stalled}
 EXPIRED = answers(403, "ExpiredToken", "The provided token has expired.")
@@ -44,7 +64,10 @@ def proxy(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("FUSEGPT_PATIENCE", "60")
-    options = {"config_kwargs": {"read_timeout": 3, "connect_timeout": 3}, "default_block_size": 5 * 2**20}
+    options = {
+        "config_kwargs": {"read_timeout": 3, "connect_timeout": 3},
+        "default_block_size": 5 * 2**20,
+    }
     monkeypatch.setitem(fsspec.config.conf, "s3", options)
     S3FileSystem.clear_instance_cache()
     yield proxy
@@ -91,8 +114,12 @@ def test_looking_survives(happens: Callable, stored: str, proxy: Proxy) -> None:
         assert fault.hit == 3, look
 
 
-def test_a_stream_goes_on_where_it_broke(s3, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    s3.client.put_object(Bucket=bucket, Key="lines.txt", Body="\n".join(map(str, range(20_000))).encode())
+def test_a_stream_goes_on_where_it_broke(
+    s3, bucket: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s3.client.put_object(
+        Bucket=bucket, Key="lines.txt", Body="\n".join(map(str, range(20_000))).encode()
+    )
     monkeypatch.setattr(storage, "STEP", 1 << 15)
     fault = Fault(truncated, "GET", "lines.txt", times=2, skip=1)
     proxy.inject(fault)
@@ -110,19 +137,29 @@ def test_writing_survives(happens: Callable, s3, bucket: str, proxy: Proxy) -> N
         fault = Fault(happens, "PUT", name, times=3)
         proxy.inject(fault)
         write(f"s3://{bucket}/{name}", DATA)
-        assert fault.hit >= 3 - (name == "created" and happens is lost)  # there the second try may find what the first one did
+        assert fault.hit >= 3 - (
+            name == "created" and happens is lost
+        )  # there the second try may find what the first one did
         assert s3.objects(bucket)[name] == DATA
 
 
 def large() -> list[Entry]:
     """Tensors that are uploaded in three parts."""
-    tensors = {name: torch.full((1_400_000,), value) for name, value in {"a": 1.0, "b": 2.0, "c": 3.0}.items()}
-    return [Entry(name, tensor.dtype, tuple(tensor.shape), tensor.clone) for name, tensor in tensors.items()]
+    tensors = {
+        name: torch.full((1_400_000,), value)
+        for name, value in {"a": 1.0, "b": 2.0, "c": 3.0}.items()
+    }
+    return [
+        Entry(name, tensor.dtype, tuple(tensor.shape), tensor.clone)
+        for name, tensor in tensors.items()
+    ]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
 @each(PASSING | {"lost": lost})
-def test_a_large_upload_survives(happens: Callable, method: str, s3, bucket: str, proxy: Proxy) -> None:
+def test_a_large_upload_survives(
+    happens: Callable, method: str, s3, bucket: str, proxy: Proxy
+) -> None:
     """POST: where it begins and where it ends; PUT: its parts."""
     entries = large()
     file = f"s3://{bucket}/model.safetensors"
@@ -167,14 +204,20 @@ def test_a_create_tried_again_is_still_exact(
 
 REFUSED = {
     "expired": (EXPIRED, "ExpiredToken", "renew the credentials"),
-    "wrong-key": (answers(403, "InvalidAccessKeyId"), "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"),
+    "wrong-key": (
+        answers(403, "InvalidAccessKeyId"),
+        "InvalidAccessKeyId",
+        "check AWS_ACCESS_KEY_ID",
+    ),
     "denied": (answers(403, "AccessDenied"), "AccessDenied", "their rights"),
     "no-bucket": (answers(404, "NoSuchBucket"), "NoSuchBucket", "create the bucket"),
 }
 
 
 @pytest.mark.parametrize(("happens", "code", "fix"), REFUSED.values(), ids=REFUSED)
-def test_what_no_retry_mends_is_said_at_once(happens: Callable, code: str, fix: str, stored: str, s3, proxy: Proxy) -> None:
+def test_what_no_retry_mends_is_said_at_once(
+    happens: Callable, code: str, fix: str, stored: str, s3, proxy: Proxy
+) -> None:
     verbs = {
         "GET": partial(storage.read_ranges, stored, [(0, 9)]),
         "PUT": partial(storage.write, stored, b"new"),
@@ -195,7 +238,9 @@ def test_a_missing_file_is_still_a_missing_file(stored: str) -> None:
     assert not isinstance(missing.value, StorageError)
 
 
-def test_a_store_that_stays_away_is_given_up_on(stored: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_stays_away_is_given_up_on(
+    stored: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FUSEGPT_PATIENCE", "0.5")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     fault = Fault(BUSY[503], "GET", "there", times=FOREVER)
@@ -207,7 +252,9 @@ def test_a_store_that_stays_away_is_given_up_on(stored: str, proxy: Proxy, monke
 
 
 def test_without_credentials(stored: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"]:
+    for name in [
+        name for name in os.environ if name.startswith("AWS_") and name != "AWS_ENDPOINT_URL"
+    ]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -232,18 +279,29 @@ RESULTS = ("/model.safetensors", "/config.json")
 
 
 def results(objects: dict[str, bytes]) -> dict[str, bytes]:
-    return {key.split("results/")[-1]: data for key, data in objects.items() if key.endswith(RESULTS) and "tiny-p" in key}
+    return {
+        key.split("results/")[-1]: data
+        for key, data in objects.items()
+        if key.endswith(RESULTS) and "tiny-p" in key
+    }
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def undisturbed(s3, material, tmp_path_factory) -> dict[str, bytes]:
     """The weights and configurations of a run in a folder."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert main(["compress", written(folder / "recipe.yaml", material.recipe(folder / "results"))]) == 0
+    assert (
+        main(["compress", written(folder / "recipe.yaml", material.recipe(folder / "results"))])
+        == 0
+    )
     found = results(files(folder))
     assert len(found) == 4
     return found
@@ -267,7 +325,9 @@ def recipe(s3, material, bucket: str, proxy: Proxy, tmp_path: Path) -> str:
     return written(tmp_path / "recipe.yaml", material.recipe(f"s3://{bucket}/results", **changes))
 
 
-def test_a_run_survives_what_passes(recipe: str, s3, bucket: str, proxy: Proxy, undisturbed: dict[str, bytes]) -> None:
+def test_a_run_survives_what_passes(
+    recipe: str, s3, bucket: str, proxy: Proxy, undisturbed: dict[str, bytes]
+) -> None:
     faults = [
         Fault(BUSY[503], "GET", "dense/config.json"),
         Fault(BUSY[429], "GET", "list-type=2", times=3),
@@ -285,7 +345,9 @@ def test_a_run_survives_what_passes(recipe: str, s3, bucket: str, proxy: Proxy, 
     ]
     proxy.inject(*faults)
     assert main(["compress", recipe]) == 0
-    assert {fault.path: fault.hit for fault in faults} == {fault.path: fault.times for fault in faults}
+    assert {fault.path: fault.hit for fault in faults} == {
+        fault.path: fault.times for fault in faults
+    }
     assert results(s3.objects(bucket)) == undisturbed
 
 
@@ -296,17 +358,29 @@ def assert_one_clear_error(err: str, *parts: str) -> None:
     assert "Traceback" not in err and "PLANTED" not in err
 
 
-@pytest.mark.parametrize("path", ["blocks/round-002", "tiny-p12.5/model.safetensors", "tiny-p25/fusegpt.json"])
+@pytest.mark.parametrize(
+    "path", ["blocks/round-002", "tiny-p12.5/model.safetensors", "tiny-p25/fusegpt.json"]
+)
 def test_a_run_that_may_not_go_on(
-    path: str, recipe: str, s3, bucket: str, proxy: Proxy, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+    path: str,
+    recipe: str,
+    s3,
+    bucket: str,
+    proxy: Proxy,
+    undisturbed: dict[str, bytes],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     proxy.inject(Fault(EXPIRED, "PUT", path, times=FOREVER))
     assert main(["compress", recipe]) == 1
     err = capsys.readouterr().err
-    assert_one_clear_error(err, path, "ExpiredToken", "renew the credentials and run the same command again")
+    assert_one_clear_error(
+        err, path, "ExpiredToken", "renew the credentials and run the same command again"
+    )
     assert err.endswith("The same command goes on from what is saved.\n")
     published = sum(key.endswith("fusegpt.json") for key in s3.objects(bucket))
-    assert published == (path == "tiny-p25/fusegpt.json")  # the first model, which was finished before
+    assert published == (
+        path == "tiny-p25/fusegpt.json"
+    )  # the first model, which was finished before
 
     proxy.inject()
     assert main(["compress", recipe]) == 0
@@ -325,23 +399,40 @@ def test_a_run_that_may_not_go_on(
     ],
 )
 def test_before_the_run_begins_it_is_the_users_mistake(
-    method: str, path: str, key: str, recipe: str, s3, bucket: str, proxy: Proxy, capsys: pytest.CaptureFixture[str]
+    method: str,
+    path: str,
+    key: str,
+    recipe: str,
+    s3,
+    bucket: str,
+    proxy: Proxy,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     proxy.inject(Fault(EXPIRED, method, path, times=FOREVER))
     assert main(["compress", recipe]) == 2
-    assert_one_clear_error(capsys.readouterr().err, f"error: {key} = ", "ExpiredToken", "renew the credentials")
+    assert_one_clear_error(
+        capsys.readouterr().err, f"error: {key} = ", "ExpiredToken", "renew the credentials"
+    )
     assert not [key for key in s3.objects(bucket) if key.startswith("results/")]
 
 
-def test_a_full_disk(material, tmp_path: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk(
+    material, tmp_path: Path, undisturbed: dict[str, bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
     command = ["compress", written(tmp_path / "recipe.yaml", material.recipe(tmp_path / "results"))]
-    largest = max(ref.end for file in material.model.glob("*.safetensors") for ref in read_header(str(file), "model").values())
+    largest = max(
+        ref.end
+        for file in material.model.glob("*.safetensors")
+        for ref in read_header(str(file), "model").values()
+    )
     with full_disk(largest // 2):
         assert main(command) == 1
     err = capsys.readouterr().err
     assert_one_clear_error(err, "tiny-p12.5/model.safetensors", "File too large", "Fix: ")
     left = files(tmp_path / "results")
-    assert not [name for name in left if re.search(r"fusegpt\.json|tiny-p|(^|/)\.", name)], "half a file, or a manifest"
+    assert not [name for name in left if re.search(r"fusegpt\.json|tiny-p|(^|/)\.", name)], (
+        "half a file, or a manifest"
+    )
     assert main(command) == 0
     assert "going on after round 2" in capsys.readouterr().err
     assert results(files(tmp_path)) == undisturbed

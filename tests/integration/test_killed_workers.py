@@ -24,9 +24,13 @@ from fusegpt_ray.distributed import scoring, training
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.distributed.states import datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import Workers
-from fusegpt_ray.fusion.savepoint import Savepoints
+from fusegpt_ray.training.checkpoints import Savepoints
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600), pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
 
 TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1, micro_batch=2)
 KILLED = 4
@@ -35,7 +39,10 @@ KILLED = 4
 
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every block file."""
-    found = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+    found = {
+        file.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.glob("*.safetensors")
+    }
     assert len(found) == 6
     return found
 
@@ -51,7 +58,11 @@ def fit(ray_session, checkpoint) -> Fit:
     """
     dense = task(checkpoint("llama"), "batch_kl", 0, 1).job
     replicas = Replicas(dense.dense, REPLICA)
-    states = datasets(group_states_of_workers(dense, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH))
+    states = datasets(
+        group_states_of_workers(
+            dense, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH
+        )
+    )
     first = states.pop("states-0").repartition(1).materialize()
     contexts = scoring.contexts(TWO.micro_batch, LENGTH, replicas)
     replicas.close()
@@ -64,14 +75,20 @@ def fit(ray_session, checkpoint) -> Fit:
         workers: Workers = TWO,
     ) -> tuple[list[float], list[int]]:
         job = replace(dense, folder=str(out))
-        kept = None if minutes is None else Savepoints.of(job, minutes, TWO.micro_batch, **training.setup(TWO))
+        kept = (
+            None
+            if minutes is None
+            else Savepoints.of(job, minutes, TWO.micro_batch, **training.setup(TWO))
+        )
         heard: list[int] = []
 
         def epoch(number: int, _: float) -> None:
             heard.append(number)
 
         shards = {"states-0": change(first), **states}
-        saved, losses = training.finetune(job, contexts, WINDOWS, shards, workers, str(out / "train"), epoch, kept, say)
+        saved, losses = training.finetune(
+            job, contexts, WINDOWS, shards, workers, str(out / "train"), epoch, kept, say
+        )
         assert saved.blocks.keys() == {block.dense for block in job.neighbours}
         assert not (out / "train").exists()
         return losses, heard
@@ -91,8 +108,12 @@ def kill_a_worker(marks: Path, epoch: int, by: signal.Signals = signal.SIGKILL) 
         number = len(list(marks.iterdir())) + 1
         (marks / str(number)).touch()
         if number == epoch:
-            siblings = psutil.Process(os.getppid()).children()  # all workers of a node are its raylet's children
-            trainers = [process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())]
+            siblings = psutil.Process(
+                os.getppid()
+            ).children()  # all workers of a node are its raylet's children
+            trainers = [
+                process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())
+            ]
             assert len(trainers) == TWO.count, trainers
             trainers[-1].send_signal(by)
         return batch
@@ -118,36 +139,52 @@ def test_without_savepoints_all_is_learned_again(undisturbed, fit: Fit, tmp_path
     assert (hashes(tmp_path), losses) == undisturbed
 
 
-def test_a_killed_worker_costs_the_epochs_since_the_last_savepoint(undisturbed, fit: Fit, tmp_path: Path) -> None:
+def test_a_killed_worker_costs_the_epochs_since_the_last_savepoint(
+    undisturbed, fit: Fit, tmp_path: Path
+) -> None:
     said: list[str] = []
     killer = kill_a_worker(tmp_path / "marks", epoch=KILLED)
     wrap = lambda data: data.map_batches(killer, batch_size=None)  # noqa: E731
     losses, heard = fit(tmp_path, wrap, minutes=0, say=said.append)
     assert heard == [1, 2, 3, 4, 5]
     assert said == [f"  going on after epoch {KILLED - 1} of {EPOCHS}"]
-    assert len(list((tmp_path / "marks").iterdir())) == EPOCHS + 1  # the data were read once for each epoch, and for the broken one
+    assert (
+        len(list((tmp_path / "marks").iterdir())) == EPOCHS + 1
+    )  # the data were read once for each epoch, and for the broken one
     assert (hashes(tmp_path), losses) == undisturbed
 
 
-def test_a_worker_that_stops_is_given_up_and_costs_as_much(undisturbed, fit: Fit, tmp_path: Path) -> None:
+def test_a_worker_that_stops_is_given_up_and_costs_as_much(
+    undisturbed, fit: Fit, tmp_path: Path
+) -> None:
     """The connection to it stays, and nothing comes from it."""
     said: list[str] = []
     stopper = kill_a_worker(tmp_path / "marks", KILLED, signal.SIGSTOP)
     wrap = lambda data: data.map_batches(stopper, batch_size=None)  # noqa: E731
     began = time.monotonic()
-    losses, heard = fit(tmp_path, wrap, minutes=0, say=said.append, workers=replace(TWO, patience=8))
+    losses, heard = fit(
+        tmp_path, wrap, minutes=0, say=said.append, workers=replace(TWO, patience=8)
+    )
     assert time.monotonic() - began < 180
     assert heard == [1, 2, 3, 4, 5]
     warning, going_on = said
-    silence = r"WARNING: .*(no sign of life|is silent|no part) for 8 s; this attempt at the group ends"
+    silence = (
+        r"WARNING: .*(no sign of life|is silent|no part) for 8 s; this attempt at the group ends"
+    )
     assert re.fullmatch(silence, warning)
     assert going_on == f"  going on after epoch {KILLED - 1} of {EPOCHS}"
     assert (hashes(tmp_path), losses) == undisturbed
-    stopped = [one for one in psutil.Process().children(recursive=True) if one.status() == psutil.STATUS_STOPPED]
+    stopped = [
+        one
+        for one in psutil.Process().children(recursive=True)
+        if one.status() == psutil.STATUS_STOPPED
+    ]
     assert stopped == []
 
 
-def test_a_run_that_was_given_up_goes_on(undisturbed, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_was_given_up_goes_on(
+    undisturbed, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody starts the workers again: the job fails, as if its driver had been killed, and the same is begun by another."""
     said: list[str] = []
     killer = kill_a_worker(tmp_path / "marks", epoch=KILLED)

@@ -25,7 +25,9 @@ def listening(process: psutil.Process) -> set[Listener]:
     for one in [process, *process.children(recursive=True)]:
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             name = (one.cmdline() or [one.name()])[0].rsplit("/", 1)[-1]
-            found |= {(name, *c.laddr) for c in one.net_connections() if c.status == psutil.CONN_LISTEN}
+            found |= {
+                (name, *c.laddr) for c in one.net_connections() if c.status == psutil.CONN_LISTEN
+            }
     return found
 
 
@@ -35,14 +37,20 @@ def is_loopback(address: str) -> bool:
 
 
 def test_a_run_listens_on_the_loopback_interface_only(material, tmp_path: Path) -> None:
-    recipe = material.recipe(tmp_path / "out", sparsity=0.125, cluster={"engine": "ray"}, fusion={"epochs": 1})
+    recipe = material.recipe(
+        tmp_path / "out", sparsity=0.125, cluster={"engine": "ray"}, fusion={"epochs": 1}
+    )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"RAY_AUTH_MODE": "disabled"}
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
+        "RAY_AUTH_MODE": "disabled"
+    }
     command = [sys.executable, "-m", "fusegpt_ray.cli", "compress", str(tmp_path / "recipe.yaml")]
     found: set[Listener] = set()
     with (tmp_path / "log").open("w") as log:
         run = psutil.Popen(command, stdout=log, stderr=log, env=environment)
-        while run.poll() is None and "  epoch 1/" not in (tmp_path / "log").read_text():  # then everything has started
+        while (
+            run.poll() is None and "  epoch 1/" not in (tmp_path / "log").read_text()
+        ):  # then everything has started
             with suppress(psutil.NoSuchProcess):
                 found |= listening(run)
             with suppress(psutil.TimeoutExpired):
@@ -51,8 +59,12 @@ def test_a_run_listens_on_the_loopback_interface_only(material, tmp_path: Path) 
             with suppress(psutil.NoSuchProcess):
                 one.kill()
     names = " ".join(name for name, _, _ in found)
-    assert all(one in names for one in ("raylet", "gcs_server", "DashboardAgent", "RayTrainWorker")), (tmp_path / "log").read_text()
+    assert all(
+        one in names for one in ("raylet", "gcs_server", "DashboardAgent", "RayTrainWorker")
+    ), (tmp_path / "log").read_text()
     others = {listener for listener in found if not is_loopback(listener[1])}
     # torch.distributed's TCPStore, where training workers meet, binds every interface and cannot be told otherwise.
     assert len({port for _, _, port in others}) <= 1, others
-    assert all("RayTrainWorker" in name or "_setup_torch_process_group" in name for name, _, _ in others), others
+    assert all(
+        "RayTrainWorker" in name or "_setup_torch_process_group" in name for name, _, _ in others
+    ), others

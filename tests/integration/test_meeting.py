@@ -62,7 +62,9 @@ def group(free_port, tmp_path: Path) -> Iterator[Callable[..., dict[int, tuple[s
     """Run `part` in processes of these ranks; the error and the seconds of each that is to end."""
     started: list[BaseProcess] = []
 
-    def run(part: Part, ranks: list[int], ending: list[int], count: int = 3) -> dict[int, tuple[str, float]]:
+    def run(
+        part: Part, ranks: list[int], ending: list[int], count: int = 3
+    ) -> dict[int, tuple[str, float]]:
         context, port = multiprocessing.get_context("spawn"), free_port()
         for rank in ranks:
             given = (part, rank, count, port, tmp_path, len(ranks))
@@ -128,7 +130,9 @@ def first_stops(rank: int, count: int, folder: Path) -> None:
         (first_stops, [1, 2], "training worker 0, in whose store all meet, is silent for 3 s"),
     ],
 )
-def test_a_stopped_worker_is_given_up_within_the_bound(group, part: Part, left: list[int], said: str) -> None:
+def test_a_stopped_worker_is_given_up_within_the_bound(
+    group, part: Part, left: list[int], said: str
+) -> None:
     for error, seconds in group(part, [0, 1, 2], left).values():
         assert error == said
         assert PATIENCE <= seconds < LOADED * PATIENCE
@@ -180,7 +184,9 @@ def step(rank: int, count: int, folder: Path) -> None:
         (folder / "step").write_text(str(time.monotonic() - began))
 
 
-def test_a_step_waits_no_longer_for_a_stopped_worker(group, checkpoint, tmp_path, monkeypatch) -> None:
+def test_a_step_waits_no_longer_for_a_stopped_worker(
+    group, checkpoint, tmp_path, monkeypatch
+) -> None:
     monkeypatch.setenv("MODEL", str(checkpoint("llama")))
     (ended,) = group(step, [0, 1], [0], count=2).values()
     assert ended[0] == "a training worker has taken no part for 3 s"

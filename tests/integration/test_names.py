@@ -16,9 +16,32 @@ from fusegpt_ray.store import storage
 
 pytestmark = pytest.mark.integration
 
-NAMES = ["exp", "exp*", "ex?", "e[wx]p", "exp b", "exp%20b", "exp+b", "exp#b", "exp&a=b", "éxp – ß", "e\u0301xp – ß"]
+NAMES = [
+    "exp",
+    "exp*",
+    "ex?",
+    "e[wx]p",
+    "exp b",
+    "exp%20b",
+    "exp+b",
+    "exp#b",
+    "exp&a=b",
+    "éxp – ß",
+    "e\u0301xp – ß",
+]
 """Of folders; the last two look alike."""
-NEIGHBOURS = [*NAMES, "expA", "exx", "ewp", "exp ", "exp.run", "EXP", "exp%2520b", "exp/m.run2", "exp/xm.run"]
+NEIGHBOURS = [
+    *NAMES,
+    "expA",
+    "exx",
+    "ewp",
+    "exp ",
+    "exp.run",
+    "EXP",
+    "exp%2520b",
+    "exp/m.run2",
+    "exp/xm.run",
+]
 FILES = ["identity.json", "blocks/round-001/b [1]*?.safetensors"]
 READING = {"GET", "HEAD"}
 
@@ -57,7 +80,10 @@ def test_what_is_looked_at_is_what_is_named(s3, bucket: str) -> None:
         uri = f"s3://{bucket}/{name}"
         assert storage.names(f"{uri}/m.run") == FILES[:1]
         assert sorted(storage.below(f"{uri}/m.run")) == sorted(FILES)
-        assert storage.read(f"{uri}/m.run/{FILES[0]}").split(b" ", 1)[1].decode() == f"{name}/m.run/{FILES[0]}"
+        assert (
+            storage.read(f"{uri}/m.run/{FILES[0]}").split(b" ", 1)[1].decode()
+            == f"{name}/m.run/{FILES[0]}"
+        )
         assert storage.exists(f"{uri}/m.run/{FILES[1]}")
         for missing in ("m.run/ident", "m.run", "m.run/blocks", "m.run/identity.jso?"):
             assert not storage.exists(f"{uri}/{missing}"), "a pattern, or a prefix"
@@ -73,15 +99,34 @@ PLACE = "exp b%20+c#d – é/ü"
 @pytest.fixture
 def recipe(material) -> Callable[..., dict]:
     def make(bucket: str, place: str, **changes: object) -> dict:
-        made = material.recipe(f"s3://{bucket}/{place}", sparsity=0.125, method="mi", cluster={"engine": "local"})
+        made = material.recipe(
+            f"s3://{bucket}/{place}", sparsity=0.125, method="mi", cluster={"engine": "local"}
+        )
         return made | {"output": {"uri": f"s3://{bucket}/{place}", "name": "m"}} | changes
 
     return make
 
 
-def test_a_run_and_a_cleaning_leave_every_neighbour(s3, bucket: str, recipe, tmp_path: Path, capsys) -> None:
-    around = [f"{PLACE}{end}" for end in ("x/m.run/identity.json", " /a", "/m.run2/identity.json", "/m.runs", "/m-p12.5x/a")]
-    before = populate(s3, bucket, *around, PLACE.replace("%20", " ") + "/m.run/identity.json", PLACE.replace("+", " ") + "/m.run/a")
+def test_a_run_and_a_cleaning_leave_every_neighbour(
+    s3, bucket: str, recipe, tmp_path: Path, capsys
+) -> None:
+    around = [
+        f"{PLACE}{end}"
+        for end in (
+            "x/m.run/identity.json",
+            " /a",
+            "/m.run2/identity.json",
+            "/m.runs",
+            "/m-p12.5x/a",
+        )
+    ]
+    before = populate(
+        s3,
+        bucket,
+        *around,
+        PLACE.replace("%20", " ") + "/m.run/identity.json",
+        PLACE.replace("+", " ") + "/m.run/a",
+    )
     uri = f"s3://{bucket}/{PLACE}"
     compress(Recipe.parse(recipe(bucket, PLACE)))
     after = s3.objects(bucket)
@@ -94,26 +139,51 @@ def test_a_run_and_a_cleaning_leave_every_neighbour(s3, bucket: str, recipe, tmp
     assert pulled == {key: data for key, data in after.items() if key not in before}
     assert pull(f"{uri}/m-p12.5", target) == target  # compared with what is there
 
-    half = [f"{PLACE}/half.run/blocks/a", f"{PLACE}/half.run/heartbeat.json", f"{PLACE}/half-p50/model.safetensors"]
+    half = [
+        f"{PLACE}/half.run/blocks/a",
+        f"{PLACE}/half.run/heartbeat.json",
+        f"{PLACE}/half-p50/model.safetensors",
+    ]
     for key in half:
         s3.client.put_object(Bucket=bucket, Key=key, Body=b"")
     capsys.readouterr()
     assert main(["clean", uri, "--yes", "--age", "0"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["removed", "removed"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "removed",
+        "removed",
+    ]
     assert s3.objects(bucket) == after
 
 
-REFUSED = ["exp*", "ex?", "exp[ab]", "[!x]xp", "**", "exp/../expA", "./exp", "exp//a", "exp\n", "a\x00b", "exp?versionId=1", "a::b"]
+REFUSED = [
+    "exp*",
+    "ex?",
+    "exp[ab]",
+    "[!x]xp",
+    "**",
+    "exp/../expA",
+    "./exp",
+    "exp//a",
+    "exp\n",
+    "a\x00b",
+    "exp?versionId=1",
+    "a::b",
+]
 
 
-def test_what_could_mean_others_is_refused_before_anything_is_written(s3, bucket, recipe, tmp_path, capsys) -> None:
+def test_what_could_mean_others_is_refused_before_anything_is_written(
+    s3, bucket, recipe, tmp_path, capsys
+) -> None:
     before, asked = populate(s3, bucket), len(s3.requests())
     path = tmp_path / "recipe.yaml"
     for place in REFUSED:
         uri = f"s3://{bucket}/{place}"
         path.write_text(json.dumps(recipe(bucket, place)))
         assert main(["compress", str(path)]) == 2
-        assert capsys.readouterr().err.startswith(f"error: output.uri = {uri!r}: has ") or "::" in place
+        assert (
+            capsys.readouterr().err.startswith(f"error: output.uri = {uri!r}: has ")
+            or "::" in place
+        )
         assert main(["clean", uri, "--yes", "--unfinished", "--age", "0"]) == 2
         assert capsys.readouterr().err.startswith(f"error: URI = {uri!r}: ")
     assert {method for method, _ in s3.requests()[asked:]} <= READING
@@ -134,7 +204,9 @@ def test_a_source_is_read_literally(s3, bucket: str, recipe, material, name: str
     s3.upload(material.model.iterdir(), bucket, f"{name}/model")
     for other in ("run1x", "all b%20 #+é", "all* b  #+é", "all*%20b%2520%20%23%2B%C3%A9"):
         s3.client.put_object(Bucket=bucket, Key=f"{other}/model/config.json", Body=b"{}")
-        s3.client.put_object(Bucket=bucket, Key=f"{other}/model/model.safetensors", Body=b"not the one")
+        s3.client.put_object(
+            Bucket=bucket, Key=f"{other}/model/model.safetensors", Body=b"not the one"
+        )
     folder = f"s3://{bucket}/{name}/model"
     (done,) = compress(Recipe.parse(recipe(bucket, "out", model={"source": folder})))
     assert done.manifest["source"]["name"] == folder

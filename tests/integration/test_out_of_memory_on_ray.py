@@ -17,7 +17,7 @@ from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.states import datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import Workers
 from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.model.memory import fitting, is_out_of_memory
+from fusegpt_ray.model.memory import find_batch_size, is_out_of_memory
 from fusegpt_ray.sections import PRESETS, Fusion
 
 pytestmark = pytest.mark.integration
@@ -30,7 +30,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_wide(tmp_path_factory.mktemp("wide"))
 
 
-def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_session, wide, tmp_path) -> None:
+def test_training_workers_that_run_out_of_memory_start_again_with_less(
+    ray_session, wide, tmp_path
+) -> None:
     count = 2
     windows = token_windows(TRAINED * 2, LENGTH).numpy()
     stack, share = open_stack(wide), TRAINED // count
@@ -40,15 +42,21 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(ray_sessi
     states = group_states_of_workers(free, windows, count, replicas, 4)
     ray.cloudpickle.register_pickle_by_value(cramped)  # workers do not find the tests' modules
     # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on top.
-    job = replace(free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB))
+    job = replace(
+        free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB)
+    )
 
     def learn(micro_batch: int) -> list[float]:
-        workers = Workers(count, 1, 0, 1, torch.float32, 2, micro_batch)  # with DeepSpeed's own bucket of 2 GB nothing would fit
+        workers = Workers(
+            count, 1, 0, 1, torch.float32, 2, micro_batch
+        )  # with DeepSpeed's own bucket of 2 GB nothing would fit
         contexts = scoring.contexts(micro_batch, LENGTH, replicas)
         folder = str(tmp_path / "train")
-        return training.finetune(job, contexts, len(windows), datasets(states), workers, folder, lambda *_: None)[1]
+        return training.finetune(
+            job, contexts, len(windows), datasets(states), workers, folder, lambda *_: None
+        )[1]
 
-    losses, micro_batch = fitting(learn, share, share, "fine-tuning")
+    losses, micro_batch = find_batch_size(learn, share, share, "fine-tuning")
     assert micro_batch < share
     assert losses[0] > 0
 

@@ -50,7 +50,9 @@ class Outputs:
 def outputs(s3, bucket: str, material) -> Outputs:
     found = Outputs(bucket)
     recipe = material.recipe(found.uri, sparsity=0.125, method="mi")
-    compress(Recipe.parse(recipe | {"output": {"uri": found.uri, "name": "tiny", "shard_gb": 0.00002}}))
+    compress(
+        Recipe.parse(recipe | {"output": {"uri": found.uri, "name": "tiny", "shard_gb": 0.00002}})
+    )
     stopped = recipe | {"sparsity": 0.25, "output": {"uri": found.uri, "name": "stopped"}}
     with pytest.raises(KeyboardInterrupt):
         compress(Recipe.parse(stopped), Stopping())
@@ -63,23 +65,43 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "PAUSE", 0.0)
 
 
-def test_a_pulled_model_loads_and_only_reads_were_made(s3, outputs: Outputs, tmp_path: Path) -> None:
+def test_a_pulled_model_loads_and_only_reads_were_made(
+    s3, outputs: Outputs, tmp_path: Path
+) -> None:
     before = len(s3.requests())
     target = pull(outputs.model, tmp_path / "model")
     assert {method for method, _ in s3.requests()[before:]} <= READING
-    there = {key.rsplit("/", 1)[-1]: data for key, data in s3.objects(outputs.bucket).items() if key.startswith("results/tiny-p12.5/")}
+    there = {
+        key.rsplit("/", 1)[-1]: data
+        for key, data in s3.objects(outputs.bucket).items()
+        if key.startswith("results/tiny-p12.5/")
+    }
     assert {path.name: path.read_bytes() for path in target.iterdir()} == there
     assert sum(name.endswith(".safetensors") for name in there) > 1
-    model, report = tf.AutoModelForCausalLM.from_pretrained(target, dtype="auto", output_loading_info=True)
+    model, report = tf.AutoModelForCausalLM.from_pretrained(
+        target, dtype="auto", output_loading_info=True
+    )
     assert model.config.num_hidden_layers == 7 and not any(report.values())
     assert verify(outputs.model)["good"] and verify(str(target))["good"]
 
 
-def test_a_damaged_object_is_named_and_the_pull_goes_on_once_it_is_mended(s3, outputs: Outputs, tmp_path: Path) -> None:
-    names = {name: f"results/tiny-p12.5/{name}" for name in storage.read_json(f"{outputs.model}/fusegpt.json")["files"]}
+def test_a_damaged_object_is_named_and_the_pull_goes_on_once_it_is_mended(
+    s3, outputs: Outputs, tmp_path: Path
+) -> None:
+    names = {
+        name: f"results/tiny-p12.5/{name}"
+        for name in storage.read_json(f"{outputs.model}/fusegpt.json")["files"]
+    }
     flipped, cut, lost = sorted(name for name in names if name.endswith(".safetensors"))[:3]
-    good = {name: s3.client.get_object(Bucket=outputs.bucket, Key=names[name])["Body"].read() for name in (flipped, cut, lost)}
-    s3.client.put_object(Bucket=outputs.bucket, Key=names[flipped], Body=good[flipped][:-1] + bytes([good[flipped][-1] ^ 1]))
+    good = {
+        name: s3.client.get_object(Bucket=outputs.bucket, Key=names[name])["Body"].read()
+        for name in (flipped, cut, lost)
+    }
+    s3.client.put_object(
+        Bucket=outputs.bucket,
+        Key=names[flipped],
+        Body=good[flipped][:-1] + bytes([good[flipped][-1] ^ 1]),
+    )
     s3.client.put_object(Bucket=outputs.bucket, Key=names[cut], Body=good[cut][:-1])
     s3.client.delete_object(Bucket=outputs.bucket, Key=names[lost])
 
@@ -92,7 +114,11 @@ def test_a_damaged_object_is_named_and_the_pull_goes_on_once_it_is_mended(s3, ou
         s3.client.put_object(Bucket=outputs.bucket, Key=names[name], Body=data)
     before = len(s3.requests())
     pull(outputs.model, tmp_path / "model")
-    asked = {path.partition("?")[0].rsplit("/", 1)[-1] for method, path in s3.requests()[before:] if method == "GET"}
+    asked = {
+        path.partition("?")[0].rsplit("/", 1)[-1]
+        for method, path in s3.requests()[before:]
+        if method == "GET"
+    }
     assert {name for name in names if name in asked} == {flipped, cut, lost}  # all else had arrived
     assert verify(str(tmp_path / "model"))["good"]
 
@@ -101,7 +127,12 @@ def test_status_and_clean(s3, outputs: Outputs, capsys: pytest.CaptureFixture[st
     result = status(outputs.uri)
     assert [(model["name"], model["blocks"]) for model in result["models"]] == [("tiny-p12.5", 7)]
     (run,) = result["runs"]
-    assert (run["name"], run["state"], run["rounds_done"], run["rounds"]) == ("stopped", "unfinished", 1, 2)
+    assert (run["name"], run["state"], run["rounds_done"], run["rounds"]) == (
+        "stopped",
+        "unfinished",
+        1,
+        2,
+    )
     assert (run["ended"], run["doing"]) == ("KeyboardInterrupt", "round 2/2: scoring 7 blocks")
 
     storage.write(f"{outputs.uri}/stopped-p25/model.safetensors", b"half")
@@ -112,6 +143,8 @@ def test_status_and_clean(s3, outputs: Outputs, capsys: pytest.CaptureFixture[st
     kept = {key: data for key, data in before.items() if "/stopped-p25/" not in key}
     assert s3.objects(outputs.bucket) == kept
     assert main(["clean", outputs.uri, "--yes", "--unfinished"]) == 0
-    assert s3.objects(outputs.bucket) == {key: data for key, data in kept.items() if "/stopped.run/" not in key}
+    assert s3.objects(outputs.bucket) == {
+        key: data for key, data in kept.items() if "/stopped.run/" not in key
+    }
     assert json.loads(s3.objects(outputs.bucket)["results/tiny-p12.5/fusegpt.json"])["kept"]
     capsys.readouterr()

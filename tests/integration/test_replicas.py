@@ -37,7 +37,9 @@ SETTINGS = Importance(windows=12, batch=2, all=True)
 
 @pytest.fixture(scope="module")
 def two(ray_session, checkpoint) -> Iterator[Replicas]:
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas do not find the tests' modules
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # replicas do not find the tests' modules
     replicas = Replicas(open_stack(checkpoint("llama")), TWO)
     yield replicas
     replicas.close()
@@ -54,12 +56,17 @@ def work(runner: Runner, number: int, folder: str, seconds: float, deadly: bool)
     return 10 * number
 
 
-def shares(folder: Path, count: int, seconds: float = 0.05, deadly: tuple[int, ...] = ()) -> list[tuple[int, str, float, bool]]:
+def shares(
+    folder: Path, count: int, seconds: float = 0.05, deadly: tuple[int, ...] = ()
+) -> list[tuple[int, str, float, bool]]:
     return [(number, str(folder), seconds, number in deadly) for number in range(count)]
 
 
 def pids(folder: Path, number: int) -> list[int]:
-    return [int(mark.name.split("-")[1]) for mark in sorted(folder.glob(f"{number}-*"), key=lambda mark: mark.stat().st_mtime_ns)]
+    return [
+        int(mark.name.split("-")[1])
+        for mark in sorted(folder.glob(f"{number}-*"), key=lambda mark: mark.stat().st_mtime_ns)
+    ]
 
 
 def test_every_share_is_done_once_and_both_work(two, tmp_path) -> None:
@@ -78,7 +85,9 @@ def test_replicas_live_on_between_calls(two, tmp_path) -> None:
 
 
 def test_a_lost_replicas_share_is_done_by_another(two, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "SLOW_SECONDS", 120.0)  # a replacement that starts slowly is not taken for overdue
+    monkeypatch.setattr(
+        module, "SLOW_SECONDS", 120.0
+    )  # a replacement that starts slowly is not taken for overdue
     found = dict(two.map(work, shares(tmp_path, 6, deadly=(1, 4)), 2))
     assert found == {number: 10 * number for number in range(6)}
     assert [len(pids(tmp_path, number)) for number in range(6)] == [1, 2, 1, 1, 2, 1]
@@ -116,12 +125,16 @@ def test_a_stopped_replicas_share_is_taken_over(two, tmp_path, monkeypatch) -> N
         assert found == {number: 10 * number for number in range(5)}
         assert len(pids(tmp_path, 1)) == 2, "the other replica did it as well"
         thread.join()
-        assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}, "the stopped one is not waited for"
+        assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}, (
+            "the stopped one is not waited for"
+        )
     finally:
         thread.join()
         psutil.Process(stopped[0]).resume()
     time.sleep(1)
-    assert dict(two.map(work, shares(tmp_path, 4), 2)) == {number: 10 * number for number in range(4)}
+    assert dict(two.map(work, shares(tmp_path, 4), 2)) == {
+        number: 10 * number for number in range(4)
+    }
 
 
 def test_errors_come_through_and_the_replicas_go_on(two, tmp_path) -> None:
@@ -135,7 +148,9 @@ def _fail(runner: Runner, number: int) -> float:
 
 
 @pytest.mark.parametrize("how", ["resident", "streamed"])
-def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(ray_session, checkpoint, how: str) -> None:
+def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(
+    ray_session, checkpoint, how: str
+) -> None:
     stack = open_stack(checkpoint("llama"))
     tables = []
     for count in (1, 2):
@@ -159,15 +174,23 @@ def test_sums_come_as_they_are_measured_and_are_not_measured_again(two) -> None:
     assert all(np.array_equal(again.known[key], sums.known[key]) for key in sums.known)
 
 
-def test_candidates_of_a_batch_are_split_and_the_sums_are_those_of_the_whole(two, monkeypatch) -> None:
+def test_candidates_of_a_batch_are_split_and_the_sums_are_those_of_the_whole(
+    two, monkeypatch
+) -> None:
     """One batch for two replicas: each walks about half of its candidates."""
     shares: list[list[tuple]] = []
     given = two.map
-    monkeypatch.setattr(two, "map", lambda function, parts, *others: given(function, shares.append(parts) or parts, *others))
+    monkeypatch.setattr(
+        two,
+        "map",
+        lambda function, parts, *others: given(function, shares.append(parts) or parts, *others),
+    )
     sums, stack = Sums(), two.dense
     scoring.score(stack, WINDOWS, Importance(windows=12, batch=12, all=True), two, 2, None, sums)
     parts = [own for share in shares for _, own in share if own]
-    assert sorted(p for own in parts for _, positions in own for p in positions) == list(range(len(stack)))
+    assert sorted(p for own in parts for _, positions in own for p in positions) == list(
+        range(len(stack))
+    )
     assert len(parts) == 2
     everyone = tuple(range(len(stack)))
     ((_, (whole,)),) = given(scoring._sweep, [(stack, [(WINDOWS, everyone)])], 2)
@@ -182,7 +205,9 @@ def test_a_share_is_overdue_by_its_own_cost(monkeypatch) -> None:
     waiting: deque[int] = deque()
     assert replicas._next(waiting, [2.0, 1.0], [10.0, 10.0]) == 1
     assert replicas._next(waiting, [2.0, 2.0], [10.0]) is None
-    assert replicas._next(waiting, [1.0, 1.0], []) is None, "none is done: nobody knows what it should take"
+    assert replicas._next(waiting, [1.0, 1.0], []) is None, (
+        "none is done: nobody knows what it should take"
+    )
     replicas._calls["c"] = module._Call(None, [], 1, 29.0)  # type: ignore[index]
     assert replicas._next(waiting, [2.0, 1.0], [10.0]) is None, "not a third time"
     assert replicas._next(deque([7]), [1.0] * 8, []) == 7

@@ -81,16 +81,22 @@ ENGINES = pytest.mark.parametrize("engine", ["ray", "local"])
 @ENGINES
 def test_the_result_loads_once_downloaded(runs: dict[str, Done], engine: str) -> None:
     done = runs[engine]
-    model, report = tf.AutoModelForCausalLM.from_pretrained(done.folder, dtype="auto", output_loading_info=True)
+    model, report = tf.AutoModelForCausalLM.from_pretrained(
+        done.folder, dtype="auto", output_loading_info=True
+    )
     assert not any(report.values()), report
     assert model.config.num_hidden_layers == len(done.manifest["kept"]) == 7
     assert done.manifest["source"]["name"] == f"s3://{done.bucket}/models/dense"
-    assert done.manifest["files"].keys() | {"fusegpt.json"} == {file.name for file in done.folder.iterdir()}
+    assert done.manifest["files"].keys() | {"fusegpt.json"} == {
+        file.name for file in done.folder.iterdir()
+    }
     assert tf.AutoTokenizer.from_pretrained(done.folder)("deba figo").input_ids
 
 
 def test_both_engines_wrote_the_same_model(runs: dict[str, Done]) -> None:
-    ours, theirs = (load_file(runs[engine].folder / "model.safetensors") for engine in ("ray", "local"))
+    ours, theirs = (
+        load_file(runs[engine].folder / "model.safetensors") for engine in ("ray", "local")
+    )
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     one, other = (runs[engine].manifest for engine in ("ray", "local"))
@@ -105,19 +111,32 @@ def test_the_manifest_comes_last(s3, runs: dict[str, Done], engine: str) -> None
     published = [path for path in done.writes if path.startswith(f"/{done.bucket}/{folder}")]
     assert published[-1] == f"/{done.bucket}/{folder}fusegpt.json"
     assert sum("fusegpt.json" in path for path in published) == 1
-    times = {entry["Key"]: entry["LastModified"] for entry in s3.client.list_objects_v2(Bucket=done.bucket, Prefix=folder)["Contents"]}
+    times = {
+        entry["Key"]: entry["LastModified"]
+        for entry in s3.client.list_objects_v2(Bucket=done.bucket, Prefix=folder)["Contents"]
+    }
     assert max(times.values()) == times[f"{folder}fusegpt.json"]
 
 
 @ENGINES
-def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(runs: dict[str, Done], engine: str) -> None:
+def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(
+    runs: dict[str, Done], engine: str
+) -> None:
     done = runs[engine]
     # `POST /bucket?delete` names its keys in the body: what it deleted is seen in what is left.
-    elsewhere = [path for path in done.writes if not path.startswith((f"/{done.bucket}/{done.prefix}/", f"/{done.bucket}?delete"))]
+    elsewhere = [
+        path
+        for path in done.writes
+        if not path.startswith((f"/{done.bucket}/{done.prefix}/", f"/{done.bucket}?delete"))
+    ]
     assert elsewhere == []
     inputs = {key for key in done.objects if not key.startswith("results/")}
     assert {key.split("/")[0] for key in inputs} == {"models", "texts"}
-    there = {key.removeprefix(f"{done.prefix}/") for key in done.objects if key.startswith(f"{done.prefix}/")}
+    there = {
+        key.removeprefix(f"{done.prefix}/")
+        for key in done.objects
+        if key.startswith(f"{done.prefix}/")
+    }
     assert there == {f"{MODEL}/{file.name}" for file in done.folder.iterdir()}
 
 
@@ -138,7 +157,9 @@ def test_a_finished_name_is_refused(s3, runs: dict[str, Done], engine: str) -> N
     assert {method for method, _ in s3.requests()[before:]} <= READING
 
 
-def test_the_same_command_again_finds_the_model_and_writes_nothing(s3, runs: dict[str, Done]) -> None:
+def test_the_same_command_again_finds_the_model_and_writes_nothing(
+    s3, runs: dict[str, Done]
+) -> None:
     done = runs["local"]
     before = len(s3.requests())
     (again,) = compress(Recipe.parse(done.recipe))

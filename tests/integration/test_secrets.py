@@ -42,7 +42,9 @@ def start(recipe: dict, folder: Path, temp: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
-def test_a_run_on_a_local_ray_killed_and_resumed(planted, s3, bucket: str, material, temp: Path, tmp_path: Path) -> None:
+def test_a_run_on_a_local_ray_killed_and_resumed(
+    planted, s3, bucket: str, material, temp: Path, tmp_path: Path
+) -> None:
     changes = {"sparsity": 0.125, "cluster": {"engine": "ray"}, "fusion": {"epochs": 1}}
     recipe = material.recipe(f"s3://{bucket}/models", **changes)
     run = start(recipe, tmp_path, temp)
@@ -53,7 +55,9 @@ def test_a_run_on_a_local_ray_killed_and_resumed(planted, s3, bucket: str, mater
     run.kill()
     run.wait()
     during = s3.objects(bucket)
-    assert {"identity.json", "heartbeat.json", "scores-001.json"} <= {key.rsplit("/", 1)[-1] for key in during}
+    assert {"identity.json", "heartbeat.json", "scores-001.json"} <= {
+        key.rsplit("/", 1)[-1] for key in during
+    }
     assert start(recipe, tmp_path, temp).wait() == 0, (tmp_path / "log").read_text()
     after = s3.objects(bucket)
     assert "models/tiny-p12.5/fusegpt.json" in after and "models/tiny-p12.5/README.md" in after
@@ -62,12 +66,22 @@ def test_a_run_on_a_local_ray_killed_and_resumed(planted, s3, bucket: str, mater
     assert leaks(tmp_path) == []
 
 
-def test_a_run_that_fails_with_a_trace(planted, s3, bucket: str, material, temp: Path, tmp_path: Path) -> None:
+def test_a_run_that_fails_with_a_trace(
+    planted, s3, bucket: str, material, temp: Path, tmp_path: Path
+) -> None:
     for engine in ("local", "ray"):
         output = f"s3://{bucket}/{engine}"
-        assert start(material.recipe(output, cluster={"engine": engine}, fusion=FAILS), tmp_path, temp).wait() == 1
+        assert (
+            start(
+                material.recipe(output, cluster={"engine": engine}, fusion=FAILS), tmp_path, temp
+            ).wait()
+            == 1
+        )
     log = (tmp_path / "log").read_text()
-    assert log.count("Traceback") >= 2 and log.count("failed: FloatingPointError: the fine-tuning loss became") == 2
+    assert (
+        log.count("Traceback") >= 2
+        and log.count("failed: FloatingPointError: the fine-tuning loss became") == 2
+    )
     assert any("heartbeat.json" in key for key in s3.objects(bucket))
     assert leaks(tmp_path) == leaks(temp) == in_objects(s3.objects(bucket)) == []
 

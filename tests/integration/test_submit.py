@@ -43,10 +43,14 @@ def folder(material, tmp_path_factory) -> Path:
     return users_folder(material, tmp_path_factory.mktemp("project"))
 
 
-def test_a_job_compresses_from_its_folder_to_s3(head, s3, bucket, material, folder, tmp_path) -> None:
+def test_a_job_compresses_from_its_folder_to_s3(
+    head, s3, bucket, material, folder, tmp_path
+) -> None:
     recipe = write_recipe(material, folder, f"s3://{bucket}/jobs")
     changed = ("--set", "fusion.epochs=2", "--set", "output.name=submitted")
-    done = submit(head.address, folder, "compress", "python", "jobs/compress.py", "recipe.yaml", *changed)
+    done = submit(
+        head.address, folder, "compress", "python", "jobs/compress.py", "recipe.yaml", *changed
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in status(head.address, "compress")
 
@@ -67,8 +71,13 @@ def test_a_job_compresses_from_its_folder_to_s3(head, s3, bucket, material, fold
         "output": {"uri": str(tmp_path), "name": "here"},
         "cluster": {"engine": "local"},
     }
-    texts = {"calibration": recipe["calibration"] | {"data": str(material.calibration)}, "evaluation": {}}
-    (here,) = compress(Recipe.parse(recipe | local | texts | {"fusion": recipe["fusion"] | {"epochs": 2}}))
+    texts = {
+        "calibration": recipe["calibration"] | {"data": str(material.calibration)},
+        "evaluation": {},
+    }
+    (here,) = compress(
+        Recipe.parse(recipe | local | texts | {"fusion": recipe["fusion"] | {"epochs": 2}})
+    )
     ours, theirs = (load_file(Path(path) / "model.safetensors") for path in (here.uri, published))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert ours.keys() == theirs.keys()
@@ -76,7 +85,16 @@ def test_a_job_compresses_from_its_folder_to_s3(head, s3, bucket, material, fold
 
 def test_a_typo_fails_the_job_with_our_message(head, s3, bucket, material, folder) -> None:
     write_recipe(material, folder, f"s3://{bucket}/jobs")
-    done = submit(head.address, folder, "typo", "python", "jobs/compress.py", "recipe.yaml", "--set", "fusion.epoch=2")
+    done = submit(
+        head.address,
+        folder,
+        "typo",
+        "python",
+        "jobs/compress.py",
+        "recipe.yaml",
+        "--set",
+        "fusion.epoch=2",
+    )
     assert done.returncode != 0
     assert "error: fusion.epoch = 2: unknown key. Fix: did you mean fusion.epochs." in done.stdout
     assert "Traceback" not in done.stdout

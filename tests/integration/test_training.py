@@ -21,12 +21,12 @@ from fusegpt_ray.distributed import training
 from fusegpt_ray.distributed.replicas import Replica, Replicas
 from fusegpt_ray.distributed.states import batches, datasets, group_states_of_workers
 from fusegpt_ray.distributed.training import DeepSpeedStepper
-from fusegpt_ray.fusion.finetune import Stepper, TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.model.anatomy import block_moulds
+from fusegpt_ray.model.architecture import build_meta_blocks
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import PRESETS, Fusion
+from fusegpt_ray.training.loop import Stepper, TorchStepper, batches_of, train
 
 pytestmark = pytest.mark.integration
 
@@ -72,20 +72,40 @@ class Task:
     leaving: torch.Tensor
 
     def student(self) -> torch.nn.Module:
-        return build_student(self.job, block_moulds(self.job.dense.config), self.contexts, self.job.plan(torch.float32), CPU)
+        return build_student(
+            self.job,
+            build_meta_blocks(self.job.dense.config),
+            self.contexts,
+            self.job.plan(torch.float32),
+            CPU,
+        )
 
     def learn(self, stepper: Stepper, share: int) -> list[float]:
-        return train(stepper, lambda: batches_of(self.entering, self.leaving, share), EPOCHS, lambda *_: None)
+        return train(
+            stepper, lambda: batches_of(self.entering, self.leaving, share), EPOCHS, lambda *_: None
+        )
 
 
-def task(folder: Path, loss: str, rank: int, workers: int, out: str = "nowhere", micro_batch: int | None = None) -> Task:
+def task(
+    folder: Path,
+    loss: str,
+    rank: int,
+    workers: int,
+    out: str = "nowhere",
+    micro_batch: int | None = None,
+) -> Task:
     """A worker's part of the round that fuses block 2 of the tiny model."""
     stack = open_stack(folder)
     job = Round(stack, stack, 2, Fusion(**SETTINGS | {"loss": loss}), True, 0, out)
     runner = Runner(stack, CPU, torch.float32, BATCH)
     rows = torch.arange(WINDOWS).view(-1, workers, BATCH // workers)[:, rank].ravel()
     entering, leaving = group_states(runner, job, token_windows(WINDOWS, LENGTH))
-    return Task(job, runner.trunk.contexts(micro_batch or BATCH // workers, LENGTH), entering[rows], leaving[rows])
+    return Task(
+        job,
+        runner.trunk.contexts(micro_batch or BATCH // workers, LENGTH),
+        entering[rows],
+        leaving[rows],
+    )
 
 
 def learn_in_torch(folder: Path, loss: str, micro_batch: int | None = None) -> Learned:
@@ -93,7 +113,9 @@ def learn_in_torch(folder: Path, loss: str, micro_batch: int | None = None) -> L
     student = this.student()
     stepper = TorchStepper.make(student, this.job.settings, STEPS, CPU, micro_batch)
     gradients: Tensors = {}
-    stepper.optimizer.register_step_pre_hook(lambda *_: _note(gradients, student, lambda value: value.grad))
+    stepper.optimizer.register_step_pre_hook(
+        lambda *_: _note(gradients, student, lambda value: value.grad)
+    )
     losses = this.learn(stepper, BATCH)
     return Learned(gradients, _weights(student), losses)
 
@@ -104,7 +126,9 @@ def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{out}/meet{workers}", rank=rank, world_size=workers)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/meet{workers}", rank=rank, world_size=workers
+    )
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(rank))
     found: dict[tuple[str, int, int], Learned] = {}
     for loss, stage, micro in itertools.product(LOSSES, STAGES, MICRO):
@@ -112,7 +136,9 @@ def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None
         student = this.student()
         stepper = DeepSpeedStepper.make(student, this.job.settings, STEPS, stage, CPU, micro)
         gradients: Tensors = {}
-        stepper.engine.step = _after(lambda g=gradients, s=student: _note(g, s, safe_get_full_grad), stepper.engine.step)
+        stepper.engine.step = _after(
+            lambda g=gradients, s=student: _note(g, s, safe_get_full_grad), stepper.engine.step
+        )
         losses = this.learn(stepper, BATCH // workers)
         with deepspeed.zero.GatheredParameters(list(student.parameters()), enabled=stage == 3):
             found[loss, stage, micro] = Learned(gradients, _weights(student), losses)
@@ -123,10 +149,16 @@ def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None
     dist.destroy_process_group()
 
 
-def _note(gradients: Tensors, student: torch.nn.Module, gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def _note(
+    gradients: Tensors, student: torch.nn.Module, gradient: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     """Keep the first step's gradients. (In ZeRO-3 all workers must ask for each.)"""
     if not gradients:
-        gradients.update((name, gradient(value).clone()) for name, value in student.named_parameters() if value.requires_grad)
+        gradients.update(
+            (name, gradient(value).clone())
+            for name, value in student.named_parameters()
+            if value.requires_grad
+        )
 
 
 def _after(first: Callable[[], None], then: Callable[[], Any]) -> Callable[[], Any]:
@@ -152,7 +184,10 @@ def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int, 
     """Workers → (loss, ZeRO stage, micro-batch) → what DeepSpeed learns."""
     out = tmp_path_factory.mktemp("workers")
     counts = (1, 2)
-    groups = [spawn(learn_in_deepspeed, (count, checkpoint("llama"), out), nprocs=count, join=False) for count in counts]
+    groups = [
+        spawn(learn_in_deepspeed, (count, checkpoint("llama"), out), nprocs=count, join=False)
+        for count in counts
+    ]
     for group in groups:
         while not group.join():
             pass
@@ -163,13 +198,17 @@ def distributed(checkpoint, tmp_path_factory) -> dict[int, dict[tuple[str, int, 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("micro", MICRO)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_deepspeed_learns_what_plain_torch_learns(plain, distributed, loss: str, micro: int, stage: int, workers: int) -> None:
+def test_deepspeed_learns_what_plain_torch_learns(
+    plain, distributed, loss: str, micro: int, stage: int, workers: int
+) -> None:
     compare(distributed[workers][loss, stage, micro], plain[loss])
 
 
 @pytest.mark.parametrize("micro", [4, 2, 1])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_micro_batches_learn_what_the_whole_batch_does(checkpoint, plain, loss: str, micro: int) -> None:
+def test_micro_batches_learn_what_the_whole_batch_does(
+    checkpoint, plain, loss: str, micro: int
+) -> None:
     compare(learn_in_torch(checkpoint("llama"), loss, micro), plain[loss])
 
 
@@ -178,7 +217,9 @@ def compare(found: Learned, expected: Learned) -> None:
     for name, gradient in expected.gradients.items():
         # Workers and micro-batches add in another order: float32 rounding, relative to the largest of a tensor's gradients.
         scale = gradient.abs().max().item()
-        torch.testing.assert_close(found.gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=_named(name))
+        torch.testing.assert_close(
+            found.gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=_named(name)
+        )
     for name, weight in expected.weights.items():
         # Adam divides by the gradient's size, so tiny gradients' rounding grows into their steps.
         torch.testing.assert_close(found.weights[name], weight, rtol=0, atol=1e-5, msg=_named(name))
@@ -190,7 +231,9 @@ def _named(name: str) -> Callable[[str], str]:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(checkpoint, plain, loss: str) -> None:
+def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(
+    checkpoint, plain, loss: str
+) -> None:
     before = _weights(task(checkpoint("llama"), loss, 0, 1).student())
     for name, weight in plain[loss].weights.items():
         assert (weight - before[name]).abs().max() > 1e-3, name
@@ -218,7 +261,7 @@ def _one_bf16_step(_: int, folder: Path, out: Path) -> None:
     runner = Runner(stack, CPU, torch.bfloat16, BATCH)
     states = group_states(runner, job, token_windows(BATCH, LENGTH))
     contexts = runner.trunk.contexts(BATCH, LENGTH)
-    student = build_student(job, runner.trunk.moulds, contexts, job.plan(torch.bfloat16), CPU)
+    student = build_student(job, runner.trunk.meta_blocks, contexts, job.plan(torch.bfloat16), CPU)
     stepper = DeepSpeedStepper.make(student, job.settings, STEPS, 1, CPU, BATCH)
     assert torch.isfinite(stepper.step(states))
     (out / "done").touch()
@@ -227,11 +270,18 @@ def _one_bf16_step(_: int, folder: Path, out: Path) -> None:
 def test_batches_come_in_order(ray_session) -> None:
     """Ray's formatting threads overtake each other, the more so where one batch takes longer, unless they are told not to."""
     rows = [
-        {"entering": np.full((4,), n), "leaving": np.full((1,), n), "slow": ["word"] * (0 if n % 3 else 100_000)}
+        {
+            "entering": np.full((4,), n),
+            "leaving": np.full((1,), n),
+            "slow": ["word"] * (0 if n % 3 else 100_000),
+        }
         for n in np.arange(30, dtype=np.float32)
     ]
     data = {"states-0": ray.data.from_items(rows, override_num_blocks=1).materialize()}
-    ((shard,),) = [list(worker.values()) for worker in training.unsplit_in_order().configure(data, 1, None, None)]
+    ((shard,),) = [
+        list(worker.values())
+        for worker in training.unsplit_in_order().configure(data, 1, None, None)
+    ]
     for _ in range(3):
         assert [leaving[0].item() for _, leaving in batches(shard, 1)] == list(range(30))
 

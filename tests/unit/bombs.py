@@ -60,7 +60,9 @@ def configured(**changes: Any) -> Bomb:
     path = "config.json"
 
     def make(desk: Desk) -> None:
-        (desk.model / path).write_text(json.dumps(json.loads((desk.model / path).read_text()) | changes))
+        (desk.model / path).write_text(
+            json.dumps(json.loads((desk.model / path).read_text()) | changes)
+        )
 
     return make
 
@@ -82,16 +84,31 @@ def text(name: str, opened: Callable[..., Any], parts: Iterator[bytes]) -> Bomb:
         with opened(desk.folder / name, "wb") as file:
             for part in parts:
                 file.write(part)
-        return ["compress", desk.write(calibration=desk.recipe()["calibration"] | {"data": name, "piece_mb": 1})]
+        return [
+            "compress",
+            desk.write(calibration=desk.recipe()["calibration"] | {"data": name, "piece_mb": 1}),
+        ]
 
     return make
 
 
 def parquet(desk: Desk) -> list[str]:
     """A dictionary of one text, and a thousand rows that name it."""
-    values = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array(["a" * 70 * MB]))
-    pyarrow.parquet.write_table(pyarrow.table({"text": values}), desk.folder / "bomb.parquet", compression="zstd", store_schema=False)
-    return ["compress", desk.write(calibration=desk.recipe()["calibration"] | {"data": "bomb.parquet", "piece_mb": 1})]
+    values = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 1000, pyarrow.int32()), pyarrow.array(["a" * 70 * MB])
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": values}),
+        desk.folder / "bomb.parquet",
+        compression="zstd",
+        store_schema=False,
+    )
+    return [
+        "compress",
+        desk.write(
+            calibration=desk.recipe()["calibration"] | {"data": "bomb.parquet", "piece_mb": 1}
+        ),
+    ]
 
 
 def manifest(verb: str, make: Callable[[Path], object]) -> Bomb:
@@ -106,32 +123,50 @@ def _repeated(part: bytes, times: int) -> Iterator[bytes]:
     return (part for _ in range(times))
 
 
-LAUGHS = "\n".join(["a0: &a0 [lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]).encode()
-TENSORS = ",".join(f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(500_000))
+LAUGHS = "\n".join(
+    ["a0: &a0 [lol]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 12))]
+).encode()
+TENSORS = ",".join(
+    f'"{n}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for n in range(500_000)
+)
 BOMBS: dict[str, Bomb] = {
     "recipe, aliases": recipe(LAUGHS),
     "recipe, a terabyte": recipe(b"a: 1\n", TB),
     "recipe, endless": lambda desk: ["score", "/dev/zero"],
     "config.json, a terabyte": sparse("config.json"),
     "config.json, a billion blocks": configured(num_hidden_layers=10**9),
-    "config.json, a billion experts": configured(model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=10**9),
+    "config.json, a billion experts": configured(
+        model_type="mixtral", architectures=["MixtralForCausalLM"], num_local_experts=10**9
+    ),
     "index, a terabyte": without_single(sparse(INDEX)),
-    "index, 30 MB of brackets": without_single(lambda desk: (desk.model / INDEX).write_bytes(b"[[]," * 7_500_000)),
-    "header, 2**60 bytes": lambda desk: (desk.model / SINGLE).write_bytes(struct.pack("<Q", 1 << 60) + b"{}"),
-    "header, half of a terabyte": lambda desk: os.truncate(_written(desk.model / SINGLE, struct.pack("<Q", TB >> 1)), TB),
+    "index, 30 MB of brackets": without_single(
+        lambda desk: (desk.model / INDEX).write_bytes(b"[[]," * 7_500_000)
+    ),
+    "header, 2**60 bytes": lambda desk: (desk.model / SINGLE).write_bytes(
+        struct.pack("<Q", 1 << 60) + b"{}"
+    ),
+    "header, half of a terabyte": lambda desk: os.truncate(
+        _written(desk.model / SINGLE, struct.pack("<Q", TB >> 1)), TB
+    ),
     "header, 30 MB of lists": header(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"),
     "header, 500,000 tensors": header(f"{{{TENSORS}}}".encode()),
     "tokenizer.json, a terabyte": sparse("tokenizer.json"),
     "text, 100 MB of blanks, gzip": text("bomb.txt.gz", gzip.open, _repeated(b" " * MB, 100)),
     "text, 100 MB of blanks, xz": text("bomb.txt.xz", lzma.open, _repeated(b" " * MB, 100)),
     "text, a line of 200 MB": text("bomb.txt", open, _repeated(b" " * MB, 200)),
-    "JSON Lines, a line of 150 MB, gzip": text("bomb.jsonl.gz", gzip.open, _repeated(b"a" * MB, 150)),
+    "JSON Lines, a line of 150 MB, gzip": text(
+        "bomb.jsonl.gz", gzip.open, _repeated(b"a" * MB, 150)
+    ),
     "JSON, 30 MB of lists": text("bomb.json", open, iter([b"[" + b"[]," * 10_000_000 + b"[]]"])),
-    "CSV, a field of 150 MB, gzip": text("bomb.csv.gz", gzip.open, iter([b'text\n"', *_repeated(b"a" * MB + b"\n", 150), b'"\n'])),
+    "CSV, a field of 150 MB, gzip": text(
+        "bomb.csv.gz", gzip.open, iter([b'text\n"', *_repeated(b"a" * MB + b"\n", 150), b'"\n'])
+    ),
     "parquet, 70 GB of one text": parquet,
     "manifest, a terabyte, verify": manifest("verify", lambda path: os.truncate(path, TB)),
     "manifest, a terabyte, pull": manifest("pull", lambda path: os.truncate(path, TB)),
-    "manifest, 30 MB of lists": manifest("pull", lambda path: path.write_bytes(b'{"files":[' + b"[]," * 10_000_000 + b"[]]}")),
+    "manifest, 30 MB of lists": manifest(
+        "pull", lambda path: path.write_bytes(b'{"files":[' + b"[]," * 10_000_000 + b"[]]}")
+    ),
 }
 
 

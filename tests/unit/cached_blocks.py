@@ -46,7 +46,10 @@ def write_block(uri: str, seed: int) -> Refs:
         "empty": torch.zeros(0, 4),
         "scalar": torch.randn((), generator=draw),
     }
-    entries = [Entry(name, value.dtype, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()]
+    entries = [
+        Entry(name, value.dtype, tuple(value.shape), lambda value=value: value)
+        for name, value in tensors.items()
+    ]
     return write_safetensors(uri, entries)[1]
 
 
@@ -61,7 +64,11 @@ def assert_same(got: dict[str, torch.Tensor], refs: Refs) -> None:
 
 def assert_equal(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert list(got) == list(expected)
-    assert [name for name in got if got[name].dtype != expected[name].dtype or not torch.equal(got[name], expected[name])] == []
+    assert [
+        name
+        for name in got
+        if got[name].dtype != expected[name].dtype or not torch.equal(got[name], expected[name])
+    ] == []
 
 
 def held(folder: Path) -> int:

@@ -12,11 +12,15 @@ if TYPE_CHECKING:
     from desk import Desk
 
 # Their asserts, too, are to say what they compared.
-pytest.register_assert_rewrite("cached_blocks", "expected", "pulling", "recipes", "stopped_runs", "workshop")
+pytest.register_assert_rewrite(
+    "cached_blocks", "expected", "pulling", "recipes", "stopped_runs", "workshop"
+)
 
 
 @pytest.fixture
-def desk(checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Desk:
+def desk(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Desk:
     from desk import Desk
 
     monkeypatch.chdir(tmp_path)
@@ -40,7 +44,9 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def counting_read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         parts = read_ranges(uri, ranges)
-        if uri.endswith(".safetensors") and max(end for _, end in ranges) > 8 + header_bytes(Path(uri)):
+        if uri.endswith(".safetensors") and max(end for _, end in ranges) > 8 + header_bytes(
+            Path(uri)
+        ):
             reads.append(uri)
         return parts
 

@@ -22,7 +22,9 @@ LENGTH = 12
 def add_tokenizer(folder: Path) -> None:
     """A tokenizer beside a tiny model: the word w17 is token 17."""
     words = [*SPECIAL, *(f"w{number}" for number in range(len(SPECIAL), VOCAB))]
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
@@ -31,11 +33,15 @@ def add_tokenizer(folder: Path) -> None:
 def text_of(ids: torch.Tensor) -> str:
     """The text that the tokenizer above turns into these tokens, ten words a line."""
     words = [f"w{number}" for number in ids.tolist()]
-    return "\n".join(" ".join(words[first : first + 10]) for first in range(0, len(words), 10)) + "\n"
+    return (
+        "\n".join(" ".join(words[first : first + 10]) for first in range(0, len(words), 10)) + "\n"
+    )
 
 
 def random_text(tokens: int, seed: int) -> str:
-    return text_of(torch.randint(len(SPECIAL), VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed)))
+    return text_of(
+        torch.randint(len(SPECIAL), VOCAB, (tokens,), generator=torch.Generator().manual_seed(seed))
+    )
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,11 @@ class Desk:
         return {
             "model": {"source": str(self.model)},
             "sparsity": 0.4,
-            "calibration": {"data": str(self.folder / "calibration.txt"), "windows": 8, "length": LENGTH},
+            "calibration": {
+                "data": str(self.folder / "calibration.txt"),
+                "windows": 8,
+                "length": LENGTH,
+            },
             "importance": {"windows": 4, "batch": 2},
             "fusion": {"group_size": 3, "rank": 2, "lora_rank": 2, "epochs": 2, "batch": 4},
             "cluster": {"engine": "local"},

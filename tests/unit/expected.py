@@ -29,8 +29,16 @@ def macro_influence(model: PreTrainedModel, ids: torch.Tensor) -> list[float]:
     """1 − the mean cosine between what enters the final norm with and without each block, one full forward pass each."""
     blocks = range(model.config.num_hidden_layers)
     full = hidden_states(model, "llama", ids)[-1].double()
-    without = [hidden_states(without_blocks(model, "llama", [b for b in blocks if b != out]), "llama", ids)[-1] for out in blocks]
-    return [1 - torch.cosine_similarity(full, states.double(), dim=-1).mean().item() for states in without]
+    without = [
+        hidden_states(
+            without_blocks(model, "llama", [b for b in blocks if b != out]), "llama", ids
+        )[-1]
+        for out in blocks
+    ]
+    return [
+        1 - torch.cosine_similarity(full, states.double(), dim=-1).mean().item()
+        for states in without
+    ]
 
 
 @torch.no_grad()

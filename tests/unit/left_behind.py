@@ -21,11 +21,15 @@ OLD = 24 * 3600.0
 
 
 @pytest.fixture(name="stopped_desk", scope="module")
-def _stopped_desk(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Desk:
+def _stopped_desk(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Desk:
     """A run that the user stopped in its second round of three, with one model of another run beside it."""
     desk = Desk.make(tmp_path_factory.mktemp("stopped"), checkpoint("llama"))
     stopped(desk, 2)
-    compress(recipe(desk, sparsity=0.2, method="mi", output={"uri": str(desk.out), "name": "other"}))
+    compress(
+        recipe(desk, sparsity=0.2, method="mi", output={"uri": str(desk.out), "name": "other"})
+    )
     return desk
 
 

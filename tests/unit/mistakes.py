@@ -19,7 +19,9 @@ from desk import Desk
 import fusegpt_ray.pipeline  # noqa: F401 - imported here, so that the time of a message is not the time of imports
 from fusegpt_ray.cli import main
 
-MESSAGE = re.compile(r"error: (?P<key>[^=]+?) = (?P<value>.+?): (?P<problem>.+)\. Fix: (?P<fix>.+)\.", re.DOTALL)
+MESSAGE = re.compile(
+    r"error: (?P<key>[^=]+?) = (?P<value>.+?): (?P<problem>.+)\. Fix: (?P<fix>.+)\.", re.DOTALL
+)
 STAGES = r"starting the local engine|one process on cpu, \w+|tokenising|checking the model's files"
 STAGES += r"|calibration: \d+ windows of [^\n]*"
 PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
@@ -41,7 +43,11 @@ def tree(folder: Path) -> dict[str, object]:
         if path.is_dir():
             return None
         info = path.lstat()
-        return path.read_bytes() if info.st_size < 100_000_000 and info.st_mode & 0o400 else (info.st_size, info.st_mtime_ns)
+        return (
+            path.read_bytes()
+            if info.st_size < 100_000_000 and info.st_mode & 0o400
+            else (info.st_size, info.st_mtime_ns)
+        )
 
     return {str(path.relative_to(folder)): held(path) for path in folder.rglob("*")}
 

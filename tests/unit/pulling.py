@@ -37,7 +37,10 @@ def _small_and_fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def manifest(contents: dict[str, bytes], **changes: Any) -> bytes:
-    records = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+    records = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents.items()
+    }
     return json.dumps({"format": 1, "kept": [0, 2], "files": records} | changes).encode()
 
 

@@ -67,16 +67,26 @@ def rounds(journal: Journal) -> list[Done]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def published(desk: Desk) -> dict[str, bytes]:
     """The weights and configurations of all published models."""
-    return {name: data for name, data in contents(desk.out).items() if name.endswith(("/model.safetensors", "/config.json"))}
+    return {
+        name: data
+        for name, data in contents(desk.out).items()
+        if name.endswith(("/model.safetensors", "/config.json"))
+    }
 
 
 @pytest.fixture(name="undisturbed", scope="module")
-def _undisturbed(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Weights]:
+def _undisturbed(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Weights]:
     """By way of keeping a fused block's terms: what a run publishes that nobody disturbs."""
     found = {}
     for fold in ("at_end", "each_round"):

@@ -134,7 +134,7 @@ def test_a_finished_model_is_named_where_restart_alone_is_no_way_out(desk: Desk)
 
 
 def test_a_loss_that_is_not_finite(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
-    from fusegpt_ray.local import LocalEngine
+    from fusegpt_ray.workers.local import LocalEngine
 
     finetune, calls = LocalEngine.finetune, list[int]()
 

@@ -20,7 +20,11 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 
 DIGEST = "0" * 64
-GOOD: dict[str, Any] = {"format": 1, "kept": [0, 1], "files": {"model.safetensors": {"bytes": 4, "sha256": DIGEST}}}
+GOOD: dict[str, Any] = {
+    "format": 1,
+    "kept": [0, 1],
+    "files": {"model.safetensors": {"bytes": 4, "sha256": DIGEST}},
+}
 
 
 def files(**entry: Any) -> dict[str, Any]:
@@ -42,7 +46,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "files-in-a-list": (written(GOOD | {"files": ["model.safetensors"]}), "lists no files"),
     "a-file-without-facts": (written(GOOD | {"files": {"a": None}}), "does not give size"),
     "another-format": (written(GOOD | {"format": 2}), "format 2"),
-    "no-format": (written({key: value for key, value in GOOD.items() if key != "format"}), "format None"),
+    "no-format": (
+        written({key: value for key, value in GOOD.items() if key != "format"}),
+        "format None",
+    ),
     "a-long-format": (written(GOOD | {"format": "x" * 9999}), "format '…'"),
     "nothing-kept": (written(GOOD | {"kept": None}), "which blocks were kept"),
     "kept-in-words": (written(GOOD | {"kept": ["0"]}), "which blocks were kept"),
@@ -54,10 +61,22 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "short-digest": (written(files(sha256="0")), "size and sha256"),
     "loud-digest": (written(files(sha256="A" * 64)), "size and sha256"),
     "digest-with-a-line-end": (written(files(sha256="0" * 64 + "\n")), "size and sha256"),
-    "up": (written(GOOD | {"files": {"../a": GOOD["files"]["model.safetensors"]}}), "outside its folder"),
-    "away": (written(GOOD | {"files": {"/etc/passwd": GOOD["files"]["model.safetensors"]}}), "outside its folder"),
-    "a-long-name": (written(GOOD | {"files": {"x" * 99_999: GOOD["files"]["model.safetensors"]}}), "no file can have"),
-    "twice": (written(GOOD | {"files": dict.fromkeys(["a", "A"], GOOD["files"]["model.safetensors"])}), "twice"),
+    "up": (
+        written(GOOD | {"files": {"../a": GOOD["files"]["model.safetensors"]}}),
+        "outside its folder",
+    ),
+    "away": (
+        written(GOOD | {"files": {"/etc/passwd": GOOD["files"]["model.safetensors"]}}),
+        "outside its folder",
+    ),
+    "a-long-name": (
+        written(GOOD | {"files": {"x" * 99_999: GOOD["files"]["model.safetensors"]}}),
+        "no file can have",
+    ),
+    "twice": (
+        written(GOOD | {"files": dict.fromkeys(["a", "A"], GOOD["files"]["model.safetensors"])}),
+        "twice",
+    ),
     "a-folder": (Path.mkdir, "cannot be read|holds no"),
     "its-own-link": (lambda path: path.symlink_to(path), "cannot be read"),
     "a-link-to-nothing": (lambda path: path.symlink_to("nothing"), "holds no"),
@@ -91,7 +110,14 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("verb", ["pull", "verify"])
 @pytest.mark.parametrize("name", CASES)
-def test_manifests(name: str, verb: str, model: Path, reads: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_manifests(
+    name: str,
+    verb: str,
+    model: Path,
+    reads: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
     make, problem = CASES[name]
     make(model / MANIFEST)
     before = tree(tmp_path)
@@ -106,13 +132,20 @@ def test_manifests(name: str, verb: str, model: Path, reads: list[str], capsys: 
     assert tree(tmp_path) == before and reads == []
 
 
-def test_the_good_one_is_read(model: Path, reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_good_one_is_read(
+    model: Path, reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     written(GOOD)(model / MANIFEST)
     assert main(["verify", str(model)]) == 1
-    assert capsys.readouterr().out == "model.safetensors has another checksum than was written\n" and reads
+    assert (
+        capsys.readouterr().out == "model.safetensors has another checksum than was written\n"
+        and reads
+    )
 
 
-def test_a_size_that_no_disk_has(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_size_that_no_disk_has(
+    model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     written(files(bytes=2**62))(model / MANIFEST)
     assert main(["verify", str(model)]) == 1
     assert "has 4 bytes" in capsys.readouterr().out
@@ -120,8 +153,13 @@ def test_a_size_that_no_disk_has(model: Path, capsys: pytest.CaptureFixture[str]
     assert "the model has" in capsys.readouterr().err and not (tmp_path / "here").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("a-folder", "its-own-link", "a-link-to-nothing")])
-def test_status_shows_the_problem_and_the_other_models(name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [name for name in CASES if name not in ("a-folder", "its-own-link", "a-link-to-nothing")],
+)
+def test_status_shows_the_problem_and_the_other_models(
+    name: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     CASES[name][0](model / MANIFEST)
     other = model.with_name("good-p25")
     other.mkdir()
@@ -133,8 +171,13 @@ def test_status_shows_the_problem_and_the_other_models(name: str, model: Path, c
     assert "demo-p25" not in shown or re.search(CASES[name][1], shown["demo-p25"]["problem"])
 
 
-@pytest.mark.parametrize("facts", [{"perplexity": 5}, {"perplexity": {"a": 5}}, {"sparsity": "a quarter"}, {"dense_blocks": [5]}])
-def test_status_of_facts_that_are_none(facts: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "facts",
+    [{"perplexity": 5}, {"perplexity": {"a": 5}}, {"sparsity": "a quarter"}, {"dense_blocks": [5]}],
+)
+def test_status_of_facts_that_are_none(
+    facts: dict[str, Any], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """They are no part of what makes a model whole; a person still gets a table."""
     written(GOOD | facts)(model / MANIFEST)
     assert main(["status", str(model.parent)]) == 0

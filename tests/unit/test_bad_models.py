@@ -59,7 +59,11 @@ def custom_code(desk: Desk) -> None:
     """An architecture of its own, whose code leaves a trace where it runs."""
     (desk.model / "own.py").write_text("open('ran', 'w')")
     auto = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
-    edit(desk, "config.json", lambda data: data | {"model_type": "own", "architectures": ["Own"], "auto_map": auto})
+    edit(
+        desk,
+        "config.json",
+        lambda data: data | {"model_type": "own", "architectures": ["Own"], "auto_map": auto},
+    )
 
 
 def architecture(made: tf.PreTrainedModel) -> Callable[[Desk], object]:
@@ -75,28 +79,73 @@ def architecture(made: tf.PreTrainedModel) -> Callable[[Desk], object]:
 def foreign(name: str, build: Callable[[], tf.PreTrainedModel], value: str) -> Bad:
     """A model that is no causal language model."""
     return model(
-        name, lambda desk: architecture(build())(desk), value, "no decoder blocks|language model", "decoder-only|language model"
+        name,
+        lambda desk: architecture(build())(desk),
+        value,
+        "no decoder blocks|language model",
+        "decoder-only|language model",
     )
 
 
-ENCODER = {"vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": DEPTH, "num_attention_heads": 2, "intermediate_size": 24}
-PICTURES = {key: value for key, value in ENCODER.items() if key != "vocab_size"} | {"image_size": 8, "patch_size": 4}
-T5 = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": DEPTH, "num_heads": 2}
+ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+PICTURES = {key: value for key, value in ENCODER.items() if key != "vocab_size"} | {
+    "image_size": 8,
+    "patch_size": 4,
+}
+T5 = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 24,
+    "num_layers": DEPTH,
+    "num_heads": 2,
+}
 DEEP = "[" * 500 + "]" * 500
-AGAIN, CONTAINED, FOLDER = "download the checkpoint again", "transformers itself contains", "folder of a Hugging Face checkpoint"
+AGAIN, CONTAINED, FOLDER = (
+    "download the checkpoint again",
+    "transformers itself contains",
+    "folder of a Hugging Face checkpoint",
+)
 REPAIR = "config.json|checkpoint"
 MODELS = [
     source("no-such-folder", "nowhere", "no such folder", "hub id such as"),
-    source("hub-id-offline", "some-lab/no-such-model", "the hub does not give it", "offline, give a local folder"),
-    source("unknown-protocol", "nosuch://bucket/model", r"^(?!.*JSON).*nosuch", "path|URI|protocol"),
+    source(
+        "hub-id-offline",
+        "some-lab/no-such-model",
+        "the hub does not give it",
+        "offline, give a local folder",
+    ),
+    source(
+        "unknown-protocol", "nosuch://bucket/model", r"^(?!.*JSON).*nosuch", "path|URI|protocol"
+    ),
     source("a-file", "model/config.json", "a file, not a folder", "folder that holds config.json"),
-    model("no-config", lambda desk: (desk.model / "config.json").unlink(), "model'", "no config.json there", FOLDER),
+    model(
+        "no-config",
+        lambda desk: (desk.model / "config.json").unlink(),
+        "model'",
+        "no config.json there",
+        FOLDER,
+    ),
     model("config-not-json", config(b"{"), "model'", "config.json is not JSON", AGAIN),
     model("config-array", config(b"[1]"), "model'", "not a JSON object", AGAIN),
     model("config-empty", config(b"{}"), "", "model_type", CONTAINED),
-    model("type-unknown", config(b'{"model_type": "martian"}'), "martian", "model_type is unknown", CONTAINED),
+    model(
+        "type-unknown",
+        config(b'{"model_type": "martian"}'),
+        "martian",
+        "model_type is unknown",
+        CONTAINED,
+    ),
     model("type-a-list", config(b'{"model_type": ["llama"]}'), "", "model_type", CONTAINED),
-    model("custom-code", custom_code, "own", "model_type is unknown", "trust_remote_code stays off"),
+    model(
+        "custom-code", custom_code, "own", "model_type is unknown", "trust_remote_code stays off"
+    ),
     model(
         "architecture-unknown",
         configured(architectures=["Own"]),
@@ -104,7 +153,13 @@ MODELS = [
         "no architecture that transformers knows",
         "if it is a LlamaForCausalLM",
     ),
-    model("architecture-a-number", configured(architectures=[5]), "5", "no architecture that transformers knows", CONTAINED),
+    model(
+        "architecture-a-number",
+        configured(architectures=[5]),
+        "5",
+        "no architecture that transformers knows",
+        CONTAINED,
+    ),
     model(
         "architecture-a-function",
         configured(architectures=["pipeline"]),
@@ -113,9 +168,13 @@ MODELS = [
         "transformers itself contains|config.json",
     ),
     model("wrong-type-in-config", configured(hidden_size="big"), "", "hidden_size", REPAIR),
-    model("heads-do-not-divide", configured(num_attention_heads=5), "", "hidden size|heads", REPAIR),
+    model(
+        "heads-do-not-divide", configured(num_attention_heads=5), "", "hidden size|heads", REPAIR
+    ),
     model("no-heads", configured(num_attention_heads=0), "", "config.json", REPAIR),
-    model("no-blocks", configured(num_hidden_layers=0), "", "no decoder blocks found", "decoder-only"),
+    model(
+        "no-blocks", configured(num_hidden_layers=0), "", "no decoder blocks found", "decoder-only"
+    ),
     model(
         "quantized",
         configured(quantization_config={"quant_method": "fp8"}),
@@ -124,15 +183,31 @@ MODELS = [
         "original dtype",
     ),
     foreign("bert", lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)), "BertForMaskedLM"),
-    foreign("t5", lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "T5ForConditionalGeneration"),
-    foreign("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**PICTURES)), "ViTForImageClassification"),
+    foreign(
+        "t5", lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "T5ForConditionalGeneration"
+    ),
+    foreign(
+        "vit",
+        lambda: tf.ViTForImageClassification(tf.ViTConfig(**PICTURES)),
+        "ViTForImageClassification",
+    ),
     foreign("base-model", lambda: tf.LlamaModel(tf.LlamaConfig(**GROUPED)), "LlamaModel"),
-    foreign("classifier", lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GROUPED)), "LlamaForSequenceClassification"),
+    foreign(
+        "classifier",
+        lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GROUPED)),
+        "LlamaForSequenceClassification",
+    ),
     source("its-own-link", "loop", "no such folder", "existing folder"),
     source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),
     source("half-a-character", "\ud800", "valid string", "change", r"\ud800"),
     source("a-long-name", "long" * 2000, "no such folder", "existing folder", "long" * 100),
-    model("config-utf-16", config("{}".encode("utf-16")), "model'", "config.json is a text in UTF-16", "save it as UTF-8"),
+    model(
+        "config-utf-16",
+        config("{}".encode("utf-16")),
+        "model'",
+        "config.json is a text in UTF-16",
+        "save it as UTF-8",
+    ),
     model("config-binary", config(bytes(range(256))), "model'", "config.json is not JSON", AGAIN),
     model(
         "config-deep",
@@ -142,20 +217,70 @@ MODELS = [
         AGAIN,
     ),
     model("config-deeper", config(b'{"x":' * 100_000), "model'", "config.json is not JSON", AGAIN),
-    model("config-a-folder", replaced("config.json", Path.mkdir), "model'", "cannot be read", "permissions"),
     model(
-        "config-its-own-link", replaced("config.json", lambda path: path.symlink_to(path)), "model'", "cannot be read|no config", ""
+        "config-a-folder",
+        replaced("config.json", Path.mkdir),
+        "model'",
+        "cannot be read",
+        "permissions",
     ),
-    model("config-a-device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "model'", "cannot be read", ""),
-    model("config-unreadable", unreadable("config.json"), "model'", "cannot be read", "permissions"),
-    model("a-billion-blocks", configured(num_hidden_layers=10**9), "llama", r"num_hidden_layers = 1e\+09", AGAIN),
-    model("a-billion-heads", configured(num_attention_heads=10**9), "llama", "attention heads.*1000000000", AGAIN),
-    model("a-number-without-end", configured(num_hidden_layers=1e400), "llama", "num_hidden_layers|not valid", ""),
-    model("blocks-below-zero", configured(num_hidden_layers=-1), "", "no decoder blocks|config.json", ""),
-    model("a-huge-vocabulary", configured(vocab_size=10**15), "Llama", "does not build a model .*allocate", REPAIR),
+    model(
+        "config-its-own-link",
+        replaced("config.json", lambda path: path.symlink_to(path)),
+        "model'",
+        "cannot be read|no config",
+        "",
+    ),
+    model(
+        "config-a-device",
+        replaced("config.json", lambda path: path.symlink_to("/dev/zero")),
+        "model'",
+        "cannot be read",
+        "",
+    ),
+    model(
+        "config-unreadable", unreadable("config.json"), "model'", "cannot be read", "permissions"
+    ),
+    model(
+        "a-billion-blocks",
+        configured(num_hidden_layers=10**9),
+        "llama",
+        r"num_hidden_layers = 1e\+09",
+        AGAIN,
+    ),
+    model(
+        "a-billion-heads",
+        configured(num_attention_heads=10**9),
+        "llama",
+        "attention heads.*1000000000",
+        AGAIN,
+    ),
+    model(
+        "a-number-without-end",
+        configured(num_hidden_layers=1e400),
+        "llama",
+        "num_hidden_layers|not valid",
+        "",
+    ),
+    model(
+        "blocks-below-zero",
+        configured(num_hidden_layers=-1),
+        "",
+        "no decoder blocks|config.json",
+        "",
+    ),
+    model(
+        "a-huge-vocabulary",
+        configured(vocab_size=10**15),
+        "Llama",
+        "does not build a model .*allocate",
+        REPAIR,
+    ),
     model(
         "mixture-of-experts",
-        lambda desk: architecture(tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2)))(desk),
+        lambda desk: architecture(
+            tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2))
+        )(desk),
         "experts",
         "rearranges this tensor",
         "not a mixture of experts",
@@ -164,6 +289,8 @@ MODELS = [
 
 
 @table(MODELS)
-def test_models(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_models(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (desk.folder / "loop").symlink_to("loop")
     check(bad, desk, weight_reads, capsys)

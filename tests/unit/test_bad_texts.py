@@ -13,7 +13,9 @@ from mistakes import Bad, check, table
 # --- texts ---
 
 
-def text(file: str, data: bytes | None, key: str, problem: str, fix: str, value: str = "") -> list[Bad]:
+def text(
+    file: str, data: bytes | None, key: str, problem: str, fix: str, value: str = ""
+) -> list[Bad]:
     """A file as the text of calibration, and as the held-out text."""
 
     def make(section: str) -> Callable[[Desk], list[str]]:
@@ -47,12 +49,44 @@ TEXTS = [
     *text("short.txt", b"w5 w6 w7", "length", **SHORT),
     *text("binary.txt", bytes(range(256)) * 9, "data", "not UTF-8", "convert it to UTF-8"),
     *text("latin.txt", "w5 é ".encode("latin-1") * 99, "data", "not UTF-8", "convert it to UTF-8"),
-    *text("broken.jsonl", b'{"text": "w5 w6"}\n{"text": "w7\n', "data", "line 2 is not JSON", "one JSON object a line"),
-    *text("array.jsonl", b'["w5 w6"]\n', "data", "line 1 is not a JSON object", "one JSON object a line"),
-    *text("body.jsonl", b'{"body": "w5 w6"}\n', "column", "line 1 of .* no such column", r"\['body'\]", "'text'"),
-    *text("number.jsonl", b'{"text": 5}\n', "column", "line 1 of .* no text there but 5", "column of text", "'text'"),
+    *text(
+        "broken.jsonl",
+        b'{"text": "w5 w6"}\n{"text": "w7\n',
+        "data",
+        "line 2 is not JSON",
+        "one JSON object a line",
+    ),
+    *text(
+        "array.jsonl",
+        b'["w5 w6"]\n',
+        "data",
+        "line 1 is not a JSON object",
+        "one JSON object a line",
+    ),
+    *text(
+        "body.jsonl",
+        b'{"body": "w5 w6"}\n',
+        "column",
+        "line 1 of .* no such column",
+        r"\['body'\]",
+        "'text'",
+    ),
+    *text(
+        "number.jsonl",
+        b'{"text": 5}\n',
+        "column",
+        "line 1 of .* no text there but 5",
+        "column of text",
+        "'text'",
+    ),
     *text("deep.jsonl", b"[" * 100_000, "data", "line 1 is not JSON", "one JSON object a line"),
-    *text("digits.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "data", "line 1 is not JSON", "one JSON object a line"),
+    *text(
+        "digits.jsonl",
+        b'{"text": ' + b"9" * 5000 + b"}",
+        "data",
+        "line 1 is not JSON",
+        "one JSON object a line",
+    ),
     *text("characters.jsonl", b'{"text": "\\ud800"}\n', "data", "not UTF-8", "convert it to UTF-8"),
     *text("no.txt.gz", b"no gzip", "data", "cannot be read .*gzip", "the file"),
     *text("cut.txt.gz", gzip.compress(b"w5 w6 " * 9999)[:50], "data", "cannot be read", "the file"),
@@ -60,8 +94,21 @@ TEXTS = [
     *text("no.txt.bz2", b"no bzip2", "data", "cannot be read .*nvalid data", "the file"),
     *text("no.txt.zip", b"no zip", "data", "an archive", "unpack it"),
     *text("cut.parquet", PARQUET[:-9], "data", "cannot be read", "the file"),
-    *text("broken.parquet", PARQUET[:40] + b"\xff" * 40 + PARQUET[80:], "data", "cannot be read|not UTF-8", ""),
-    *text("numbers.parquet", NUMBERS, "column", "row 1 of .* no text there but 5", "column of text", "'text'"),
+    *text(
+        "broken.parquet",
+        PARQUET[:40] + b"\xff" * 40 + PARQUET[80:],
+        "data",
+        "cannot be read|not UTF-8",
+        "",
+    ),
+    *text(
+        "numbers.parquet",
+        NUMBERS,
+        "column",
+        "row 1 of .* no text there but 5",
+        "column of text",
+        "'text'",
+    ),
     *text("loop.txt", None, "data", "no such file|cannot be read", ""),
     *text("device.txt", None, "data", "no such file", "path or glob"),
     *text("closed.txt", None, "data", "cannot be read .*ermission", "permissions"),
@@ -73,7 +120,9 @@ TEXTS = [
 
 
 @table(TEXTS)
-def test_texts(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (desk.folder / "loop.txt").symlink_to("loop.txt")
     (desk.folder / "device.txt").symlink_to("/dev/zero")
     (desk.folder / "closed.txt").touch(mode=0)

@@ -23,7 +23,11 @@ def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_hours_are_those_of_all_rounds() -> None:
-    row = {"score": {"seconds": 36.0}, "states": {"seconds": 10.0}, "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0}}
+    row = {
+        "score": {"seconds": 36.0},
+        "states": {"seconds": 10.0},
+        "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0},
+    }
     # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a group.
     assert gpu.hours(gpu.SHAPES["toy"], row) == pytest.approx((36 + 28 + 2 * 17) / 3600)
 
@@ -37,7 +41,9 @@ def test_the_plain_way_and_ours_remove_the_same_and_learn_alike(material, tmp_pa
         (out := tmp_path / way).mkdir()
         assert end_to_end.main([*command, "--only", way, "--out", str(out)]) == 0
         found[way] = json.loads((out / "found.json").read_text())
-        found[way]["perplexity"] = end_to_end.perplexity(found[way]["folder"], str(material.heldout), 32)
+        found[way]["perplexity"] = end_to_end.perplexity(
+            found[way]["folder"], str(material.heldout), 32
+        )
         assert all(seconds > 0 for seconds in found[way]["seconds"].values())
     assert found["plain"]["removed"] == found["paper"]["removed"]
     # They start from other random coefficients, and learn little in four steps at the paper's rates.

@@ -21,18 +21,34 @@ SECONDS = 20.0
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    environment = os.environ | {"PYTHONPATH": f"{UNIT}:{UNIT.parent}:{UNIT.parents[1]}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{UNIT}:{UNIT.parent}:{UNIT.parents[1]}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
     command = [sys.executable, str(UNIT / "bombs.py"), str(tmp_path_factory.mktemp("bombs"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     return {row["name"]: row for row in rows}
 
 
 def test_every_bomb_is_refused_within_a_bounded_memory(results: dict[str, dict[str, Any]]) -> None:
-    print(*(f"{row['name']:<36}{row['seconds']:>6} s{row['peak_mb']:>7} MB" for row in results.values()), sep="\n")
+    print(
+        *(
+            f"{row['name']:<36}{row['seconds']:>6} s{row['peak_mb']:>7} MB"
+            for row in results.values()
+        ),
+        sep="\n",
+    )
     assert len(results) > 22
-    assert not {name: row["said"] for name, row in results.items() if row["code"] != 2 or "Traceback" in row["said"]}
+    assert not {
+        name: row["said"]
+        for name, row in results.items()
+        if row["code"] != 2 or "Traceback" in row["said"]
+    }
     assert not [name for name, row in results.items() if not row["untouched"]]
     assert not {name: row["peak_mb"] for name, row in results.items() if row["peak_mb"] > MOST_MB}
     assert not {name: row["seconds"] for name, row in results.items() if row["seconds"] > SECONDS}

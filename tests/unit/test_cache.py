@@ -60,7 +60,10 @@ def test_local_files_stay_where_they_are(tmp_path: Path, folder: Path) -> None:
     assert not folder.exists()
     mixed = {**near, "odd": far["odd"], "scalar": far["scalar"]}
     here = cache.local(mixed)
-    assert {name for name, ref in here.items() if ref == near.get(name)} == near.keys() - {"odd", "scalar"}
+    assert {name for name, ref in here.items() if ref == near.get(name)} == near.keys() - {
+        "odd",
+        "scalar",
+    }
     assert Path(here["odd"].file).parent == folder
     assert_same(cache.tensors(mixed), mixed)
 
@@ -68,7 +71,14 @@ def test_local_files_stay_where_they_are(tmp_path: Path, folder: Path) -> None:
 def test_the_same_names_of_another_part_are_another_entry(tmp_path: Path, folder: Path) -> None:
     one, other = blocks_of(tmp_path, 2)
     cache = BlockCache(folder, None)
-    for refs in (one, other, {"w": one["odd"]}, {"w": one["mlp.weight"]}, {"w": one["empty"]}, {"v": one["odd"]}):
+    for refs in (
+        one,
+        other,
+        {"w": one["odd"]},
+        {"w": one["mlp.weight"]},
+        {"w": one["empty"]},
+        {"v": one["odd"]},
+    ):
         assert_same(cache.tensors(refs), refs)
     assert len(os.listdir(folder)) == 6
 
@@ -99,7 +109,9 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path: Path, folder
     assert cache.local(refs) is not refs, "it was asked again what the file is"
 
 
-def test_a_store_that_does_not_tell_when_files_change(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_does_not_tell_when_files_change(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (refs,) = blocks_of(tmp_path, 1)
 
     def unknown(self: Faulty, path: str) -> None:
@@ -113,7 +125,9 @@ def test_a_store_that_does_not_tell_when_files_change(tmp_path: Path, folder: Pa
     assert BlockCache(folder, None).local(refs) is not refs
 
 
-def test_each_file_is_asked_for_once(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_asked_for_once(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = blocks_of(tmp_path, 3)
     BlockCache(folder, None).tensors(blocks[0])
     asked: list[str] = []
@@ -180,7 +194,9 @@ def test_what_is_too_large_evicts_nothing(tmp_path: Path, folder: Path) -> None:
     assert BlockCache(folder, 0).local(small) != small, "what is there is used, whatever the limit"
 
 
-def test_half_of_the_disk_without_the_cache(size: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_of_the_disk_without_the_cache(
+    size: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = blocks_of(tmp_path, 6)
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage(6 * size - held(folder)))
@@ -205,11 +221,15 @@ def test_opening(size: int, tmp_path: Path, folder: Path, monkeypatch: pytest.Mo
     monkeypatch.delenv("FUSEGPT_CACHE")
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir(mode=0o777)
-    assert BlockCache.open() == BlockCache(tmp_path / f"tmp/fusegpt-ray-{os.geteuid()}/blocks", None)
+    assert BlockCache.open() == BlockCache(
+        tmp_path / f"tmp/fusegpt-ray-{os.geteuid()}/blocks", None
+    )
     assert [path.stat().st_mode & 0o777 for path in (tmp_path / "tmp").rglob("*")] == [0o700, 0o700]
 
 
-def test_what_is_not_ours_is_neither_counted_nor_removed(size: int, tmp_path: Path, folder: Path) -> None:
+def test_what_is_not_ours_is_neither_counted_nor_removed(
+    size: int, tmp_path: Path, folder: Path
+) -> None:
     folder.mkdir(mode=0o700)
     for name in ("model.safetensors", "download.part", "notes"):
         (folder / name).write_bytes(bytes(size))

@@ -25,7 +25,9 @@ def test_of_many_threads_one_fetches(tmp_path: Path, folder: Path) -> None:
     cache, gate = BlockCache(folder, None), threading.Barrier(8)
     with failing() as asked, ThreadPoolExecutor(8) as pool:
         for refs in blocks:
-            got = list(pool.map(lambda _, refs=refs: (gate.wait(), cache.tensors(refs))[1], range(8)))
+            got = list(
+                pool.map(lambda _, refs=refs: (gate.wait(), cache.tensors(refs))[1], range(8))
+            )
             assert len(asked) == len(refs)
             assert all(torch.equal(one["mlp.weight"], got[0]["mlp.weight"]) for one in got)
             del asked[:]
@@ -40,7 +42,10 @@ def test_many_threads_in_too_small_a_cache(size: int, tmp_path: Path, folder: Pa
     def read(seed: int) -> bool:
         draw = random.Random(seed)
         cache, chosen = BlockCache(folder, 2 * size), [draw.randrange(6) for _ in range(40)]
-        return all(torch.equal(cache.tensors(blocks[i])["mlp.weight"], expected[i]["mlp.weight"]) for i in chosen)
+        return all(
+            torch.equal(cache.tensors(blocks[i])["mlp.weight"], expected[i]["mlp.weight"])
+            for i in chosen
+        )
 
     def watch() -> None:
         while not over.wait(0.001):
@@ -76,7 +81,10 @@ def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
     with failing(slow):
         for _ in range(40):
             limit = draw.choice([3, 6]) * size
-            readers = [multiprocessing.get_context("fork").Process(target=read, args=[limit]) for _ in range(2)]
+            readers = [
+                multiprocessing.get_context("fork").Process(target=read, args=[limit])
+                for _ in range(2)
+            ]
             for reader in readers:
                 reader.start()
             while not folder.exists() or not os.listdir(folder):
@@ -91,6 +99,9 @@ def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
                 assert_equal(cache.tensors(refs), tensors)
             assert cache._make_room(0)
             assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
-            assert all(hashlib.sha256(path.read_bytes()).hexdigest() == path.stem[65:] for path in folder.iterdir())
+            assert all(
+                hashlib.sha256(path.read_bytes()).hexdigest() == path.stem[65:]
+                for path in folder.iterdir()
+            )
             shutil.rmtree(folder)
     assert left > 5, "hardly any was killed in the middle"

@@ -58,7 +58,9 @@ DAMAGE = [truncate, grow, flip, flip_silently, flip_the_header, empty]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_entry_is_fetched_again(damage: Callable, tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_entry_is_fetched_again(
+    damage: Callable, tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
     (file,) = {ref.file for ref in cache.local(refs).values()}
@@ -71,7 +73,9 @@ def test_a_damaged_entry_is_fetched_again(damage: Callable, tmp_path: Path, fold
     assert len(os.listdir(folder)) == 1
 
 
-def test_an_entry_or_the_folder_may_be_removed_at_any_time(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_or_the_folder_may_be_removed_at_any_time(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
     cache.tensors(refs)
@@ -98,7 +102,9 @@ def test_an_entry_or_the_folder_may_be_removed_at_any_time(tmp_path: Path, folde
     assert cache.local(refs) is not refs
 
 
-def test_what_a_dead_process_left_goes_and_what_a_live_one_has_stays(size: int, tmp_path: Path, folder: Path) -> None:
+def test_what_a_dead_process_left_goes_and_what_a_live_one_has_stays(
+    size: int, tmp_path: Path, folder: Path
+) -> None:
     a, b, c = blocks_of(tmp_path, 3)
     cache = BlockCache(folder, 2 * size)
     cache.tensors(a)
@@ -133,7 +139,9 @@ def test_what_others_wait_with_is_not_removed(tmp_path: Path) -> None:
 # --- the store's troubles, and the disk's ---
 
 
-def test_the_stores_errors_are_the_stores(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_stores_errors_are_the_stores(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = blocks_of(tmp_path, 2)
     cache = BlockCache(folder, None)
 
@@ -173,7 +181,11 @@ def a_file(folder: Path) -> None:
 
 @pytest.mark.parametrize("occupy", [link, open_to_all, a_file])
 def test_a_folder_that_is_not_ours_alone_is_not_used(
-    occupy: Callable, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    occupy: Callable,
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     blocks = blocks_of(tmp_path, 3)
     occupy(folder)
@@ -181,12 +193,16 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(
     for refs in blocks:
         assert cache.local(refs) is refs
         assert_same(cache.tensors(refs), refs)
-    assert caplog.text.count(str(folder)) == 2, "said more than once"  # the folder, and in the error
+    assert caplog.text.count(str(folder)) == 2, (
+        "said more than once"
+    )  # the folder, and in the error
     monkeypatch.setenv("FUSEGPT_CACHE", str(folder))
     assert BlockCache.open() is None
 
 
-def test_another_users_folder_is_not_used(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_users_folder_is_not_used(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
     cache.tensors(refs)
@@ -205,7 +221,9 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     assert not list((tmp_path / "closed").iterdir())
 
 
-def test_a_full_disk_is_found_before_anything_is_fetched(tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_full_disk_is_found_before_anything_is_fetched(
+    tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     a, b = blocks_of(tmp_path, 2)
     cache = BlockCache(folder, None)
     with failing() as asked, full_disk(1000):
@@ -218,14 +236,20 @@ def test_a_full_disk_is_found_before_anything_is_fetched(tmp_path: Path, folder:
     assert is_here(cache, a)
 
 
-def test_a_disk_that_fails_when_written_or_read(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fails_when_written_or_read(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
 
     def fails(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    for where, name in ((module.os, "replace"), (module.os, "utime"), (module.hashlib, "file_digest")):
+    for where, name in (
+        (module.os, "replace"),
+        (module.os, "utime"),
+        (module.hashlib, "file_digest"),
+    ):
         module._SOUND.clear()
         with monkeypatch.context() as patch:
             patch.setattr(where, name, fails)

@@ -16,16 +16,27 @@ from transformers import PreTrainedTokenizerFast
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
-from fusegpt_ray.text.calibration import consecutive_windows, fingerprint, sample_windows, token_stream, tokenize, window_starts
+from fusegpt_ray.text.calibration import (
+    consecutive_windows,
+    fingerprint,
+    sample_windows,
+    token_stream,
+    tokenize,
+    window_starts,
+)
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte; it would add `<s>` if asked to, and its model_max_length is far below a piece."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256}, merges=[]))
+    core = Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256}, merges=[])
+    )
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 256)]
+    )
     core.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", model_max_length=8)
 
@@ -52,7 +63,10 @@ def test_windows_are_the_papers(tmp_path, tokenizer):
     windows = sample_windows(stream, 20, 16, 7, KEY)
     assert windows.dtype == np.int64
     assert windows.tolist() == expected
-    assert fingerprint(windows) == hashlib.sha256(np.array(expected, dtype="<i8").tobytes()).hexdigest()
+    assert (
+        fingerprint(windows)
+        == hashlib.sha256(np.array(expected, dtype="<i8").tobytes()).hexdigest()
+    )
     # With a byte a token the tokens do not depend on where the text is cut; windows then cross the pieces.
     cut = token_stream(Text(data=str(tmp_path / "rows.jsonl")), 64, tokenizer, KEY)
     assert len(list(cut())) == 20
@@ -60,7 +74,14 @@ def test_windows_are_the_papers(tmp_path, tokenizer):
 
 
 def test_window_starts_leave_one_token_after_the_last_window():
-    assert window_starts(12, 6, 8, seed=0) == [3, 3, 0, 2, 3, 3]  # random.Random(0).randint(0, 3), six times
+    assert window_starts(12, 6, 8, seed=0) == [
+        3,
+        3,
+        0,
+        2,
+        3,
+        3,
+    ]  # random.Random(0).randint(0, 3), six times
     assert set(window_starts(12, 200, 8, seed=1)) == {0, 1, 2, 3}
     assert set(window_starts(9, 5, 8, seed=2)) == {0}
 
@@ -134,6 +155,8 @@ def test_too_little_text(found):
     with pytest.raises(UserError, match=rf"{found} tokens.*need 9.*calibration\.data") as caught:
         sample_windows(stream, 1, 8, 0, KEY)
     assert (caught.value.key, caught.value.value) == ("calibration.length", 8)
-    with pytest.raises(UserError, match=rf"{found} tokens.*need 10.*evaluation\.wiki\.data") as caught:
+    with pytest.raises(
+        UserError, match=rf"{found} tokens.*need 10.*evaluation\.wiki\.data"
+    ) as caught:
         consecutive_windows(stream, 10, None, "evaluation.wiki.data")
     assert (caught.value.key, caught.value.value) == ("evaluation.wiki.length", 10)

@@ -55,7 +55,10 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal to the bit, not-a-numbers included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    return a.flatten().contiguous().view(torch.uint8).tolist() == b.flatten().contiguous().view(torch.uint8).tolist()
+    return (
+        a.flatten().contiguous().view(torch.uint8).tolist()
+        == b.flatten().contiguous().view(torch.uint8).tolist()
+    )
 
 
 def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -64,18 +67,28 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 
 
 def entries_of(tensors: dict[str, torch.Tensor]) -> list[Entry]:
-    return [Entry(name, value.dtype, tuple(value.shape), lambda value=value: value) for name, value in tensors.items()]
+    return [
+        Entry(name, value.dtype, tuple(value.shape), lambda value=value: value)
+        for name, value in tensors.items()
+    ]
 
 
 # --- reading what the library writes, and the other way round ---
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
-    save_file(any_tensors(), tmp_path / SINGLE, metadata={"format": "pt", "other": "kept away from tensors"})
+    save_file(
+        any_tensors(),
+        tmp_path / SINGLE,
+        metadata={"format": "pt", "other": "kept away from tensors"},
+    )
     refs = read_index(str(tmp_path), KEY)
     assert_same(read_tensors(refs), load_file(tmp_path / SINGLE))
     some = {"mine": refs["of.BF16"], "odd": refs["odd"]}  # any part, under any names
-    assert_same(read_tensors(some), {"mine": load_file(tmp_path / SINGLE)["of.BF16"], "odd": any_tensors()["odd"]})
+    assert_same(
+        read_tensors(some),
+        {"mine": load_file(tmp_path / SINGLE)["of.BF16"], "odd": any_tensors()["odd"]},
+    )
     assert read_tensors({}) == {}
 
 
@@ -104,12 +117,19 @@ def test_writing_casts_and_makes_contiguous(tmp_path: Path) -> None:
         Entry("learned", torch.float32, (4, 6), lambda: torch.nn.Parameter(value).detach()),
     ]
     write_safetensors(str(tmp_path / SINGLE), entries)
-    expected = {"cast": value.bfloat16(), "transposed": value.T, "strided": value[::2], "learned": value}
+    expected = {
+        "cast": value.bfloat16(),
+        "transposed": value.T,
+        "strided": value[::2],
+        "learned": value,
+    }
     assert_same(load_file(tmp_path / SINGLE), expected)
 
 
 @pytest.mark.parametrize("where", ["local", "memory"])
-def test_writing_is_streamed_and_leaves_nothing_behind_when_it_fails(where: str, tmp_path: Path) -> None:
+def test_writing_is_streamed_and_leaves_nothing_behind_when_it_fails(
+    where: str, tmp_path: Path
+) -> None:
     folder = str(tmp_path) if where == "local" else f"memory://{tmp_path.name}"
     order = []
 
@@ -128,12 +148,17 @@ def test_writing_is_streamed_and_leaves_nothing_behind_when_it_fails(where: str,
 
 def test_a_tensor_of_another_shape_than_announced_is_our_bug(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
-        write_safetensors(str(tmp_path / SINGLE), [Entry("a", torch.float32, (3,), lambda: torch.zeros(2))])
+        write_safetensors(
+            str(tmp_path / SINGLE), [Entry("a", torch.float32, (3,), lambda: torch.zeros(2))]
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_two_writes_of_the_same_give_the_same_bytes(tmp_path: Path) -> None:
-    records = [write_safetensors(str(tmp_path / name), entries_of(any_tensors_once()))[0] for name in ("a", "b")]
+    records = [
+        write_safetensors(str(tmp_path / name), entries_of(any_tensors_once()))[0]
+        for name in ("a", "b")
+    ]
     assert records[0] == records[1]
 
 
@@ -150,7 +175,10 @@ def write_shards(folder: Path, shards: dict[str, dict[str, torch.Tensor]]) -> No
 
 
 def test_sharded_checkpoints(tmp_path: Path) -> None:
-    shards = {"one.safetensors": {"a": torch.randn(3), "b": torch.randn(2, 2)}, "two.safetensors": {"c": torch.randn(1)}}
+    shards = {
+        "one.safetensors": {"a": torch.randn(3), "b": torch.randn(2, 2)},
+        "two.safetensors": {"c": torch.randn(1)},
+    }
     write_shards(tmp_path, shards)
     refs = read_index(str(tmp_path), KEY)
     assert {name: Path(ref.file).name for name, ref in refs.items()} == {
@@ -189,7 +217,9 @@ class CountingFileSystem(MemoryFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.replace("counting://", "memory://"))
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any) -> bytes:
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, **kwargs: Any
+    ) -> bytes:
         data = super().cat_file(path, start, end, **kwargs)
         self.asked.append((path.rsplit("/", 1)[-1], start or 0, (start or 0) + len(data)))
         return data
@@ -209,10 +239,14 @@ def counting() -> Iterator[list[tuple[str, int, int]]]:
 
 
 def test_only_headers_and_the_wanted_tensors_are_read(counting: list[tuple[str, int, int]]) -> None:
-    tensors = {name: torch.randn(size, 16) for name, size in (("a", 8), ("b", 64), ("c", 2), ("d", 64))}
+    tensors = {
+        name: torch.randn(size, 16) for name, size in (("a", 8), ("b", 64), ("c", 2), ("d", 64))
+    }
     shards = {"1.safetensors": ["a", "b"], "2.safetensors": ["c", "d"]}
     for file, names in shards.items():
-        write_safetensors(f"counting://m/{file}", entries_of({name: tensors[name] for name in names}))
+        write_safetensors(
+            f"counting://m/{file}", entries_of({name: tensors[name] for name in names})
+        )
     index = {"weight_map": {name: file for file, names in shards.items() for name in names}}
     storage.write(f"counting://m/{INDEX}", json.dumps(index).encode())
 
@@ -222,7 +256,9 @@ def test_only_headers_and_the_wanted_tensors_are_read(counting: list[tuple[str, 
     assert all(end <= data_begins[file] for file, _, end in counting if file != INDEX)
 
     counting.clear()
-    assert_same(read_tensors({"b": refs["b"], "c": refs["c"]}), {"b": tensors["b"], "c": tensors["c"]})
+    assert_same(
+        read_tensors({"b": refs["b"], "c": refs["c"]}), {"b": tensors["b"], "c": tensors["c"]}
+    )
     assert sorted(counting) == [(Path(refs[n].file).name, refs[n].begin, refs[n].end) for n in "bc"]
 
 
@@ -247,7 +283,9 @@ def test_a_file_that_shrank_since_its_header_was_read(tmp_path: Path) -> None:
 
 
 def sized(*sizes: int) -> list[Entry]:
-    return [Entry(f"t{i}", torch.uint8, (size,), lambda: torch.zeros(0)) for i, size in enumerate(sizes)]
+    return [
+        Entry(f"t{i}", torch.uint8, (size,), lambda: torch.zeros(0)) for i, size in enumerate(sizes)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -267,14 +305,22 @@ def test_shards(sizes: tuple[int, ...], limit: int, expected: list[list[int]]) -
     shards = plan_shards(sized(*sizes), limit)
     assert [[int(entry.name[1:]) for entry in shard] for shard in shards.values()] == expected
     n = len(expected)
-    names = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)] if n > 1 else ["model.safetensors"]
+    names = (
+        [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        if n > 1
+        else ["model.safetensors"]
+    )
     assert list(shards) == names
 
 
 @given(sizes=st.lists(st.integers(0, 30), max_size=30), limit=st.integers(1, 40))
-def test_shards_keep_every_tensor_in_order_and_are_no_larger_than_allowed(sizes: list[int], limit: int) -> None:
+def test_shards_keep_every_tensor_in_order_and_are_no_larger_than_allowed(
+    sizes: list[int], limit: int
+) -> None:
     shards = list(plan_shards(sized(*sizes), limit).values())
-    assert [entry.name for shard in shards for entry in shard] == [f"t{i}" for i in range(len(sizes))]
+    assert [entry.name for shard in shards for entry in shard] == [
+        f"t{i}" for i in range(len(sizes))
+    ]
     for shard in shards:
         large = [entry.bytes for entry in shard if entry.bytes]
         assert sum(large) <= limit or len(large) == 1

@@ -29,7 +29,11 @@ def raw_file(header: Any, data: bytes = b"", length: int | None = None) -> bytes
 
 
 def f32(begin: Any, end: Any, shape: Any = (2,), dtype: Any = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape if not isinstance(shape, tuple) else list(shape), "data_offsets": [begin, end]}
+    return {
+        "dtype": dtype,
+        "shape": shape if not isinstance(shape, tuple) else list(shape),
+        "data_offsets": [begin, end],
+    }
 
 
 DATA = bytes(range(24))
@@ -53,10 +57,16 @@ DAMAGED: dict[str, bytes] = {
     "an entry that is a number": raw_file({"a": 7}, DATA),
     "an entry that is null": raw_file({"a": None}, DATA),
     "an entry without offsets": raw_file({"a": {"dtype": "F32", "shape": [6]}}, DATA),
-    "offsets of one number": raw_file({"a": {"dtype": "F32", "shape": [6], "data_offsets": [24]}}, DATA),
+    "offsets of one number": raw_file(
+        {"a": {"dtype": "F32", "shape": [6], "data_offsets": [24]}}, DATA
+    ),
     "offsets that are text": raw_file({"a": f32("x", "y", (6,))}, DATA),
-    "offsets that are infinite": raw_file(b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,1e999]}}', DATA),
-    "offsets that are not a number": raw_file(b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,NaN]}}', DATA),
+    "offsets that are infinite": raw_file(
+        b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,1e999]}}', DATA
+    ),
+    "offsets that are not a number": raw_file(
+        b'{"a":{"dtype":"F32","shape":[6],"data_offsets":[0,NaN]}}', DATA
+    ),
     "offsets that are fractions": raw_file({"a": f32(0.5, 24.5, (6,))}, DATA),
     "negative offsets": raw_file({"a": f32(-8, 16, (6,))}, DATA),
     "offsets in the wrong order": raw_file({"a": f32(24, 0, (6,))}, DATA),
@@ -66,14 +76,18 @@ DAMAGED: dict[str, bytes] = {
     "a negative shape": raw_file({"a": f32(0, 24, (-2, -3))}, DATA),
     "a shape of fractions": raw_file({"a": f32(0, 24, (1.5, 4))}, DATA),
     "a shape that is a number": raw_file({"a": f32(0, 24, 6)}, DATA),
-    "a shape of infinity": raw_file(b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,24]}}', DATA),
+    "a shape of infinity": raw_file(
+        b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,24]}}', DATA
+    ),
     "an unknown dtype": raw_file({"a": f32(0, 24, (6,), "F31")}, DATA),
     "a dtype that is a list": raw_file({"a": f32(0, 24, (6,), ["F32"])}, DATA),
     "a gap between tensors": raw_file({"a": f32(0, 8), "b": f32(16, 24)}, DATA),
     "a gap before the first": raw_file({"a": f32(8, 24, (4,))}, DATA),
     "bytes after the last": raw_file({"a": f32(0, 16, (4,))}, DATA),
     "two tensors in one place": raw_file({"a": f32(0, 24, (6,)), "b": f32(0, 24, (6,))}, DATA),
-    "an overlap that makes up for a gap": raw_file({"a": f32(0, 8), "b": f32(0, 8), "c": f32(16, 24)}, DATA),
+    "an overlap that makes up for a gap": raw_file(
+        {"a": f32(0, 8), "b": f32(0, 8), "c": f32(16, 24)}, DATA
+    ),
     "data without tensors": raw_file({}, DATA),
     "half the data": raw_file({"a": f32(0, 24, (6,))}, DATA[:12]),
     "no data": raw_file({"a": f32(0, 24, (6,))}),
@@ -102,7 +116,9 @@ def test_the_library_agrees_that_they_are_damaged(damage: str, tmp_path: Path) -
 
 def test_an_intact_file_of_the_same_make_is_read(tmp_path: Path) -> None:
     """The table above would also pass if everything were refused."""
-    (tmp_path / SINGLE).write_bytes(raw_file({"a": f32(0, 8), "b": f32(8, 24, (4,)), "e": f32(8, 8, (0,))}, DATA))
+    (tmp_path / SINGLE).write_bytes(
+        raw_file({"a": f32(0, 8), "b": f32(8, 24, (4,)), "e": f32(8, 8, (0,))}, DATA)
+    )
     refs = read_index(str(tmp_path), KEY)
     assert {name: ref.end - ref.begin for name, ref in refs.items()} == {"a": 8, "b": 16, "e": 0}
 
@@ -115,9 +131,13 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
             read_index(str(tmp_path), KEY)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(flips=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 7)), min_size=1, max_size=4))
-def test_flipped_bits_in_a_header_never_give_tensors_outside_the_file(flips: list[tuple[int, int]], tmp_path: Path) -> None:
+def test_flipped_bits_in_a_header_never_give_tensors_outside_the_file(
+    flips: list[tuple[int, int]], tmp_path: Path
+) -> None:
     """Either the file is refused, or what is read fits in it: never another error, never other bytes."""
     data = bytearray(raw_file({"a.b": f32(0, 8), "c": f32(8, 24, (4, 1))}, DATA))
     for place, bit in flips:
@@ -162,7 +182,10 @@ def only(*names: str) -> Callable[[Path], None]:
 FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (only(), "holds no"),
     "pickles": (only("pytorch_model.bin"), "pickles are never opened"),
-    "pickles in shards": (only("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"), "never opened"),
+    "pickles in shards": (
+        only("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"),
+        "never opened",
+    ),
     "a gguf": (only("model.gguf"), "a GGUF checkpoint"),
     "other files": (only("README.md", "config.json"), "holds no"),
     "index: no JSON": (index_file("{"), "damaged"),
@@ -171,11 +194,20 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "index: a null map": (index_file({"weight_map": None}), "damaged"),
     "index: a map of text": (index_file({"weight_map": "one.safetensors"}), "damaged"),
     "index: nested very deeply": (index_file("[" * 100_000), "damaged"),
-    "index: a missing shard": (index_file(mapping(a="one.safetensors", b="two.safetensors")), "missing"),
-    "index: a tensor that no shard has": (index_file(mapping(a="one.safetensors", b="one.safetensors")), "no shard has it"),
+    "index: a missing shard": (
+        index_file(mapping(a="one.safetensors", b="two.safetensors")),
+        "missing",
+    ),
+    "index: a tensor that no shard has": (
+        index_file(mapping(a="one.safetensors", b="one.safetensors")),
+        "no shard has it",
+    ),
     "index: outside, relative": (index_file(mapping(a="../secret.safetensors")), "outside"),
     "index: outside, absolute": (index_file(mapping(a="/etc/passwd")), "outside"),
-    "index: outside, another machine": (index_file(mapping(a="http://example.com/x.safetensors")), "outside"),
+    "index: outside, another machine": (
+        index_file(mapping(a="http://example.com/x.safetensors")),
+        "outside",
+    ),
     "index: outside, backslashes": (index_file(mapping(a="..\\secret.safetensors")), "outside"),
     "index: the folder above": (index_file(mapping(a="..")), ""),
     "index: the folder itself": (index_file(mapping(a=".")), ""),

@@ -31,7 +31,9 @@ from fusegpt_ray.store import storage
 def verdicts(uri: str | Path, *options: str, capsys: Capture) -> dict[str, str]:
     """Name → what the command says it does with it, and what it is."""
     assert main(["clean", str(uri), *options]) == 0
-    rows = re.findall(r"^(would remove|removed|kept) +(\S+)  (.*)$", capsys.readouterr().out, re.MULTILINE)
+    rows = re.findall(
+        r"^(would remove|removed|kept) +(\S+)  (.*)$", capsys.readouterr().out, re.MULTILINE
+    )
     return {name.rsplit("/", 1)[-1]: f"{verb} {what}" for verb, name, what in rows}
 
 
@@ -54,13 +56,18 @@ def test_nothing_is_removed_unless_told(out: Path, capsys: Capture) -> None:
     before = contents(out)
     said = verdicts(out, capsys=capsys)
     assert said["demo-p20"] == "would remove 1.5 kB  a model that was never finished"
-    assert said["demo.run"].endswith("an unfinished run, can be resumed (rounds done: 1)") and said["demo.run"].startswith("kept")
+    assert said["demo.run"].endswith("an unfinished run, can be resumed (rounds done: 1)") and said[
+        "demo.run"
+    ].startswith("kept")
     assert said["demo.write-test"] == "would remove 0 bytes  a probe of the output"
     assert set(said) == {"demo-p20", "demo.run", "demo.write-test"}
     assert contents(out) == before
 
     assert main(["clean", str(out)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "1.5 kB could go; nothing was removed: that takes --yes"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "1.5 kB could go; nothing was removed: that takes --yes"
+    )
 
 
 def test_what_a_stopped_run_can_go_on_with_stays(out: Path, capsys: Capture) -> None:
@@ -68,7 +75,9 @@ def test_what_a_stopped_run_can_go_on_with_stays(out: Path, capsys: Capture) -> 
     (out / "demo.write-test").touch()
     aged(out)
     journal, model = contents(out / "demo.run"), contents(out / "other-p20")
-    assert {name: what.split()[0] for name, what in verdicts(out, "--yes", capsys=capsys).items()} == {
+    assert {
+        name: what.split()[0] for name, what in verdicts(out, "--yes", capsys=capsys).items()
+    } == {
         "demo-p20": "removed",
         "demo.write-test": "removed",
         "demo.run": "kept",
@@ -110,7 +119,9 @@ def just_begun(out: Path) -> None:
 
 
 @pytest.mark.parametrize("state", [alive, alive_by_its_files, just_begun])
-def test_a_live_run_and_its_models_are_never_touched(state: Callable[[Path], None], out: Path, capsys: Capture) -> None:
+def test_a_live_run_and_its_models_are_never_touched(
+    state: Callable[[Path], None], out: Path, capsys: Capture
+) -> None:
     half_model(out, "demo-p20")
     state(out)
     before = contents(out)
@@ -125,7 +136,9 @@ def test_a_live_run_and_its_models_are_never_touched(state: Callable[[Path], Non
     assert names(out) == {"other-p20"}
 
 
-def test_a_run_with_a_later_sign_than_the_first_look_is_left(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_later_sign_than_the_first_look_is_left(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same command goes on with the run between the look and the removal."""
     half_model(out, "demo-p20")
     aged(out)
@@ -136,21 +149,29 @@ def test_a_run_with_a_later_sign_than_the_first_look_is_left(out: Path, monkeypa
         alive(out)
 
     monkeypatch.setattr(storage, "remove", resumed)
-    assert [Path(item.uri).name for item in housekeeping.clean(str(out), unfinished=True)] == ["demo-p20"]
+    assert [Path(item.uri).name for item in housekeeping.clean(str(out), unfinished=True)] == [
+        "demo-p20"
+    ]
     assert (out / "demo.run/identity.json").exists()
 
 
-def test_a_run_whose_models_are_all_published_goes(desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_whose_models_are_all_published_goes(
+    desk: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed after the last manifest and before it removed its folder."""
     monkeypatch.setattr("fusegpt_ray.run.journal.Journal.remove", lambda self: None)
     compress(recipe(desk, method="mi"))
-    assert status(str(desk.out))["runs"][0]["state"] == "alive"  # as far as anyone can tell: it has just been heard of
+    assert (
+        status(str(desk.out))["runs"][0]["state"] == "alive"
+    )  # as far as anyone can tell: it has just been heard of
     aged(desk.out)
     assert status(str(desk.out))["runs"][0]["state"] == "published"
     shutil.copytree(desk.out, desk.folder / "one-missing")
     shutil.rmtree(desk.folder / "one-missing/demo-p60")
 
-    assert verdicts(desk.out, "--yes", capsys=capsys)["demo.run"].endswith("a run whose models are all published")
+    assert verdicts(desk.out, "--yes", capsys=capsys)["demo.run"].endswith(
+        "a run whose models are all published"
+    )
     assert names(desk.out) == {"demo-p20", "demo-p60"}
 
     assert "kept" in verdicts(desk.folder / "one-missing", "--yes", capsys=capsys)["demo.run"]
@@ -163,7 +184,9 @@ def test_a_run_whose_models_are_all_published_goes(desk: Desk, capsys: Capture, 
 def test_what_is_left_of_a_removal_goes(out: Path, capsys: Capture) -> None:
     (out / "demo.run/identity.json").unlink()
     aged(out)
-    assert verdicts(out, "--yes", capsys=capsys)["demo.run"].endswith("what is left of a run that was being removed")
+    assert verdicts(out, "--yes", capsys=capsys)["demo.run"].endswith(
+        "what is left of a run that was being removed"
+    )
     assert names(out) == {"other-p20"}
 
 
@@ -171,7 +194,11 @@ def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.Monke
     """A run killed while it removes its folder must not leave records that a run of another recipe would take for its own."""
     removed: list[str] = []
     remove = storage.remove
-    monkeypatch.setattr(storage, "remove", lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1])
+    monkeypatch.setattr(
+        storage,
+        "remove",
+        lambda uri, recursive=False: (removed.append(uri), remove(uri, recursive))[1],
+    )
     compress(recipe(desk, method="mi", sparsity=0.4))
     folder = str(run_folder(desk))
     notes = ["scores-002.json", "scores-001.json"]
@@ -208,7 +235,10 @@ def test_what_is_not_ours_is_never_touched(out: Path, capsys: Capture) -> None:
     before = {**contents(outside)}
     said = verdicts(out, *ALL, capsys=capsys)
     assert said.pop("mine-p25").startswith("kept")
-    assert {name: what.split()[0] for name, what in said.items()} == {"demo.run": "removed", "demo-p98": "removed"}
+    assert {name: what.split()[0] for name, what in said.items()} == {
+        "demo.run": "removed",
+        "demo-p98": "removed",
+    }
     assert names(out) == {*FOREIGN, "other-p20", "full.write-test", "demo-p99"}
     assert contents(outside) == before
 
@@ -226,7 +256,9 @@ def test_clean_by_uri(out: Path, capsys: Capture) -> None:
     half_model(out, "demo-p20")
     fsspec.filesystem("memory").put(f"{out}/", "/clean/", recursive=True)
     uri = "memory://clean"
-    assert verdicts(uri, *ALL, capsys=capsys)["demo.run"].startswith("removed")  # the user stopped it, so it needs no age
+    assert verdicts(uri, *ALL, capsys=capsys)["demo.run"].startswith(
+        "removed"
+    )  # the user stopped it, so it needs no age
     assert storage.exists(f"{uri}/other-p20/fusegpt.json") and not storage.exists(f"{uri}/demo.run")
     fsspec.filesystem("memory").rm("/clean", recursive=True)
 
@@ -245,7 +277,9 @@ def test_a_pull_that_stopped_goes_one_at_work_stays(tmp_path: Path, capsys: Capt
     finally:
         os.close(directory)
     assert said["dead.part"].endswith("a pull that stopped")
-    assert said["locked.part"].endswith("being pulled") and said["fresh.part"].endswith("being pulled")
+    assert said["locked.part"].endswith("being pulled") and said["fresh.part"].endswith(
+        "being pulled"
+    )
     assert names(tmp_path) == {"whole", "locked.part", "fresh.part"}
 
 
@@ -272,19 +306,28 @@ def test_a_killed_run_is_alive_until_nobody_hears_of_it(desk: Desk, capsys: Capt
     tests = Path(__file__).parents[1]
     path = os.pathsep.join(map(str, [tests / "unit", tests, tests.parent]))
     command = [sys.executable, "-c", KILLED, desk.write(sparsity=[0.2, 0.6])]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "stuck\n"
         process.send_signal(signal.SIGKILL)
     before = contents(desk.out)
     assert verdicts(desk.out, *ALL, capsys=capsys)["demo.run"].startswith("kept")
     (run,) = status(str(desk.out))["runs"]
-    assert (run["state"], run["rounds"], run["rounds_done"], run["pid"]) == ("alive", 3, 1, process.pid)
+    assert (run["state"], run["rounds"], run["rounds_done"], run["pid"]) == (
+        "alive",
+        3,
+        1,
+        process.pid,
+    )
     assert contents(desk.out) == before
 
     aged(desk.out)
     assert status(str(desk.out))["runs"][0]["state"] == "unfinished"
-    assert "can be resumed (rounds done: 1)" in verdicts(desk.out, "--yes", capsys=capsys)["demo.run"]
+    assert (
+        "can be resumed (rounds done: 1)" in verdicts(desk.out, "--yes", capsys=capsys)["demo.run"]
+    )
     show = Watching()
     compress(recipe(desk), show)
     assert show.rounds == [2, 3]

@@ -39,18 +39,35 @@ class Finished:
 
 
 @pytest.fixture(scope="module")
-def finished(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Finished:
     """A run that publishes two models on its way, evaluated, in small shards."""
     desk = Desk.make(tmp_path_factory.mktemp("compress"), checkpoint("llama"))
     recipe = desk.write(sparsity=[0.4, 0.2], evaluation={"held-out": {"data": str(desk.heldout)}})
     stdout, stderr = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-        assert main(["compress", recipe, "--set", "output.shard_gb=0.00004", "--set", "fusion.learning_rate=0.01"]) == 0
+        assert (
+            main(
+                [
+                    "compress",
+                    recipe,
+                    "--set",
+                    "output.shard_gb=0.00004",
+                    "--set",
+                    "fusion.learning_rate=0.01",
+                ]
+            )
+            == 0
+        )
     return Finished(desk, stdout.getvalue(), stderr.getvalue())
 
 
 def test_compress_leaves_finished_models_and_nothing_else(finished: Finished) -> None:
-    assert sorted(path.name for path in finished.desk.out.iterdir()) == ["demo-p20", "demo-p40"]  # the run's own folder is gone
+    assert sorted(path.name for path in finished.desk.out.iterdir()) == [
+        "demo-p20",
+        "demo-p40",
+    ]  # the run's own folder is gone
     for percent, depth in ((20, DEPTH - 1), (40, DEPTH - 2)):
         assert load_model(finished.folder(percent)).config.num_hidden_layers == depth
         assert len(list(finished.folder(percent).glob("model-*.safetensors"))) > 1
@@ -68,7 +85,13 @@ def test_compress_removes_the_lowest_block_each_round(finished: Finished) -> Non
 
     # The second round scores the model that the first one published.
     once = load_model(finished.folder(20))
-    again = dict(zip(finished.manifest(20)["kept"], macro_influence(once, windows_of(finished.desk, 4)), strict=True))
+    again = dict(
+        zip(
+            finished.manifest(20)["kept"],
+            macro_influence(once, windows_of(finished.desk, 4)),
+            strict=True,
+        )
+    )
     check_scores(manifest["rounds"][1], again)
     assert manifest["removed"][1] == min(again, key=again.__getitem__)
 
@@ -87,7 +110,9 @@ def test_compress_reports_true_perplexities(percent: int, finished: Finished) ->
     dense, manifest = load_model(finished.desk.model), finished.manifest(percent)
     expected = {
         "dense": perplexity(dense, finished.desk.heldout),
-        "dropped": perplexity(without_blocks(dense, "llama", manifest["kept"]), finished.desk.heldout),
+        "dropped": perplexity(
+            without_blocks(dense, "llama", manifest["kept"]), finished.desk.heldout
+        ),
         "fused": perplexity(load_model(finished.folder(percent)), finished.desk.heldout),
     }
     found = manifest["perplexity"]["held-out"]
@@ -102,8 +127,12 @@ def test_compress_talks_on_stderr_in_plain_lines(finished: Finished) -> None:
     assert_plain(finished.stderr)
     lines = finished.stderr.splitlines()
     assert lines[0] == f"{finished.desk.model}: 5 blocks, 2 to remove (fusegpt)"
-    assert [line.partition(":")[0] for line in lines if line.startswith("round ") and "scoring" in line] == ["round 1/2", "round 2/2"]
-    assert [line for line in lines if line.startswith("published ")] == [f"published {finished.folder(p)}" for p in (20, 40)]
+    assert [
+        line.partition(":")[0] for line in lines if line.startswith("round ") and "scoring" in line
+    ] == ["round 1/2", "round 2/2"]
+    assert [line for line in lines if line.startswith("published ")] == [
+        f"published {finished.folder(p)}" for p in (20, 40)
+    ]
     for number, record in enumerate(finished.manifest(40)["rounds"], 1):
         assert any(line.startswith(f"round {number}: fusing blocks") for line in lines)
         assert f"  epoch 2/2  loss {record['loss_last']:.4g}" in lines
@@ -114,14 +143,20 @@ def test_the_last_table_tells_the_models_apart(finished: Finished) -> None:
     for percent in (20, 40):
         row = finished.manifest(percent)["perplexity"]["held-out"]
         numbers = [f"{row[key]:.2f}" for key in ("dense", "dropped", "fused")]
-        (line,) = [line for line in finished.stderr.splitlines() if all(number in line for number in numbers)]
+        (line,) = [
+            line
+            for line in finished.stderr.splitlines()
+            if all(number in line for number in numbers)
+        ]
         assert f"demo-p{percent}" in line
 
 
 # --- score ---
 
 
-def test_score_prints_one_json_object_with_true_scores(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_prints_one_json_object_with_true_scores(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["score", desk.write(), "--json"]) == 0
     stdout, stderr = capsys.readouterr()
     result = json.loads(stdout)
@@ -139,11 +174,15 @@ def test_score_prints_one_json_object_with_true_scores(desk: Desk, capsys: pytes
 
 
 @pytest.mark.parametrize("racing", [None, 0.5])
-def test_score_prints_the_full_table(racing: float | None, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_score_prints_the_full_table(
+    racing: float | None, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["score", desk.write(importance={"windows": 4, "batch": 1, "racing": racing})]) == 0
     table = capsys.readouterr().out
     scores = macro_influence(load_model(desk.model), windows_of(desk, 4))
-    rows = {int(block): float(score) for block, score in re.findall(r"│ *(\d+) *│ *([\d.]+)", table)}
+    rows = {
+        int(block): float(score) for block, score in re.findall(r"│ *(\d+) *│ *([\d.]+)", table)
+    }
     assert rows == pytest.approx(dict(enumerate(scores)), rel=1e-4, abs=1e-6)
     (marked,) = re.findall(r"│ *(\d+) .*← lowest", table)
     assert int(marked) == scores.index(min(scores))
@@ -153,28 +192,56 @@ def test_score_prints_the_full_table(racing: float | None, desk: Desk, capsys: p
 
 
 def evaluate(desk: Desk, *arguments: str) -> list[str]:
-    return ["evaluate", str(desk.model), "--data", str(desk.heldout), "--length", str(LENGTH), *arguments]
+    return [
+        "evaluate",
+        str(desk.model),
+        "--data",
+        str(desk.heldout),
+        "--length",
+        str(LENGTH),
+        *arguments,
+    ]
 
 
 @pytest.mark.parametrize("windows", [None, 2])
-def test_evaluate_gives_the_perplexity(windows: int | None, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_gives_the_perplexity(
+    windows: int | None, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     limit = [] if windows is None else ["--windows", str(windows)]
     assert main(evaluate(desk, "--json", *limit)) == 0
     stdout, stderr = capsys.readouterr()
     result = json.loads(stdout)
     assert stdout.count("\n") == 1
-    assert result.pop("perplexity") == pytest.approx(perplexity(load_model(desk.model), desk.heldout, windows), rel=1e-5)
+    assert result.pop("perplexity") == pytest.approx(
+        perplexity(load_model(desk.model), desk.heldout, windows), rel=1e-5
+    )
     protocol = {"data": str(desk.heldout), "windows": windows or 5, "length": LENGTH, "bos": False}
     expected = {"model": str(desk.model), **protocol}
     assert result == expected
     assert_plain(stderr)
 
 
-def test_evaluate_reads_json_lines_and_prints_a_sentence(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_reads_json_lines_and_prints_a_sentence(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = [json.dumps({"body": line}) for line in desk.heldout.read_text().splitlines()]
     data = desk.folder / "heldout.jsonl"
     data.write_text("\n".join(rows))
-    assert main(["evaluate", str(desk.model), "--data", str(data), "--column", "body", "--length", str(LENGTH)]) == 0
+    assert (
+        main(
+            [
+                "evaluate",
+                str(desk.model),
+                "--data",
+                str(data),
+                "--column",
+                "body",
+                "--length",
+                str(LENGTH),
+            ]
+        )
+        == 0
+    )
     expected = perplexity(load_model(desk.model), desk.heldout)
     protocol = f"5 windows of {LENGTH} tokens of {data}, without a beginning-of-sequence token"
     assert capsys.readouterr().out == f"perplexity {expected:.4f}  ({protocol})\n"
@@ -191,7 +258,9 @@ def refuse_constant(name: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["score", "evaluate"])
-def test_a_model_with_not_a_number_in_it_gives_no_broken_json(verb: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_not_a_number_in_it_gives_no_broken_json(
+    verb: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     put_a_nan(desk)
     code = main(["score", desk.write(), "--json"] if verb == "score" else evaluate(desk, "--json"))
     stdout, stderr = capsys.readouterr()
@@ -200,7 +269,9 @@ def test_a_model_with_not_a_number_in_it_gives_no_broken_json(verb: str, desk: D
     assert code == 2 and "nan" in stderr.lower()
 
 
-def test_a_model_with_not_a_number_in_it_is_not_published(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_with_not_a_number_in_it_is_not_published(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     put_a_nan(desk)
     assert main(["compress", desk.write(method="mi")]) == 2
     assert "nan" in capsys.readouterr().err.lower()

@@ -33,10 +33,21 @@ def run(*command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_process_of_its_own_with_relative_paths_and_without_ray(desk: Desk) -> None:
     text = desk.recipe()["calibration"] | {"data": "calibration.txt"}
     desk.write(calibration=text, model={"source": "model"}, output={"uri": "out", "name": "demo"})
-    done = run("-X", "importtime", "-m", "fusegpt_ray.cli", "score", "recipe.yaml", "--json", folder=desk.folder)
+    done = run(
+        "-X",
+        "importtime",
+        "-m",
+        "fusegpt_ray.cli",
+        "score",
+        "recipe.yaml",
+        "--json",
+        folder=desk.folder,
+    )
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
     scores = [row["score"] for row in json.loads(done.stdout)["blocks"]]
-    assert scores == pytest.approx(macro_influence(load_model(desk.model), windows_of(desk, 4)), rel=1e-4)
+    assert scores == pytest.approx(
+        macro_influence(load_model(desk.model), windows_of(desk, 4)), rel=1e-4
+    )
     imports, said = [], []
     for line in done.stderr.splitlines():
         (imports if line.startswith("import time:") else said).append(line)
@@ -53,7 +64,9 @@ def test_no_library_talks_beside_us(desk: Desk) -> None:
     command = ["evaluate", "model", "--data", "texts", "--length", str(LENGTH), "--json"]
     done = run("-m", "fusegpt_ray.cli", *command, folder=desk.folder)
     assert done.returncode == 0 and done.stdout.count("\n") == 1, done.stderr
-    assert json.loads(done.stdout)["perplexity"] == pytest.approx(perplexity(load_model(desk.model), desk.heldout), rel=1e-5)
+    assert json.loads(done.stdout)["perplexity"] == pytest.approx(
+        perplexity(load_model(desk.model), desk.heldout), rel=1e-5
+    )
     assert_plain(done.stderr)
     said = [*BEGINNING, f"evaluating 5 windows of {LENGTH} tokens"]
     assert done.stderr.splitlines() == said
@@ -75,7 +88,9 @@ for command in (["--help"], *([verb, "--help"] for verb in verbs), ["compress", 
 
 def test_help_and_a_wrong_recipe_need_no_heavy_imports(tmp_path: Path) -> None:
     done = run("-c", LIGHT, folder=tmp_path)
-    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 8 + ["exit 2"] * 3, done
+    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 8 + ["exit 2"] * 3, (
+        done
+    )
     for word in (
         "compress",
         "score",
@@ -109,11 +124,16 @@ def test_the_installed_command_is_this_one() -> None:
         (["pull", "s3://bucket/model"], "DIR"),
         (["clean", "out", "--age", "soon"], "'soon'"),
         (["evaluate", "model", "--data", "text.txt", "--length", "eight"], "'eight'"),
-        (["evaluate", "model", "--data", "text.txt", "--length", "8", "--engine", "spark"], "'spark'"),
+        (
+            ["evaluate", "model", "--data", "text.txt", "--length", "8", "--engine", "spark"],
+            "'spark'",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_wrong_command_line_exits_2(arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_line_exits_2(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     stdout, stderr = capsys.readouterr()

@@ -46,7 +46,9 @@ ROWS = st.lists(st.text(st.sampled_from("ab \n\r\té漢🙂"), max_size=40), max
 
 @settings(deadline=None, max_examples=60)
 @given(rows=ROWS, piece_bytes=st.integers(4, 60))
-def test_pieces_of_a_table_concatenate_to_the_join_and_end_at_rows_or_lines(rows, piece_bytes, tmp_path_factory):
+def test_pieces_of_a_table_concatenate_to_the_join_and_end_at_rows_or_lines(
+    rows, piece_bytes, tmp_path_factory
+):
     assume(not rows or "".join(rows).strip())  # white space alone is refused
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     write_jsonl(path, rows)
@@ -60,8 +62,12 @@ def test_pieces_of_a_table_concatenate_to_the_join_and_end_at_rows_or_lines(rows
 
 
 @settings(deadline=None, max_examples=60)
-@given(text=st.text(st.sampled_from("ab \n\r\té漢🙂"), max_size=200), piece_bytes=st.integers(4, 60))
-def test_pieces_of_a_file_concatenate_to_the_file_and_end_at_lines(text, piece_bytes, tmp_path_factory):
+@given(
+    text=st.text(st.sampled_from("ab \n\r\té漢🙂"), max_size=200), piece_bytes=st.integers(4, 60)
+)
+def test_pieces_of_a_file_concatenate_to_the_file_and_end_at_lines(
+    text, piece_bytes, tmp_path_factory
+):
     assume(not text or text.strip())
     path = tmp_path_factory.mktemp("text") / "book.txt"
     path.write_bytes(text.encode())
@@ -117,8 +123,12 @@ def test_a_text_file_is_one_row_exactly_as_it_is(tmp_path, name):
 def test_tables_give_their_column(tmp_path):
     rows = ["one\n", "", "漢 two", "three"]
     write_jsonl(tmp_path / "a.jsonl", rows, column="body")
-    (tmp_path / "b.json").write_text("\n".join(json.dumps({"body": row, "id": 1}) for row in rows) + "\n\n")
-    pq.write_table(pa.table({"id": [1, 2, 3, 4], "body": rows}), tmp_path / "c.parquet", row_group_size=2)
+    (tmp_path / "b.json").write_text(
+        "\n".join(json.dumps({"body": row, "id": 1}) for row in rows) + "\n\n"
+    )
+    pq.write_table(
+        pa.table({"id": [1, 2, 3, 4], "body": rows}), tmp_path / "c.parquet", row_group_size=2
+    )
     assert joined(Text(data=str(tmp_path / "*"), column="body")) == ["\n\n".join(rows)] * 3
 
 
@@ -159,7 +169,9 @@ def test_sources_travel(tmp_path, monkeypatch):
 # --- a user's mistakes ---
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "folder/missing.jsonl.gz", "*.parquet", "/no/such/place", "./corpus"])
+@pytest.mark.parametrize(
+    "name", ["missing.txt", "folder/missing.jsonl.gz", "*.parquet", "/no/such/place", "./corpus"]
+)
 def test_missing_files(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     error = user_error(Text(data=name))
@@ -190,7 +202,11 @@ def test_unknown_column(tmp_path, name):
     with pytest.raises(UserError) as caught:
         sources(Text(data=str(path)), KEY)
     error = caught.value
-    assert (error.key, error.value, error.fix) == ("calibration.column", "text", "use one of ['body']")
+    assert (error.key, error.value, error.fix) == (
+        "calibration.column",
+        "text",
+        "use one of ['body']",
+    )
     assert str(path) in error.problem
 
 
@@ -202,7 +218,10 @@ def test_rows_without_text(tmp_path):
     assert "None" in error.problem
 
 
-@pytest.mark.parametrize(("line", "problem"), [('{"text": ', "line 3 is not JSON"), ("[1]", "line 3 is not a JSON object")])
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [('{"text": ', "line 3 is not JSON"), ("[1]", "line 3 is not a JSON object")],
+)
 def test_malformed_json_lines_are_numbered(tmp_path, line, problem):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one"}\n\n' + line + "\n")
@@ -215,7 +234,11 @@ def test_malformed_json_lines_are_numbered(tmp_path, line, problem):
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.parquet"])
 def test_damaged_files(tmp_path, name):
     path = tmp_path / name
-    path.write_bytes(gzip.compress(random.Random(0).randbytes(99))[:-20] if name.endswith("gz") else b"PAR1 or not")
+    path.write_bytes(
+        gzip.compress(random.Random(0).randbytes(99))[:-20]
+        if name.endswith("gz")
+        else b"PAR1 or not"
+    )
     error = user_error(Text(data=str(path)))
     assert error.key == KEY
     assert str(path) in error.value
@@ -248,7 +271,10 @@ def corpus(tmp_path, hub) -> Path:
         "  - split: test\n    path: small/test.parquet\n- config_name: other\n  data_files: small/test.parquet\n---\n"
     )
     for name, rows in (("train-0", ["one", ""]), ("train-1", ["three\n"]), ("test", ["held out"])):
-        pq.write_table(pa.table({"page": rows, "n": list(range(len(rows)))}), folder / "small" / f"{name}.parquet")
+        pq.write_table(
+            pa.table({"page": rows, "n": list(range(len(rows)))}),
+            folder / "small" / f"{name}.parquet",
+        )
     return folder
 
 

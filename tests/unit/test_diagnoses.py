@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_bad_models import INDEX, SINGLE, configured, model, source
 from test_bad_weights import only, sharded, tensors
 
-POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4400000000\n"
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 4400000000\n"
+)
 PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
 LFS, AGAIN = "Git LFS pointer", "git lfs pull"
 
@@ -54,12 +56,20 @@ def quantized(name: str, **added: torch.Tensor) -> Callable[[Desk], object]:
 
 def mlx(desk: Desk) -> None:
     configured(quantization={"group_size": 32, "bits": 4})(desk)
-    tensors(lambda held: held.update({k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}))(desk)
+    tensors(
+        lambda held: held.update(
+            {k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}
+        )
+    )(desk)
 
 
 def packed(desk: Desk) -> None:
     """As MLX packs them, but without a word in config.json."""
-    tensors(lambda held: held.update({k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}))(desk)
+    tensors(
+        lambda held: held.update(
+            {k: torch.zeros(len(v), 4, dtype=torch.uint32) for k, v in held.items() if v.dim() == 2}
+        )
+    )(desk)
 
 
 def adapter(desk: Desk) -> None:
@@ -103,7 +113,13 @@ def unmerged(held: dict[str, torch.Tensor]) -> None:
 
 
 def another_layer(held: dict[str, torch.Tensor]) -> None:
-    held.update({name.replace("layers.4.", "layers.5."): value.clone() for name, value in held.items() if "layers.4." in name})
+    held.update(
+        {
+            name.replace("layers.4.", "layers.5."): value.clone()
+            for name, value in held.items()
+            if "layers.4." in name
+        }
+    )
 
 
 def prediction_layer(held: dict[str, torch.Tensor]) -> None:
@@ -120,21 +136,83 @@ def deepspeed(desk: Desk) -> None:
 WRAPPED, INNER = "wrapped: ", "save the model inside|rename"
 DIAGNOSES = [
     model("lfs-weights", instead(SINGLE, POINTER), SINGLE, LFS, AGAIN),
-    model("lfs-config", instead("config.json", POINTER), "model'", f"config.json is a {LFS}", AGAIN),
-    model("lfs-tokenizer", instead("tokenizer.json", POINTER), "model'", f"tokenizer.json is a {LFS}", AGAIN),
+    model(
+        "lfs-config", instead("config.json", POINTER), "model'", f"config.json is a {LFS}", AGAIN
+    ),
+    model(
+        "lfs-tokenizer",
+        instead("tokenizer.json", POINTER),
+        "model'",
+        f"tokenizer.json is a {LFS}",
+        AGAIN,
+    ),
     model("lfs-licence", instead("LICENSE", POINTER), "model'", f"LICENSE is a {LFS}", AGAIN),
-    model("lfs-index", sharded(lambda folder: (folder / INDEX).write_bytes(POINTER)), "model'", f"index.json is a {LFS}", AGAIN),
-    model("lfs-shard", sharded(lambda folder: max(folder.glob("*-of-*")).write_bytes(POINTER)), "of-0000", LFS, AGAIN),
-    model("page-for-config", instead("config.json", PAGE), "model'", "config.json is a web page", "credentials"),
+    model(
+        "lfs-index",
+        sharded(lambda folder: (folder / INDEX).write_bytes(POINTER)),
+        "model'",
+        f"index.json is a {LFS}",
+        AGAIN,
+    ),
+    model(
+        "lfs-shard",
+        sharded(lambda folder: max(folder.glob("*-of-*")).write_bytes(POINTER)),
+        "of-0000",
+        LFS,
+        AGAIN,
+    ),
+    model(
+        "page-for-config",
+        instead("config.json", PAGE),
+        "model'",
+        "config.json is a web page",
+        "credentials",
+    ),
     model("page-for-weights", instead(SINGLE, PAGE), SINGLE, "a web page", "credentials"),
-    model("mark-in-config", marked("config.json"), "model'", "config.json is a text .*byte-order mark", "UTF-8 without"),
-    model("mark-in-tokenizer", marked("tokenizer.json"), "model'", "tokenizer.json is a text .*byte-order mark", "without"),
-    model("mark-in-tokenizer-config", marked("tokenizer_config.json"), "model'", "tokenizer_config.json .*byte-order", "without"),
-    model("zero-3", tensors(lambda held: held.update({n: torch.empty(0) for n in held})), "", "saved empty", "ZeRO-3.*gather"),
-    model("zero-3-one", tensors(lambda held: held.update({"lm_head.weight": torch.empty(0)})), "lm_head", "saved empty", "ZeRO"),
+    model(
+        "mark-in-config",
+        marked("config.json"),
+        "model'",
+        "config.json is a text .*byte-order mark",
+        "UTF-8 without",
+    ),
+    model(
+        "mark-in-tokenizer",
+        marked("tokenizer.json"),
+        "model'",
+        "tokenizer.json is a text .*byte-order mark",
+        "without",
+    ),
+    model(
+        "mark-in-tokenizer-config",
+        marked("tokenizer_config.json"),
+        "model'",
+        "tokenizer_config.json .*byte-order",
+        "without",
+    ),
+    model(
+        "zero-3",
+        tensors(lambda held: held.update({n: torch.empty(0) for n in held})),
+        "",
+        "saved empty",
+        "ZeRO-3.*gather",
+    ),
+    model(
+        "zero-3-one",
+        tensors(lambda held: held.update({"lm_head.weight": torch.empty(0)})),
+        "lm_head",
+        "saved empty",
+        "ZeRO",
+    ),
     model("mlx", mlx, "llama", r"quantized checkpoint \(MLX\)", "original dtype"),
     model("mlx-unsaid", packed, "weight", "stored as U32", "original dtype"),
-    model("compressed", configured(compression_config={"format": "int"}), "llama", "quantized", "original dtype"),
+    model(
+        "compressed",
+        configured(compression_config={"format": "int"}),
+        "llama",
+        "quantized",
+        "original dtype",
+    ),
     model(
         "gptq-unsaid",
         quantized("", qweight=torch.zeros(4, 32, dtype=torch.int32), scales=torch.ones(1, 32)),
@@ -142,27 +220,101 @@ DIAGNOSES = [
         "quantized weights",
         "original dtype",
     ),
-    model("fp8-unsaid", quantized("weight", weight_scale_inv=torch.ones(1)), "", "quantized weights", "original dtype"),
-    model("gguf-only", only("model-q4.gguf", b"GGUF"), "model'", "a GGUF checkpoint", "convert to GGUF what"),
-    model("gguf-renamed", instead(SINGLE, b"GGUF" + bytes(60)), SINGLE, "a GGUF file", "original checkpoint"),
+    model(
+        "fp8-unsaid",
+        quantized("weight", weight_scale_inv=torch.ones(1)),
+        "",
+        "quantized weights",
+        "original dtype",
+    ),
+    model(
+        "gguf-only",
+        only("model-q4.gguf", b"GGUF"),
+        "model'",
+        "a GGUF checkpoint",
+        "convert to GGUF what",
+    ),
+    model(
+        "gguf-renamed",
+        instead(SINGLE, b"GGUF" + bytes(60)),
+        SINGLE,
+        "a GGUF file",
+        "original checkpoint",
+    ),
     model("adapter", adapter, "model'", "no config.json.*an adapter", "merge_and_unload"),
     model("adapter-with-config", adapter_with_config, "model'", "an adapter", "merge_and_unload"),
-    model("no-index", sharded(lambda f: (f / INDEX).unlink()), "model'", r"\d+ shards.*model-00001-of.*index", "download the index"),
+    model(
+        "no-index",
+        sharded(lambda f: (f / INDEX).unlink()),
+        "model'",
+        r"\d+ shards.*model-00001-of.*index",
+        "download the index",
+    ),
     model("deepspeed", deepspeed, "model'", r"DeepSpeed \(global_step10\)", "zero_to_fp32"),
     model("onnx", only("model.onnx", b"x"), "model'", r"\(found model.onnx\)$", "save_pretrained"),
     source("web-address", "https://example.invalid/x", "address of a web page", "hub id such as"),
-    model("variant", lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"), "", "model.fp16", "save_pre"),
-    model("training-folder", training_folder, "model'", "training folder.*checkpoint-500, checkpoint-1000", "checkpoint-1000"),
-    model("subfolder", subfolder, "model'", r"no config.json there \(but in language_model\)", "…/language_model"),
+    model(
+        "variant",
+        lambda desk: (desk.model / SINGLE).rename(desk.model / "model.fp16.safetensors"),
+        "",
+        "model.fp16",
+        "save_pre",
+    ),
+    model(
+        "training-folder",
+        training_folder,
+        "model'",
+        "training folder.*checkpoint-500, checkpoint-1000",
+        "checkpoint-1000",
+    ),
+    model(
+        "subfolder",
+        subfolder,
+        "model'",
+        r"no config.json there \(but in language_model\)",
+        "…/language_model",
+    ),
     model("cache-folder", cache_folder, "model'", "hub's cache", "snapshots/COMMIT"),
-    model("a-layer-more", tensors(another_layer), "layers.5", "6 blocks, its config.json says 5.*MTP", "take the tensors"),
-    model("prediction-layer", tensors(prediction_layer), "layers.5", "6 blocks.*MTP", "take the tensors"),
-    model("value-head", renamed(lambda n: f"pretrained_model.{n}"), "pretrained", f"{WRAPPED}pretrained_model", INNER),
+    model(
+        "a-layer-more",
+        tensors(another_layer),
+        "layers.5",
+        "6 blocks, its config.json says 5.*MTP",
+        "take the tensors",
+    ),
+    model(
+        "prediction-layer",
+        tensors(prediction_layer),
+        "layers.5",
+        "6 blocks.*MTP",
+        "take the tensors",
+    ),
+    model(
+        "value-head",
+        renamed(lambda n: f"pretrained_model.{n}"),
+        "pretrained",
+        f"{WRAPPED}pretrained_model",
+        INNER,
+    ),
     model("data-parallel", renamed(lambda n: f"module.{n}"), "module", f"{WRAPPED}module", INNER),
-    model("compiled", renamed(lambda n: f"_orig_mod.{n}"), "_orig_mod", f"{WRAPPED}_orig_mod", INNER),
-    model("peft", renamed(lambda n: f"base_model.model.{n}"), "base_model", f"{WRAPPED}base_model", INNER),
+    model(
+        "compiled", renamed(lambda n: f"_orig_mod.{n}"), "_orig_mod", f"{WRAPPED}_orig_mod", INNER
+    ),
+    model(
+        "peft",
+        renamed(lambda n: f"base_model.model.{n}"),
+        "base_model",
+        f"{WRAPPED}base_model",
+        INNER,
+    ),
     model("lora-unmerged", tensors(unmerged), "lora_A", "adapter are among", "merge_and_unload"),
-    model("both", renamed(lambda n: f"module._orig_mod.{n}"), "module", f"{WRAPPED}module._orig_mod", INNER),
+    model(
+        "both",
+        renamed(lambda n: f"module._orig_mod.{n}"),
+        "module",
+        f"{WRAPPED}module._orig_mod",
+        INNER,
+    ),
     model(
         "compiled-blocks",
         renamed(lambda n: n.replace(".mlp.", "._orig_mod.mlp.")),
@@ -170,21 +322,54 @@ DIAGNOSES = [
         f"{WRAPPED}_orig_mod",
         INNER,
     ),
-    model("padding-beyond", configured(pad_token_id=900), "LlamaForCausalLM", "does not build.*adding_idx", "repair"),
-    model("named-weights", configured(transformers_weights="own.safetensors"), "own.", "a name of their own", "save_pretrained"),
-    source("page", "https://huggingface.co/org/name", "address of a page on the hub", "hub id org/name$"),
-    source("page-of-a-branch", "https://hf.co/org/name/tree/v2", "address of a page", "org/name with model.revision: v2"),
-    source("page-without-scheme", "huggingface.co/org/name", "address of a page", "hub id org/name"),
-    source("one-word-offline", "gpt2-of-nobody", "the hub does not give it .*HF_HUB_OFFLINE is set", "existing folder"),
+    model(
+        "padding-beyond",
+        configured(pad_token_id=900),
+        "LlamaForCausalLM",
+        "does not build.*adding_idx",
+        "repair",
+    ),
+    model(
+        "named-weights",
+        configured(transformers_weights="own.safetensors"),
+        "own.",
+        "a name of their own",
+        "save_pretrained",
+    ),
+    source(
+        "page",
+        "https://huggingface.co/org/name",
+        "address of a page on the hub",
+        "hub id org/name$",
+    ),
+    source(
+        "page-of-a-branch",
+        "https://hf.co/org/name/tree/v2",
+        "address of a page",
+        "org/name with model.revision: v2",
+    ),
+    source(
+        "page-without-scheme", "huggingface.co/org/name", "address of a page", "hub id org/name"
+    ),
+    source(
+        "one-word-offline",
+        "gpt2-of-nobody",
+        "the hub does not give it .*HF_HUB_OFFLINE is set",
+        "existing folder",
+    ),
 ]
 
 
 @table(DIAGNOSES)
-def test_diagnoses(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_diagnoses(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     check(bad, desk, weight_reads, capsys)
 
 
-def test_no_message_names_a_temporary_path(desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_message_names_a_temporary_path(
+    desk: Desk, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from fusegpt_ray.cli import main
 
     hidden = desk.folder / "hidden"
@@ -207,6 +392,10 @@ def test_a_sharded_checkpoint_beside_a_newer_single_file(desk: Desk) -> None:
     for file in (desk.folder / "old").glob("model*"):
         shutil.copy(file, desk.model)
     stack = Source.find(str(desk.model), None).stack()
-    used = {Path(ref.file).name for refs in (stack.trunk, *(block.weights for block in stack.blocks)) for ref in refs.values()}
+    used = {
+        Path(ref.file).name
+        for refs in (stack.trunk, *(block.weights for block in stack.blocks))
+        for ref in refs.values()
+    }
     assert used == {SINGLE}
     assert json.loads((desk.model / INDEX).read_text())["weight_map"]

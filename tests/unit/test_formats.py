@@ -40,7 +40,9 @@ def json_lines(rows: list[str], column: str) -> bytes:
 
 
 def json_array(rows: list[str], column: str, indent: int | None = None) -> bytes:
-    return json.dumps([{"id": n, column: row} for n, row in enumerate(rows)], indent=indent).encode()
+    return json.dumps(
+        [{"id": n, column: row} for n, row in enumerate(rows)], indent=indent
+    ).encode()
 
 
 def separated(rows: list[str], column: str, separator: str = ",") -> bytes:
@@ -106,7 +108,9 @@ def test_suffixes_mean_what_datasets_takes_them_for() -> None:
     theirs = {suffix: module for suffix, module in theirs.items() if suffix.lower() not in ours}
     known = {suffix: module for suffix, module in theirs.items() if module in MODULES.values()}
     assert {suffix: MODULES[named_format(f"a.{suffix}") or ""] for suffix in known} == known
-    assert [suffix for suffix in theirs if suffix not in known and named_format(f"a.{suffix}")] == []
+    assert [
+        suffix for suffix in theirs if suffix not in known and named_format(f"a.{suffix}")
+    ] == []
     assert set(FORMATS) - set(theirs) == {"jsonlines"}
 
 
@@ -126,7 +130,9 @@ def test_a_name_that_says_nothing_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("codec", ["", *CODECS])
-def test_a_table_gives_its_column_whatever_its_format(tmp_path: Path, name: str, codec: str) -> None:
+def test_a_table_gives_its_column_whatever_its_format(
+    tmp_path: Path, name: str, codec: str
+) -> None:
     data = TABLES[name](ROWS, "body")
     path = tmp_path / f"{name}.{codec}".rstrip(".")
     file = write(path, CODECS[codec](data) if codec else data)

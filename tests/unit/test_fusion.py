@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from fusegpt_ray.fusion.finetune import Batch, batches_of, cosine_to_zero, make_optimizer, train
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.sections import PRESETS, Fusion
+from fusegpt_ray.training.loop import Batch, batches_of, cosine_to_zero, make_optimizer, train
 
 # --- the partial group ---
 
@@ -55,7 +55,9 @@ def test_group_of_seven_neighbours(blocks: int, donor: int, first: int, last: in
 
 @pytest.mark.parametrize("neighbours", [1, 2, 3, 6, 7])
 @pytest.mark.parametrize("blocks", [1, 2, 5, 8, 13])
-def test_any_group_holds_its_donor_and_as_many_neighbours_as_there_are(blocks: int, neighbours: int) -> None:
+def test_any_group_holds_its_donor_and_as_many_neighbours_as_there_are(
+    blocks: int, neighbours: int
+) -> None:
     for donor in range(blocks):
         span = group_span(donor, blocks, neighbours)
         assert donor in span
@@ -82,7 +84,11 @@ def make_layer(kind: str, dtype: torch.dtype) -> nn.Module:
 
 
 def fuse(
-    kind: str, count: int, dtype: torch.dtype = torch.float64, learned: torch.dtype = torch.float64, seed: int = 0
+    kind: str,
+    count: int,
+    dtype: torch.dtype = torch.float64,
+    learned: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> tuple[FusedLinear, nn.Module, list[nn.Module]]:
     own = make_layer(kind, dtype)
     others = [make_layer(kind, dtype) for _ in range(count)]
@@ -98,7 +104,9 @@ def shake(layer: nn.Module) -> None:
             parameter.normal_(std=0.5)
 
 
-def formula(own: nn.Module, others: list[nn.Module], p: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def formula(
+    own: nn.Module, others: list[nn.Module], p: dict[str, torch.Tensor], x: torch.Tensor
+) -> torch.Tensor:
     """y = x·W'ᵀ + b', W' = W + B·A + Σ (C_k·D_k) ⊙ W_k and b' = b + Σ c_k ⊙ b_k, weights [outputs, inputs]."""
     weight, bias = as_paper(own) + p["B"] @ p["A"], own.bias
     for k, other in enumerate(others):
@@ -154,7 +162,9 @@ def test_folding_equals_forward(kind: str) -> None:
 @pytest.mark.parametrize("learned", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_starts_as_the_layer_it_replaces(kind: str, dtype: torch.dtype, learned: torch.dtype) -> None:
+def test_starts_as_the_layer_it_replaces(
+    kind: str, dtype: torch.dtype, learned: torch.dtype
+) -> None:
     fused, own, _ = fuse(kind, 2, dtype, learned)
     x = torch.randn(3, 4, IN, dtype=dtype)
     weight, bias = fused.fused()
@@ -199,14 +209,22 @@ def test_float32_masters_of_bfloat16_weights(kind: str) -> None:
     fused, own, others = fuse(kind, 1, torch.bfloat16, torch.float32)
     shake(fused)
     p = dict(fused.named_parameters())
-    exact = as_paper(own).float() + p["B"] @ p["A"] + (p["C0"] @ p["D0"]) * as_paper(others[0]).float()
-    bias = None if own.bias is None else (own.bias.float() + p["c0"] * others[0].bias.float()).bfloat16()
+    exact = (
+        as_paper(own).float() + p["B"] @ p["A"] + (p["C0"] @ p["D0"]) * as_paper(others[0]).float()
+    )
+    bias = (
+        None
+        if own.bias is None
+        else (own.bias.float() + p["c0"] * others[0].bias.float()).bfloat16()
+    )
     weight = exact.bfloat16()
     x = torch.randn(4, IN)
     y = fused(x)
     assert y.dtype == torch.bfloat16
     assert torch.equal(y, F.linear(x.bfloat16(), weight, bias))
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # training runs inside autocast, which must not round the masters
+    with torch.autocast(
+        "cpu", dtype=torch.bfloat16
+    ):  # training runs inside autocast, which must not round the masters
         assert torch.equal(fused.fused()[0], exact.T if kind == "Conv1D" else exact)
         assert torch.equal(fused(x), y)
     y.float().sum().backward()
@@ -234,13 +252,22 @@ def test_coefficients_have_one_rate_and_the_rest_another() -> None:
     group = Group(donors=2)
     optimizer = make_optimizer(group, settings())
     names = {id(value): name for name, value in group.named_parameters()}
-    rates = {names[id(value)]: entry["lr"] for entry in optimizer.param_groups for value in entry["params"]}
+    rates = {
+        names[id(value)]: entry["lr"]
+        for entry in optimizer.param_groups
+        for value in entry["params"]
+    }
     fast = ["C0", "D0", "c0", "C1", "D1", "c1"]
     slow = ["norm.weight", "norm.bias", "layer.A", "layer.B"]
     assert rates == {f"layer.{name}": 1e-3 for name in fast} | dict.fromkeys(slow, 9.65e-6)
     assert type(optimizer) is torch.optim.Adam
     for entry in optimizer.param_groups:
-        assert (entry["betas"], entry["eps"], entry["weight_decay"], entry["amsgrad"]) == ((0.9, 0.95), 1e-8, 0, False)
+        assert (entry["betas"], entry["eps"], entry["weight_decay"], entry["amsgrad"]) == (
+            (0.9, 0.95),
+            1e-8,
+            0,
+            False,
+        )
 
 
 def test_without_a_donor_there_is_only_the_second_rate() -> None:
@@ -256,7 +283,14 @@ def test_both_rates_follow_the_cosine_to_zero() -> None:
         seen.append([entry["lr"] for entry in optimizer.param_groups])
         optimizer.step()
         schedule.step()
-    shares = [1, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2, 0, 0]  # ½ (1 + cos(π·step / 4)), then 0
+    shares = [
+        1,
+        (1 + math.sqrt(0.5)) / 2,
+        0.5,
+        (1 - math.sqrt(0.5)) / 2,
+        0,
+        0,
+    ]  # ½ (1 + cos(π·step / 4)), then 0
     for rates, share in zip(seen, shares, strict=True):
         assert rates == pytest.approx([share, 0.5 * share], abs=1e-12)
 
@@ -289,7 +323,9 @@ def an_epoch(values: list[float]) -> Callable[[], Iterator[Batch]]:
 
 def test_every_epoch_sees_the_same_batches_in_the_same_order() -> None:
     recorder, reported = Recorder(), []
-    means = train(recorder, an_epoch([1.0, 2.0, 6.0]), 3, lambda number, mean: reported.append((number, mean)))
+    means = train(
+        recorder, an_epoch([1.0, 2.0, 6.0]), 3, lambda number, mean: reported.append((number, mean))
+    )
     assert recorder.seen == [1, 2, 6] * 3
     assert means == [3.0] * 3
     assert reported == [(1, 3.0), (2, 3.0), (3, 3.0)]

@@ -31,20 +31,24 @@ from stopped_runs import (  # noqa: F401 - fixtures
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run.journal import Done, Journal, identity
 from fusegpt_ray.store import storage
+from fusegpt_ray.workers.local import LocalEngine
 
 # --- going on ---
 
 
 @pytest.mark.parametrize(("stop", "fold"), [(2, "at_end"), (3, "at_end"), (3, "each_round")])
-def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(stop: int, fold: str, desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
+    stop: int, fold: str, desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     fusion = desk.recipe()["fusion"] | {"fold": fold}
     stopped(desk, stop, fusion=fusion)
     before = contents(run_folder(desk))
-    assert sorted(name for name in before if name.startswith("round-")) == [f"round-{n:03d}.json" for n in range(1, stop)]
+    assert sorted(name for name in before if name.startswith("round-")) == [
+        f"round-{n:03d}.json" for n in range(1, stop)
+    ]
     show = Watching()
     compress(recipe(desk, fusion=fusion), show)
 
@@ -80,7 +84,9 @@ def test_ctrl_c_exits_130_and_says_how_to_go_on(
     assert capsys.readouterr().err == "stopped; the same command goes on from what is saved\n"
 
 
-def test_what_a_stopped_round_left_is_not_trusted(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_what_a_stopped_round_left_is_not_trusted(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     """Blocks without the record of their round are written again."""
     stopped(desk, 3)
     (run_folder(desk) / "round-002.json").unlink()
@@ -111,7 +117,9 @@ def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
 # --- the same command, and others, after the end ---
 
 
-def test_a_published_model_that_was_removed_is_made_again(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_a_published_model_that_was_removed_is_made_again(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     compress(recipe(desk), Watching())
     shutil.rmtree(desk.out / "demo-p60")
     shutil.rmtree(desk.out / "demo-p20")
@@ -119,13 +127,17 @@ def test_a_published_model_that_was_removed_is_made_again(desk: Desk, undisturbe
     assert published(desk) == undisturbed["at_end"]
 
 
-def test_a_finished_run_goes_on_to_a_higher_sparsity(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_a_finished_run_goes_on_to_a_higher_sparsity(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     compress(recipe(desk, sparsity=0.2), Watching())
     compress(recipe(desk, sparsity=0.6), Watching())
     assert published(desk) == undisturbed["at_end"]
 
 
-def test_a_run_that_died_between_two_models_publishes_the_other(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_a_run_that_died_between_two_models_publishes_the_other(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk), BeforeItsSecondModel())
     first = (desk.out / "demo-p20/fusegpt.json").read_bytes()
@@ -137,7 +149,9 @@ def test_a_run_that_died_between_two_models_publishes_the_other(desk: Desk, undi
 
 
 @pytest.mark.parametrize("killed", ["before its folder went", "while it went", "after it"])
-def test_a_run_killed_after_its_last_model_is_done(killed: str, desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_killed_after_its_last_model_is_done(
+    killed: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same command finds everything, by the identity that the manifests tell, and ends well."""
 
     def remove(journal: Journal) -> None:
@@ -161,11 +175,19 @@ def test_a_run_killed_after_its_last_model_is_done(killed: str, desk: Desk, monk
 def test_after_its_end_only_the_very_same_command_ends_well(desk: Desk) -> None:
     compress(recipe(desk, sparsity=0.2), Watching())
     before = contents(desk.out)
-    compress(recipe(desk, sparsity=0.2, cluster={"engine": "local", "micro_batch": 2}), Watching())  # which shapes nothing
-    for changes in ({"seed": 1}, {"evaluation": {"heldout": {"data": str(desk.heldout)}}}, {"sparsity": [0.2, 0.6]}):
+    compress(
+        recipe(desk, sparsity=0.2, cluster={"engine": "local", "micro_batch": 2}), Watching()
+    )  # which shapes nothing
+    for changes in (
+        {"seed": 1},
+        {"evaluation": {"heldout": {"data": str(desk.heldout)}}},
+        {"sparsity": [0.2, 0.6]},
+    ):
         with pytest.raises(UserError, match="finished model is already at"):
             compress(recipe(desk, **{"sparsity": 0.2} | changes), Watching())
-    (desk.folder / "calibration.txt").write_text("other " + (desk.folder / "calibration.txt").read_text())
+    (desk.folder / "calibration.txt").write_text(
+        "other " + (desk.folder / "calibration.txt").read_text()
+    )
     with pytest.raises(UserError, match="finished model is already at"):
         compress(recipe(desk, sparsity=0.2), Watching())
     assert contents(desk.out) == before
@@ -195,7 +217,9 @@ def test_a_model_of_another_run_is_not_taken_for_ones_own(desk: Desk) -> None:
         ("recipe.model.dtype", {"dtype": "bfloat16"}),
     ],
 )
-def test_another_recipe_is_refused_and_the_difference_shown(key: str, section: Any, desk: Desk) -> None:
+def test_another_recipe_is_refused_and_the_difference_shown(
+    key: str, section: Any, desk: Desk
+) -> None:
     stopped(desk)
     before = contents(desk.folder)
     name = key.split(".")[1]
@@ -228,17 +252,26 @@ def other_weights(desk: Desk) -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [(other_text, "windows_sha256"), (other_config, "rms_norm_eps"), (other_dtype, "dtype"), (other_weights, "model")],
+    [
+        (other_text, "windows_sha256"),
+        (other_config, "rms_norm_eps"),
+        (other_dtype, "dtype"),
+        (other_weights, "model"),
+    ],
     ids=["text", "config", "dtype", "weights"],
 )
-def test_another_text_or_model_is_refused(change: Callable[[Desk], None], named: str, desk: Desk) -> None:
+def test_another_text_or_model_is_refused(
+    change: Callable[[Desk], None], named: str, desk: Desk
+) -> None:
     stopped(desk)
     change(desk)
     with pytest.raises(UserError, match=f"an unfinished run .*{named}"):
         compress(recipe(desk), Watching())
 
 
-def test_what_does_not_shape_the_result_may_change(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_what_does_not_shape_the_result_may_change(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     stopped(desk)
     changes = {
         "cluster": {"engine": "local", "workers": 2, "replicas": 3},
@@ -254,7 +287,10 @@ def test_what_does_not_shape_the_result_may_change(desk: Desk, undisturbed: dict
 def test_all_differences_are_shown(desk: Desk) -> None:
     stopped(desk)
     fusion = desk.recipe()["fusion"] | {"rank": 3}
-    with pytest.raises(UserError, match=r"recipe\.seed = 0, this one has 1; and recipe\.fusion\.rank = 2, this one has 3"):
+    with pytest.raises(
+        UserError,
+        match=r"recipe\.seed = 0, this one has 1; and recipe\.fusion\.rank = 2, this one has 3",
+    ):
         compress(recipe(desk, seed=1, fusion=fusion), Watching())
 
 
@@ -280,16 +316,20 @@ class Counting(LocalEngine):
         return super().score(*arguments)
 
 
-def test_scores_are_not_done_again(desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_are_not_done_again(
+    desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk), DyingInTraining(2))
-    monkeypatch.setattr("fusegpt_ray.local.LocalEngine", Counting)
+    monkeypatch.setattr("fusegpt_ray.workers.local.LocalEngine", Counting)
     compress(recipe(desk), Watching())
     assert Counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
     assert published(desk) == undisturbed["at_end"]
 
 
-def test_damaged_scores_are_told_and_done_again(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_damaged_scores_are_told_and_done_again(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk), DyingInTraining(2))
     flip(run_folder(desk) / "scores-002.json")

@@ -32,11 +32,17 @@ class Hub(ThreadingHTTPServer):
 
     @property
     def downloads(self) -> list[str]:
-        return [path.rsplit("/", 1)[-1] for method, path in self.asked if method == "GET" and "/resolve/" in path]
+        return [
+            path.rsplit("/", 1)[-1]
+            for method, path in self.asked
+            if method == "GET" and "/resolve/" in path
+        ]
 
     @property
     def files(self) -> list[str]:
-        return sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
+        return sorted(
+            str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()
+        )
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -57,8 +63,14 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(json.dumps(tree).encode(), "application/json")
         elif path.startswith(f"/api/models/{NAME}"):
             files = [{"rfilename": name} for name in self.server.files]
-            self._answer(json.dumps({"id": NAME, "sha": COMMIT, "siblings": files}).encode(), "application/json")
-        elif path.startswith(f"/{NAME}/resolve/") and (file := self.server.folder / path.split("/", 5)[-1]).is_file():
+            self._answer(
+                json.dumps({"id": NAME, "sha": COMMIT, "siblings": files}).encode(),
+                "application/json",
+            )
+        elif (
+            path.startswith(f"/{NAME}/resolve/")
+            and (file := self.server.folder / path.split("/", 5)[-1]).is_file()
+        ):
             self._answer(file.read_bytes(), "application/octet-stream")
         else:
             self.send_error(404)
@@ -95,15 +107,24 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
     """What `code` prints as JSON, run where the hub is this server and its cache is in `home`."""
     address = f"http://127.0.0.1:{hub.server_port}"
-    environment = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    environment = os.environ | {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
     lines = "import json\nfrom fusegpt_ray.model.source import Source\n" + code
-    done = subprocess.run([sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", lines], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == "", "the hub client has nothing to say beside us"
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_configuration_first_then_the_shards_and_never_pickles_or_code(hub: Hub, tmp_path: Path) -> None:
+def test_configuration_first_then_the_shards_and_never_pickles_or_code(
+    hub: Hub, tmp_path: Path
+) -> None:
     found = in_a_process(
         f"source = Source.find({NAME!r}, None)\nsource.config()\n"
         "before = len(source.stack().blocks)\nprint(json.dumps([source.folder, before]))",
@@ -121,7 +142,9 @@ def test_configuration_first_then_the_shards_and_never_pickles_or_code(hub: Hub,
 def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Path) -> None:
     """The source of the driver, sent to a node with an empty cache at the same path."""
     home = tmp_path / "home"
-    (folder,) = in_a_process(f"source = Source.find({NAME!r}, 'main')\nprint(json.dumps([source.folder]))", hub, home)
+    (folder,) = in_a_process(
+        f"source = Source.find({NAME!r}, 'main')\nprint(json.dumps([source.folder]))", hub, home
+    )
     shutil.rmtree(home)
     hub.asked.clear()
     fetch = f"source = Source({NAME!r}, 'main', {folder!r})\nsource.fetch()\nprint(json.dumps([len(source.stack().blocks)]))"
@@ -136,7 +159,13 @@ def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Pat
 
 
 def test_the_same_files_as_of_a_folder(hub: Hub, tmp_path: Path) -> None:
-    for name in ("LICENCE", "USE_POLICY.md", "qwen.tiktoken", "tokenizer.model.v3", "additional_chat_templates/rag.jinja"):
+    for name in (
+        "LICENCE",
+        "USE_POLICY.md",
+        "qwen.tiktoken",
+        "tokenizer.model.v3",
+        "additional_chat_templates/rag.jinja",
+    ):
         (hub.folder / name).parent.mkdir(exist_ok=True)
         (hub.folder / name).write_text("{}")
     (hub.folder / "images").mkdir()
@@ -155,7 +184,9 @@ def test_a_single_file_goes_before_an_old_index(hub: Hub, tmp_path: Path) -> Non
     code = f"source = Source.find({NAME!r}, None)\nprint(json.dumps([*{used}]))"
     (file,) = in_a_process(code, hub, tmp_path / "home")
     assert file.endswith("/model.safetensors")
-    assert [name for name in hub.downloads if name.endswith(".safetensors")] == ["model.safetensors"]
+    assert [name for name in hub.downloads if name.endswith(".safetensors")] == [
+        "model.safetensors"
+    ]
 
 
 def test_a_name_of_one_word(hub: Hub, tmp_path: Path) -> None:
@@ -180,9 +211,15 @@ except UserError as error:
 
 def test_without_a_network_the_cache_or_one_clear_message(hub: Hub, tmp_path: Path) -> None:
     folder, unknown = in_a_process(ASK, hub, tmp_path / "home")
-    assert "the hub does not give it (Client error '404" in unknown and "check the spelling" in unknown
+    assert (
+        "the hub does not give it (Client error '404" in unknown and "check the spelling" in unknown
+    )
     hub.shutdown()
     hub.server_close()  # whoever asks is refused
     same, message = in_a_process(ASK, hub, tmp_path / "home")
     assert same == folder
-    assert "cannot be reached" in message and "nor is it in the cache here" in message and "offline, give a local folder" in message
+    assert (
+        "cannot be reached" in message
+        and "nor is it in the cache here" in message
+        and "offline, give a local folder" in message
+    )

@@ -39,8 +39,13 @@ def test_records_survive_json(desk: Desk) -> None:
         record, stack = done.record, done.stack
         assert Stack.from_json(json.loads(json.dumps(stack.to_json()))) == stack
         assert record["removed"] not in stack.kept and stack.trunk == dense.trunk
-        assert set(record["group"]) - {record["removed"]} == {block.dense for block in stack.blocks if block.terms}
-        assert record["loss_first"] == record["losses"][0] and record["loss_last"] == record["losses"][-1]
+        assert set(record["group"]) - {record["removed"]} == {
+            block.dense for block in stack.blocks if block.terms
+        }
+        assert (
+            record["loss_first"] == record["losses"][0]
+            and record["loss_last"] == record["losses"][-1]
+        )
     last = {block.dense: block for block in found[-1].stack.blocks}
     terms = [len(block.terms.donors) for block in last.values() if block.terms]
     assert max(terms) == 2, "or no block was fused twice"
@@ -90,7 +95,10 @@ def last_record(desk: Desk) -> Path:
 @pytest.mark.parametrize("which", [last_block, last_record])
 @pytest.mark.parametrize("damage", [cut, flip, Path.unlink])
 def test_damage_is_told_by_name_and_costs_only_its_own_round(
-    which: Callable[[Desk], Path], damage: Callable[[Path], None], desk: Desk, undisturbed: dict[str, Weights]
+    which: Callable[[Desk], Path],
+    damage: Callable[[Path], None],
+    desk: Desk,
+    undisturbed: dict[str, Weights],
 ) -> None:
     stopped(desk, 3)
     file = which(desk)
@@ -101,12 +109,18 @@ def test_damage_is_told_by_name_and_costs_only_its_own_round(
     if (which, damage) == (last_record, Path.unlink):  # the same as a round that was never finished
         assert told == []
     else:
-        assert len(told) == 1 and str(file) in told[0] and "going back to the end of round 1" in told[0]
+        assert (
+            len(told) == 1
+            and str(file) in told[0]
+            and "going back to the end of round 1" in told[0]
+        )
     assert show.rounds == [2, 3]
     assert published(desk) == undisturbed["at_end"]
 
 
-def test_a_missing_record_in_the_middle_is_told(desk: Desk, undisturbed: dict[str, Weights]) -> None:
+def test_a_missing_record_in_the_middle_is_told(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
     stopped(desk, 3)
     (run_folder(desk) / "round-001.json").unlink()
     show = Watching()

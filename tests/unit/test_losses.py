@@ -11,7 +11,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from workers import split_loss
 
-from fusegpt_ray.fusion.loss import LOSSES, batch_kl, normalized_mse
+from fusegpt_ray.training.losses import LOSSES, batch_kl, normalized_mse
 
 B, T, D = 4, 3, 5
 WORKERS = 2
@@ -19,7 +19,9 @@ WORKERS = 2
 
 def plain_batch_kl(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor) -> torch.Tensor:
     """P = softmax over the batch of the teacher's states, Q of the student's; KL(P‖Q), batchmean."""
-    return F.kl_div(F.log_softmax(student_BTD, dim=0), F.softmax(teacher_BTD, dim=0), reduction="batchmean")
+    return F.kl_div(
+        F.log_softmax(student_BTD, dim=0), F.softmax(teacher_BTD, dim=0), reduction="batchmean"
+    )
 
 
 def random_states(scale: float = 2.0, batch: int = B) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,9 +76,13 @@ def test_batch_kl_of_a_single_row_teaches_nothing() -> None:
 def test_batch_kl_of_small_states_is_half_the_centred_squared_error() -> None:
     student, teacher = random_states(1e-2)
     error = (student - teacher).detach()
-    expected = 0.5 * (error - error.mean(0)).pow(2).sum() / B**2  # P is about 1 / B everywhere; batchmean divides by B again
+    expected = (
+        0.5 * (error - error.mean(0)).pow(2).sum() / B**2
+    )  # P is about 1 / B everywhere; batchmean divides by B again
     # Relative: the next term of the series is of the order of the states, 1e-2. Absolute: float32 sums of logarithms.
-    torch.testing.assert_close(batch_kl(student, teacher, False).detach(), expected, rtol=0.03, atol=1e-6)
+    torch.testing.assert_close(
+        batch_kl(student, teacher, False).detach(), expected, rtol=0.03, atol=1e-6
+    )
 
 
 def test_normalized_mse_is_its_definition() -> None:
@@ -86,8 +92,12 @@ def test_normalized_mse_is_its_definition() -> None:
     b = b / (b.pow(2).mean(-1, keepdim=True)).sqrt()
     expected = ((a - b) ** 2).sum() / (B * T * D)
     # The definition in use adds 1e-6 to mean squares of about 4.
-    torch.testing.assert_close(normalized_mse(student, teacher, False).double(), expected, **LOSS_CLOSE)
-    scaled = normalized_mse(7 * student, 0.5 * teacher, False)  # lengths are what the next norm takes away
+    torch.testing.assert_close(
+        normalized_mse(student, teacher, False).double(), expected, **LOSS_CLOSE
+    )
+    scaled = normalized_mse(
+        7 * student, 0.5 * teacher, False
+    )  # lengths are what the next norm takes away
     torch.testing.assert_close(scaled.double(), expected, **LOSS_CLOSE)
 
 
@@ -114,9 +124,14 @@ def test_a_loss_batch_split_over_workers_has_the_gradient_of_the_whole(tmp_path:
     spawn(split_loss, (WORKERS, str(tmp_path)), nprocs=WORKERS)
     parts = [torch.load(tmp_path / f"out{rank}.pt") for rank in range(WORKERS)]
     weight = data["weight"].requires_grad_()
-    for name, plain in (("batch_kl", plain_batch_kl), ("normalized_mse", lambda s, t: normalized_mse(s, t, False))):
+    for name, plain in (
+        ("batch_kl", plain_batch_kl),
+        ("normalized_mse", lambda s, t: normalized_mse(s, t, False)),
+    ):
         expected = plain(data["x"] @ weight, data["teacher"])
         (gradient,) = torch.autograd.grad(expected, weight)
-        torch.testing.assert_close(sum(part[name][0] for part in parts) / WORKERS, expected.detach(), **LOSS_CLOSE)
+        torch.testing.assert_close(
+            sum(part[name][0] for part in parts) / WORKERS, expected.detach(), **LOSS_CLOSE
+        )
         for part in parts:
             torch.testing.assert_close(part[name][1], gradient, **LOSS_CLOSE)

@@ -24,7 +24,9 @@ NEIGHBOURS = ["run1", "ran1", "r", "a", "b", "run", "run[1]x"]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_whole_run_in_a_local_folder_of_any_name(name: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_run_in_a_local_folder_of_any_name(
+    name: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its source, its text and its output; relative, as a user gives them."""
     place = desk.folder / name
     place.mkdir()
@@ -53,7 +55,10 @@ def test_a_whole_run_in_a_local_folder_of_any_name(name: str, desk: Desk, capsys
     (place / "out/half.run/blocks/a").touch()
     capsys.readouterr()
     assert main(["clean", f"{name}/out", "--yes", "--age", "0"]) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["removed", "removed"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "removed",
+        "removed",
+    ]
     assert [path.name for path in (place / "out").iterdir()] == ["demo-p40"]
     assert {other: contents(desk.folder / other) for other in NEIGHBOURS} == before
 
@@ -72,9 +77,14 @@ def memory() -> Iterator[Callable[[], dict[str, bytes]]]:
 @pytest.mark.parametrize("name", [name for name in NAMES if "::" not in name])
 def test_a_removal_in_memory(name: str, memory: Callable[[], dict[str, bytes]]) -> None:
     before = memory()
-    assert sorted(storage.below(f"memory://names/{name}/m.run")) == ["blocks/a [1]*?", "identity.json"]
+    assert sorted(storage.below(f"memory://names/{name}/m.run")) == [
+        "blocks/a [1]*?",
+        "identity.json",
+    ]
     storage.remove(f"memory://names/{name}/m.run", recursive=True)
-    assert memory() == {path: data for path, data in before.items() if not path.startswith(f"/names/{name}/m.run/")}
+    assert memory() == {
+        path: data for path, data in before.items() if not path.startswith(f"/names/{name}/m.run/")
+    }
 
 
 def test_a_folder_of_text_that_datasets_would_take_for_a_pattern_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ from fusegpt_ray.model import finite
 from fusegpt_ray.store.checkpoint import TensorRef
 
 SINGLE = "model.safetensors"
-EMBEDDING, MATRIX, NORM = "model.embed_tokens.weight", "model.layers.3.mlp.up_proj.weight", "model.norm.weight"
+EMBEDDING, MATRIX, NORM = (
+    "model.embed_tokens.weight",
+    "model.layers.3.mlp.up_proj.weight",
+    "model.norm.weight",
+)
 
 
 def spoil(desk: Desk, name: str, change: Callable[[torch.Tensor], object]) -> None:
@@ -49,8 +53,12 @@ def told(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, 
 
 @pytest.mark.parametrize("name", [EMBEDDING, MATRIX, NORM, "lm_head.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_compress_names_the_tensor_and_leaves_nothing(name: str, value: float, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(desk, name, at({MATRIX: -1, NORM: 5}.get(name, 10 * 32), value))  # of the embedding and the head: of the token w10
+def test_compress_names_the_tensor_and_leaves_nothing(
+    name: str, value: float, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil(
+        desk, name, at({MATRIX: -1, NORM: 5}.get(name, 10 * 32), value)
+    )  # of the embedding and the head: of the token w10
     desk.heldout.write_text(desk.heldout.read_text().replace("w", "w10 w", 1))
     recipe = desk.write(**evaluation(desk))
     before = tree(desk.folder)
@@ -82,9 +90,15 @@ def test_a_row_that_only_fine_tuning_meets(desk: Desk, capsys: pytest.CaptureFix
 
 
 @pytest.mark.parametrize("verb", ["score", "evaluate"])
-def test_the_other_verbs_say_the_same(verb: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_other_verbs_say_the_same(
+    verb: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(desk, MATRIX, at(7, float("nan")))
-    arguments = [desk.write()] if verb == "score" else ["model", "--data", "heldout.txt", "--length", str(LENGTH)]
+    arguments = (
+        [desk.write()]
+        if verb == "score"
+        else ["model", "--data", "heldout.txt", "--length", str(LENGTH)]
+    )
     message = told([verb, *arguments], capsys)
     assert message["key"] == ("model.source" if verb == "score" else "MODEL")
     assert f"tensor {MATRIX} holds NaN or Inf" in message["problem"]
@@ -96,16 +110,30 @@ def test_the_first_of_them_is_named(desk: Desk, capsys: pytest.CaptureFixture[st
     assert f"tensor {EMBEDDING} holds" in told(["score", desk.write()], capsys)["problem"]
 
 
-def test_arithmetic_that_overflows_is_told_apart(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arithmetic_that_overflows_is_told_apart(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(desk, MATRIX, lambda tensor: tensor.fill_(3e38))
     recipe = desk.write()
     before = tree(desk.folder)
     message = told(["compress", recipe, "--set", "model.dtype=bfloat16"], capsys)
-    assert "its stored weights are finite" in message["problem"] and "bfloat16 overflows" in message["problem"]
+    assert (
+        "its stored weights are finite" in message["problem"]
+        and "bfloat16 overflows" in message["problem"]
+    )
     assert message["fix"] == "set model.dtype to float32"
     assert told(["compress", recipe], capsys)["fix"] == "use another checkpoint"
     assert tree(desk.folder) == before
-    evaluate = ["evaluate", "model", "--data", "heldout.txt", "--length", str(LENGTH), "--dtype", "bfloat16"]
+    evaluate = [
+        "evaluate",
+        "model",
+        "--data",
+        "heldout.txt",
+        "--length",
+        str(LENGTH),
+        "--dtype",
+        "bfloat16",
+    ]
     assert told(evaluate, capsys)["fix"] == "set --dtype to float32"
 
 
@@ -127,7 +155,7 @@ def test_an_earlier_attempt_of_the_same_run_stays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fusegpt_ray.local.LocalEngine.finetune", interrupted)
+        patch.setattr("fusegpt_ray.workers.local.LocalEngine.finetune", interrupted)
         assert main(["compress", recipe]) == 130
     capsys.readouterr()
     notes = (desk.out / "demo.run/scores-001.json").read_bytes()
@@ -145,7 +173,9 @@ def test_a_good_run_looks_at_no_weight(desk: Desk, monkeypatch: pytest.MonkeyPat
     assert Path(desk.out / "demo-p20/fusegpt.json").exists()
 
 
-def test_tensors_are_read_one_by_one(desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tensors_are_read_one_by_one(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(desk, NORM, at(0, float("nan")))
     asked: list[int] = []
     read = finite.read_tensors
@@ -155,5 +185,10 @@ def test_tensors_are_read_one_by_one(desk: Desk, monkeypatch: pytest.MonkeyPatch
         return read(refs)
 
     monkeypatch.setattr(finite, "read_tensors", counted)
-    assert NORM in told(["evaluate", "model", "--data", "heldout.txt", "--length", str(LENGTH)], capsys)["problem"]
+    assert (
+        NORM
+        in told(["evaluate", "model", "--data", "heldout.txt", "--length", str(LENGTH)], capsys)[
+            "problem"
+        ]
+    )
     assert set(asked) == {1} and len(asked) > 40

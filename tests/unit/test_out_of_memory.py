@@ -12,7 +12,7 @@ from cramped import LIMITS, MB, SCORED, TRAINED, save_broad, save_wide, tune_man
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from fusegpt_ray.model.memory import fewer_at_once, fitting, is_out_of_memory
+from fusegpt_ray.model.memory import fewer_at_once, find_batch_size, is_out_of_memory
 from fusegpt_ray.recipe import Recipe
 
 
@@ -23,7 +23,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # every large tensor goes back to the system when it is freed
+    monkeypatch.setenv(
+        "MALLOC_MMAP_THRESHOLD_", "65536"
+    )  # every large tensor goes back to the system when it is freed
 
     def run(what: str, more: int | None, loss: str = "normalized_mse") -> Any:
         out = tmp_path / f"{what}-{more}"
@@ -34,7 +36,9 @@ def run(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable
 
 
 @pytest.mark.parametrize("loss", ["batch_kl", "normalized_mse"])
-def test_fine_tuning_that_runs_out_of_memory_goes_on_with_less(run: Callable[..., Any], loss: str) -> None:
+def test_fine_tuning_that_runs_out_of_memory_goes_on_with_less(
+    run: Callable[..., Any], loss: str
+) -> None:
     free, cramped = run("finetune", None, loss), run("finetune", LIMITS["finetune"], loss)
     assert (free.micro_batch, cramped.micro_batch) == (TRAINED, TRAINED // 2)
     assert cramped.losses == pytest.approx(free.losses, rel=1e-5)
@@ -44,7 +48,13 @@ def test_fine_tuning_that_runs_out_of_memory_goes_on_with_less(run: Callable[...
         weights, others = load_file(one), load_file(other)
         for name, weight in weights.items():
             # Sums in another order; Adam divides by the gradient's size, so tiny gradients' rounding grows into steps of 1e-3.
-            torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                others[name],
+                weight,
+                rtol=0,
+                atol=1e-5,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 def test_scoring_that_runs_out_of_memory_goes_on_with_less(run: Callable[..., Any]) -> None:
@@ -54,7 +64,9 @@ def test_scoring_that_runs_out_of_memory_goes_on_with_less(run: Callable[..., An
     assert cramped.estimates == pytest.approx(free.estimates, rel=1e-5)
 
 
-def test_states_that_do_not_fit_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_that_do_not_fit_lie_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """104 MB of states, 90 MB of memory; not a bit changes, and no file is left."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
     (tmp_path / "temporary").mkdir()
@@ -73,7 +85,10 @@ def test_states_that_do_not_fit_lie_in_a_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_never_fits_says_so(run: Callable[..., Any]) -> None:
-    with pytest.raises(ProcessRaisedException, match=r"MemoryError: fine-tuning the group runs out of memory with a single window"):
+    with pytest.raises(
+        ProcessRaisedException,
+        match=r"MemoryError: fine-tuning the group runs out of memory with a single window",
+    ):
         run("finetune", 20 * MB)
 
 
@@ -82,13 +97,17 @@ def test_what_counts_as_running_out_of_memory() -> None:
         torch.empty(10**15)
     assert type(caught.value) is RuntimeError
     assert is_out_of_memory(caught.value)
-    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."))
+    assert is_out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    )
     assert is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(ValueError("the word MemoryError in a user's file"))
 
 
-@pytest.mark.parametrize(("share", "fits", "tried"), [(8, 2, [8, 4, 2]), (6, 1, [6, 3, 1]), (9, 4, [9, 3]), (7, 7, [7])])
+@pytest.mark.parametrize(
+    ("share", "fits", "tried"), [(8, 2, [8, 4, 2]), (6, 1, [6, 3, 1]), (9, 4, [9, 3]), (7, 7, [7])]
+)
 def test_attempts_are_with_divisors_of_the_share(share: int, fits: int, tried: list[int]) -> None:
     seen: list[int] = []
 
@@ -98,20 +117,26 @@ def test_attempts_are_with_divisors_of_the_share(share: int, fits: int, tried: l
             raise MemoryError
         return "done"
 
-    assert fitting(attempt, share, share, "work") == ("done", tried[-1])
+    assert find_batch_size(attempt, share, share, "work") == ("done", tried[-1])
     assert seen == tried
 
 
 def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(ZeroDivisionError):
-        fitting(lambda rows: 1 // (rows - 4), 4, 4, "work")
+        find_batch_size(lambda rows: 1 // (rows - 4), 4, 4, "work")
 
 
 def test_the_least_that_was_used_is_told() -> None:
-    given = {"model": {"source": "x"}, "calibration": {"data": "x"}, "output": {"uri": "x", "name": "x"}}
+    given = {
+        "model": {"source": "x"},
+        "calibration": {"data": "x"},
+        "output": {"uri": "x", "name": "x"},
+    }
     recipe = Recipe.parse(given | {"cluster": {"workers": 2}})
     asked = {"rows": 4, "states_rows": 4, "micro_batch": 4}
     dropped = {"rows": 4, "states_rows": None, "micro_batch": None}
     assert fewer_at_once(recipe, [asked, dropped]) == ""
-    fewer = fewer_at_once(recipe, [asked, asked | {"rows": 2, "micro_batch": 2}, asked | {"micro_batch": 1}])
+    fewer = fewer_at_once(
+        recipe, [asked, asked | {"rows": 2, "micro_batch": 2}, asked | {"micro_batch": 1}]
+    )
     assert fewer == "2 of 4 in scoring, 1 of 4 in fine-tuning"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import DEPTH, open_stack, token_windows
 
-from fusegpt_ray.model.anatomy import dense_stack
+from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing import plain
@@ -28,7 +28,9 @@ def compared(folder: str, stack: Stack) -> Plain:
 
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("name", ["llama-sharded", "llama-tied", "gpt2", "gemma3", "lfm2", "llava"])
-def test_both_read_the_same_model(name: str, small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_read_the_same_model(
+    name: str, small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plain, "SMALL_BYTES", 10**9 if small else 0)
     folder = checkpoint(name)
     found = compared(str(folder), open_stack(folder))
@@ -36,7 +38,9 @@ def test_both_read_the_same_model(name: str, small: bool, checkpoint: Callable[[
 
 
 @pytest.mark.parametrize("small", [True, False])
-def test_in_a_store(small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_a_store(
+    small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plain, "SMALL_BYTES", 10**9 if small else 0)
     folder, there = checkpoint("lfm2"), f"memory://plain-{small}"
     store = fsspec.filesystem("memory")
@@ -49,7 +53,9 @@ def test_in_a_store(small: bool, checkpoint: Callable[[str], Path], monkeypatch:
 
 @pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("what", ["blocks", "trunk"])
-def test_another_reading_is_found(what: str, small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_reading_is_found(
+    what: str, small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if we had read the wrong shards: two blocks change places, or the head is the embedding."""
     monkeypatch.setattr(plain, "SMALL_BYTES", 10**9 if small else 0)
     folder = checkpoint("llama")
@@ -66,7 +72,9 @@ def test_another_reading_is_found(what: str, small: bool, checkpoint: Callable[[
     assert found.kl > 100 * KL_TOLERANCE[torch.float32]
 
 
-def test_a_checkpoint_that_does_not_load_is_said(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_checkpoint_that_does_not_load_is_said(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     stack = open_stack(checkpoint("llama"))
     (tmp_path / "config.json").write_text((checkpoint("llama") / "config.json").read_text())
     found = compared(str(tmp_path), stack)

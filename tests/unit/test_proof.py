@@ -130,7 +130,10 @@ def test_what_did_not_arrive_as_sent_fails_the_run(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     desk = Desk.make(tmp_path, checkpoint("llama"))
-    command = ["compress", desk.write(method="mi", output={"uri": f"mischief://{desk.out}", "name": "demo"})]
+    command = [
+        "compress",
+        desk.write(method="mi", output={"uri": f"mischief://{desk.out}", "name": "demo"}),
+    ]
     mischief[f"demo-p40/{name}"] = spoil
     assert main(command) == 1
     assert mischief == {}, "nothing was spoiled"
@@ -159,13 +162,27 @@ def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str],
     def get(name: str) -> Path:
         dense = open_stack(checkpoint(name))
         out = tmp_path / name
-        publish(str(out), shortened(dense), dense, Source.find(str(checkpoint(name)), None), 10**9, FACTS)
+        publish(
+            str(out),
+            shortened(dense),
+            dense,
+            Source.find(str(checkpoint(name)), None),
+            10**9,
+            FACTS,
+        )
         return out
 
     return get
 
 
-FACTS: dict[str, Any] = {"method": "mi", "sparsity": 0.4, "recipe": {}, "removed": [1, 3], "rounds": [], "perplexity": {}}
+FACTS: dict[str, Any] = {
+    "method": "mi",
+    "sparsity": 0.4,
+    "recipe": {},
+    "removed": [1, 3],
+    "rounds": [],
+    "perplexity": {},
+}
 
 
 def opened(folder: Path, dense: Stack) -> Stack:
@@ -180,8 +197,16 @@ def without(tensors: Tensors, *names: str) -> Tensors:
 Q = "model.layers.1.self_attn.q_proj.weight"
 WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "missing": ("llama", lambda t: without(t, Q), f"lacks the tensor {Q}"),
-    "missing-norm": ("llama", lambda t: without(t, "model.norm.weight"), "lacks the tensor model.norm.weight"),
-    "extra": ("llama", lambda t: t | {"model.layers.3.mlp.up_proj.weight": t[Q].clone()}, "which the model does not have"),
+    "missing-norm": (
+        "llama",
+        lambda t: without(t, "model.norm.weight"),
+        "lacks the tensor model.norm.weight",
+    ),
+    "extra": (
+        "llama",
+        lambda t: t | {"model.layers.3.mlp.up_proj.weight": t[Q].clone()},
+        "which the model does not have",
+    ),
     "untied-head": (
         "llama-tied",
         lambda t: t | {"lm_head.weight": torch.randn_like(t["model.embed_tokens.weight"])},
@@ -195,7 +220,11 @@ WRONG: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
 
 @pytest.mark.parametrize(("name", "change", "problem"), WRONG.values(), ids=WRONG)
 def test_other_tensors_than_the_stacks(
-    name: str, change: Callable[[Tensors], Tensors], problem: str, folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+    name: str,
+    change: Callable[[Tensors], Tensors],
+    problem: str,
+    folder: Callable[[str], Path],
+    checkpoint: Callable[[str], Path],
 ) -> None:
     out, dense = folder(name), open_stack(checkpoint(name))
     opened(out, dense)
@@ -211,23 +240,35 @@ def test_another_tie_than_the_dense_models(
     out, dense = folder(name), open_stack(checkpoint(name))
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": tied}))
-    with pytest.raises(ProofError, match="newly tied" if tied else "lacks 1 tensors|no longer tied"):
+    with pytest.raises(
+        ProofError, match="newly tied" if tied else "lacks 1 tensors|no longer tied"
+    ):
         opened(out, dense)
 
 
-def test_a_shard_of_an_earlier_attempt(folder: Callable[[str], Path], checkpoint: Callable[[str], Path]) -> None:
+def test_a_shard_of_an_earlier_attempt(
+    folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+) -> None:
     out = folder("llama")
     stray = "model-00001-of-00002.safetensors"
     shutil.copyfile(out / SINGLE, out / stray)
-    with pytest.raises(ProofError, match=f"holds {stray}, which is not part of this model: remove it"):
+    with pytest.raises(
+        ProofError, match=f"holds {stray}, which is not part of this model: remove it"
+    ):
         opened(out, open_stack(checkpoint("llama")))
 
 
 NAN, INF = float("nan"), float("inf")
-NOT_FINITE = [(dtype, value) for dtype in (torch.float32, torch.bfloat16, torch.float16) for value in (NAN, INF, -INF)]
+NOT_FINITE = [
+    (dtype, value)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for value in (NAN, INF, -INF)
+]
 
 
-@pytest.mark.parametrize(("dtype", "value"), [*NOT_FINITE, (torch.float8_e4m3fn, NAN)])  # which has no Inf
+@pytest.mark.parametrize(
+    ("dtype", "value"), [*NOT_FINITE, (torch.float8_e4m3fn, NAN)]
+)  # which has no Inf
 @pytest.mark.parametrize("place", [0, 500, 999], ids=["first", "middle", "last"])
 def test_nan_and_inf_are_found_wherever_they_are(
     dtype: torch.dtype, value: float, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,23 +286,43 @@ def test_nan_and_inf_are_found_wherever_they_are(
         read_back(str(path), FileRecord.of(path.read_bytes()))
 
 
-def with_block(dense: Stack, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Stack:
+def with_block(
+    dense: Stack, folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Stack:
     """The shorter stack with a block as fine-tuning writes it, changed."""
     stack = shortened(dense)
     tensors = load_file(Path(dense.blocks[2].weights["self_attn.q_proj.weight"].file))
-    work = {name: change(name, tensors[f"model.layers.2.{name}"].float()) for name in dense.blocks[2].weights}
+    work = {
+        name: change(name, tensors[f"model.layers.2.{name}"].float())
+        for name in dense.blocks[2].weights
+    }
     save_file(work, folder / "work.safetensors")
     return stack.swap({2: Block(2, read_header(str(folder / "work.safetensors"), "work"))})
 
 
-def test_nan_in_a_fused_block_is_not_published(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_nan_in_a_fused_block_is_not_published(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     def poisoned(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.index_fill(0, torch.tensor([3]), float("nan")) if name == "mlp.down_proj.weight" else tensor
+        return (
+            tensor.index_fill(0, torch.tensor([3]), float("nan"))
+            if name == "mlp.down_proj.weight"
+            else tensor
+        )
 
     dense = open_stack(checkpoint("llama"))
     stack = with_block(dense, tmp_path, poisoned)
-    with pytest.raises(ProofError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or Inf"):
-        publish(str(tmp_path / "out"), stack, dense, Source.find(str(checkpoint("llama")), None), 10**9, FACTS)
+    with pytest.raises(
+        ProofError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds NaN or Inf"
+    ):
+        publish(
+            str(tmp_path / "out"),
+            stack,
+            dense,
+            Source.find(str(checkpoint("llama")), None),
+            10**9,
+            FACTS,
+        )
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
@@ -271,11 +332,15 @@ IDS = token_windows(2, 9)
 
 
 def runners(dense: Stack, published: Stack) -> tuple[Runner, Runner]:
-    return Runner(dense, torch.device("cpu"), torch.float32, 8), Runner(published, torch.device("cpu"), torch.float32, 8)
+    return Runner(dense, torch.device("cpu"), torch.float32, 8), Runner(
+        published, torch.device("cpu"), torch.float32, 8
+    )
 
 
 @pytest.mark.parametrize("name", [*MODELS])
-def test_an_honest_model_is_proven_exactly(name: str, folder: Callable[[str], Path], checkpoint: Callable[[str], Path]) -> None:
+def test_an_honest_model_is_proven_exactly(
+    name: str, folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+) -> None:
     out, dense = folder(name), open_stack(checkpoint(name))
     published = opened(out, dense)
     proof = prove(published, str(out), shortened(dense), *runners(dense, published), IDS)
@@ -284,11 +349,20 @@ def test_an_honest_model_is_proven_exactly(name: str, folder: Callable[[str], Pa
     assert proof.plain_kl is not None and proof.plain_kl < 1e-9
 
 
-def test_rounding_to_the_published_dtype_is_no_difference(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_rounding_to_the_published_dtype_is_no_difference(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     load_model(checkpoint("llama")).bfloat16().save_pretrained(tmp_path / "source")
     dense = open_stack(tmp_path / "source")
     stack = with_block(dense, tmp_path, lambda _, tensor: tensor + 1e-3 * torch.randn_like(tensor))
-    publish(str(tmp_path / "out"), stack, dense, Source.find(str(tmp_path / "source"), None), 10**9, FACTS)
+    publish(
+        str(tmp_path / "out"),
+        stack,
+        dense,
+        Source.find(str(tmp_path / "source"), None),
+        10**9,
+        FACTS,
+    )
     published = Source.find(str(tmp_path / "out"), None).stack()
     assert (
         {ref.code for ref in published.blocks[1].weights.values()}
@@ -301,7 +375,10 @@ def test_rounding_to_the_published_dtype_is_no_difference(checkpoint: Callable[[
 def swapped(tensors: Tensors) -> Tensors:
     """Two blocks have changed places."""
     other = {"0": "1", "1": "0"}
-    return {re.sub(r"layers\.([01])\.", lambda m: f"layers.{other[m[1]]}.", name): value for name, value in tensors.items()}
+    return {
+        re.sub(r"layers\.([01])\.", lambda m: f"layers.{other[m[1]]}.", name): value
+        for name, value in tensors.items()
+    }
 
 
 def nudged(name: str, by: float) -> Callable[[Tensors], Tensors]:
@@ -310,15 +387,24 @@ def nudged(name: str, by: float) -> Callable[[Tensors], Tensors]:
 
 OTHER = {
     "swapped": (swapped, r"block 0 \(block 0 of the dense model\) is off"),
-    "nudged": (nudged("model.layers.2.mlp.down_proj.weight", 0.01), r"block 2 \(block 4 of the dense model\) is off"),
+    "nudged": (
+        nudged("model.layers.2.mlp.down_proj.weight", 0.01),
+        r"block 2 \(block 4 of the dense model\) is off",
+    ),
     "embedding": (nudged("model.embed_tokens.weight", 0.01), "its embedding is off"),
-    "head": (nudged("lm_head.weight", 0.1), r"logits differ from the stack's: mean KL .* nats a token"),
+    "head": (
+        nudged("lm_head.weight", 0.1),
+        r"logits differ from the stack's: mean KL .* nats a token",
+    ),
 }
 
 
 @pytest.mark.parametrize(("change", "problem"), OTHER.values(), ids=OTHER)
 def test_other_values_are_found_by_running_them(
-    change: Callable[[Tensors], Tensors], problem: str, folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+    change: Callable[[Tensors], Tensors],
+    problem: str,
+    folder: Callable[[str], Path],
+    checkpoint: Callable[[str], Path],
 ) -> None:
     out, dense = folder("llama"), open_stack(checkpoint("llama"))
     rewrite(out, out, change)
@@ -327,13 +413,17 @@ def test_other_values_are_found_by_running_them(
         compare(published, shortened(dense), *runners(dense, published), IDS)
 
 
-def test_another_attention_pattern_is_found(folder: Callable[[str], Path], checkpoint: Callable[[str], Path]) -> None:
+def test_another_attention_pattern_is_found(
+    folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+) -> None:
     """A setting with one value a block, out of step: only running the model shows it."""
     out, dense = folder("gemma3"), open_stack(checkpoint("gemma3"))
     config = json.loads((out / "config.json").read_text())
     assert config["layer_types"] == ["sliding_attention"] * 3
     (out / "config.json").write_text(
-        json.dumps(config | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]})
+        json.dumps(
+            config | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+        )
     )
     published = opened(out, dense)
     with pytest.raises(ProofError, match=r"block 1 \(block 2 of the dense model\) is off"):
@@ -356,7 +446,9 @@ def test_what_from_pretrained_makes_of_it_counts(
 # --- in a run ---
 
 
-def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     load_model(checkpoint("llama")).bfloat16().save_pretrained(tmp_path / "bf16")
     desk = Desk.make(tmp_path / "desk", tmp_path / "bf16")
     held_out = {"heldout": {"data": str(desk.heldout)}}
@@ -367,5 +459,8 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(checkpoint
     from fusegpt_ray.pipeline import evaluate
     from fusegpt_ray.sections import Evaluation
 
-    found = evaluate(done.uri, Evaluation(data=str(desk.heldout), length=done.manifest["perplexity"]["heldout"]["length"]))
+    found = evaluate(
+        done.uri,
+        Evaluation(data=str(desk.heldout), length=done.manifest["perplexity"]["heldout"]["length"]),
+    )
     assert found["perplexity"] == done.manifest["perplexity"]["heldout"]["fused"]

@@ -17,7 +17,16 @@ import torch
 import transformers as tf
 import yaml
 from desk import add_tokenizer
-from models import DEPTH, MODELS, VOCAB, load_model, open_stack, rewrite, token_windows, without_blocks
+from models import (
+    DEPTH,
+    MODELS,
+    VOCAB,
+    load_model,
+    open_stack,
+    rewrite,
+    token_windows,
+    without_blocks,
+)
 from safetensors.torch import load_file, save_file
 
 from fusegpt_ray.model.source import MANIFEST, Source
@@ -47,10 +56,19 @@ def shortened(dense: Stack) -> Stack:
     return stack
 
 
-def published(source: Path, out: Path, shard_bytes: int = 10**9, stack: Stack | None = None) -> Published:
+def published(
+    source: Path, out: Path, shard_bytes: int = 10**9, stack: Stack | None = None
+) -> Published:
     """The checkpoint in `source` without the blocks `REMOVED`, in the folder `out`."""
     dense = open_stack(source)
-    return publish(str(out), stack or shortened(dense), dense, Source.find(str(source), None), shard_bytes, FACTS)
+    return publish(
+        str(out),
+        stack or shortened(dense),
+        dense,
+        Source.find(str(source), None),
+        shard_bytes,
+        FACTS,
+    )
 
 
 def load(folder: Path) -> tf.PreTrainedModel:
@@ -67,12 +85,18 @@ def is_llava(folder: Path) -> bool:
 
 def in_dtype(name: str, folder: Path, out: Path, dtype: torch.dtype) -> Path:
     """The checkpoint as transformers writes it in another dtype."""
-    load_model(folder).to(dtype).save_pretrained(out, max_shard_size="20KB" if name == "llama-sharded" else "1GB")
+    load_model(folder).to(dtype).save_pretrained(
+        out, max_shard_size="20KB" if name == "llama-sharded" else "1GB"
+    )
     return out
 
 
 def dtypes(folder: Path) -> dict[str, torch.dtype]:
-    return {name: value.dtype for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+    return {
+        name: value.dtype
+        for file in folder.glob("*.safetensors")
+        for name, value in load_file(file).items()
+    }
 
 
 def same_logits(a: tf.PreTrainedModel, b: tf.PreTrainedModel, **inputs: torch.Tensor) -> bool:
@@ -112,7 +136,8 @@ def assert_configuration_in_step(dense: tf.PretrainedConfig, short: tf.Pretraine
     before, after = dense.get_text_config().to_dict(), short.get_text_config().to_dict()
     depth = dense.get_text_config().attribute_map.get("num_hidden_layers", "num_hidden_layers")
     expected = {
-        key: [value[i] for i in KEPT] if isinstance(value, list) and len(value) == DEPTH else value for key, value in before.items()
+        key: [value[i] for i in KEPT] if isinstance(value, list) and len(value) == DEPTH else value
+        for key, value in before.items()
     } | {depth: len(KEPT)}
     if "full_attn_idxs" in before:  # numbers of blocks, which have moved
         attention = before["full_attn_idxs"]
@@ -144,8 +169,14 @@ def renamed(tensors: Tensors, *changes: tuple[str, str]) -> Tensors:
 
 
 def newer_llava(tensors: Tensors) -> Tensors:
-    inner = [("vision_tower", "model.vision_tower"), ("multi_modal_projector", "model.multi_modal_projector")]
-    heads = [(r"language_model\.lm_head", "lm_head"), (r"language_model\.model", "model.language_model")]
+    inner = [
+        ("vision_tower", "model.vision_tower"),
+        ("multi_modal_projector", "model.multi_modal_projector"),
+    ]
+    heads = [
+        (r"language_model\.lm_head", "lm_head"),
+        (r"language_model\.model", "model.language_model"),
+    ]
     return renamed(tensors, *inner, *heads)
 
 
@@ -155,7 +186,10 @@ def first_gpt2(tensors: Tensors) -> Tensors:
 
 
 def first_llama(tensors: Tensors) -> Tensors:
-    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 10000 ** (-torch.arange(4) / 4) for i in range(DEPTH)}
+    frequencies = {
+        f"model.layers.{i}.self_attn.rotary_emb.inv_freq": 10000 ** (-torch.arange(4) / 4)
+        for i in range(DEPTH)
+    }
     return tensors | frequencies
 
 
@@ -169,17 +203,27 @@ def first_llama(tensors: Tensors) -> Tensors:
     ids=["llava-as-in-memory", "gpt2-as-on-the-hub", "llama-with-stored-buffers"],
 )
 def test_other_names_on_disk(
-    name: str, change: Callable[[Tensors], Tensors], first: str, checkpoint: Callable[[str], Path], tmp_path: Path
+    name: str,
+    change: Callable[[Tensors], Tensors],
+    first: str,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     source = rewrite(checkpoint(name), tmp_path / "source", change)
     published(source, tmp_path / "out")
-    assert same_logits(load(tmp_path / "out"), without_blocks(load_model(checkpoint(name)), name, KEPT))
+    assert same_logits(
+        load(tmp_path / "out"), without_blocks(load_model(checkpoint(name)), name, KEPT)
+    )
     stored, written = load_file(source / SINGLE), load_file(tmp_path / "out" / SINGLE)
     assert any(name.startswith(first) for name in written)
-    assert {re.sub(r"\.\d+\.", ".N.", name) for name in written} == {re.sub(r"\.\d+\.", ".N.", name) for name in stored}
+    assert {re.sub(r"\.\d+\.", ".N.", name) for name in written} == {
+        re.sub(r"\.\d+\.", ".N.", name) for name in stored
+    }
 
 
-def test_a_list_as_long_as_the_model_is_deep_need_not_be_one_of_the_blocks(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_list_as_long_as_the_model_is_deep_need_not_be_one_of_the_blocks(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     shutil.copytree(checkpoint("llama"), tmp_path / "source")
     config = json.loads((tmp_path / "source/config.json").read_text())
     ends = list(range(2, 2 + DEPTH))
@@ -191,9 +235,13 @@ def test_a_list_as_long_as_the_model_is_deep_need_not_be_one_of_the_blocks(check
 # --- weights and files ---
 
 
-def test_working_blocks_are_cast_to_each_tensors_own_dtype(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_working_blocks_are_cast_to_each_tensors_own_dtype(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     def mixed(tensors: Tensors) -> Tensors:
-        return {name: value if "norm" in name else value.bfloat16() for name, value in tensors.items()}
+        return {
+            name: value if "norm" in name else value.bfloat16() for name, value in tensors.items()
+        }
 
     source = rewrite(checkpoint("llama"), tmp_path / "source", mixed)
     dense = open_stack(source)
@@ -215,7 +263,9 @@ def test_small_shards_have_an_index(checkpoint: Callable[[str], Path], tmp_path:
     published(checkpoint("llama"), tmp_path / "one")
     published(checkpoint("llama"), tmp_path / "many", shard_bytes=limit)
     files = sorted((tmp_path / "many").glob("*.safetensors"))
-    assert [file.name for file in files] == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert [file.name for file in files] == [
+        f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
+    ]
     assert len(files) > 2 and not (tmp_path / "one" / INDEX).exists()
     index = json.loads((tmp_path / "many" / INDEX).read_text())
     held = {name: file.name for file in files for name in load_file(file)}
@@ -226,7 +276,9 @@ def test_small_shards_have_an_index(checkpoint: Callable[[str], Path], tmp_path:
     assert same_logits(load(tmp_path / "many"), load(tmp_path / "one"))
 
 
-def test_one_file_from_a_sharded_source_has_no_index(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_one_file_from_a_sharded_source_has_no_index(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     published(checkpoint("llama-sharded"), tmp_path / "out")
     assert [file.name for file in (tmp_path / "out").glob("*safetensors*")] == [SINGLE]
 
@@ -266,30 +318,49 @@ def dressed(folder: Path, out: Path) -> Path:
     return out
 
 
-def test_tokenizer_processor_and_licence_come_along_code_and_pickles_do_not(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_tokenizer_processor_and_licence_come_along_code_and_pickles_do_not(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = dressed(checkpoint("llava"), tmp_path / "source")
     published(source, tmp_path / "out")
     taken = {*TAKEN_ALONG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in (tmp_path / "out").iterdir()} == taken | {"config.json", SINGLE, "README.md", MANIFEST}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == taken | {
+        "config.json",
+        SINGLE,
+        "README.md",
+        MANIFEST,
+    }
     for name in taken:
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes(), name
     assert LEFT_BEHIND["README.md"] not in (tmp_path / "out/README.md").read_text()
     words = "w5 w6 w99"
-    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")(words, add_special_tokens=False)["input_ids"] == [5, 6, 99]
-    assert load(tmp_path / "out").generation_config.eos_token_id == load(source).generation_config.eos_token_id
+    assert tf.AutoTokenizer.from_pretrained(tmp_path / "out")(words, add_special_tokens=False)[
+        "input_ids"
+    ] == [5, 6, 99]
+    assert (
+        load(tmp_path / "out").generation_config.eos_token_id
+        == load(source).generation_config.eos_token_id
+    )
 
 
 # --- the manifest and the card ---
 
 
-def test_the_manifest_tells_the_truth_about_every_file(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_manifest_tells_the_truth_about_every_file(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = dressed(checkpoint("llama"), tmp_path / "source")
     result = published(source, tmp_path / "out", shard_bytes=25_000)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert result == Published(str(tmp_path / "out"), manifest)
-    there = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.name != MANIFEST}
+    there = {
+        file.name: file.read_bytes()
+        for file in (tmp_path / "out").iterdir()
+        if file.name != MANIFEST
+    }
     assert manifest["files"] == {
-        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in there.items()
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in there.items()
     }
     assert {key: manifest[key] for key in FACTS} == FACTS
     assert (manifest["dense_blocks"], manifest["kept"]) == (DEPTH, KEPT)
@@ -310,7 +381,10 @@ def test_the_card_tells_the_truth(checkpoint: Callable[[str], Path], tmp_path: P
     front, body = card_of(tmp_path / "demo-p40")
     assert front["library_name"] == "transformers" and "base_model" not in front
     assert "# demo-p40\n" in body
-    assert f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: blocks with the lowest Macro Influence dropped" in body
+    assert (
+        f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: blocks with the lowest Macro Influence dropped"
+        in body
+    )
     assert "in order (numbers in the dense model): 3, 0." in body
     assert "| held-out (9 tokens a window) | 10.50 | 12.25 | 11.75 |" in body
     (recipe,) = re.findall(r"```json\n(.*?)```", body, re.DOTALL)
@@ -318,16 +392,22 @@ def test_the_card_tells_the_truth(checkpoint: Callable[[str], Path], tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["llama", "llava"])
-def test_the_cards_python_runs(name: str, checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_cards_python_runs(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     source = dressed(checkpoint(name), tmp_path / "source")
     published(source, tmp_path / "out")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL
+    )
     names: dict[str, Any] = {}
     exec(code.replace("<this folder>", str(tmp_path / "out")), names)
     assert same_logits(names["model"].eval(), load(tmp_path / "out"))
 
 
-def test_a_hub_model_is_named_as_the_base(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_hub_model_is_named_as_the_base(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     dense = open_stack(checkpoint("llama"))
     source = Source("some-lab/tiny", "v1.0", str(checkpoint("llama")))
     publish(str(tmp_path / "out"), shortened(dense), dense, source, 10**9, FACTS)
@@ -350,28 +430,43 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_manifest_is_written_last(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    published(dressed(checkpoint("llama"), tmp_path / "source"), tmp_path / "out", shard_bytes=25_000)
+    published(
+        dressed(checkpoint("llama"), tmp_path / "source"), tmp_path / "out", shard_bytes=25_000
+    )
     written = {file.name: os.stat(file).st_mtime_ns for file in (tmp_path / "out").iterdir()}
     assert max(written.values()) == written.pop(MANIFEST) and written
 
-    (tmp_path / "failed/README.md").mkdir(parents=True)  # the last file before the manifest cannot be written
+    (tmp_path / "failed/README.md").mkdir(
+        parents=True
+    )  # the last file before the manifest cannot be written
     with pytest.raises(OSError, match=r"README\.md"):
         published(checkpoint("llama"), tmp_path / "failed")
     assert (tmp_path / "failed" / SINGLE).exists() and not (tmp_path / "failed" / MANIFEST).exists()
 
 
-def test_a_source_that_vanishes_leaves_no_model(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_source_that_vanishes_leaves_no_model(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     shutil.copytree(checkpoint("llama-sharded"), tmp_path / "source")
     dense = open_stack(tmp_path / "source")
     gone = max((tmp_path / "source").glob("*.safetensors"))
     gone.unlink()
     with pytest.raises(FileNotFoundError, match=gone.name):
-        publish(str(tmp_path / "out"), dense, dense, Source.find(str(tmp_path / "source"), None), 10**9, FACTS)
+        publish(
+            str(tmp_path / "out"),
+            dense,
+            dense,
+            Source.find(str(tmp_path / "source"), None),
+            10**9,
+            FACTS,
+        )
     assert contents(tmp_path / "out") == {}
 
 
 @pytest.mark.parametrize("removed", [REMOVED, [1]], ids=["the-same-model", "another-model"])
-def test_a_finished_model_is_never_overwritten(removed: Sequence[int], checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_finished_model_is_never_overwritten(
+    removed: Sequence[int], checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     published(checkpoint("llama"), tmp_path / "out")
     before = contents(tmp_path / "out")
     stack = open_stack(checkpoint("llama"))
@@ -379,11 +474,15 @@ def test_a_finished_model_is_never_overwritten(removed: Sequence[int], checkpoin
         stack = stack.drop(block)
     with pytest.raises(FileExistsError):
         published(checkpoint("llama"), tmp_path / "out", stack=stack)
-    changed = [name for name, data in contents(tmp_path / "out").items() if before.get(name) != data]
+    changed = [
+        name for name, data in contents(tmp_path / "out").items() if before.get(name) != data
+    ]
     assert changed == []
 
 
-def test_an_unfinished_model_is_written_again(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_unfinished_model_is_written_again(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     published(checkpoint("llama"), tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "out" / MANIFEST).unlink()

@@ -38,9 +38,13 @@ from fusegpt_ray.publishing.download import Incomplete
 
 
 @pytest.mark.parametrize("store", ["local", "file", "memory"])
-def test_a_pulled_model_is_the_model(store: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pulled_model_is_the_model(
+    store: str, tmp_path: Path, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = write_model(tmp_path / "source")
-    uri = {"local": str(folder), "file": f"file://{folder}", "memory": "memory://pull/model/"}[store]
+    uri = {"local": str(folder), "file": f"file://{folder}", "memory": "memory://pull/model/"}[
+        store
+    ]
     if store == "memory":
         fsspec.filesystem("memory").put(f"{folder}/", "/pull/model/", recursive=True)
     assert main(["pull", uri, str(target)]) == 0
@@ -59,7 +63,9 @@ def test_an_empty_folder_is_filled_and_parents_are_made(source: str, target: Pat
     assert contents(target.parent / "a/b/c") == WHOLE
 
 
-def test_a_whole_model_is_not_fetched_again(source: str, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_whole_model_is_not_fetched_again(
+    source: str, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pull(source, target)
     (target / "notes.txt").write_text("my own, beside it")
     with failing() as asked:
@@ -80,7 +86,9 @@ print(codes, {"torch", "transformers", "ray", "numpy", "pandas"} & set(sys.modul
 
 def test_light_commands_stay_light(tmp_path: Path, target: Path) -> None:
     folder = write_model(tmp_path / "source")
-    done = subprocess.run([sys.executable, "-c", LIGHT, folder, target], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, folder, target], capture_output=True, text=True, check=False
+    )
     assert done.stdout.splitlines()[-1] == "[0, 0, 0] set()", done
 
 
@@ -126,7 +134,9 @@ def test_what_is_damaged_on_the_way_is_fetched_again(
     with failing(times(download.TRIES - 1, TWO, damage)):
         assert main(["pull", source, str(target)]) == 0
     assert_pulled(target)
-    assert capsys.readouterr().err.count(f"{TWO} ") == download.TRIES  # twice why it is fetched again, once that it is whole
+    assert (
+        capsys.readouterr().err.count(f"{TWO} ") == download.TRIES
+    )  # twice why it is fetched again, once that it is whole
 
 
 @DAMAGES
@@ -137,7 +147,11 @@ def test_what_stays_damaged_is_named_and_the_rest_is_kept(
         assert main(["pull", source, str(target)]) == 1
     assert asked.count((TWO, CHUNK)) == download.TRIES
     failure = capsys.readouterr().err.partition("failed: ")[2].splitlines()
-    assert len(failure) == 2 and failure[0].startswith(f"{TWO} ") and str(part_of(target)) in failure[1]
+    assert (
+        len(failure) == 2
+        and failure[0].startswith(f"{TWO} ")
+        and str(part_of(target)) in failure[1]
+    )
     assert not target.exists()
 
     with failing() as asked:
@@ -152,11 +166,18 @@ def test_a_file_goes_on_where_it_stopped(source: str, target: Path) -> None:
     assert list(caught.value.files) == [ONE] and "the line went dead" in caught.value.files[ONE]
     with failing() as asked:
         pull(source, target)
-    assert asked == [("fusegpt.json", 0), *((ONE, begin) for begin in range(CHUNK, 4 * CHUNK + 7, CHUNK))]
+    assert asked == [
+        ("fusegpt.json", 0),
+        *((ONE, begin) for begin in range(CHUNK, 4 * CHUNK + 7, CHUNK)),
+    ]
     assert_pulled(target)
 
 
-@pytest.mark.parametrize("there", [b"x" * CHUNK, b"x" * 3 * CHUNK, b"x" * 2 * CHUNK, b""], ids=["less", "more", "as-long", "empty"])
+@pytest.mark.parametrize(
+    "there",
+    [b"x" * CHUNK, b"x" * 3 * CHUNK, b"x" * 2 * CHUNK, b""],
+    ids=["less", "more", "as-long", "empty"],
+)
 def test_a_begun_file_of_other_bytes_is_replaced(there: bytes, source: str, target: Path) -> None:
     part_of(target).mkdir(parents=True)
     (part_of(target) / ".fusegpt-pull").touch()
@@ -166,7 +187,11 @@ def test_a_begun_file_of_other_bytes_is_replaced(there: bytes, source: str, targ
 
 
 def test_files_of_another_version_do_not_stay(source: str, target: Path, tmp_path: Path) -> None:
-    old = {TWO: b"older", "model-00003-of-00003.safetensors": b"there were three", "unreachable.txt": b"?"}
+    old = {
+        TWO: b"older",
+        "model-00003-of-00003.safetensors": b"there were three",
+        "unreachable.txt": b"?",
+    }
     other = f"faulty://{write_model(tmp_path / 'older', old)}"
     Path(tmp_path / "older" / "unreachable.txt").unlink()
     with pytest.raises(Incomplete):
@@ -208,9 +233,13 @@ def test_a_killed_pull_goes_on_with_what_it_has(reads: int, source: str, target:
     tests = str(Path(__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
     command = [sys.executable, "-c", KILLED.format(chunk=CHUNK), source, str(target), str(reads)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "stuck\n"  # the manifest and `reads - 1` pieces have arrived
+        assert (
+            process.stdout.readline() == "stuck\n"
+        )  # the manifest and `reads - 1` pieces have arrived
         with pytest.raises(UserError, match="another pull is filling it"):
             pull(source, target)
         process.send_signal(signal.SIGKILL)

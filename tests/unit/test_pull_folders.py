@@ -13,7 +13,10 @@ from fusegpt_ray.publishing import download
 from fusegpt_ray.publishing.download import Incomplete
 
 ONE = "additional_chat_templates/tool.jinja"
-DEEP = FILES | {ONE: b"{{ tools }}" * 300, "additional_chat_templates/more/rag.jinja": b"{{ documents }}"}
+DEEP = FILES | {
+    ONE: b"{{ tools }}" * 300,
+    "additional_chat_templates/more/rag.jinja": b"{{ documents }}",
+}
 
 
 @pytest.fixture(name="source")
@@ -22,7 +25,11 @@ def _source(tmp_path: Path) -> str:
 
 
 def found(folder: Path) -> dict[str, bytes]:
-    there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    there = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     return {name: data for name, data in there.items() if name != "fusegpt.json"}
 
 
@@ -65,7 +72,9 @@ def test_what_a_pull_never_made_is_in_the_way(planted: str, source: str, target:
     assert list(precious.iterdir()) == [] and not target.exists()
 
 
-def test_a_link_planted_while_files_arrive_is_not_followed(source: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_planted_while_files_arrive_is_not_followed(
+    source: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "WORKERS", 1)
     precious = target.parent / "precious"
 

@@ -76,7 +76,9 @@ def test_names_that_would_lie_elsewhere_are_refused(
     names: list[str], source: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = {"bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()}
-    (tmp_path / "source/fusegpt.json").write_bytes(manifest({}, files=dict.fromkeys(["config.json", *names], record)))
+    (tmp_path / "source/fusegpt.json").write_bytes(
+        manifest({}, files=dict.fromkeys(["config.json", *names], record))
+    )
     before = sorted(tmp_path.rglob("*"))
     with failing() as asked:
         message = refused(["pull", source, str(target)], capsys)
@@ -106,7 +108,12 @@ def test_names_that_would_lie_elsewhere_are_refused(
     ],
 )
 def test_a_manifest_that_is_none_is_refused(
-    raw: bytes | None, named: str, source: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    raw: bytes | None,
+    named: str,
+    source: str,
+    target: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "source/fusegpt.json"
     file.unlink() if raw is None else file.write_bytes(raw)
@@ -114,8 +121,12 @@ def test_a_manifest_that_is_none_is_refused(
     assert not target.parent.exists()
 
 
-@pytest.mark.parametrize("uri", ["nosuchprotocol://bucket/model", "no/such/folder", "memory://no/such/model"])
-def test_a_source_that_is_none_is_refused(uri: str, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "uri", ["nosuchprotocol://bucket/model", "no/such/folder", "memory://no/such/model"]
+)
+def test_a_source_that_is_none_is_refused(
+    uri: str, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert uri in refused(["pull", uri, str(target)], capsys)
     assert not target.parent.exists()
 
@@ -235,7 +246,10 @@ def test_what_is_in_the_way_is_named_and_stays_as_it_is(
 
     def picture() -> dict[str, Any]:
         paths = sorted(target.parent.rglob("*"))
-        return {str(path): path.read_bytes() if path.is_file() else path.lstat().st_ino for path in paths}
+        return {
+            str(path): path.read_bytes() if path.is_file() else path.lstat().st_ino
+            for path in paths
+        }
 
     before = picture()
     message = refused(["pull", source, str(target)], capsys)
@@ -243,7 +257,9 @@ def test_what_is_in_the_way_is_named_and_stays_as_it_is(
     assert picture() == before
 
 
-def test_a_link_planted_while_files_arrive_is_not_followed(source: str, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_planted_while_files_arrive_is_not_followed(
+    source: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(download, "WORKERS", 1)
     precious = target.parent / "precious"
 
@@ -262,7 +278,9 @@ def test_a_uri_is_no_place_to_pull_to(source: str, capsys: pytest.CaptureFixture
     assert "not a local path" in refused(["pull", source, "s3://bucket/model"], capsys)
 
 
-def test_the_lock_of_a_live_pull_is_respected(source: str, target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_of_a_live_pull_is_respected(
+    source: str, target: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     part_of(target).mkdir(parents=True)
     directory = os.open(part_of(target), os.O_RDONLY)
     fcntl.flock(directory, fcntl.LOCK_EX)

@@ -23,13 +23,23 @@ from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 def test_defaults() -> None:
     r = recipe()
     assert (r.method, r.sparsity, r.seed) == ("fusegpt", (0.25,), 0)
-    assert (r.calibration.windows, r.calibration.length, r.calibration.seed, r.calibration.column) == (1024, 2048, 0, "text")
+    assert (
+        r.calibration.windows,
+        r.calibration.length,
+        r.calibration.seed,
+        r.calibration.column,
+    ) == (1024, 2048, 0, "text")
     assert r.importance.windows == 32
     f = r.fusion
     # method.md: 7 neighbours, r = 128 for both, 20 epochs, batches of 8, Adam's betas and eps.
     assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 20, 8)
     assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 1e-3)
-    assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == ("ray", 1, 1, None)
+    assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == (
+        "ray",
+        1,
+        1,
+        None,
+    )
     assert (r.cluster.savepoint_minutes, r.cluster.recompute_activations) == (5, False)
     assert (r.model.dtype, r.evaluation, r.output.shard_gb) == ("auto", {}, 5.0)
 
@@ -61,21 +71,29 @@ OURS = {
         ({"preset": "paper"}, PAPER),
         # What the recipe says itself counts, in any order of the keys.
         ({"loss": "normalized_mse", "preset": "paper"}, PAPER | {"loss": "normalized_mse"}),
-        ({"preset": "paper", "teacher": "dense", "fold": "each_round"}, PAPER | {"teacher": "dense", "fold": "each_round"}),
+        (
+            {"preset": "paper", "teacher": "dense", "fold": "each_round"},
+            PAPER | {"teacher": "dense", "fold": "each_round"},
+        ),
         ({"preset": "paper", "lora_learning_rate": 3e-4}, PAPER | {"lora_learning_rate": 3e-4}),
         ({"learning_rate": 0.5}, OURS | {"learning_rate": 0.5}),
         ({"trained_dtype": "model"}, OURS | {"trained_dtype": "model"}),
     ],
 )
-def test_presets_fill_in_what_is_left_out(fusion: dict[str, Any] | None, expected: dict[str, Any]) -> None:
+def test_presets_fill_in_what_is_left_out(
+    fusion: dict[str, Any] | None, expected: dict[str, Any]
+) -> None:
     got = Recipe.parse(SMALLEST | {"fusion": fusion}).fusion
     assert {key: getattr(got, key) for key in expected} == expected
 
 
 def test_presets_hold_for_recipes_from_files_and_overrides(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(SMALLEST))
-    assert Recipe.load(file, ["fusion.preset=paper"]).fusion.loss == "batch_kl"
-    assert Recipe.load(file, ["fusion.preset=paper", "fusion.loss=normalized_mse"]).fusion.loss == "normalized_mse"
+    assert Recipe.load(file, ["fusion.preset=paper"]).training.losses == "batch_kl"
+    assert (
+        Recipe.load(file, ["fusion.preset=paper", "training.losses=normalized_mse"]).training.losses
+        == "normalized_mse"
+    )
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -94,7 +112,12 @@ def test_json_and_back_changes_nothing(preset: str) -> None:
 
 def test_recipes_do_not_change() -> None:
     r = recipe()
-    for section, key in ((r, "seed"), (r.fusion, "epochs"), (r.calibration, "windows"), (r.output, "uri")):
+    for section, key in (
+        (r, "seed"),
+        (r.fusion, "epochs"),
+        (r.calibration, "windows"),
+        (r.output, "uri"),
+    ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, 1)
 
@@ -139,7 +162,16 @@ def test_blocks_to_remove_is_the_exact_ceiling(blocks: int, hundredths: int) -> 
 
 @pytest.mark.parametrize(
     ("sparsity", "name"),
-    [(0.25, "25"), (0.125, "12.5"), (0.3, "30"), (0.07, "7"), (0.29, "29"), (0.005, "0.5"), (1 / 3, "33.333333"), (0.999, "99.9")],
+    [
+        (0.25, "25"),
+        (0.125, "12.5"),
+        (0.3, "30"),
+        (0.07, "7"),
+        (0.29, "29"),
+        (0.005, "0.5"),
+        (1 / 3, "33.333333"),
+        (0.999, "99.9"),
+    ],
 )
 def test_percent(sparsity: float, name: str) -> None:
     assert percent(sparsity) == name

@@ -22,7 +22,11 @@ from fusegpt_ray.sections import Evaluation
         ("sparsity=[0.2, 0.3]", ("sparsity",), (0.2, 0.3)),
         ("sparsity=0.5", ("sparsity",), (0.5,)),
         ("fusion.learning_rate=1e-4", ("fusion", "learning_rate"), 1e-4),
-        ("model.source=s3://bucket/a=b", ("model", "source"), "s3://bucket/a=b"),  # only the first = divides
+        (
+            "model.source=s3://bucket/a=b",
+            ("model", "source"),
+            "s3://bucket/a=b",
+        ),  # only the first = divides
         ("model.revision='123'", ("model", "revision"), "123"),
         ("model.revision=", ("model", "revision"), None),
         ("model.revision=null", ("model", "revision"), None),

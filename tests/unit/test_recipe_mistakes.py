@@ -20,19 +20,33 @@ from fusegpt_ray.recipe import Recipe
     [
         ({"sparsty": 0.3}, "sparsty", "did you mean sparsity"),
         ({"model": {"revison": "main"}}, "model.revison", "did you mean model.revision"),
-        ({"fusion": {"learningrate": 1}}, "fusion.learningrate", "did you mean fusion.learning_rate"),
+        (
+            {"fusion": {"learningrate": 1}},
+            "fusion.learningrate",
+            "did you mean fusion.learning_rate",
+        ),
         ({"fusion": {"preset": "paper", "epoch": 3}}, "fusion.epoch", "did you mean fusion.epochs"),
         ({"calibration": {"lenght": 3}}, "calibration.lenght", "did you mean calibration.length"),
-        ({"evaluation": {"wiki": {"data": "x", "colum": "y"}}}, "evaluation.wiki.colum", "did you mean evaluation.wiki.column"),
+        (
+            {"evaluation": {"wiki": {"data": "x", "colum": "y"}}},
+            "evaluation.wiki.colum",
+            "did you mean evaluation.wiki.column",
+        ),
         # A name that is also a key of its section.
-        ({"evaluation": {"data": {"data": "x", "widnows": 1}}}, "evaluation.data.widnows", "did you mean evaluation.data.windows"),
+        (
+            {"evaluation": {"data": {"data": "x", "widnows": 1}}},
+            "evaluation.data.widnows",
+            "did you mean evaluation.data.windows",
+        ),
         # No key is near: all are listed.
         ({"cluster": {"xyzzy": 1}}, "cluster.xyzzy", "the keys here are address, cache_gb,"),
         # Keys of other sections are unknown here.
         ({"importance": {"epochs": 1}}, "importance.epochs", "the keys here are"),
     ],
 )
-def test_unknown_keys_are_refused_with_the_nearest_known_one(sections: dict[str, Any], key: str, fix: str) -> None:
+def test_unknown_keys_are_refused_with_the_nearest_known_one(
+    sections: dict[str, Any], key: str, fix: str
+) -> None:
     error = mistake(merged(sections))
     assert (error.key, error.problem) == (key, "unknown key")
     assert error.fix.startswith(fix)
@@ -51,7 +65,18 @@ def test_unknown_keys_of_overrides_too(override: str, key: str, fix: str, tmp_pa
     assert (error.key, error.fix) == (key, fix)
 
 
-@pytest.mark.parametrize("key", ["model", "calibration", "output", "model.source", "calibration.data", "output.uri", "output.name"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "calibration",
+        "output",
+        "model.source",
+        "calibration.data",
+        "output.uri",
+        "output.name",
+    ],
+)
 def test_missing_keys(key: str) -> None:
     data = json.loads(json.dumps(SMALLEST))
     section, _, last = key.rpartition(".")
@@ -88,7 +113,7 @@ def test_missing_keys(key: str) -> None:
         ({"fusion": "paper"}, "fusion"),
         ({"fusion": {"batch": 1}}, "fusion.batch"),
         ({"fusion": {"rank": 0}}, "fusion.rank"),
-        ({"fusion": {"loss": "mse"}}, "fusion.loss"),
+        ({"fusion": {"loss": "mse"}}, "training.losses"),
         ({"fusion": {"learning_rate": 0}}, "fusion.learning_rate"),
         ({"fusion": {"learning_rate": -1e-3}}, "fusion.learning_rate"),
         ({"fusion": {"learning_rate": math.nan}}, "fusion.learning_rate"),
@@ -117,7 +142,9 @@ def test_wrong_values_are_named(sections: dict[str, Any], key: str) -> None:
     assert mistake(merged(sections)).key == key
 
 
-@pytest.mark.parametrize("value", [0, 1, -0.25, 1.5, 25, math.nan, math.inf, -math.inf, True, False])
+@pytest.mark.parametrize(
+    "value", [0, 1, -0.25, 1.5, 25, math.nan, math.inf, -math.inf, True, False]
+)
 @pytest.mark.parametrize("more", [[], [0.5]])
 def test_sparsity_lies_between_0_and_1(value: float, more: list[float]) -> None:
     error = mistake(merged({"sparsity": [*more, value]}))
@@ -146,8 +173,12 @@ def test_one_sparsity_or_several() -> None:
         ("mi", 1023, 8, None),  # nothing is fine-tuned
     ],
 )
-def test_windows_fill_whole_loss_batches(method: str, windows: int, batch: int, fix: str | None) -> None:
-    data = merged({"method": method, "calibration": {"windows": windows}, "fusion": {"batch": batch}})
+def test_windows_fill_whole_loss_batches(
+    method: str, windows: int, batch: int, fix: str | None
+) -> None:
+    data = merged(
+        {"method": method, "calibration": {"windows": windows}, "fusion": {"batch": batch}}
+    )
     if fix is None:
         assert Recipe.parse(data).calibration.windows == windows
     else:
@@ -155,9 +186,18 @@ def test_windows_fill_whole_loss_batches(method: str, windows: int, batch: int, 
         assert (error.key, error.value, error.fix) == ("calibration.windows", windows, fix)
 
 
-@pytest.mark.parametrize(("workers", "micro", "good"), [(1, 8, True), (1, 3, False), (2, 4, True), (2, 8, False), (4, 1, True)])
+@pytest.mark.parametrize(
+    ("workers", "micro", "good"),
+    [(1, 8, True), (1, 3, False), (2, 4, True), (2, 8, False), (4, 1, True)],
+)
 def test_a_micro_batch_divides_a_workers_share(workers: int, micro: int, good: bool) -> None:
-    data = merged({"calibration": {"windows": 48}, "fusion": {"batch": 8}, "cluster": {"workers": workers, "micro_batch": micro}})
+    data = merged(
+        {
+            "calibration": {"windows": 48},
+            "fusion": {"batch": 8},
+            "cluster": {"workers": workers, "micro_batch": micro},
+        }
+    )
     if good:
         assert Recipe.parse(data).cluster.micro_batch == micro
     else:
@@ -166,9 +206,18 @@ def test_a_micro_batch_divides_a_workers_share(workers: int, micro: int, good: b
         assert (caught.value.key, caught.value.value) == ("cluster.micro_batch", micro)
 
 
-@pytest.mark.parametrize(("batch", "workers", "good"), [(8, 3, False), (8, 16, False), (8, 4, True), (8, 8, True), (6, 3, True)])
+@pytest.mark.parametrize(
+    ("batch", "workers", "good"),
+    [(8, 3, False), (8, 16, False), (8, 4, True), (8, 8, True), (6, 3, True)],
+)
 def test_workers_share_a_loss_batch_equally(batch: int, workers: int, good: bool) -> None:
-    data = merged({"calibration": {"windows": 48}, "fusion": {"batch": batch}, "cluster": {"workers": workers}})
+    data = merged(
+        {
+            "calibration": {"windows": 48},
+            "fusion": {"batch": batch},
+            "cluster": {"workers": workers},
+        }
+    )
     if good:
         assert Recipe.parse(data).cluster.workers == workers
     else:

@@ -55,7 +55,13 @@ NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth
 TOKENS, ORDER = "depends on the tokens", "runs block after block"
 CASES: list[tuple[str, Make, str, str, bool]] = [
     ("by-its-number", _inverse_gpt2, rf"{NUMBER} has another attn.scaling", SAME, False),
-    ("by-its-number-2", lambda: tf.DiffLlamaConfig(**GROUPED), rf"{NUMBER}.*lambda_init", SAME, False),
+    (
+        "by-its-number-2",
+        lambda: tf.DiffLlamaConfig(**GROUPED),
+        rf"{NUMBER}.*lambda_init",
+        SAME,
+        False,
+    ),
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
     ("embeddings-of-its-own", _gemma4, TOKENS, ORDER, False),
     ("experts", _gpt_oss, "of GptOssForCausalLM are linear layers", "method: mi", False),
@@ -64,5 +70,7 @@ CASES: list[tuple[str, Make, str, str, bool]] = [
 
 
 @table([refused(*case) for case in CASES])
-def test_refused(bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     check(bad, desk, weight_reads, capsys)

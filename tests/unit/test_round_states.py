@@ -68,7 +68,9 @@ def test_states_are_those_of_the_real_model(
     stack = workshop.dense if missing is None else workshop.dense.drop(missing)
     real_now, real_dense = workshop.real_states(stack), workshop.real_states(workshop.dense)
     for teacher_name, expected in (("current", real_now[current]), ("dense", real_dense[dense])):
-        entering, leaving = workshop.states(workshop.job(donor, stack, group_size=2, teacher=teacher_name))
+        entering, leaving = workshop.states(
+            workshop.job(donor, stack, group_size=2, teacher=teacher_name)
+        )
         torch.testing.assert_close(entering, real_now[start], **CLOSE)
         torch.testing.assert_close(leaving, expected, **CLOSE)
 

@@ -24,12 +24,12 @@ from workshop import (  # noqa: F401 - fixtures
     plain_weights,
 )
 
-from fusegpt_ray.fusion.finetune import make_optimizer
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.fusion.round import save_group
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.training.loop import make_optimizer
 
 # --- rounds one after another ---
 
@@ -49,7 +49,11 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     assert means[-1] < means[0]
     # Everything that learns is reached by the loss, once B and C are no longer zero.
     (student(entering[:BATCH]) - leaving[:BATCH]).pow(2).mean().backward()
-    untouched = [name for name, value in student.named_parameters() if value.requires_grad and not value.grad.any()]
+    untouched = [
+        name
+        for name, value in student.named_parameters()
+        if value.requires_grad and not value.grad.any()
+    ]
     assert untouched == []
 
     stack = Stack.from_json(workshop.dense.drop(2).swap(save_group(job, student).blocks).to_json())
@@ -77,28 +81,40 @@ def test_what_is_saved_is_the_formula(workshop: Workshop) -> None:
 
 
 def fused_layers(student: Student, block: int) -> dict[str, FusedLinear]:
-    return {name: module for name, module in student.blocks[block].named_modules() if isinstance(module, FusedLinear)}
+    return {
+        name: module
+        for name, module in student.blocks[block].named_modules()
+        if isinstance(module, FusedLinear)
+    }
 
 
 @pytest.mark.parametrize("workshop", ["llama", "gpt2", "gemma3"], indirect=True)
 @pytest.mark.parametrize("fold", ["at_end", "each_round"])
-def test_a_second_round_starts_as_the_current_stack_without_its_donor(workshop: Workshop, fold: str) -> None:
+def test_a_second_round_starts_as_the_current_stack_without_its_donor(
+    workshop: Workshop, fold: str
+) -> None:
     stack, _ = workshop.fuse(workshop.job(2, fold=fold, **FAST))
     job = workshop.job(3, stack, fold=fold)
     student = workshop.student(job)
     entering, _ = workshop.states(job)
-    torch.testing.assert_close(over_batches(student, entering), workshop.real_states(stack.drop(3))[-1], **CLOSE)
+    torch.testing.assert_close(
+        over_batches(student, entering), workshop.real_states(stack.drop(3))[-1], **CLOSE
+    )
 
     fused_before, fresh = fused_layers(student, 0), fused_layers(student, 2)
     assert [block.dense for block in job.neighbours] == [0, 1, 4]
     assert {layer.terms for layer in fused_before.values()} == {2 if fold == "at_end" else 1}
     assert {layer.terms for layer in fresh.values()} == {1}
-    own = plain_weights(workshop, 0) if fold == "at_end" else load_file(weights_file(stack.blocks[0]))
+    own = (
+        plain_weights(workshop, 0) if fold == "at_end" else load_file(weights_file(stack.blocks[0]))
+    )
     donor = load_file(weights_file(stack.blocks[2]))
     for name, layer in fused_before.items():
         assert torch.equal(layer.weight, own[f"{name}.weight"])
         last = layer.donor_weight1 if fold == "at_end" else layer.donor_weight0
-        assert torch.equal(last, donor[f"{name}.weight"])  # the donor was fused itself: its collapsed weight
+        assert torch.equal(
+            last, donor[f"{name}.weight"]
+        )  # the donor was fused itself: its collapsed weight
 
 
 def weights_file(block: Block) -> str:
@@ -112,7 +128,9 @@ def test_a_donor_that_was_fused_counts_as_one_plain_weight(workshop: Workshop) -
     expected = collapsed(workshop, stack, 3)
     dense = plain_weights(workshop, 3)
     for name, layer in fused_layers(student, 2).items():
-        torch.testing.assert_close(layer.donor_weight0, expected[f"{name}.weight"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            layer.donor_weight0, expected[f"{name}.weight"], rtol=1e-5, atol=1e-6
+        )
         assert (layer.donor_weight0 - dense[f"{name}.weight"]).abs().max() > 0.01
 
 
@@ -159,7 +177,11 @@ def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> N
     assert {block.terms.donors for block in stack.blocks[:3]} == {()}
     again = workshop.job(3, stack, fuse=False)
     entering, _ = workshop.states(again)
-    torch.testing.assert_close(over_batches(workshop.student(again), entering), workshop.real_states(stack.drop(3))[-1], **CLOSE)
+    torch.testing.assert_close(
+        over_batches(workshop.student(again), entering),
+        workshop.real_states(stack.drop(3))[-1],
+        **CLOSE,
+    )
 
 
 # --- what learns, in which dtype, from which start ---
@@ -195,7 +217,9 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else(workshop: Workshop) -
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
 @torch.no_grad()
-def test_a_fused_block_keeps_the_precision_of_its_own_weights(stored: torch.dtype, checkpoint: Any, tmp_path: Path) -> None:
+def test_a_fused_block_keeps_the_precision_of_its_own_weights(
+    stored: torch.dtype, checkpoint: Any, tmp_path: Path
+) -> None:
     """Fused but not trained, with B = C = 0, a neighbour is what it was, to the last bit, though the arithmetic is bfloat16's."""
     load_model(checkpoint("qwen3")).to(stored).save_pretrained(tmp_path / "source")
     workshop = Workshop("qwen3", tmp_path / "source", tmp_path / "blocks", torch.bfloat16)
@@ -204,7 +228,9 @@ def test_a_fused_block_keeps_the_precision_of_its_own_weights(stored: torch.dtyp
     assert len(blocks) > 1
     for dense, block in blocks.items():
         own = read_tensors(workshop.dense.blocks[dense].weights)
-        rounded = [name for name in own if not torch.equal(own[name].bfloat16().to(stored), own[name])]
+        rounded = [
+            name for name in own if not torch.equal(own[name].bfloat16().to(stored), own[name])
+        ]
         assert len(rounded) > 5, "or bfloat16 would do"
         for name, value in read_tensors(block.weights).items():
             assert torch.equal(value.to(stored), own[name]), name
@@ -219,7 +245,9 @@ def test_a_fused_block_keeps_the_precision_of_its_own_weights(stored: torch.dtyp
         ("model", torch.bfloat16, torch.bfloat16),
     ],
 )
-def test_dtypes(trained_dtype: str, dtype: torch.dtype, expected: torch.dtype, checkpoint: Any, tmp_path: Path) -> None:
+def test_dtypes(
+    trained_dtype: str, dtype: torch.dtype, expected: torch.dtype, checkpoint: Any, tmp_path: Path
+) -> None:
     workshop = Workshop("qwen3", checkpoint("qwen3"), tmp_path, dtype)
     job = workshop.job(2, trained_dtype=trained_dtype)
     student = workshop.student(job)
@@ -232,12 +260,18 @@ def test_dtypes(trained_dtype: str, dtype: torch.dtype, expected: torch.dtype, c
     assert all(math.isfinite(mean) for mean in means)
 
     # At a rate of 1e-5, bfloat16 cannot move values this large; float32 masters can.
-    large = [(value - before[name])[before[name].abs() > 0.02] for name, value in learned(student).items() if name[-1] == "A"]
+    large = [
+        (value - before[name])[before[name].abs() > 0.02]
+        for name, value in learned(student).items()
+        if name[-1] == "A"
+    ]
     assert any(change.any() for change in large) == (expected == torch.float32)
 
     saved = save_group(job, student).blocks
     ref = saved[0].weights["mlp.up_proj.weight"]
-    assert ref.dtype == torch.float32, "the checkpoint's own precision stays, whatever the arithmetic's"
+    assert ref.dtype == torch.float32, (
+        "the checkpoint's own precision stays, whatever the arithmetic's"
+    )
     stack = workshop.dense.drop(2).swap(saved)
     out = list(workshop.runner.walk(stack, IDS))[3].float()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):

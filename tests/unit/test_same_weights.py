@@ -39,9 +39,17 @@ def spoil(model: Path, flag: bool, tensors: str) -> None:
 
 @pytest.mark.parametrize(
     ("flag", "tensors"),
-    [(True, "another"), (True, "equal"), (True, "no head"), (True, "no embedding"), (False, "another")],
+    [
+        (True, "another"),
+        (True, "equal"),
+        (True, "no head"),
+        (True, "no embedding"),
+        (False, "another"),
+    ],
 )
-def test_ties_as_from_pretrained_makes_them(flag: bool, tensors: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ties_as_from_pretrained_makes_them(
+    flag: bool, tensors: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(desk.model, flag, tensors)
     text = ["--data", str(desk.heldout), "--length", str(LENGTH)]
     assert main(["evaluate", str(desk.model), *text, "--json"]) == 0
@@ -58,7 +66,9 @@ def test_ties_as_from_pretrained_makes_them(flag: bool, tensors: str, desk: Desk
     assert compressed == pytest.approx(said["own"]["fused"], rel=1e-5)
 
 
-def test_the_weights_of_the_latest_save_are_read(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_weights_of_the_latest_save_are_read(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An index of an earlier one, with its shards, lies beside them."""
     load_model(desk.model).save_pretrained(desk.folder / "old", max_shard_size="50KB")
     spoil(desk.model, False, "another")
@@ -68,10 +78,14 @@ def test_the_weights_of_the_latest_save_are_read(desk: Desk, capsys: pytest.Capt
     assert main(["evaluate", str(desk.model), *text, "--json"]) == 0
     wanted = perplexity(load_model(desk.model), desk.heldout)
     assert json.loads(capsys.readouterr().out)["perplexity"] == pytest.approx(wanted, rel=1e-5)
-    assert wanted != pytest.approx(perplexity(load_model(desk.folder / "old"), desk.heldout), rel=0.1)
+    assert wanted != pytest.approx(
+        perplexity(load_model(desk.folder / "old"), desk.heldout), rel=0.1
+    )
 
 
-def test_a_head_that_is_missing_and_not_tied_is_said(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_head_that_is_missing_and_not_tied_is_said(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(desk.model, False, "no head")
     assert main(["compress", desk.write()]) == 2
     assert "lacks 1 tensors" in capsys.readouterr().err

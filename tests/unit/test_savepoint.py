@@ -12,15 +12,15 @@ import pytest
 import torch
 from models import open_stack, token_windows
 
-from fusegpt_ray.engine import Tuned
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of
 from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed
+from fusegpt_ray.training.loop import TorchStepper, batches_of
+from fusegpt_ray.workers.base import Setup, Tuned
+from fusegpt_ray.workers.local import LocalEngine
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH, EPOCHS = 8, 7, 4, 4
@@ -54,7 +54,13 @@ class Bench:
                 "model": {"source": str(self.model)},
                 "calibration": {"data": "unused", "windows": WINDOWS, "length": LENGTH},
                 "importance": {"windows": WINDOWS, "batch": 4},
-                "fusion": {"group_size": 3, "epochs": EPOCHS, "batch": BATCH, "rank": 4, "lora_rank": 4},
+                "fusion": {
+                    "group_size": 3,
+                    "epochs": EPOCHS,
+                    "batch": BATCH,
+                    "rank": 4,
+                    "lora_rank": 4,
+                },
                 "cluster": {"engine": "local", "savepoint_minutes": 0, **cluster},
                 "output": {"uri": "unused", "name": "x"},
             }
@@ -77,9 +83,14 @@ class Bench:
             self.steps.append(rows)
             return step(stepper, batch)
 
-        with pytest.MonkeyPatch.context() as patch, LocalEngine(recipe, Source.find(str(self.model), None), dense) as engine:
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            LocalEngine(Setup.of(recipe, Source.find(str(self.model), None), dense)) as engine,
+        ):
             patch.setattr(TorchStepper, "step", counted)
-            return engine.finetune(job, token_windows(WINDOWS, LENGTH).numpy(), epoch, self.said.append)
+            return engine.finetune(
+                job, token_windows(WINDOWS, LENGTH).numpy(), epoch, self.said.append
+            )
 
     def stopped(self, after: int, **changes: Any) -> None:
         with pytest.raises(Stopped):
@@ -90,7 +101,9 @@ class Bench:
         return storage.join(self.folder, "savepoints")
 
     def files(self) -> dict[str, bytes]:
-        return {name: storage.read(storage.join(self.kept, name)) for name in storage.names(self.kept)}
+        return {
+            name: storage.read(storage.join(self.kept, name)) for name in storage.names(self.kept)
+        }
 
     def state_file(self) -> str:
         (name,) = [name for name in self.files() if name != "savepoint.json"]
@@ -99,7 +112,10 @@ class Bench:
 
 def result(tuned: Tuned) -> tuple[dict[str, tuple[int, str]], list[float], int]:
     """What must not depend on being stopped: all files by name and checksum, the losses, and the windows at once."""
-    files = {uri.rsplit("/", 1)[-1]: (record.size, record.sha256) for uri, record in tuned.saved.files.items()}
+    files = {
+        uri.rsplit("/", 1)[-1]: (record.size, record.sha256)
+        for uri, record in tuned.saved.files.items()
+    }
     assert len(files) == 6
     return files, tuned.losses, tuned.micro_batch
 
@@ -146,7 +162,9 @@ def test_only_the_last_savepoint_stays(bench: Bench) -> None:
     assert bench.state_file() != first  # there is one, or it had failed
 
 
-def test_savepoints_are_as_far_apart_as_asked(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_savepoints_are_as_far_apart_as_asked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.tune(savepoint_minutes=1e6)
     assert bench.files() == {}
     now = [0.0]
@@ -155,7 +173,7 @@ def test_savepoints_are_as_far_apart_as_asked(bench: Bench, monkeypatch: pytest.
         now[0] += 15
         return now[0]
 
-    monkeypatch.setattr("fusegpt_ray.fusion.savepoint.time.monotonic", later)
+    monkeypatch.setattr("fusegpt_ray.training.checkpoints.time.monotonic", later)
     bench.stopped(EPOCHS, savepoint_minutes=0.7)
     losses = opened(bench.files()["savepoint.json"])["losses"]
     assert 0 < len(losses) < EPOCHS
@@ -185,7 +203,9 @@ def flip(uri: str) -> None:
 
 @pytest.mark.parametrize("which", ["savepoint.json", "state"])
 @pytest.mark.parametrize("damage", [cut, flip, storage.remove])
-def test_damage_is_said_and_costs_the_group(which: str, damage: Callable[[str], None], bench: Bench, undisturbed: Any) -> None:
+def test_damage_is_said_and_costs_the_group(
+    which: str, damage: Callable[[str], None], bench: Bench, undisturbed: Any
+) -> None:
     bench.stopped(2)
     uri = bench.state_file() if which == "state" else storage.join(bench.kept, which)
     damage(uri)
@@ -209,14 +229,18 @@ def test_damage_is_said_and_costs_the_group(which: str, damage: Callable[[str], 
         ({"torch": "0.1"}, f"torch {torch.__version__}, not 0.1"),
     ],
 )
-def test_another_set_up_begins_anew(changes: Mapping[str, Any], named: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_set_up_begins_anew(
+    changes: Mapping[str, Any], named: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bench.stopped(2)
     before = bench.files()
     if "torch" in changes:
-        monkeypatch.setattr("fusegpt_ray.fusion.savepoint.torch.__version__", changes["torch"])
+        monkeypatch.setattr("fusegpt_ray.training.checkpoints.torch.__version__", changes["torch"])
         changes = {}
     bench.stopped(1, savepoint_minutes=1e6, **changes)
-    assert bench.said == [f"  a savepoint of another set-up is left aside ({named}); fine-tuning this group from its beginning"]
+    assert bench.said == [
+        f"  a savepoint of another set-up is left aside ({named}); fine-tuning this group from its beginning"
+    ]
     assert bench.files() == before
     bench.stopped(1, **changes)
     assert bench.heard == [1]
@@ -243,17 +267,23 @@ def cramped(bench: Bench, tmp_path: Path) -> Any:
 
 
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_run_that_took_fewer_windows_goes_on_with_as_few(after: int, bench: Bench, cramped: Any, undisturbed: Any) -> None:
+def test_a_run_that_took_fewer_windows_goes_on_with_as_few(
+    after: int, bench: Bench, cramped: Any, undisturbed: Any
+) -> None:
     assert cramped[0] != undisturbed[0]
     bench.fits = 2
     bench.stopped(after)
-    bench.fits = BATCH  # now there would be room, but the run is to end as if it had not been stopped
+    bench.fits = (
+        BATCH  # now there would be room, but the run is to end as if it had not been stopped
+    )
     assert result(bench.tune()) == cramped
     assert bench.heard == [*range(after + 1, EPOCHS + 1)]
     assert set(bench.steps) == {2}
 
 
-def test_that_memory_ran_out_is_known_before_the_first_savepoint(bench: Bench, cramped: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_that_memory_ran_out_is_known_before_the_first_savepoint(
+    bench: Bench, cramped: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The savepoint of the attempt with more windows does not count, nor are they tried again."""
     bench.fits, bench.until = 2, WHOLE + 1
     calls = []
@@ -280,12 +310,22 @@ def test_that_memory_ran_out_is_known_before_the_first_savepoint(bench: Bench, c
 
 
 def stepper_of(folder: Path) -> tuple[TorchStepper, Callable[[], list[Any]]]:
-    recipe = {"model": {"source": "x"}, "calibration": {"data": "x"}, "output": {"uri": "x", "name": "x"}}
+    recipe = {
+        "model": {"source": "x"},
+        "calibration": {"data": "x"},
+        "output": {"uri": "x", "name": "x"},
+    }
     fusion = {"group_size": 3, "batch": BATCH, "rank": 4, "lora_rank": 4}
     settings, stack = Recipe.parse(recipe | {"fusion": fusion}).fusion, open_stack(folder)
     job = Round(stack, stack, 2, settings, True, 0, "nowhere")
     runner = Runner(stack, CPU, torch.float32, BATCH)
-    student = build_student(job, runner.trunk.moulds, runner.trunk.contexts(BATCH, LENGTH), job.plan(torch.float32), CPU)
+    student = build_student(
+        job,
+        runner.trunk.meta_blocks,
+        runner.trunk.contexts(BATCH, LENGTH),
+        job.plan(torch.float32),
+        CPU,
+    )
     states = group_states(runner, job, token_windows(WINDOWS, LENGTH))
     return TorchStepper.make(student, settings, 10, CPU), lambda: list(batches_of(*states, BATCH))
 
@@ -296,7 +336,9 @@ def test_a_loaded_state_is_the_same_to_the_bit(checkpoint: Callable[[str], Path]
         one.step(batch)
     other.load({name: value.clone() for name, value in one.state().items()})
     for _ in range(3):
-        assert [group["lr"] for group in one.optimizer.param_groups] == [group["lr"] for group in other.optimizer.param_groups]
+        assert [group["lr"] for group in one.optimizer.param_groups] == [
+            group["lr"] for group in other.optimizer.param_groups
+        ]
         assert one.schedule.get_last_lr() == [group["lr"] for group in one.optimizer.param_groups]
         states = one.state(), other.state()
         assert states[0].keys() == states[1].keys()

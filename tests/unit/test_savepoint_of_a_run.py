@@ -36,7 +36,9 @@ class Stopping(Watching):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def undisturbed(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     desk = Desk.make(tmp_path_factory.mktemp("undisturbed"), checkpoint("llama"))
     compress(recipe(desk), Watching())
     return published(desk)
@@ -58,12 +60,16 @@ def savepoints(desk: Desk, number: int) -> Path:
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_stopped_run_goes_on_within_its_round(at: int, desk: Desk, undisturbed: dict[str, bytes]) -> None:
+def test_a_stopped_run_goes_on_within_its_round(
+    at: int, desk: Desk, undisturbed: dict[str, bytes]
+) -> None:
     stopped(desk, at)
     assert [number for number in (1, 2, 3) if savepoints(desk, number).exists()] == [at]
     show = go_on(desk)
     assert f"  going on after epoch 1 of {EPOCHS}" in show.said
-    assert show.epochs == [(number, epoch) for number in range(at, 4) for epoch in (1, 2) if (number, epoch) != (at, 1)]
+    assert show.epochs == [
+        (number, epoch) for number in range(at, 4) for epoch in (1, 2) if (number, epoch) != (at, 1)
+    ]
     assert published(desk) == undisturbed
     assert not run_folder(desk).exists()
 
@@ -84,7 +90,9 @@ def test_a_kill_just_after_a_commit_leaves_nothing_behind(
     assert published(desk) == undisturbed
 
 
-def test_a_savepoint_counts_only_after_the_same_rounds(desk: Desk, undisturbed: dict[str, bytes]) -> None:
+def test_a_savepoint_counts_only_after_the_same_rounds(
+    desk: Desk, undisturbed: dict[str, bytes]
+) -> None:
     """The first round is damaged and done again: what was learned on top of it is not gone on from, though it is whole."""
     stopped(desk, 2)
     flip(run_folder(desk) / "round-001.json")
@@ -111,7 +119,10 @@ def test_status_and_clean_know_a_run_with_savepoints(
     (run,) = json.loads(capsys.readouterr().out)["runs"]
     assert (run["rounds_done"], run["epochs_saved"]) == (1, 1)
     assert (run["state"], run["ended"]) == ("unfinished", "KeyboardInterrupt")
-    assert run["doing"].startswith("round 2: fusing blocks ") and f"(epoch 1/{EPOCHS}, loss " in run["doing"]
+    assert (
+        run["doing"].startswith("round 2: fusing blocks ")
+        and f"(epoch 1/{EPOCHS}, loss " in run["doing"]
+    )
     assert status(str(run_folder(desk)))["runs"] == status(str(desk.out))["runs"]
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["status", str(desk.out)]) == 0
@@ -119,7 +130,12 @@ def test_status_and_clean_know_a_run_with_savepoints(
 
     (item,) = leftovers(str(desk.out))
     assert (item.what, item.dead) == ("an unfinished run, can be resumed (rounds done: 1)", False)
-    assert item.size == sum(map(len, contents(run_folder(desk)).values())) > sum(map(len, contents(savepoints(desk, 2)).values())) > 0
+    assert (
+        item.size
+        == sum(map(len, contents(run_folder(desk)).values()))
+        > sum(map(len, contents(savepoints(desk, 2)).values()))
+        > 0
+    )
     assert main(["clean", str(desk.out), "--yes"]) == 0
     assert savepoints(desk, 2).exists()
     assert main(["clean", str(desk.out), "--yes", "--unfinished"]) == 0

@@ -35,17 +35,26 @@ class Walks:
         self.asked += [(batch, position) for batch, positions in jobs for position in positions]
         for batch, positions in jobs:
             for block in range(depth):
-                self.cost += len(self.parts[batch]) * (1 + sum(position < block for position in positions))
+                self.cost += len(self.parts[batch]) * (
+                    1 + sum(position < block for position in positions)
+                )
         return [self.parts[batch][:, list(positions)] for batch, positions in jobs]
 
-    def search(self, last: Ranking | None = None, kept: list[int] | None = None, **importance: object) -> Ranking:
+    def search(
+        self, last: Ranking | None = None, kept: list[int] | None = None, **importance: object
+    ) -> Ranking:
         kept = kept or list(range(self.table_WN.shape[1]))
-        return search(self, kept, list(map(len, self.parts)), LENGTH, Importance(**importance), last)
+        return search(
+            self, kept, list(map(len, self.parts)), LENGTH, Importance(**importance), last
+        )
 
 
 def whole_table(table_WN: np.ndarray) -> dict[int, float]:
     """Every candidate's mean, written out."""
-    return {i: math.fsum(column) / (len(column) * LENGTH) for i, column in enumerate(table_WN.T.tolist())}
+    return {
+        i: math.fsum(column) / (len(column) * LENGTH)
+        for i, column in enumerate(table_WN.T.tolist())
+    }
 
 
 def estimates(values: list[float]) -> Ranking:
@@ -65,7 +74,11 @@ NUMBERS = st.one_of(
 def tables(draw: st.DrawFn) -> np.ndarray:
     windows, depth = draw(SIZES)
     values = draw(st.one_of(st.just(NUMBERS), st.just(st.sampled_from([0.0, 1.0]))))
-    rows = draw(st.lists(st.lists(values, min_size=depth, max_size=depth), min_size=windows, max_size=windows))
+    rows = draw(
+        st.lists(
+            st.lists(values, min_size=depth, max_size=depth), min_size=windows, max_size=windows
+        )
+    )
     if draw(st.booleans()):  # exact ties of whole candidates, their windows in another order
         i, j = draw(st.integers(0, depth - 1)), draw(st.integers(0, depth - 1))
         for row, other in zip(rows, draw(st.permutations(range(windows))), strict=True):
@@ -75,7 +88,9 @@ def tables(draw: st.DrawFn) -> np.ndarray:
 
 @settings(max_examples=400, deadline=None)
 @given(tables(), st.integers(1, 10), st.data())
-def test_chooses_what_the_full_table_chooses(table_WN: np.ndarray, batch: int, data: st.DataObject) -> None:
+def test_chooses_what_the_full_table_chooses(
+    table_WN: np.ndarray, batch: int, data: st.DataObject
+) -> None:
     windows, depth = table_WN.shape
     guess = data.draw(st.none() | st.lists(st.floats(0, 3), min_size=depth, max_size=depth))
     walks = Walks(table_WN, batch)
@@ -95,12 +110,18 @@ def test_chooses_what_the_full_table_chooses(table_WN: np.ndarray, batch: int, d
     assert walks.cost <= found.cost.single_walk + 2 * depth * windows
     assert walks.waves <= (4 if guess is None else 3)
     assert len(walks.asked) == len(set(walks.asked))  # nothing is walked twice
-    assert all({batch for batch, p in walks.asked if p == i} == set(range(n)) for i, n in reached(walks).items())
+    assert all(
+        {batch for batch, p in walks.asked if p == i} == set(range(n))
+        for i, n in reached(walks).items()
+    )
 
 
 def reached(walks: Walks) -> dict[int, int]:
     """How many batches each candidate has walked."""
-    return {i: 1 + max(batch for batch, p in walks.asked if p == i) for i in range(walks.table_WN.shape[1])}
+    return {
+        i: 1 + max(batch for batch, p in walks.asked if p == i)
+        for i in range(walks.table_WN.shape[1])
+    }
 
 
 @settings(max_examples=50, deadline=None)
@@ -167,7 +188,9 @@ def test_the_last_round_saves_a_wave() -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("importance", [{}, {"all": True}, {"racing": 0.05}])
-def test_a_sum_that_is_not_finite_ends_the_search(bad: float, importance: dict[str, object]) -> None:
+def test_a_sum_that_is_not_finite_ends_the_search(
+    bad: float, importance: dict[str, object]
+) -> None:
     table_WN = np.ones((4, 3))
     table_WN[0, 1] = bad
     with pytest.raises(FloatingPointError, match="1 of 3 blocks, such as block 7, are nan"):
@@ -215,7 +238,15 @@ def test_racing_seldom_differs_and_saves_work(spread: float) -> None:
 
 @pytest.mark.parametrize(
     ("t", "freedom", "tail"),  # from printed tables of Student's t
-    [(0.0, 5, 0.5), (6.314, 1, 0.05), (2.920, 2, 0.05), (3.182, 3, 0.025), (10.215, 3, 0.001), (2.776, 4, 0.025), (2.040, 31, 0.025)],
+    [
+        (0.0, 5, 0.5),
+        (6.314, 1, 0.05),
+        (2.920, 2, 0.05),
+        (3.182, 3, 0.025),
+        (10.215, 3, 0.001),
+        (2.776, 4, 0.025),
+        (2.040, 31, 0.025),
+    ],
 )
 def test_tail_of_students_t(t: float, freedom: int, tail: float) -> None:
     assert t_tail(t, freedom) == pytest.approx(tail, rel=2e-3)

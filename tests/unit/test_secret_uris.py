@@ -73,7 +73,9 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[st
 
 @pytest.mark.parametrize("uri", SECRETS)
 @pytest.mark.parametrize("key", KEYS)
-def test_a_recipe_with_a_secret(key: str, uri: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_recipe_with_a_secret(
+    key: str, uri: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = desk.write()
     before = tree(desk.folder)
     assert refused(["compress", recipe, "--set", KEYS[key].format(uri)], capsys)["key"] == key
@@ -82,8 +84,13 @@ def test_a_recipe_with_a_secret(key: str, uri: str, desk: Desk, capsys: pytest.C
 
 @pytest.mark.parametrize("uri", SECRETS[:3])
 @pytest.mark.parametrize("verb", ["pull", "verify", "status", "clean", "evaluate", "--data"])
-def test_an_argument_with_a_secret(verb: str, uri: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"pull": ["pull", uri, "here"], "evaluate": ["evaluate", uri, "--data", "heldout.txt", "--length", str(LENGTH)]}
+def test_an_argument_with_a_secret(
+    verb: str, uri: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = {
+        "pull": ["pull", uri, "here"],
+        "evaluate": ["evaluate", uri, "--data", "heldout.txt", "--length", str(LENGTH)],
+    }
     asked["--data"] = ["evaluate", "model", "--data", uri, "--length", str(LENGTH)]
     key = {"evaluate": "MODEL", "--data": "--data"}.get(verb, "URI")
     assert refused(asked.get(verb, [verb, uri]), capsys)["key"] == key
@@ -92,7 +99,13 @@ def test_an_argument_with_a_secret(verb: str, uri: str, desk: Desk, capsys: pyte
 
 def test_a_secret_where_no_uri_belongs(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever is wrong with a key, its value is not shown when it holds one."""
-    for setting in ("model.sorce={}", "seed={}", "cluster={}", "evaluation.a={}", "model.source: {}"):
+    for setting in (
+        "model.sorce={}",
+        "seed={}",
+        "cluster={}",
+        "evaluation.a={}",
+        "model.source: {}",
+    ):
         assert main(["compress", desk.write(), "--set", setting.format(SECRETS[0])]) == 2
         assert SECRET not in capsys.readouterr().err
     (desk.folder / "own.yaml").write_text(f"model:\n  source: {SECRETS[0]}\n bad: [\n")

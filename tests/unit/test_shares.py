@@ -20,8 +20,17 @@ def waves(draw: st.DrawFn) -> tuple[list[Job], list[int], int]:
     """Jobs, windows of each batch, depth."""
     depth, count, size = draw(st.integers(1, 12)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
     batches = [size] * (count - 1) + [draw(st.integers(1, size))]
-    candidates = st.lists(st.integers(0, depth - 1), min_size=1, unique=True).map(lambda found: tuple(sorted(found)))
-    return [(batch, draw(candidates)) for batch in draw(st.sets(st.integers(0, count - 1), min_size=1))], batches, depth
+    candidates = st.lists(st.integers(0, depth - 1), min_size=1, unique=True).map(
+        lambda found: tuple(sorted(found))
+    )
+    return (
+        [
+            (batch, draw(candidates))
+            for batch in draw(st.sets(st.integers(0, count - 1), min_size=1))
+        ],
+        batches,
+        depth,
+    )
 
 
 def everything(batches: int, depth: int) -> list[Job]:
@@ -48,7 +57,9 @@ def test_shares_are_the_jobs(wave: tuple[list[Job], list[int], int], replicas: i
     assert len(shares) <= replicas
     assert all(shares)
     parts = [part for share in shares for part in share]
-    assert sorted((batch, p) for batch, own in parts for p in own) == sorted((batch, p) for batch, own in jobs for p in own)
+    assert sorted((batch, p) for batch, own in parts for p in own) == sorted(
+        (batch, p) for batch, own in jobs for p in own
+    )
     assert all(own for _, own in parts)
     whole = [cost(job, batches, depth) for job in jobs]
     uncut = max(sum(whole[n] for n in share) for share in balance(whole, replicas))
@@ -62,14 +73,22 @@ def test_shares_are_the_jobs(wave: tuple[list[Job], list[int], int], replicas: i
 
 @settings(max_examples=100, deadline=None)
 @given(waves(), st.integers(1, 20), st.randoms())
-def test_parts_join_to_the_sums_of_their_jobs(wave: tuple[list[Job], list[int], int], replicas: int, random) -> None:
+def test_parts_join_to_the_sums_of_their_jobs(
+    wave: tuple[list[Job], list[int], int], replicas: int, random
+) -> None:
     jobs, batches, depth = wave
-    tables = [np.random.default_rng(batch).random((windows, depth)) for batch, windows in enumerate(batches)]
+    tables = [
+        np.random.default_rng(batch).random((windows, depth))
+        for batch, windows in enumerate(batches)
+    ]
     parts = [part for share in cut(jobs, batches, depth, replicas) for part in share]
     random.shuffle(parts)
     found = dict(joined(jobs, ((part, tables[part[0]][:, list(part[1])]) for part in parts)))
     assert found.keys() == set(jobs)
-    assert all(np.array_equal(sums, tables[batch][:, list(positions)]) for (batch, positions), sums in found.items())
+    assert all(
+        np.array_equal(sums, tables[batch][:, list(positions)])
+        for (batch, positions), sums in found.items()
+    )
 
 
 def test_a_job_comes_when_the_last_of_its_parts_has() -> None:
@@ -97,12 +116,17 @@ def test_windows_come_first(replicas: int) -> None:
 def test_candidates_come_second() -> None:
     """Eight batches of 4 windows on 32 blocks: 528 block-forwards a window, 32 of them the full model's walk."""
     jobs, batches = everything(8, 32), [4] * 8
-    longest = {replicas: max(loads(cut(jobs, batches, 32, replicas), batches, 32)) // 4 for replicas in (8, 12, 16, 32, 64, 128, 256)}
+    longest = {
+        replicas: max(loads(cut(jobs, batches, 32, replicas), batches, 32)) // 4
+        for replicas in (8, 12, 16, 32, 64, 128, 256)
+    }
     assert longest[8] == 528
     assert longest[12] <= 1.02 * (8 * 528 + 11 * 32) / 12  # every replica but one ends within a job
     assert longest[16] == 32 + 496 / 2
     assert longest[32] == 32 + 496 / 4
-    assert longest[256] == 32 + 31, "the walk of the first candidate, beside the full model, is the end of it"
+    assert longest[256] == 32 + 31, (
+        "the walk of the first candidate, beside the full model, is the end of it"
+    )
     assert all(longest[few] >= longest[more] for few, more in pairwise(longest))
 
 
@@ -129,4 +153,6 @@ def test_a_search_on_parts_finds_the_same(replicas: int, seed: int) -> None:
     def whole(jobs: list[Job]) -> list[np.ndarray]:
         return [tables[batch][:, list(positions)] for batch, positions in jobs]
 
-    assert search(measure, range(9), batches, 7, Importance()) == search(whole, range(9), batches, 7, Importance())
+    assert search(measure, range(9), batches, 7, Importance()) == search(
+        whole, range(9), batches, 7, Importance()
+    )

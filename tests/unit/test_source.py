@@ -64,12 +64,27 @@ def test_any_fsspec_uri(tmp_path):
 
 def test_only_known_small_files_travel(tmp_path):
     folder = save_tiny("llama", tmp_path / "model")
-    for name in ("README.md", "modeling_custom.py", "pytorch_model.bin", "training_args.pt", "LICENSE", "merges.txt", "fusegpt.json"):
+    for name in (
+        "README.md",
+        "modeling_custom.py",
+        "pytorch_model.bin",
+        "training_args.pt",
+        "LICENSE",
+        "merges.txt",
+        "fusegpt.json",
+    ):
         (folder / name).write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     found = set(Source.find(str(folder), None).small_files)
     assert {"LICENSE", "merges.txt", "chat_template.jinja", "generation_config.json"} <= found
-    assert not found & {"README.md", "modeling_custom.py", "pytorch_model.bin", "training_args.pt", "fusegpt.json", "config.json"}
+    assert not found & {
+        "README.md",
+        "modeling_custom.py",
+        "pytorch_model.bin",
+        "training_args.pt",
+        "fusegpt.json",
+        "config.json",
+    }
 
 
 @pytest.mark.parametrize(
@@ -77,7 +92,10 @@ def test_only_known_small_files_travel(tmp_path):
     [
         ("not json", "is not JSON"),
         ("[1, 2]", "is not a JSON object"),
-        (json.dumps({"model_type": "my_own", "auto_map": {"AutoModel": "modeling.Mine"}}), "unknown to the installed transformers"),
+        (
+            json.dumps({"model_type": "my_own", "auto_map": {"AutoModel": "modeling.Mine"}}),
+            "unknown to the installed transformers",
+        ),
     ],
 )
 def test_a_bad_config_is_named(tmp_path, config, problem):

@@ -24,7 +24,13 @@ def test_status_as_json(out: Path, capsys: Capture) -> None:
     assert stdout.count("\n") == 1 and set(result) == {"uri", "models", "runs", "unfinished"}
     assert result["unfinished"] == ["demo-p20"]
     (model,) = result["models"]
-    assert (model["name"], model["blocks"], model["dense_blocks"], model["sparsity"], model["method"]) == (
+    assert (
+        model["name"],
+        model["blocks"],
+        model["dense_blocks"],
+        model["sparsity"],
+        model["method"],
+    ) == (
         "other-p20",
         4,
         5,
@@ -34,7 +40,9 @@ def test_status_as_json(out: Path, capsys: Capture) -> None:
     (run,) = result["runs"]
     seconds = sum(record["seconds"].values())
     assert run["heartbeat_age"] == pytest.approx(7200, abs=600)
-    assert {key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")} == {
+    assert {
+        key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")
+    } == {
         "name": "demo",
         "uri": str(out / "demo.run"),
         "state": "unfinished",
@@ -56,7 +64,9 @@ def test_status_of_one_run_or_model(out: Path) -> None:
     assert status(str(out / "demo.run"))["runs"][0]["removed"] == everything["runs"][0]["removed"]
 
 
-def test_status_as_tables(stopped_desk: Desk, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+def test_status_as_tables(
+    stopped_desk: Desk, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     manifest = out / "other-p20/fusegpt.json"
     numbers = {"heldout": {"dense": 10.5, "dropped": 12.25, "fused": 11.75, "length": 12}}
@@ -67,9 +77,19 @@ def test_status_as_tables(stopped_desk: Desk, out: Path, monkeypatch: pytest.Mon
     assert main(["status", str(out)]) == 0
     text = capsys.readouterr().out
     (model,) = [line for line in text.splitlines() if "other-p20" in line]
-    assert [cell.strip() for cell in model.split("│")[1:-1]] == ["other-p20", "4 of 5", "20.0%", "heldout", "10.50", "12.25", "11.75"]
+    assert [cell.strip() for cell in model.split("│")[1:-1]] == [
+        "other-p20",
+        "4 of 5",
+        "20.0%",
+        "heldout",
+        "10.50",
+        "12.25",
+        "11.75",
+    ]
     (run,) = [line for line in text.splitlines() if "demo" in line]
-    assert "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
+    assert (
+        "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
+    )
     assert "broken-p20: fusegpt.json is not JSON" in text
 
 
@@ -77,7 +97,12 @@ def test_status_counts_only_records_that_can_be_trusted(out: Path) -> None:
     record = out / "demo.run/round-001.json"
     record.write_bytes(record.read_bytes().replace(b'"removed":', b'"removed":1'))
     (run,) = status(str(out))["runs"]
-    assert (run["rounds_done"], run["removed"], run["last_loss"], run["seconds_left"]) == (0, [], None, None)
+    assert (run["rounds_done"], run["removed"], run["last_loss"], run["seconds_left"]) == (
+        0,
+        [],
+        None,
+        None,
+    )
 
 
 def test_status_of_nothing(tmp_path: Path, capsys: Capture) -> None:

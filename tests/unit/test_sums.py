@@ -11,11 +11,11 @@ import pytest
 from desk import Desk
 from stopped_runs import Watching, published, recipe, run_folder
 
-from fusegpt_ray import local, rounds
 from fusegpt_ray.importance.search import Job
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.workers import local, rounds
 
 
 def measured(asked: list[Job]) -> Callable[[list[Job]], Iterator[tuple[Job, np.ndarray]]]:
@@ -39,7 +39,9 @@ def test_what_is_known_is_not_asked_again_and_comes_in_order() -> None:
     assert np.array_equal(again[0], first[1]) and np.array_equal(again[2], first[0])
 
 
-@pytest.mark.parametrize(("rows", "job"), [(2, (0, (1, 2))), (4, (1, (1, 2))), (4, (0, (1,))), (4, (0, (2, 1)))])
+@pytest.mark.parametrize(
+    ("rows", "job"), [(2, (0, (1, 2))), (4, (1, (1, 2))), (4, (0, (1,))), (4, (0, (2, 1)))]
+)
 def test_other_arithmetic_or_another_job_is_measured(rows: int, job: Job) -> None:
     sums, asked = Sums(), list[Job]()
     sums.recalled(4, measured([]))([(0, (1, 2))])
@@ -72,7 +74,9 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_a_killed_scoring_does_not_measure_twice(desk: Desk, swept: list[int], tmp_path: Path) -> None:
+def test_a_killed_scoring_does_not_measure_twice(
+    desk: Desk, swept: list[int], tmp_path: Path
+) -> None:
     """Killed at every share of work of a round's scoring in turn: the same work in all, and the same model."""
     compress(recipe(desk, sparsity=0.2), Watching())
     expected, total = published(desk), list(swept)
@@ -96,7 +100,9 @@ def test_damaged_sums_are_told_and_measured_again(desk: Desk, swept: list[int]) 
     (run_folder(desk) / "sums-001.json").write_text('{"sha256":"0","body":{"note":[]}}')
     show = Watching()
     compress(recipe(desk, sparsity=0.2), show)
-    assert any("sums-001.json is damaged" in line for line in show.said if line.startswith("WARNING"))
+    assert any(
+        "sums-001.json is damaged" in line for line in show.said if line.startswith("WARNING")
+    )
 
 
 @pytest.fixture

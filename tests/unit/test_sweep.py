@@ -7,19 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import DEPTH, SUPPORTED, hidden_states, load_model, open_stack, rewrite, token_windows, without_blocks
+from models import (
+    DEPTH,
+    SUPPORTED,
+    hidden_states,
+    load_model,
+    open_stack,
+    rewrite,
+    token_windows,
+    without_blocks,
+)
 from watching import Watch, size_of
 
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import lowest
 from fusegpt_ray.importance.sweep import Part, sweep
-from fusegpt_ray.local import LocalEngine
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model import weights
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalEngine
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 6, 9
@@ -60,21 +70,27 @@ def full_table(runner: Runner, stack: Stack, ids_WT: torch.Tensor, batch: int) -
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3, 4], [1, 2, 4]], ids=["dense", "pruned"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "qwen2"])
-def test_equals_a_full_forward_pass_for_every_block(name: str, kept: list[int], checkpoint: Callable[[str], Path]) -> None:
+def test_equals_a_full_forward_pass_for_every_block(
+    name: str, kept: list[int], checkpoint: Callable[[str], Path]
+) -> None:
     folder = checkpoint(name)
     stack = open_stack(folder)
     for dense in set(range(DEPTH)) - set(kept):
         stack = stack.drop(dense)
     expected = brute_force(folder, name, kept)
     assert expected.min() > 0.01  # or the comparison would show nothing
-    torch.testing.assert_close(full_table(make_runner(folder), stack, IDS, batch=2), expected, **CLOSE)
+    torch.testing.assert_close(
+        full_table(make_runner(folder), stack, IDS, batch=2), expected, **CLOSE
+    )
 
     means = (expected.sum(0) / (WINDOWS * LENGTH)).tolist()
     everything = engine_of(folder, all=True).score(stack, IDS.numpy())
     assert everything.scores == pytest.approx(dict(zip(kept, means, strict=True)), rel=1e-5)
     found = engine_of(folder).score(stack, IDS.numpy())
     assert found.lowest == everything.lowest == kept[int(expected.sum(0).argmin())]
-    assert found.scores == {dense: everything.scores[dense] for dense in found.scores}  # to the last bit
+    assert found.scores == {
+        dense: everything.scores[dense] for dense in found.scores
+    }  # to the last bit
 
 
 def engine_of(folder: Path, **importance: object) -> LocalEngine:
@@ -84,11 +100,15 @@ def engine_of(folder: Path, **importance: object) -> LocalEngine:
         "importance": {"windows": WINDOWS, "batch": 2} | importance,
         "output": {"uri": ".", "name": "unused"},
     }
-    return LocalEngine(Recipe.parse(settings), Source.find(str(folder), None), open_stack(folder))
+    return LocalEngine(
+        Setup.of(Recipe.parse(settings), Source.find(str(folder), None), open_stack(folder))
+    )
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
-def test_chooses_what_the_full_table_chooses_round_after_round(name: str, checkpoint: Callable[[str], Path]) -> None:
+def test_chooses_what_the_full_table_chooses_round_after_round(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
     """Models of every architecture, down to two blocks, with and without what the last round found."""
     folder = checkpoint(name)
     exact, full = engine_of(folder, batch=1), engine_of(folder, batch=1, all=True)
@@ -98,11 +118,15 @@ def test_chooses_what_the_full_table_chooses_round_after_round(name: str, checkp
         for found in (exact.score(stack, IDS.numpy()), exact.score(stack, IDS.numpy(), last)):
             assert found.lowest == expected.lowest
             assert all(score == expected.scores[dense] for dense, score in found.scores.items())
-            assert all(item.at_least <= expected.scores[dense] for dense, item in found.stopped.items())
+            assert all(
+                item.at_least <= expected.scores[dense] for dense, item in found.stopped.items()
+            )
         stack, last = stack.drop(found.lowest), found
 
 
-def test_blocks_that_do_nothing_tie_and_the_earlier_one_goes(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_blocks_that_do_nothing_tie_and_the_earlier_one_goes(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder = without_effect(checkpoint("llama"), tmp_path, blocks=(1, 3))
     found = engine_of(folder, batch=1).score(open_stack(folder), IDS.numpy())
     assert (found.lowest, found.scores[1]) == (1, found.scores[3])
@@ -114,14 +138,20 @@ def without_effect(folder: Path, out: Path, blocks: tuple[int, ...]) -> Path:
     """The checkpoint with these blocks' outputs zeroed, so that they hand on what enters them."""
 
     def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        outputs = [f"model.layers.{i}.{name}.weight" for i in blocks for name in ("self_attn.o_proj", "mlp.down_proj")]
+        outputs = [
+            f"model.layers.{i}.{name}.weight"
+            for i in blocks
+            for name in ("self_attn.o_proj", "mlp.down_proj")
+        ]
         return tensors | {name: torch.zeros_like(tensors[name]) for name in outputs}
 
     return rewrite(folder, out, change)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
-def test_no_bit_depends_on_the_other_candidates_or_batches(name: str, checkpoint: Callable[[str], Path]) -> None:
+def test_no_bit_depends_on_the_other_candidates_or_batches(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
     folder = checkpoint(name)
     stack, runner = open_stack(folder), make_runner(folder)
     whole = full_table(runner, stack, IDS, batch=2)
@@ -145,12 +175,16 @@ def test_an_incomplete_last_batch_counts_too(checkpoint: Callable[[str], Path]) 
 
 @pytest.mark.parametrize("importance", [{}, {"all": True}, {"racing": 0.5}])
 def test_block_forwards_are_counted_truly(
-    importance: dict[str, object], checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    importance: dict[str, object],
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counted: list[int] = []
     real = runner_module.run_block
 
-    def counting(block: torch.nn.Module, h_BTD: torch.Tensor, context: runner_module.Context) -> torch.Tensor:
+    def counting(
+        block: torch.nn.Module, h_BTD: torch.Tensor, context: runner_module.Context
+    ) -> torch.Tensor:
         counted.append(len(h_BTD))
         return real(block, h_BTD, context)
 
@@ -179,11 +213,15 @@ def test_every_block_is_read_once_beside_the_one_in_use(
     assert watch.asked == [ref for block in stack.blocks for ref in block.weights.values()]
     block_bytes = size_of(stack.blocks[0].weights)
     assert watch.alive[0] == 0
-    assert max(watch.alive) <= block_bytes  # whenever a block is read, no more than the one in use is there
+    assert (
+        max(watch.alive) <= block_bytes
+    )  # whenever a block is read, no more than the one in use is there
     assert not any(ref() for ref in watch.memory)
 
 
-def test_watching_sees_what_stays_alive(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_sees_what_stays_alive(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The test above can fail: blocks that are kept are counted."""
     stack = open_stack(checkpoint("llama"))
     runner = Runner(stack, CPU, torch.float32, rows=4)
@@ -203,7 +241,9 @@ def test_watching_sees_what_stays_alive(checkpoint: Callable[[str], Path], monke
         ({3: 0.5, 5: -1e-9, 8: 0.0}, 5),
     ],
 )
-def test_lowest_score_goes_and_the_earlier_block_on_a_tie(table: dict[int, float], expected: int) -> None:
+def test_lowest_score_goes_and_the_earlier_block_on_a_tie(
+    table: dict[int, float], expected: int
+) -> None:
     assert lowest(table) == expected
 
 

@@ -81,8 +81,18 @@ LEFT = [
     "license.ipynb",
     "vocab.dll",
 ]
-FOLDERS = {"original/params.json": "original/", "onnx/model.onnx": "onnx/", "checkpoint-5/config.json": "checkpoint-5/"}
-UNSPOKEN = ["config.json", "README.md", "fusegpt.json", ".gitattributes", ".cache/huggingface/x.json"]
+FOLDERS = {
+    "original/params.json": "original/",
+    "onnx/model.onnx": "onnx/",
+    "checkpoint-5/config.json": "checkpoint-5/",
+}
+UNSPOKEN = [
+    "config.json",
+    "README.md",
+    "fusegpt.json",
+    ".gitattributes",
+    ".cache/huggingface/x.json",
+]
 
 
 def fill(folder: Path) -> None:
@@ -145,16 +155,24 @@ def test_the_same_for_a_folder_and_a_store(where: str, full: Path) -> None:
     assert source.left_out(["model.safetensors"]) == sorted([*LEFT, *FOLDERS.values()])
 
 
-AUTO = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own", "AutoTokenizer": ["own.Tokenizer", None]}
+AUTO = {
+    "AutoConfig": "own.OwnConfig",
+    "AutoModelForCausalLM": "own.Own",
+    "AutoTokenizer": ["own.Tokenizer", None],
+}
 
 
 def dress(desk: Desk) -> None:
     """What published models of others have beside their weights."""
     config = json.loads((desk.model / "config.json").read_text())
-    (desk.model / "config.json").write_text(json.dumps(config | {"auto_map": AUTO, "rope_scaling": None}))
+    (desk.model / "config.json").write_text(
+        json.dumps(config | {"auto_map": AUTO, "rope_scaling": None})
+    )
     about = json.loads((desk.model / "tokenizer_config.json").read_text())
     (desk.model / "tokenizer_config.json").write_text(json.dumps(about | {"auto_map": AUTO}))
-    (desk.model / "processor_config.json").write_text(json.dumps({"image_processor": {"auto_map": AUTO, "size": 8}}))
+    (desk.model / "processor_config.json").write_text(
+        json.dumps({"image_processor": {"auto_map": AUTO, "size": 8}})
+    )
     (desk.model / "own.py").write_text("raise SystemExit")
     (desk.model / "USE_POLICY.md").write_text("Be kind.")
     (desk.model / "additional_chat_templates").mkdir()
@@ -172,9 +190,20 @@ def test_published_pulled_and_verified(desk: Desk, capsys: pytest.CaptureFixture
     assert manifest["left_out"] == ["images/", "own.py"]
     assert (model / "additional_chat_templates/tool_use.jinja").read_text() == "{{ tools }}"
     assert (model / "USE_POLICY.md").read_text() == "Be kind."
-    assert [path.name for path in model.rglob("*") if path.is_file() and "auto_map" in path.read_text(errors="replace")] == []
-    assert json.loads((model / "processor_config.json").read_text()) == {"image_processor": {"size": 8}}
-    assert tf.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.num_hidden_layers == 3
+    assert [
+        path.name
+        for path in model.rglob("*")
+        if path.is_file() and "auto_map" in path.read_text(errors="replace")
+    ] == []
+    assert json.loads((model / "processor_config.json").read_text()) == {
+        "image_processor": {"size": 8}
+    }
+    assert (
+        tf.AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=True
+        ).config.num_hidden_layers
+        == 3
+    )
     tokenizer = tf.AutoTokenizer.from_pretrained(model, trust_remote_code=True)
     assert tokenizer.chat_template == {"tool_use": "{{ tools }}"}
     here = pull(str(model), desk.folder / "here")
@@ -183,4 +212,6 @@ def test_published_pulled_and_verified(desk: Desk, capsys: pytest.CaptureFixture
     }
     assert verify(str(here))["good"]
     (here / "additional_chat_templates/tool_use.jinja").write_text("{{ other }}")
-    assert [row["file"] for row in verify(str(here))["problems"]] == ["additional_chat_templates/tool_use.jinja"]
+    assert [row["file"] for row in verify(str(here))["problems"]] == [
+        "additional_chat_templates/tool_use.jinja"
+    ]

@@ -83,24 +83,38 @@ def test_names_that_differ_inside_blocks(desk: Desk) -> None:
     assert any(name.startswith("transformer.h.3.attn.attention.") for name in before)
     folder, short = shortened(desk)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert {*file.keys()} == {name for name in before if ".h.3." not in name and ".h.4." not in name}
+        assert {*file.keys()} == {
+            name for name in before if ".h.3." not in name and ".h.4." not in name
+        }
     kept = json.loads((folder / "fusegpt.json").read_text())["kept"]
     ids = torch.arange(3, 20).reshape(1, -1)
     model.eval().model.layers = torch.nn.ModuleList(model.model.layers[number] for number in kept)
     for position, block in enumerate(model.model.layers):
         block.self_attn.layer_idx = position
     model.config.num_hidden_layers = len(kept)
-    assert torch.allclose(model(ids, use_cache=False).logits, short.eval()(ids, use_cache=False).logits, atol=1e-5)
+    assert torch.allclose(
+        model(ids, use_cache=False).logits, short.eval()(ids, use_cache=False).logits, atol=1e-5
+    )
 
 
 def test_a_prediction_layer_that_its_class_knows_of_is_left_out(tmp_path: Path) -> None:
     """GLM-OCR is dense, and its seventeenth layer predicts further tokens: `from_pretrained` passes over it."""
     text = GROUPED | {"num_hidden_layers": 16, "head_dim": 8}
-    vision = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 32}
+    vision = {
+        "hidden_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "intermediate_size": 24,
+        "out_hidden_size": 32,
+    }
     config = tf.GlmOcrConfig(text_config=text, vision_config=vision)
     tf.GlmOcrForConditionalGeneration(config).save_pretrained(tmp_path)
     held = load_file(tmp_path / "model.safetensors")
-    further = {name.replace(".layers.15.", ".layers.16."): value.clone() for name, value in held.items() if ".layers.15." in name}
+    further = {
+        name.replace(".layers.15.", ".layers.16."): value.clone()
+        for name, value in held.items()
+        if ".layers.15." in name
+    }
     save_file(held | further, tmp_path / "model.safetensors", metadata={"format": "pt"})
     source = Source.find(str(tmp_path), None)
     stack = source.stack()

@@ -51,7 +51,10 @@ def weights(model: Path) -> Path:
 def seal(model: Path, **changes: Any) -> None:
     """Make the manifest agree with the files there: whoever published the model was wrong, not the way it took."""
     files = {file.name: file.read_bytes() for file in model.iterdir() if file.name != MANIFEST}
-    records = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    records = {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
     manifest = json.loads((model / MANIFEST).read_text())
     (model / MANIFEST).write_text(json.dumps(manifest | {"files": records} | changes))
 
@@ -76,9 +79,18 @@ def test_a_good_model_anywhere_as_json(model: Path, capsys: pytest.CaptureFixtur
     assert main(["verify", "memory://verify/model/", "--json"]) == 0
     stdout = capsys.readouterr().out
     result = json.loads(stdout)
-    assert stdout.count("\n") == 1 and set(result) == {"model", "good", "files", "bytes", "problems", "remarks"}
+    assert stdout.count("\n") == 1 and set(result) == {
+        "model",
+        "good",
+        "files",
+        "bytes",
+        "problems",
+        "remarks",
+    }
     assert result["good"] is True and result["problems"] == []
-    remarks = [{"file": name, "remark": "is not in the manifest"} for name in ("notes.txt", "sub/more.txt")]
+    remarks = [
+        {"file": name, "remark": "is not in the manifest"} for name in ("notes.txt", "sub/more.txt")
+    ]
     assert result["remarks"] == remarks
     fsspec.filesystem("memory").rm("/verify", recursive=True)
 
@@ -121,7 +133,9 @@ def lose(file: Path) -> str:
 
 @pytest.mark.parametrize("damage", [flip, cut, grow, lose])
 @pytest.mark.parametrize("name", ["weights", "config.json", "README.md"])
-def test_a_damaged_file_is_named(name: str, damage: Callable[[Path], str], model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_is_named(
+    name: str, damage: Callable[[Path], str], model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = weights(model) if name == "weights" else model / name
     what = damage(file)
     assert main(["verify", str(model)]) == 1
@@ -134,7 +148,9 @@ def test_every_damaged_file_is_named(model: Path) -> None:
     assert verify(str(model))["problems"] == problems
 
 
-def test_a_file_that_cannot_be_read_is_named_and_the_others_are_checked(models: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_checked(
+    models: Path, tmp_path: Path
+) -> None:
     model = Path(shutil.copytree(models / "sharded", tmp_path / "model"))
     shard, short = weights(model).name, cut(model / "README.md")
 
@@ -145,17 +161,32 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_checked(models: 
 
     with failing(broken):
         problems = {row["file"]: row["problem"] for row in verify(f"faulty://{model}")["problems"]}
-    assert problems == {"README.md": short, shard: "cannot be read (ConnectionResetError: the line went dead; given up after 1 try)"}
+    assert problems == {
+        "README.md": short,
+        shard: "cannot be read (ConnectionResetError: the line went dead; given up after 1 try)",
+    }
 
 
 @pytest.mark.parametrize(
-    "name", ["a.safetensors", "pytorch_model.bin", "old/consolidated.00.pth", "MODEL.GGUF", "pytorch_model.bin.index.json"]
+    "name",
+    [
+        "a.safetensors",
+        "pytorch_model.bin",
+        "old/consolidated.00.pth",
+        "MODEL.GGUF",
+        "pytorch_model.bin.index.json",
+    ],
 )
-def test_weights_beside_the_manifest_are_a_problem(name: str, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_beside_the_manifest_are_a_problem(
+    name: str, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(b"pickle")
     assert main(["verify", str(model)]) == 1
-    assert capsys.readouterr().out == f"{name} is not in the manifest, but a loader may take it for weights\n"
+    assert (
+        capsys.readouterr().out
+        == f"{name} is not in the manifest, but a loader may take it for weights\n"
+    )
 
 
 # --- files that were written wrongly ---
@@ -219,7 +250,9 @@ def a_shard_that_is_none(model: Path) -> str:
 
 def a_deeper_configuration(model: Path) -> str:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    (model / "config.json").write_text(
+        json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1})
+    )
     return "config.json "
 
 
@@ -255,7 +288,9 @@ def test_files_that_do_not_fit_together_are_found_though_every_checksum_is_right
     assert stdout.startswith(said) and stdout.count("\n") == 1
 
 
-def test_the_depth_is_that_of_the_kept_blocks(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_depth_is_that_of_the_kept_blocks(
+    model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seal(model, kept=[1, 2, 3, 4])
     assert main(["verify", str(model)]) == 1
     assert capsys.readouterr().out == "config.json says 3 blocks, fusegpt.json keeps 4\n"
@@ -278,7 +313,10 @@ def test_a_model_without_weights_is_not_good(model: Path) -> None:
         (None, "holds no fusegpt.json"),
         (b"{", "is not JSON"),
         (b'{"format": 7, "kept": [], "files": {"a": {}}}', "has the format 7"),
-        (b'{"format": 1, "kept": [], "files": {"../a": {}}}', "lists the file '../a', which would lie outside"),
+        (
+            b'{"format": 1, "kept": [], "files": {"../a": {}}}',
+            "lists the file '../a', which would lie outside",
+        ),
     ],
 )
 def test_without_a_manifest_to_go_by_it_is_the_users_mistake(

@@ -42,14 +42,21 @@ def runner(stack: Stack, how: str, share: float = 1.0) -> Runner:
 def changed(stack: Stack, position: int, folder: Path) -> Stack:
     """With new weights in one block, as after a round."""
     block = stack.blocks[position]
-    values = {name: torch.full(ref.shape, 0.01, dtype=ref.dtype) for name, ref in block.weights.items()}
-    entries = [Entry(name, value.dtype, tuple(value.shape), lambda value=value: value) for name, value in values.items()]
+    values = {
+        name: torch.full(ref.shape, 0.01, dtype=ref.dtype) for name, ref in block.weights.items()
+    }
+    entries = [
+        Entry(name, value.dtype, tuple(value.shape), lambda value=value: value)
+        for name, value in values.items()
+    ]
     _, refs = write_safetensors(str(folder / f"new-{position}.safetensors"), entries)
     return stack.swap({block.dense: Block(block.dense, refs)})
 
 
 def table(runner: Runner, stack: Stack) -> torch.Tensor:
-    return torch.cat(sweep(runner, stack, [Part(part, tuple(range(len(stack)))) for part in IDS.split(2)]))
+    return torch.cat(
+        sweep(runner, stack, [Part(part, tuple(range(len(stack)))) for part in IDS.split(2)])
+    )
 
 
 def test_kept_and_streamed_blocks_give_the_same_bits(stack: Stack, tmp_path: Path) -> None:
@@ -59,7 +66,9 @@ def test_kept_and_streamed_blocks_give_the_same_bits(stack: Stack, tmp_path: Pat
             assert torch.equal(table(kept, after), table(streamed, after))
 
 
-def test_only_blocks_that_a_round_changed_are_read_again(stack: Stack, watch: Watch, tmp_path: Path) -> None:
+def test_only_blocks_that_a_round_changed_are_read_again(
+    stack: Stack, watch: Watch, tmp_path: Path
+) -> None:
     keeping = runner(stack, "resident")
     table(keeping, stack)
     assert len(watch.alive) == DEPTH
@@ -71,7 +80,9 @@ def test_only_blocks_that_a_round_changed_are_read_again(stack: Stack, watch: Wa
     assert watch.asked[-len(stack.blocks[1].weights) :] == list(after.blocks[1].weights.values())
     table(keeping, stack)  # the teacher's blocks are still there
     assert len(watch.alive) == DEPTH + 1
-    table(keeping, changed(after, 1, tmp_path / "later"))  # what `after` had in place of block 1 makes room
+    table(
+        keeping, changed(after, 1, tmp_path / "later")
+    )  # what `after` had in place of block 1 makes room
     assert keeping.weights.kept == DEPTH + 1
 
 
@@ -94,7 +105,9 @@ def test_a_walk_that_is_given_up_leaves_no_thread(stack: Stack) -> None:
     assert threading.active_count() == before
 
 
-def test_the_next_block_is_read_while_one_is_in_use(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_block_is_read_while_one_is_in_use(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = threading.Semaphore(0)
     real = weights.read_tensors
 
@@ -125,13 +138,19 @@ def fails_once_aside(failure: Exception) -> Callable[..., dict[str, torch.Tensor
     return read
 
 
-def test_where_two_blocks_are_too_many_the_next_is_read_when_its_turn_comes(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_two_blocks_are_too_many_the_next_is_read_when_its_turn_comes(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = table(runner(stack, "streamed"), stack)
-    monkeypatch.setattr(weights, "read_tensors", fails_once_aside(RuntimeError("can't allocate memory")))
+    monkeypatch.setattr(
+        weights, "read_tensors", fails_once_aside(RuntimeError("can't allocate memory"))
+    )
     assert torch.equal(table(runner(stack, "streamed"), stack), expected)
 
 
-def test_another_failure_of_the_reader_is_not_swallowed(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_failure_of_the_reader_is_not_swallowed(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(weights, "read_tensors", fails_once_aside(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         table(runner(stack, "streamed"), stack)
@@ -148,7 +167,11 @@ def _limited(_: int, folder: str) -> None:
     stack = open_stack(Path(folder))
     before, more = memory.free_bytes(CPU), 50_000_000
     assert before > 10 * more
-    share = 2 * sum(size_of(block.weights) for block in stack.blocks) / (weights.RESIDENT_SHARE * before)
+    share = (
+        2
+        * sum(size_of(block.weights) for block in stack.blocks)
+        / (weights.RESIDENT_SHARE * before)
+    )
     assert runner(stack, "auto", share).keeps
     limit_memory(more)
     assert memory.free_bytes(CPU) <= more
@@ -170,7 +193,9 @@ def test_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(("parts", "reads"), [(3.5, 1), (2.2, 2), (1.1, 3), (0.1, 3)])
-def test_windows_whose_states_do_not_fit_walk_one_after_the_other(parts: float, reads: int, stack: Stack, watch: Watch) -> None:
+def test_windows_whose_states_do_not_fit_walk_one_after_the_other(
+    parts: float, reads: int, stack: Stack, watch: Watch
+) -> None:
     """`parts`: how many of the three batches' states fit. Nothing else changes, to the last bit."""
     expected = table(runner(stack, "resident"), stack)
     watch.alive.clear()

@@ -12,12 +12,12 @@ from models import MODELS, hidden_states, load_model, open_stack, token_windows,
 from safetensors.torch import load_file
 from torch import nn
 
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import PRESETS, Fusion
+from fusegpt_ray.training.loop import TorchStepper, batches_of, train
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 16, 7, 4
@@ -27,7 +27,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def settings(preset: str = "paper", **values: Any) -> Fusion:
-    small = {"preset": preset, "group_size": 3, "rank": 4, "lora_rank": 3, "batch": BATCH, "epochs": 5}
+    small = {
+        "preset": preset,
+        "group_size": 3,
+        "rank": 4,
+        "lora_rank": 3,
+        "batch": BATCH,
+        "epochs": 5,
+    }
     return Fusion(**(PRESETS[preset] | small | values))
 
 
@@ -51,12 +58,23 @@ class Workshop:
         self.runner = Runner(self.dense, CPU, self.dtype, rows=8)
         self.model = load_model(self.folder)
 
-    def job(self, donor: int, stack: Stack | None = None, fuse: bool = True, seed: int = 0, **values: Any) -> Round:
-        return Round(stack or self.dense, self.dense, donor, settings(**values), fuse, seed, str(self.out))
+    def job(
+        self,
+        donor: int,
+        stack: Stack | None = None,
+        fuse: bool = True,
+        seed: int = 0,
+        **values: Any,
+    ) -> Round:
+        return Round(
+            stack or self.dense, self.dense, donor, settings(**values), fuse, seed, str(self.out)
+        )
 
     def student(self, job: Round) -> Student:
         trunk = self.runner.trunk
-        return build_student(job, trunk.moulds, trunk.contexts(BATCH, LENGTH), job.plan(self.dtype), CPU)
+        return build_student(
+            job, trunk.meta_blocks, trunk.contexts(BATCH, LENGTH), job.plan(self.dtype), CPU
+        )
 
     def states(self, job: Round) -> tuple[torch.Tensor, torch.Tensor]:
         return group_states(self.runner, job, IDS)
@@ -77,8 +95,12 @@ class Workshop:
     def real(self, stack: Stack) -> Any:
         """The real model without the removed blocks, its weights those that the rounds wrote to disk."""
         short = without_blocks(self.model, self.name, stack.kept)
-        for module, block in zip(short.get_submodule(MODELS[self.name].blocks), stack.blocks, strict=True):
-            files = {ref.file for ref in block.weights.values()} - {ref.file for ref in self.dense.trunk.values()}
+        for module, block in zip(
+            short.get_submodule(MODELS[self.name].blocks), stack.blocks, strict=True
+        ):
+            files = {ref.file for ref in block.weights.values()} - {
+                ref.file for ref in self.dense.trunk.values()
+            }
             for file in files:
                 found = module.load_state_dict(load_file(file), strict=False)
                 assert not found.unexpected_keys
@@ -100,7 +122,11 @@ def over_batches(student: Student, states: torch.Tensor) -> torch.Tensor:
 
 
 def learned(student: nn.Module) -> Weights:
-    return {name: value.detach().clone() for name, value in student.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().clone()
+        for name, value in student.named_parameters()
+        if value.requires_grad
+    }
 
 
 def plain_weights(workshop: Workshop, dense: int) -> Weights:

@@ -45,14 +45,16 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if len(outermost) != 1:
         what = (
-            f"{len(outermost)} lists of {depth} decoder blocks found ({', '.join(outermost)})" if found else "no decoder blocks found"
+            f"{len(outermost)} lists of {depth} decoder blocks found ({', '.join(outermost)})"
+            if found
+            else "no decoder blocks found"
         )
         fix = "use a decoder-only model whose blocks are all of one class (LLaMA, LLaVA, Mistral, Qwen, Gemma, OPT, GPT-2 …)"
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]
 
 
-def block_moulds(raw: Mapping[str, Any]) -> list[nn.Module]:
+def build_meta_blocks(raw: Mapping[str, Any]) -> list[nn.Module]:
     """The dense model's blocks without weights, by dense number, for whoever needs no trunk (see `load_block`)."""
     model = build_skeleton(raw)
     return list(model.get_submodule(find_blocks(model)))
@@ -75,7 +77,9 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     prefixes: set[str] = set()
     seen: set[str] = set()
     buffers = {name for name, _ in model.named_buffers()}
-    ignored = re.compile("|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())]))
+    ignored = re.compile(
+        "|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())])
+    )
     extra: list[str] = []
     left: list[str] = []
     for name, ref in tensors.items():
@@ -94,7 +98,9 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
             continue
         prefixes.add(names.prefix(name, path, int(match[1]), match[2]))
         blocks.setdefault(int(match[1]), {})[match[2]] = ref
-    if beyond := sorted(ref.name for number in blocks if number >= depth for ref in blocks[number].values()):
+    if beyond := sorted(
+        ref.name for number in blocks if number >= depth for ref in blocks[number].values()
+    ):
         mismatch.refuse_beyond(beyond[0], len(blocks), depth)
     # Either of two tied tensors may be the one that is stored.
     ties = model.all_tied_weights_keys.items()
@@ -104,7 +110,12 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     if missing or extra:
         mismatch.refuse(tensors, names.expected, names.inside, missing, extra)
     if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
-        raise UserError(KEY, f"{len(blocks)} blocks", f"config.json says {depth}", "use the config.json of these weights")
+        raise UserError(
+            KEY,
+            f"{len(blocks)} blocks",
+            f"config.json says {depth}",
+            "use the config.json of these weights",
+        )
     stack_blocks = tuple(Block(number, blocks[number]) for number in range(depth))
     return Stack(dict(raw), prefixes.pop(), trunk, stack_blocks, tuple(left))
 
@@ -118,7 +129,12 @@ def _check(name: str, ref: TensorRef, target: torch.Tensor | None) -> None:
         return
     if target.is_floating_point() and ref.code not in _PLAIN:
         problem = f"stored as {ref.code}, which says nothing without scales"
-        raise UserError(KEY, name, problem, f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}")
+        raise UserError(
+            KEY,
+            name,
+            problem,
+            f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}",
+        )
     if tuple(target.shape) != ref.shape:
         if ref.begin == ref.end and target.numel():
             mismatch.refuse_empty(name, ref.shape, target.shape)

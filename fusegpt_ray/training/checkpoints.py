@@ -71,7 +71,13 @@ class Savepoints:
     @classmethod
     def of(cls, job: Round, minutes: float, micro_batch: int, **setup: str | int) -> Savepoints:
         """Those of the group of `job`; `micro_batch` as the recipe asks. Where one is there already, with what it tells."""
-        owner = {"after": job.origin, "donor": job.donor, "micro_batch_asked": micro_batch, "torch": torch.__version__, **setup}
+        owner = {
+            "after": job.origin,
+            "donor": job.donor,
+            "micro_batch_asked": micro_batch,
+            "torch": torch.__version__,
+            **setup,
+        }
         this = cls(folder_of(job.folder), minutes, owner, micro_batch, job.fence)
         try:
             record = this._record()
@@ -105,7 +111,9 @@ class Savepoints:
         if found != [[len(losses), True]] * len(found):
             if learner.worker == 0:
                 if good:
-                    say("WARNING: not every worker finds the savepoint good; fine-tuning this group from its beginning")
+                    say(
+                        "WARNING: not every worker finds the savepoint good; fine-tuning this group from its beginning"
+                    )
                 self._write([], 0.0, {})  # with how many windows at once stays known
             return [], 0.0
         if losses:
@@ -123,12 +131,21 @@ class Savepoints:
         """Make a savepoint after the epochs with these losses, which took so many seconds. All workers at once."""
         self.fence()
         tensors = learner.state()
-        entries = [Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value)) for name, value in tensors.items()]
+        entries = [
+            Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
+            for name, value in tensors.items()
+        ]
         file, _ = write_safetensors(self._uri(len(losses), learner.worker), entries)
-        rows = learner.gather([file.size, *bytes.fromhex(file.sha256)])  # from here on all of them are there
+        rows = learner.gather(
+            [file.size, *bytes.fromhex(file.sha256)]
+        )  # from here on all of them are there
         if learner.worker == 0:
             records = [FileRecord(size, bytes(digest).hex()) for size, *digest in rows]
-            self._write(losses, seconds, {self._name(len(losses), worker): record for worker, record in enumerate(records)})
+            self._write(
+                losses,
+                seconds,
+                {self._name(len(losses), worker): record for worker, record in enumerate(records)},
+            )
 
     def _record(self) -> dict[str, Any] | None:
         """
@@ -152,11 +169,20 @@ class Savepoints:
         record = self._record()
         if record is None:
             return [], 0.0, {}
-        theirs, ours = _whose(record["owner"], record["micro_batch"]), _whose(self.owner, self.micro_batch)
+        theirs, ours = (
+            _whose(record["owner"], record["micro_batch"]),
+            _whose(self.owner, self.micro_batch),
+        )
         if theirs != ours:
             if worker == 0:
-                others = ", ".join(f"{key} {theirs.get(key)}, not {value}" for key, value in ours.items() if theirs.get(key) != value)
-                say(f"  a savepoint of another set-up is left aside ({others}); fine-tuning this group from its beginning")
+                others = ", ".join(
+                    f"{key} {theirs.get(key)}, not {value}"
+                    for key, value in ours.items()
+                    if theirs.get(key) != value
+                )
+                say(
+                    f"  a savepoint of another set-up is left aside ({others}); fine-tuning this group from its beginning"
+                )
             return [], 0.0, {}
         losses = record["losses"]
         if not losses:
@@ -174,7 +200,13 @@ class Savepoints:
         """Put the record in place of the last one, then remove what it does not name."""
         told = {name: file.to_json() for name, file in files.items()}
         self.fence()
-        body = {"owner": dict(self.owner), "micro_batch": self.micro_batch, "losses": losses, "seconds": seconds, "files": told}
+        body = {
+            "owner": dict(self.owner),
+            "micro_batch": self.micro_batch,
+            "losses": losses,
+            "seconds": seconds,
+            "files": told,
+        }
         storage.write(storage.join(self.folder, RECORD), sealed(body))
         for name in storage.names(self.folder):
             if name not in (RECORD, *files):

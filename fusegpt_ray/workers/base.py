@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -11,15 +11,16 @@ import numpy as np
 import torch
 
 from fusegpt_ray.fusion.round import Round, Saved
-from fusegpt_ray.fusion.savepoint import Say
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import Plain
 from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Text
+from fusegpt_ray.sections import Cluster, Dtype, Importance, Text
 from fusegpt_ray.store import storage
+from fusegpt_ray.training.checkpoints import Say
 
 Epoch = Callable[[int, float], None]
 """Called after each epoch of fine-tuning with its number (from 1) and mean loss."""
@@ -42,6 +43,47 @@ class Tuned:
     """With what it took before a savepoint from which it went on."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What workers need to know to compute with one dense model."""
+
+    source: Source
+    dense: Stack
+    cluster: Cluster = field(default_factory=Cluster)
+    dtype: Dtype = "auto"
+    """Of the arithmetic, as the recipe says it (`model.dtype`)."""
+    importance: Importance = field(default_factory=Importance)
+    """`importance.batch` windows pass a block in one call."""
+    piece_mb: int = 16
+    """See `calibration.piece_mb`."""
+    loss_batch: int | None = None
+    """`fusion.batch`; None where nothing is trained."""
+    output_uri: str | None = None
+    """Where workers write, if they do."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, source: Source, dense: Stack) -> Self:
+        """That of a whole compression."""
+        return cls(
+            source,
+            dense,
+            recipe.cluster,
+            recipe.model.dtype,
+            recipe.importance,
+            recipe.calibration.piece_mb,
+            recipe.fusion.batch if recipe.method != "mi" else None,
+            recipe.output.uri,
+        )
+
+    @property
+    def cache_gb(self) -> float | None:
+        """`cluster.cache_gb` where weights are read from object storage, else 0: no folder is made for nothing."""
+        places = [ref.file for ref in self.dense.trunk.values()]
+        if self.output_uri is not None:
+            places.append(self.output_uri)
+        return self.cluster.cache_gb if any(map(storage.is_remote, places)) else 0
+
+
 class Engine(Protocol):
     """Shapes: W windows of T tokens, int64."""
 
@@ -54,19 +96,32 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
         """The text's tokens, piece by piece, from the beginning at each call (see `calibration.py`)."""
 
-    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None, sums: Sums | None = None) -> Ranking:
+    def score(
+        self,
+        stack: Stack,
+        windows_WT: np.ndarray,
+        last: Ranking | None = None,
+        sums: Sums | None = None,
+    ) -> Ranking:
         """Find the block to remove.
 
         `last`: what the last round found, which saves a wave (see `importance/search.py`). `sums`: what an attempt that was killed has
         measured; what is measured now is added to it.
         """
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+    def finetune(
+        self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None
+    ) -> Tuned:
         """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
@@ -77,9 +132,3 @@ class Engine(Protocol):
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         """That the published model computes what the stack does (see `proof.prove`)."""
-
-
-def cache_gb(recipe: Recipe, dense: Stack) -> float | None:
-    """`cluster.cache_gb` where a run reads weights from object storage, else 0: no folder is made for nothing."""
-    remote = storage.is_remote(recipe.output.uri) or any(storage.is_remote(ref.file) for ref in dense.trunk.values())
-    return recipe.cluster.cache_gb if remote else 0

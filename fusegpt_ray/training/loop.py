@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusegpt_ray.fusion.micro import accumulate
-from fusegpt_ray.fusion.savepoint import Learner, Savepoints, Say
 from fusegpt_ray.sections import Fusion
+from fusegpt_ray.training.checkpoints import Learner, Savepoints, Say
+from fusegpt_ray.training.microbatch import accumulate
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """States entering the group and the teacher's states leaving it, [b, T, D] each, b = loss batch / workers."""
@@ -33,7 +33,9 @@ def make_optimizer(student: nn.Module, settings: Fusion) -> torch.optim.Adam:
         {"params": coefficients, "lr": settings.learning_rate},
         {"params": rest, "lr": settings.lora_learning_rate},
     ]
-    return torch.optim.Adam([group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps)
+    return torch.optim.Adam(
+        [group for group in groups if group["params"]], betas=settings.betas, eps=settings.eps
+    )
 
 
 def is_coefficient(name: str) -> bool:
@@ -52,21 +54,36 @@ def training_state(schedule: LambdaLR, masters: Sequence[torch.Tensor]) -> dict[
     found = {"steps": torch.tensor(schedule.last_epoch)}
     for number, master in enumerate(masters):
         found[f"{number}.value"] = master.detach()
-        found |= {f"{number}.{key}": value for key, value in schedule.optimizer.state[master].items()}
+        found |= {
+            f"{number}.{key}": value for key, value in schedule.optimizer.state[master].items()
+        }
     return found
 
 
 @torch.no_grad()
-def load_training_state(state: Mapping[str, torch.Tensor], schedule: LambdaLR, masters: Sequence[torch.Tensor]) -> None:
+def load_training_state(
+    state: Mapping[str, torch.Tensor], schedule: LambdaLR, masters: Sequence[torch.Tensor]
+) -> None:
     """Go on from what `training_state` gave. Rates come of the number of steps, by the very product that a step forms."""
     schedule.last_epoch = int(state["steps"])
-    for group, base, factor in zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
         group["lr"] = base * factor(schedule.last_epoch)
     for number, master in enumerate(masters):
-        own = {key.removeprefix(f"{number}."): value for key, value in state.items() if key.startswith(f"{number}.")}
-        assert all(value.shape == master.shape for key, value in own.items() if key != "step"), (number, master.shape)
+        own = {
+            key.removeprefix(f"{number}."): value
+            for key, value in state.items()
+            if key.startswith(f"{number}.")
+        }
+        assert all(value.shape == master.shape for key, value in own.items() if key != "step"), (
+            number,
+            master.shape,
+        )
         master.copy_(own.pop("value"))
-        schedule.optimizer.state[master] = {key: value.to("cpu" if key == "step" else master.device) for key, value in own.items()}
+        schedule.optimizer.state[master] = {
+            key: value.to("cpu" if key == "step" else master.device) for key, value in own.items()
+        }
 
 
 class Stepper(Learner, Protocol):
@@ -101,11 +118,21 @@ class TorchStepper:
         micro_batch: int | None = None,
     ) -> TorchStepper:
         optimizer = make_optimizer(student, settings)
-        return cls(student, settings, optimizer, cosine_to_zero(optimizer, steps), device, micro_batch)
+        return cls(
+            student, settings, optimizer, cosine_to_zero(optimizer, steps), device, micro_batch
+        )
 
     def step(self, batch: Batch) -> torch.Tensor:
         entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        loss = accumulate(self.student, self._backward, entering, leaving, self.settings.loss, self.micro_batch, False)
+        loss = accumulate(
+            self.student,
+            self._backward,
+            entering,
+            leaving,
+            self.settings.loss,
+            self.micro_batch,
+            False,
+        )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
@@ -151,13 +178,17 @@ def train(
     Raises:
         FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
     """
-    means, seconds = savepoints.restore(stepper, epochs, say) if savepoints else (list[float](), 0.0)
+    means, seconds = (
+        savepoints.restore(stepper, epochs, say) if savepoints else (list[float](), 0.0)
+    )
     began = kept = time.monotonic()
     for number in range(len(means) + 1, epochs + 1):
         losses = [stepper.step(batch) for batch in epoch()]
         mean = stepper.mean(torch.stack(losses))
         if not math.isfinite(mean):
-            raise FloatingPointError(f"the fine-tuning loss became {mean} in epoch {number}: lower fusion.learning_rate")
+            raise FloatingPointError(
+                f"the fine-tuning loss became {mean} in epoch {number}: lower fusion.learning_rate"
+            )
         means.append(mean)
         if savepoints and savepoints.due(stepper, kept):
             savepoints.keep(stepper, means, seconds + time.monotonic() - began)
@@ -168,5 +199,9 @@ def train(
 
 def batches_of(entering: torch.Tensor, leaving: torch.Tensor, size: int) -> Iterator[Batch]:
     """Consecutive batches of `size` windows, in order; a remainder smaller than that would change the loss, so there is none."""
-    assert len(entering) == len(leaving) and len(entering) % size == 0, (len(entering), len(leaving), size)
+    assert len(entering) == len(leaving) and len(entering) % size == 0, (
+        len(entering),
+        len(leaving),
+        size,
+    )
     return zip(entering.split(size), leaving.split(size), strict=True)

@@ -14,26 +14,24 @@ from typing import Self, TypeVar
 import numpy as np
 import torch
 
-from fusegpt_ray.engine import Epoch, Tuned, cache_gb
-from fusegpt_ray.fusion.finetune import TorchStepper, batches_of, train
 from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
-from fusegpt_ray.fusion.savepoint import Savepoints, Say
 from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.model.memory import fitting, free_bytes, is_out_of_memory
+from fusegpt_ray.model.memory import find_batch_size, free_bytes, is_out_of_memory
 from fusegpt_ray.model.perplexity import perplexity, window_losses
 from fusegpt_ray.model.runner import Runner, pick_device, pick_dtype, state_bytes
-from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import Proof, prove
-from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
+from fusegpt_ray.training.checkpoints import Savepoints, Say
+from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.workers.base import Epoch, Setup, Tuned
 
 T = TypeVar("T")
 
@@ -41,15 +39,20 @@ T = TypeVar("T")
 class LocalEngine:
     """See `engine.Engine`."""
 
-    def __init__(self, recipe: Recipe, source: Source, dense: Stack) -> None:
-        self.recipe, self.source, self.dense = recipe, source, dense
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.source, self.dense = setup, setup.source, setup.dense
         self.device = pick_device()
-        self.dtype = pick_dtype(recipe.model.dtype, dense, self.device)
+        self.dtype = pick_dtype(setup.dtype, setup.dense, self.device)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.__dict__.pop("runner", None)
 
     @property
@@ -58,20 +61,26 @@ class LocalEngine:
 
     @cached_property
     def runner(self) -> Runner:
-        cache = BlockCache.open(cache_gb(self.recipe, self.dense))
-        batch, weights = self.recipe.importance.batch, self.recipe.cluster.weights
+        cache = BlockCache.open(self.setup.cache_gb)
+        batch, weights = self.setup.importance.batch, self.setup.cluster.weights
         return Runner(self.dense, self.device, self.dtype, batch, weights, cache=cache)
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
-        piece_bytes = self.recipe.calibration.piece_mb * 1_000_000
+        piece_bytes = self.setup.piece_mb * 1_000_000
         return calibration.token_stream(text, piece_bytes, self.source.tokenizer(), key)
 
-    def score(self, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None, sums: Sums | None = None) -> Ranking:
-        settings, known = self.recipe.importance, sums or Sums()
+    def score(
+        self,
+        stack: Stack,
+        windows_WT: np.ndarray,
+        last: Ranking | None = None,
+        sums: Sums | None = None,
+    ) -> Ranking:
+        settings, known = self.setup.importance, sums or Sums()
         batches = torch.from_numpy(windows_WT).split(settings.batch)
 
         def attempt(rows: int) -> Ranking:
-            runner = self.runner.taking(rows)
+            runner = self.runner.with_batch_size(rows)
 
             def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
                 for share in [[job] for job in jobs] if runner.keeps else [jobs]:
@@ -80,18 +89,27 @@ class LocalEngine:
                         yield job, sums_WC.numpy()
 
             recalled = known.recalled(rows, measure)
-            return search(recalled, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last)
+            return search(
+                recalled, stack.kept, list(map(len, batches)), windows_WT.shape[1], settings, last
+            )
 
-        ranking, rows = fitting(attempt, settings.batch, settings.batch, "scoring")
+        ranking, rows = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
         return replace(ranking, rows=rows)
 
-    def finetune(self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None) -> Tuned:
+    def finetune(
+        self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None
+    ) -> Tuned:
         begin = time.monotonic()
-        settings, cluster, trunk, batch = job.settings, self.recipe.cluster, self.runner.trunk, self.recipe.importance.batch
+        settings, cluster, trunk, batch = (
+            job.settings,
+            self.setup.cluster,
+            self.runner.trunk,
+            self.setup.importance.batch,
+        )
         windows, length = windows_WT.shape
 
         def walk(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-            runner = self.runner.taking(rows)
+            runner = self.runner.with_batch_size(rows)
             kept = [_room_for_states(job.dense, windows, length, self.dtype) for _ in range(2)]
             done = 0
             for part in runner.chunks(job.dense, torch.from_numpy(windows_WT)):
@@ -100,45 +118,82 @@ class LocalEngine:
                 done += len(part)
             return kept[0], kept[1]
 
-        (entering, leaving), rows = fitting(walk, batch, batch, "walking to the group")
+        (entering, leaving), rows = find_batch_size(walk, batch, batch, "walking to the group")
         states_done = time.monotonic()
-        setup: dict[str, str | int] = {"engine": "local", "device": self.device.type, "states_rows": rows}
-        kept = Savepoints.of(job, cluster.savepoint_minutes, cluster.micro_batch or settings.batch, **setup)
+        setup: dict[str, str | int] = {
+            "engine": "local",
+            "device": self.device.type,
+            "states_rows": rows,
+        }
+        kept = Savepoints.of(
+            job, cluster.savepoint_minutes, cluster.micro_batch or settings.batch, **setup
+        )
 
         @self._rather_forgetting
         def learn(micro_batch: int) -> tuple[Student, list[float]]:
             savepoints = kept.trying(micro_batch)
             contexts = trunk.contexts(micro_batch, windows_WT.shape[1])
-            student = build_student(job, trunk.moulds, contexts, job.plan(self.dtype), self.device, cluster.recompute_activations)
+            student = build_student(
+                job,
+                trunk.meta_blocks,
+                contexts,
+                job.plan(self.dtype),
+                self.device,
+                cluster.recompute_activations,
+            )
             steps = settings.epochs * len(entering) // settings.batch
             stepper = TorchStepper.make(student, settings, steps, self.device, micro_batch)
             batches = partial(batches_of, entering, leaving, settings.batch)
             return student, train(stepper, batches, settings.epochs, epoch, savepoints, say)
 
-        (student, losses), micro_batch = fitting(learn, kept.micro_batch, settings.batch, "fine-tuning the group")
+        (student, losses), micro_batch = find_batch_size(
+            learn, kept.micro_batch, settings.batch, "fine-tuning the group"
+        )
         saved = save_group(job, student)
-        return Tuned(saved, losses, rows, micro_batch, states_done - begin, kept.seconds + time.monotonic() - states_done)
+        return Tuned(
+            saved,
+            losses,
+            rows,
+            micro_batch,
+            states_done - begin,
+            kept.seconds + time.monotonic() - states_done,
+        )
 
     def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
         runner, windows = self.runner.for_trunk_of(stack), torch.from_numpy(windows_WT)
-        batch = self.recipe.importance.batch
-        losses_W, _ = fitting(lambda rows: window_losses(runner.taking(rows), stack, windows), batch, batch, "evaluation")
+        batch = self.setup.importance.batch
+        losses_W, _ = find_batch_size(
+            lambda rows: window_losses(runner.with_batch_size(rows), stack, windows),
+            batch,
+            batch,
+            "evaluation",
+        )
         return perplexity(losses_W)
 
     def compare_source(self, windows_WT: np.ndarray) -> Plain:
-        windows, batch = torch.from_numpy(windows_WT[:1]), self.recipe.importance.batch
+        windows, batch = torch.from_numpy(windows_WT[:1]), self.setup.importance.batch
         folder = self.source.folder
-        attempt = lambda rows: compare_plain(folder, self.dense, self.runner.taking(rows), windows)  # noqa: E731
-        return fitting(attempt, batch, batch, "comparing with from_pretrained")[0]
+
+        def attempt(rows: int) -> Plain:
+            return compare_plain(folder, self.dense, self.runner.with_batch_size(rows), windows)
+
+        return find_batch_size(attempt, batch, batch, "comparing with from_pretrained")[0]
 
     def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
         here, there = self.runner, self.runner.for_trunk_of(published)
-        windows, batch = torch.from_numpy(windows_WT), self.recipe.importance.batch
+        windows, batch = torch.from_numpy(windows_WT), self.setup.importance.batch
 
         def attempt(rows: int) -> Proof:
-            return prove(published, folder, stack, here.taking(rows), there.taking(rows), windows)
+            return prove(
+                published,
+                folder,
+                stack,
+                here.with_batch_size(rows),
+                there.with_batch_size(rows),
+                windows,
+            )
 
-        return fitting(attempt, batch, batch, "the proof")[0]
+        return find_batch_size(attempt, batch, batch, "the proof")[0]
 
     def _rather_forgetting(self, attempt: Callable[[int], T]) -> Callable[[int], T]:
         """Where memory runs out while blocks are kept in it, the same again without them, before the work is made smaller."""
@@ -166,4 +221,6 @@ def _room_for_states(stack: Stack, windows: int, length: int, dtype: torch.dtype
     if taken <= free_bytes(torch.device("cpu")) / 4:
         return torch.empty(shape, dtype=dtype)
     with tempfile.NamedTemporaryFile(prefix="fusegpt-states-") as file:
-        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(shape)
+        return torch.from_file(file.name, shared=True, size=math.prod(shape), dtype=dtype).reshape(
+            shape
+        )

@@ -65,7 +65,11 @@ class Folder:
     @property
     def half(self) -> bool:
         """It looks like a model that was never finished."""
-        return bool(MODEL.fullmatch(self.name)) and not self.finished and any(MODEL_FILE.fullmatch(name) for name in self.files)
+        return (
+            bool(MODEL.fullmatch(self.name))
+            and not self.finished
+            and any(MODEL_FILE.fullmatch(name) for name in self.files)
+        )
 
     @property
     def run(self) -> Run | None:
@@ -137,7 +141,10 @@ class Run:
         parent = self.folder.uri.rsplit("/", 1)[0]
         try:
             this = checksum(opened(storage.read(storage.join(self.folder.uri, IDENTITY))))
-            wanted = [Manifest.read(storage.join(parent, name)) for name in self.heartbeat.get("models", [])]
+            wanted = [
+                Manifest.read(storage.join(parent, name))
+                for name in self.heartbeat.get("models", [])
+            ]
         except (UserError, DamagedRecord):
             return False
         return bool(wanted) and all(model.data.get("run") == this for model in wanted)
@@ -165,20 +172,41 @@ class Outputs:
             fs.invalidate_cache()
             entries = fs.ls(path, detail=True)
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(KEY, uri, "no such folder", "give an output.uri that a run has written to") from error
+            raise UserError(
+                KEY, uri, "no such folder", "give an output.uri that a run has written to"
+            ) from error
         except (ValueError, ImportError, PermissionError) as error:
-            raise UserError(KEY, uri, f"cannot be reached ({error})", "check the URI and your rights") from error
-        names = sorted(entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries if entry["type"] == "directory")
+            raise UserError(
+                KEY, uri, f"cannot be reached ({error})", "check the URI and your rights"
+            ) from error
+        names = sorted(
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]
+            for entry in entries
+            if entry["type"] == "directory"
+        )
         ours = [name for name in names if MODEL.fullmatch(name) or name.endswith((".run", ".part"))]
         found = [entry for entry in entries if entry["type"] == "file"]
         # A file is listed as if it lay in itself.
-        files = {entry["name"].rsplit("/", 1)[-1]: _file(entry) for entry in found if entry["name"] != path}
+        files = {
+            entry["name"].rsplit("/", 1)[-1]: _file(entry)
+            for entry in found
+            if entry["name"] != path
+        }
         return cls(uri, tuple(Folder.look(storage.join(uri, name)) for name in ours), files)
 
 
 def _file(info: Mapping[str, Any]) -> File:
     """Stores call the time of writing by different names."""
-    when = next((info[key] for key in ("mtime", "LastModified", "last_modified", "updated", "created") if info.get(key)), 0.0)
+    when = next(
+        (
+            info[key]
+            for key in ("mtime", "LastModified", "last_modified", "updated", "created")
+            if info.get(key)
+        ),
+        0.0,
+    )
     if isinstance(when, str):
         when = datetime.fromisoformat(when)
-    return File(int(info.get("size") or 0), when.timestamp() if isinstance(when, datetime) else float(when))
+    return File(
+        int(info.get("size") or 0), when.timestamp() if isinstance(when, datetime) else float(when)
+    )

@@ -59,7 +59,9 @@ def batch_kl(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool)
     return (log_p.exp() * (log_p - log_q)).sum() / student.shape[0]
 
 
-def normalized_mse(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
+def normalized_mse(
+    student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
+) -> torch.Tensor:
     """Mean squared error between the states, each divided by its root mean square over D, as the next norm will see them."""
 
     def normalize(h: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from fusegpt_ray.fusion.loss import LOSSES, MEANS_OVER_ROWS
+from fusegpt_ray.training.losses import LOSSES, MEANS_OVER_ROWS
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 Backward = Callable[[torch.Tensor, bool], None]
@@ -49,5 +49,7 @@ def accumulate(
     value = LOSSES[loss](out_bTD.requires_grad_(), leaving_bTD, shared)
     (grad_bTD,) = torch.autograd.grad(value, out_bTD)
     for number, (part, grad) in enumerate(zip(parts, grad_bTD.split(size), strict=True)):
-        backward((forward(part) * grad).sum(), number == last)  # a scalar whose gradient by the outputs is `grad`
+        backward(
+            (forward(part) * grad).sum(), number == last
+        )  # a scalar whose gradient by the outputs is `grad`
     return value.detach()
