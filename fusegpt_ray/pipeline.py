@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fusegpt_ray import evaluation
 from fusegpt_ray.errors import UserError, blaming
+from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
-from fusegpt_ray.model.memory import fewer_at_once
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
@@ -29,14 +30,14 @@ from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.rounds import Rounds
+from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.journal import Journal, identity
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
-from fusegpt_ray.workers.base import Engine, Setup
+from fusegpt_ray.workers.base import Setup, Workers
 
 Leading = dict[str, int | None]
 """The token that each window begins with, if any, by the recipe key of its text."""
@@ -64,16 +65,16 @@ def compress(
         rehearse(dense, structure, [target.remove for target in targets])
         show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_engine(recipe, source, dense) as engine, ExitStack() as life:
-            show.say(engine.description)
+        with _open_workers(recipe, source, dense) as workers, ExitStack() as life:
+            show.say(workers.description)
             show.stage("tokenising")
-            drawn = _calibration_windows(engine, recipe, leading)
+            drawn = _calibration_windows(workers, recipe, leading)
             windows_WT = drawn.tokens_WT
-            evaluations = partial(_evaluation_windows, engine, recipe, leading)
+            evaluations = partial(_evaluation_windows, workers, recipe, leading)
             held_out = {name: evaluations(name) for name in recipe.evaluation}
             check_tokens(source, dense, windows_WT, *(item.tokens_WT for item in held_out.values()))
             show.stage("checking the model's files")
-            this = identity(recipe, calibration.fingerprint(windows_WT), dense, engine.dtype)
+            this = identity(recipe, calibration.fingerprint(windows_WT), dense, workers.dtype)
             journal, run_id = Journal.of(recipe), checksum(this)
             if not restart:
                 journal.check(this)
@@ -87,12 +88,12 @@ def compress(
                     journal.clear()
             if missing := [target for target in targets if target.folder not in published]:
                 journal.begin(this, show.say)
-                _compare_source(engine, source, dense, windows_WT, show)
+                _compare_source(workers, source, dense, windows_WT, show)
                 show.calibration(drawn.protocol)
                 show.stage("evaluating the dense model")
-                with explained(dense, source.name, engine.dtype):
-                    judge = Judge(engine, dense, held_out, windows_WT, show)
-                done = Rounds(recipe, engine, journal, dense, windows_WT, show).up_to(
+                with explained(dense, source.name, workers.dtype):
+                    judge = Judge(workers, dense, held_out, windows_WT, show)
+                done = Rounds(recipe, workers, journal, dense, windows_WT, show).up_to(
                     [target.remove for target in missing]
                 )
             else:
@@ -151,16 +152,16 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         dense, tokenizer = _open_source(source, show)
         leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_engine(recipe, source, dense) as engine:
+        with _open_workers(recipe, source, dense) as workers:
             show.stage("tokenising")
-            drawn = _calibration_windows(engine, recipe, leading).first(recipe.importance.windows)
+            drawn = _calibration_windows(workers, recipe, leading).first(recipe.importance.windows)
             windows_WT = drawn.tokens_WT
             check_tokens(source, dense, windows_WT)
-            _compare_source(engine, source, dense, windows_WT, show)
+            _compare_source(workers, source, dense, windows_WT, show)
             show.calibration(drawn.protocol)
             show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
-            with explained(dense, source.name, engine.dtype):
-                ranking = engine.score(dense, windows_WT)
+            with explained(dense, source.name, workers.dtype):
+                ranking = score_stack(workers, dense, windows_WT, recipe.importance)
     blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
     found = {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
     return found | drawn.protocol
@@ -199,28 +200,28 @@ def evaluate(
         dense, tokenizer = _open_source(source, show)
         leading = _leading_tokens(recipe, tokenizer)
         show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_engine(recipe, source, dense) as engine:
+        with _open_workers(recipe, source, dense) as workers:
             show.stage("tokenising")
-            taken = _evaluation_windows(engine, recipe, leading, "data")
+            taken = _evaluation_windows(workers, recipe, leading, "data")
             windows_WT = taken.tokens_WT
             check_tokens(source, dense, windows_WT)
-            _compare_source(engine, source, dense, windows_WT, show)
+            _compare_source(workers, source, dense, windows_WT, show)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
-            with explained(dense, source.name, engine.dtype):
-                value = engine.perplexity(dense, windows_WT)
+            with explained(dense, source.name, workers.dtype):
+                value = evaluation.perplexity(workers, dense, windows_WT)
     return {"model": model, **taken.protocol, "perplexity": value}
 
 
 def _compare_source(
-    engine: Engine, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display
+    workers: Workers, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display
 ) -> None:
     """
     Raises:
         UserError: what is walked block by block is not the model that plain `from_pretrained` loads.
     """
     show.stage("comparing with what from_pretrained loads")
-    with explained(dense, source.name, engine.dtype):
-        plain = engine.compare_source(windows_WT)
+    with explained(dense, source.name, workers.dtype):
+        plain = evaluation.compare_source(workers, windows_WT)
         if plain.kl is not None and math.isnan(plain.kl):
             raise FloatingPointError(plain.problem)
     if plain.problem:
@@ -228,15 +229,15 @@ def _compare_source(
         raise UserError("model.source", source.name, plain.problem, fix)
 
 
-def _open_engine(recipe: Recipe, source: Source, dense: Stack) -> Engine:
+def _open_workers(recipe: Recipe, source: Source, dense: Stack) -> Workers:
     """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
     if recipe.cluster.engine == "local":
-        from fusegpt_ray.workers.local import LocalEngine
+        from fusegpt_ray.workers.local import LocalWorkers
 
-        return LocalEngine(Setup.of(recipe, source, dense))
-    from fusegpt_ray.distributed.engine import RayEngine
+        return LocalWorkers(Setup.of(recipe, source, dense))
+    from fusegpt_ray.distributed.cluster import RayWorkers
 
-    return RayEngine(Setup.of(recipe, source, dense))
+    return RayWorkers(Setup.of(recipe, source, dense))
 
 
 def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Structure]:
@@ -278,15 +279,15 @@ def _leading_tokens(recipe: Recipe, tokenizer: Any) -> Leading:
     return inherited | found
 
 
-def _calibration_windows(engine: Engine, recipe: Recipe, leading: Leading) -> Windows:
+def _calibration_windows(workers: Workers, recipe: Recipe, leading: Leading) -> Windows:
     key, text = "calibration.data", recipe.calibration
-    return calibration_windows(engine.tokens(text, key), text, leading["calibration"], key)
+    return calibration_windows(workers.tokens(text, key), text, leading["calibration"], key)
 
 
-def _evaluation_windows(engine: Engine, recipe: Recipe, leading: Leading, name: str) -> Windows:
+def _evaluation_windows(workers: Workers, recipe: Recipe, leading: Leading, name: str) -> Windows:
     key, text = f"evaluation.{name}.data", recipe.evaluation[name]
     length, bos = text.length or recipe.calibration.length, leading[f"evaluation.{name}"]
-    return evaluation_windows(engine.tokens(text, key), text, length, bos, key)
+    return evaluation_windows(workers.tokens(text, key), text, length, bos, key)
 
 
 def _published_before(recipe: Recipe, targets: list[Target], run_id: str) -> dict[str, Published]:

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.methods import METHODS
 from fusegpt_ray.sections import (
     PRESETS,
     Calibration,
@@ -124,7 +125,7 @@ class Recipe(Section):
                 "importance.all scores every block",
                 "leave one of them out",
             )
-        if self.method != "mi" and self.calibration.windows % self.fusion.batch:
+        if METHODS[self.method].trains and self.calibration.windows % self.fusion.batch:
             raise UserError(
                 "calibration.windows",
                 self.calibration.windows,

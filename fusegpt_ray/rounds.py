@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.methods import METHODS
+from fusegpt_ray.methods.base import Round
 from fusegpt_ray.model.finite import explained
-from fusegpt_ray.model.memory import fewer_at_once
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.store.records import checksum
-from fusegpt_ray.workers.base import Engine
+from fusegpt_ray.workers.base import Workers
 
 KEEP_SECONDS = 10.0
 """How much scoring a kill may cost at most, besides the share that is being measured."""
@@ -29,7 +32,7 @@ class Rounds:
     """The rounds of one run."""
 
     recipe: Recipe
-    engine: Engine
+    workers: Workers
     journal: Journal
     dense: Stack
     windows_WT: np.ndarray
@@ -43,6 +46,8 @@ class Rounds:
             self.show.say(
                 f"going on after round {len(done)} of {total} (found in {self.journal.folder})"
             )
+        if len(done) < total and METHODS[self.recipe.method].trains:
+            self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
             self.show.round_begins(number, total, len(self.dense) - len(done))
@@ -66,56 +71,43 @@ class Rounds:
         )
         donor = ranking.lowest
         self.show.scored(ranking)
-        seconds = {"score": score_seconds, "states": 0.0, "finetune": 0.0}
-        group: list[int] = []
-        states_rows = micro_batch = None
-        losses: list[float] = []
-        after, files = stack.drop(donor), {}
-        if self.recipe.method != "mi":
-            settings = self.recipe.fusion
-            fuse = self.recipe.method == "fusegpt"
-            origin = checksum({"rounds": [done.to_json() for done in before]})
-            folder = self.journal.round_folder(number)
-            job = Round(
-                stack,
-                self.dense,
-                donor,
-                settings,
-                fuse,
-                self.recipe.seed,
-                folder,
-                origin[:16],
-                self.journal.fence,
+        origin = checksum({"rounds": [done.to_json() for done in before]})
+        with self._explained(trained=True):
+            change = METHODS[self.recipe.method].change(
+                Round(
+                    number,
+                    self.recipe,
+                    self.workers,
+                    stack,
+                    self.dense,
+                    donor,
+                    self.windows_WT,
+                    origin[:16],
+                    self.journal.round_folder(number),
+                    self.journal.checkpoints_folder(number),
+                    self.journal.fence,
+                    self.show,
+                )
             )
-            group = [block.dense for block in job.group]
-            verb = "fusing" if fuse else "fine-tuning"
-            self.show.stage(
-                f"round {number}: {verb} blocks {group[0]}–{group[-1]} without {donor}",
-                settings.epochs,
-            )
-            heard = lambda n, loss: self.show.epoch(n, settings.epochs, loss)  # noqa: E731
-            with self._explained(trained=True):
-                tuned = self.engine.finetune(job, self.windows_WT, heard, self.show.say)
-            after, files, losses = after.swap(tuned.saved.blocks), tuned.saved.files, tuned.losses
-            states_rows, micro_batch = tuned.rows, tuned.micro_batch
-            seconds |= {
-                "states": round(tuned.states_seconds, 3),
-                "finetune": round(tuned.finetune_seconds, 3),
-            }
+        losses = list(change.losses)
         record = {
             "removed": donor,
             **ranking.to_record(),
-            "group": group,
-            "states_rows": states_rows,
-            "micro_batch": micro_batch,
+            "group": list(change.group),
+            "states_batch_size": change.states_batch_size,
+            "micro_batch": change.micro_batch,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "losses": losses,
-            "seconds": seconds,
+            "seconds": {
+                "score": score_seconds,
+                "states": round(change.states_seconds, 3),
+                "finetune": round(change.train_seconds, 3),
+            },
         }
         if less := fewer_at_once(self.recipe, [record]):
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
-        return Done(record, after, files)
+        return Done(record, change.stack, change.files)
 
     def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
         """Seconds and ranking; what a killed attempt noted of it is not measured again."""
@@ -132,13 +124,30 @@ class Rounds:
 
         sums.changed = keep
         with self._explained(trained=number > 1):
-            ranking = self.engine.score(
-                stack, self.windows_WT[: self.recipe.importance.windows], last, sums
-            )
+            windows_WT = self.windows_WT[: self.recipe.importance.windows]
+            settings = self.recipe.importance
+            ranking = score(self.workers, stack, windows_WT, settings, last, sums)
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)
         return seconds, ranking
 
     def _explained(self, trained: bool) -> AbstractContextManager[None]:
-        return explained(self.dense, self.recipe.model.source, self.engine.dtype, trained)
+        return explained(self.dense, self.recipe.model.source, self.workers.dtype, trained)
+
+
+def fewer_at_once(recipe: Recipe, rounds: Sequence[Mapping[str, Any]]) -> str:
+    """Where rounds, given by their records, passed fewer windows at once than the recipe says: "1 of 4 in scoring"; or nothing."""
+    batch = recipe.importance.batch
+    micro_batch = recipe.cluster.micro_batch or recipe.fusion.batch // recipe.cluster.workers
+    asked = {
+        "batch_size": (batch, "scoring"),
+        "states_batch_size": (batch, "states"),
+        "micro_batch": (micro_batch, "fine-tuning"),
+    }
+    found = []
+    for key, (wanted, what) in asked.items():
+        least = min((record[key] for record in rounds if record.get(key)), default=wanted)
+        if least < wanted:
+            found.append(f"{least} of {wanted} in {what}")
+    return ", ".join(found)

@@ -190,7 +190,9 @@ class Cluster(Section):
     Divides that share, `fusion.batch` / `workers`."""
     recompute_activations: bool = False
     """Each block's activations are computed again in the backward pass: less memory, a third more work."""
-    savepoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
+    wait_minutes: float = Field(10, ge=0, allow_inf_nan=False)
+    """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for them."""
+    checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
     """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after the last savepoint; 0: after every
     epoch. A killed run goes on from there."""
     weights: Literal["auto", "resident", "streamed"] = "auto"

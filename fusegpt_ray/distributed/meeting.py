@@ -1,13 +1,12 @@
-"""Where the training workers of a group wait for each other, and how long: outside of collectives,
-which cannot tell a slow worker from a lost one.
+"""Where the training workers wait for each other, and how long: outside of collectives, which cannot
+tell a slow worker from a lost one.
 
-Notable:
-- a collective waits `PATIENCE` seconds for the others. So whatever takes one worker longer than
-  them (its data, its part of a savepoint, the first one's writing of the group) is followed by a
-  meeting, and only then by the next collective;
-- whoever waits there watches the others' signs of life, which a thread of each gives: a process
-  that is stopped, or a machine that is gone, gives none;
-- a worker that gives signs while its work hangs is given up, too: after the time in which a slow
+- A collective waits `TIMEOUT` seconds for the others. So whatever takes one worker longer than them
+  (reading blocks, writing its part of a training checkpoint or of the group) is followed by a
+  meeting, and only then by the next collective.
+- A worker that waits in a meeting watches the others' signs of life, which a thread of each gives. A
+  process that is stopped, or a machine that is gone, gives none.
+- A worker that gives signs while its work hangs is given up, too: after the time in which a slow
   store would have moved the bytes.
 """
 
@@ -26,7 +25,7 @@ from torch.distributed import distributed_c10d
 
 from fusegpt_ray.store.patience import seconds_of_patience
 
-PATIENCE = 600.0
+TIMEOUT = 600.0
 """Seconds that a worker may be silent, in a collective or between two signs of life."""
 SLOWEST = 1e6
 """Bytes a second of the slowest store that is waited for."""
@@ -37,31 +36,31 @@ class LostWorkerError(RuntimeError):
     """A worker of the group gives no sign of life, or does not come to its end."""
 
 
-def lost_worker(error: Exception, patience: float) -> LostWorkerError | None:
+def lost_worker(error: Exception, timeout: float) -> LostWorkerError | None:
     """What an exception says of another worker, if it says that it was waited for in vain."""
     if isinstance(error, LostWorkerError):
         return error
     # gloo has no kind of its own for it.
     if isinstance(error, RuntimeError) and re.search(r"(?i)time(d )?out", str(error)):
-        return LostWorkerError(f"a training worker has taken no part for {patience:g} s")
+        return LostWorkerError(f"a training worker has taken no part for {timeout:g} s")
     return None
 
 
 class Meeting:
     """Of this worker with all others. While the block lasts, a thread gives its signs of life."""
 
-    def __init__(self, store: Store, rank: int, count: int, patience: float = PATIENCE) -> None:
-        self._store, self._rank, self._count, self._patience = store, rank, count, patience
+    def __init__(self, store: Store, rank: int, count: int, timeout: float = TIMEOUT) -> None:
+        self._store, self._rank, self._count, self._timeout = store, rank, count, timeout
         self._met = 0
         self._looked = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._live, name="signs of life", daemon=True)
 
     @classmethod
-    def of_group(cls, patience: float) -> Self:
+    def of_group(cls, timeout: float) -> Self:
         """In the store by which the process group has met."""
         store = PrefixStore("meeting", distributed_c10d._get_default_store())
-        return cls(store, dist.get_rank(), dist.get_world_size(), patience)
+        return cls(store, dist.get_rank(), dist.get_world_size(), timeout)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -86,14 +85,14 @@ class Meeting:
         """
         self._looked = time.monotonic()
         all_here: Future[None] = Future()
-        longest = 2 * self._patience + seconds_of_patience() + moved / SLOWEST
+        longest = 2 * self._timeout + seconds_of_patience() + moved / SLOWEST
         threading.Thread(target=self._watch, args=(all_here, longest), daemon=True).start()
         while True:
             try:
-                return all_here.result(self._patience / 20)
+                return all_here.result(self._timeout / 20)
             except TimeoutError:
-                if time.monotonic() > self._looked + self._patience:
-                    problem = f"in whose store all meet, is silent for {self._patience:g} s"
+                if time.monotonic() > self._looked + self._timeout:
+                    problem = f"in whose store all meet, is silent for {self._timeout:g} s"
                     raise LostWorkerError(f"training worker 0, {problem}") from None
 
     def _watch(self, all_here: Future[None], longest: float) -> None:
@@ -115,14 +114,14 @@ class Meeting:
         pause = 0.001
         while self._store.add(here, 0) < self._count:
             self._looked = now = time.monotonic()
-            if now > looked + self._patience / 20:
+            if now > looked + self._timeout / 20:
                 looked = now
                 for rank in [rank for rank in signs if not self._store.add(f"{here}/{rank}", 0)]:
                     sign = self._store.add(f"sign/{rank}", 0)
                     if sign != signs[rank][0]:
                         signs[rank] = sign, now
-                    elif now > signs[rank][1] + self._patience:
-                        problem = f"gave no sign of life for {self._patience:g} s"
+                    elif now > signs[rank][1] + self._timeout:
+                        problem = f"gave no sign of life for {self._timeout:g} s"
                         raise LostWorkerError(f"training worker {rank} {problem}")
                     if now > began + longest:
                         problem = f"lives, but did not come to the others for {longest:.0f} s"
@@ -136,5 +135,5 @@ class Meeting:
                 self._store.add(f"sign/{self._rank}", 1)
             except RuntimeError:  # the store is gone: whoever waits there finds it, too
                 return
-            if self._stop.wait(self._patience / 10):
+            if self._stop.wait(self._timeout / 10):
                 return

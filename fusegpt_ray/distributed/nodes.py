@@ -1,21 +1,62 @@
-"""On a cluster of several nodes, local paths must mean the same files everywhere: looked at before any work is given out."""
+"""What a cluster must have before work is given out: enough GPUs and CPUs, and on several nodes the
+same files at the same paths.
+"""
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from pathlib import Path
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.sections import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
 
 
+def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: bool) -> None:
+    """Ask an autoscaler for what the cluster lacks, and wait until it is there.
+
+    Args:
+        processes: at the same time, each with a CPU.
+        grows: whether nodes may join. A Ray that was started here has all it will ever have.
+
+    Raises:
+        UserError: it is not there after `cluster.wait_minutes`.
+    """
+    wanted = {"GPU": gpus, "CPU": float(processes)}
+
+    def lacking() -> list[str]:
+        total = ray.cluster_resources()
+        return [kind for kind, number in wanted.items() if number > total.get(kind, 0)]
+
+    if lacking() and grows and cluster.wait_minutes:
+        request_resources(bundles=[{"GPU": 1}] * math.ceil(gpus) or [{"CPU": 1}] * processes)
+        until = time.monotonic() + 60 * cluster.wait_minutes
+        while lacking() and time.monotonic() < until:
+            time.sleep(1)
+        request_resources(bundles=[])
+    if not (kinds := lacking()):
+        return
+    kind, there = kinds[0], ray.cluster_resources().get(kinds[0], 0)
+    waited = f" after {cluster.wait_minutes:g} minutes" if grows and cluster.wait_minutes else ""
+    problem = f"{wanted[kind]:g} {kind}s are needed, the cluster has {there:g}{waited}"
+    if kind == "GPU":
+        fix = "lower it, cluster.replicas or cluster.workers"
+        raise UserError("cluster.gpus_per_replica", cluster.gpus_per_replica, problem, fix)
+    fix = "lower cluster.replicas and cluster.workers"
+    raise UserError("cluster.replicas", cluster.replicas, problem, fix)
+
+
 def check_paths(setup: Setup) -> None:
-    """A hub model is downloaded to every node; any other local path must be in a folder that all nodes share.
+    """A hub model is downloaded to every node; any other local path must be in a folder that all
+    nodes share.
 
     Raises:
         UserError: a node does not see the model's files, or what is written to `output.uri`.
@@ -53,7 +94,7 @@ def alive_nodes() -> set[str]:
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
-    """Addresses of the nodes that lack one of the files, after a download to each of them where they come from the hub."""
+    """Addresses of the nodes that lack one of the files. Those of a hub model are downloaded first."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     tasks = []
     for node in nodes:

@@ -6,23 +6,21 @@ Notable: everything that learns starts from a generator seeded by (seed, donor, 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
-from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Refs
 from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 
 
 @dataclass(frozen=True)
-class Plan:
+class FusionConfig:
     """How a student is made: ranks, dtypes, seed, and whether a donor is fused at all (method `mi+ft` has none)."""
 
     fuse: bool
@@ -31,45 +29,6 @@ class Plan:
     seed: int
     compute_dtype: torch.dtype
     trained_dtype: torch.dtype
-
-
-class Student(nn.Module):
-    """The neighbours as learnable blocks: states entering the group → states leaving it, [B, T, D] both."""
-
-    def __init__(
-        self,
-        blocks: Iterable[nn.Module],
-        contexts: Sequence[Context],
-        dtype: torch.dtype,
-        recompute: bool = False,
-    ) -> None:
-        """`dtype`: of the arithmetic. `recompute`: what is inside a block is not kept for the backward pass, but found again there."""
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.contexts = contexts
-        self.dtype = dtype
-        self.recompute = recompute
-
-    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        # Autocast, where norms learn in float32 beside 16-bit weights. Here: DeepSpeed switches off what it finds around.
-        with torch.autocast(
-            h_BTD.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32
-        ):
-            for block, context in zip(self.blocks, self.contexts, strict=True):
-                if (
-                    self.recompute and torch.is_grad_enabled()
-                ):  # nothing in a block is random: they are in eval mode
-                    h_BTD = checkpoint(
-                        run_block,
-                        block,
-                        h_BTD,
-                        context,
-                        use_reentrant=False,
-                        preserve_rng_state=False,
-                    )
-                else:
-                    h_BTD = run_block(block, h_BTD, context)
-        return h_BTD
 
 
 def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, ...]]:
@@ -83,7 +42,7 @@ def build_block(
     meta_block: nn.Module,
     neighbour: Block,
     donor: Block,
-    plan: Plan,
+    config: FusionConfig,
     device: torch.device,
     donors: DonorCache,
 ) -> nn.Module:
@@ -91,27 +50,27 @@ def build_block(
 
     What it learned before is kept.
     """
-    base, donor_refs = terms_of(neighbour, donor if plan.fuse else None)
+    base, donor_refs = terms_of(neighbour, donor if config.fuse else None)
     stored = read_tensors(base)
-    block = load_block(meta_block, stored, device, plan.compute_dtype)
+    block = load_block(meta_block, stored, device, config.compute_dtype)
     for name, own in list(linear_layers(block)):
         fused = FusedLinear(
             own,
             [_layer(name, like(name, base, refs), donors.get(refs)) for refs in donor_refs],
-            plan.rank,
-            plan.lora_rank,
-            plan.trained_dtype,
-            _generator(plan.seed, donor.dense, neighbour.dense, name),
+            config.rank,
+            config.lora_rank,
+            config.trained_dtype,
+            _generator(config.seed, donor.dense, neighbour.dense, name),
         )
         block.set_submodule(name, fused)
     for name, norm in block.named_modules():
         if is_norm(norm):
             for key, _ in list(norm.named_parameters(recurse=False)):
-                value = stored[f"{name}.{key}"].to(device, plan.trained_dtype)
+                value = stored[f"{name}.{key}"].to(device, config.trained_dtype)
                 norm.register_parameter(key, nn.Parameter(value))
     if neighbour.terms:
         stored = read_tensors(neighbour.terms.learned)
-        learned = {key: value.to(plan.trained_dtype) for key, value in stored.items()}
+        learned = {key: value.to(config.trained_dtype) for key, value in stored.items()}
         known = dict(block.named_parameters())
         assert set(learned) <= set(known), sorted(set(learned) - set(known))
         with torch.no_grad():
@@ -209,6 +168,12 @@ def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
             yield name, module
+
+
+def is_coefficient(name: str) -> bool:
+    """Whether a parameter of a student is one of C0, D0, c0, C1, …"""
+    last = name.rsplit(".", 1)[-1]
+    return last[0] in "CDc" and last[1:].isdigit()
 
 
 def is_norm(module: nn.Module) -> bool:

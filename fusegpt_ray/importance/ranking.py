@@ -41,7 +41,7 @@ class Ranking:
     windows: int
     """All windows; fewer where racing left one block before their end."""
     cost: Cost
-    rows: int | None = None
+    batch_size: int | None = None
     """Windows that passed a block in one call: `importance.batch`, or fewer where memory ran out."""
 
     @property
@@ -61,7 +61,7 @@ class Ranking:
             "stopped": {str(dense): vars(item).copy() for dense, item in self.stopped.items()},
             "windows": self.windows,
             "block_forwards": vars(self.cost).copy(),
-            "rows": self.rows,
+            "batch_size": self.batch_size,
         }
 
     @classmethod
@@ -71,7 +71,7 @@ class Ranking:
             {int(dense): Stopped(**item) for dense, item in record["stopped"].items()},
             record["windows"],
             Cost(**record["block_forwards"]),
-            record.get("rows"),
+            record.get("batch_size"),
         )
 
 

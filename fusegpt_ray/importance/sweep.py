@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from fusegpt_ray.importance.metrics import macro_influence
-from fusegpt_ray.model.memory import free_bytes, is_out_of_memory, release
+from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
 from fusegpt_ray.model.runner import Runner, state_bytes
 from fusegpt_ray.model.stack import Stack
 
@@ -38,7 +38,7 @@ def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Ten
     arithmetic of a window depends on the windows of its batch alone: neither on the other candidates, nor on the other parts, nor on
     where they are walked.
     """
-    room = STATES_SHARE * runner.share * free_bytes(runner.device)
+    room = STATES_SHARE * runner.memory_share * free_bytes(runner.device)
     token_bytes = state_bytes(stack, 1, runner.dtype)
     sums: list[torch.Tensor] = []
     while len(sums) < len(parts):
@@ -62,7 +62,7 @@ def _sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Te
     except Exception as error:
         if len(parts) == 1 or not is_out_of_memory(error):
             raise
-    release()
+    empty_cache()
     half = len(parts) // 2
     return _sweep(runner, stack, parts[:half]) + _sweep(runner, stack, parts[half:])
 

@@ -1,20 +1,20 @@
-"""How many windows walk a model together. Numbers only: the simulator in `benchmarks/` uses it, without torch."""
+"""How many windows walk a model together. Numbers only, without torch."""
 
 from __future__ import annotations
 
 import math
 
 HELD_BYTES = 4_000_000_000
-"""Of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, 59 of LLaMA-2-70B."""
+"""Bytes of one set of states, counted in float32: 238 windows of 2048 tokens of LLaMA-2-7B, or 59
+of LLaMA-2-70B."""
 
 
-def chunk_size(
-    windows: int, rows: int, state_bytes: int, pieces: int = 1, held: float = HELD_BYTES
-) -> int:
-    """How many windows should walk the model together: every block is fetched once for them, and their states are held.
+def chunk_size(windows: int, batch_size: int, state_bytes: int, held: float = HELD_BYTES) -> int:
+    """How many windows should walk the model together.
 
-    Whole calls of `rows` windows, so that the arithmetic is the same in any chunks; an even share for each of the pieces; and at
-    most `held` bytes of states, `state_bytes` a window.
+    Every block is fetched once for all of them, and their states are held: at most `held` bytes,
+    `state_bytes` for each window. It is a multiple of `batch_size`, so that the arithmetic of a
+    window is the same in any chunk.
     """
-    share = math.ceil(math.ceil(windows / rows) / pieces)
-    return rows * max(1, min(share, int(held) // (rows * state_bytes)))
+    batches = math.ceil(windows / batch_size)
+    return batch_size * max(1, min(batches, int(held) // (batch_size * state_bytes)))

@@ -1,6 +1,8 @@
-"""How much memory is free; and when it runs out, the same work begins again with fewer windows at a time.
+"""How much memory is free; and what to do when it runs out: the same work again, with fewer windows
+at a time.
 
-What was computed before is thrown away, so that one result is one arithmetic: the same as if the smaller number had been asked for.
+What was computed before is thrown away, so that a result comes of one arithmetic: it is the same as
+if the smaller number had been asked for.
 """
 
 from __future__ import annotations
@@ -8,49 +10,47 @@ from __future__ import annotations
 import gc
 import re
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 import torch
-
-from fusegpt_ray.recipe import Recipe
 
 T = TypeVar("T")
 _SIGNS = re.compile(
     r"out of memory|can't allocate memory|bad_alloc|_ALLOC_FAILED|MemoryError|low on memory",
     re.IGNORECASE,
 )
-
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """What may still be taken on the device; on a CPU the least of what the machine, the container and the process's limits leave."""
+    """Bytes that may still be taken on the device; on a CPU the least of what the machine, the
+    container and the process's limits leave.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     mine = psutil.Process().memory_info()
-    limits = {resource.RLIMIT_DATA: mine.data, resource.RLIMIT_AS: mine.vms}
-    left = [
-        limit - taken
-        for kind, taken in limits.items()
-        if (limit := resource.getrlimit(kind)[0]) != resource.RLIM_INFINITY
-    ]
-    return max(0, min([psutil.virtual_memory().available, *left, *_left_in_container()]))
+    left = [psutil.virtual_memory().available, *_left_in_container()]
+    for kind, taken in ((resource.RLIMIT_DATA, mine.data), (resource.RLIMIT_AS, mine.vms)):
+        limit = resource.getrlimit(kind)[0]
+        if limit != resource.RLIM_INFINITY:
+            left.append(limit - taken)
+    return max(0, min(left))
 
 
 def _left_in_container() -> list[int]:
-    """What cgroup v2 leaves, if it sets a limit; pages of files that nobody needs at the moment count as free."""
+    """What cgroup v2 leaves, if it sets a limit. Cached pages of files that nobody reads at the
+    moment count as free.
+    """
     with suppress(OSError, ValueError):  # no cgroup v2, or "max"
         limit, taken = (
             int((_CGROUP / name).read_text()) for name in ("memory.max", "memory.current")
         )
-        idle = re.search(
-            r"^inactive_file (\d+)", (_CGROUP / "memory.stat").read_text(), re.MULTILINE
-        )
+        statistics = (_CGROUP / "memory.stat").read_text()
+        idle = re.search(r"^inactive_file (\d+)", statistics, re.MULTILINE)
         return [limit - taken + int(idle[1] if idle else 0)]
     return []
 
@@ -58,7 +58,8 @@ def _left_in_container() -> list[int]:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device's memory or the host's ran out, here or in a Ray task.
 
-    torch's CPU allocator and the CUDA libraries raise a plain RuntimeError, and Ray Data keeps only the text of what was raised.
+    torch's CPU allocator and the CUDA libraries raise a plain RuntimeError, and Ray Data keeps only
+    the text of what was raised.
     """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
@@ -66,46 +67,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return tells and _SIGNS.search(str(error)) is not None
 
 
-def find_batch_size(attempt: Callable[[int], T], rows: int, share: int, what: str) -> tuple[T, int]:
-    """`attempt(rows)`, begun again with about half the rows (a divisor of `share`) whenever memory runs out: its result, and the rows.
+def find_batch_size(
+    attempt: Callable[[int], T], batch_size: int, whole: int, what: str
+) -> tuple[T, int]:
+    """`attempt(batch_size)`, repeated with about half the size whenever memory runs out.
+
+    Args:
+        whole: every size that is tried divides this number.
+        what: names the attempt in the error.
+
+    Returns:
+        The attempt's result, and the size it was made with.
 
     Raises:
-        MemoryError: not even one row fits; `what` was attempted.
+        MemoryError: not even a single window fits.
     """
     while True:
         try:
-            return attempt(rows), rows
+            return attempt(batch_size), batch_size
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            if rows == 1:
-                fix = "a shorter calibration.length, a smaller fusion.group_size or rank, or more memory"
+            if batch_size == 1:
+                fix = (
+                    "a shorter calibration.length, a smaller fusion.group_size or rank, "
+                    "or more memory"
+                )
                 raise MemoryError(
-                    f"{what} runs out of memory with a single window at a time: it needs {fix} ({error})"
+                    f"{what} runs out of memory with a single window at a time: "
+                    f"it needs {fix} ({error})"
                 ) from error
-        rows = max(n for n in range(1, rows // 2 + 1) if share % n == 0)
-        release()  # here, where the error no longer holds the frames in which it was raised
+        batch_size = max(n for n in range(1, batch_size // 2 + 1) if whole % n == 0)
+        empty_cache()  # here, where the error no longer holds the frames in which it was raised
 
 
-def release() -> None:
-    """Give back what nobody uses."""
+def empty_cache() -> None:
+    """Give back memory that nobody uses."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def fewer_at_once(recipe: Recipe, rounds: Sequence[Mapping[str, Any]]) -> str:
-    """Where rounds, given by their records, passed fewer windows at once than the recipe says: "1 of 4 in scoring"; or nothing."""
-    batch = recipe.importance.batch
-    micro_batch = recipe.cluster.micro_batch or recipe.fusion.batch // recipe.cluster.workers
-    asked = {
-        "rows": (batch, "scoring"),
-        "states_rows": (batch, "states"),
-        "micro_batch": (micro_batch, "fine-tuning"),
-    }
-    found = []
-    for key, (wanted, what) in asked.items():
-        least = min((record[key] for record in rounds if record.get(key)), default=wanted)
-        if least < wanted:
-            found.append(f"{least} of {wanted} in {what}")
-    return ", ".join(found)

@@ -1,10 +1,11 @@
-"""Perplexity over consecutive windows, block by block, so that a model of any depth is evaluated in the memory of a few blocks.
+"""Perplexity over consecutive windows, block by block, so that a model of any depth is evaluated in
+the memory of a few blocks.
 
-Exactly: the model sees each window alone, at positions 0 … T−1. Its loss is the mean cross-entropy
-of tokens 1 … T−1, each predicted from those before it in the window. So where windows begin with a
-beginning-of-sequence token, that token is no target, and all T−1 tokens of text are, the first of
-them predicted from it; where they do not, the first token of text is no target. Perplexity is exp of
-the mean of the windows' losses.
+The model sees each window alone, at positions 0 … T−1. Its loss is the mean cross-entropy of tokens
+1 … T−1, each predicted from those before it in the window. Where windows begin with a
+beginning-of-sequence token, that token is no target: all T−1 tokens of text are, and the first of
+them is predicted from it. Where they do not, the first token of text is no target. Perplexity is
+exp of the mean of the windows' losses.
 
 Shapes: W windows, T tokens.
 """
@@ -23,21 +24,21 @@ def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> tor
     """Mean cross-entropy in nats of each window: [W] float64."""
     means = []
     for part in runner.chunks(stack, windows_WT):
-        for h_WTD in runner.walk(stack, part):  # noqa: B007 - the states after the last block are wanted
+        for h_WTD in runner.walk(stack, part):  # noqa: B007 - the last states are wanted
             pass
         means.append(runner.token_losses(h_WTD, part))
     return torch.cat(means)
 
 
 def perplexity(losses_W: torch.Tensor) -> float:
-    """exp of the mean of the windows' mean losses, as the field reports it (windows of equal length).
+    """exp of the mean of the windows' mean losses, as the field reports it for windows of equal
+    length.
 
     Raises:
         FloatingPointError: a loss is not finite, or so large that the perplexity is not.
     """
     mean = math.fsum(losses_W.tolist()) / len(losses_W)
     if not mean < 700:  # NaN, Inf, or e^mean beyond a float
-        raise FloatingPointError(
-            f"the mean loss is {mean}: NaN or Inf in the model's weights, or an overflow in its arithmetic"
-        )
+        reason = "NaN or Inf in the model's weights, or an overflow in its arithmetic"
+        raise FloatingPointError(f"the mean loss is {mean}: {reason}")
     return math.exp(mean)

@@ -1,6 +1,7 @@
-"""Runs a stack block by block: each is fetched once for all rows at hand, so that the whole model need not be in memory.
+"""Runs a stack block by block. Each block is fetched once for all windows at hand, so the whole
+model need not be in memory.
 
-Shapes: W windows, B rows, T tokens, D hidden size, V vocabulary.
+Shapes: W windows, B windows of one call, T tokens, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,16 +24,22 @@ from fusegpt_ray.model.weights import Weights, fits
 from fusegpt_ray.store.checkpoint import read_tensors
 
 HELD_SHARE = 0.15
-"""Of the free memory that one set of states may take, if that is less."""
+"""Share of the free memory that one set of states may take, where that is less."""
 
 
 def pick_device() -> torch.device:
-    """The accelerator torch sees, else the CPU. (Ray's resources say where a task runs, torch says what is there.)"""
+    """The accelerator that torch sees, else the CPU.
+
+    Ray's resources decide where a task runs; torch knows which device is there.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
-    """The arithmetic's dtype for the recipe's `model.dtype`. Looks at the trunk, which no round changes (fused blocks are float32)."""
+    """The dtype to compute in, for the recipe's `model.dtype`.
+
+    `auto` looks at the trunk, because no round changes it (fused blocks are float32).
+    """
     if name != "auto":
         return getattr(torch, name)
     sizes = {2: 0, 4: 0}
@@ -42,7 +49,7 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
 
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
-    """What the states of a window of `length` tokens take."""
+    """Bytes of the states of one window of `length` tokens."""
     return dtype.itemsize * length * int(read_config(stack.config).get_text_config().hidden_size)
 
 
@@ -54,88 +61,104 @@ class Runner:
         stack: Stack,
         device: torch.device,
         dtype: torch.dtype,
-        rows: int,
+        batch_size: int,
         weights: Literal["auto", "resident", "streamed"] = "streamed",
-        share: float = 1.0,
+        memory_share: float = 1.0,
         cache: BlockCache | None = None,
     ) -> None:
-        """`rows`: how many rows pass a block in one call, which bounds the memory of activations.
-
-        `weights`: kept on the device, read for every walk, or as memory allows; `share`: of the free memory that this runner may use;
-        `cache`: this node's, of what lies in object storage.
         """
-        self.stack, self.device, self.dtype, self.rows, self.share = (
-            stack,
-            device,
-            dtype,
-            rows,
-            share,
-        )
+        Args:
+            batch_size: windows that pass a block in one call, which bounds the activations' memory.
+            weights: kept on the device, read for every walk, or whichever the memory allows.
+            memory_share: share of the device's free memory that this runner may use.
+            cache: the node's copies of blocks that lie in object storage.
+        """
+        self.stack, self.device, self.dtype = stack, device, dtype
+        self.batch_size, self.memory_share = batch_size, memory_share
         self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
-        self.keeps = weights == "resident" or (
-            weights == "auto" and fits(stack, device, dtype, share)
+        self.resident = weights == "resident" or (
+            weights == "auto" and fits(stack, device, dtype, memory_share)
         )
-        self.weights = Weights(stack, self.trunk.meta_blocks, device, dtype, self.keeps, cache)
+        self.weights = Weights(stack, self.trunk.meta_blocks, device, dtype, self.resident, cache)
 
-    def with_batch_size(self, rows: int) -> Self:
-        """The same, with so many rows in a call."""
+    def with_batch_size(self, batch_size: int) -> Self:
+        """The same runner, with other calls: it shares the trunk and the weights."""
         other = copy.copy(self)
-        other.rows = rows
+        other.batch_size = batch_size
         return other
 
-    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Windows that should walk together, see `chunk_size`: a walk holds their states some three times."""
-        windows, length = windows_WT.shape
-        held = min(HELD_BYTES, HELD_SHARE * self.share * free_bytes(self.device))
-        return windows_WT.split(
-            chunk_size(windows, self.rows, state_bytes(stack, length), held=held)
+    def for_trunk_of(self, stack: Stack) -> Runner:
+        """This runner, or for a stack with a trunk of its own (a published model) another beside it
+        that keeps no weights.
+        """
+        if stack.trunk == self.stack.trunk:
+            return self
+        return Runner(
+            stack, self.device, self.dtype, self.batch_size, memory_share=self.memory_share
         )
 
-    def for_trunk_of(self, stack: Stack) -> Runner:
-        """This one, or another beside it that keeps no weights if the stack has a trunk of its own: a published model."""
-        return (
-            self
-            if stack.trunk == self.stack.trunk
-            else Runner(stack, self.device, self.dtype, self.rows, share=self.share)
-        )
+    def offload(self) -> None:
+        """Move everything from a GPU to the host's memory, so that a training worker may use it."""
+        if self.device.type != "cpu":
+            self.trunk.model.to("cpu")
+            self.weights.offload()
+
+    def reload(self) -> None:
+        """Undo `offload`; does nothing if there was none."""
+        if self.device.type != "cpu":
+            self.trunk.model.to(self.device)
+            self.weights.reload()
+
+    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Windows that should walk together, see `chunk_size`: a walk holds about three times their
+        states.
+        """
+        windows, length = windows_WT.shape
+        held = min(HELD_BYTES, HELD_SHARE * self.memory_share * free_bytes(self.device))
+        size = chunk_size(windows, self.batch_size, state_bytes(stack, length), held=held)
+        return windows_WT.split(size)
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
         """States [W, T, D] entering the first block."""
-        return torch.cat([self.trunk.embed(part) for part in windows_WT.split(self.rows)])
+        return torch.cat([self.trunk.embed(part) for part in windows_WT.split(self.batch_size)])
 
     @torch.no_grad()
-    def apply(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
-        """States [B, T, D] after the block, which was number `dense` of the dense model; at most `rows` rows a call."""
+    def apply(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
+        """States [W, T, D] after the block, which was number `dense` of the dense model."""
         parts = [
-            run_block(module, part, self.context(dense, part)) for part in h_BTD.split(self.rows)
+            run_block(module, part, self.context(dense, part))
+            for part in h_WTD.split(self.batch_size)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
-        rows, length, _ = h_BTD.shape
-        return self.trunk.contexts(rows, length)[dense]
+        """What block `dense` is called with beside these states."""
+        batch, length, _ = h_BTD.shape
+        return self.trunk.contexts(batch, length)[dense]
 
     @torch.no_grad()
     def walk(
         self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None
     ) -> Iterator[torch.Tensor]:
-        """The states [W, T, D] entering block 0, 1, …, and last those after the last block (or entering block `stop`)."""
-        h_BTD = self.embed(windows_WT)
-        yield h_BTD
+        """Yield the states [W, T, D] that enter block 0, 1, …, and at last those that leave the
+        last block (or that enter block `stop`).
+        """
+        h_WTD = self.embed(windows_WT)
+        yield h_WTD
         for block, module in self.weights.walk(stack.blocks[:stop]):
-            h_BTD = self.apply(module, block.dense, h_BTD)
-            del module  # before the next one is asked for
-            yield h_BTD
+            h_WTD = self.apply(module, block.dense, h_WTD)
+            del module  # so that its memory is free when the next one is asked for
+            yield h_WTD
 
     @torch.no_grad()
     def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy (nats) of predicting tokens 1 … T−1 of each window from the states after the last block: [W] float64."""
+        """Mean cross-entropy in nats of predicting tokens 1 … T−1 of each window from the states
+        that leave the last block: [W] float64.
+        """
         means = []
-        for h_1TD, ids_1T in zip(
-            h_WTD.split(1), windows_WT.split(1), strict=True
-        ):  # one window's logits at a time
-            logits_TV = self.trunk.logits(h_1TD)[0, :-1].float()
+        for h_1TD, ids_1T in zip(h_WTD.split(1), windows_WT.split(1), strict=True):
+            logits_TV = self.trunk.logits(h_1TD)[0, :-1].float()  # one window's logits at a time
             loss_T = nn.functional.cross_entropy(
                 logits_TV, ids_1T[0, 1:].to(self.device), reduction="none"
             )

@@ -1,7 +1,8 @@
-"""The blocks of stacks with their weights on the device: kept there where they fit, else read again for every walk.
+"""The blocks of stacks with their weights on the device: kept there where they fit, or read again
+for every walk.
 
-Notable: while a block computes, a thread reads the next one, so that two are there at a time. Both ways give the same modules, and so
-the same results.
+While a block computes, a thread reads the next one, so that two are there at a time. Kept or read,
+the modules are the same, and so are the results.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ import torch
 from torch import nn
 
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.model.memory import free_bytes, is_out_of_memory, release
+from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
 from fusegpt_ray.model.stack import Block, Refs, Stack
 from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 
 RESIDENT_SHARE = 0.4
-"""Of the free memory that the dense blocks may take for good. Fused ones come on top; the rest is for states, activations and, in one
-process, fine-tuning."""
+"""Share of the free memory that the dense blocks may take for the whole run. Fused blocks come on
+top; the rest is for states, activations and, in a single process, fine-tuning."""
 
 
 class Weights:
-    """Modules of blocks of the dense stack and of those that rounds make of it."""
+    """Modules of the dense stack's blocks, and of those that rounds make of them."""
 
     def __init__(
         self,
@@ -36,24 +37,26 @@ class Weights:
         keep: bool,
         cache: BlockCache | None = None,
     ) -> None:
-        """`meta_blocks`: the dense model's blocks without weights, by dense number. `keep`: hold blocks for later walks."""
-        self.meta_blocks, self.device, self.dtype, self.keep, self.cache = (
-            meta_blocks,
-            device,
-            dtype,
-            keep,
-            cache,
-        )
+        """
+        Args:
+            meta_blocks: the dense model's blocks without weights, by dense number.
+            keep: whether blocks stay on the device for later walks.
+        """
+        self.meta_blocks, self.device, self.dtype = meta_blocks, device, dtype
+        self.keep, self.cache = keep, cache
         self._needed: list[Refs] = []  # by the walk under way
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
+        self._host: dict[Hashable, dict[str, torch.Tensor]] = {}  # copies of what is kept
 
     def of(self, block: Block) -> nn.Module:
         """One block, read now unless it is kept."""
         return self._kept.get(_key(block)) or self._read(block)
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, nn.Module]]:
-        """The blocks in order, each with its module; the caller lets go of one before it asks for the next."""
+        """The blocks in order, each with its module. The caller drops its reference to one before
+        it asks for the next.
+        """
         self._needed = [block.weights for block in blocks]
         if self.keep:
             yield from self._walk_kept(blocks)
@@ -62,9 +65,9 @@ class Weights:
             ahead: Future[nn.Module] | None = None
             for block, following in zip(blocks, [*blocks[1:], None], strict=True):
                 module = self._arrived(ahead, block)
-                ahead = (
-                    reader.submit(self._read_aside, following) if following is not None else None
-                )
+                ahead = None
+                if following is not None:
+                    ahead = reader.submit(self._read_aside, following)
                 yield block, module
                 del module
 
@@ -74,40 +77,67 @@ class Weights:
         return len(self._kept)
 
     def forget(self) -> None:
-        """Let go of all that is kept."""
+        """Drop all blocks that are kept."""
         self._kept.clear()
-        release()
+        self._host.clear()
+        empty_cache()
+
+    def offload(self) -> None:
+        """Move the blocks that are kept from the GPU to pinned memory of the host, where they fit.
+
+        Weights never change, so the copies stay: each block is copied to the host once.
+        """
+        free = free_bytes(torch.device("cpu"))
+        for key, module in list(self._kept.items()):
+            copies = self._host.get(key)
+            if copies is None:
+                tensors = dict(_tensors(module))
+                free -= sum(tensor.nbytes for tensor in tensors.values())
+                if free < 0:
+                    del self._kept[key]  # it is read again when it is needed
+                    continue
+                copies = {name: tensor.cpu().pin_memory() for name, tensor in tensors.items()}
+                self._host[key] = copies
+            for name, tensor in _tensors(module):
+                tensor.data = copies[name]
+        empty_cache()
+
+    def reload(self) -> None:
+        """Bring the blocks back to the GPU that `offload` has moved away."""
+        for module in self._kept.values():
+            for _, tensor in _tensors(module):
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
 
     def _walk_kept(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, nn.Module]]:
-        """What is neither wanted now nor a dense block's was replaced by a round: it goes first."""
+        """First drop what a later round has replaced: blocks that are neither wanted nor dense."""
         wanted = [_key(block) for block in blocks]
         for key in set(self._kept) - self._dense - set(wanted):
             del self._kept[key]
+            self._host.pop(key, None)
         for key, block in zip(wanted, blocks, strict=True):
             if key not in self._kept:
                 self._kept[key] = self._read(block)
             yield block, self._kept[key]
 
     def _read(self, block: Block) -> nn.Module:
-        tensors = (
-            self.cache.tensors(block.weights, self._needed)
-            if self.cache
-            else read_tensors(block.weights)
-        )
+        if self.cache:
+            tensors = self.cache.tensors(block.weights, self._needed)
+        else:
+            tensors = read_tensors(block.weights)
         return load_block(self.meta_blocks[block.dense], tensors, self.device, self.dtype)
 
     def _read_aside(self, block: Block) -> nn.Module:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""
         if self.device.type != "cuda":
             return self._read(block)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._aside):
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             module = self._read(block)
-        self._aside.synchronize()
+        self._stream.synchronize()
         return module
 
     @cached_property
-    def _aside(self) -> torch.cuda.Stream:
-        """One for all: what a block leaves is used again only by reads of the same stream."""
+    def _stream(self) -> torch.cuda.Stream:
+        """One for all reads: memory that a block frees is used again by reads of this stream only."""
         return torch.cuda.Stream(self.device)
 
     def _arrived(self, ahead: Future[nn.Module] | None, block: Block) -> nn.Module:
@@ -118,29 +148,29 @@ class Weights:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            error.__traceback__ = (
-                None  # the future keeps the error, and with its frames what had been read
-            )
+            # The future keeps the error, and its frames would keep what had been read.
+            error.__traceback__ = None
         else:
-            if (
-                self.device.type == "cuda"
-            ):  # the reader's stream shall not use this memory again before ours is done with it
-                for tensor in (*module.parameters(), *module.buffers()):
+            if self.device.type == "cuda":
+                # The reader's stream must not use this memory again before ours is done with it.
+                for _, tensor in _tensors(module):
                     tensor.record_stream(torch.cuda.current_stream(self.device))
             return module
-        release()  # two blocks were too many
+        empty_cache()  # two blocks were too many
         return self._read(block)
 
 
-def fits(stack: Stack, device: torch.device, dtype: torch.dtype, share: float) -> bool:
-    """Whether the weights of all blocks fit into what they may take of a `share` of the memory that is free now."""
-    numbers = sum(
-        (ref.end - ref.begin) // ref.dtype.itemsize
-        for block in stack.blocks
-        for ref in block.weights.values()
-    )
-    return numbers * dtype.itemsize <= RESIDENT_SHARE * share * free_bytes(device)
+def fits(stack: Stack, device: torch.device, dtype: torch.dtype, memory_share: float) -> bool:
+    """Whether the weights of all blocks fit into what they may take of the device's free memory."""
+    refs = [ref for block in stack.blocks for ref in block.weights.values()]
+    elements = sum((ref.end - ref.begin) // ref.dtype.itemsize for ref in refs)
+    return elements * dtype.itemsize <= RESIDENT_SHARE * memory_share * free_bytes(device)
 
 
 def _key(block: Block) -> Hashable:
     return block.dense, frozenset(block.weights.items())
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

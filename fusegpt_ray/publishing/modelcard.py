@@ -6,13 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fusegpt_ray.methods import METHODS
 from fusegpt_ray.text.protocol import described
-
-METHODS = {
-    "mi": "blocks with the lowest Macro Influence dropped, nothing trained",
-    "mi+ft": "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
-    "fusegpt": "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
-}
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
@@ -42,7 +37,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         f"# {name}",
         "",
         f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']} decoder blocks removed: "
-        f"{METHODS[manifest['method']]}.",
+        f"{METHODS[manifest['method']].about}.",
         "",
         "An ordinary checkpoint with fewer layers; no custom code:",
         "",

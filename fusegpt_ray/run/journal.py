@@ -22,7 +22,6 @@ from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
-from fusegpt_ray.training import checkpoints
 
 METHOD_VERSION = 2
 """Raised whenever the same recipe would give another model than before."""
@@ -105,8 +104,12 @@ class Journal:
         return storage.join(self.folder, "blocks")
 
     def round_folder(self, number: int) -> str:
-        """Where those of one round lie, and until it is committed its savepoints."""
+        """Where those of one round lie, and until it is committed its training checkpoints."""
         return storage.join(self.blocks_folder, f"round-{number:03d}")
+
+    def checkpoints_folder(self, number: int) -> str:
+        """Where a round's training checkpoints lie, until it is committed."""
+        return storage.join(self.round_folder(number), "checkpoints")
 
     @property
     def started(self) -> bool:
@@ -214,11 +217,11 @@ class Journal:
         return f"an unfinished run in {self.folder} has " + "; and ".join(found) if found else ""
 
     def commit(self, number: int, done: Done) -> None:
-        """Record round `number` (from 1) as done; only then do its savepoints go."""
+        """Record round `number` (from 1) as done; only then do its training checkpoints go."""
         with self.creating():
             storage.create(self._file(number), sealed(done.to_json()))
         self.saved, self.ours = True, False
-        self._forget_savepoints(number)
+        self._forget_checkpoints(number)
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
         """Note something about round `number` before it is done, so that a kill does not cost it. A later note takes its place."""
@@ -276,7 +279,7 @@ class Journal:
                     for kind in get_args(Note):
                         self.forget(kind, number + 1)  # of the stack after it
         if done:
-            self._forget_savepoints(len(done))  # which a kill just after its commit may have left
+            self._forget_checkpoints(len(done))  # which a kill just after its commit may have left
         return done
 
     def clear(self) -> None:
@@ -292,8 +295,8 @@ class Journal:
             self.lease.stop()
         remove_run(self.folder)
 
-    def _forget_savepoints(self, number: int) -> None:
-        storage.remove(checkpoints.folder_of(self.round_folder(number)), recursive=True)
+    def _forget_checkpoints(self, number: int) -> None:
+        storage.remove(self.checkpoints_folder(number), recursive=True)
 
     @property
     def _identity(self) -> str:

@@ -115,8 +115,8 @@ class Run:
 
     @cached_property
     def epochs_saved(self) -> int:
-        """Epochs of the round it is, or was, working on that its last savepoint spares it."""
-        name = f"blocks/round-{len(self.rounds) + 1:03d}/savepoints/savepoint.json"
+        """Epochs of the round it is, or was, working on that its last training checkpoint spares it."""
+        name = f"blocks/round-{len(self.rounds) + 1:03d}/checkpoints/checkpoint.json"
         if name not in self.folder.files:
             return 0
         try:

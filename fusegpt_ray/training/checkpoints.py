@@ -1,12 +1,14 @@
-"""Savepoints: what the fine-tuning of a group has learned so far, from which a killed run goes on and ends with the same bytes.
+"""Training checkpoints: what the training of a span has learned so far. A killed run goes on from
+the last one and ends with the same bytes.
 
-Notable:
-- each worker keeps its own part of the state in a safetensors file; a sealed record, written after all of them, names those that
-  count, with their checksums. A file that the record does not name is nothing;
-- a file is read once, whole, and what is checked is what is then loaded;
-- workers decide together whether a savepoint is due (their clocks differ) and whether one is good;
-- a savepoint counts only for the same group of the same stack, trained in the same way. If it passed fewer windows at once than was
-  asked, memory had run out with more: whoever goes on begins with as few, and ends as if never stopped.
+- Each worker writes its own part of the state as a safetensors file. A sealed record, written after
+  all of them, names the files that count, with their checksums; other files mean nothing.
+- A file is read once, whole, and what is checked is what is then loaded.
+- Workers decide together whether a checkpoint is due, because their clocks differ, and whether the
+  last one is good.
+- A checkpoint counts only for the same span of the same stack, trained in the same way. If it
+  passed fewer windows at once than was asked, memory had run out with more. Training that goes on
+  from it begins with as few, and so ends as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -15,70 +17,53 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import safetensors.torch
 import torch
 
-from fusegpt_ray.fusion.round import Round
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import Entry, write_safetensors
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
+from fusegpt_ray.training.stepper import Stepper
 
-RECORD = "savepoint.json"
-Say = Callable[[str], None]
+RECORD = "checkpoint.json"
+Log = Callable[[str], None]
 """Takes a line for the person who waits."""
 
 
-class Learner(Protocol):
-    """What learns, as one of several workers or alone."""
-
-    @property
-    def worker(self) -> int:
-        """Its number, from 0."""
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """All of this worker's that its next steps depend on: the tensors themselves, not copies."""
-
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from such a state. All workers at once."""
-
-    def gather(self, row: list[int]) -> list[list[int]]:
-        """The rows of all workers, in their order. All workers at once."""
-
-
-def folder_of(round_folder: str) -> str:
-    """Where the savepoints of a round lie: as long as its record is not committed."""
-    return storage.join(round_folder, "savepoints")
-
-
 @dataclass(frozen=True)
-class Savepoints:
-    """Those of one group."""
+class Checkpoints:
+    """The training checkpoints of one span, in a folder of their own."""
 
     folder: str
     minutes: float
-    """At least so many between two of them."""
+    """At least so many pass between two of them."""
     owner: Mapping[str, Any]
-    """Whose they are: all whose change would alter what the files hold, or the bits that come of it."""
+    """Everything that would change what the files hold, or the bits that come of them."""
     micro_batch: int
-    """Windows that pass a worker's group at once."""
+    """Windows that pass a worker's span at once."""
     fence: Callable[[], None]
-    """As that of the round."""
+    """Called before every write: it raises where another run writes here."""
     seconds: float = 0.0
-    """What fine-tuning took until the last of them."""
+    """How long training took until the last one."""
 
     @classmethod
-    def of(cls, job: Round, minutes: float, micro_batch: int, **setup: str | int) -> Savepoints:
-        """Those of the group of `job`; `micro_batch` as the recipe asks. Where one is there already, with what it tells."""
-        owner = {
-            "after": job.origin,
-            "donor": job.donor,
-            "micro_batch_asked": micro_batch,
-            "torch": torch.__version__,
-            **setup,
-        }
-        this = cls(folder_of(job.folder), minutes, owner, micro_batch, job.fence)
+    def find(
+        cls,
+        folder: str,
+        minutes: float,
+        owner: Mapping[str, Any],
+        micro_batch: int,
+        fence: Callable[[], None],
+    ) -> Checkpoints:
+        """The checkpoints of this owner, with what the last one tells, if there is one.
+
+        Args:
+            micro_batch: as the recipe asks.
+        """
+        owner = {**owner, "micro_batch_asked": micro_batch, "torch": torch.__version__}
+        this = cls(folder, minutes, owner, micro_batch, fence)
         try:
             record = this._record()
         except DamagedRecord:  # the workers find it, too, and say so
@@ -87,65 +72,71 @@ class Savepoints:
             return this
         return replace(this, micro_batch=record["micro_batch"], seconds=record["seconds"])
 
-    def trying(self, micro_batch: int) -> Savepoints:
-        """For an attempt with so many windows at once. That there are fewer is noted before it begins: with more, memory ran out."""
+    def with_micro_batch(self, micro_batch: int) -> Checkpoints:
+        """For an attempt with so many windows at once.
+
+        That there are fewer is noted before the attempt begins: with more, memory ran out.
+        """
         if micro_batch == self.micro_batch:
             return self
         fewer = replace(self, micro_batch=micro_batch, seconds=0.0)
         fewer._write([], 0.0, {})
         return fewer
 
-    def restore(self, learner: Learner, epochs: int, say: Say) -> tuple[list[float], float]:
-        """Load the last savepoint, if there is a good one: losses of the epochs that it spares, and the seconds they took.
+    def restore(self, stepper: Stepper, epochs: int, log: Log) -> tuple[list[float], float]:
+        """Load the last checkpoint, if there is a good one.
 
-        All workers at once; where one finds damage, all begin anew.
+        Called by all workers at once; where one finds damage, all begin anew.
+
+        Returns:
+            The losses of the epochs that need not be repeated, and the seconds these took.
         """
         losses, seconds, state = list[float](), 0.0, dict[str, torch.Tensor]()
-        good = True
+        good, anew = True, "fine-tuning this group from its beginning"
         try:
-            losses, seconds, state = self._read(learner.worker, say)
+            losses, seconds, state = self._read(stepper.worker, log)
         except DamagedRecord as error:
             good = False
-            say(f"WARNING: {error}; fine-tuning this group from its beginning")
-        found = learner.gather([len(losses), good])
+            log(f"WARNING: {error}; {anew}")
+        found = stepper.gather([len(losses), good])
         if found != [[len(losses), True]] * len(found):
-            if learner.worker == 0:
+            if stepper.worker == 0:
                 if good:
-                    say(
-                        "WARNING: not every worker finds the savepoint good; fine-tuning this group from its beginning"
-                    )
-                self._write([], 0.0, {})  # with how many windows at once stays known
+                    log(f"WARNING: not every worker finds the training checkpoint good; {anew}")
+                self._write([], 0.0, {})  # keeps the number of windows at once
             return [], 0.0
         if losses:
-            learner.load(state)
-            if learner.worker == 0:
-                say(f"  going on after epoch {len(losses)} of {epochs}")
+            stepper.load(state)
+            if stepper.worker == 0:
+                log(f"  going on after epoch {len(losses)} of {epochs}")
         return losses, seconds
 
-    def due(self, learner: Learner, since: float) -> bool:
-        """Whether the last savepoint, or the beginning, is long enough ago (`since`, a monotonic time) for all workers."""
-        waited = time.monotonic() - since >= 60 * self.minutes
-        return all(flag for (flag,) in learner.gather([waited]))
+    def due(self, stepper: Stepper, since: float) -> bool:
+        """Whether, on all workers, the last checkpoint or the beginning is long enough ago.
 
-    def keep(self, learner: Learner, losses: list[float], seconds: float) -> None:
-        """Make a savepoint after the epochs with these losses, which took so many seconds. All workers at once."""
+        Args:
+            since: a monotonic time.
+        """
+        waited = time.monotonic() - since >= 60 * self.minutes
+        return all(flag for (flag,) in stepper.gather([waited]))
+
+    def save(self, stepper: Stepper, losses: list[float], seconds: float) -> None:
+        """Make a checkpoint after the epochs with these losses, which took so many seconds.
+
+        Called by all workers at once.
+        """
         self.fence()
-        tensors = learner.state()
         entries = [
             Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-            for name, value in tensors.items()
+            for name, value in stepper.state().items()
         ]
-        file, _ = write_safetensors(self._uri(len(losses), learner.worker), entries)
-        rows = learner.gather(
-            [file.size, *bytes.fromhex(file.sha256)]
-        )  # from here on all of them are there
-        if learner.worker == 0:
-            records = [FileRecord(size, bytes(digest).hex()) for size, *digest in rows]
-            self._write(
-                losses,
-                seconds,
-                {self._name(len(losses), worker): record for worker, record in enumerate(records)},
-            )
+        file, _ = write_safetensors(self._uri(len(losses), stepper.worker), entries)
+        # Once the rows are here, so are all files.
+        rows = stepper.gather([file.size, *bytes.fromhex(file.sha256)])
+        if stepper.worker == 0:
+            names = (self._name(len(losses), worker) for worker in range(len(rows)))
+            records = (FileRecord(size, bytes(digest).hex()) for size, *digest in rows)
+            self._write(losses, seconds, dict(zip(names, records, strict=True)))
 
     def _record(self) -> dict[str, Any] | None:
         """
@@ -160,19 +151,17 @@ class Savepoints:
         except DamagedRecord as error:
             raise DamagedRecord(f"{uri} is damaged ({error})") from error
 
-    def _read(self, worker: int, say: Say) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-        """Losses, seconds and this worker's state, if there is a savepoint of this owner.
+    def _read(self, worker: int, log: Log) -> tuple[list[float], float, dict[str, torch.Tensor]]:
+        """Losses, seconds and this worker's state, if there is a checkpoint of this owner.
 
         Raises:
             DamagedRecord: it cannot be trusted.
         """
+        nothing = list[float](), 0.0, dict[str, torch.Tensor]()
         record = self._record()
         if record is None:
-            return [], 0.0, {}
-        theirs, ours = (
-            _whose(record["owner"], record["micro_batch"]),
-            _whose(self.owner, self.micro_batch),
-        )
+            return nothing
+        theirs, ours = {**record["owner"], "micro_batch": record["micro_batch"]}, self._whose()
         if theirs != ours:
             if worker == 0:
                 others = ", ".join(
@@ -180,13 +169,14 @@ class Savepoints:
                     for key, value in ours.items()
                     if theirs.get(key) != value
                 )
-                say(
-                    f"  a savepoint of another set-up is left aside ({others}); fine-tuning this group from its beginning"
+                log(
+                    f"  a training checkpoint of another set-up is left aside ({others}); "
+                    "fine-tuning this group from its beginning"
                 )
-            return [], 0.0, {}
+            return nothing
         losses = record["losses"]
         if not losses:
-            return [], 0.0, {}
+            return nothing
         uri = self._uri(len(losses), worker)
         try:
             data = storage.read(uri)
@@ -197,15 +187,14 @@ class Savepoints:
         return losses, record["seconds"], safetensors.torch.load(data)
 
     def _write(self, losses: list[float], seconds: float, files: Mapping[str, FileRecord]) -> None:
-        """Put the record in place of the last one, then remove what it does not name."""
-        told = {name: file.to_json() for name, file in files.items()}
+        """Replace the record, then remove the files that it does not name."""
         self.fence()
         body = {
             "owner": dict(self.owner),
             "micro_batch": self.micro_batch,
             "losses": losses,
             "seconds": seconds,
-            "files": told,
+            "files": {name: file.to_json() for name, file in files.items()},
         }
         storage.write(storage.join(self.folder, RECORD), sealed(body))
         for name in storage.names(self.folder):
@@ -213,12 +202,14 @@ class Savepoints:
                 storage.remove(storage.join(self.folder, name))
 
     def _name(self, epoch: int, worker: int) -> str:
-        """No other set-up's file has this name, so that none is overwritten while a record counts on it."""
-        return f"epoch-{epoch:03d}-{checksum(_whose(self.owner, self.micro_batch))[:8]}-worker-{worker}.safetensors"
+        """Files of another set-up have other names, so that none is overwritten while a record
+        counts on it.
+        """
+        owner = checksum(self._whose())[:8]
+        return f"epoch-{epoch:03d}-{owner}-worker-{worker}.safetensors"
 
     def _uri(self, epoch: int, worker: int) -> str:
         return storage.join(self.folder, self._name(epoch, worker))
 
-
-def _whose(owner: Mapping[str, Any], micro_batch: int) -> dict[str, Any]:
-    return {**owner, "micro_batch": micro_batch}
+    def _whose(self) -> dict[str, Any]:
+        return {**self.owner, "micro_batch": self.micro_batch}

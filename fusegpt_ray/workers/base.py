@@ -1,46 +1,34 @@
-"""What a run needs done, by whomever: one process (`local.py`) or a Ray cluster (`distributed/`). Both give the same results."""
+"""Workers do the work of a run: this process alone (`local.py`), or a Ray cluster (`distributed/`).
+
+A phase of a run (scoring, evaluation, the proof, fine-tuning) is written once, as functions that
+workers call: `map` gives tasks to model replicas, `spmd` runs one function on all training workers
+at once. Both implementations give the same results.
+
+Shapes: W windows, T tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 
-from fusegpt_ray.fusion.round import Round, Saved
-from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.methods import METHODS
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.publishing.plain import Plain
-from fusegpt_ray.publishing.proof import Proof
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Cluster, Dtype, Importance, Text
 from fusegpt_ray.store import storage
-from fusegpt_ray.training.checkpoints import Say
 
-Epoch = Callable[[int, float], None]
-"""Called after each epoch of fine-tuning with its number (from 1) and mean loss."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A fine-tuned group."""
-
-    saved: Saved
-    """The neighbours' new blocks and their files."""
-    losses: list[float]
-    """Mean loss of each epoch."""
-    rows: int
-    """Windows that passed a block in one call for the states: `importance.batch`, or fewer where memory ran out."""
-    micro_batch: int
-    """Windows that passed a worker's group at once: what the recipe asks, or fewer where memory ran out."""
-    states_seconds: float
-    finetune_seconds: float
-    """With what it took before a savepoint from which it went on."""
+R = TypeVar("R")
+News = tuple[int, float] | str
+"""From training workers: an epoch's number (from 1) with its mean loss, or a line of text."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +39,22 @@ class Setup:
     dense: Stack
     cluster: Cluster = field(default_factory=Cluster)
     dtype: Dtype = "auto"
-    """Of the arithmetic, as the recipe says it (`model.dtype`)."""
+    """The recipe's `model.dtype`."""
     importance: Importance = field(default_factory=Importance)
     """`importance.batch` windows pass a block in one call."""
     piece_mb: int = 16
-    """See `calibration.piece_mb`."""
+    """The recipe's `calibration.piece_mb`."""
     loss_batch: int | None = None
-    """`fusion.batch`; None where nothing is trained."""
+    """The recipe's `fusion.batch`; None where nothing is trained."""
     output_uri: str | None = None
     """Where workers write, if they do."""
+    run_folder: str | None = None
+    """The folder of the run, for files that live as long as it does."""
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, dense: Stack) -> Self:
-        """That of a whole compression."""
+        """The setup of a whole compression."""
+        output = storage.absolute(recipe.output.uri)
         return cls(
             source,
             dense,
@@ -71,28 +62,71 @@ class Setup:
             recipe.model.dtype,
             recipe.importance,
             recipe.calibration.piece_mb,
-            recipe.fusion.batch if recipe.method != "mi" else None,
+            recipe.fusion.batch if METHODS[recipe.method].trains else None,
             recipe.output.uri,
+            storage.join(output, f"{recipe.output.name}.run"),
         )
 
     @property
     def cache_gb(self) -> float | None:
-        """`cluster.cache_gb` where weights are read from object storage, else 0: no folder is made for nothing."""
+        """The recipe's `cluster.cache_gb` where weights are read from object storage, else 0, so
+        that no cache is made for nothing.
+        """
         places = [ref.file for ref in self.dense.trunk.values()]
         if self.output_uri is not None:
             places.append(self.output_uri)
         return self.cluster.cache_gb if any(map(storage.is_remote, places)) else 0
 
 
-class Engine(Protocol):
-    """Shapes: W windows of T tokens, int64."""
+@dataclass
+class TrainingWorker:
+    """One of the processes that train together, as a function given to `spmd` sees it."""
 
+    rank: int
+    count: int
+    device: torch.device
+    zero_stage: int | None
+    """Of DeepSpeed; None for a single process with plain torch."""
+    runner: Runner
+    """Runs stacks on this worker's device; see `Runner.offload` for making room."""
+    report: Callable[[News], None]
+    """Tells the driver."""
+    meet: Callable[[int], None] = lambda moved: None
+    """Waits for all workers, after work that may take one of them longer. The argument bounds the
+    bytes that one of them reads or writes by itself on the way."""
+    timeout: float = math.inf
+    """Seconds that a worker may be silent before the others give it up."""
+    memory: dict[Hashable, Any] = field(default_factory=dict)
+    """What one task leaves for the next. A process that is lost loses it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the arithmetic."""
+        return self.runner.dtype
+
+
+class Workers(Protocol):
+    """The workers of one run, between `__enter__` and `__exit__`."""
+
+    setup: Setup
     dtype: torch.dtype
-    """Of the arithmetic, once entered."""
+    """Of the arithmetic."""
+    replicas: int
+    """How many tasks are computed at once."""
+    training_workers: int
+    """How many processes train together."""
 
     @property
     def description(self) -> str:
-        """Where and how it computes, for a person."""
+        """Where and how they compute, for a person."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether a replica reads the weights for every walk, so that its tasks should be large."""
+
+    @property
+    def training_setup(self) -> Mapping[str, str | int]:
+        """What a training checkpoint's files depend on besides what is trained."""
 
     def __enter__(self) -> Self: ...
 
@@ -104,31 +138,42 @@ class Engine(Protocol):
     ) -> None: ...
 
     def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
-        """The text's tokens, piece by piece, from the beginning at each call (see `calibration.py`)."""
-
-    def score(
-        self,
-        stack: Stack,
-        windows_WT: np.ndarray,
-        last: Ranking | None = None,
-        sums: Sums | None = None,
-    ) -> Ranking:
-        """Find the block to remove.
-
-        `last`: what the last round found, which saves a wave (see `importance/search.py`). `sums`: what an attempt that was killed has
-        measured; what is measured now is added to it.
+        """The text's tokens, piece by piece, from the beginning at each call (see
+        `text/calibration.py`). `key` is the recipe key of the text, for messages.
         """
 
-    def finetune(
-        self, job: Round, windows_WT: np.ndarray, epoch: Epoch, say: Say = lambda _: None
-    ) -> Tuned:
-        """Fuse and fine-tune one group, and write its new blocks to `job.folder`; goes on from a savepoint, and `say`s so."""
+    def map(
+        self,
+        function: Callable[..., R],
+        tasks: Sequence[tuple[Any, ...]],
+        batch_size: int,
+        costs: Sequence[float] | None = None,
+    ) -> Iterator[tuple[int, R]]:
+        """Yield (number of the task, `function(runner, *task)`) for each task, in any order.
 
-    def perplexity(self, stack: Stack, windows_WT: np.ndarray) -> float:
-        """Of the stack as a model, over these windows."""
+        A task may be computed more than once, where a replica is lost or slow.
 
-    def compare_source(self, windows_WT: np.ndarray) -> Plain:
-        """The streamed walk of the dense model beside plain `from_pretrained` of its source."""
+        Args:
+            function: defined at the top of a module; `runner` is a replica's.
+            batch_size: of the runner.
+            costs: of the tasks, in any unit, where they are not all about the same.
 
-    def prove(self, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray) -> Proof:
-        """That the published model computes what the stack does (see `proof.prove`)."""
+        Raises:
+            Exception: what the function raises; memory that runs out satisfies `is_out_of_memory`.
+        """
+
+    def prepare_training(self) -> None:
+        """Begin to start the training workers, without waiting, where that takes a while."""
+
+    def spmd(
+        self, function: Callable[..., R], *arguments: Any, news: Callable[[News], None]
+    ) -> list[R]:
+        """`function(worker, *arguments)` on all training workers at once; their results by rank.
+
+        Where a worker is lost, the function begins again on all of them, so it must be safe to
+        repeat.
+
+        Raises:
+            MemoryError: a worker's memory ran out.
+            Exception: what the function raised, at last, on one of the workers.
+        """

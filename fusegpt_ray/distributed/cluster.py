@@ -1,0 +1,237 @@
+"""The workers of a Ray cluster, or of a local Ray where none runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import ray
+import torch
+from ray._private import ray_constants
+
+from fusegpt_ray.distributed import text
+from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
+from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.distributed.replicas import Replicas
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.model.runner import pick_dtype
+from fusegpt_ray.sections import Text
+from fusegpt_ray.store import storage
+from fusegpt_ray.workers.base import News, Setup
+
+R = TypeVar("R")
+REPLICA_GPU = 0.6
+"""Part of a GPU that a replica takes where a training worker takes the rest. Ray puts two processes
+on one GPU only where both fit: so a replica and a worker, never two replicas."""
+
+
+class RayWorkers:
+    """See `workers.base.Workers`."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.replicas, self.training_workers = setup.cluster.replicas, setup.cluster.workers
+        self._connected = self._own = False
+        """Whether this object has called ray.init, and whether that started a Ray of its own."""
+        self._job: Any = None
+
+    def __enter__(self) -> Self:
+        setup, cluster = self.setup, self.setup.cluster
+        if not ray.is_initialized():
+            self._start()
+        self.gpus = self._find_gpus()
+        trains = setup.loss_batch is not None
+        if trains and self.gpus:  # every training worker shares its GPU with a replica
+            self.replicas = max(cluster.replicas, cluster.workers)
+        workers = cluster.workers if trains else 0
+        gpus = max(self.gpus * self.replicas, workers if self.gpus else 0)
+        wait_for_resources(gpus, max(self.replicas, workers), cluster, grows=not self._own)
+        check_paths(setup)
+        # Decided here, once, so that every process of the run computes alike.
+        device = torch.device("cuda" if self.gpus else "cpu")
+        self.dtype = pick_dtype(setup.dtype, setup.dense, device)
+        self._pool = Replicas(
+            setup.dense,
+            self._runner_config(self.replicas, cluster.weights, min(1.0, self.gpus)),
+            self.replicas,
+            cpus=1,
+            gpus=REPLICA_GPU if trains and self.gpus == 1 else self.gpus,
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if ray.is_initialized():
+            self._pool.close()
+            if self._job:
+                self._job.close(wait=not self._own)
+        if self._connected:
+            ray.shutdown()
+
+    @property
+    def description(self) -> str:
+        where = f"{self.gpus:g} GPU each" if self.gpus else "CPUs"
+        name = str(self.dtype).removeprefix("torch.")
+        workers = f", training workers: {self.training_workers}" if self.setup.loss_batch else ""
+        return f"replicas: {self.replicas}{workers}, on {where}, {name}"
+
+    @property
+    def streams(self) -> bool:
+        return self._pool.streams
+
+    @property
+    def training_setup(self) -> Mapping[str, str | int]:
+        return {
+            "engine": f"deepspeed {importlib.metadata.version('deepspeed')}",
+            "device": "cuda" if self.gpus else "cpu",
+            "workers": self.training_workers,
+            "zero_stage": self.setup.cluster.zero_stage,
+        }
+
+    def tokens(self, text_of: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
+        piece_bytes = self.setup.piece_mb * 1_000_000
+        return text.token_stream(text_of, piece_bytes, self.setup.source.tokenizer(), key)
+
+    def map(
+        self,
+        function: Callable[..., R],
+        tasks: Sequence[tuple[Any, ...]],
+        batch_size: int,
+        costs: Sequence[float] | None = None,
+    ) -> Iterator[tuple[int, R]]:
+        if self._job and not self._fits_beside_replicas:
+            self._job.close(wait=True)
+            self._job = None
+        return self._pool.map(function, tasks, batch_size, costs)
+
+    def prepare_training(self) -> None:
+        """The training job starts while replicas still score, if there is room for both."""
+        if self._fits_beside_replicas:
+            self._pool.start()  # before the workers: see `REPLICA_GPU`
+            self._start_training()
+
+    def spmd(
+        self, function: Callable[..., R], *arguments: Any, news: Callable[[News], None]
+    ) -> list[R]:
+        if self._fits_beside_replicas:
+            self._pool.offload()
+        else:
+            self._pool.close()
+        self._start_training()
+        found: list[R] = self._job.run(function, arguments, news)
+        return found
+
+    def _start_training(self) -> None:
+        from fusegpt_ray.distributed.training_job import JobConfig, TrainingJob
+
+        if self._job is None:
+            setup, cluster = self.setup, self.setup.cluster
+            assert setup.run_folder is not None, "nothing is trained outside of a run"
+            config = JobConfig(
+                count=cluster.workers,
+                cpus=1,
+                gpus=self._worker_gpu,
+                zero_stage=cluster.zero_stage,
+                runner=self._runner_config(cluster.workers, "streamed", 1.0),
+                folder=storage.join(setup.run_folder, "blocks", "train"),
+            )
+            self._job = TrainingJob(setup.dense, config)
+
+    @property
+    def _worker_gpu(self) -> float:
+        """A training worker's part: 0 or 1 GPU, or what a replica leaves of one."""
+        if not self.gpus:
+            return 0
+        return 1 - REPLICA_GPU if self.gpus == 1 else 1
+
+    @cached_property
+    def _fits_beside_replicas(self) -> bool:
+        """Whether there is a place for all training workers while replicas live, and a CPU for Ray
+        Data. Found out once, before the job takes its place.
+        """
+        total, workers = ray.cluster_resources(), self.setup.cluster.workers
+        cpus = self.replicas + workers + 1
+        gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
+        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
+
+    def _find_gpus(self) -> float:
+        """That each replica takes."""
+        asked = self.setup.cluster.gpus_per_replica
+        if asked is not None:
+            return asked
+        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+    def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
+        """`count`: of such processes in the cluster."""
+        setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
+        processes = math.ceil(count / len(alive_nodes()))
+        return RunnerConfig(
+            self.dtype,
+            setup.importance.batch,
+            weights,
+            memory_share if self.gpus else 1 / processes,
+            processes,
+            int(limit) if limit else None,
+            setup.cache_gb,
+            setup.source if setup.source.on_hub else None,
+        )
+
+    def _start(self) -> None:
+        """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
+        loopback interface.
+        """
+        cluster = self.setup.cluster
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        address = cluster.address or os.environ.get("RAY_ADDRESS")
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+        if address:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError) as error:
+                fix = "check that the cluster runs there, or leave cluster.address out"
+                problem = f"no Ray cluster answers ({error})"
+                raise UserError("cluster.address", address, problem, fix) from error
+            self._connected = True
+            return
+        store = cluster.object_store_gb
+        processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
+        with _loopback():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                # A coordinator mostly waits: on a machine with few cores it must never hold up the
+                # work.
+                num_cpus=max(4, os.cpu_count() or 1, processes),
+                include_dashboard=False,
+                object_store_memory=int(store * 1e9) if store else None,
+                **quiet,
+            )
+        self._connected = self._own = True
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that starts here may call its node 127.0.0.1, and then opens its ports there only.
+
+    Otherwise ray.init takes that name for the machine's own address, and its ports are open on
+    every interface. It has to be told, as it is on macOS and Windows, that other machines will
+    never join this Ray.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

@@ -1,0 +1,126 @@
+"""Through which the driver and the training workers talk while Ray Train runs them.
+
+The driver posts one task after another. Every worker takes each, and leaves its result. Workers
+that Ray Train has started again take the task that is not finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from fusegpt_ray.workers.base import News
+
+MAX_FAILURES = 3
+"""How often a task is begun again after a lost worker or node. Every attempt gives the same result,
+so more would only hide what is wrong."""
+
+
+@dataclass
+class Outcome:
+    """What has become of a task."""
+
+    results: list[Any] | None = None
+    """By rank, once all are there."""
+    error: bytes = b""
+    """A pickled exception, where the task has failed for good."""
+    news: list[News] = field(default_factory=list)
+
+
+class _Mailbox:
+    """All methods run in one event loop, so none interrupts another between two awaits."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self.number = 0
+        self.task: list[ray.ObjectRef] = []
+        self.results: dict[int, Any] = {}
+        self.error, self.last_error = b"", b""
+        self.attempts = 0
+        self.news: list[News] = []
+        self.closed = False
+        self.changed = asyncio.Condition()
+
+    # --- the driver's side ---
+
+    async def post(self, task: list[ray.ObjectRef]) -> int:
+        """Give the workers a task; its number."""
+        self.number, self.task = self.number + 1, task
+        self.results, self.error, self.last_error, self.attempts = {}, b"", b"", 0
+        await self._notify()
+        return self.number
+
+    async def outcome(self, seconds: float) -> Outcome:
+        """What is new, waiting at most so long for anything."""
+        async with self.changed:
+            if not (self._over or self.news):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self.changed.wait(), seconds)
+        news, self.news = self.news, []
+        done = len(self.results) == self.workers
+        results = [self.results[rank] for rank in range(self.workers)] if done else None
+        return Outcome(results, self.error, news)
+
+    async def close(self) -> None:
+        """No more tasks: the workers end."""
+        self.closed = True
+        await self._notify()
+
+    # --- the workers' side ---
+
+    async def take(self, last: int, rank: int) -> tuple[int, list[ray.ObjectRef]] | None:
+        """The task that follows number `last`, once there is one that is not over; None at the
+        end.
+        """
+        async with self.changed:
+            while True:
+                while not self.closed and (self.number <= last or self._over):
+                    await self.changed.wait()
+                if self.closed:
+                    return None
+                self.attempts += rank == 0
+                if self.attempts <= MAX_FAILURES + 1:
+                    return self.number, self.task
+                lost = RuntimeError(f"training workers were lost {MAX_FAILURES + 1} times")
+                self.error = self.last_error or pickle.dumps(lost)
+                self.changed.notify_all()
+
+    async def finish(self, number: int, rank: int, result: Any) -> None:
+        """A worker's result. It counts even if the worker is lost afterwards: every attempt has the
+        same result.
+        """
+        if number == self.number and not self.error:
+            self.results[rank] = result
+            await self._notify()
+
+    async def fail(self, number: int, error: bytes, final: bool) -> None:
+        """A worker raised this. Unless it is final, the task is attempted again."""
+        if number == self.number and not self._over:
+            self.last_error = error
+            if final:
+                self.error = error
+            else:
+                problem = pickle.loads(error)
+                again = "this attempt at the group ends"
+                self.news.append(f"WARNING: {type(problem).__name__}: {problem}; {again}")
+            await self._notify()
+
+    async def report(self, news: News) -> None:
+        self.news.append(news)
+        await self._notify()
+
+    @property
+    def _over(self) -> bool:
+        return bool(self.error) or len(self.results) == self.workers
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+
+Mailbox = ray.remote(num_cpus=0, max_concurrency=1000)(_Mailbox)

@@ -1,0 +1,44 @@
+"""How each process of the cluster builds its runner."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
+
+
+@dataclass(frozen=True)
+class RunnerConfig:
+    """The same for all replicas, or for all training workers."""
+
+    dtype: torch.dtype
+    """Of the arithmetic."""
+    batch_size: int
+    weights: Literal["auto", "resident", "streamed"] = "auto"
+    memory_share: float = 1.0
+    """Share of the device's free memory; see `Runner`."""
+    processes: int = 1
+    """How many of them a node has, at most: they share its cores."""
+    cores: int | None = None
+    """Of a node, where the user limits them (OMP_NUM_THREADS); None: those it has."""
+    cache_gb: float | None = None
+    hub: Source | None = None
+    """A hub model, which a node that joins later does not have yet."""
+
+    def runner(self, dense: Stack, device: torch.device) -> Runner:
+        """On this node; sets the number of torch's threads, too."""
+        cores = self.cores or len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // self.processes))
+        if self.hub is not None:
+            self.hub.fetch()
+        cache = BlockCache.open(self.cache_gb)
+        return Runner(
+            dense, device, self.dtype, self.batch_size, self.weights, self.memory_share, cache
+        )

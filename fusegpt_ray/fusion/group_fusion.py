@@ -1,0 +1,183 @@
+"""Fusing one block into its group: what is built, what learns, to which states, and what is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fusegpt_ray.fusion.group import group_span
+from fusegpt_ray.fusion.student import (
+    DonorCache,
+    FusionConfig,
+    build_block,
+    folded_tensors,
+    is_coefficient,
+    learned_tensors,
+    terms_of,
+)
+from fusegpt_ray.model.recorder import Context
+from fusegpt_ray.model.stack import Block, Stack, Terms
+from fusegpt_ray.sections import Cluster, Fusion
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
+from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
+from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.states import StatesSource
+from fusegpt_ray.training.stepper import TrainingConfig
+
+
+def _nothing() -> None:
+    """Nobody else writes."""
+
+
+@dataclass(frozen=True)
+class GroupFusion:
+    """Block `donor` of `stack` is fused into its group; see `training.finetune.Trainable`."""
+
+    stack: Stack
+    dense: Stack
+    donor: int
+    """Dense number of the block to remove."""
+    settings: Fusion
+    fuse: bool
+    """Without it, the group is only fine-tuned (method `mi+ft`)."""
+    seed: int
+    folder: str
+    """Where the new blocks' files go."""
+    fence: Callable[[], None] = _nothing
+    """Called before every write, in whichever process: it raises if another run writes here."""
+
+    @property
+    def span(self) -> range:
+        """Positions of the group in `stack`, the donor included."""
+        position = self.stack.position(self.donor)
+        return group_span(position, len(self.stack), self.settings.group_size)
+
+    @property
+    def group(self) -> tuple[Block, ...]:
+        return tuple(self.stack.blocks[position] for position in self.span)
+
+    @property
+    def neighbours(self) -> tuple[Block, ...]:
+        """The group without the donor."""
+        return tuple(block for block in self.group if block.dense != self.donor)
+
+    @property
+    def donor_block(self) -> Block:
+        return self.stack.blocks[self.stack.position(self.donor)]
+
+    @property
+    def source(self) -> StatesSource:
+        """The states to train on.
+
+        The dense teacher is taken at the depth where the next block left in the model stood in the
+        dense one (or at its end): the group has to make up for blocks that were removed in between.
+        """
+        start, stop = self.span.start, self.span.stop
+        if self.settings.teacher == "current":
+            return StatesSource(self.stack, start, self.stack, stop)
+        after = self.stack.blocks[stop:]
+        end = self.dense.position(after[0].dense) if after else len(self.dense)
+        return StatesSource(self.stack, start, self.dense, end)
+
+    def task(
+        self, windows_WT: np.ndarray, cluster: Cluster, origin: str, checkpoints: str
+    ) -> TrainingTask:
+        """The training of this group.
+
+        Args:
+            origin: names what `stack` came of: another if any of its weights could be.
+            checkpoints: the folder of its training checkpoints.
+        """
+        settings = self.settings
+        config = TrainingConfig(
+            loss=settings.loss,
+            batch=settings.batch,
+            epochs=settings.epochs,
+            betas=settings.betas,
+            eps=settings.eps,
+            micro_batch=cluster.micro_batch,
+            recompute=cluster.recompute_activations,
+            checkpoint_minutes=cluster.checkpoint_minutes,
+        )
+        identity = {"after": origin, "donor": self.donor}
+        return TrainingTask(
+            self, self.source, windows_WT, config, identity, checkpoints, self.fence
+        )
+
+    def fusion_config(self, dtype: torch.dtype) -> FusionConfig:
+        """`dtype`: of the arithmetic."""
+        trained = torch.float32 if self.settings.trained_dtype == "float32" else dtype
+        ranks = self.settings.rank, self.settings.lora_rank
+        return FusionConfig(self.fuse, *ranks, self.seed, dtype, trained)
+
+    def build(
+        self,
+        meta_blocks: Sequence[nn.Module],
+        contexts: Sequence[Context],
+        device: torch.device,
+        dtype: torch.dtype,
+        recompute: bool = False,
+    ) -> Span:
+        """Reads the group's blocks only."""
+        config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
+        blocks = [
+            build_block(meta_blocks[block.dense], block, self.donor_block, config, device, donors)
+            for block in self.neighbours
+        ]
+        own = [contexts[block.dense].to(device) for block in self.neighbours]
+        return Span(blocks, own, dtype, recompute)
+
+    def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
+        """Two learning rates: one for the fusion coefficients C, D and c, another for the rest."""
+        named = [(name, value) for name, value in span.named_parameters() if value.requires_grad]
+        coefficients = [value for name, value in named if is_coefficient(name)]
+        rest = [value for name, value in named if not is_coefficient(name)]
+        return [
+            {"params": coefficients, "lr": self.settings.learning_rate},
+            {"params": rest, "lr": self.settings.lora_learning_rate},
+        ]
+
+    def save(self, span: Span, part: int = 0, parts: int = 1) -> SavedBlocks:
+        """Write every `parts`-th of the trained blocks.
+
+        Two files a block: its weights folded to plain ones (float32 where something learned, for
+        scoring and publishing) and, unless every round is folded, what it learned, so that the next
+        round goes on from there.
+        """
+        saved = SavedBlocks({}, {})
+        pairs = list(zip(self.neighbours, span.blocks, strict=True))
+        for neighbour, block in pairs[part::parts]:
+            name = f"without-{self.donor:03d}-block-{neighbour.dense:03d}"
+            saved.blocks[neighbour.dense] = self._save(
+                storage.join(self.folder, name), neighbour, block, saved.files
+            )
+        return saved
+
+    def _save(
+        self, uri: str, neighbour: Block, block: nn.Module, files: dict[str, FileRecord]
+    ) -> Block:
+        def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+            entries = [
+                Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
+                for name, value in tensors.items()
+            ]
+            self.fence()
+            files[file], refs = write_safetensors(file, entries)
+            return refs
+
+        donor = self.donor_block if self.fuse else None
+        folded = folded_tensors(block, neighbour, donor)
+        assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
+        weights = {**neighbour.weights, **write(f"{uri}.safetensors", folded)}
+        terms = None
+        if self.settings.fold == "at_end":
+            learned = write(f"{uri}.learned.safetensors", learned_tensors(block))
+            terms = Terms(*terms_of(neighbour, donor), learned)
+        return Block(neighbour.dense, weights, terms)

@@ -1,0 +1,92 @@
+"""Scoring a stack on workers: the search decides what to measure, model replicas measure it.
+
+Shapes: W windows, T tokens, C candidates.
+
+A task is one or several batches of windows, each with its candidates. A window's sums depend on its
+batch alone, and what is measured depends on no number of replicas, so neither does the result.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.search import Job, block_forwards, search
+from fusegpt_ray.importance.sums import Sums
+from fusegpt_ray.importance.sweep import Part, sweep
+from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.sections import Importance
+from fusegpt_ray.workers.base import Workers
+
+
+def score(
+    workers: Workers,
+    stack: Stack,
+    windows_WT: np.ndarray,
+    settings: Importance,
+    last: Ranking | None = None,
+    sums: Sums | None = None,
+) -> Ranking:
+    """Find the block to remove.
+
+    Args:
+        last: the last round's ranking, which saves a wave (see `search.py`).
+        sums: what a killed attempt has measured; what is measured now is added to it.
+
+    Raises:
+        FloatingPointError: a sum is not finite.
+        MemoryError: not even a single window fits.
+    """
+    batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
+    sizes, depth = [len(batch) for batch in batches], len(stack)
+    known = sums or Sums()
+
+    def cost(job: Job) -> int:
+        batch, positions = job
+        return sizes[batch] * block_forwards(depth, positions)
+
+    def attempt(batch_size: int) -> Ranking:
+        def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+            # Replicas that read the weights for each walk should walk once; others take a job
+            # whenever they are done with one, the longest first.
+            parts = workers.replicas if workers.streams else len(jobs)
+            groups = split_evenly(jobs, [cost(job) for job in jobs], parts)
+            tasks = [(stack, [(batches[batch], c) for batch, c in group]) for group in groups]
+            costs = [sum(map(cost, group)) for group in groups]
+            for number, found in workers.map(sweep_batches, tasks, batch_size, costs):
+                yield from zip(groups[number], found, strict=True)
+
+        ask = known.recalled(batch_size, measure)
+        return search(ask, stack.kept, sizes, windows_WT.shape[1], settings, last)
+
+    ranking, batch_size = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
+    return replace(ranking, batch_size=batch_size)
+
+
+def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[list[Job]]:
+    """The jobs in at most so many groups of about the same cost, the costliest group first.
+
+    Longest processing time first: each job, from the costliest on, goes to the cheapest group.
+    """
+    groups: list[list[Job]] = [[] for _ in range(min(parts, len(jobs)))]
+    loads = [(0, number) for number in range(len(groups))]
+    for job in sorted(range(len(jobs)), key=lambda job: -costs[job]):
+        load, number = loads[0]
+        groups[number].append(jobs[job])
+        heapq.heapreplace(loads, (load + costs[job], number))
+    return groups
+
+
+def sweep_batches(
+    runner: Runner, stack: Stack, parts: Sequence[tuple[np.ndarray, tuple[int, ...]]]
+) -> list[np.ndarray]:
+    """The task: for each batch of windows and its candidates, sums of 1 − cos, [W, C] float64."""
+    walked = sweep(runner, stack, [Part(torch.tensor(windows_WT), c) for windows_WT, c in parts])
+    return [sums_WC.numpy() for sums_WC in walked]

@@ -1,0 +1,10 @@
+"""The methods by name: what happens to a stack once the block to remove is known. Light: no torch
+until one is used.
+"""
+
+from fusegpt_ray.methods import fusegpt, mi, mi_ft
+from fusegpt_ray.methods.base import Method
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (mi.METHOD, mi_ft.METHOD, fusegpt.METHOD)
+}

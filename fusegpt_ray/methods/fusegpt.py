@@ -1,0 +1,15 @@
+"""`fusegpt`: the block is fused into the blocks around it, which are fine-tuned (the paper)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from fusegpt_ray.methods.base import Method
+from fusegpt_ray.methods.group import train_group
+
+METHOD = Method(
+    name="fusegpt",
+    about="blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
+    change=partial(train_group, fuse=True),
+    trains=True,
+)

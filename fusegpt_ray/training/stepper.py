@@ -1,0 +1,128 @@
+"""One optimizer step on one batch: what every way to train offers the loop, and plain torch's way.
+
+Shapes: b windows of a loss batch on this worker, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from fusegpt_ray.training.microbatch import accumulate
+from fusegpt_ray.training.optimizer import (
+    cosine_to_zero,
+    load_training_state,
+    make_optimizer,
+    training_state,
+)
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""States entering the span and the teacher's states leaving it, [b, T, D] each."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How a span is trained, whatever it is."""
+
+    loss: str
+    """One of `losses.LOSSES`."""
+    batch: int
+    """Windows of a loss batch, over all workers."""
+    epochs: int
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    micro_batch: int | None = None
+    """Windows that pass a worker's span at once; None: its whole share of the loss batch."""
+    recompute: bool = False
+    """See `Span`."""
+    checkpoint_minutes: float = 5.0
+    """At least so many minutes pass between two training checkpoints."""
+
+
+class Stepper(Protocol):
+    """Trains a span, alone or as one of several workers."""
+
+    @property
+    def worker(self) -> int:
+        """Its number, from 0."""
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        """Forward, backward, update. Returns this worker's loss: a detached scalar on the device."""
+
+    def mean(self, losses: torch.Tensor) -> float:
+        """The mean of an epoch's losses over all workers. Called by all workers at once."""
+
+    def gather(self, row: list[int]) -> list[list[int]]:
+        """The rows of all workers, by their number. Called by all workers at once."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that this worker's next steps depend on: the tensors themselves, not copies."""
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from such a state. Called by all workers at once."""
+
+
+@dataclass
+class TorchStepper:
+    """One process, plain torch."""
+
+    span: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    device: torch.device
+    loss: str
+    micro_batch: int | None
+
+    @classmethod
+    def make(
+        cls,
+        span: nn.Module,
+        groups: Sequence[Mapping[str, Any]],
+        config: TrainingConfig,
+        steps: int,
+        device: torch.device,
+        micro_batch: int | None = None,
+    ) -> TorchStepper:
+        """`groups`: of parameters, {"params", "lr"}; `steps`: of the whole training."""
+        optimizer = make_optimizer(groups, config.betas, config.eps)
+        schedule = cosine_to_zero(optimizer, steps)
+        return cls(span, optimizer, schedule, device, config.loss, micro_batch)
+
+    def step(self, batch: Batch) -> torch.Tensor:
+        entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
+        loss = accumulate(
+            self.span, self._backward, entering, leaving, self.loss, self.micro_batch, False
+        )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.schedule.step()
+        return loss
+
+    @staticmethod
+    def _backward(loss: torch.Tensor, _: bool) -> None:
+        loss.backward()
+
+    def mean(self, losses: torch.Tensor) -> float:
+        return losses.mean().item()
+
+    @property
+    def worker(self) -> int:
+        return 0
+
+    def gather(self, row: list[int]) -> list[list[int]]:
+        return [row]
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return training_state(self.schedule, self._masters)
+
+    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+        load_training_state(state, self.schedule, self._masters)
+
+    @property
+    def _masters(self) -> list[torch.Tensor]:
+        return [value for group in self.optimizer.param_groups for value in group["params"]]
