@@ -21,8 +21,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.store import diagnosis, storage
-from fusegpt_ray.store.patience import patiently
 from fusegpt_ray.store.records import FileRecord as FileRecord
+from fusegpt_ray.store.retry import with_retries
 
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 SINGLE = SAFE_WEIGHTS_NAME
@@ -298,7 +298,7 @@ def write_safetensors(
 
     A store that fails in passing gets the whole file again: entries are loaded anew, nothing of the broken stream stays.
     """
-    return patiently(file, lambda: _write_once(file, entries))
+    return with_retries(file, lambda: _write_once(file, entries))
 
 
 def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
