@@ -13,7 +13,7 @@ from fusegpt_ray.store.naming import is_local
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and the path in it that `uri` names; credentials come from the environment alone.
+    """The file system and the path that `uri` names. Credentials come from the environment alone.
 
     Raises:
         ValueError: the protocol is unknown, or it is a version of an object.

@@ -30,13 +30,14 @@ def link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
             raise
-        if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
+        # Without hard links, two writers at the same moment could both succeed.
+        if path.exists():
             raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
         temporary.rename(path)
 
 
 def missing_folders(uri: str) -> list[Path]:
-    """The local folders that writing into this one would make, the deepest first; object stores have none."""
+    """The local folders that writing here would make, deepest first; none on object stores."""
     folders = [] if "://" in uri else [Path(uri), *Path(uri).parents]
     return [folder for folder in folders if not folder.exists()]
 

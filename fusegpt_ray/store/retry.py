@@ -109,7 +109,8 @@ def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) 
     `verb` must be safe to call twice. Time counts from its first failure.
 
     Raises:
-        StorageError: trying again cannot help, or did not for `seconds` seconds (`FUSEGPT_RETRY_SECONDS` if None).
+        StorageError: retrying cannot help, or did not help for `seconds` seconds
+            (`FUSEGPT_RETRY_SECONDS` if None).
     """
     if seconds is None:
         seconds = retry_seconds()
@@ -129,14 +130,15 @@ def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) 
             if time.monotonic() + pause > failed + seconds:
                 raise StorageError(
                     cleaned(uri),
-                    f"{found.problem}; given up after {attempt + 1} {'tries' if attempt else 'try'}",
+                    f"{found.problem}; given up after {attempt + 1} "
+                    f"{'tries' if attempt else 'try'}",
                 ) from error
         attempt += 1
         time.sleep(pause)
 
 
 def trouble(error: BaseException) -> Trouble | None:
-    """What an exception says about the store; nothing if it is about a file, or a mistake of ours."""
+    """What an exception says about the store; None if it is about a file or a bug of ours."""
     if isinstance(error, StorageError):
         return None
     said = answer(error)

@@ -1,4 +1,7 @@
-"""Files that the processes of a machine share: one of them has a file at a time, and the kernel says whether it still lives."""
+"""Files shared by the processes of a machine, each locked by one at a time.
+
+The kernel releases a lock when its process ends.
+"""
 
 from __future__ import annotations
 

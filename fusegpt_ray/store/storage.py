@@ -1,9 +1,9 @@
-"""A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
+"""A few operations over fsspec, the same for local folders, s3://, gs://, hf:// and memory://.
 
-Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+Object stores have no rename (s3fs copies and leaves the source). Cached listings are never trusted.
 A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`,
 `get`, `put`, `cat` or `glob`). A prefix is no file; a folder is what lies below its name and a slash.
-Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `retry.py`).
+Failures that may pass are retried; others raise a `StorageError` (see `retry.py`).
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def read(uri: str, limit: int | None = None) -> bytes:
 
 
 def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of one file, several ranges at once (concurrently where the store can)."""
+    """The bytes [begin, end) of several ranges of one file, read concurrently where possible."""
     fs, path = filesystem(uri)
     begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
     paths = [path] * len(ranges)
@@ -145,7 +145,7 @@ def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 
 def stream(uri: str) -> Iterator[bytes]:
-    """A file's bytes from beginning to end, `STEP` at a time; a step that breaks off is read again, not the file."""
+    """A file's bytes, `STEP` at a time; a step that breaks off is read again, not the file."""
     total = size(uri)
     for begin in range(0, total, STEP):
         end = min(begin + STEP, total)
@@ -167,7 +167,7 @@ def reading(uri: str) -> Iterator[BinaryIO]:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of an object store, read range by range: a range that breaks off is read again, not the file."""
+    """A file of an object store, read in ranges; one that breaks off is read again, not the file."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.at, self.total = uri, 0, size(uri)
@@ -208,7 +208,7 @@ def read_json(uri: str) -> Any:
 
 
 def write(uri: str, data: bytes, retry_for: float | None = None) -> None:
-    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them.
+    """Write or replace a small file: readers see all the old bytes or all the new ones.
 
     `retry_for`: seconds to retry while the store fails, if not the usual ones.
     """
@@ -225,7 +225,9 @@ def write(uri: str, data: bytes, retry_for: float | None = None) -> None:
 
 
 def create(uri: str, data: bytes) -> None:
-    """Write a file that must not exist yet; of several writers at once exactly one succeeds (where the store can tell).
+    """Write a file that must not exist yet.
+
+    Of several writers at once exactly one succeeds, where the store has conditional writes.
 
     Raises:
         FileExistsError: it exists.
@@ -256,7 +258,7 @@ def create(uri: str, data: bytes) -> None:
 
 @contextmanager
 def writing(uri: str) -> Iterator[BinaryIO]:
-    """A stream into a new file, which a reader may see only when the block ends without an exception.
+    """A stream into a new file, which appears only when the block ends without an exception.
 
     Not retried: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
     """
