@@ -1,4 +1,4 @@
-"""`fusegpt.json`, the last file of a published model, checked before it is used. Light: no torch."""
+"""`fusegpt.json`, last file of a published model, checked before use. Light: no torch."""
 
 from __future__ import annotations
 

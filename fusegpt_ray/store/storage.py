@@ -2,7 +2,7 @@
 
 Object stores have no rename (s3fs copies and leaves the source). Cached listings are never trusted.
 A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`,
-`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is what lies below its name and a slash.
+`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is all below its name and a slash.
 Failures that may pass are retried; others raise a `StorageError` (see `retry.py`).
 """
 
@@ -167,7 +167,7 @@ def reading(uri: str) -> Iterator[BinaryIO]:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of an object store, read in ranges; one that breaks off is read again, not the file."""
+    """A file of an object store, read in ranges; only a broken range is read again."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.at, self.total = uri, 0, size(uri)
@@ -276,15 +276,10 @@ def writing(uri: str) -> Iterator[BinaryIO]:
                 file.closed = True
                 file.discard()
             else:
-                _close_anyhow(file)
+                with suppress(OSError):  # its last bytes may have no room
+                    file.close()
                 fs.rm_file(path)
         raise
-
-
-def _close_anyhow(file: Any) -> None:
-    """Close a file whose last bytes may have no room."""
-    with suppress(OSError):
-        file.close()
 
 
 def remove(uri: str, recursive: bool = False) -> None:
