@@ -255,7 +255,8 @@ def read_parts(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, bytes]]:
             ref = refs[name]
             if len(part) != ref.end - ref.begin:
                 raise OSError(
-                    f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes"
+                    f"{file} ended early while {ref.name} was read: "
+                    f"{len(part)} of {ref.end - ref.begin} bytes"
                 )
             yield name, part
 
