@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
-from fusegpt_ray.store.patience import seconds_of_patience
+from fusegpt_ray.store.retry import retry_seconds
 
 TIMEOUT = 600.0
 """Seconds that a worker may be silent, in a collective or between two signs of life."""
@@ -85,7 +85,7 @@ class Meeting:
         """
         self._looked = time.monotonic()
         all_here: Future[None] = Future()
-        longest = 2 * self._timeout + seconds_of_patience() + moved / SLOWEST
+        longest = 2 * self._timeout + retry_seconds() + moved / SLOWEST
         threading.Thread(target=self._watch, args=(all_here, longest), daemon=True).start()
         while True:
             try:

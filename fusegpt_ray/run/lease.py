@@ -230,7 +230,7 @@ class Lease:
         sign = {"time": time.time(), **owner, "doing": self._doing(), **self._facts, **more}
         with contextlib.suppress(Exception):  # whatever the store raises; or the name is lost
             self.fence.check()
-            storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), patience=0)
+            storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), retry_for=0)
 
 
 def claim(folder: str, last: Standing | None, owner: Owner) -> bool:

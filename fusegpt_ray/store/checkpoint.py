@@ -1,8 +1,9 @@
 """Lazy reading and streamed writing of (sharded) safetensors, anywhere fsspec reaches.
 
-Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes
-(https://github.com/huggingface/safetensors#format). The library's own reader needs a local file and its writer the whole file
-in memory; we read single tensors by byte ranges and write tensor by tensor. Nothing here ever unpickles.
+Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
+then the tensors' bytes (https://github.com/huggingface/safetensors#format). The library's own
+reader needs a local file and its writer the whole file in memory; we read single tensors by byte
+ranges and write tensor by tensor. Nothing here ever unpickles.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.store import diagnosis, storage
-from fusegpt_ray.store.patience import patiently
 from fusegpt_ray.store.records import FileRecord as FileRecord
+from fusegpt_ray.store.retry import with_retries
 
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 SINGLE = SAFE_WEIGHTS_NAME
@@ -164,7 +165,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _natural(text: str) -> int:
-    """JSON's whole numbers as the format means them: no sign, and no more digits than a file can have bytes."""
+    """Unsigned whole numbers with no more digits than the size of a file can have."""
     if not text.isdecimal() or len(text) > 19:
         raise ValueError(f"{text[:30]} is no size")
     return int(text)
@@ -224,7 +225,7 @@ def read_index(folder: str, key: str) -> dict[str, TensorRef]:
 
 
 def choice(files: Collection[str]) -> str | None:
-    """What `from_pretrained` begins with of a folder's files: one file of weights, else an index of shards."""
+    """The file that `from_pretrained` opens first: one file of weights, else an index of shards."""
     return next((name for name in (SINGLE, INDEX) if name in files), None)
 
 
@@ -254,7 +255,8 @@ def read_parts(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, bytes]]:
             ref = refs[name]
             if len(part) != ref.end - ref.begin:
                 raise OSError(
-                    f"{file} ended early while {ref.name} was read: {len(part)} of {ref.end - ref.begin} bytes"
+                    f"{file} ended early while {ref.name} was read: "
+                    f"{len(part)} of {ref.end - ref.begin} bytes"
                 )
             yield name, part
 
@@ -276,7 +278,7 @@ class Entry:
 def layout(
     file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]
 ) -> tuple[bytes, dict[str, TensorRef]]:
-    """What a safetensors file of these tensors (name, dtype, shape), in order, begins with, and where each will lie in it."""
+    """The header of a safetensors file of these tensors (name, dtype, shape), and their places."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, dtype, shape in tensors:
@@ -294,11 +296,11 @@ def layout(
 def write_safetensors(
     file: str, entries: Sequence[Entry]
 ) -> tuple[FileRecord, dict[str, TensorRef]]:
-    """Write one safetensors file tensor by tensor; returns its record and where each tensor lies in it.
+    """Write one safetensors file tensor by tensor; returns its record and the tensors' places.
 
-    A store that fails in passing gets the whole file again: entries are loaded anew, nothing of the broken stream stays.
+    After a failure that may pass, the whole file is written again from newly loaded entries.
     """
-    return patiently(file, lambda: _write_once(file, entries))
+    return with_retries(file, lambda: _write_once(file, entries))
 
 
 def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:

@@ -1,4 +1,4 @@
-"""What a file or a folder really is where it is not what it should be: said in words, with what to do. Light: no torch."""
+"""What an unexpected file or folder really is, in words, and what to do. Light: no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _BEGINNINGS = {
 BEGINNING = max(map(len, _BEGINNINGS))
 """Bytes that `kind` wants to see."""
 _FIXES = {
-    "Git LFS": "fetch the files: `git lfs pull` in the repository, or `hf download ORG/NAME --local-dir FOLDER`",
+    "Git LFS": "fetch the files: `git lfs pull` in the repository, or "
+    "`hf download ORG/NAME --local-dir FOLDER`",
     "web page": "download it again, with the credentials that it needs",
     "byte-order": "save it as UTF-8 without a byte-order mark",
     "UTF-16": "save it as UTF-8",
@@ -39,7 +40,7 @@ _NO_PICKLES = (".h5", ".msgpack", ".npz", ".onnx")
 
 
 def kind(beginning: bytes) -> str:
-    """What a file is that begins like this, where that tells: "a Git LFS pointer instead of the file"; or nothing."""
+    """What a file with this beginning is ("a Git LFS pointer instead of the file"), or nothing."""
     lower = beginning.lstrip().lower()
     for mark, what in _BEGINNINGS.items():
         if beginning.startswith(mark) or (mark.startswith(b"<") and lower.startswith(mark)):
@@ -83,7 +84,10 @@ def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[s
     if {"model.safetensors", "model.safetensors.index.json"} & {*files}:
         return "", _USUAL
     if shards:
-        problem = f"{len(shards)} shards are there ({_some(shards)}), but no model.safetensors.index.json that says what is in which"
+        problem = (
+            f"{len(shards)} shards are there ({_some(shards)}), but no "
+            "model.safetensors.index.json that says what is in which"
+        )
         return problem, "download the index, too; it belongs to the checkpoint"
     if safe:
         problem = (
@@ -91,10 +95,14 @@ def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[s
         )
         return (
             problem,
-            "give the folder of a checkpoint in the format of Hugging Face, as save_pretrained writes it",
+            "give the folder of a checkpoint in the format of Hugging Face, "
+            "as save_pretrained writes it",
         )
     if adapters:
-        fix = "merge it into its base model first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)"
+        fix = (
+            "merge it into its base model first: PeftModel.from_pretrained(base, adapter)"
+            ".merge_and_unload().save_pretrained(folder)"
+        )
         return f"an adapter ({_some(adapters)}), not a whole model", fix
     if gguf:
         return f"a GGUF checkpoint ({_some(gguf)})", remedy("GGUF")

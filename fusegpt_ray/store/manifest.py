@@ -1,4 +1,4 @@
-"""`fusegpt.json`, the last file of a published model: read, and checked before anything in it is believed. Light: no torch."""
+"""`fusegpt.json`, last file of a published model, checked before use. Light: no torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Manifest:
     raw: bytes
     data: Mapping[str, Any]
     files: Mapping[str, FileRecord]
-    """By path ("additional_chat_templates/tool.jinja"); every path is a plain one that stays in the model's folder."""
+    """By path ("additional_chat_templates/tool.jinja"), which never leaves the model's folder."""
 
     @property
     def size(self) -> int:
@@ -124,7 +124,7 @@ class Manifest:
 
 
 def unusable(path: str) -> str:
-    """What is wrong with a file's path in a manifest, or nothing. One that is right names a file within any folder."""
+    """What is wrong with a file's path in a manifest, or nothing if it stays within its folder."""
     if re.search(r"[\x00-\x1f\x7f]", path):
         return "a name with control characters"
     if re.search(r"[\\:]", path) or path.startswith("/") or {".", ".."} & {*path.split("/")}:

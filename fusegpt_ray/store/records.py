@@ -1,4 +1,4 @@
-"""Records that tell whether they, and the files they point at, are what was written. Light: no torch."""
+"""Records with checksums of themselves and of the files they point at. Light: no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Files that the processes of a machine share: one of them has a file at a time, and the kernel says whether it still lives."""
+"""Files shared by the processes of a machine, each locked by one at a time.
+
+The kernel releases a lock when its process ends.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,10 @@ def make_own(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     info = folder.lstat()
     if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.geteuid() or info.st_mode & 0o022:
-        problem = "a link, or another user's, or others may write there: have FUSEGPT_CACHE name a folder of your own"
+        problem = (
+            "a link, or another user's, or others may write there: "
+            "have FUSEGPT_CACHE name a folder of your own"
+        )
         raise PermissionError(errno.EACCES, problem, str(folder))
 
 

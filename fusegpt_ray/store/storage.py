@@ -1,9 +1,9 @@
-"""A handful of verbs over fsspec: the same code for a local folder, s3://, gs://, hf:// and memory://.
+"""A few operations over fsspec, the same for local folders, s3://, gs://, hf:// and memory://.
 
-Notable: no rename on object stores (S3 has none; s3fs copies and leaves the source), and listings are never trusted from a cache.
+Object stores have no rename (s3fs copies and leaves the source). Cached listings are never trusted.
 A path is a name, never a pattern: only calls of fsspec that take it literally are used (not `rm`,
-`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is what lies below its name and a slash.
-Every verb waits for a store that fails in passing, and raises a `StorageError` where it fails for good (see `patience.py`).
+`get`, `put`, `cat` or `glob`). A prefix is no file; a folder is all below its name and a slash.
+Failures that may pass are retried; others raise a `StorageError` (see `retry.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,51 +22,23 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from fusegpt_ray.store.naming import is_local
-from fusegpt_ray.store.patience import patiently
+from fusegpt_ray.store.filesystem import absolute as absolute
+from fusegpt_ray.store.filesystem import filesystem as filesystem
+from fusegpt_ray.store.filesystem import is_remote as is_remote
+from fusegpt_ray.store.filesystem import join as join
+from fusegpt_ray.store.local import link, place_local
+from fusegpt_ray.store.local import missing_folders as missing_folders
+from fusegpt_ray.store.local import remove_empty as remove_empty
+from fusegpt_ray.store.retry import with_retries
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
 SMALL = 1 << 25
-"""Bytes of the largest JSON file of others that is read: all of it is held, several times over once it is parsed."""
+"""Bytes of the largest foreign JSON file that is read: parsed, it takes several times as much."""
 REMOVED_AT_ONCE = 16
 """Objects whose removal is asked for at the same time."""
-
-
-def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system and the path in it that `uri` names; credentials come from the environment alone.
-
-    Raises:
-        ValueError: the protocol is unknown, or it is a version of an object.
-        ImportError: the protocol's package is missing.
-    """
-    uri = str(uri)
-    if is_local(uri):  # whatever else fsspec would see in the name
-        path = LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
-        return fsspec.filesystem("file"), path
-    fs, path = url_to_fs(uri)
-    if "s3" in fs.protocol:
-        if "?versionId=" in path:  # s3fs cuts the name there
-            raise ValueError("it names a version of an object, not a file or a folder")
-        fs.retries = 1  # botocore tries requests again, and `patiently` what is left; a third loop would multiply the two
-    return fs, path
-
-
-def absolute(uri: str) -> str:
-    """`uri` with a local path made absolute, so that another process (with another working folder) means the same file."""
-    return uri if "://" in uri else str(Path(os.path.expanduser(uri)).absolute())
-
-
-def is_remote(uri: str) -> bool:
-    """Whether reading it asks another machine (or what a test takes for one)."""
-    return "://" in uri and "file" not in filesystem(uri)[0].protocol
-
-
-def join(uri: str, *parts: str) -> str:
-    return "/".join([uri.rstrip("/"), *parts])
 
 
 def exists(uri: str) -> bool:
@@ -87,7 +59,7 @@ def _info(uri: str) -> dict[str, Any]:
     """
     fs, path = filesystem(uri)
     fs.invalidate_cache(path)
-    info: dict[str, Any] = patiently(uri, lambda: fs.info(path))
+    info: dict[str, Any] = with_retries(uri, lambda: fs.info(path))
     if info.get("type") == "directory" and not isinstance(fs, LocalFileSystem):
         raise FileNotFoundError(errno.ENOENT, "a prefix, not a file", uri)
     return info
@@ -107,15 +79,14 @@ def names(uri: str) -> list[str]:
 
 
 def _entries(uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[dict[str, Any]]]:
-    """What is directly in a folder, with its file system and path there; nothing if there is no such folder."""
+    """What is directly in a folder (nothing if there is none), its file system and its path."""
     fs, path = filesystem(uri)
-    if isinstance(fs, LocalFileSystem) and not fs.exists(
-        path
-    ):  # also below a file, or a link to itself
+    # Also below a file, or a link to itself.
+    if isinstance(fs, LocalFileSystem) and not fs.exists(path):
         return fs, path, []
     fresh = {"refresh": True} if "s3" in fs.protocol else {}
     try:
-        return fs, path, patiently(uri, lambda: fs.ls(path, detail=True, **fresh))
+        return fs, path, with_retries(uri, lambda: fs.ls(path, detail=True, **fresh))
     except FileNotFoundError:
         return fs, path, []
 
@@ -125,7 +96,7 @@ def below(uri: str) -> dict[str, dict[str, Any]]:
     fs, path = filesystem(uri)
     fs.invalidate_cache()
     begin = path.rstrip("/") + "/"
-    found = patiently(uri, lambda: fs.find(path, detail=True))
+    found = with_retries(uri, lambda: fs.find(path, detail=True))
     # Not the file that is called like the folder, nor what some clients mark folders by.
     inside = [name for name in found if name.startswith(begin) and not name.endswith("/")]
     return {name.removeprefix(begin): found[name] for name in sorted(inside)}
@@ -158,23 +129,23 @@ def read(uri: str, limit: int | None = None) -> bytes:
             raise OSError("not a file")
         if (there := size(uri)) > limit:
             raise OSError(f"it has {there} bytes, more than the {limit} such a file may have")
-    return bytes(patiently(uri, lambda: fs.cat_file(path)))
+    return bytes(with_retries(uri, lambda: fs.cat_file(path)))
 
 
 def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
-    """The bytes [begin, end) of one file, several ranges at once (concurrently where the store can)."""
+    """The bytes [begin, end) of several ranges of one file, read concurrently where possible."""
     fs, path = filesystem(uri)
     begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
     paths = [path] * len(ranges)
     # on_error="raise": fsspec would otherwise hand exceptions back as if they were bytes.
     return [
         bytes(part)
-        for part in patiently(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))
+        for part in with_retries(uri, lambda: fs.cat_ranges(paths, begins, ends, on_error="raise"))
     ]
 
 
 def stream(uri: str) -> Iterator[bytes]:
-    """A file's bytes from beginning to end, `STEP` at a time; a step that breaks off is read again, not the file."""
+    """A file's bytes, `STEP` at a time; a step that breaks off is read again, not the file."""
     total = size(uri)
     for begin in range(0, total, STEP):
         end = min(begin + STEP, total)
@@ -196,7 +167,7 @@ def reading(uri: str) -> Iterator[BinaryIO]:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of an object store, read range by range: a range that breaks off is read again, not the file."""
+    """A file of an object store, read in ranges; only a broken range is read again."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.at, self.total = uri, 0, size(uri)
@@ -229,89 +200,67 @@ def download(uri: str, path: str) -> None:
             for part in stream(uri):
                 file.write(part)
 
-    patiently(path, once)
+    with_retries(path, once)
 
 
 def read_json(uri: str) -> Any:
     return json.loads(read(uri, SMALL))
 
 
-def write(uri: str, data: bytes, patience: float | None = None) -> None:
-    """Write a small file, or replace it: a reader sees the old bytes or the new ones, never a part of them.
+def write(uri: str, data: bytes, retry_for: float | None = None) -> None:
+    """Write or replace a small file: readers see all the old bytes or all the new ones.
 
-    `patience`: seconds to go on where the store fails, if not the usual ones.
+    `retry_for`: seconds to retry while the store fails, if not the usual ones.
     """
     fs, path = filesystem(uri)
 
     def once() -> None:
         _make_parent(fs, path)
         if "file" in fs.protocol:
-            _place_local(Path(path), data, os.replace)
+            place_local(Path(path), data, os.replace)
         else:
             fs.pipe_file(path, data)
 
-    patiently(uri, once, patience)
+    with_retries(uri, once, retry_for)
 
 
 def create(uri: str, data: bytes) -> None:
-    """Write a file that must not exist yet; of several writers at once exactly one succeeds (where the store can tell).
+    """Write a file that must not exist yet.
+
+    Of several writers at once exactly one succeeds, where the store has conditional writes.
 
     Raises:
         FileExistsError: it exists.
     """
     fs, path = filesystem(uri)
-    # A put that succeeded and whose answer was lost is sent again, by us, botocore or aiohttp (which tells nobody), and then refused:
-    # the object's own mark says whether it was ours.
+    # A put whose answer was lost is sent again, by us, botocore or (silently) aiohttp, and is then
+    # refused although it succeeded. The mark on the object tells whether it is ours.
     mark = secrets.token_hex(8)
     marked = {"Metadata": {"writer": mark}} if "s3" in fs.protocol else {}
 
     def once() -> None:
         _make_parent(fs, path)
         if "file" in fs.protocol:
-            _place_local(Path(path), data, _link)
+            place_local(Path(path), data, link)
             return
         try:
             fs.pipe_file(path, data, mode="create", **marked)
-        except OSError as error:  # a conditional put that lost is FileExistsError on some servers, OSError(22) on others
+        except OSError as error:
+            # A lost conditional put is FileExistsError on some servers, OSError(22) on others.
             if not isinstance(error, FileExistsError) and not exists(uri):
                 raise
             if marked and fs.metadata(path, refresh=True).get("writer") == mark:
                 return
             raise FileExistsError(uri) from error
 
-    patiently(uri, once)
-
-
-def _place_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
-    """All of it or nothing, whatever kills us: `place` gives a finished temporary file its name."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        place(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _link(temporary: Path, path: Path) -> None:
-    """A hard link to a finished file appears at once, and fails if the name is taken."""
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
-            raise
-        if path.exists():  # a file system without hard links: here two writers at the same moment could both succeed
-            raise FileExistsError(errno.EEXIST, "exists", str(path)) from error
-        temporary.rename(path)
+    with_retries(uri, once)
 
 
 @contextmanager
 def writing(uri: str) -> Iterator[BinaryIO]:
-    """A stream into a new file, which a reader may see only when the block ends without an exception.
+    """A stream into a new file, which appears only when the block ends without an exception.
 
-    Not patient: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
+    Not retried: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
     """
     fs, path = filesystem(uri)
     _make_parent(fs, path)
@@ -320,24 +269,17 @@ def writing(uri: str) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
         file.close()
     except BaseException:
-        with suppress(
-            Exception
-        ):  # what broke the stream is the news, not that tidying up after it fails, too
-            if isinstance(
-                file, fsspec.spec.AbstractBufferedFile
-            ):  # an object store's multipart upload: nothing appears
+        # The error worth reporting is what broke the stream, not a failure to tidy up after it.
+        with suppress(Exception):
+            # A multipart upload to an object store: nothing appears.
+            if isinstance(file, fsspec.spec.AbstractBufferedFile):
                 file.closed = True
                 file.discard()
             else:
-                _close_anyhow(file)
+                with suppress(OSError):  # its last bytes may have no room
+                    file.close()
                 fs.rm_file(path)
         raise
-
-
-def _close_anyhow(file: Any) -> None:
-    """Close a file whose last bytes may have no room."""
-    with suppress(OSError):
-        file.close()
 
 
 def remove(uri: str, recursive: bool = False) -> None:
@@ -362,21 +304,7 @@ def _remove_object(fs: fsspec.AbstractFileSystem, path: str) -> None:
         with suppress(FileNotFoundError):
             fs.rm_file(path)
 
-    patiently(fs.unstrip_protocol(path), once)
-
-
-def missing_folders(uri: str) -> list[Path]:
-    """The local folders that writing into this one would make, the deepest first; object stores have none."""
-    folders = [] if "://" in uri else [Path(uri), *Path(uri).parents]
-    return [folder for folder in folders if not folder.exists()]
-
-
-def remove_empty(folders: list[Path]) -> None:
-    """Remove local folders, the deepest first, up to one that holds something."""
-    with suppress(OSError):
-        for folder in folders:
-            if folder.exists():
-                folder.rmdir()
+    with_retries(fs.unstrip_protocol(path), once)
 
 
 def sha256(uri: str) -> str:
@@ -393,13 +321,16 @@ def fingerprint(uri: str) -> str:
 
 
 def version(uri: str) -> str | None:
-    """What changes when a file is written anew, told without reading it: the store's own checksum, else size and time; or nothing."""
+    """What changes when a file is written anew, told without reading it.
+
+    The store's own checksum, else size and time; None where the store tells neither.
+    """
     fs, path = filesystem(uri)
     info = _info(uri)
     try:
         return (
             _checksum(info)
-            or f"{info['size']} bytes of {patiently(uri, lambda: fs.modified(path))}"
+            or f"{info['size']} bytes of {with_retries(uri, lambda: fs.modified(path))}"
         )
     except NotImplementedError:  # a store that does not tell the time
         return None
@@ -411,7 +342,6 @@ def _checksum(info: dict[str, Any]) -> str | None:
 
 
 def _make_parent(fs: fsspec.AbstractFileSystem, path: str) -> None:
-    if (
-        "file" in fs.protocol
-    ):  # object stores have no folders, and creating "folders" may ask for rights on buckets
+    # Object stores have no folders, and creating "folders" may ask for rights on buckets.
+    if "file" in fs.protocol:
         fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)

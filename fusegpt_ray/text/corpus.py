@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.patience import Trouble, cleaned, patiently, trouble
+from fusegpt_ray.store.retry import Trouble, cleaned, trouble, with_retries
 from fusegpt_ray.text.formats import Source, beside, check_column, file_format, names_a_file
 from fusegpt_ray.text.rows import check_is_text, loading, opened, rows
 
@@ -38,7 +38,7 @@ def sources(text: Text, key: str) -> list[Source]:
     data = text.data
     with _explained(key, data):
         fs, path = storage.filesystem(data)
-        if patiently(data, lambda: fs.isdir(path)):
+        if with_retries(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
                 raise UserError(
                     key,
@@ -51,7 +51,7 @@ def sources(text: Text, key: str) -> list[Source]:
                 raise UserError(key, data, problem, "rename the folder, or give one of its files")
             return [_dataset(path, text, key)]
         # A name with brackets is a glob only if there is no file of that name.
-        entries = patiently(
+        entries = with_retries(
             data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
         )
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")

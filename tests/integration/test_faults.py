@@ -63,7 +63,7 @@ def proxy(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
     proxy = Proxy(upstream)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setenv("FUSEGPT_PATIENCE", "60")
+    monkeypatch.setenv("FUSEGPT_RETRY_SECONDS", "60")
     options = {
         "config_kwargs": {"read_timeout": 3, "connect_timeout": 3},
         "default_block_size": 5 * 2**20,
@@ -241,7 +241,7 @@ def test_a_missing_file_is_still_a_missing_file(stored: str) -> None:
 def test_a_store_that_stays_away_is_given_up_on(
     stored: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FUSEGPT_PATIENCE", "0.5")
+    monkeypatch.setenv("FUSEGPT_RETRY_SECONDS", "0.5")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     fault = Fault(BUSY[503], "GET", "there", times=FOREVER)
     proxy.inject(fault)

@@ -26,8 +26,8 @@ ONE, TWO = (name for name in FILES if name.endswith(".safetensors"))
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage's own patience has its own tests (`tests/integration/test_faults.py`)."""
-    monkeypatch.setenv("FUSEGPT_PATIENCE", "0")
+    """The retries of storage have their own tests (`tests/integration/test_faults.py`)."""
+    monkeypatch.setenv("FUSEGPT_RETRY_SECONDS", "0")
 
 
 @pytest.fixture(autouse=True)

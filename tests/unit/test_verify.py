@@ -25,8 +25,8 @@ MANIFEST = "fusegpt.json"
 
 @pytest.fixture(autouse=True)
 def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage's own patience has its own tests (`tests/integration/test_faults.py`)."""
-    monkeypatch.setenv("FUSEGPT_PATIENCE", "0")
+    """The retries of storage have their own tests (`tests/integration/test_faults.py`)."""
+    monkeypatch.setenv("FUSEGPT_RETRY_SECONDS", "0")
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
-"""What a failing store is answered with: another try after a growing, random pause, or one clear error.
+"""Retries of a failing store: exponential pauses with jitter, then one clear error.
 
-Notable:
-- S3 requests are tried again by botocore itself (5 times within seconds, `AWS_MAX_ATTEMPTS`); s3fs' own loop around it is switched
-  off (`storage.filesystem`), because the two multiply. What is left to us are streams that break after the answer began, which no
-  request's retry sees, and outages longer than botocore's few seconds: a verb is tried until the store has failed for
-  `FUSEGPT_PATIENCE` seconds (default 120);
-- errors are told apart by their class's name and the server's answer, so that no store's package is imported here;
-- what a message quotes is cleaned of user names, passwords, signatures and keys.
+- botocore retries S3 requests itself (5 times within seconds, see `AWS_MAX_ATTEMPTS`). The loop of
+  s3fs around it is switched off in `filesystem`, because the two would multiply. Two cases are left
+  for us: streams that break after the answer began, which no retry of a request sees, and outages
+  longer than a few seconds. An operation is retried until the store has failed for
+  `FUSEGPT_RETRY_SECONDS` seconds (default 120).
+- Errors are told apart by the name of their class and the answer of the server, so that no store's
+  package is imported here.
+- Messages are cleaned of user names, passwords, signatures and keys.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fusegpt_ray.errors import StorageError
 T = TypeVar("T")
 
 LONGEST_PAUSE = 30.0
-# Classes of botocore, aiohttp, requests, httpx and Python: the connection failed, at once or in the middle of an answer.
+# Classes of botocore, aiohttp, requests, httpx and Python that say that the connection failed.
 _PASSING = {
     "HTTPClientError",
     "ClientPayloadError",
@@ -97,19 +98,22 @@ class Trouble:
     fix: str = ""
 
 
-def seconds_of_patience() -> float:
-    """For how long a verb goes on while the store fails."""
-    return float(os.environ.get("FUSEGPT_PATIENCE", "120"))
+def retry_seconds() -> float:
+    """How long, in seconds, an operation is retried while the store keeps failing."""
+    return float(os.environ.get("FUSEGPT_RETRY_SECONDS", "120"))
 
 
-def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) -> T:
-    """`verb()`, tried again while the store fails in a way that may pass. It must be safe to do twice.
+def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) -> T:
+    """Call `verb`, and call it again while the store fails in a way that may pass.
+
+    `verb` must be safe to call twice. Time counts from its first failure.
 
     Raises:
-        StorageError: trying again cannot help, or did not for `patience` seconds (`FUSEGPT_PATIENCE` if None).
+        StorageError: retrying cannot help, or did not help for `seconds` seconds
+            (`FUSEGPT_RETRY_SECONDS` if None).
     """
-    if patience is None:
-        patience = seconds_of_patience()
+    if seconds is None:
+        seconds = retry_seconds()
     failed: float | None = None
     attempt = 0
     while True:
@@ -123,17 +127,18 @@ def patiently(uri: str, verb: Callable[[], T], patience: float | None = None) ->
             pause = min(LONGEST_PAUSE, 0.2 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
             if not found.passing:
                 raise StorageError(cleaned(uri), found.problem, found.fix) from error
-            if time.monotonic() + pause > failed + patience:
+            if time.monotonic() + pause > failed + seconds:
                 raise StorageError(
                     cleaned(uri),
-                    f"{found.problem}; given up after {attempt + 1} {'tries' if attempt else 'try'}",
+                    f"{found.problem}; given up after {attempt + 1} "
+                    f"{'tries' if attempt else 'try'}",
                 ) from error
         attempt += 1
         time.sleep(pause)
 
 
 def trouble(error: BaseException) -> Trouble | None:
-    """What an exception says about the store; nothing if it is about a file, or a mistake of ours."""
+    """What an exception says about the store; None if it is about a file or a bug of ours."""
     if isinstance(error, StorageError):
         return None
     said = answer(error)
@@ -166,7 +171,10 @@ def trouble(error: BaseException) -> Trouble | None:
 
 
 def answer(error: BaseException) -> Answer | None:
-    """The server's answer behind an exception; s3fs turns botocore's into Python's own and keeps the first as the cause."""
+    """The server's answer behind an exception, or None.
+
+    s3fs turns botocore's exceptions into Python's own and keeps the original as the cause.
+    """
     for link in _chain(error):
         response = getattr(link, "response", None)
         if isinstance(response, dict) and isinstance(response.get("Error"), dict):
@@ -184,7 +192,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def cleaned(text: str) -> str:
-    """`text` without what could be a secret: user names in URIs, signed queries, and the values of the environment's keys."""
+    """`text` without user names in URIs, signed queries and the values of secret variables."""
     text = re.sub(r"://[^/@\s'\"]+@", "://***@", text)
     text = re.sub(r"\?[^\s'\"]*(?i:signature|token|credential|key)[^\s'\"]*", "?***", text)
     for name, value in os.environ.items():

@@ -1,0 +1,46 @@
+"""Which file system a URI names, and the path in it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import fsspec
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from fusegpt_ray.store.naming import is_local
+
+
+def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system and the path that `uri` names. Credentials come from the environment alone.
+
+    Raises:
+        ValueError: the protocol is unknown, or it is a version of an object.
+        ImportError: the protocol's package is missing.
+    """
+    uri = str(uri)
+    if is_local(uri):  # whatever else fsspec would see in the name
+        path = LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
+        return fsspec.filesystem("file"), path
+    fs, path = url_to_fs(uri)
+    if "s3" in fs.protocol:
+        if "?versionId=" in path:  # s3fs cuts the name there
+            raise ValueError("it names a version of an object, not a file or a folder")
+        # botocore and `with_retries` retry already; a third loop would multiply the two.
+        fs.retries = 1
+    return fs, path
+
+
+def absolute(uri: str) -> str:
+    """`uri`, absolute if it is a local path: the same file for any working folder."""
+    return uri if "://" in uri else str(Path(os.path.expanduser(uri)).absolute())
+
+
+def is_remote(uri: str) -> bool:
+    """Whether reading it asks another machine (or what a test takes for one)."""
+    return "://" in uri and "file" not in filesystem(uri)[0].protocol
+
+
+def join(uri: str, *parts: str) -> str:
+    return "/".join([uri.rstrip("/"), *parts])
