@@ -47,8 +47,16 @@ def config_of(folder: Path) -> dict[str, Any]:
 # --- the same numbers as the real model ---
 
 
-@pytest.mark.parametrize("removed", [(), (1, 3), (0,), (DEPTH - 1,)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+REMOVED = ((1, 3), (0,), (DEPTH - 1,))
+PAIRS = [
+    (name, removed)
+    for number, name in enumerate(MODELS)
+    for removed in ((), REMOVED[number % len(REMOVED)])
+]
+"""Every model whole, and without some of its blocks: inner ones, the first or the last."""
+
+
+@pytest.mark.parametrize(("name", "removed"), PAIRS, ids=str)
 def test_states_and_logits_are_the_real_models_to_the_bit(
     name: str, removed: tuple[int, ...], checkpoint: Callable[[str], Path]
 ) -> None:
