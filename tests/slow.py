@@ -42,6 +42,8 @@ SLOW = (
     # A stopped run: before its first record on a disk, and both later moments on S3, stay.
     f"{STOPPED}[local-(epoch 1/3]",
     f"{STOPPED}[local-publishing tiny-p12.5]",
+    # One bomb of each kind of input stays.
+    "tests/unit/test_bombs.py::test_every_bomb_is_refused_within_a_bounded_memory[others-12]",
     # A kill of every kind of victim stays; of the driver's four moments on one process, two.
     KILLS + r"[driver (local) at \u201cround 1/2: scoring\u201d]",
     KILLS + r"[driver (local) at \u201cround 2: fusing\u201d]",
