@@ -42,6 +42,8 @@ SLOW = (
     # A stopped run: before its first record on a disk, and both later moments on S3, stay.
     f"{STOPPED}[local-(epoch 1/3]",
     f"{STOPPED}[local-publishing tiny-p12.5]",
+    # A real process that is killed and aged: the other two tests of live runs stay.
+    "tests/unit/test_clean.py::test_a_killed_run_is_alive_until_nobody_hears_of_it",
     # One bomb of each kind of input stays.
     "tests/unit/test_bombs.py::test_every_bomb_is_refused_within_a_bounded_memory[others-12]",
     # A kill of every kind of victim stays; of the driver's four moments on one process, two.
