@@ -1,24 +1,34 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
-#   make test         style, types and the whole test suite
-# and one breaks readers and runs for three quarters of an hour: make chaos
-# Both make .venv first, with the torch that constraints.txt pins; make TORCH=… CONSTRAINTS=… takes another.
+#   make test         style, types, and the tests of every promise in docs/reliability.md
+# Two more take longer:
+#   make test-all     the same with every test, the slow ones among them (tests/slow.py)
+#   make chaos        breaks readers and runs for three quarters of an hour
+# All make .venv first, with the torch that constraints.txt pins; TORCH=… CONSTRAINTS=… take another.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test chaos install clean
+.PHONY: quickstart test test-all style chaos install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
 
-test: install
+# Tests on Ray wait a lot, so two processes share two cores well; the longest files come first.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: style
+	$(PYTEST) -m "not slow"
+
+test-all: style
+	$(PYTEST)
+
+style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # runs on Ray wait a lot; the dear ones first
 
 chaos: install
 	$(BIN)/python tests/chaos/fuzz.py

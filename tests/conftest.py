@@ -1,4 +1,4 @@
-"""What all tests share: one thread, no network, and tiny checkpoints that are written once a session."""
+"""What all tests share: one thread, no network, and tiny checkpoints written once a session."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from slow import mark_slow
+
+    # `-k` and `-m` are applied later; only a name given with `::` leaves out tests of a file here.
+    mark_slow(items, whole_files=not any("::" in argument for argument in config.args))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -32,7 +39,7 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """For this process and all that it starts: the cache of a user of this machine is none of the tests' business."""
+    """A cache of its own for this process and all that it starts, never that of the user."""
     os.environ["FUSEGPT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -1,4 +1,5 @@
-"""What the integration tests share: a tiny model with its texts, an S3 server, and one local Ray that knows how to reach it."""
+"""What the integration tests share: a tiny model with its texts, an S3 server, and one local Ray
+that knows how to reach it."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ REQUEST = re.compile(r'"(?:\x1b\[\d+m)*([A-Z]+) (\S+) HTTP')
 
 @dataclass(frozen=True)
 class S3:
-    """An S3 server on this machine. Every process finds it and its keys in the environment, as with a real one."""
+    """An S3 server on this machine. Every process finds it and its keys in the environment, as
+    with a real one."""
 
     client: Any
     """boto3's, by which the tests look at what is there."""
@@ -90,7 +92,8 @@ def bucket(s3: S3) -> str:
 
 @pytest.fixture(scope="session")
 def ray_session(s3: S3) -> Iterator[None]:
-    """One local Ray for all tests. It starts after the S3 server, because workers inherit the environment."""
+    """One local Ray for all tests. It starts after the S3 server, because workers inherit the
+    environment."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)

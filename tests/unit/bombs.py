@@ -1,5 +1,9 @@
-"""Inputs that are small and stand for more than a memory holds. Run as a program, it sets them off one by one, each in a process of
-its own, and prints a line of JSON for each: name, exit code, seconds (of CPU), the most memory that the process took, what it said."""
+"""Inputs that are small and stand for more than a memory holds.
+
+Run as a program with a folder and `kinds` or `others`, it sets those bombs off one by one, each in
+a process of its own, and prints a line of JSON for each: name, exit code, seconds (of CPU), the
+most memory that the process took, and what it said.
+"""
 
 from __future__ import annotations
 
@@ -170,6 +174,11 @@ BOMBS: dict[str, Bomb] = {
 }
 
 
+KINDS = list({name.partition(",")[0]: name for name in BOMBS}.values())
+"""One bomb of each kind of input: the last of each, which really holds much where one does."""
+CHOICES = {"kinds": KINDS, "others": [name for name in BOMBS if name not in KINDS]}
+
+
 def _written(path: Path, data: bytes) -> Path:
     path.write_bytes(data)
     return path
@@ -207,5 +216,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     work = Path(sys.argv[1])
     tiny = save_tiny("llama", work / "checkpoint")
-    for number, one in enumerate(BOMBS):
+    for number, one in enumerate(CHOICES[sys.argv[2]]):
         print(json.dumps(set_off(one, work / str(number), tiny)), flush=True)

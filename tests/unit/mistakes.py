@@ -1,4 +1,5 @@
-"""A table of mistakes: each gets one clear message, exit code 2, before any weights are read and before anything is written."""
+"""A table of mistakes: each gets one clear message, exit code 2, before any weights are read and
+before anything is written."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ MESSAGE = re.compile(
 STAGES = r"starting the local engine|one process on cpu, \w+|tokenising|checking the model's files"
 STAGES += r"|calibration: \d+ windows of [^\n]*"
 PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
-"""What may stand before the message: a text is read with the model's tokenizer, after its configuration has been found good."""
+"""What may stand before the message: a text is read with the model's tokenizer, after its
+configuration has been found good."""
 SECONDS = 3.0
 
 
@@ -35,7 +37,8 @@ def header_bytes(file: Path) -> int:
 
 
 def tree(folder: Path) -> dict[str, object]:
-    """Everything in a folder: what each file holds (of one too large to read, when it was written), where each link points."""
+    """Everything in a folder: what each file holds (of one too large to read, when it was
+    written), where each link points."""
 
     def held(path: Path) -> object:
         if path.is_symlink():
@@ -54,11 +57,13 @@ def tree(folder: Path) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Bad:
-    """A mistake, and what the message must say of it: the key, part of the value, patterns of the problem and the fix."""
+    """A mistake, and what the message must say of it: the key, part of the value, patterns of the
+    problem and the fix."""
 
     name: str
     make: Callable[[Desk], Sequence[str] | None]
-    """Make the mistake; returns what follows `fusegpt` on the command line, or None for `compress` and the desk's recipe."""
+    """Make the mistake; returns what follows `fusegpt` on the command line, or None for `compress`
+    and the desk's recipe."""
     key: str
     value: str
     problem: str

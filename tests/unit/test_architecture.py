@@ -47,8 +47,16 @@ def config_of(folder: Path) -> dict[str, Any]:
 # --- the same numbers as the real model ---
 
 
-@pytest.mark.parametrize("removed", [(), (1, 3), (0,), (DEPTH - 1,)], ids=str)
-@pytest.mark.parametrize("name", MODELS)
+REMOVED = ((1, 3), (0,), (DEPTH - 1,))
+PAIRS = [
+    (name, removed)
+    for number, name in enumerate(MODELS)
+    for removed in ((), REMOVED[number % len(REMOVED)])
+]
+"""Every model whole, and without some of its blocks: inner ones, the first or the last."""
+
+
+@pytest.mark.parametrize(("name", "removed"), PAIRS, ids=str)
 def test_states_and_logits_are_the_real_models_to_the_bit(
     name: str, removed: tuple[int, ...], checkpoint: Callable[[str], Path]
 ) -> None:
@@ -113,7 +121,8 @@ def test_layers_of_different_kinds_get_contexts_of_their_own(
 
 
 def test_llava_under_its_names_in_memory(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """Newer checkpoints say model.language_model.layers.N, older ones language_model.model.layers.N."""
+    """Newer checkpoints say model.language_model.layers.N, older ones
+    language_model.model.layers.N."""
     folder = checkpoint("llava")
     assert any(
         name.startswith("language_model.model.layers.")
@@ -373,7 +382,8 @@ def test_mistakes_are_named(
 
 
 def test_custom_code_is_never_run(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
-    """A known model_type with an auto_map: the library's own class is used, the checkpoint's code stays unread."""
+    """A known model_type with an auto_map: the library's own class is used, the checkpoint's code
+    stays unread."""
     trap = tmp_path / "modeling.py"
     trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass MyLlama: pass\n")
     folder = rewrite(checkpoint("llama"), tmp_path, lambda tensors: tensors)

@@ -1,4 +1,6 @@
-"""Manifests that are malformed or hostile: `pull`, `verify` and `status` say so, nothing is written, and nothing is read beyond them.
+"""Manifests that are malformed or hostile: `pull`, `verify` and `status` say so.
+
+Nothing is written, and nothing is read beyond them.
 
 Names of files that would lie elsewhere are in test_pull_refusals.py.
 """

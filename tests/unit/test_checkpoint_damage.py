@@ -48,7 +48,8 @@ DAMAGED: dict[str, bytes] = {
     "a length that cuts the header": raw_file({"a": f32(0, 8)}, DATA[:8], length=20),
     "a pickle": b"\x80\x02}q\x00X\x01\x00\x00\x00aq\x01K\x01s." * 20,
     "a web page": b"<!DOCTYPE html><html><head><title>404</title></head></html>",
-    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5000000000\n",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a\nsize 5000000000\n",
     "a header that is no JSON": raw_file(b"{]", DATA),
     "a header that is no text": raw_file(b'{"\xff\xfe": 1}', DATA),
     "a header that is a list": raw_file([1, 2], DATA),
@@ -138,7 +139,8 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
 def test_flipped_bits_in_a_header_never_give_tensors_outside_the_file(
     flips: list[tuple[int, int]], tmp_path: Path
 ) -> None:
-    """Either the file is refused, or what is read fits in it: never another error, never other bytes."""
+    """Either the file is refused, or what is read fits in it: never another error, never other
+    bytes."""
     data = bytearray(raw_file({"a.b": f32(0, 8), "c": f32(8, 24, (4, 1))}, DATA))
     for place, bit in flips:
         data[place % (len(data) - len(DATA))] ^= 1 << bit

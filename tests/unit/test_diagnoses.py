@@ -1,4 +1,5 @@
-"""Checkpoints that went wrong in common ways: the message says what each is and what to do, and nothing else happens."""
+"""Checkpoints that went wrong in common ways: the message says what each is and what to do, and
+nothing else happens."""
 
 from __future__ import annotations
 
@@ -384,7 +385,8 @@ def test_no_message_names_a_temporary_path(
 
 
 def test_a_sharded_checkpoint_beside_a_newer_single_file(desk: Desk) -> None:
-    """As an upload over an older one leaves it: transformers takes the single file, and so do we."""
+    """As an upload over an older one leaves it: transformers takes the single file, and so do
+    we."""
     from fusegpt_ray.model.source import Source
 
     old = tf.AutoModelForCausalLM.from_config(tf.LlamaConfig(**GROUPED))

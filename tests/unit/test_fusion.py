@@ -1,4 +1,5 @@
-"""The parts of fusing, each against its formula written out: the group, the fused layer, the optimizer."""
+"""The parts of fusing, each against its formula written out: the group, the fused layer, the
+optimizer."""
 
 from __future__ import annotations
 
@@ -107,7 +108,8 @@ def shake(layer: nn.Module) -> None:
 def formula(
     own: nn.Module, others: list[nn.Module], p: dict[str, torch.Tensor], x: torch.Tensor
 ) -> torch.Tensor:
-    """y = x·W'ᵀ + b', W' = W + B·A + Σ (C_k·D_k) ⊙ W_k and b' = b + Σ c_k ⊙ b_k, weights [outputs, inputs]."""
+    """y = x·W'ᵀ + b', W' = W + B·A + Σ (C_k·D_k) ⊙ W_k and b' = b + Σ c_k ⊙ b_k, weights [outputs,
+    inputs]."""
     weight, bias = as_paper(own) + p["B"] @ p["A"], own.bias
     for k, other in enumerate(others):
         weight = weight + (p[f"C{k}"] @ p[f"D{k}"]) * as_paper(other)
@@ -304,7 +306,8 @@ def test_batches_are_consecutive_and_whole() -> None:
 
 
 class Recorder:
-    """A stepper that only writes down what it is given; its loss is the first number of the batch."""
+    """A stepper that only writes down what it is given; its loss is the first number of the
+    batch."""
 
     def __init__(self) -> None:
         self.seen: list[float] = []

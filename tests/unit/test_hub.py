@@ -1,4 +1,5 @@
-"""The hub client against a server that speaks the hub's protocol, on this machine: what is downloaded, and when."""
+"""The hub client against a server that speaks the hub's protocol, on this machine: what is
+downloaded, and when."""
 
 from __future__ import annotations
 
@@ -147,7 +148,8 @@ def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Pat
     )
     shutil.rmtree(home)
     hub.asked.clear()
-    fetch = f"source = Source({NAME!r}, 'main', {folder!r})\nsource.fetch()\nprint(json.dumps([len(source.stack().blocks)]))"
+    fetch = f"source = Source({NAME!r}, 'main', {folder!r})\nsource.fetch()\n"
+    fetch += "print(json.dumps([len(source.stack().blocks)]))"
     assert in_a_process(fetch, hub, home)[0] > 0
     assert all("main" not in path for _, path in hub.asked), "the branch may have moved"
     assert sorted(path.name for path in Path(folder).glob("*.safetensors")) == sorted(
@@ -171,7 +173,8 @@ def test_the_same_files_as_of_a_folder(hub: Hub, tmp_path: Path) -> None:
     (hub.folder / "images").mkdir()
     (hub.folder / "images/plot.png").write_bytes(b"png")
     here = Source.find(str(hub.folder), None)
-    code = f"source = Source.find({NAME!r}, None)\nprint(json.dumps([source.small_files, source.left_out([])]))"
+    code = f"source = Source.find({NAME!r}, None)\n"
+    code += "print(json.dumps([source.small_files, source.left_out([])]))"
     assert in_a_process(code, hub, tmp_path / "home") == [[*here.small_files], here.left_out([])]
     assert {"LICENCE", "additional_chat_templates/rag.jinja"} <= {*here.small_files}
     assert not {"plot.png", "modeling_tiny.py"} & {*hub.downloads}

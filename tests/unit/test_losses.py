@@ -18,7 +18,8 @@ WORKERS = 2
 
 
 def plain_batch_kl(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor) -> torch.Tensor:
-    """P = softmax over the batch of the teacher's states, Q of the student's; KL(P‖Q), batchmean."""
+    """P = softmax over the batch of the teacher's states, Q of the student's; KL(P‖Q),
+    batchmean."""
     return F.kl_div(
         F.log_softmax(student_BTD, dim=0), F.softmax(teacher_BTD, dim=0), reduction="batchmean"
     )
@@ -47,7 +48,8 @@ def test_batch_kl_is_the_plain_definition(scale: float) -> None:
 
 
 def test_batch_kl_by_hand() -> None:
-    # Teacher: 3/4 and 1/4 of the batch's mass; student: one half each. Sum over one token and one number, over a batch of 2.
+    # Teacher: 3/4 and 1/4 of the batch's mass; student: one half each. Sum over one token and
+    # one number, over a batch of 2.
     teacher = torch.tensor([3.0, 1.0]).log().view(2, 1, 1)
     student = torch.zeros(2, 1, 1)
     expected = (0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)) / 2
@@ -79,7 +81,8 @@ def test_batch_kl_of_small_states_is_half_the_centred_squared_error() -> None:
     expected = (
         0.5 * (error - error.mean(0)).pow(2).sum() / B**2
     )  # P is about 1 / B everywhere; batchmean divides by B again
-    # Relative: the next term of the series is of the order of the states, 1e-2. Absolute: float32 sums of logarithms.
+    # Relative: the next term of the series is of the order of the states, 1e-2. Absolute:
+    # float32 sums of logarithms.
     torch.testing.assert_close(
         batch_kl(student, teacher, False).detach(), expected, rtol=0.03, atol=1e-6
     )

@@ -1,4 +1,5 @@
-"""The streamed walk beside plain `from_pretrained`, whole and on the first blocks of a large model."""
+"""The streamed walk beside plain `from_pretrained`, whole and on the first blocks of a large
+model."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def test_in_a_store(
 def test_another_reading_is_found(
     what: str, small: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As if we had read the wrong shards: two blocks change places, or the head is the embedding."""
+    """As if we had read the wrong shards: two blocks change places, or the head is the
+    embedding."""
     monkeypatch.setattr(plain, "SMALL_BYTES", 10**9 if small else 0)
     folder = checkpoint("llama")
     stack = open_stack(folder)

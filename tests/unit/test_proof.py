@@ -1,4 +1,5 @@
-"""What is wrong with a published model is found before its manifest is written, whatever it is and wherever it happened."""
+"""What is wrong with a published model is found before its manifest is written, whatever it is and
+wherever it happened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Published models against transformers itself: plain `from_pretrained` must give the dense model without the dropped blocks."""
+"""Published models against transformers itself: plain `from_pretrained` must give the dense model
+without the dropped blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header
 
 REMOVED, KEPT = [3, 0], [1, 2, 4]
-"""What is left has other attention types, in order, than the first three blocks of the models that mix them."""
+"""What is left has other attention types, in order, than the first three blocks of the models that
+mix them."""
 IDS = token_windows(2, 9)
 FACTS: dict[str, Any] = {
     "method": "mi",
@@ -132,7 +134,8 @@ def test_from_pretrained_gives_the_dense_model_without_the_blocks(
 
 
 def assert_configuration_in_step(dense: tf.PretrainedConfig, short: tf.PretrainedConfig) -> None:
-    """Lists with one entry a block have lost the removed ones' entries, the depth is right, the rest is as it was."""
+    """Lists with one entry a block have lost the removed ones' entries, the depth is right, the
+    rest is as it was."""
     before, after = dense.get_text_config().to_dict(), short.get_text_config().to_dict()
     depth = dense.get_text_config().attribute_map.get("num_hidden_layers", "num_hidden_layers")
     expected = {
@@ -382,8 +385,8 @@ def test_the_card_tells_the_truth(checkpoint: Callable[[str], Path], tmp_path: P
     assert front["library_name"] == "transformers" and "base_model" not in front
     assert "# demo-p40\n" in body
     assert (
-        f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: blocks with the lowest Macro Influence dropped"
-        in body
+        f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: "
+        "blocks with the lowest Macro Influence dropped" in body
     )
     assert "in order (numbers in the dense model): 3, 0." in body
     assert "| held-out (9 tokens a window) | 10.50 | 12.25 | 11.75 |" in body

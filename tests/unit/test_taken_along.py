@@ -1,4 +1,5 @@
-"""What a source holds beside its weights: carried over, or named as left out; the same wherever the source is."""
+"""What a source holds beside its weights: carried over, or named as left out; the same wherever
+the source is."""
 
 from __future__ import annotations
 

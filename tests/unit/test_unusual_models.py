@@ -1,4 +1,4 @@
-"""Configurations that keep a block's settings in unusual ways: what is published is the dense model without the blocks.
+"""Configurations that keep a block's settings in unusual ways are published right.
 
 Compared with the real dense model, in which the blocks that went return what they are given.
 """

@@ -1,4 +1,5 @@
-"""Models that plain `from_pretrained` loads and that were refused: by limits or readers of our own."""
+"""Models that plain `from_pretrained` loads and that were refused: by limits or readers of our
+own."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ INFINITE = {"__float__": "Infinity"}
 
 
 def shortened(desk: Desk, auto: Any = tf.AutoModelForCausalLM) -> tuple[Path, Any]:
-    """The model of the desk without two of its blocks, published, and as plain transformers loads it."""
+    """The model of the desk without two of its blocks, published, and as plain transformers loads
+    it."""
     assert main(["compress", desk.write(method="mi")]) == 0
     (folder,) = desk.out.glob("demo-p*")
     model, report = auto.from_pretrained(folder, output_loading_info=True)
@@ -70,7 +72,8 @@ def test_a_vision_language_model_without_an_architecture(tmp_path: Path) -> None
 
 
 def test_names_that_differ_inside_blocks(desk: Desk) -> None:
-    """EXAONE's are `transformer.h.3.attn.attention.q_proj` on disk and `model.layers.3.self_attn.q_proj` in the model."""
+    """EXAONE's are `transformer.h.3.attn.attention.q_proj` on disk and
+    `model.layers.3.self_attn.q_proj` in the model."""
     torch.manual_seed(0)
     for old in desk.model.iterdir():
         old.unlink()
@@ -98,7 +101,8 @@ def test_names_that_differ_inside_blocks(desk: Desk) -> None:
 
 
 def test_a_prediction_layer_that_its_class_knows_of_is_left_out(tmp_path: Path) -> None:
-    """GLM-OCR is dense, and its seventeenth layer predicts further tokens: `from_pretrained` passes over it."""
+    """GLM-OCR is dense, and its seventeenth layer predicts further tokens: `from_pretrained`
+    passes over it."""
     text = GROUPED | {"num_hidden_layers": 16, "head_dim": 8}
     vision = {
         "hidden_size": 16,

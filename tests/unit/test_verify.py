@@ -49,7 +49,8 @@ def weights(model: Path) -> Path:
 
 
 def seal(model: Path, **changes: Any) -> None:
-    """Make the manifest agree with the files there: whoever published the model was wrong, not the way it took."""
+    """Make the manifest agree with the files there: whoever published the model was wrong, not the
+    way it took."""
     files = {file.name: file.read_bytes() for file in model.iterdir() if file.name != MANIFEST}
     records = {
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
