@@ -1,6 +1,7 @@
 """The verbs for a person at a terminal; `jobs/` calls the same functions from a Ray job.
 
-Exit codes: 0 done; 1 the run failed (it says where it stopped); 2 the user's mistake (one message: key, value, fix).
+Exit codes: 0 done; 1 the run failed (it says where it stopped); 2 the user's mistake (one message:
+key, value, fix).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         again = f"; {GOES_ON[0].lower()}{GOES_ON[1:-1]}" if saved else arguments.again
         print(f"stopped{again}", file=sys.stderr)
         return 130
-    except StorageError as error:  # no trace: it would show what the store's libraries say, uncleaned, and help nobody
+    except StorageError as error:
+        # No trace: it would show what the store's libraries say, secrets included.
         told = getattr(error, "cause", error)  # from a Ray task: itself, not Ray's account of it
         notes = [note for e in dict.fromkeys((told, error)) for note in getattr(e, "__notes__", ())]
         print(f"failed: {told}", *notes, sep="\n", file=sys.stderr)
@@ -154,7 +156,8 @@ def _clean(arguments: argparse.Namespace) -> int:
     dead = [item for item in found if item.dead]
     if dead and not arguments.yes:
         print(
-            f"{byte_count(sum(item.size for item in dead))} could go; nothing was removed: that takes --yes"
+            f"{byte_count(sum(item.size for item in dead))} could go; nothing was removed: that"
+            " takes --yes"
         )
     if not found:
         print(f"nothing to remove in {arguments.uri}")
@@ -284,7 +287,9 @@ def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
 
 
 def _quiet() -> None:
-    """Our display is the one display: libraries keep their progress bars and their chatter to themselves."""
+    """Our display is the one display: libraries keep their progress bars and their chatter to
+    themselves.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,4 +1,6 @@
-"""Errors with one clear message: a user's mistake (exit code 2), and a store that failed for good (exit code 1)."""
+"""Errors with one clear message: a user's mistake (exit code 2), and a store that failed for good
+(exit code 1).
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,27 @@ GOES_ON = "The same command goes on from what is saved."
 
 
 class UserError(ValueError):
-    """Something the user can mend: `key` is the recipe key (or argument), `value` what it was, `fix` what to do."""
+    """Something the user can mend: `key` is the recipe key (or argument), `value` what it was,
+    `fix` what to do.
+    """
 
     def __init__(self, key: str, value: object, problem: str, fix: str) -> None:
         self.key, self.value, self.problem, self.fix = key, value, problem, fix
         text = repr(value)
         super().__init__(
-            f"{key} = {text if len(text) <= LONGEST else text[:LONGEST] + '…'}: {problem}. Fix: {fix}."
+            f"{key} = {text if len(text) <= LONGEST else text[:LONGEST] + '…'}: {problem}. Fix:"
+            f" {fix}."
         )
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, object, str, str]]:
-        # An exception is pickled by its `args` (the one message) unless told otherwise; Ray sends it between processes.
+        # An exception is pickled by its `args` (the one message) unless told otherwise; Ray sends
+        # it between processes.
         return type(self), (self.key, self.value, self.problem, self.fix)
 
 
 class StorageError(OSError):
-    """A store failed for good: the message names the URI and the cause, and `fix` says what to do, where that is known.
+    """A store failed for good: the message names the URI and the cause, and `fix` says what to do,
+    where that is known.
 
     Without a `fix` nobody is at fault (an outage, say). No message holds a secret.
     """
@@ -80,7 +87,9 @@ def reading_users_file(
 
 @contextmanager
 def blaming(key: str, value: object) -> Iterator[None]:
-    """Before a run begins: a store's failure that the user can mend is a mistake in this recipe key."""
+    """Before a run begins: a store's failure that the user can mend is a mistake in this recipe
+    key.
+    """
     try:
         yield
     except StorageError as error:

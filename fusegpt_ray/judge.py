@@ -1,4 +1,6 @@
-"""What a published model is worth: the proof that it is the stack, and its perplexity beside others."""
+"""What a published model is worth: the proof that it is the stack, and its perplexity beside
+others.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from fusegpt_ray.workers.base import Workers
 
 @dataclass
 class Judge:
-    """Proves a published model, and measures it beside the dense and the dropped one on the held-out texts."""
+    """Proves a published model, and measures it beside the dense and the dropped one on the
+    held-out texts.
+    """
 
     workers: Workers
     dense: Stack
@@ -32,7 +36,9 @@ class Judge:
             self._dense[name] = evaluation.perplexity(self.workers, self.dense, windows.tokens_WT)
 
     def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
-        """The proof that the model in `folder` is the stack, and perplexities; `published` is the folder's own stack."""
+        """The proof that the model in `folder` is the stack, and perplexities; `published` is the
+        folder's own stack.
+        """
         windows_WT = next((item.tokens_WT for item in self.held_out.values()), self.windows_WT)
         proof = evaluation.prove(self.workers, published, folder, stack, windows_WT)
         return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}

@@ -1,4 +1,6 @@
-"""The loop: score → choose → fuse → commit → … → publish. The same for one process and for a cluster."""
+"""The loop: score → choose → fuse → commit → … → publish. The same for one process and for a
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +48,11 @@ Leading = dict[str, int | None]
 def compress(
     recipe: Recipe, display: Display | None = None, restart: bool = False
 ) -> list[Published]:
-    """Make the model shallower as the recipe says; returns what was published, the lightest compression first.
+    """Make the model shallower as the recipe says; returns what was published, the lightest
+    compression first.
 
-    Run again after a failure, it goes on from the last committed round; with `restart` it forgets an unfinished run and begins anew.
-    Run again after its end, it finds what it published.
+    Run again after a failure, it goes on from the last committed round; with `restart` it forgets
+    an unfinished run and begins anew. Run again after its end, it finds what it published.
 
     Raises:
         UserError: the recipe cannot be carried out; nothing was written then.
@@ -217,7 +220,8 @@ def _compare_source(
 ) -> None:
     """
     Raises:
-        UserError: what is walked block by block is not the model that plain `from_pretrained` loads.
+        UserError: what is walked block by block is not the model that plain `from_pretrained`
+        loads.
     """
     show.stage("comparing with what from_pretrained loads")
     with explained(dense, source.name, workers.dtype):
@@ -225,12 +229,17 @@ def _compare_source(
         if plain.kl is not None and math.isnan(plain.kl):
             raise FloatingPointError(plain.problem)
     if plain.problem:
-        fix = "use a checkpoint that plain from_pretrained loads, of an architecture that can be run block by block"
+        fix = (
+            "use a checkpoint that plain from_pretrained loads, of an architecture that can be run"
+            " block by block"
+        )
         raise UserError("model.source", source.name, plain.problem, fix)
 
 
 def _open_workers(recipe: Recipe, source: Source, dense: Stack) -> Workers:
-    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is imported."""
+    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is
+    imported.
+    """
     if recipe.cluster.engine == "local":
         from fusegpt_ray.workers.local import LocalWorkers
 

@@ -37,7 +37,8 @@ class Target:
 
 
 def check_model(source: Source, lengths: dict[str, int]) -> Structure:
-    """What is known of the blocks of a model that can be used with windows of these lengths (recipe key → tokens).
+    """What is known of the blocks of a model that can be used with windows of these lengths (recipe
+    key → tokens).
 
     Raises:
         UserError: see `Source.config`, `observe`; or a window is longer than the model's positions.
@@ -116,10 +117,12 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
 def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -> None:
     """Leaves nothing behind. `restart`: an unfinished run of that name will be forgotten.
 
-    The same command may be given again after its end, as by a scheduler that did not hear of it: `pipeline` finds what it published.
+    The same command may be given again after its end, as by a scheduler that did not hear of it:
+    `pipeline` finds what it published.
 
     Raises:
-        UserError: files cannot be created below `output.uri`; a finished model or a file has a target's name already; or an
+        UserError: files cannot be created below `output.uri`; a finished model or a file has a
+        target's name already; or an
             unfinished run of other settings has the recipe's.
     """
     try:
@@ -134,7 +137,9 @@ def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -
 
 
 def _published_by(recipe: Recipe, target: Target) -> bool:
-    """Whether a finished model is there that was made by this very recipe, as far as its manifest tells."""
+    """Whether a finished model is there that was made by this very recipe, as far as its manifest
+    tells.
+    """
     if not storage.exists(storage.join(target.folder, MANIFEST)):
         return False
     try:
@@ -159,7 +164,8 @@ def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
     finished = [
         target for target in targets if storage.exists(storage.join(target.folder, MANIFEST))
     ]
-    # A run of several sparsities that died between two of them goes on; `pipeline` makes sure that the finished ones are its own.
+    # A run of several sparsities that died between two of them goes on; `pipeline` makes sure that
+    # the finished ones are its own.
     if finished and (restart or len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
     if not restart:

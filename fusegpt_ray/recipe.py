@@ -3,7 +3,8 @@
 Notable:
 - an unknown key is an error that names the nearest valid key;
 - `fusion.preset` fills in only what the recipe leaves unsaid;
-- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, still before weights are read.
+- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, still
+  before weights are read.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in silence; and aliases, by which a few
-    lines can stand for more than a memory holds."""
+    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in
+    silence; and aliases, by which a few lines can stand for more than a memory holds."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -71,14 +72,17 @@ class Recipe(Section):
 
     model: Model
     sparsity: Annotated[tuple[float, ...], BeforeValidator(_one_or_many)] = (0.25,)
-    """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single run."""
+    """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
+    run."""
     method: Method = "fusegpt"
-    """`mi`: drop blocks only. `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
+    """`mi`: drop blocks only. `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune.
+    """
     seed: Seed = 0
     """Initial values of everything that learns."""
     calibration: Calibration
     evaluation: dict[str, Evaluation] = Field(default_factory=dict)
-    """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model."""
+    """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model.
+    """
     importance: Importance = Importance()
     fusion: Fusion = Fusion()
     cluster: Cluster = Cluster()
@@ -125,18 +129,20 @@ class Recipe(Section):
                 "importance.all scores every block",
                 "leave one of them out",
             )
-        if METHODS[self.method].trains and self.calibration.windows % self.fusion.batch:
+        windows, batch = self.calibration.windows, self.fusion.batch
+        if METHODS[self.method].trains and windows % batch:
             raise UserError(
                 "calibration.windows",
-                self.calibration.windows,
-                f"not a multiple of fusion.batch = {self.fusion.batch}, and the batch is a dimension of the loss",
-                f"use {math.ceil(self.calibration.windows / self.fusion.batch) * self.fusion.batch}",
+                windows,
+                f"not a multiple of fusion.batch = {batch}, and the batch is a dimension of the loss",
+                f"use {math.ceil(windows / batch) * batch}",
             )
         if self.fusion.batch % self.cluster.workers:
             raise UserError(
                 "cluster.workers",
                 self.cluster.workers,
-                f"does not divide fusion.batch = {self.fusion.batch}, so workers would hold unequal parts of a loss batch",
+                f"does not divide fusion.batch = {self.fusion.batch}, so workers would hold unequal"
+                " parts of a loss batch",
                 f"use one of {_divisors(self.fusion.batch)}",
             )
         share, micro_batch = self.fusion.batch // self.cluster.workers, self.cluster.micro_batch
@@ -149,7 +155,8 @@ class Recipe(Section):
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Read a YAML recipe; `overrides` are `key=value` with dotted keys and YAML values, as given to `--set`.
+        """Read a YAML recipe; `overrides` are `key=value` with dotted keys and YAML values, as
+        given to `--set`.
 
         Raises:
             UserError: the file is missing or not YAML, or a key or value in it is wrong.
@@ -200,7 +207,9 @@ class Recipe(Section):
 
     @staticmethod
     def check(section: type[S], data: Any, name: str) -> S:
-        """One section of a recipe given by other means, such as command-line arguments; `name` is for the message."""
+        """One section of a recipe given by other means, such as command-line arguments; `name` is
+        for the message.
+        """
         try:
             return section.model_validate(data)
         except ValidationError as error:
@@ -217,14 +226,17 @@ def percent(sparsity: float) -> str:
 
 
 def blocks_to_remove(dense_blocks: int, sparsity: float) -> int:
-    """ceil(N × sparsity) (paper, section 3); the tolerance keeps 20 × 0.15 at 3, not 4, where floats overshoot."""
+    """ceil(N × sparsity) (paper, section 3); the tolerance keeps 20 × 0.15 at 3, not 4, where
+    floats overshoot.
+    """
     return math.ceil(dense_blocks * sparsity - 1e-9)
 
 
 def _yaml(text: str) -> Any:
     """
     Raises:
-        ValueError: what is wrong, and in which line; it quotes nothing, for a line may hold a secret.
+        ValueError: what is wrong, and in which line; it quotes nothing, for a line may hold a
+        secret.
     """
     try:
         return yaml.load(text, _Loader)

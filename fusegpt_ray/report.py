@@ -1,4 +1,6 @@
-"""What a person sees while a run goes on: one live display on a terminal, plain lines elsewhere. Always on stderr."""
+"""What a person sees while a run goes on: one live display on a terminal, plain lines elsewhere.
+Always on stderr.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class _Live:
 
 
 class Display(_Live):
-    """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one line an event there."""
+    """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one
+    line an event there.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -92,7 +96,9 @@ class Display(_Live):
         self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
 
     def scored(self, ranking: Ranking) -> None:
-        """The nearest four, `~` before an estimate, and what share of the full table's work was done."""
+        """The nearest four, `~` before an estimate, and what share of the full table's work was
+        done.
+        """
         order = sorted(
             ranking.estimates.items(), key=lambda item: (item[0] != ranking.lowest, item[1])
         )
@@ -123,8 +129,8 @@ class Display(_Live):
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
     def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
-        """The last table: for each published model the perplexities of dense, dropped and fused on each
-        text, and below it what was measured.
+        """The last table: for each published model the perplexities of dense, dropped and fused on
+        each text, and below it what was measured.
         """
         table = Table("model", "perplexity on", "dense", "dropped", "fused", "damage undone")
         for column in table.columns[2:]:
@@ -152,7 +158,9 @@ class Display(_Live):
 
 
 class Transfer(_Live):
-    """Bytes of many files going by, from several threads: one bar on a terminal, a line a file elsewhere. Always on stderr."""
+    """Bytes of many files going by, from several threads: one bar on a terminal, a line a file
+    elsewhere. Always on stderr.
+    """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)

@@ -39,7 +39,9 @@ class Rounds:
     show: Display
 
     def up_to(self, wanted: list[int]) -> list[Done]:
-        """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are not done again."""
+        """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are
+        not done again.
+        """
         total = max(wanted)
         done = self.journal.rounds(wanted, self.show.say)[:total]
         if done:
@@ -137,7 +139,9 @@ class Rounds:
 
 
 def fewer_at_once(recipe: Recipe, rounds: Sequence[Mapping[str, Any]]) -> str:
-    """Where rounds, given by their records, passed fewer windows at once than the recipe says: "1 of 4 in scoring"; or nothing."""
+    """Where rounds, given by their records, passed fewer windows at once than the recipe says: "1
+    of 4 in scoring"; or nothing.
+    """
     batch = recipe.importance.batch
     micro_batch = recipe.cluster.micro_batch or recipe.fusion.batch // recipe.cluster.workers
     asked = {

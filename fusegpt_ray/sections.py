@@ -1,4 +1,6 @@
-"""The sections of a recipe: every key, its default, and what it means. Checked against each other in `recipe.py`. No torch."""
+"""The sections of a recipe: every key, its default, and what it means. Checked against each other
+in `recipe.py`. No torch.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trained_dtype": "model",
         "fold": "at_end",
     },
-    # Where the paper's recipe leaks (benchmarks/quality.py measures each): a teacher that degrades with the model, a loss
+    # Where the paper's recipe leaks (benchmarks/quality.py measures each): a teacher that degrades
+    # with the model, a loss
     # blind to shifts common to the batch, a LoRA rate that moves nothing, bf16 masters.
     "default": {
         "loss": "normalized_mse",
@@ -67,12 +70,13 @@ class Model(Section):
     """The dense model."""
 
     source: Uri
-    """Local folder, Hugging Face hub id, or any fsspec URI (s3://…, gs://…) of a safetensors checkpoint."""
+    """Local folder, Hugging Face hub id, or any fsspec URI (s3://…, gs://…) of a safetensors
+    checkpoint."""
     revision: str | None = None
     """Hub only: branch, tag or commit."""
     dtype: Dtype = "auto"
-    """Arithmetic of scoring and fine-tuning, never the output's dtype; `auto`: float32 on a CPU, bfloat16 on a GPU for a 16-bit
-    checkpoint. float16 is not offered: gradients underflow in it."""
+    """Arithmetic of scoring and fine-tuning, never the output's dtype; `auto`: float32 on a CPU,
+    bfloat16 on a GPU for a 16-bit checkpoint. float16 is not offered: gradients underflow in it."""
 
 
 class Text(Section):
@@ -99,13 +103,15 @@ class Calibration(Text):
     length: int = Field(2048, ge=2, le=MOST)
     """Tokens a window, the beginning-of-sequence token among them where there is one."""
     bos: Bos = "auto"
-    """Whether each window begins with the tokenizer's beginning-of-sequence token, also in `evaluation`.
-    `auto`: if the tokenizer itself puts it before a text; a model trained with it is another model
-    without. The paper's numbers, and all of this project's before there was this key: `never`."""
+    """Whether each window begins with the tokenizer's beginning-of-sequence token, also in
+    `evaluation`. `auto`: if the tokenizer itself puts it before a text; a model trained with it is
+    another model without. The paper's numbers, and all of this project's before there was this key:
+    `never`."""
     seed: Seed = 0
     """Where the windows start: random.Random(seed), as in the paper's code."""
     piece_mb: int = Field(16, ge=1, le=MOST)
-    """Rows are joined and tokenised in pieces of at most this many megabytes; a tokenizer takes some 165 bytes for each."""
+    """Rows are joined and tokenised in pieces of at most this many megabytes; a tokenizer takes
+    some 165 bytes for each."""
 
 
 class Evaluation(Text):
@@ -127,21 +133,27 @@ class Importance(Section):
     windows: int = Field(32, ge=1, le=MOST)
     """How many windows score the blocks: the first ones of the calibration."""
     batch: int = Field(4, ge=1, le=MOST)
-    """Windows that pass a block in one call, and the steps in which scoring stops a block that cannot be the lowest: small saves work
-    as long as batch × `calibration.length` tokens keep the device busy. Fixed by the recipe, never by the cluster: sums are the same
-    on any. Bounds the memory of activations in scoring, evaluation and the states for fine-tuning."""
+    """Windows that pass a block in one call, and the steps in which scoring stops a block that
+    cannot be the lowest: small saves work as long as batch × `calibration.length` tokens keep the
+    device busy. Fixed by the recipe, never by the cluster: sums are the same on any. Bounds the
+    memory of activations in scoring, evaluation and the states for fine-tuning."""
     all: bool = False
-    """Score every block on all windows, though the choice is the same: for tables of all scores (`fusegpt score` always does)."""
+    """Score every block on all windows, though the choice is the same: for tables of all scores
+    (`fusegpt score` always does)."""
     racing: float | None = Field(None, gt=0, lt=1)
-    """Probability with which another block than that of the full table may be chosen, to give up most blocks after a few windows by
-    paired tests (assumptions: `importance/racing.py`), such as 0.05; left out: the choice is exact."""
+    """Probability with which another block than that of the full table may be chosen, to give up
+    most blocks after a few windows by paired tests (assumptions: `importance/racing.py`), such as
+    0.05; left out: the choice is exact."""
 
 
 class Fusion(Section):
-    """How the chosen block is fused into its neighbours, and how the group is fine-tuned (method.md)."""
+    """How the chosen block is fused into its neighbours, and how the group is fine-tuned
+    (method.md).
+    """
 
     preset: Literal["default", "paper"] = "default"
-    """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default` as measured best here."""
+    """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default`
+    as measured best here."""
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)
@@ -153,9 +165,11 @@ class Fusion(Section):
     batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""
     loss: Literal["batch_kl", "normalized_mse"] = "normalized_mse"
-    """`batch_kl`: the paper's KL of softmaxes over the batch. `normalized_mse`: squared error between RMS-normalised states."""
+    """`batch_kl`: the paper's KL of softmaxes over the batch. `normalized_mse`: squared error
+    between RMS-normalised states."""
     teacher: Literal["current", "dense"] = "dense"
-    """`current`: the group as it was before this round (paper). `dense`: the dense model at the same depth; errors do not pile up."""
+    """`current`: the group as it was before this round (paper). `dense`: the dense model at the
+    same depth; errors do not pile up."""
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Adam's rate for the fusion coefficients C, D and c."""
     lora_learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
@@ -165,44 +179,52 @@ class Fusion(Section):
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """Adam's epsilon."""
     trained_dtype: Literal["float32", "model"] = "float32"
-    """`float32`: masters and optimizer state in float32. `model`: in the arithmetic's dtype, bf16 on GPUs (paper)."""
+    """`float32`: masters and optimizer state in float32. `model`: in the arithmetic's dtype, bf16
+    on GPUs (paper)."""
     fold: Literal["at_end", "each_round"] = "at_end"
-    """`at_end`: a neighbour keeps training the terms of earlier rounds (paper). `each_round`: they are folded; less memory."""
+    """`at_end`: a neighbour keeps training the terms of earlier rounds (paper). `each_round`: they
+    are folded; less memory."""
 
 
 class Cluster(Section):
     """Where the work runs. Nothing here changes the result beyond floating-point reordering."""
 
     engine: Literal["ray", "local"] = "ray"
-    """`ray`: a Ray cluster, or a local Ray if none runs. `local`: one process, neither Ray nor DeepSpeed imported."""
+    """`ray`: a Ray cluster, or a local Ray if none runs. `local`: one process, neither Ray nor
+    DeepSpeed imported."""
     address: Uri | None = None
     """Ray address; left out: the cluster this job runs in (RAY_ADDRESS), else a local Ray."""
     replicas: int = Field(1, ge=1, le=MOST)
     """Model replicas that score blocks and compute states in parallel."""
     gpus_per_replica: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0."""
+    """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0.
+    """
     workers: int = Field(1, ge=1, le=MOST)
     """Data-parallel training workers of a group; divides `fusion.batch`."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
     micro_batch: int | None = Field(None, ge=1, le=MOST)
-    """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share of the loss batch.
-    Divides that share, `fusion.batch` / `workers`."""
+    """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share
+    of the loss batch. Divides that share, `fusion.batch` / `workers`."""
     recompute_activations: bool = False
-    """Each block's activations are computed again in the backward pass: less memory, a third more work."""
+    """Each block's activations are computed again in the backward pass: less memory, a third more
+    work."""
     wait_minutes: float = Field(10, ge=0, allow_inf_nan=False)
-    """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for them."""
+    """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for
+    them."""
     checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
-    """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after the last savepoint; 0: after every
-    epoch. A killed run goes on from there."""
+    """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after
+    the last savepoint; 0: after every epoch. A killed run goes on from there."""
     weights: Literal["auto", "resident", "streamed"] = "auto"
-    """What a replica does with the blocks' weights. `resident`: keep them on its device between walks and rounds. `streamed`: read
-    them for every walk, one block ahead. `auto`: keep them if they take at most 40 % of the memory that is free when it starts."""
+    """What a replica does with the blocks' weights. `resident`: keep them on its device between
+    walks and rounds. `streamed`: read them for every walk, one block ahead. `auto`: keep them if
+    they take at most 40 % of the memory that is free when it starts."""
     object_store_gb: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A cluster's is set where it is started."""
+    """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A
+    cluster's is set where it is started."""
     cache_gb: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the temporary folder; left out: half of
-    what is free; 0: none."""
+    """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the
+    temporary folder; left out: half of what is free; 0: none."""
 
 
 class Output(Section):

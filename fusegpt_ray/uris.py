@@ -1,4 +1,6 @@
-"""Secrets in URIs. What a user asks for is written into journals, manifests, cards and logs, so a URI may hold none. Light."""
+"""Secrets in URIs. What a user asks for is written into journals, manifests, cards and logs, so a
+URI may hold none. Light.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +10,15 @@ from fusegpt_ray.errors import UserError
 
 _HIDDEN = "…"
 _NAMES_A_USER = {"http", "https", "s3", "s3a", "gs", "gcs"}
-"""Schemes where a lone name before an @ is a key or a token; elsewhere it may be an account or a container (sftp, abfs)."""
+"""Schemes where a lone name before an @ is a key or a token; elsewhere it may be an account or a
+container (sftp, abfs)."""
 _SECRET_PARAMETER = re.compile(
     r"[?&][^=&]*(secret|token|password|passwd|signature|credential|key|sig)[^=&]*=", re.IGNORECASE
 )
-_FIX = "leave it out: credentials come from the environment or the provider's chain, and a signed address is downloaded first"
+_FIX = (
+    "leave it out: credentials come from the environment or the provider's chain, and a signed"
+    " address is downloaded first"
+)
 
 
 def secret_in(text: str) -> str:

@@ -1,4 +1,6 @@
-"""`ray job submit -- python jobs/compress.py RECIPE [--set key=value …]`: the same as `fusegpt compress`, inside the cluster."""
+"""`ray job submit -- python jobs/compress.py RECIPE [--set key=value …]`: the same as `fusegpt
+compress`, inside the cluster.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""`ray job submit -- python jobs/evaluate.py MODEL --data … --length …`: `fusegpt evaluate` on the cluster's replicas."""
+"""`ray job submit -- python jobs/evaluate.py MODEL --data … --length …`: `fusegpt evaluate` on the
+cluster's replicas.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""`ray job submit -- python jobs/pull.py URI DIR`: the same as `fusegpt pull`, on the node where the job's entry point runs."""
+"""`ray job submit -- python jobs/pull.py URI DIR`: the same as `fusegpt pull`, on the node where
+the job's entry point runs.
+"""
 
 import sys
 

@@ -1,11 +1,11 @@
-"""Where the training workers wait for each other, and how long: outside of collectives, which cannot
-tell a slow worker from a lost one.
+"""Where the training workers wait for each other, and how long: outside of collectives, which
+cannot tell a slow worker from a lost one.
 
 - A collective waits `TIMEOUT` seconds for the others. So whatever takes one worker longer than them
   (reading blocks, writing its part of a training checkpoint or of the group) is followed by a
   meeting, and only then by the next collective.
-- A worker that waits in a meeting watches the others' signs of life, which a thread of each gives. A
-  process that is stopped, or a machine that is gone, gives none.
+- A worker that waits in a meeting watches the others' signs of life, which a thread of each gives.
+  A process that is stopped, or a machine that is gone, gives none.
 - A worker that gives signs while its work hangs is given up, too: after the time in which a slow
   store would have moved the bytes.
 """

@@ -94,7 +94,9 @@ def alive_nodes() -> set[str]:
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
-    """Addresses of the nodes that lack one of the files. Those of a hub model are downloaded first."""
+    """Addresses of the nodes that lack one of the files. Those of a hub model are downloaded
+    first.
+    """
     nodes = [node for node in ray.nodes() if node["Alive"]]
     tasks = []
     for node in nodes:

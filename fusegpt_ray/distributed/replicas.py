@@ -4,8 +4,8 @@
   its task given to another; a task that takes much longer than others of its cost is given to an
   idle replica as well, and the first result counts.
 - Replicas live as long as the run and keep their process, their trunk and, where these fit (see
-  `weights.py`), the blocks' weights. While a training worker uses a replica's GPU, the replica keeps
-  all of that in the host's memory.
+  `weights.py`), the blocks' weights. While a training worker uses a replica's GPU, the replica
+  keeps all of that in the host's memory.
 """
 
 from __future__ import annotations

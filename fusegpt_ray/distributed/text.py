@@ -1,12 +1,14 @@
 """The token stream of `calibration.py`, produced by Ray Data on all nodes at once.
 
 Notable:
-- the same pieces, each one tokenizer call, arrive in the same order: windows do not depend on the cluster;
-- cutting asks for less than a CPU: it does little but read, and Ray fuses stages of equal requirements, so that one
-  large file would be tokenised by one CPU;
-- a user's mistake travels as a row, in its place: it is the one that a single process would meet first, and the
-  console shows its message, not Ray's account of a failed task;
-- every node must reach the files: use a shared folder or an object store, unless the cluster is a single machine.
+- the same pieces, each one tokenizer call, arrive in the same order: windows do not depend on the
+  cluster;
+- cutting asks for less than a CPU: it does little but read, and Ray fuses stages of equal
+  requirements, so that one large file would be tokenised by one CPU;
+- a user's mistake travels as a row, in its place: it is the one that a single process would meet
+  first, and the console shows its message, not Ray's account of a failed task;
+- every node must reach the files: use a shared folder or an object store, unless the cluster is a
+  single machine.
 """
 
 from __future__ import annotations
@@ -31,12 +33,14 @@ if TYPE_CHECKING:
 def token_stream(
     text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """As `calibration.token_stream`: a function that yields the tokens of each piece, int32 [tokens], in order.
+    """As `calibration.token_stream`: a function that yields the tokens of each piece, int32
+    [tokens], in order.
 
     Each call of the function reads and tokenises the text again. The arrays are read-only.
 
     Raises:
-        UserError: as `corpus.sources`, at once; as `corpus.pieces` on any node, while the tokens are drawn.
+        UserError: as `corpus.sources`, at once; as `corpus.pieces` on any node, while the tokens
+        are drawn.
     """
     found = sources(text, key)
 
@@ -73,10 +77,13 @@ def token_stream(
 
 
 def _context(piece_bytes: int) -> ray.data.DataContext:
-    """The caller's settings, and ours for these datasets only: ordered, quiet, a large piece in a block of its own."""
+    """The caller's settings, and ours for these datasets only: ordered, quiet, a large piece in a
+    block of its own.
+    """
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    # A block is closed when it is larger than this: small pieces share one, and no task gets two large ones.
+    # A block is closed when it is larger than this: small pieces share one, and no task gets two
+    # large ones.
     context.target_max_block_size = max(1, piece_bytes // 2)
     return context

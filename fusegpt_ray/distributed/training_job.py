@@ -46,7 +46,8 @@ class JobConfig:
     count: int
     cpus: float
     gpus: float
-    """That each takes of the cluster: a GPU, or the part of one that a replica leaves; 0 on CPUs."""
+    """That each takes of the cluster: a GPU, or the part of one that a replica leaves; 0 on CPUs.
+    """
     zero_stage: int
     runner: RunnerConfig
     folder: str

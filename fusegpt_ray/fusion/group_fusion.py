@@ -1,4 +1,6 @@
-"""Fusing one block into its group: what is built, what learns, to which states, and what is saved."""
+"""Fusing one block into its group: what is built, what learns, to which states, and what is
+saved.
+"""
 
 from __future__ import annotations
 

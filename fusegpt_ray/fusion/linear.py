@@ -1,10 +1,14 @@
-"""The fused linear layer: W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,  b' = b + Σ_k c_k ⊙ b_k  (paper, Eq. 7–10).
+"""The fused linear layer: W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,  b' = b + Σ_k c_k ⊙ b_k  (paper, Eq.
+7–10).
 
-Shapes: O outputs, I inputs, R rank. A and D are [R, I], B and C [O, R]; weights are [O, I], but [I, O] in GPT-2's Conv1D.
+Shapes: O outputs, I inputs, R rank. A and D are [R, I], B and C [O, R]; weights are [O, I], but [I,
+O] in GPT-2's Conv1D.
 
 Notable:
-- W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor, and never touched by ZeRO;
-- A, B, C, D and c may be float32 masters while W is bf16: the sum is formed in the masters' dtype once a forward and then cast;
+- W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor,
+  and never touched by ZeRO;
+- A, B, C, D and c may be float32 masters while W is bf16: the sum is formed in the masters' dtype
+  once a forward and then cast;
 - at the start B, C and c are zero, so the layer is exactly the linear layer it replaces.
 """
 
@@ -24,9 +28,11 @@ Frozen: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class FusedLinear(nn.Module):
-    """A linear layer that takes in the same-named layers of removed blocks, and learns a low-rank update of its own.
+    """A linear layer that takes in the same-named layers of removed blocks, and learns a low-rank
+    update of its own.
 
-    Its parameters are all its own (C0, D0, c0, C1, …), not those of submodules: ZeRO-3 gathers what a module itself holds.
+    Its parameters are all its own (C0, D0, c0, C1, …), not those of submodules: ZeRO-3 gathers what
+    a module itself holds.
     """
 
     weight: torch.Tensor
@@ -45,7 +51,8 @@ class FusedLinear(nn.Module):
     ) -> None:
         """`own` is the frozen layer, `donors` the removed blocks' layers in order of removal.
 
-        A donor without such a layer is None, and term k is left out. `dtype` is that of what learns.
+        A donor without such a layer is None, and term k is left out. `dtype` is that of what
+        learns.
         """
         super().__init__()
         self.transposed = isinstance(own, Conv1D)
@@ -75,7 +82,8 @@ class FusedLinear(nn.Module):
     def fused(
         self, frozen: Sequence[Frozen | None] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The effective weight and bias, in the dtype of what learns (float32 masters: exact to float32).
+        """The effective weight and bias, in the dtype of what learns (float32 masters: exact to
+        float32).
 
         `frozen`: the layer's own and its donors' weights and biases, if not those it holds.
         """
@@ -119,5 +127,7 @@ class FusedLinear(nn.Module):
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Kaiming uniform with a = √5, as nn.Linear starts; on the CPU in float32, so that every device starts the same."""
+    """Kaiming uniform with a = √5, as nn.Linear starts; on the CPU in float32, so that every device
+    starts the same.
+    """
     return nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)

@@ -1,6 +1,8 @@
-"""The student of a round: the group without the donor, its linear layers fused; and its way back to plain weights.
+"""The student of a round: the group without the donor, its linear layers fused; and its way back to
+plain weights.
 
-Notable: everything that learns starts from a generator seeded by (seed, donor, block), never by the order in which things are built.
+Notable: everything that learns starts from a generator seeded by (seed, donor, block), never by the
+order in which things are built.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from fusegpt_ray.store.checkpoint import read_tensors
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How a student is made: ranks, dtypes, seed, and whether a donor is fused at all (method `mi+ft` has none)."""
+    """How a student is made: ranks, dtypes, seed, and whether a donor is fused at all (method
+    `mi+ft` has none).
+    """
 
     fuse: bool
     rank: int
@@ -32,7 +36,9 @@ class FusionConfig:
 
 
 def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, ...]]:
-    """A neighbour's frozen weights and its donors' in order, `donor` last. A donor that was itself fused counts as plain weights."""
+    """A neighbour's frozen weights and its donors' in order, `donor` last. A donor that was itself
+    fused counts as plain weights.
+    """
     base = neighbour.terms.base if neighbour.terms else neighbour.weights
     donors = neighbour.terms.donors if neighbour.terms else ()
     return base, (*donors, donor.weights) if donor is not None else donors
@@ -97,7 +103,9 @@ def _layer(name: str, keys: Sequence[str], tensors: Mapping[str, torch.Tensor]) 
 
 
 class DonorCache:
-    """Donor blocks' tensors by where they lie: neighbours fused with one donor share one copy of it."""
+    """Donor blocks' tensors by where they lie: neighbours fused with one donor share one copy of
+    it.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -128,8 +136,9 @@ def folded_tensors(
 ) -> dict[str, torch.Tensor]:
     """The plain weights of all that fine-tuning changed, what was learned folded in, on the CPU.
 
-    What is learned is added to the weights as they are stored, not as the arithmetic rounded them (and in the wider of both dtypes): a
-    float16 checkpoint fine-tuned in bfloat16 keeps its own weights' precision. `donor`: of this round, if it is fused.
+    What is learned is added to the weights as they are stored, not as the arithmetic rounded them
+    (and in the wider of both dtypes): a float16 checkpoint fine-tuned in bfloat16 keeps its own
+    weights' precision. `donor`: of this round, if it is fused.
     """
     base, donors = terms_of(neighbour, donor)
     out = {}

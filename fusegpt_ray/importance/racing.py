@@ -9,13 +9,16 @@ from collections.abc import Sequence
 def surely_above(
     candidate: Sequence[float], leader: Sequence[float], windows: int, error: float
 ) -> bool:
-    """Whether the candidate's sum over all `windows` windows is above the leader's, seen on the first n of them.
+    """Whether the candidate's sum over all `windows` windows is above the leader's, seen on the
+    first n of them.
 
-    A one-sided paired t-test on the differences of the n windows' sums, at the level `error`. The comparison meant is that over the
-    finite set of all windows, of which n are known: hence the factor 1 − n / `windows` on the variance of their mean.
+    A one-sided paired t-test on the differences of the n windows' sums, at the level `error`. The
+    comparison meant is that over the finite set of all windows, of which n are known: hence the
+    factor 1 − n / `windows` on the variance of their mean.
 
-    Assumes that windows are in random order (calibration draws them at random) and that their differences are about normal; few
-    windows are guarded by the t-distribution's tails. Differences that are all alike and above 0 are taken as sure.
+    Assumes that windows are in random order (calibration draws them at random) and that their
+    differences are about normal; few windows are guarded by the t-distribution's tails. Differences
+    that are all alike and above 0 are taken as sure.
     """
     n = len(candidate)
     differences = [a - b for a, b in zip(candidate, leader, strict=True)]
@@ -28,7 +31,9 @@ def surely_above(
 
 
 def t_tail(t: float, freedom: int) -> float:
-    """P(T > t) for t ≥ 0 and Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    """P(T > t) for t ≥ 0 and Student's t with a whole number of degrees of freedom (Abramowitz and
+    Stegun, 26.7.3 and 26.7.4).
+    """
     angle = math.atan(t / math.sqrt(freedom))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = freedom % 2

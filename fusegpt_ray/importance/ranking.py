@@ -9,7 +9,9 @@ from typing import Any, Self
 
 @dataclass(frozen=True)
 class Stopped:
-    """A candidate that was not walked over all windows, because it cannot be the lowest (or, racing, is very unlikely to be)."""
+    """A candidate that was not walked over all windows, because it cannot be the lowest (or,
+    racing, is very unlikely to be).
+    """
 
     at_least: float
     """Its Macro Influence is no lower: what its windows so far add to the mean over all windows."""
@@ -35,14 +37,16 @@ class Ranking:
     """The outcome of scoring a stack. Blocks are named by their dense numbers."""
 
     scores: dict[int, float]
-    """Macro Influence of the blocks known over `windows` windows, in the stack's order; the lowest of all is among them."""
+    """Macro Influence of the blocks known over `windows` windows, in the stack's order; the lowest
+    of all is among them."""
     stopped: dict[int, Stopped]
     """All other blocks."""
     windows: int
     """All windows; fewer where racing left one block before their end."""
     cost: Cost
     batch_size: int | None = None
-    """Windows that passed a block in one call: `importance.batch`, or fewer where memory ran out."""
+    """Windows that passed a block in one call: `importance.batch`, or fewer where memory ran out.
+    """
 
     @property
     def lowest(self) -> int:

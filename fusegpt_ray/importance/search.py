@@ -1,25 +1,35 @@
-"""Finds the block of the lowest Macro Influence without walking every candidate over every window. No torch: numbers only.
+"""Finds the block of the lowest Macro Influence without walking every candidate over every window.
+No torch: numbers only.
 
-1 − cos is never negative, so a candidate's sum over some windows is a lower bound of its sum over all: once it passes the complete
-sum of another candidate, it cannot be the lowest, and is stopped. The block found is that of the full table, always, ties included.
+1 − cos is never negative, so a candidate's sum over some windows is a lower bound of its sum over
+all: once it passes the complete sum of another candidate, it cannot be the lowest, and is stopped.
+The block found is that of the full table, always, ties included.
 
-Every candidate is walked over the windows in order, a batch at a time; what is chosen is how far it goes in each wave:
+Every candidate is walked over the windows in order, a batch at a time; what is chosen is how far it
+goes in each wave:
 
-- **Look.** All candidates walk the first batch. Where the last round's scores are known, they stand in for it: one wave less.
-- **Plan.** The leader (lowest mean so far) goes to the end, and every other candidate just as far as it should need to be stopped:
-  a candidate twice as high as the leader, over half of the windows. All in one walk, so that the full model, which every candidate is
-  compared with, is walked once for all of them; finishing the leader alone first would walk it twice.
-- **Again** for those whom the plan failed, as far as they should need now; whoever is left then goes to the **end**.
+- **Look.** All candidates walk the first batch. Where the last round's scores are known, they stand
+  in for it: one wave less.
+- **Plan.** The leader (lowest mean so far) goes to the end, and every other candidate just as far
+  as it should need to be stopped:
+  a candidate twice as high as the leader, over half of the windows. All in one walk, so that the
+  full model, which every candidate is compared with, is walked once for all of them; finishing the
+  leader alone first would walk it twice.
+- **Again** for those whom the plan failed, as far as they should need now; whoever is left then
+  goes to the **end**.
 
-So scoring takes at most four waves, each of which reads the weights once, and at most 2 N block-forwards a window more than the full
-table in a single walk: each candidate meets each window once, the full model at most three times. Waves are the same on any number of
-replicas, and so are all results; the price is a first look, in the first round only, whose single batch can be split over replicas
-by its candidates alone (see `shares.py`).
+So scoring takes at most four waves, each of which reads the weights once, and at most 2 N
+block-forwards a window more than the full table in a single walk: each candidate meets each window
+once, the full model at most three times. Waves are the same on any number of replicas, and so are
+all results; the price is a first look, in the first round only, whose single batch can be split
+over replicas by its candidates alone (see `shares.py`).
 
-**Racing** (`importance.racing`, a probability) comes before the plan: all candidates walk 1, 2, 4, … batches, and after each such look
-those that a paired test finds above the leader are given up. It ends as soon as one candidate is left; else the plan takes over for
-the last half of the windows. A test's level is the stated probability ÷ (N − 1) leaders ÷ looks: by Bonferroni, the full table's
-choice is given up with at most that probability, as far as the test's assumptions hold (see `racing.py`).
+**Racing** (`importance.racing`, a probability) comes before the plan: all candidates walk 1, 2, 4,
+… batches, and after each such look those that a paired test finds above the leader are given up. It
+ends as soon as one candidate is left; else the plan takes over for the last half of the windows. A
+test's level is the stated probability ÷ (N − 1) leaders ÷ looks: by Bonferroni, the full table's
+choice is given up with at most that probability, as far as the test's assumptions hold (see
+`racing.py`).
 """
 
 from __future__ import annotations
@@ -52,7 +62,8 @@ def search(
     settings: Importance,
     last: Ranking | None = None,
 ) -> Ranking:
-    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows of `length` tokens.
+    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows of `length`
+    tokens.
 
     Raises:
         FloatingPointError: a sum is not finite.
@@ -81,7 +92,9 @@ def search(
 
 
 def _race(found: _Found, error: float) -> None:
-    """Look after 1, 2, 4, … batches, but not after the last one, and give up who is surely above the leader."""
+    """Look after 1, 2, 4, … batches, but not after the last one, and give up who is surely above
+    the leader.
+    """
     looks = [2**i for i in range((len(found.batches) - 1).bit_length())]
     for batches in looks:
         found.walk(dict.fromkeys(found.alive, batches))
@@ -99,14 +112,16 @@ def _race(found: _Found, error: float) -> None:
 
 
 def _goals(found: _Found, means: Sequence[float]) -> dict[int, int]:
-    """How many batches each candidate should have walked in all, to be complete (the leader) or to be stopped.
+    """How many batches each candidate should have walked in all, to be complete (the leader) or to
+    be stopped.
 
     `means`: of every candidate, as far as known.
     """
     aim = min(means[position] for position in found.alive)
     goals = {}
     for position in found.alive:
-        # After n of N batches a candidate is at about n / N of its mean; it is stopped when that is above the aim.
+        # After n of N batches a candidate is at about n / N of its mean; it is stopped when that is
+        # above the aim.
         share = aim / means[position] if means[position] > aim else 1.0
         goals[position] = math.floor(len(found.batches) * share) + 1
     return goals
@@ -127,7 +142,9 @@ class _Found:
         self._cost = 0
 
     def walk(self, goals: Mapping[int, int]) -> None:
-        """Take each candidate that is not stopped to so many batches in all, in one wave (or none, if all are there)."""
+        """Take each candidate that is not stopped to so many batches in all, in one wave (or none,
+        if all are there).
+        """
         jobs: list[Job] = []
         for batch, windows in enumerate(self.batches):
             positions = tuple(p for p in self.alive if self.batches_done[p] <= batch < goals[p])
@@ -152,7 +169,9 @@ class _Found:
         return len(self.sums[position]) == self.windows
 
     def at_least(self, position: int) -> float:
-        """Macro Influence, were it 0 on the windows still to walk. Rounded as the whole is, hence never above it."""
+        """Macro Influence, were it 0 on the windows still to walk. Rounded as the whole is, hence
+        never above it.
+        """
         return math.fsum(self.sums[position]) / (self.windows * self.length)
 
     def mean(self, position: int) -> float:

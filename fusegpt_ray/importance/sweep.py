@@ -2,9 +2,10 @@
 
 Shapes: W windows, C candidates, T tokens, D hidden size.
 
-The walk carries the full model's states and those of every candidate that is already left out: a block is read once and used for
-all. A candidate joins as a copy of the full model's states entering its block. In a model of N blocks a window costs N block-forwards
-and N − 1 − i more for a candidate at position i: N (N + 1) / 2 for all of them, about half of N² for N + 1 full forward passes.
+The walk carries the full model's states and those of every candidate that is already left out: a
+block is read once and used for all. A candidate joins as a copy of the full model's states entering
+its block. In a model of N blocks a window costs N block-forwards and N − 1 − i more for a candidate
+at position i: N (N + 1) / 2 for all of them, about half of N² for N + 1 full forward passes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fusegpt_ray.model.runner import Runner, state_bytes
 from fusegpt_ray.model.stack import Stack
 
 STATES_SHARE = 0.7
-"""Of the free memory that states may take while they walk; the rest is for blocks and activations."""
+"""Of the free memory that states may take while they walk; the rest is for blocks and activations.
+"""
 
 
 class Part(NamedTuple):
@@ -32,11 +34,12 @@ class Part(NamedTuple):
 
 
 def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on the CPU.
+    """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on
+    the CPU.
 
-    As many parts walk together, in order, as their states fit into memory; one candidate of one part passes a block at a time. So the
-    arithmetic of a window depends on the windows of its batch alone: neither on the other candidates, nor on the other parts, nor on
-    where they are walked.
+    As many parts walk together, in order, as their states fit into memory; one candidate of one
+    part passes a block at a time. So the arithmetic of a window depends on the windows of its batch
+    alone: neither on the other candidates, nor on the other parts, nor on where they are walked.
     """
     room = STATES_SHARE * runner.memory_share * free_bytes(runner.device)
     token_bytes = state_bytes(stack, 1, runner.dtype)

@@ -1,7 +1,8 @@
 """Where the decoder blocks and the trunk of a checkpoint are: its tensors as a stack.
 
 Notable:
-- nothing is known by architecture name. Blocks are the one ModuleList as long as the text configuration says the model is deep;
+- nothing is known by architecture name. Blocks are the one ModuleList as long as the text
+  configuration says the model is deep;
 - a block's tensors go by the model's own names, which the checkpoint's need not be (`names.py`).
 """
 
@@ -49,13 +50,18 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
             if found
             else "no decoder blocks found"
         )
-        fix = "use a decoder-only model whose blocks are all of one class (LLaMA, LLaVA, Mistral, Qwen, Gemma, OPT, GPT-2 …)"
+        fix = (
+            "use a decoder-only model whose blocks are all of one class (LLaMA, LLaVA, Mistral,"
+            " Qwen, Gemma, OPT, GPT-2 …)"
+        )
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]
 
 
 def build_meta_blocks(raw: Mapping[str, Any]) -> list[nn.Module]:
-    """The dense model's blocks without weights, by dense number, for whoever needs no trunk (see `load_block`)."""
+    """The dense model's blocks without weights, by dense number, for whoever needs no trunk (see
+    `load_block`).
+    """
     model = build_skeleton(raw)
     return list(model.get_submodule(find_blocks(model)))
 
@@ -64,8 +70,10 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     """The stack of a whole dense checkpoint: its config.json and the tensors of its files.
 
     Raises:
-        UserError: blocks cannot be found; or the checkpoint lacks tensors of the model, has them in another shape or quantized, or
-            has others that `from_pretrained` would report as unexpected (biases that are left out, say).
+        UserError: blocks cannot be found; or the checkpoint lacks tensors of the model, has them in
+        another shape or quantized, or
+            has others that `from_pretrained` would report as unexpected (biases that are left out,
+            say).
     """
     model = build_skeleton(raw)
     path = find_blocks(model)

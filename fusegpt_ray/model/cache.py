@@ -1,12 +1,17 @@
-"""Blocks of object storage on this node's disk: fetched once by whichever process needs them first, read there by all. No Ray.
+"""Blocks of object storage on this node's disk: fetched once by whichever process needs them first,
+read there by all. No Ray.
 
 Notable:
-- an entry is one safetensors file, named by what it holds and by its own checksum: `<key>-<sha256>.safetensors`. It appears whole, by
-  a rename; its size and time are looked at whenever it is used, its checksum when a process first uses it;
-- who fetches holds a lock on the temporary file, which takes its full size on the disk before anything is fetched. Waiting for an
-  entry is waiting for that lock, which the kernel frees when its holder is killed;
-- what does not fit is read from its store as if there were no cache. Nothing that a walk needs makes room for the rest of the walk:
-  the block used longest ago is the one needed next, so that evicting it would make every use a miss;
+- an entry is one safetensors file, named by what it holds and by its own checksum:
+  `<key>-<sha256>.safetensors`. It appears whole, by a rename; its size and time are looked at
+  whenever it is used, its checksum when a process first uses it;
+- who fetches holds a lock on the temporary file, which takes its full size on the disk before
+  anything is fetched. Waiting for an entry is waiting for that lock, which the kernel frees when
+  its holder is killed;
+- what does not fit is read from its store as if there were no cache. Nothing that a walk needs
+  makes room for the rest of the walk:
+  the block used longest ago is the one needed next, so that evicting it would make every use a
+  miss;
 - the cache never fails a run: what goes wrong with the disk is said once, and read from the store.
 """
 
@@ -45,7 +50,8 @@ class _Entry(NamedTuple):
 
 
 _SOUND: set[_Entry] = set()
-"""Whose checksums this process has seen to be right. Another size, inode or time is another entry."""
+"""Whose checksums this process has seen to be right. Another size, inode or time is another entry.
+"""
 _SAID: set[tuple[Path, int | None]] = set()
 
 
@@ -65,14 +71,17 @@ class BlockCache:
 
     folder: Path
     limit: int | None
-    """Bytes of all files in it, at any time; None: half of what the disk would have free without them."""
+    """Bytes of all files in it, at any time; None: half of what the disk would have free without
+    them."""
     _versions: dict[str, str | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
     @classmethod
     def open(cls, limit_gb: float | None = None) -> Self | None:
-        """This node's cache, shrunk to its limit (see `cluster.cache_gb`); None if there is to be none, or there can be none."""
+        """This node's cache, shrunk to its limit (see `cluster.cache_gb`); None if there is to be
+        none, or there can be none.
+        """
         if limit_gb == 0:
             return None
         given = os.environ.get("FUSEGPT_CACHE")
@@ -102,7 +111,8 @@ class BlockCache:
             return read_tensors(refs)  # it was evicted in the meantime, or the disk fails
 
     def local(self, refs: Refs, among: Collection[Refs] = ()) -> Refs:
-        """Refs to the same tensors in a file on this node, fetched if it is not there yet; `refs` itself where that cannot be.
+        """Refs to the same tensors in a file on this node, fetched if it is not there yet; `refs`
+        itself where that cannot be.
 
         `among`: everything that the walk under way needs. None of it makes room for this.
         """
@@ -125,7 +135,9 @@ class BlockCache:
         )
 
     def _key(self, remote: Refs) -> str | None:
-        """What names these tensors' bytes; nothing if there are none, or their store does not tell when a file changes."""
+        """What names these tensors' bytes; nothing if there are none, or their store does not tell
+        when a file changes.
+        """
         with _blaming_the_store():
             for file in {ref.file for ref in remote.values()} - self._versions.keys():
                 self._versions[file] = storage.version(file)
@@ -172,7 +184,8 @@ class BlockCache:
     def _make_room(
         self, size: int, needed: Collection[str | None] = (), part: BinaryIO | None = None
     ) -> bool:
-        """Have a file take its size on the disk, within the limit: what dead processes left goes, then what was used longest ago.
+        """Have a file take its size on the disk, within the limit: what dead processes left goes,
+        then what was used longest ago.
 
         False, and no entry goes, if it does not fit beside the needed ones.
         """

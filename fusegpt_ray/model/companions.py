@@ -1,7 +1,8 @@
-"""Which of a checkpoint's files, beside its weights, a published model takes along: judged by their names alone.
+"""Which of a checkpoint's files, beside its weights, a published model takes along: judged by their
+names alone.
 
-The same for a folder, an object store and the hub. Code is never among them, and what would mislead a
-loader (adapters, indexes of other shards) neither.
+The same for a folder, an object store and the hub. Code is never among them, and what would mislead
+a loader (adapters, indexes of other shards) neither.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ _TOKENIZER = re.compile(
     re.IGNORECASE,
 )
 _TERMS = re.compile(
-    r".*(licen[cs]e|copying|copyright|notice|use_policy|(acceptable|responsible)[-_ ]use|terms_of|terms\b|patents)[^/]*",
+    r".*(licen[cs]e|copying|copyright|notice|use_policy|(acceptable|responsible)[-_"
+    r" ]use|terms_of|terms\b|patents)[^/]*",
     re.IGNORECASE,
 )
 _NO_TEXT = re.compile(
@@ -62,7 +64,9 @@ _LOADED = {
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of this name, without folders, goes along: tokenizer, processor, generation, licence, policy."""
+    """Whether a file of this name, without folders, goes along: tokenizer, processor, generation,
+    licence, policy.
+    """
     if (
         name in OWN
         or name.lower().endswith(WEIGHTS)
@@ -74,7 +78,9 @@ def belongs(name: str) -> bool:
 
 
 def taken(files: Iterable[str]) -> list[str]:
-    """Of a checkpoint's files, by path, those that go along, sorted: its own and those of folders that belong to them."""
+    """Of a checkpoint's files, by path, those that go along, sorted: its own and those of folders
+    that belong to them.
+    """
     inside: dict[str, set[str]] = {}
     for name in files:
         folder, _, rest = name.rpartition("/")
@@ -111,7 +117,8 @@ def _is_part(folder: str, names: Collection[str]) -> bool:
 
 
 def left_out(files: Iterable[str], weights: Collection[str]) -> list[str]:
-    """What a published model does not take along, sorted: files, and folders as wholes. Hidden ones are not spoken of.
+    """What a published model does not take along, sorted: files, and folders as wholes. Hidden ones
+    are not spoken of.
 
     `weights`: the files whose tensors are published.
     """

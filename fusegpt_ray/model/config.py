@@ -1,4 +1,6 @@
-"""A checkpoint's config.json → the configuration and the empty model that transformers makes of it."""
+"""A checkpoint's config.json → the configuration and the empty model that transformers makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
     invalid = reading_users_file(KEY, kind, "config.json is not valid", again)
     with tempfile.TemporaryDirectory() as folder, _quiet(), invalid:
-        # Through a file, as transformers reads it: it has a way of its own to write infinity and NaN.
+        # Through a file, as transformers reads it: it has a way of its own to write infinity and
+        # NaN.
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
@@ -94,7 +97,9 @@ def _absurd(raw: Mapping[str, Any]) -> str:
 
 
 def _quantized(raw: Mapping[str, Any]) -> str:
-    """By what the weights were quantized, or one of the text model's: "awq"; nothing if they were not."""
+    """By what the weights were quantized, or one of the text model's: "awq"; nothing if they were
+    not.
+    """
     for key in _QUANTIZED:
         if settings := raw.get(key):
             if not isinstance(settings, dict):
@@ -108,7 +113,8 @@ def _quantized(raw: Mapping[str, Any]) -> str:
 
 
 def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
-    """The class that config.json names; where it names none, the one that the auto classes take for its type.
+    """The class that config.json names; where it names none, the one that the auto classes take for
+    its type.
 
     Raises:
         UserError: none of transformers' own causal or image-text-to-text models.
@@ -128,9 +134,15 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
         if known
         else "config.json names no architecture that transformers knows"
     )
-    fix = "use a causal language model, or an image-text-to-text model, that transformers itself contains"
+    fix = (
+        "use a causal language model, or an image-text-to-text model, that transformers itself"
+        " contains"
+    )
     if usual and not known:
-        fix += f'; if it is a {usual.__name__}, say so in config.json: "architectures": ["{usual.__name__}"]'
+        fix += (
+            f'; if it is a {usual.__name__}, say so in config.json: "architectures":'
+            f' ["{usual.__name__}"]'
+        )
     raise UserError(KEY, names, problem, fix)
 
 
@@ -160,7 +172,9 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """While a model is built: a number of parts that no memory holds is an error, whatever a config.json calls it."""
+    """While a model is built: a number of parts that no memory holds is an error, whatever a
+    config.json calls it.
+    """
     count = 0
 
     def counted(owner: nn.Module, name: str, part: nn.Module) -> None:

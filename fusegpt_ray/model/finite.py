@@ -1,4 +1,6 @@
-"""NaN and Inf in a dense model: what to tell its user. No weight is looked at before a result was not finite."""
+"""NaN and Inf in a dense model: what to tell its user. No weight is looked at before a result was
+not finite.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,15 @@ def finite(values: torch.Tensor) -> bool:
 def explained(
     dense: Stack, source: str, dtype: torch.dtype, trained: bool = False
 ) -> Iterator[None]:
-    """Makes a result that is not finite, computed in `dtype` from the dense model, a mistake in `model.source`.
+    """Makes a result that is not finite, computed in `dtype` from the dense model, a mistake in
+    `model.source`.
 
-    `trained`: from more than the dense model, so that it is only this mistake if a stored weight is not finite.
+    `trained`: from more than the dense model, so that it is only this mistake if a stored weight is
+    not finite.
 
     Raises:
-        UserError: it names the first tensor with NaN or Inf; or, if the stored weights are fine, the arithmetic that overflowed.
+        UserError: it names the first tensor with NaN or Inf; or, if the stored weights are fine,
+        the arithmetic that overflowed.
     """
     try:
         yield

@@ -1,4 +1,5 @@
-"""Why the tensors of a checkpoint are not those of the model that its config.json describes, in words.
+"""Why the tensors of a checkpoint are not those of the model that its config.json describes, in
+words.
 
 Only called once they differ: what is known of the common ways in which checkpoints go wrong.
 """
@@ -27,7 +28,8 @@ def refuse(
     missing: Collection[str],
     extra: Collection[str],
 ) -> None:
-    """For a checkpoint that lacks the model's tensors `missing`, or has others (`extra`, as on disk).
+    """For a checkpoint that lacks the model's tensors `missing`, or has others (`extra`, as on
+    disk).
 
     `expected`: all names of the model; `rename`: from a name on disk to the model's.
 
@@ -42,7 +44,10 @@ def refuse(
     if adapters := sorted(
         name for name in extra if re.search(r"[._]lora_|\.hada_|\.oft_|\.vera_", name)
     ):
-        problem = f"the weights of an adapter are among those of the model ({len(adapters)} tensors), not merged into them"
+        problem = (
+            f"the weights of an adapter are among those of the model ({len(adapters)} tensors), not"
+            " merged into them"
+        )
         raise UserError(
             KEY,
             adapters[0],
@@ -51,8 +56,14 @@ def refuse(
         )
     for what, strip in _wrappings(extra, expected):
         if missing and {*missing} <= {rename(strip(name)) for name in tensors}:
-            problem = f"the names of its tensors are wrapped: {what} stands in them, and without it they are the model's"
-            fix = "save the model inside the wrapper with its own save_pretrained, or rename the tensors"
+            problem = (
+                f"the names of its tensors are wrapped: {what} stands in them, and without it they"
+                " are the model's"
+            )
+            fix = (
+                "save the model inside the wrapper with its own save_pretrained, or rename the"
+                " tensors"
+            )
             raise UserError(KEY, min(extra), problem, fix)
     if missing:
         problem = f"the checkpoint lacks {len(missing)} tensors of the model"
@@ -90,8 +101,9 @@ def refuse_empty(name: str, shape: Collection[int], wanted: Collection[int]) -> 
     """
     problem = f"saved empty: its shape is {list(shape)} and by config.json {list(wanted)}"
     fix = (
-        "save the model again so that its weights are gathered first; DeepSpeed ZeRO-3 leaves them empty "
-        "without stage3_gather_16bit_weights_on_model_save, and zero_to_fp32.py makes whole ones of its checkpoints"
+        "save the model again so that its weights are gathered first; DeepSpeed ZeRO-3 leaves them"
+        " empty without stage3_gather_16bit_weights_on_model_save, and zero_to_fp32.py makes whole"
+        " ones of its checkpoints"
     )
     raise UserError(KEY, name, problem, fix)
 
@@ -105,6 +117,9 @@ def refuse_beyond(name: str, found: int, depth: int) -> None:
     problem = f"its weights have {found} blocks, its config.json says {depth}"
     fix = "use the config.json of these weights"
     if found == depth + 1:
-        problem += "; one more may be a layer that predicts further tokens (MTP), which transformers does not run"
+        problem += (
+            "; one more may be a layer that predicts further tokens (MTP), which transformers does"
+            " not run"
+        )
         fix += ", or take the tensors of such a layer out of the checkpoint"
     raise UserError(KEY, name, problem, fix)

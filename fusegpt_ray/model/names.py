@@ -1,4 +1,6 @@
-"""From a checkpoint's tensor names to the model's, by transformers' own rules: those that `from_pretrained` uses."""
+"""From a checkpoint's tensor names to the model's, by transformers' own rules: those that
+`from_pretrained` uses.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,10 @@ class Names:
             name, self.renamings, self.converters, self.base, self.expected
         )
         if converted is not None:
-            fix = "use a model whose checkpoint holds its weights as the model uses them (not a mixture of experts)"
+            fix = (
+                "use a model whose checkpoint holds its weights as the model uses them (not a"
+                " mixture of experts)"
+            )
             raise UserError(
                 KEY,
                 name,
@@ -52,7 +57,8 @@ class Names:
         return found
 
     def prefix(self, name: str, path: str, number: int, tail: str) -> str:
-        """What stands on disk before the block's number: with another number there, it is that block's tensor.
+        """What stands on disk before the block's number: with another number there, it is that
+        block's tensor.
 
         Raises:
             UserError: the number on disk is not the block's.

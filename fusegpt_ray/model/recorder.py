@@ -1,4 +1,5 @@
-"""A model's own forward pass with its decoder blocks replaced by recorders of what they are called with.
+"""A model's own forward pass with its decoder blocks replaced by recorders of what they are called
+with.
 
 Shapes: B rows, T tokens, D hidden size.
 """
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Context:
-    """What a model calls a block with besides the hidden states: masks, positions, rotary embeddings."""
+    """What a model calls a block with besides the hidden states: masks, positions, rotary
+    embeddings.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -117,7 +120,9 @@ class Recorded:
         return ""
 
     def _learn_returns(self, ids_BT: torch.Tensor) -> None:
-        """A pass that stops at the first block finds out what blocks return: later ones rely on it."""
+        """A pass that stops at the first block finds out what blocks return: later ones rely on
+        it.
+        """
         first = self.recorders[0]
         stopped_at(first, lambda: self.model(input_ids=ids_BT[:1], use_cache=False))
         assert first.h_BTD is not None and first.context is not None

@@ -1,6 +1,8 @@
-"""Where a model comes from: local folder, hub id or fsspec URI → a folder of files, and a local copy of all that is small.
+"""Where a model comes from: local folder, hub id or fsspec URI → a folder of files, and a local
+copy of all that is small.
 
-Nothing here reads weights; a hub model's configuration is fetched and checked before its weights are downloaded.
+Nothing here reads weights; a hub model's configuration is fetched and checked before its weights
+are downloaded.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Source:
     folder: str
     """Where its files are; a hub model's files may not be there yet, see `fetch`."""
     listed: tuple[str, ...] = ()
-    """All files of a hub model, by path, those that are not fetched among them; none where the hub could not be asked."""
+    """All files of a hub model, by path, those that are not fetched among them; none where the hub
+    could not be asked."""
 
     @classmethod
     def find(cls, name: str, revision: str | None, key: str = "model.source") -> Source:
@@ -84,7 +87,9 @@ class Source:
         return "://" not in self.name and not _is_folder(self.name)
 
     def fetch(self) -> None:
-        """Download a hub model's files into this node's cache, unless they are there (other sources are read where they are)."""
+        """Download a hub model's files into this node's cache, unless they are there (other sources
+        are read where they are).
+        """
         if not self.on_hub:
             return
         here, key = Path(self.folder), "model.source"
@@ -99,12 +104,16 @@ class Source:
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:
-        """Paths of the files besides weights that a published model takes along: tokenizer, processor, licence; never code."""
+        """Paths of the files besides weights that a published model takes along: tokenizer,
+        processor, licence; never code.
+        """
         return tuple(companions.taken(self._there))
 
     @cached_property
     def _there(self) -> list[str]:
-        """Paths of the files in the folder, and in those directly in it that may belong to the model; of others their names."""
+        """Paths of the files in the folder, and in those directly in it that may belong to the
+        model; of others their names.
+        """
         files = storage.names(self.folder)
         for name in storage.folders(self.folder):
             inside = (
@@ -116,7 +125,9 @@ class Source:
         return files
 
     def left_out(self, weights: Collection[str]) -> list[str]:
-        """What of the source a published model does not take along; `weights`: the files whose tensors it does."""
+        """What of the source a published model does not take along; `weights`: the files whose
+        tensors it does.
+        """
         return companions.left_out(self.listed or self._there, weights)
 
     def config(self, key: str = "model.source") -> dict[str, Any]:
@@ -166,7 +177,9 @@ class Source:
         ]
 
     def stack(self) -> Stack:
-        """The dense stack: reads config.json and the headers of the safetensors files (see `dense_stack` for errors)."""
+        """The dense stack: reads config.json and the headers of the safetensors files (see
+        `dense_stack` for errors).
+        """
         raw = self.config()
         self.fetch()
         return dense_stack(raw, read_index(self.folder, "model.source"))
@@ -228,12 +241,14 @@ Wanted = Callable[[list[str]], list[str]]
 def _snapshot(
     name: str, revision: str | None, key: str, wanted: Wanted
 ) -> tuple[str, tuple[str, ...]]:
-    """A hub model's folder in the cache, with those of its files that are `wanted`, and the paths of all.
+    """A hub model's folder in the cache, with those of its files that are `wanted`, and the paths
+    of all.
 
     Without a network it is what the cache holds, and no paths.
 
     Raises:
-        UserError: there is no such model, it may not be read, or it is not in the cache and the hub cannot be reached.
+        UserError: there is no such model, it may not be read, or it is not in the cache and the hub
+        cannot be reached.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled

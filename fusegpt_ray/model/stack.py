@@ -1,7 +1,9 @@
-"""A model's depth as data: an immutable list of block references over one trunk. No weights, only where they are.
+"""A model's depth as data: an immutable list of block references over one trunk. No weights, only
+where they are.
 
-Every step of a run takes a stack and gives a stack; a stack is small JSON, so that it can be committed, sent and resumed from.
-A block is named by its number in the dense model, which it keeps; its place in the list is its position.
+Every step of a run takes a stack and gives a stack; a stack is small JSON, so that it can be
+committed, sent and resumed from. A block is named by its number in the dense model, which it keeps;
+its place in the list is its position.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ def _refs_from_json(data: Mapping[str, Any]) -> dict[str, TensorRef]:
 
 @dataclass(frozen=True)
 class Terms:
-    """What a fused block is made of while its terms go on learning: W + B·A + Σ (C_k·D_k) ⊙ W_donor_k (paper, Eq. 10)."""
+    """What a fused block is made of while its terms go on learning: W + B·A + Σ (C_k·D_k) ⊙
+    W_donor_k (paper, Eq. 10).
+    """
 
     base: Refs
     """The block's own weights, frozen, as in the dense model."""
@@ -37,7 +41,9 @@ class Terms:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: plain weights by the name within the block (`self_attn.q_proj.weight`, …)."""
+    """One decoder block: plain weights by the name within the block (`self_attn.q_proj.weight`,
+    …).
+    """
 
     dense: int
     """Its number in the dense model."""
@@ -71,17 +77,21 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A model: configuration of the dense model, trunk (all that is not a block), and the blocks left, in order."""
+    """A model: configuration of the dense model, trunk (all that is not a block), and the blocks
+    left, in order.
+    """
 
     config: Mapping[str, Any]
     """The dense checkpoint's config.json, as it is."""
     prefix: str
-    """What stands before a block's number in the checkpoint's tensor names, such as `model.layers.`."""
+    """What stands before a block's number in the checkpoint's tensor names, such as
+    `model.layers.`."""
     trunk: Refs
     """Embeddings, final norm, head, vision tower, projector: by name in the checkpoint."""
     blocks: tuple[Block, ...]
     ignored: tuple[str, ...] = ()
-    """Tensors of the checkpoint that its class knows of and does not load; only a dense stack tells."""
+    """Tensors of the checkpoint that its class knows of and does not load; only a dense stack
+    tells."""
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -1,7 +1,7 @@
 """What an architecture does with its blocks, found on an empty model: before any weight is read.
 
-A checkpoint can be walked block by block only if its class calls every block once, in order, each with
-the hidden states of the one before and otherwise with what does not depend on the tokens.
+A checkpoint can be walked block by block only if its class calls every block once, in order, each
+with the hidden states of the one before and otherwise with what does not depend on the tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Runs the trunk (embeddings, final norm, head) of a model without its blocks, and one block alone.
 
-What a block is called with (masks, rotary embeddings, differing by layer) is recorded from the model's own forward pass.
+What a block is called with (masks, rotary embeddings, differing by layer) is recorded from the
+model's own forward pass.
 
 Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V vocabulary.
 """
@@ -25,7 +26,9 @@ Read = Callable[[Refs], Mapping[str, torch.Tensor]]
 
 
 class Trunk:
-    """All of the model but its blocks, loaded: embeds tokens, tells the blocks' contexts, turns final states into logits."""
+    """All of the model but its blocks, loaded: embeds tokens, tells the blocks' contexts, turns
+    final states into logits.
+    """
 
     def __init__(
         self, stack: Stack, device: torch.device, dtype: torch.dtype, read: Read = read_tensors
@@ -57,7 +60,9 @@ class Trunk:
 
     @torch.no_grad()
     def contexts(self, rows: int, length: int) -> list[Context]:
-        """By dense block number, what each block is called with for `rows` rows of `length` tokens without padding."""
+        """By dense block number, what each block is called with for `rows` rows of `length` tokens
+        without padding.
+        """
         if (rows, length) not in self._contexts:
             self._forward(torch.zeros(rows, length, dtype=torch.int64), logits_to_keep=1)
             self._contexts[rows, length] = self._recorded.contexts

@@ -137,7 +137,9 @@ class Weights:
 
     @cached_property
     def _stream(self) -> torch.cuda.Stream:
-        """One for all reads: memory that a block frees is used again by reads of this stream only."""
+        """One for all reads: memory that a block frees is used again by reads of this stream
+        only.
+        """
         return torch.cuda.Stream(self.device)
 
     def _arrived(self, ahead: Future[nn.Module] | None, block: Block) -> nn.Module:

@@ -1,7 +1,9 @@
-"""A published model → a local folder: in parallel, resumable, every byte checked against the manifest.
+"""A published model → a local folder: in parallel, resumable, every byte checked against the
+manifest.
 
-Notable: all is done in `DIR.part`, a sibling that is renamed to `DIR` once whole. Its files are opened by name relative to the opened
-folder and never through a link, and the names come from a manifest that was checked first, so nothing is written anywhere else.
+Notable: all is done in `DIR.part`, a sibling that is renamed to `DIR` once whole. Its files are
+opened by name relative to the opened folder and never through a link, and the names come from a
+manifest that was checked first, so nothing is written anywhere else.
 """
 
 from __future__ import annotations
@@ -42,13 +44,15 @@ class Incomplete(OSError):
         self.files = files
         lines = [f"{name} {problem}" for name, problem in files.items()]
         lines.append(
-            f"{len(files)} files failed {TRIES} times; the whole ones are kept in {part}, the same command fetches the rest"
+            f"{len(files)} files failed {TRIES} times; the whole ones are kept in {part}, the same"
+            " command fetches the rest"
         )
         super().__init__("\n".join(lines))
 
 
 def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = None) -> Path:
-    """Download the model at `uri` (any fsspec URI) to `folder`, which appears only once it is whole; returns its path.
+    """Download the model at `uri` (any fsspec URI) to `folder`, which appears only once it is
+    whole; returns its path.
 
     Run again after a failure, it goes on with what has arrived.
 
@@ -189,7 +193,9 @@ def _folders(path: str) -> list[str]:
 
 @contextmanager
 def _parent(directory: int, path: str) -> Iterator[int]:
-    """The folder that a file lies in, below the opened one, made if need be; never through a link."""
+    """The folder that a file lies in, below the opened one, made if need be; never through a
+    link.
+    """
     with ExitStack() as opened:
         for name in path.split("/")[:-1]:
             with suppress(FileExistsError):
@@ -223,7 +229,9 @@ class _Pull:
     stop: threading.Event = field(default_factory=threading.Event)
 
     def all(self) -> dict[str, str]:
-        """Fetch what is not there yet; what is wrong with the files that could not be fetched, by name."""
+        """Fetch what is not there yet; what is wrong with the files that could not be fetched, by
+        name.
+        """
         with ThreadPoolExecutor(WORKERS) as pool:
             try:
                 problems = list(pool.map(self.one, self.manifest.files))

@@ -11,7 +11,8 @@ from fusegpt_ray.text.protocol import described
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
-    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`, without its files.
+    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`,
+    without its files.
 
     `auto_class`: the class of transformers whose `from_pretrained` loads the model.
     """
@@ -20,7 +21,8 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     if source["on_hub"]:
         front.append(f"base_model: {source['name']}")
     rows = [
-        f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} | {row['fused']:.2f} |"
+        f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} |"
+        f" {row['fused']:.2f} |"
         for data, row in manifest["perplexity"].items()
     ]
     table = (
@@ -36,8 +38,10 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "---",
         f"# {name}",
         "",
-        f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']} decoder blocks removed: "
-        f"{METHODS[manifest['method']].about}.",
+        (
+            f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
+            f" decoder blocks removed: {METHODS[manifest['method']].about}."
+        ),
         "",
         "An ordinary checkpoint with fewer layers; no custom code:",
         "",
@@ -57,13 +61,17 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
         *(
             [
-                f"Fewer windows at once than the recipe says, beyond rounding with the same result: {less}."
+                "Fewer windows at once than the recipe says, beyond rounding with the same result:"
+                f" {less}."
             ]
             if less
             else []
         ),
         "",
-        "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256. The recipe:",
+        (
+            "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256."
+            " The recipe:"
+        ),
         "",
         "```json",
         json.dumps(manifest["recipe"], indent=1),

@@ -1,7 +1,8 @@
-"""What plain `from_pretrained` makes of a checkpoint, beside the streamed walk: two readers that share nothing.
+"""What plain `from_pretrained` makes of a checkpoint, beside the streamed walk: two readers that
+share nothing.
 
-A large model is compared on its first blocks, as many as it takes to have one of each kind, so that no
-process holds more of it than that.
+A large model is compared on its first blocks, as many as it takes to have one of each kind, so that
+no process holds more of it than that.
 
 Shapes: W windows, T tokens, D hidden size, V vocabulary.
 """
@@ -36,8 +37,9 @@ TOKENS = 256
 KL_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3}
 """By the arithmetic's dtype: mean Kullback-Leibler divergence of logits in nats a token.
 
-It grows with the square of the logits' differences: 1e-6 are differences of about 1e-3, 1e-3 of about 0.05.
-Honest readings differ by 0 (`benchmarks/comparison.py`); kernels may add in another order."""
+It grows with the square of the logits' differences: 1e-6 are differences of about 1e-3, 1e-3 of
+about 0.05. Honest readings differ by 0 (`benchmarks/comparison.py`); kernels may add in another
+order."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,17 @@ class Plain:
     """How close the streamed walk came to what plain `from_pretrained` computes."""
 
     kl: float | None
-    """Mean KL divergence in nats a token; NaN where the model's logits are, None where it does not load."""
+    """Mean KL divergence in nats a token; NaN where the model's logits are, None where it does not
+    load."""
     problem: str = ""
     """What is wrong, if they are not the same model."""
 
 
 @torch.no_grad()
 def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.Tensor) -> Plain:
-    """`stack` is all of the checkpoint in `folder`; `runner` runs it. Memory that runs out is raised."""
+    """`stack` is all of the checkpoint in `folder`; `runner` runs it. Memory that runs out is
+    raised.
+    """
     windows_WT = windows_WT[:, :TOKENS]
     small = sum(ref.end - ref.begin for ref in _refs(stack)) <= SMALL_BYTES
     part = stack if small else one_of_each_kind(stack)
@@ -94,7 +99,9 @@ def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
 
 
 def one_of_each_kind(stack: Stack) -> Stack:
-    """The first blocks up to the last that is of another kind than those before it, and at least two."""
+    """The first blocks up to the last that is of another kind than those before it, and at least
+    two.
+    """
     config = read_config(stack.config).get_text_config().to_dict()
     lists = [
         value for value in config.values() if isinstance(value, list) and len(value) == len(stack)

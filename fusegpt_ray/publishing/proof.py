@@ -1,10 +1,13 @@
-"""Proof that what lies in the store is the model, before its manifest says so. Everything here reads; nothing is written.
+"""Proof that what lies in the store is the model, before its manifest says so. Everything here
+reads; nothing is written.
 
-Three steps, each from the published files alone:
-1. every file is read back once: its size, its SHA-256, and that all its tensors are finite (`read_back`);
-2. the folder is opened as a user's checkpoint would be: it holds exactly the tensors of the stack, in their shapes and dtypes, all
-   that the model class of its config.json expects, and the same weights are tied (`open_published`);
-3. on real text it computes what the stack computes, block by block (`compare`), and its logits are those of the model that plain
+Three steps, each from the published files alone: 1. every file is read back once: its size, its
+SHA-256, and that all its tensors are finite (`read_back`); 2. the folder is opened as a user's
+checkpoint would be: it holds exactly the tensors of the stack, in their shapes and dtypes, all
+   that the model class of its config.json expects, and the same weights are tied
+   (`open_published`);
+3. on real text it computes what the stack computes, block by block (`compare`), and its logits are
+those of the model that plain
    `from_pretrained` loads (`plain.py`).
 
 Shapes: W windows, T tokens, D hidden size, V vocabulary.
@@ -43,10 +46,12 @@ KEY = "published model"
 WINDOWS = 2
 """Windows on which the published model and the stack are compared."""
 STATES_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""By the arithmetic's dtype: how far a block's output may be from the stack's, as a share of its size (root mean square).
+"""By the arithmetic's dtype: how far a block's output may be from the stack's, as a share of its
+size (root mean square).
 
-The stack's weights are rounded to their published dtype first, and both sides run the same code on the same device, so 0 is expected;
-the tolerance leaves room for kernels that add in another order from call to call: some 1000 roundings in float32, two in bfloat16."""
+The stack's weights are rounded to their published dtype first, and both sides run the same code on
+the same device, so 0 is expected; the tolerance leaves room for kernels that add in another order
+from call to call: some 1000 roundings in float32, two in bfloat16."""
 
 
 class ProofError(RuntimeError):
@@ -89,7 +94,9 @@ def _header(file: str) -> dict[str, TensorRef]:
 
 
 class _FiniteWatch:
-    """Sees a file's bytes pass and finds the first tensor with NaN or Inf; holds less than one element."""
+    """Sees a file's bytes pass and finds the first tensor with NaN or Inf; holds less than one
+    element.
+    """
 
     def __init__(self, refs: list[TensorRef]) -> None:
         self.refs = iter([ref for ref in refs if ref.end > ref.begin])
@@ -117,10 +124,12 @@ class _FiniteWatch:
 
 
 def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> Stack:
-    """The published checkpoint's stack, read from its own config.json and headers; `entries`: the tensors it should hold, by name.
+    """The published checkpoint's stack, read from its own config.json and headers; `entries`: the
+    tensors it should hold, by name.
 
     Raises:
-        ProofError: a tensor is missing, empty, extra, or has another shape or dtype; `from_pretrained` would miss a weight; or other
+        ProofError: a tensor is missing, empty, extra, or has another shape or dtype;
+        `from_pretrained` would miss a weight; or other
             weights are tied than in the dense model.
     """
     source = Source.find(folder, None, KEY)
@@ -144,7 +153,8 @@ def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> S
     if found != expected:
         names = ", ".join(sorted(found ^ expected))
         raise ProofError(
-            f"{folder}: {names} is {'no longer' if expected - found else 'newly'} tied by its config.json"
+            f"{folder}: {names} is {'no longer' if expected - found else 'newly'} tied by its"
+            " config.json"
         )
     return stack
 
@@ -162,7 +172,8 @@ def _check_tensors(
         expected = entries[name]
         if (ref.shape, ref.dtype) != (expected.shape, expected.dtype):
             raise ProofError(
-                f"{folder}: {name} is {list(ref.shape)} {ref.dtype}, it should be {list(expected.shape)} {expected.dtype}"
+                f"{folder}: {name} is {list(ref.shape)} {ref.dtype}, it should be"
+                f" {list(expected.shape)} {expected.dtype}"
             )
         if ref.begin == ref.end:
             raise ProofError(f"{folder}: {name} is empty")
@@ -191,10 +202,12 @@ def prove(
     there: Runner,
     windows_WT: torch.Tensor,
 ) -> Proof:
-    """Compare the published model with the stack; `here` runs the stack, `there` the published one, on the same device.
+    """Compare the published model with the stack; `here` runs the stack, `there` the published one,
+    on the same device.
 
     Raises:
-        ProofError: a block's states or the logits are not the stack's; the message names the block or the number.
+        ProofError: a block's states or the logits are not the stack's; the message names the block
+        or the number.
     """
     windows_WT = windows_WT[:WINDOWS]
     states, kl = compare(published, stack, here, there, windows_WT)
@@ -236,13 +249,15 @@ def _difference(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, w
     """Root mean square of the difference as a share of that of `wanted`."""
     if found.shape != wanted.shape:
         raise ProofError(
-            f"the published model's states are {list(found.shape)}, the stack's {list(wanted.shape)}"
+            f"the published model's states are {list(found.shape)}, the stack's"
+            f" {list(wanted.shape)}"
         )
     size = wanted.float().square().mean().sqrt().item()
     share = (found.float() - wanted.float()).square().mean().sqrt().item() / (size or 1.0)
     if not share <= STATES_TOLERANCE[dtype]:  # also where it is NaN
         raise ProofError(
-            f"the published model computes something else: {what} is off by {share:.2g}, {STATES_TOLERANCE[dtype]} allowed"
+            f"the published model computes something else: {what} is off by {share:.2g},"
+            f" {STATES_TOLERANCE[dtype]} allowed"
         )
     return share
 

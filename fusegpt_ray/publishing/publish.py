@@ -1,8 +1,9 @@
 """A stack → an ordinary Hugging Face checkpoint, streamed tensor by tensor; its manifest last.
 
-A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is read back from the store as soon as it
-is written, and the whole is proven to be the model before the manifest is (see `proof.py`). A few shards go at once: a store gives and
-takes much more over several connections than over one.
+A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is
+read back from the store as soon as it is written, and the whole is proven to be the model before
+the manifest is (see `proof.py`). A few shards go at once: a store gives and takes much more over
+several connections than over one.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Published:
 
 
 Measure = Callable[[Stack], Mapping[str, Any]]
-"""Asked for facts about the published model, given as its stack, before it is finished; raises where it is not what it should be."""
+"""Asked for facts about the published model, given as its stack, before it is finished; raises
+where it is not what it should be."""
 
 
 def publish(
@@ -122,7 +124,9 @@ def publish(
 
 
 def left_out(source: Source, dense: Stack) -> list[str]:
-    """What the source holds and a published model does not: files, folders ("images/") and tensors that no class loads."""
+    """What the source holds and a published model does not: files, folders ("images/") and tensors
+    that no class loads.
+    """
     used = {
         ref.file.rsplit("/", 1)[-1]
         for refs in (dense.trunk, *(block.weights for block in dense.blocks))

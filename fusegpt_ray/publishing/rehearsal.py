@@ -1,9 +1,10 @@
-"""The whole way from a model to a shallower one on empty tensors: what would fail at its end fails now.
+"""The whole way from a model to a shallower one on empty tensors: what would fail at its end fails
+now.
 
-Blocks are left out, the config.json is written, the class is built from it, and what it builds is held
-against what would be published: the names and shapes of all tensors, and that every block, at its new
-place, is still the same function. A function is known by the operations that a block runs on the meta
-device, with their numbers, and by the plain values and buffers that its modules hold.
+Blocks are left out, the config.json is written, the class is built from it, and what it builds is
+held against what would be published: the names and shapes of all tensors, and that every block, at
+its new place, is still the same function. A function is known by the operations that a block runs
+on the meta device, with their numbers, and by the plain values and buffers that its modules hold.
 """
 
 from __future__ import annotations
@@ -57,15 +58,24 @@ def _difference(
     for name in sorted(dense.trunk.keys() | short.trunk.keys()):
         old, new = dense.trunk.get(name), short.trunk.get(name)
         if old != new:
-            return f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with fewer blocks"
+            return (
+                f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with"
+                " fewer blocks"
+            )
     for position, number in enumerate(kept):
         context, moved = dense.contexts[number], short.contexts[position]
         if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
             return f"block {number} would become block {position}, where it {problem}"
         if not same(context, moved):
-            return f"block {number} would become block {position}, and be called with other masks there"
+            return (
+                f"block {number} would become block {position}, and be called with other masks"
+                " there"
+            )
         if operations[number] != _operations(*short.calls[position]):
-            return f"what block {number} computes depends on its number; it would become block {position}"
+            return (
+                f"what block {number} computes depends on its number; it would become block"
+                f" {position}"
+            )
     return ""
 
 
@@ -80,7 +90,10 @@ def _other_block(old: nn.Module, new: nn.Module, number: int, position: int) -> 
         name = min(
             name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
         )
-        return f"has other tensors ({name} is {_shown(ours.get(name))}, {_shown(theirs.get(name))} there)"
+        return (
+            f"has other tensors ({name} is {_shown(ours.get(name))}, {_shown(theirs.get(name))}"
+            " there)"
+        )
     for (name, mine), (_, other) in zip(old.named_buffers(), new.named_buffers(), strict=True):
         if not same(mine, other):
             return f"has other values in {name}"
@@ -125,7 +138,9 @@ class _Operations(TorchDispatchMode):
 
 
 def _note(value: object) -> object:
-    """Of a tensor its shape; it has no values on the meta device. Buffers are compared by themselves."""
+    """Of a tensor its shape; it has no values on the meta device. Buffers are compared by
+    themselves.
+    """
     if isinstance(value, torch.Tensor):
         return str(value.dtype), tuple(value.shape)
     known = _is_plain(value) or isinstance(value, torch.dtype | torch.device)

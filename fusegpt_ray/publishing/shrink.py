@@ -19,7 +19,8 @@ from fusegpt_ray.store.checkpoint import Entry, TensorRef, read_tensors
 _NOT_BY_BLOCK = re.compile(r"architectures|.*token_ids?")
 """Lists that may be as long as the model is deep by chance."""
 _BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
-"""What a list or a table of block numbers may be called, such as `full_attn_idxs` and `mlp_only_layers`."""
+"""What a list or a table of block numbers may be called, such as `full_attn_idxs` and
+`mlp_only_layers`."""
 
 
 def shrink_config(stack: Stack) -> dict[str, Any]:
@@ -61,7 +62,9 @@ def text_section(
 
 
 def _depth_names(text: PretrainedConfig) -> tuple[str, set[str]]:
-    """The name that the class itself uses for the depth, and all of which one file may use several."""
+    """The name that the class itself uses for the depth, and all of which one file may use
+    several.
+    """
     main = text.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     aliases = {key for key, target in text.attribute_map.items() if target == main}
     halves = {"decoder_layers"} if main == "encoder_layers" else set()
@@ -91,7 +94,9 @@ def _is_number(name: object, depth: int) -> bool:
 
 
 def _run_lengths(value: Sequence[Any]) -> Iterator[Any]:
-    """The items of a list such as GPT-Neo's [[["global", "local"], 6]], written out; none if it is not one."""
+    """The items of a list such as GPT-Neo's [[["global", "local"], 6]], written out; none if it is
+    not one.
+    """
     for run in value:
         match run:
             case [list(items), int(times)]:
@@ -101,7 +106,9 @@ def _run_lengths(value: Sequence[Any]) -> Iterator[Any]:
 
 
 def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
-    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the dense checkpoint."""
+    """Every tensor of the model in the checkpoint's own names, blocks renumbered, dtypes as in the
+    dense checkpoint.
+    """
     for name, ref in stack.trunk.items():
         yield _entry(name, ref, ref.dtype)
     for number, block in enumerate(stack.blocks):

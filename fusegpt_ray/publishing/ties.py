@@ -1,4 +1,6 @@
-"""Which weights of a checkpoint are one and the same, as `from_pretrained` decides it: by its config.json and its tensors."""
+"""Which weights of a checkpoint are one and the same, as `from_pretrained` decides it: by its
+config.json and its tensors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def tied(stack: Stack) -> set[str]:
 
 
 def with_true_ties(config: Mapping[str, Any], stack: Stack) -> dict[str, Any]:
-    """The stack's config.json, which ties nothing where nothing is: some loaders ask nothing else."""
+    """The stack's config.json, which ties nothing where nothing is: some loaders ask nothing
+    else.
+    """
     raw = copy.deepcopy(dict(config))
     if not build_skeleton(raw).all_tied_weights_keys or tied(stack):
         return raw

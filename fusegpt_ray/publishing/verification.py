@@ -21,7 +21,8 @@ WORKERS = 4
 
 
 def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
-    """{"model", "good", "files", "bytes", "problems": [{"file", "problem"}], "remarks": [{"file", "remark"}]}.
+    """{"model", "good", "files", "bytes", "problems": [{"file", "problem"}], "remarks": [{"file",
+    "remark"}]}.
 
     Raises:
         UserError: there is no manifest at `uri`, or not one that can be trusted.
@@ -70,7 +71,9 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
 
 
 def _disagreements(folder: str, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Between headers, index, configuration and manifest: the file and what is wrong, the first level that has any."""
+    """Between headers, index, configuration and manifest: the file and what is wrong, the first
+    level that has any.
+    """
     shards = [name for name in manifest.files if name.endswith(".safetensors")]
     held: list[tuple[str, str]] = []
     damaged = False

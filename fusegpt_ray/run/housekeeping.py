@@ -1,4 +1,6 @@
-"""Finds, and removes when told to, what dead runs and pulls left: never a finished model, never a live run. Light: no torch."""
+"""Finds, and removes when told to, what dead runs and pulls left: never a finished model, never a
+live run. Light: no torch.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ class Leftover:
 def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
     """What could be removed below an output URI, and what could not be and why.
 
-    `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that could go on may be removed as well.
+    `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that
+    could go on may be removed as well.
 
     Raises:
         UserError: not the folder in which models and runs lie, or its name could mean others
@@ -104,7 +107,8 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
         for folder in there.folders
         if folder.finished and (match := MODEL.fullmatch(folder.name))
     }
-    # Half models first: the run's folder beside them is how they are known, should this stop in between.
+    # Half models first: the run's folder beside them is how they are known, should this stop in
+    # between.
     for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
         if folder.half:
             name = MODEL.fullmatch(folder.name)["name"]  # type: ignore[index]

@@ -1,7 +1,9 @@
-"""A run's memory: one small immutable record a round in `<output.uri>/<name>.run/`, from which the same command goes on.
+"""A run's memory: one small immutable record a round in `<output.uri>/<name>.run/`, from which the
+same command goes on.
 
-What a round wrote is trusted only through its record, which is created last, holds its own checksum and those of the files it points
-at, and is never changed. The folder lives as long as the run: a finished run's records are in the manifests of what it published.
+What a round wrote is trusted only through its record, which is created last, holds its own checksum
+and those of the files it points at, and is never changed. The folder lives as long as the run: a
+finished run's records are in the manifests of what it published.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ Note = Literal["sums", "scores"]
 def identity(
     recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What a run may not change and still be resumed: all of the recipe that shapes the result, the data and the model.
+    """What a run may not change and still be resumed: all of the recipe that shapes the result, the
+    data and the model.
 
-    Reads all of a local model's weights once, for their checksums; an object store is asked for its own.
+    Reads all of a local model's weights once, for their checksums; an object store is asked for its
+    own.
     """
     refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
         dense.trunk.values()
@@ -224,7 +228,9 @@ class Journal:
         self._forget_checkpoints(number)
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
-        """Note something about round `number` before it is done, so that a kill does not cost it. A later note takes its place."""
+        """Note something about round `number` before it is done, so that a kill does not cost it. A
+        later note takes its place.
+        """
         self.fence()
         storage.write(self._note(kind, number), sealed({"note": note}))
         self.saved = True
@@ -246,8 +252,9 @@ class Journal:
     def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
         """The rounds done so far, in order, as far as they can be trusted.
 
-        Checked are the records, and the files that the model after the last round and those after the rounds `wanted` still need. The
-        first damaged or missing one ends the list: `say` tells which, and it and all later records are removed.
+        Checked are the records, and the files that the model after the last round and those after
+        the rounds `wanted` still need. The first damaged or missing one ends the list: `say` tells
+        which, and it and all later records are removed.
         """
         done, problem = self._records()
         good: set[str] = set()

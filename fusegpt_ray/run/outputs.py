@@ -1,4 +1,6 @@
-"""What lies below an output URI: finished models, runs, and what dead runs left. Only looks; light: no torch."""
+"""What lies below an output URI: finished models, runs, and what dead runs left. Only looks; light:
+no torch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ DEAD_AFTER = 600.0
 """Seconds without a sign of life after which a run counts as dead."""
 IDENTITY = "identity.json"
 State = Literal["alive", "unfinished", "published", "remains"]
-"""Of a run: at work; dead, but the same command goes on; dead after it published everything; dead while its folder was removed."""
+"""Of a run: at work; dead, but the same command goes on; dead after it published everything; dead
+while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
 _NAMES = r"identity|heartbeat|(round|scores|sums|lease)-\d+"
@@ -84,7 +87,9 @@ class Folder:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has not removed its folder: alive, dead, or dead after it had published everything."""
+    """A run that has not removed its folder: alive, dead, or dead after it had published
+    everything.
+    """
 
     folder: Folder
 
@@ -115,7 +120,9 @@ class Run:
 
     @cached_property
     def epochs_saved(self) -> int:
-        """Epochs of the round it is, or was, working on that its last training checkpoint spares it."""
+        """Epochs of the round it is, or was, working on that its last training checkpoint spares
+        it.
+        """
         name = f"blocks/round-{len(self.rounds) + 1:03d}/checkpoints/checkpoint.json"
         if name not in self.folder.files:
             return 0
@@ -129,7 +136,9 @@ class Run:
         return min(self.folder.silent(), time.time() - self.heartbeat.get("time", 0.0))
 
     def state(self, age: float = DEAD_AFTER) -> State:
-        """What has become of it; `age`: seconds without a sign of life after which it counts as dead."""
+        """What has become of it; `age`: seconds without a sign of life after which it counts as
+        dead.
+        """
         if "ended" not in self.heartbeat and self.silent() < age:
             return "alive"
         if IDENTITY not in self.folder.files:

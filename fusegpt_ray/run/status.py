@@ -1,4 +1,6 @@
-"""What is below an output URI, for a person and for a program: finished models, runs at work, runs that stopped. Light: no torch."""
+"""What is below an output URI, for a person and for a program: finished models, runs at work, runs
+that stopped. Light: no torch.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from fusegpt_ray.text.protocol import described
 
 
 def status(uri: str) -> dict[str, Any]:
-    """{"uri", "models": […], "runs": […], "unfinished": [names of folders without manifest]} of an output URI, a run or a model.
+    """{"uri", "models": […], "runs": […], "unfinished": [names of folders without manifest]} of an
+    output URI, a run or a model.
 
     Raises:
         UserError: there is nothing, or it cannot be reached.

@@ -1,12 +1,14 @@
 """Text to token windows, deterministic and without ever holding a corpus in memory.
 
 Notable:
-- the paper's recipe (its WikiText-2 code): join the rows by a blank line, tokenise once, cut `random.Random(seed)`
-  windows. Each file is joined and tokenised on its own, and the files' tokens are concatenated;
+- the paper's recipe (its WikiText-2 code): join the rows by a blank line, tokenise once, cut
+  `random.Random(seed)` windows. Each file is joined and tokenised on its own, and the files' tokens
+  are concatenated;
 - where windows begin with a beginning-of-sequence token, it is the first of their `length` tokens,
   and no special token is anywhere else;
-- tokenising once does not stream, so a long text is cut into *pieces* at row (else line) boundaries, and each piece is
-  one call of the tokenizer. A text of at most `piece_bytes` is one piece: exactly the paper's recipe.
+- tokenising once does not stream, so a long text is cut into *pieces* at row (else line)
+  boundaries, and each piece is one call of the tokenizer. A text of at most `piece_bytes` is one
+  piece: exactly the paper's recipe.
 """
 
 from __future__ import annotations
@@ -27,12 +29,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_TOKENS = 64_000_000
-"""So many tokens (256 MB) are kept between counting them and cutting windows; a longer text is tokenised twice."""
+"""So many tokens (256 MB) are kept between counting them and cutting windows; a longer text is
+tokenised twice."""
 
 
 def tokenize(piece: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Token ids of one piece, int32 [tokens], without special tokens, by one call of the tokenizer."""
-    # verbose=False: pieces are longer than the model's context on purpose, which the tokenizer would warn about.
+    """Token ids of one piece, int32 [tokens], without special tokens, by one call of the
+    tokenizer.
+    """
+    # verbose=False: pieces are longer than the model's context on purpose, which the tokenizer
+    # would warn about.
     encoded = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
     return np.array(encoded["input_ids"], dtype=np.int32)
 
@@ -59,7 +65,8 @@ def leading_token(bos: Bos, tokenizer: PreTrainedTokenizerBase, key: str) -> int
 def token_stream(
     text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
 ) -> Callable[[], Iterator[np.ndarray]]:
-    """A function that reads the text from its beginning and yields the tokens of each piece, int32 [tokens].
+    """A function that reads the text from its beginning and yields the tokens of each piece, int32
+    [tokens].
 
     Raises:
         UserError: as `sources`, at once; as `pieces`, while the tokens are drawn.
@@ -71,7 +78,9 @@ def token_stream(
 
 
 def window_starts(n_tokens: int, windows: int, length: int, seed: int) -> list[int]:
-    """First token of each window, exactly as the paper's code draws them; needs `n_tokens` > `length`."""
+    """First token of each window, exactly as the paper's code draws them; needs `n_tokens` >
+    `length`.
+    """
     draw = random.Random(seed)
     return [draw.randint(0, n_tokens - length - 1) for _ in range(windows)]
 
@@ -84,12 +93,13 @@ def sample_windows(
     key: str,
     bos: int | None = None,
 ) -> np.ndarray:
-    """Random windows of the concatenated tokens, int64 [windows, length], in the order of `window_starts`.
+    """Random windows of the concatenated tokens, int64 [windows, length], in the order of
+    `window_starts`.
 
     With `bos`, a window is this token and the first `length` − 1 tokens of the same text.
 
-    `stream()` yields the tokens piece by piece, from the beginning at each call. It is called once, or twice if there
-    are more than `HELD_TOKENS` tokens.
+    `stream()` yields the tokens piece by piece, from the beginning at each call. It is called once,
+    or twice if there are more than `HELD_TOKENS` tokens.
 
     Raises:
         UserError: fewer than `length` + 1 tokens.
@@ -135,8 +145,8 @@ def consecutive_windows(
 ) -> np.ndarray:
     """The text as windows one after another, int64 [n, length]: at most `limit`, no incomplete one.
 
-    With `bos`, each window is this token and `length` − 1 of the text's: no token is left out between
-    two windows.
+    With `bos`, each window is this token and `length` − 1 of the text's: no token is left out
+    between two windows.
 
     Raises:
         UserError: less text than a window takes.
@@ -157,7 +167,9 @@ def consecutive_windows(
 
 
 def fingerprint(windows: np.ndarray) -> str:
-    """SHA-256 of the windows' bytes, in hex: equal for the same text, tokenizer, length and seed."""
+    """SHA-256 of the windows' bytes, in hex: equal for the same text, tokenizer, length and
+    seed.
+    """
     return hashlib.sha256(windows.tobytes()).hexdigest()
 
 

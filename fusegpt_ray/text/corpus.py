@@ -1,8 +1,10 @@
 """Files and datasets of text, read as a stream of pieces; a user's mistakes in them explained.
 
 Notable:
-- a text file is one row; the rows of a file are joined by a blank line, as the paper's code joins WikiText-2;
-- pieces depend on the text and `piece_bytes` only, so one process and a cluster (`distributed/data.py`) agree;
+- a text file is one row; the rows of a file are joined by a blank line, as the paper's code joins
+  WikiText-2;
+- pieces depend on the text and `piece_bytes` only, so one process and a cluster
+  (`distributed/data.py`) agree;
 - `key` is everywhere the recipe key of the data, such as `calibration.data`, for the messages.
 """
 
@@ -29,11 +31,13 @@ _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 def sources(text: Text, key: str) -> list[Source]:
     """The files, in the order of their names, or the dataset that `text.data` means.
 
-    A file, a glob or a local folder wins over a dataset of that name; a local folder is read as `load_dataset(folder)`
-    reads it. Of files only the beginning of the first is read, of a dataset only its description.
+    A file, a glob or a local folder wins over a dataset of that name; a local folder is read as
+    `load_dataset(folder)` reads it. Of files only the beginning of the first is read, of a dataset
+    only its description.
 
     Raises:
-        UserError: nothing is there, or what is there cannot be read or has no such column, configuration or split.
+        UserError: nothing is there, or what is there cannot be read or has no such column,
+        configuration or split.
     """
     data = text.data
     with _explained(key, data):
@@ -68,10 +72,12 @@ def sources(text: Text, key: str) -> list[Source]:
 
 
 def pieces(source: Source, piece_bytes: int) -> Iterator[str]:
-    """The source's rows joined by blank lines, in pieces of at most `piece_bytes` (of UTF-8) that concatenate to it.
+    """The source's rows joined by blank lines, in pieces of at most `piece_bytes` (of UTF-8) that
+    concatenate to it.
 
-    Pieces end where rows end; in a row larger than `piece_bytes` (a text file is one) where lines end; in a line larger
-    than that between any two characters. Only the present piece and row are held.
+    Pieces end where rows end; in a row larger than `piece_bytes` (a text file is one) where lines
+    end; in a line larger than that between any two characters. Only the present piece and row are
+    held.
 
     Raises:
         UserError: the source is missing, damaged or not UTF-8, or a row has no text in the column.
@@ -91,7 +97,9 @@ def pieces(source: Source, piece_bytes: int) -> Iterator[str]:
 
 
 def _atoms(source: Source, limit: int) -> Iterator[str]:
-    """The joined text in strings that a piece must not cut: whole rows or lines, of at most `limit` bytes each."""
+    """The joined text in strings that a piece must not cut: whole rows or lines, of at most `limit`
+    bytes each.
+    """
     if source.format != "text":
         for number, row in enumerate(rows(source)):
             yield from _fitting("\n\n" + row if number else row, limit)
@@ -119,7 +127,9 @@ def _fitting(text: str, limit: int) -> Iterator[str]:
 
 
 def _dataset(uri: str, text: Text, key: str) -> Source:
-    """The source for `load_dataset`, checked against what the dataset says of itself; its data are not read yet."""
+    """The source for `load_dataset`, checked against what the dataset says of itself; its data are
+    not read yet.
+    """
     import datasets
 
     source = Source(uri, "datasets", text, key)

@@ -1,8 +1,8 @@
 """What a file of text is, by its name: suffixes that `datasets` reads as text or tables of it only.
 
-A name that says nothing is refused, as is an archive: read as plain text, either would be a corpus of
-syntax, headers or numbers, and no error. What the suffixes mean is what `datasets` takes them for (a
-test compares the two), except that more files count as plain text, Markdown among them.
+A name that says nothing is refused, as is an archive: read as plain text, either would be a corpus
+of syntax, headers or numbers, and no error. What the suffixes mean is what `datasets` takes them
+for (a test compares the two), except that more files count as plain text, Markdown among them.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def check_column(source: Source, where: str, columns: Iterable[str]) -> None:
 
 
 def one_of(columns: Iterable[str]) -> str:
-    """The fix that names the columns there are, cut short: a file without a header has text there."""
+    """The fix that names the columns there are, cut short: a file without a header has text
+    there.
+    """
     return f"use one of {[str(name)[:60] for name in columns][:20]}"
 
 

@@ -1,4 +1,6 @@
-"""How a text was measured, in words. Light: commands that only look at what is published say it, too."""
+"""How a text was measured, in words. Light: commands that only look at what is published say it,
+too.
+"""
 
 from __future__ import annotations
 

@@ -184,7 +184,8 @@ def _parquet(source: Source) -> Iterator[_Row]:
         table = pyarrow.parquet.ParquetFile(_decompressed(raw, source.uri))
         names = table.schema_arrow.names
         check_column(source, source.uri, names)
-        # Few rows at once: a page may hold a long text once, and say that all its rows are this text.
+        # Few rows at once: a page may hold a long text once, and say that all its rows are this
+        # text.
         batches = table.iter_batches(batch_size=8, columns=[source.text.column])
         yield from _numbered(
             (value.as_py() for batch in batches for value in batch.column(0)), names

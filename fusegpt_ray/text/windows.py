@@ -36,7 +36,8 @@ class Windows:
     @property
     def protocol(self) -> dict[str, Any]:
         """For manifests and `--json`: {"data", "windows", "length", "bos"}; of random windows also
-        "text_tokens", "times_seen" (how often each token is, on average) and, if need be, "warning".
+        "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
+        "warning".
         """
         windows, length = map(int, self.tokens_WT.shape)
         about = {"data": self.data, "windows": windows, "length": length, "bos": self.bos}

@@ -115,7 +115,9 @@ class DeepSpeedStepper:
         return training_state(self.engine.lr_scheduler, self._masters)
 
     def load(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Put the masters in place, then make the parameters of them as a step of DeepSpeed does."""
+        """Put the masters in place, then make the parameters of them as a step of DeepSpeed
+        does.
+        """
         load_training_state(state, self.engine.lr_scheduler, self._masters)
         zero, stage = self.engine.optimizer, self.engine.zero_optimization_stage()
         if stage == 3:
@@ -135,7 +137,9 @@ class DeepSpeedStepper:
         return [value for group in groups for value in group["params"]]
 
     def whole(self, span: torch.nn.Module) -> AbstractContextManager[Any]:
-        """With ZeRO 3 each worker holds a part of every parameter; inside the context, all of it."""
+        """With ZeRO 3 each worker holds a part of every parameter; inside the context, all of
+        it.
+        """
         if self.engine.zero_optimization_stage() < 3:
             return nullcontext()
         import deepspeed

@@ -2,12 +2,13 @@
 
 Shapes: B windows of one loss batch, b of them on this worker, T tokens, D hidden size.
 
-The paper's loss is a KL divergence between softmaxes *over the batch*: the batch is a dimension of the loss. Workers that split a loss
-batch therefore share the softmax's normaliser, by two all-reduces of [T, D], instead of gathering the batch's states.
+The paper's loss is a KL divergence between softmaxes *over the batch*: the batch is a dimension of
+the loss. Workers that split a loss batch therefore share the softmax's normaliser, by two
+all-reduces of [T, D], instead of gathering the batch's states.
 
 The states of a beginning-of-sequence token stay in the loss, for all later tokens attend to them.
-They are often hundreds of times larger than others, and outweigh none: `normalized_mse` divides each
-token's by its own size; for `batch_kl` they are the same in every window, and so add nothing.
+They are often hundreds of times larger than others, and outweigh none: `normalized_mse` divides
+each token's by its own size; for `batch_kl` they are the same in every window, and so add nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ Loss = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
 
 
 class _LogSumExp(torch.autograd.Function):
-    """log Σ_B exp(h) over the whole batch, of which this worker holds b rows: [T, D], with the gradient to every worker's rows."""
+    """log Σ_B exp(h) over the whole batch, of which this worker holds b rows: [T, D], with the
+    gradient to every worker's rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, h_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
@@ -48,10 +51,12 @@ class _LogSumExp(torch.autograd.Function):
 
 
 def batch_kl(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
-    """KL(P‖Q), P and Q softmaxes over the batch of teacher's and student's states; summed, divided by B (paper's code).
+    """KL(P‖Q), P and Q softmaxes over the batch of teacher's and student's states; summed, divided
+    by B (paper's code).
 
-    With `shared`, the workers of the default process group each hold b = B / workers rows, and the mean over workers of what
-    they return is the loss (data-parallel training averages gradients, so its gradient is the loss's too).
+    With `shared`, the workers of the default process group each hold b = B / workers rows, and the
+    mean over workers of what they return is the loss (data-parallel training averages gradients, so
+    its gradient is the loss's too).
     """
     student, teacher = student_bTD.float(), teacher_bTD.float()
     log_q = student - _LogSumExp.apply(student, shared)
@@ -62,7 +67,9 @@ def batch_kl(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool)
 def normalized_mse(
     student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
 ) -> torch.Tensor:
-    """Mean squared error between the states, each divided by its root mean square over D, as the next norm will see them."""
+    """Mean squared error between the states, each divided by its root mean square over D, as the
+    next norm will see them.
+    """
 
     def normalize(h: torch.Tensor) -> torch.Tensor:
         return h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + 1e-6)

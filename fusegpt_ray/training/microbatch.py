@@ -1,10 +1,12 @@
-"""A loss batch in several passes through the group: the same loss and gradient, with the activations of a micro-batch only.
+"""A loss batch in several passes through the group: the same loss and gradient, with the
+activations of a micro-batch only.
 
 Shapes: b windows of a loss batch on this worker, T tokens, D hidden size.
 
-A loss that is a mean over rows is the mean of its micro-batches' losses. One whose batch is a dimension (`batch_kl`) is computed on
-the whole batch's outputs, found without a graph; its gradient with respect to them then enters a second pass, micro-batch by
-micro-batch. That costs one more forward: four units of work for three.
+A loss that is a mean over rows is the mean of its micro-batches' losses. One whose batch is a
+dimension (`batch_kl`) is computed on the whole batch's outputs, found without a graph; its gradient
+with respect to them then enters a second pass, micro-batch by micro-batch. That costs one more
+forward: four units of work for three.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ def accumulate(
     micro_batch: int | None,
     shared: bool,
 ) -> torch.Tensor:
-    """Gradients of one loss batch, `micro_batch` windows (a divisor of b; None: all) at a time. Returns the loss, detached.
+    """Gradients of one loss batch, `micro_batch` windows (a divisor of b; None: all) at a time.
+    Returns the loss, detached.
 
     `loss` and `shared`: see `fusion/loss.py`.
     """

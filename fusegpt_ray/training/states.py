@@ -71,7 +71,9 @@ class States:
 
 
 def own_windows(windows: int, batch: int, workers: int, rank: int) -> np.ndarray:
-    """The numbers of the windows that a worker trains on: its rows of every loss batch, in order."""
+    """The numbers of the windows that a worker trains on: its rows of every loss batch, in
+    order.
+    """
     return np.arange(windows).reshape(-1, workers, batch // workers)[:, rank].reshape(-1)
 
 

@@ -52,7 +52,9 @@ class Stepper(Protocol):
         """Its number, from 0."""
 
     def step(self, batch: Batch) -> torch.Tensor:
-        """Forward, backward, update. Returns this worker's loss: a detached scalar on the device."""
+        """Forward, backward, update. Returns this worker's loss: a detached scalar on the
+        device.
+        """
 
     def mean(self, losses: torch.Tensor) -> float:
         """The mean of an epoch's losses over all workers. Called by all workers at once."""

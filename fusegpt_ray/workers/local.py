@@ -1,4 +1,6 @@
-"""One process does it all: a laptop, a notebook, a bare GPU box. Imports neither ray nor deepspeed."""
+"""One process does it all: a laptop, a notebook, a bare GPU box. Imports neither ray nor
+deepspeed.
+"""
 
 from __future__ import annotations
 
