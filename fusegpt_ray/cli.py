@@ -15,8 +15,6 @@ import traceback
 from collections.abc import Sequence
 
 from fusegpt_ray.errors import GOES_ON, StorageError, UserError
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Cluster, Evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compress(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.recipe import Recipe
+
     recipe = Recipe.load(arguments.recipe, arguments.set)
-    from fusegpt_ray.pipeline import compress
+    from fusegpt_ray.pipeline import compress  # torch: after the recipe has been checked
 
     compress(recipe, restart=arguments.restart)
     return 0
 
 
 def _score(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.recipe import Recipe
+
     recipe = Recipe.load(arguments.recipe, arguments.set)
-    from fusegpt_ray.pipeline import score
+    from fusegpt_ray.pipeline import score  # torch: after the recipe has been checked
 
     result = score(recipe)
     if arguments.json:
@@ -80,6 +82,9 @@ def _score(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.sections import Cluster, Evaluation
+
     text = {"data": arguments.data, "length": arguments.length, "windows": arguments.windows}
     options = {key: vars(arguments)[key] for key in ("config", "split", "column", "bos")}
     text |= {key: value for key, value in options.items() if value}

@@ -1,48 +1,39 @@
-"""The loop: score → choose → fuse → commit → … → publish. The same for one process and for a
-cluster.
+"""The commands that need workers: compress, score and evaluate.
+
+`compress` reads: plan → open the workers → rounds → publish.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fusegpt_ray import evaluation
-from fusegpt_ray.errors import UserError, blaming
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.structure import Structure
-from fusegpt_ray.preflight import (
-    Target,
-    check_method,
-    check_model,
-    check_output,
-    check_tokens,
-    name_taken,
-    plan_targets,
-)
+from fusegpt_ray.plan import Plan, find_model, leading_tokens, open_model, plan
+from fusegpt_ray.preflight import Target, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
-from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
-from fusegpt_ray.run.journal import Journal, identity
+from fusegpt_ray.run.journal import Done, Journal, identity
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
 from fusegpt_ray.workers.base import Setup, Workers
-
-Leading = dict[str, int | None]
-"""The token that each window begins with, if any, by the recipe key of its text."""
 
 
 def compress(
@@ -58,87 +49,150 @@ def compress(
         UserError: the recipe cannot be carried out; nothing was written then.
     """
     with display or Display() as show:
-        source, structure = _check_source(recipe.model, _lengths(recipe))
-        depth = len(structure.blocks)
-        targets = plan_targets(recipe, depth)
-        check_output(recipe, targets, restart)
-        dense, tokenizer = _open_source(source, show)
-        leading = _leading_tokens(recipe, tokenizer)
-        check_method(recipe, structure)
-        rehearse(dense, structure, [target.remove for target in targets])
-        show.say(f"{source.name}: {depth} blocks, {targets[-1].remove} to remove ({recipe.method})")
-        show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_workers(recipe, source, dense) as workers, ExitStack() as life:
-            show.say(workers.description)
-            show.stage("tokenising")
-            drawn = _calibration_windows(workers, recipe, leading)
-            windows_WT = drawn.tokens_WT
-            evaluations = partial(_evaluation_windows, workers, recipe, leading)
-            held_out = {name: evaluations(name) for name in recipe.evaluation}
-            check_tokens(source, dense, windows_WT, *(item.tokens_WT for item in held_out.values()))
-            show.stage("checking the model's files")
-            this = identity(recipe, calibration.fingerprint(windows_WT), dense, workers.dtype)
-            journal, run_id = Journal.of(recipe), checksum(this)
-            if not restart:
-                journal.check(this)
-            published = _published_before(recipe, targets, run_id)
-            if journal.exists or len(published) < len(targets):
-                plan = {"rounds": targets[-1].remove, "models": [target.name for target in targets]}
-                owned = journal.owned(show.say, lambda: show.doing, plan)
-                journal = life.enter_context(owned)
-                published = _published_before(recipe, targets, run_id)  # perhaps while we waited
-                if restart:
-                    journal.clear()
-            if missing := [target for target in targets if target.folder not in published]:
-                journal.begin(this, show.say)
-                _compare_source(workers, source, dense, windows_WT, show)
-                show.calibration(drawn.protocol)
-                show.stage("evaluating the dense model")
-                with explained(dense, source.name, workers.dtype):
-                    judge = Judge(workers, dense, held_out, windows_WT, show)
-                done = Rounds(recipe, workers, journal, dense, windows_WT, show).up_to(
-                    [target.remove for target in missing]
-                )
-            else:
-                show.say("nothing is left to do: this very run has published everything")
-            for target in missing:
-                records, stack = (
-                    [round.record for round in done[: target.remove]],
-                    done[target.remove - 1].stack,
-                )
-                show.stage(f"evaluating and publishing {target.name}")
-                facts = {
-                    "run": run_id,
-                    "arithmetic": this["arithmetic"],
-                    "method": recipe.method,
-                    "sparsity": target.sparsity,
-                    "recipe": recipe.model_dump(mode="json"),
-                    "calibration": drawn.protocol,
-                    "removed": [record["removed"] for record in records],
-                    "rounds": records,
-                    "fewer_at_once": fewer_at_once(recipe, records),
-                }
-                measure = partial(judge.measure, target.folder, stack)
-                shard_bytes = int(recipe.output.shard_gb * 1e9)
-                with journal.creating():
-                    published[target.folder] = publish(
-                        target.folder,
-                        stack,
-                        dense,
-                        source,
-                        shard_bytes,
-                        facts,
-                        measure,
-                        journal.fence,
-                    )
-            if journal.lease:
-                journal.remove()
-        results = [published[target.folder] for target in targets]
+        planned = plan(recipe, show, restart)
+        blocks = f"{len(planned.model.stack)} blocks, {planned.rounds} to remove"
+        show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
+        with open_workers(planned.setup, show) as workers:
+            run = _Run.begin(planned, workers, show)
+            published = run.publish_all(restart)
+        results = [published[target.folder] for target in planned.targets]
         show.results((item.uri.rsplit("/", 1)[-1], item.manifest["perplexity"]) for item in results)
         for item in results:
             show.say(f"published {item.uri}")
-        show.left_out(source.name, results[-1].manifest.get("left_out", []))
+        show.left_out(planned.model.source.name, results[-1].manifest.get("left_out", []))
         return results
+
+
+@dataclass
+class _Run:
+    """A compression on open workers."""
+
+    plan: Plan
+    workers: Workers
+    show: Display
+    windows: Windows
+    """Of the calibration text."""
+    held_out: dict[str, Windows]
+    identity: dict[str, Any]
+    """What this run may not change and still be resumed."""
+
+    @classmethod
+    def begin(cls, planned: Plan, workers: Workers, show: Display) -> _Run:
+        """Draw the windows, and find out which run this is.
+
+        Raises:
+            UserError: a text cannot be used.
+        """
+        recipe, model = planned.recipe, planned.model
+        show.say(workers.description)
+        show.stage("tokenising")
+        text, leading = recipe.calibration, planned.leading
+        windows = _calibration_windows(workers, recipe, leading["calibration"])
+        held_out = {}
+        for name, held in recipe.evaluation.items():
+            key = f"evaluation.{name}"
+            held_out[name] = _evaluation_windows(
+                workers, held, held.length or text.length, leading[key], f"{key}.data"
+            )
+        held_out_windows = (item.tokens_WT for item in held_out.values())
+        check_tokens(model.source, model.stack, windows.tokens_WT, *held_out_windows)
+        show.stage("checking the model's files")
+        drawn = calibration.fingerprint(windows.tokens_WT)
+        this = identity(recipe, drawn, model.stack, workers.dtype)
+        return cls(planned, workers, show, windows, held_out, this)
+
+    @property
+    def id(self) -> str:
+        """Names the run in what it publishes."""
+        return checksum(self.identity)
+
+    def publish_all(self, restart: bool) -> dict[str, Published]:
+        """Do what is left to do; everything that this run has published, by folder.
+
+        Raises:
+            UserError: another run has the name.
+        """
+        targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
+        with ExitStack() as life:
+            if not restart:
+                journal.check(self.identity)
+            published = self._published_before()
+            if journal.exists or len(published) < len(targets):
+                facts = {
+                    "rounds": self.plan.rounds,
+                    "models": [target.name for target in targets],
+                }
+                owned = journal.owned(self.show.say, lambda: self.show.doing, facts)
+                journal = life.enter_context(owned)
+                published = self._published_before()  # perhaps while we waited
+                if restart:
+                    journal.clear()
+            if missing := [target for target in targets if target.folder not in published]:
+                published |= self._publish(missing, journal)
+            else:
+                self.show.say("nothing is left to do: this very run has published everything")
+            if journal.lease:
+                journal.remove()
+        return published
+
+    def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
+        """Do the rounds, then publish the models that are missing."""
+        recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
+        windows_WT, show = self.windows.tokens_WT, self.show
+        journal.begin(self.identity, show.say)
+        _compare_source(workers, model.source, model.stack, windows_WT, show)
+        show.calibration(self.windows.protocol)
+        show.stage("evaluating the dense model")
+        with explained(model.stack, model.source.name, workers.dtype):
+            judge = Judge(workers, model.stack, self.held_out, windows_WT, show)
+        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
+        done = rounds.up_to([target.remove for target in missing])
+        published = {}
+        for target in missing:
+            show.stage(f"evaluating and publishing {target.name}")
+            stack = done[target.remove - 1].stack
+            with journal.creating():
+                published[target.folder] = publish(
+                    target.folder,
+                    stack,
+                    model.stack,
+                    model.source,
+                    int(recipe.output.shard_gb * 1e9),
+                    self._facts(target, done[: target.remove]),
+                    partial(judge.measure, target.folder, stack),
+                    journal.fence,
+                )
+        return published
+
+    def _facts(self, target: Target, done: Sequence[Done]) -> dict[str, Any]:
+        """What the manifest tells of the run."""
+        recipe, records = self.plan.recipe, [round.record for round in done]
+        return {
+            "run": self.id,
+            "arithmetic": self.identity["arithmetic"],
+            "method": recipe.method,
+            "sparsity": target.sparsity,
+            "recipe": recipe.model_dump(mode="json"),
+            "calibration": self.windows.protocol,
+            "removed": [record["removed"] for record in records],
+            "rounds": records,
+            "fewer_at_once": fewer_at_once(recipe, records),
+        }
+
+    def _published_before(self) -> dict[str, Published]:
+        """By folder, what this very run published before it died.
+
+        Raises:
+            UserError: another run published one of the targets.
+        """
+        published = {}
+        for target in self.plan.targets:
+            manifest = storage.join(target.folder, MANIFEST)
+            if storage.exists(manifest):
+                published[target.folder] = Published(target.folder, storage.read_json(manifest))
+                if published[target.folder].manifest.get("run") != self.id:
+                    raise name_taken(self.plan.recipe, target)
+        return published
 
 
 def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
@@ -149,22 +203,29 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         UserError: the recipe cannot be carried out.
     """
     full = recipe.importance.model_copy(update={"all": True, "racing": None})
-    recipe = recipe.model_copy(update={"importance": full})
     with display or Display() as show:
-        source, _ = _check_source(recipe.model, {"calibration.length": recipe.calibration.length})
-        dense, tokenizer = _open_source(source, show)
-        leading = _leading_tokens(recipe, tokenizer)
-        show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_workers(recipe, source, dense) as workers:
+        lengths = {"calibration.length": recipe.calibration.length}
+        source, _ = find_model(recipe.model, lengths)
+        model = open_model(source, show)
+        leading = leading_tokens(recipe, model.tokenizer)["calibration"]
+        setup = Setup(
+            source,
+            model.stack,
+            recipe.cluster,
+            recipe.model.dtype,
+            full,
+            recipe.calibration.piece_mb,
+        )
+        with open_workers(setup, show) as workers:
             show.stage("tokenising")
-            drawn = _calibration_windows(workers, recipe, leading).first(recipe.importance.windows)
+            drawn = _calibration_windows(workers, recipe, leading).first(full.windows)
             windows_WT = drawn.tokens_WT
-            check_tokens(source, dense, windows_WT)
-            _compare_source(workers, source, dense, windows_WT, show)
+            check_tokens(source, model.stack, windows_WT)
+            _compare_source(workers, source, model.stack, windows_WT, show)
             show.calibration(drawn.protocol)
-            show.stage(f"scoring {len(dense)} blocks on {len(windows_WT)} windows")
-            with explained(dense, source.name, workers.dtype):
-                ranking = score_stack(workers, dense, windows_WT, recipe.importance)
+            show.stage(f"scoring {len(model.stack)} blocks on {len(windows_WT)} windows")
+            with explained(model.stack, source.name, workers.dtype):
+                ranking = score_stack(workers, model.stack, windows_WT, full)
     blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
     found = {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
     return found | drawn.protocol
@@ -185,34 +246,41 @@ def evaluate(
     Raises:
         UserError: the model or the text cannot be used.
     """
+    key = "evaluation.data"
     if data.length is None:
-        raise UserError(
-            "evaluation.data.length", None, "missing", "give the tokens a window, such as 2048"
-        )
-    recipe = Recipe.parse(
-        {
-            "model": {"source": model, "revision": revision, "dtype": dtype},
-            "calibration": {"data": data.data, "length": data.length},
-            "evaluation": {"data": data},
-            "cluster": cluster or Cluster(),
-            "output": {"uri": ".", "name": "none"},  # nothing is written
-        }
-    )
+        fix = "give the tokens a window, such as 2048"
+        raise UserError(f"{key}.length", None, "missing", fix)
+    asked = {"source": model, "revision": revision, "dtype": dtype}
+    which = Recipe.check(Model, asked, "model")
     with display or Display() as show:
-        source, _ = _check_source(recipe.model, {"evaluation.data.length": data.length})
-        dense, tokenizer = _open_source(source, show)
-        leading = _leading_tokens(recipe, tokenizer)
-        show.stage(f"starting the {recipe.cluster.engine} engine")
-        with _open_workers(recipe, source, dense) as workers:
+        source, _ = find_model(which, {f"{key}.length": data.length})
+        opened = open_model(source, show)
+        leading = calibration.leading_token(data.bos or "auto", opened.tokenizer, f"{key}.bos")
+        setup = Setup(source, opened.stack, cluster or Cluster(), which.dtype)
+        with open_workers(setup, show) as workers:
             show.stage("tokenising")
-            taken = _evaluation_windows(workers, recipe, leading, "data")
+            taken = _evaluation_windows(workers, data, data.length, leading, f"{key}.data")
             windows_WT = taken.tokens_WT
-            check_tokens(source, dense, windows_WT)
-            _compare_source(workers, source, dense, windows_WT, show)
+            check_tokens(source, opened.stack, windows_WT)
+            _compare_source(workers, source, opened.stack, windows_WT, show)
             show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
-            with explained(dense, source.name, workers.dtype):
-                value = evaluation.perplexity(workers, dense, windows_WT)
+            with explained(opened.stack, source.name, workers.dtype):
+                value = evaluation.perplexity(workers, opened.stack, windows_WT)
     return {"model": model, **taken.protocol, "perplexity": value}
+
+
+def open_workers(setup: Setup, show: Display) -> Workers:
+    """The workers that `cluster.engine` names, to be entered. With `local`, neither ray nor
+    deepspeed is imported.
+    """
+    show.stage(f"starting the {setup.cluster.engine} engine")
+    if setup.cluster.engine == "local":
+        from fusegpt_ray.workers.local import LocalWorkers
+
+        return LocalWorkers(setup)
+    from fusegpt_ray.distributed.cluster import RayWorkers
+
+    return RayWorkers(setup)
 
 
 def _compare_source(
@@ -236,80 +304,12 @@ def _compare_source(
         raise UserError("model.source", source.name, plain.problem, fix)
 
 
-def _open_workers(recipe: Recipe, source: Source, dense: Stack) -> Workers:
-    """The engine that `recipe.cluster.engine` names; with `local`, neither ray nor deepspeed is
-    imported.
-    """
-    if recipe.cluster.engine == "local":
-        from fusegpt_ray.workers.local import LocalWorkers
-
-        return LocalWorkers(Setup.of(recipe, source, dense))
-    from fusegpt_ray.distributed.cluster import RayWorkers
-
-    return RayWorkers(Setup.of(recipe, source, dense))
-
-
-def _check_source(model: Model, lengths: dict[str, int]) -> tuple[Source, Structure]:
-    with blaming("model.source", model.source):
-        source = Source.find(model.source, model.revision)
-        return source, check_model(source, lengths)
-
-
-def _open_source(source: Source, show: Display) -> tuple[Stack, Any]:
-    """The dense stack of a source, and its tokenizer; reads headers, no weights."""
-    with blaming("model.source", source.name):
-        tokenizer = source.tokenizer()
-        if source.on_hub:
-            show.stage("fetching the model's files from the hub, unless they are here")
-        return source.stack(), tokenizer
-
-
-def _lengths(recipe: Recipe) -> dict[str, int]:
-    lengths = {"calibration.length": recipe.calibration.length}
-    return lengths | {
-        f"evaluation.{name}.length": item.length
-        for name, item in recipe.evaluation.items()
-        if item.length
-    }
-
-
-def _leading_tokens(recipe: Recipe, tokenizer: Any) -> Leading:
-    """
-    Raises:
-        UserError: see `calibration.leading_token`.
-    """
-    asked = {"calibration": recipe.calibration.bos}
-    asked |= {
-        f"evaluation.{name}": item.bos for name, item in recipe.evaluation.items() if item.bos
-    }
-    leading = calibration.leading_token
-    found = {key: leading(bos, tokenizer, f"{key}.bos") for key, bos in asked.items()}
-    inherited = {f"evaluation.{name}": found["calibration"] for name in recipe.evaluation}
-    return inherited | found
-
-
-def _calibration_windows(workers: Workers, recipe: Recipe, leading: Leading) -> Windows:
+def _calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
     key, text = "calibration.data", recipe.calibration
-    return calibration_windows(workers.tokens(text, key), text, leading["calibration"], key)
+    return calibration_windows(workers.tokens(text, key), text, leading, key)
 
 
-def _evaluation_windows(workers: Workers, recipe: Recipe, leading: Leading, name: str) -> Windows:
-    key, text = f"evaluation.{name}.data", recipe.evaluation[name]
-    length, bos = text.length or recipe.calibration.length, leading[f"evaluation.{name}"]
-    return evaluation_windows(workers.tokens(text, key), text, length, bos, key)
-
-
-def _published_before(recipe: Recipe, targets: list[Target], run_id: str) -> dict[str, Published]:
-    """By folder, what this very run published before it died.
-
-    Raises:
-        UserError: another run published one of the targets.
-    """
-    published = {}
-    for target in targets:
-        manifest = storage.join(target.folder, MANIFEST)
-        if storage.exists(manifest):
-            published[target.folder] = Published(target.folder, storage.read_json(manifest))
-            if published[target.folder].manifest.get("run") != run_id:
-                raise name_taken(recipe, target)
-    return published
+def _evaluation_windows(
+    workers: Workers, text: Evaluation, length: int, leading: int | None, key: str
+) -> Windows:
+    return evaluation_windows(workers.tokens(text, key), text, length, leading, key)

@@ -134,7 +134,7 @@ class Recipe(Section):
             raise UserError(
                 "calibration.windows",
                 windows,
-                f"not a multiple of fusion.batch = {batch}, and the batch is a dimension of the loss",
+                f"not a multiple of fusion.batch = {batch}, which is a dimension of the loss",
                 f"use {math.ceil(windows / batch) * batch}",
             )
         if self.fusion.batch % self.cluster.workers:

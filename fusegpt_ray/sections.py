@@ -214,7 +214,7 @@ class Cluster(Section):
     them."""
     checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
     """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after
-    the last savepoint; 0: after every epoch. A killed run goes on from there."""
+    the last training checkpoint; 0: after every epoch. A killed run goes on from there."""
     weights: Literal["auto", "resident", "streamed"] = "auto"
     """What a replica does with the blocks' weights. `resident`: keep them on its device between
     walks and rounds. `streamed`: read them for every walk, one block ahead. `auto`: keep them if
