@@ -130,7 +130,7 @@ class Recipe(Section):
                 "leave one of them out",
             )
         windows, batch = self.calibration.windows, self.fusion.batch
-        if METHODS[self.method].trains and windows % batch:
+        if self.trains and windows % batch:
             raise UserError(
                 "calibration.windows",
                 windows,
@@ -152,6 +152,11 @@ class Recipe(Section):
                 "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
             )
         return self
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method trains anything."""
+        return METHODS[self.method].trains
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -21,7 +21,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.text.protocol import described
 
 SHOWN = 12
@@ -94,19 +93,6 @@ class Display(_Live):
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         self._round_began = time.monotonic()
         self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
-
-    def scored(self, ranking: Ranking) -> None:
-        """The nearest four, `~` before an estimate, and what share of the full table's work was
-        done.
-        """
-        order = sorted(
-            ranking.estimates.items(), key=lambda item: (item[0] != ranking.lowest, item[1])
-        )
-        nearest = "  ".join(
-            f"{dense}: {'~' * (dense in ranking.stopped)}{score:.4f}" for dense, score in order[:4]
-        )
-        work = f"{ranking.cost.done / ranking.cost.single_walk:.0%} of the full table's work"
-        self.say(f"  lowest Macro Influence  {nearest}  →  block {ranking.lowest} goes ({work})")
 
     def epoch(self, number: int, epochs: int, loss: float) -> None:
         self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"

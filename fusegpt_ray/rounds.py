@@ -48,7 +48,7 @@ class Rounds:
             self.show.say(
                 f"going on after round {len(done)} of {total} (found in {self.journal.folder})"
             )
-        if len(done) < total and METHODS[self.recipe.method].trains:
+        if len(done) < total and self.recipe.trains:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
@@ -72,7 +72,7 @@ class Rounds:
             number, stack, Ranking.from_record(before[-1].record) if before else None
         )
         donor = ranking.lowest
-        self.show.scored(ranking)
+        self.show.say(f"  {ranking.in_words()}")
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
             change = METHODS[self.recipe.method].change(

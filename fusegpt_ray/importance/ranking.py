@@ -58,6 +58,17 @@ class Ranking:
         """Of every block, as well as it is known."""
         return self.scores | {dense: item.mean for dense, item in self.stopped.items()}
 
+    def in_words(self) -> str:
+        """The four blocks of the lowest Macro Influence, `~` before an estimate, and the share of
+        the full table's work that was done.
+        """
+        order = sorted(self.estimates.items(), key=lambda item: (item[0] != self.lowest, item[1]))
+        lowest = "  ".join(
+            f"{dense}: {'~' * (dense in self.stopped)}{score:.4f}" for dense, score in order[:4]
+        )
+        work = f"{self.cost.done / self.cost.single_walk:.0%} of the full table's work"
+        return f"lowest Macro Influence  {lowest}  →  block {self.lowest} goes ({work})"
+
     def to_record(self) -> dict[str, Any]:
         """Its part of a round's record in journal and manifest."""
         return {

@@ -11,7 +11,6 @@ from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.companions import WEIGHTS
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.report import Transfer
-from fusegpt_ray.run.outputs import Folder
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header, read_index
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
@@ -51,7 +50,7 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
                 )
                 if problem
             }
-        extra = sorted(set(Folder.look(folder).files) - set(manifest.files) - {MANIFEST})
+        extra = sorted(set(storage.below(folder)) - set(manifest.files) - {MANIFEST})
         remarks = [name for name in extra if not name.lower().endswith((*WEIGHTS, ".index.json"))]
         problems |= {
             name: "is not in the manifest, but a loader may take it for weights"

@@ -18,7 +18,6 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import torch
 
-from fusegpt_ray.methods import METHODS
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
@@ -62,7 +61,7 @@ class Setup:
             recipe.model.dtype,
             recipe.importance,
             recipe.calibration.piece_mb,
-            recipe.fusion.batch if METHODS[recipe.method].trains else None,
+            recipe.fusion.batch if recipe.trains else None,
             recipe.output.uri,
             storage.join(output, f"{recipe.output.name}.run"),
         )
