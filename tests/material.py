@@ -1,4 +1,6 @@
-"""A tiny model with its own words, texts in them, and a recipe that makes it shallower in seconds."""
+"""A tiny model with its own words, texts in them, and a recipe that makes it shallower in
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Material:
     heldout: Path
 
     def recipe(self, output: Path | str, **changes: Any) -> dict[str, Any]:
-        """A recipe as in its YAML file; `changes` replace values, and within sections the keys they name."""
+        """A recipe as in its YAML file; `changes` replace values, and within sections the keys
+        they name.
+        """
         files = {
             "model": {"source": str(self.model)},
             "calibration": {"data": str(self.calibration)},

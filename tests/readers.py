@@ -2,8 +2,9 @@
 
     python readers.py FOLDER REFS [half|whole]
 
-REFS: a JSON file, the named tensors of each block. It says `ready`, begins at the first line of its standard input, and says the
-digest of each block. With `half` or `whole` it hangs when so much of the first block's file is written, and says `hanging`.
+REFS: a JSON file, the named tensors of each block. It says `ready`, begins at the first line of its
+standard input, and says the digest of each block. With `half` or `whole` it hangs when so much of
+the first block's file is written, and says `hanging`.
 """
 
 from __future__ import annotations

@@ -11,11 +11,15 @@ from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 
 
 class Memory(bytearray):
-    """What a tensor lies in, in a form that can be watched: it lives exactly as long as the tensor's storage."""
+    """What a tensor lies in, in a form that can be watched: it lives exactly as long as the
+    tensor's storage.
+    """
 
 
 class Watch:
-    """Reads tensors as the package does, and remembers which are asked for and what of it is still alive."""
+    """Reads tensors as the package does, and remembers which are asked for and what of it is still
+    alive.
+    """
 
     def __init__(self) -> None:
         self.asked: list[TensorRef] = []

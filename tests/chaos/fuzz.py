@@ -1,9 +1,11 @@
-"""Throws malformed input at every reader of other people's files. `make chaos` runs this file; `--examples N` says how much.
+"""Throws malformed input at every reader of other people's files. `make chaos` runs this file;
+`--examples N` says how much.
 
-A reader may answer in two ways: with what it read, or with the one error that it documents. What the reader of safetensors headers
-accepts, the safetensors library must read, too, with the same names, shapes and dtypes. (Not the other way round: ours refuses more.
-Names twice, unknown keys and more than 64 dimensions, which no writer makes; dtypes of less than a byte or that torch may lack; and
-headers of more than 32 MB.)
+A reader may answer in two ways: with what it read, or with the one error that it documents. What
+the reader of safetensors headers accepts, the safetensors library must read, too, with the same
+names, shapes and dtypes. (Not the other way round: ours refuses more. Names twice, unknown keys and
+more than 64 dimensions, which no writer makes; dtypes of less than a byte or that torch may lack;
+and headers of more than 32 MB.)
 """
 
 from __future__ import annotations
@@ -102,7 +104,10 @@ TREES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(STRINGS, inner, max_size=4),
     max_leaves=12,
 )
-WORDS = '[ ] { } " , : - 0 1e9 null NaN true \\ud800 &a *a !! \xff \0 % \' ? <<: __metadata__ "a.weight": 99999999999999999999999'
+WORDS = (
+    "[ ] { } \" , : - 0 1e9 null NaN true \\ud800 &a *a !! \xff \0 % ' ? <<: __metadata__ "
+    '"a.weight": 99999999999999999999999'
+)
 TOKENS = st.sampled_from(
     [
         word.encode("latin-1")
@@ -295,7 +300,9 @@ class Outcome:
 
 
 def fuzz(reader: Reader, examples: int, seed: int | None = None) -> Outcome:
-    """Throw so many examples at a reader, the same ones each time unless there is a seed; raises what it should not have raised."""
+    """Throw so many examples at a reader, the same ones each time unless there is a seed; raises
+    what it should not have raised.
+    """
     outcome = Outcome(reader.name)
     with tempfile.TemporaryDirectory() as folder:
 

@@ -1,8 +1,10 @@
-"""Kill a run, again and again, and see whether the same command ends with the same bytes. `make chaos` runs this file.
+"""Kill a run, again and again, and see whether the same command ends with the same bytes. `make
+chaos` runs this file.
 
-A case is a victim (driver, scoring worker, training worker, or a whole second node), an engine, and a moment: when a line of the run's
-log appears, or a part of the time that the undisturbed run took, from a seeded random generator. The victim gets SIGKILL. Whenever the
-driver ends with another code than 0, the same command is given again.
+A case is a victim (driver, scoring worker, training worker, or a whole second node), an engine, and
+a moment: when a line of the run's log appears, or a part of the time that the undisturbed run took,
+from a seeded random generator. The victim gets SIGKILL. Whenever the driver ends with another code
+than 0, the same command is given again.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ STAGES = (
     "evaluating and publishing tiny-p25",
     "published ",  # all is done: the same command finds it
 )
-TITLES = {"scoring worker": "ray::_", "training worker": "RayTrainWorker"}
-"""What is in the command line of a victim's process. (Ray writes the running task's name there: ours begin with an underscore.)"""
+TITLES = {"scoring worker": "ray::_Replica", "training worker": "RayTrainWorker"}
+"""What is in the command line of a victim's process. (Ray writes the name of the actor's class
+there.)"""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Chaos:
         recipe["cluster"] = {
             "engine": engine if engine == "local" else "ray",
             "replicas": 2,
-            "savepoint_minutes": 0,
+            "checkpoint_minutes": 0,
         }
         if address:
             recipe["cluster"]["address"] = address.uri
@@ -210,7 +213,9 @@ class Address:
         return psutil.Process().children(recursive=True)
 
     def replace_second_node(self) -> None:
-        """SIGKILL to the raylet and all on it; another node comes, as an autoscaler would bring it."""
+        """SIGKILL to the raylet and all on it; another node comes, as an autoscaler would bring
+        it.
+        """
         lost, self._second = self._second, self._add()
         self._cluster.remove_node(lost, allow_graceful=False)
 
@@ -231,7 +236,9 @@ def _kill(process: psutil.Process) -> None:
 
 
 def _reap(run: psutil.Popen) -> None:
-    """What a killed driver's Ray left (it ends by itself, later): the next attempt shall have the machine."""
+    """What a killed driver's Ray left (it ends by itself, later): the next attempt shall have the
+    machine.
+    """
     for process in psutil.process_iter():
         try:
             if os.getsid(process.pid) == run.pid:
@@ -277,7 +284,8 @@ def summary(outcomes: list[Outcome]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description="Kill runs at every stage boundary and at random moments; print what became of them."
+        description="Kill runs at every stage boundary and at random moments; print what became of "
+        "them."
     )
     parser.add_argument(
         "--kills", type=int, default=30, help="random moments, besides the stage boundaries"

@@ -1,4 +1,6 @@
-"""Ray Data's token stream is the one-process stream, on any number of CPUs, and carries a user's mistakes home."""
+"""Ray Data's token stream is the one-process stream, on any number of CPUs, and carries a user's
+mistakes home.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ import pytest
 import ray
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fusegpt_ray.distributed import data
+from fusegpt_ray.distributed import text as distributed_text
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
@@ -54,7 +56,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Text:
 @pytest.mark.parametrize("piece_bytes", [50_000, 10_000_000])
 def test_the_stream_is_that_of_one_process(cluster, corpus, tokenizer, piece_bytes):
     expected = list(calibration.token_stream(corpus, piece_bytes, tokenizer, KEY)())
-    stream = data.token_stream(corpus, piece_bytes, tokenizer, KEY)
+    stream = distributed_text.token_stream(corpus, piece_bytes, tokenizer, KEY)
     got = list(stream())
     assert [len(tokens) for tokens in got] == [len(tokens) for tokens in expected]
     assert all(np.array_equal(one, other) for one, other in zip(got, expected, strict=True))
@@ -81,14 +83,14 @@ def test_pieces_of_one_file_are_tokenised_side_by_side_and_arrive_in_order(
 
     lines = [f"piece {n}\n" for n in range(10)]
     (tmp_path / "one.txt").write_text("".join(lines))
-    stream = data.token_stream(
+    stream = distributed_text.token_stream(
         Text(data=str(tmp_path / "one.txt")), len(lines[0]), first_waits_for_last, KEY
     )
     assert [tokenizer.decode(tokens) for tokens in stream()] == lines
 
 
 def test_reading_may_stop_early(cluster, corpus, tokenizer):
-    stream = data.token_stream(corpus, 5_000, tokenizer, KEY)
+    stream = distributed_text.token_stream(corpus, 5_000, tokenizer, KEY)
     alone = calibration.token_stream(corpus, 5_000, tokenizer, KEY)
     expected = consecutive_windows(alone, 64, 3, KEY)
     for _ in range(3):
@@ -98,7 +100,7 @@ def test_reading_may_stop_early(cluster, corpus, tokenizer):
 def test_the_callers_settings_stay(cluster, corpus, tokenizer):
     context = ray.data.DataContext.get_current()
     before = context.copy()
-    next(data.token_stream(corpus, 20_000, tokenizer, KEY)())
+    next(distributed_text.token_stream(corpus, 20_000, tokenizer, KEY)())
     assert ray.data.DataContext.get_current() is context
     assert context.execution_options.resource_limits == before.execution_options.resource_limits
     assert context.execution_options.preserve_order == before.execution_options.preserve_order
@@ -115,7 +117,7 @@ def test_a_users_mistake_comes_home_in_its_place(cluster, tmp_path, tokenizer):
     with pytest.raises(UserError) as alone:
         expected.extend(calibration.token_stream(text, 20_000, tokenizer, KEY)())
     with pytest.raises(UserError, match="not UTF-8") as caught:
-        arrived.extend(data.token_stream(text, 20_000, tokenizer, KEY)())
+        arrived.extend(distributed_text.token_stream(text, 20_000, tokenizer, KEY)())
     assert type(caught.value) is UserError
     assert str(caught.value) == str(alone.value)
     assert caught.value.key == KEY
@@ -125,5 +127,6 @@ def test_a_users_mistake_comes_home_in_its_place(cluster, tmp_path, tokenizer):
 
 
 def test_a_missing_file_is_found_before_anything_runs(cluster, tmp_path, tokenizer):
+    missing = Text(data=str(tmp_path / "missing.txt"))
     with pytest.raises(UserError, match="no such file"):
-        data.token_stream(Text(data=str(tmp_path / "missing.txt")), 20_000, tokenizer, KEY)
+        distributed_text.token_stream(missing, 20_000, tokenizer, KEY)

@@ -1,4 +1,6 @@
-"""One process and a Ray cluster make the same model, and what is published is what its manifest says."""
+"""One process and a Ray cluster make the same model, and what is published is what its manifest
+says.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,14 @@ from safetensors.torch import load_file, save_file
 
 from fusegpt_ray import Evaluation, Recipe, UserError, compress, evaluate, score
 from fusegpt_ray.distributed.nodes import nodes_without
-from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.fusion.student import folded_tensors
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Cluster
 from fusegpt_ray.text.calibration import sample_windows, token_stream
-from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.states import compute_states
+from fusegpt_ray.training.stepper import TorchStepper
 
 pytestmark = pytest.mark.integration
 
@@ -86,8 +90,9 @@ def run(material, tmp_path_factory, request) -> Run:
 # --- the two engines ---
 
 EXACT = {"rtol": 0, "atol": 0}
-# Two workers add each gradient in another order than one process, which float32 rounds differently (1e-7 relative), and Adam divides
-# by the gradient's size, so that a step on a tiny gradient may differ more: measured 4e-6 on weights of order 0.2.
+# Two workers add each gradient in another order than one process, which float32 rounds differently
+# (1e-7 relative), and Adam divides by the gradient's size, so that a step on a tiny gradient may
+# differ more: measured 4e-6 on weights of order 0.2.
 REORDERED = {"rtol": 0, "atol": 1e-4}
 
 
@@ -199,10 +204,10 @@ def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
         assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
         assert done["removed"] == min(scores, key=lambda block: scores[block])
         assert done["seconds"].keys() == {"score", "states", "finetune"}
-        assert done["rows"] == recipe.importance.batch
+        assert done["batch_size"] == recipe.importance.batch
         share = recipe.fusion.batch // recipe.cluster.workers
-        assert (done["states_rows"], done["micro_batch"]) == (
-            (None, None) if recipe.method == "mi" else (done["rows"], share)
+        assert (done["states_batch_size"], done["micro_batch"]) == (
+            (None, None) if recipe.method == "mi" else (done["batch_size"], share)
         )
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
@@ -300,7 +305,9 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
 
 
 def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> tf.PreTrainedModel:
-    """The dense model of transformers with the rounds' fine-tuned blocks put in its place, nothing published."""
+    """The dense model of transformers with the rounds' fine-tuned blocks put in its place, nothing
+    published.
+    """
     dense = open_stack(Path(recipe.model.source))
     runner = Runner(dense, CPU, torch.float32, recipe.importance.batch)
     tokenizer, settings = tf.AutoTokenizer.from_pretrained(recipe.model.source), recipe.calibration
@@ -311,7 +318,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
     contexts = runner.trunk.contexts(recipe.fusion.batch, settings.length)
     stack, model = dense, dense_model(recipe)
     for number, donor in enumerate(manifest["removed"]):
-        job = Round(
+        job = GroupFusion(
             stack,
             dense,
             donor,
@@ -320,24 +327,23 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
             recipe.seed,
             str(folder / str(number)),
         )
-        entering, leaving = group_states(runner, job, windows_WT)
-        student = build_student(
-            job, runner.trunk.meta_blocks, contexts, job.plan(torch.float32), CPU
-        )
+        states = compute_states(job.source, runner, windows_WT)
+        span = job.build(runner.trunk.meta_blocks, contexts, CPU, torch.float32)
         fused = job.donor_block if job.fuse else None
-        epochs, batch = recipe.fusion.epochs, recipe.fusion.batch
-        stepper = TorchStepper.make(student, recipe.fusion, epochs * len(entering) // batch, CPU)
+        config = job.task(windows_WT.numpy(), recipe.cluster, "", "").config
+        steps = config.epochs * len(windows_WT) // config.batch
+        stepper = TorchStepper.make(span, job.parameter_groups(span), config, steps, CPU)
         train(
             stepper,
-            lambda e=entering, o=leaving, b=batch: batches_of(e, o, b),
-            epochs,
+            lambda s=states, b=config.batch: s.batches(b),
+            config.epochs,
             lambda *_: None,
         )
-        for block, learned in zip(job.neighbours, student.blocks, strict=True):
+        for block, learned in zip(job.neighbours, span.blocks, strict=True):
             model.model.layers[block.dense].load_state_dict(
                 folded_tensors(learned, block, fused), strict=False
             )
-        stack = stack.drop(donor).swap(save_group(job, student).blocks)
+        stack = stack.drop(donor).swap(job.save(span).blocks)
     return without_blocks(model, "llama", manifest["kept"])
 
 

@@ -1,6 +1,8 @@
-"""A store that fails: what passes is waited for, with the same bytes in the end; what does not is one clear error.
+"""A store that fails: what passes is waited for, with the same bytes in the end; what does not is
+one clear error.
 
-The same command goes on afterwards. The faults are injected between the package and a real S3 server (see `faults.py`).
+The same command goes on afterwards. The faults are injected between the package and a real S3
+server (see `faults.py`).
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def each(kinds: dict[str, Callable]) -> pytest.MarkDecorator:
 
 @pytest.fixture
 def proxy(s3, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    """The S3 server as the package sees it: one try a request, three seconds of silence are too long, small parts."""
+    """The S3 server as the package sees it: one try a request, three seconds of silence are too
+    long, small parts.
+    """
     upstream = int(s3.client.meta.endpoint_url.rsplit(":", 1)[1])
     proxy = Proxy(upstream)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
@@ -265,7 +269,8 @@ def test_without_credentials(stored: str, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_no_secret_is_quoted(stored: str, s3, proxy: Proxy) -> None:
-    leaky = f"key {s3.keys[0]} secret {s3.keys[1]} at https://user:hunter2@host/x?X-Amz-Signature=5ec2e7"
+    place = "https://user:hunter2@host/x?X-Amz-Signature=5ec2e7"
+    leaky = f"key {s3.keys[0]} secret {s3.keys[1]} at {place}"
     proxy.inject(Fault(answers(403, "SignatureDoesNotMatch", leaky), "GET", "there", times=FOREVER))
     with pytest.raises(StorageError, match="SignatureDoesNotMatch") as failed:
         storage.read_ranges(stored, [(0, 9)])

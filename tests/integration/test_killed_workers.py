@@ -1,5 +1,5 @@
-"""A Ray Train job whose workers are killed, or stop, ends with the same bytes; what they had learned
-until a savepoint is not learned again."""
+"""A Ray Train job whose workers are killed, or stop, ends with the same bytes; what they had
+learned until a training checkpoint is not learned again."""
 
 from __future__ import annotations
 
@@ -9,22 +9,25 @@ import re
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-import ray
 import torch
-from models import token_windows
-from test_training import BATCH, EPOCHS, LENGTH, REPLICA, WINDOWS, learn_in_torch, task
+from models import open_stack, token_windows
 
-from fusegpt_ray.distributed import scoring, training
-from fusegpt_ray.distributed.replicas import Replicas
-from fusegpt_ray.distributed.states import datasets, group_states_of_workers
-from fusegpt_ray.distributed.training import Workers
-from fusegpt_ray.training.checkpoints import Savepoints
+from fusegpt_ray.distributed import training_job
+from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Importance
+from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask, train_span
+from fusegpt_ray.training.span import Span
+from fusegpt_ray.workers.base import News, Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 pytestmark = [
     pytest.mark.integration,
@@ -32,9 +35,52 @@ pytestmark = [
     pytest.mark.usefixtures("ray_session"),
 ]
 
-TWO = Workers(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, zero_stage=1, micro_batch=2)
+WINDOWS, LENGTH, BATCH, EPOCHS, WORKERS, MICRO = 32, 12, 8, 5, 2, 2
+CALLS = WINDOWS // WORKERS // MICRO
+"""How often a worker calls its span in an epoch."""
+SETTINGS = Fusion(
+    **PRESETS["default"]
+    | {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": EPOCHS, "batch": BATCH}
+    | {"learning_rate": 0.01, "lora_learning_rate": 0.005}
+)
 KILLED = 4
 """The epoch at whose beginning a worker is killed."""
+GOING_ON = f"  going on after epoch {KILLED - 1} of {EPOCHS}"
+NEVER = 1e6
+"""Minutes between training checkpoints, where there shall be none."""
+
+
+@dataclass(frozen=True)
+class Disturbed:
+    """A group whose second worker gets a signal, once, when it first calls its span in an epoch."""
+
+    group: GroupFusion
+    epoch: int
+    by: signal.Signals
+    mark: Path
+    """A file that says that it has happened."""
+
+    def build(self, *arguments: Any) -> Span:
+        span, calls = self.group.build(*arguments), 0
+
+        def hook(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == (self.epoch - 1) * CALLS + 1 and torch.distributed.get_rank() == 1:
+                try:
+                    self.mark.touch(exist_ok=False)
+                except FileExistsError:
+                    return
+                os.kill(os.getpid(), self.by)
+
+        span.register_forward_pre_hook(hook)
+        return span
+
+    def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
+        return self.group.parameter_groups(span)
+
+    def save(self, span: Span, part: int = 0, parts: int = 1) -> SavedBlocks:
+        return self.group.save(span, part, parts)
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -50,75 +96,66 @@ def hashes(folder: Path) -> dict[str, str]:
 Fit = Callable[..., tuple[list[float], list[int]]]
 
 
+def training_of(model: Path, out: Path, minutes: float) -> tuple[Setup, TrainingTask]:
+    """The fusion of block 2 of the tiny model into its group."""
+    dense = open_stack(model)
+    cluster = Cluster(
+        engine="ray",
+        workers=WORKERS,
+        zero_stage=1,
+        micro_batch=MICRO,
+        checkpoint_minutes=minutes,
+    )
+    setup = Setup(
+        Source.find(str(model), None),
+        dense,
+        cluster,
+        "float32",
+        Importance(batch=BATCH),
+        loss_batch=BATCH,
+        output_uri=str(out),
+        run_folder=str(out / "run"),
+    )
+    group = GroupFusion(dense, dense, 2, SETTINGS, True, 0, str(out))
+    windows_WT = token_windows(WINDOWS, LENGTH).numpy()
+    return setup, group.task(windows_WT, cluster, "dense", str(out / "checkpoints"))
+
+
 @pytest.fixture(scope="module")
 def fit(ray_session, checkpoint) -> Fit:
-    """Two workers train the group; `change` wraps the first one's data. The losses, the epochs heard of.
+    """Two workers train the group, one of them disturbed at an epoch, if one is given. The losses,
+    and the epochs heard of.
 
-    `minutes`: between savepoints, if there are any.
+    `minutes`: between training checkpoints.
     """
-    dense = task(checkpoint("llama"), "batch_kl", 0, 1).job
-    replicas = Replicas(dense.dense, REPLICA)
-    states = datasets(
-        group_states_of_workers(
-            dense, token_windows(WINDOWS, LENGTH).numpy(), TWO.count, replicas, BATCH
-        )
-    )
-    first = states.pop("states-0").repartition(1).materialize()
-    contexts = scoring.contexts(TWO.micro_batch, LENGTH, replicas)
-    replicas.close()
 
     def fit(
         out: Path,
-        change: Callable[[ray.data.Dataset], ray.data.Dataset] = lambda data: data,
-        minutes: float | None = None,
+        epoch: int | None = None,
+        by: signal.Signals = signal.SIGKILL,
+        minutes: float = NEVER,
         say: Callable[[str], None] = print,
-        workers: Workers = TWO,
     ) -> tuple[list[float], list[int]]:
-        job = replace(dense, folder=str(out))
-        kept = (
-            None
-            if minutes is None
-            else Savepoints.of(job, minutes, TWO.micro_batch, **training.setup(TWO))
-        )
-        heard: list[int] = []
+        setup, task = training_of(checkpoint("llama"), out, minutes)
+        group, heard = task.trainable, []
+        if epoch is not None:
+            task = replace(task, trainable=Disturbed(group, epoch, by, out / "mark"))
 
-        def epoch(number: int, _: float) -> None:
-            heard.append(number)
+        def news(item: News) -> None:
+            if isinstance(item, str):
+                say(item)
+            else:
+                heard.append(item[0])
 
-        shards = {"states-0": change(first), **states}
-        saved, losses = training.finetune(
-            job, contexts, WINDOWS, shards, workers, str(out / "train"), epoch, kept, say
-        )
-        assert saved.blocks.keys() == {block.dense for block in job.neighbours}
-        assert not (out / "train").exists()
-        return losses, heard
+        with RayWorkers(setup) as workers:
+            trained = train_span(workers, task, news)
+        assert trained.saved.blocks.keys() == {block.dense for block in group.neighbours}
+        assert not (out / "run" / "blocks" / "train").exists()
+        assert (out / "mark").exists() == (epoch is not None)
+        (out / "mark").unlink(missing_ok=True)
+        return trained.losses, heard
 
     return fit
-
-
-Step = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-def kill_a_worker(marks: Path, epoch: int, by: signal.Signals = signal.SIGKILL) -> Step:
-    """A step of a worker's data that, when this epoch first comes, sends the signal to one of the
-    training workers of its own Ray."""
-    marks.mkdir()
-
-    def step(batch: dict[str, Any]) -> dict[str, Any]:
-        number = len(list(marks.iterdir())) + 1
-        (marks / str(number)).touch()
-        if number == epoch:
-            siblings = psutil.Process(
-                os.getppid()
-            ).children()  # all workers of a node are its raylet's children
-            trainers = [
-                process for process in siblings if "RayTrainWorker" in " ".join(process.cmdline())
-            ]
-            assert len(trainers) == TWO.count, trainers
-            trainers[-1].send_signal(by)
-        return batch
-
-    return step
 
 
 @pytest.fixture(scope="module")
@@ -127,44 +164,39 @@ def undisturbed(fit: Fit, checkpoint, tmp_path_factory) -> tuple[dict[str, str],
     folder = tmp_path_factory.mktemp("undisturbed")
     losses, heard = fit(folder)
     assert heard == [1, 2, 3, 4, 5]
-    assert losses == pytest.approx(learn_in_torch(checkpoint("llama"), "batch_kl").losses, rel=1e-5)
+    setup, task = training_of(checkpoint("llama"), tmp_path_factory.mktemp("local"), NEVER)
+    with LocalWorkers(setup) as workers:
+        alone = train_span(workers, task, lambda _: None)
+    assert losses == pytest.approx(alone.losses, rel=1e-5)
     return hashes(folder), losses
 
 
-def test_without_savepoints_all_is_learned_again(undisturbed, fit: Fit, tmp_path: Path) -> None:
-    killer = kill_a_worker(tmp_path / "marks", epoch=2)
-    losses, heard = fit(tmp_path, lambda data: data.map_batches(killer, batch_size=None))
+def test_without_checkpoints_all_is_learned_again(undisturbed, fit: Fit, tmp_path: Path) -> None:
+    losses, heard = fit(tmp_path, epoch=2)
     assert heard == [1, 1, 2, 3, 4, 5]
-    assert len(list((tmp_path / "marks").iterdir())) == 2 + EPOCHS
     assert (hashes(tmp_path), losses) == undisturbed
 
 
-def test_a_killed_worker_costs_the_epochs_since_the_last_savepoint(
+def test_a_killed_worker_costs_the_epochs_since_the_last_checkpoint(
     undisturbed, fit: Fit, tmp_path: Path
 ) -> None:
     said: list[str] = []
-    killer = kill_a_worker(tmp_path / "marks", epoch=KILLED)
-    wrap = lambda data: data.map_batches(killer, batch_size=None)  # noqa: E731
-    losses, heard = fit(tmp_path, wrap, minutes=0, say=said.append)
+    losses, heard = fit(tmp_path, epoch=KILLED, minutes=0, say=said.append)
     assert heard == [1, 2, 3, 4, 5]
-    assert said == [f"  going on after epoch {KILLED - 1} of {EPOCHS}"]
-    assert (
-        len(list((tmp_path / "marks").iterdir())) == EPOCHS + 1
-    )  # the data were read once for each epoch, and for the broken one
+    *warnings, going_on = said  # the other worker may be ended before it can complain
+    assert going_on == GOING_ON
+    assert all(text.endswith("this attempt at the group ends") for text in warnings)
     assert (hashes(tmp_path), losses) == undisturbed
 
 
 def test_a_worker_that_stops_is_given_up_and_costs_as_much(
-    undisturbed, fit: Fit, tmp_path: Path
+    undisturbed, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection to it stays, and nothing comes from it."""
     said: list[str] = []
-    stopper = kill_a_worker(tmp_path / "marks", KILLED, signal.SIGSTOP)
-    wrap = lambda data: data.map_batches(stopper, batch_size=None)  # noqa: E731
+    monkeypatch.setattr(training_job, "JobConfig", partial(training_job.JobConfig, timeout=8))
     began = time.monotonic()
-    losses, heard = fit(
-        tmp_path, wrap, minutes=0, say=said.append, workers=replace(TWO, patience=8)
-    )
+    losses, heard = fit(tmp_path, KILLED, signal.SIGSTOP, minutes=0, say=said.append)
     assert time.monotonic() - began < 180
     assert heard == [1, 2, 3, 4, 5]
     warning, going_on = said
@@ -172,7 +204,7 @@ def test_a_worker_that_stops_is_given_up_and_costs_as_much(
         r"WARNING: .*(no sign of life|is silent|no part) for 8 s; this attempt at the group ends"
     )
     assert re.fullmatch(silence, warning)
-    assert going_on == f"  going on after epoch {KILLED - 1} of {EPOCHS}"
+    assert going_on == GOING_ON
     assert (hashes(tmp_path), losses) == undisturbed
     stopped = [
         one
@@ -185,14 +217,15 @@ def test_a_worker_that_stops_is_given_up_and_costs_as_much(
 def test_a_run_that_was_given_up_goes_on(
     undisturbed, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody starts the workers again: the job fails, as if its driver had been killed, and the same is begun by another."""
+    """Nobody starts the workers again: the job fails, as if its driver had been killed, and the
+    same is begun by another."""
     said: list[str] = []
-    killer = kill_a_worker(tmp_path / "marks", epoch=KILLED)
-    wrap = lambda data: data.map_batches(killer, batch_size=None)  # noqa: E731
-    monkeypatch.setattr(training, "MAX_FAILURES", 0)
-    with pytest.raises(ray.train.TrainingFailedError):
-        fit(tmp_path, wrap, minutes=0)
-    losses, heard = fit(tmp_path, minutes=1e6, say=said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_job, "MAX_RESTARTS", 0)
+        with pytest.raises(RuntimeError, match="the training job ended before its task"):
+            fit(tmp_path, epoch=KILLED, minutes=0)
+    (tmp_path / "mark").unlink()
+    losses, heard = fit(tmp_path, minutes=NEVER, say=said.append)
     assert heard == [4, 5]
-    assert said == [f"  going on after epoch {KILLED - 1} of {EPOCHS}"]
+    assert said == [GOING_ON]
     assert (hashes(tmp_path), losses) == undisturbed

@@ -55,8 +55,8 @@ def populate(s3, bucket: str, *more: str) -> dict[str, bytes]:
 
 
 def test_a_removal_takes_what_it_names_and_nothing_else(s3, bucket: str) -> None:
-    """What is left is told by boto3, which knows no patterns. An object may be called like the folder,
-    or mark it."""
+    """What is left is told by boto3, which knows no patterns. An object may be called like the
+    folder, or mark it."""
     left = populate(s3, bucket, *(f"{name}/m.run{end}" for name in NAMES for end in ("", "/")))
     for name in NAMES:
         uri = f"s3://{bucket}/{name}"

@@ -1,4 +1,6 @@
-"""Secrets in the environment, as users have them: nothing that a run prints, writes, or tells Ray holds one."""
+"""Secrets in the environment, as users have them: nothing that a run prints, writes, or tells Ray
+holds one.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,9 @@ def head(s3, free_port: Callable[[], int]) -> Iterator[Head]:
 
 
 def who_tells_secrets(head: Head, job: str) -> list[str]:
-    """What Ray tells of a job, its log, and Ray's own logs, as far as they hold a planted secret."""
+    """What Ray tells of a job, its log, and Ray's own logs, as far as they hold a planted
+    secret.
+    """
     client = JobSubmissionClient(head.address)
     told = [str(client.get_job_info(job)), client.get_job_logs(job)]
     assert "jobs/compress.py" in told[0] and list(head.temp.rglob("raylet.out"))
