@@ -6,16 +6,20 @@ import re
 import resource
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers as tf
 from models import GROUPED, open_stack, randomize, token_windows
 
-from fusegpt_ray.fusion.round import Round
+from fusegpt_ray import evaluation
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Fusion
+from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.workers.local import LocalWorkers
 
 LENGTH = 256
 WIDTH = 2048
@@ -98,14 +102,14 @@ def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
         }
     )
     dense, windows = open_stack(folder), token_windows(MANY, 64).numpy()
-    with LocalEngine(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
+    with LocalWorkers(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
         assert (
-            engine.perplexity(dense, windows[:1]) > 1
+            evaluation.perplexity(engine, dense, windows[:1]) > 1
         )  # what is loaded once is loaded before the limit
         if more is not None:
             limit_memory(more)
-        job = Round(dense, dense, 1, recipe.fusion, True, 0, f"{out}-blocks")
-        torch.save(engine.finetune(job, windows, lambda *_: None), out)
+        job = GroupFusion(dense, dense, 1, recipe.fusion, True, 0, f"{out}-blocks")
+        torch.save(tune(engine, job, windows, recipe), out)
 
 
 def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None) -> None:
@@ -129,14 +133,20 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
         }
     )
     dense, windows = open_stack(folder), token_windows(SCORED, LENGTH).numpy()
-    with LocalEngine(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
+    with LocalWorkers(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
         assert (
-            engine.perplexity(dense, windows[:1]) > 1
+            evaluation.perplexity(engine, dense, windows[:1]) > 1
         )  # what is loaded once is loaded before the limit
         if more is not None:
             limit_memory(more)
         if what == "score":
-            torch.save(engine.score(dense, windows), out)
+            torch.save(score(engine, dense, windows, recipe.importance), out)
         else:
-            job = Round(dense, dense, 2, recipe.fusion, True, 0, f"{out}-blocks")
-            torch.save(engine.finetune(job, windows, lambda *_: None), out)
+            job = GroupFusion(dense, dense, 2, recipe.fusion, True, 0, f"{out}-blocks")
+            torch.save(tune(engine, job, windows, recipe), out)
+
+
+def tune(engine: LocalWorkers, job: GroupFusion, windows: np.ndarray, recipe: Recipe) -> Trained:
+    """Train a group as a round does."""
+    task = job.task(windows, recipe.cluster, "origin", f"{job.folder}-checkpoints")
+    return train_span(engine, task, lambda _: None)

@@ -13,9 +13,15 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.group import group_span
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.fusion.linear import FusedLinear
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import PRESETS, Fusion
-from fusegpt_ray.training.loop import Batch, batches_of, cosine_to_zero, make_optimizer, train
+from fusegpt_ray.training import optimizer as optimizers
+from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.optimizer import cosine_to_zero
+from fusegpt_ray.training.states import States
+from fusegpt_ray.training.stepper import Batch
 
 # --- the partial group ---
 
@@ -250,6 +256,12 @@ def settings(**values: object) -> Fusion:
     return Fusion(**(PRESETS["paper"] | {"preset": "paper"} | values))
 
 
+def make_optimizer(group: nn.Module, settings: Fusion) -> torch.optim.Adam:
+    stack = Stack({}, "", {}, ())
+    groups = GroupFusion(stack, stack, 0, settings, True, 0, "").parameter_groups(group)  # type: ignore[arg-type]
+    return optimizers.make_optimizer(groups, settings.betas, settings.eps)
+
+
 def test_coefficients_have_one_rate_and_the_rest_another() -> None:
     group = Group(donors=2)
     optimizer = make_optimizer(group, settings())
@@ -299,10 +311,10 @@ def test_both_rates_follow_the_cosine_to_zero() -> None:
 
 def test_batches_are_consecutive_and_whole() -> None:
     entering, leaving = torch.arange(6.0), torch.arange(6.0) * 10
-    pairs = [(x.tolist(), y.tolist()) for x, y in batches_of(entering, leaving, 2)]
+    pairs = [(x.tolist(), y.tolist()) for x, y in States(entering, leaving).batches(2)]
     assert pairs == [([0, 1], [0, 10]), ([2, 3], [20, 30]), ([4, 5], [40, 50])]
     with pytest.raises(AssertionError):
-        batches_of(entering, leaving, 4)
+        States(entering, leaving).batches(4)
 
 
 class Recorder:

@@ -30,11 +30,10 @@ from stopped_runs import (  # noqa: F401 - fixtures
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run.journal import Done, Journal, identity
 from fusegpt_ray.store import storage
-from fusegpt_ray.workers.local import LocalEngine
 
 # --- going on ---
 
@@ -308,12 +307,14 @@ class DyingInTraining(Watching):
         self.rounds.append(number)
 
 
-class Counting(LocalEngine):
+class Counting:
+    """Scores, and counts how often."""
+
     scored = 0
 
-    def score(self, *arguments: Any) -> Ranking:
-        Counting.scored += 1
-        return super().score(*arguments)
+    def __call__(self, *arguments: Any) -> Any:
+        self.scored += 1
+        return score(*arguments)
 
 
 def test_scores_are_not_done_again(
@@ -321,9 +322,10 @@ def test_scores_are_not_done_again(
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk), DyingInTraining(2))
-    monkeypatch.setattr("fusegpt_ray.workers.local.LocalEngine", Counting)
+    counting = Counting()
+    monkeypatch.setattr("fusegpt_ray.rounds.score", counting)
     compress(recipe(desk), Watching())
-    assert Counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
+    assert counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
     assert published(desk) == undisturbed["at_end"]
 
 

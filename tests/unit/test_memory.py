@@ -6,17 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cramped import tune
 from models import open_stack, token_windows
 from watching import Watch, size_of
 
 from fusegpt_ray.fusion import student
-from fusegpt_ray.fusion.round import Round
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model import runner, weights
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing import publish, shrink
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.workers.local import LocalWorkers
 
 WINDOWS = token_windows(8, 9).numpy()
 
@@ -42,21 +44,21 @@ def test_two_rounds_hold_the_trunk_and_one_group(
         monkeypatch.setattr(module, "read_tensors", watch)
     source = Source.find(str(folder), None)
     stack = dense
-    with LocalEngine(Setup.of(recipe, source, dense)) as engine:
+    with LocalWorkers(Setup.of(recipe, source, dense)) as engine:
         # Round 2's group has one neighbour (block 3) that was fused before: one more donor is held with it.
         for donor, group_blocks in ((2, 3), (1, 4)):
             watch.alive.clear()
-            engine.score(stack, WINDOWS)
+            score(engine, stack, WINDOWS, recipe.importance)
             assert trunk < max(watch.alive) <= trunk + block, (
                 "scoring holds more than the block in use while it reads the next"
             )
             watch.alive.clear()
-            job = Round(
+            job = GroupFusion(
                 stack, dense, donor, recipe.fusion, True, 0, str(tmp_path / f"round-{donor}")
             )
             assert len(job.group) == 3
             stack = stack.drop(donor).swap(
-                engine.finetune(job, WINDOWS, lambda *_: None).saved.blocks
+                tune(engine, job, WINDOWS, recipe).saved.blocks
             )
             # Read, but not yet copied into the block that it belongs to: what a neighbour had learned.
             learned = (
@@ -67,7 +69,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
             assert max(watch.alive) <= trunk + group_blocks * block + learned
             assert max(watch.alive) >= trunk + block, "the watch sees the group"
         watch.alive.clear()
-        engine.score(stack, WINDOWS)
+        score(engine, stack, WINDOWS, recipe.importance)
         assert max(watch.alive) <= trunk + block, "nothing of a group stays after its round"
     watch.alive.clear()
     publish.publish(str(tmp_path / "x-p40"), stack, dense, source, 10**9, facts())

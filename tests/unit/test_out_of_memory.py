@@ -12,8 +12,9 @@ from cramped import LIMITS, MB, SCORED, TRAINED, save_broad, save_wide, tune_man
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from fusegpt_ray.model.memory import fewer_at_once, find_batch_size, is_out_of_memory
+from fusegpt_ray.model.memory import find_batch_size, is_out_of_memory
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.rounds import fewer_at_once
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_fine_tuning_that_runs_out_of_memory_goes_on_with_less(
 
 def test_scoring_that_runs_out_of_memory_goes_on_with_less(run: Callable[..., Any]) -> None:
     free, cramped = run("score", None), run("score", LIMITS["score"])
-    assert (free.rows, cramped.rows) == (SCORED, SCORED // 2)
+    assert (free.batch_size, cramped.batch_size) == (SCORED, SCORED // 2)
     assert cramped.lowest == free.lowest
     assert cramped.estimates == pytest.approx(free.estimates, rel=1e-5)
 
@@ -77,7 +78,8 @@ def test_states_that_do_not_fit_lie_in_a_file(
         spawn(tune_many, (folder, tmp_path / f"{more}", more))
         found.append(torch.load(tmp_path / f"{more}", weights_only=False))
     free, cramped = found
-    assert (free.rows, free.micro_batch) == (cramped.rows, cramped.micro_batch)
+    assert free.states_batch_size == cramped.states_batch_size
+    assert free.micro_batch == cramped.micro_batch
     assert cramped.losses == free.losses
     records = [sorted(record.sha256 for record in tuned.saved.files.values()) for tuned in found]
     assert records[0] == records[1]
@@ -133,10 +135,10 @@ def test_the_least_that_was_used_is_told() -> None:
         "output": {"uri": "x", "name": "x"},
     }
     recipe = Recipe.parse(given | {"cluster": {"workers": 2}})
-    asked = {"rows": 4, "states_rows": 4, "micro_batch": 4}
-    dropped = {"rows": 4, "states_rows": None, "micro_batch": None}
+    asked = {"batch_size": 4, "states_batch_size": 4, "micro_batch": 4}
+    dropped = {"batch_size": 4, "states_batch_size": None, "micro_batch": None}
     assert fewer_at_once(recipe, [asked, dropped]) == ""
     fewer = fewer_at_once(
-        recipe, [asked, asked | {"rows": 2, "micro_batch": 2}, asked | {"micro_batch": 1}]
+        recipe, [asked, asked | {"batch_size": 2, "micro_batch": 2}, asked | {"micro_batch": 1}]
     )
     assert fewer == "2 of 4 in scoring, 1 of 4 in fine-tuning"

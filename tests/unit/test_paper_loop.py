@@ -27,9 +27,8 @@ from workshop import (  # noqa: F401 - fixtures
     plain_weights,
 )
 
-from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.fusion.student import Student
-from fusegpt_ray.training.loop import TorchStepper
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.training.span import Span
 
 
 class PaperLoop:
@@ -40,7 +39,7 @@ class PaperLoop:
     """
 
     def __init__(
-        self, workshop: Workshop, job: Round, student: Student, donors: Sequence[Sequence[Weights]]
+        self, workshop: Workshop, job: GroupFusion, student: Span, donors: Sequence[Sequence[Weights]]
     ) -> None:
         blocks = workshop.model.get_submodule(MODELS[workshop.name].blocks)
         self.layers = [blocks[block.dense] for block in job.neighbours]
@@ -124,7 +123,7 @@ def cycle(
 
 
 def compare_learned(
-    student: Student, paper: PaperLoop, without_gradient: Sequence[str] = ()
+    student: Span, paper: PaperLoop, without_gradient: Sequence[str] = ()
 ) -> None:
     """The same values to 0.2 % of what one step may change: Adam turns small gradients' last bits into parts of a step."""
     for name, value in learned(student).items():
@@ -159,7 +158,7 @@ def test_one_step_is_the_papers(workshop: Workshop) -> None:
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     expected = paper.step(entering, leaving, 0, 20)
-    loss = TorchStepper.make(student, job.settings, 20, CPU).step((entering, leaving))
+    loss = workshop.stepper(job, student, 20).step((entering, leaving))
 
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     compare_learned(student, paper, SHIFT)

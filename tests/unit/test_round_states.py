@@ -9,7 +9,7 @@ import torch
 from watching import Watch
 from workshop import CLOSE, CPU, IDS, Workshop, _workshop, settings  # noqa: F401 - fixtures
 
-from fusegpt_ray.fusion.round import Round, group_states, teacher
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model import weights
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
@@ -42,8 +42,10 @@ def but(*missing: int) -> list[int]:
 )
 def test_teachers(kept: list[int], donor: int, group: list[int], current: int, dense: int) -> None:
     for preset, expected in (("paper", current), ("default", dense)):
-        job = Round(bare_stack(kept), bare_stack(range(12)), donor, settings(preset), True, 0, "")
-        model, position = teacher(job)
+        job = GroupFusion(
+            bare_stack(kept), bare_stack(range(12)), donor, settings(preset), True, 0, ""
+        )
+        model, position = job.source.teacher, job.source.stop
         assert [block.dense for block in job.group] == group
         assert [block.dense for block in job.neighbours] == [i for i in group if i != donor]
         assert (model.kept, position) == (tuple(kept if preset == "paper" else range(12)), expected)
@@ -90,5 +92,5 @@ def test_one_walk_where_student_and_teacher_lie_on_the_same_blocks(
     monkeypatch.setattr(weights, "read_tensors", watch)
     stack = workshop.dense if missing is None else workshop.dense.drop(missing)
     job = workshop.job(donor, stack, group_size=2, teacher="dense")
-    group_states(Runner(workshop.dense, CPU, torch.float32, rows=8), job, IDS[:2])
+    job.source.walk(Runner(workshop.dense, CPU, torch.float32, batch_size=8), IDS[:2])
     assert len(watch.alive) == reads

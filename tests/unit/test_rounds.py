@@ -25,11 +25,10 @@ from workshop import (  # noqa: F401 - fixtures
 )
 
 from fusegpt_ray.fusion.linear import FusedLinear
-from fusegpt_ray.fusion.round import save_group
-from fusegpt_ray.fusion.student import Student
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
-from fusegpt_ray.training.loop import make_optimizer
+from fusegpt_ray.training.optimizer import make_optimizer
+from fusegpt_ray.training.span import Span
 
 # --- rounds one after another ---
 
@@ -56,7 +55,7 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     ]
     assert untouched == []
 
-    stack = Stack.from_json(workshop.dense.drop(2).swap(save_group(job, student).blocks).to_json())
+    stack = Stack.from_json(workshop.dense.drop(2).swap(job.save(student).blocks).to_json())
     assert stack.kept == (0, 1, 3, 4)
     # The files, folded, in our runner and in the real model without the donor.
     expected = over_batches(student, entering)
@@ -80,7 +79,7 @@ def test_what_is_saved_is_the_formula(workshop: Workshop) -> None:
     assert stack.blocks[-1] == workshop.dense.blocks[4]  # not in the group: as it was
 
 
-def fused_layers(student: Student, block: int) -> dict[str, FusedLinear]:
+def fused_layers(student: Span, block: int) -> dict[str, FusedLinear]:
     return {
         name: module
         for name, module in student.blocks[block].named_modules()
@@ -146,7 +145,7 @@ def test_old_terms_go_on_learning_and_are_saved_again(workshop: Workshop) -> Non
     after = learned(student)
     assert all((after[name] != before[name]).any() for name in after)
 
-    twice = stack.drop(3).swap(save_group(job, student).blocks)
+    twice = stack.drop(3).swap(job.save(student).blocks)
     terms = twice.blocks[0].terms
     assert terms.base == workshop.dense.blocks[0].weights
     assert terms.donors == (workshop.dense.blocks[2].weights, stack.blocks[2].weights)
@@ -173,7 +172,7 @@ def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> N
     assert {name.rsplit(".", 1)[-1] for name in learned(student)} == {"A", "B", "weight"}
     means = workshop.train(job, student)
     assert means[-1] < means[0]
-    stack = workshop.dense.drop(2).swap(save_group(job, student).blocks)
+    stack = workshop.dense.drop(2).swap(job.save(student).blocks)
     assert {block.terms.donors for block in stack.blocks[:3]} == {()}
     again = workshop.job(3, stack, fuse=False)
     entering, _ = workshop.states(again)
@@ -195,7 +194,8 @@ def test_what_learns_in_a_llama_block(workshop: Workshop) -> None:
     names = [f"{layer}.{part}" for layer in layers for part in ("A", "B", "C0", "D0")] + norms
     assert set(learned(student)) == {f"blocks.{i}.{name}" for i in range(3) for name in names}
     assert all(value.requires_grad for value in student.parameters())  # frozen weights are buffers
-    optimizer = make_optimizer(student, workshop.job(2).settings)
+    groups = workshop.job(2).parameter_groups(student)
+    optimizer = make_optimizer(groups, (0.9, 0.95), 1e-8)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(learned(student))
 
 
@@ -224,7 +224,7 @@ def test_a_fused_block_keeps_the_precision_of_its_own_weights(
     load_model(checkpoint("qwen3")).to(stored).save_pretrained(tmp_path / "source")
     workshop = Workshop("qwen3", tmp_path / "source", tmp_path / "blocks", torch.bfloat16)
     job = workshop.job(2, trained_dtype="float32")
-    blocks = save_group(job, workshop.student(job)).blocks
+    blocks = job.save(workshop.student(job)).blocks
     assert len(blocks) > 1
     for dense, block in blocks.items():
         own = read_tensors(workshop.dense.blocks[dense].weights)
@@ -267,7 +267,7 @@ def test_dtypes(
     ]
     assert any(change.any() for change in large) == (expected == torch.float32)
 
-    saved = save_group(job, student).blocks
+    saved = job.save(student).blocks
     ref = saved[0].weights["mlp.up_proj.weight"]
     assert ref.dtype == torch.float32, (
         "the checkpoint's own precision stays, whatever the arithmetic's"

@@ -11,11 +11,12 @@ import pytest
 from desk import Desk
 from stopped_runs import Watching, published, recipe, run_folder
 
+from fusegpt_ray import rounds
+from fusegpt_ray.importance import scoring
 from fusegpt_ray.importance.search import Job
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.workers import local, rounds
 
 
 def measured(asked: list[Job]) -> Callable[[list[Job]], Iterator[tuple[Job, np.ndarray]]]:
@@ -69,7 +70,7 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return sweep(runner, stack, parts)
 
     counting.deadly = -1  # type: ignore[attr-defined]
-    monkeypatch.setattr(local, "sweep", counting)
+    monkeypatch.setattr(scoring, "sweep", counting)
     monkeypatch.setattr(rounds, "KEEP_SECONDS", 0.0)
     return found
 
@@ -84,7 +85,7 @@ def test_a_killed_scoring_does_not_measure_twice(
     for kill in range(1, len(total)):
         other = Desk.make(tmp_path / f"killed-{kill}", desk.model)
         swept.clear()
-        local.sweep.deadly = kill
+        scoring.sweep.deadly = kill
         with pytest.raises(KeyboardInterrupt):
             compress(recipe(other, sparsity=0.2), Watching())
         assert (run_folder(other) / "sums-001.json").exists()
@@ -94,7 +95,7 @@ def test_a_killed_scoring_does_not_measure_twice(
 
 
 def test_damaged_sums_are_told_and_measured_again(desk: Desk, swept: list[int]) -> None:
-    local.sweep.deadly = 2
+    scoring.sweep.deadly = 2
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk, sparsity=0.2), Watching())
     (run_folder(desk) / "sums-001.json").write_text('{"sha256":"0","body":{"note":[]}}')

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import (
@@ -20,7 +21,8 @@ from models import (
 from watching import Watch, size_of
 
 from fusegpt_ray.importance.metrics import macro_influence
-from fusegpt_ray.importance.ranking import lowest
+from fusegpt_ray.importance.ranking import Ranking, lowest
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model import weights
@@ -29,7 +31,7 @@ from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.workers.local import LocalWorkers
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH = 6, 9
@@ -37,7 +39,7 @@ IDS = token_windows(WINDOWS, LENGTH)
 
 
 def make_runner(folder: Path) -> Runner:
-    return Runner(open_stack(folder), CPU, torch.float32, rows=2)
+    return Runner(open_stack(folder), CPU, torch.float32, batch_size=2)
 
 
 def one_minus_cosine(full_WTD: torch.Tensor, without_WTD: torch.Tensor) -> torch.Tensor:
@@ -84,23 +86,29 @@ def test_equals_a_full_forward_pass_for_every_block(
     )
 
     means = (expected.sum(0) / (WINDOWS * LENGTH)).tolist()
-    everything = engine_of(folder, all=True).score(stack, IDS.numpy())
+    everything = ranked(engine_of(folder, all=True), stack, IDS.numpy())
     assert everything.scores == pytest.approx(dict(zip(kept, means, strict=True)), rel=1e-5)
-    found = engine_of(folder).score(stack, IDS.numpy())
+    found = ranked(engine_of(folder), stack, IDS.numpy())
     assert found.lowest == everything.lowest == kept[int(expected.sum(0).argmin())]
     assert found.scores == {
         dense: everything.scores[dense] for dense in found.scores
     }  # to the last bit
 
 
-def engine_of(folder: Path, **importance: object) -> LocalEngine:
+def ranked(
+    workers: LocalWorkers, stack: Stack, windows_WT: np.ndarray, last: Ranking | None = None
+) -> Ranking:
+    return score(workers, stack, windows_WT, workers.setup.importance, last)
+
+
+def engine_of(folder: Path, **importance: object) -> LocalWorkers:
     settings = {
         "model": {"source": str(folder)},
         "calibration": {"data": "unused", "length": LENGTH},
         "importance": {"windows": WINDOWS, "batch": 2} | importance,
         "output": {"uri": ".", "name": "unused"},
     }
-    return LocalEngine(
+    return LocalWorkers(
         Setup.of(Recipe.parse(settings), Source.find(str(folder), None), open_stack(folder))
     )
 
@@ -114,8 +122,8 @@ def test_chooses_what_the_full_table_chooses_round_after_round(
     exact, full = engine_of(folder, batch=1), engine_of(folder, batch=1, all=True)
     stack, last = open_stack(folder), None
     while len(stack) > 1:
-        expected = full.score(stack, IDS.numpy())
-        for found in (exact.score(stack, IDS.numpy()), exact.score(stack, IDS.numpy(), last)):
+        expected = ranked(full, stack, IDS.numpy())
+        for found in (ranked(exact, stack, IDS.numpy()), ranked(exact, stack, IDS.numpy(), last)):
             assert found.lowest == expected.lowest
             assert all(score == expected.scores[dense] for dense, score in found.scores.items())
             assert all(
@@ -128,7 +136,7 @@ def test_blocks_that_do_nothing_tie_and_the_earlier_one_goes(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = without_effect(checkpoint("llama"), tmp_path, blocks=(1, 3))
-    found = engine_of(folder, batch=1).score(open_stack(folder), IDS.numpy())
+    found = ranked(engine_of(folder, batch=1), open_stack(folder), IDS.numpy())
     assert (found.lowest, found.scores[1]) == (1, found.scores[3])
     assert found.scores[1] >= 0  # the cosine of a state with itself may be rounded above 1
     assert found.scores.keys() == {1, 3}
@@ -190,7 +198,7 @@ def test_block_forwards_are_counted_truly(
 
     monkeypatch.setattr(runner_module, "run_block", counting)
     folder = checkpoint("llama")
-    found = engine_of(folder, **importance).score(open_stack(folder), IDS.numpy())
+    found = ranked(engine_of(folder, **importance), open_stack(folder), IDS.numpy())
     assert sum(counted) == found.cost.done
     assert found.cost.single_walk == WINDOWS * DEPTH * (DEPTH + 1) // 2
     assert (found.cost.done == found.cost.single_walk) == ("all" in importance)
@@ -202,7 +210,7 @@ def test_every_block_is_read_once_beside_the_one_in_use(
     use: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stack = open_stack(checkpoint("llama"))
-    runner = Runner(stack, CPU, torch.float32, rows=4)
+    runner = Runner(stack, CPU, torch.float32, batch_size=4)
     watch = Watch()
     monkeypatch.setattr(weights, "read_tensors", watch)
     if use == "sweep":
@@ -224,7 +232,7 @@ def test_watching_sees_what_stays_alive(
 ) -> None:
     """The test above can fail: blocks that are kept are counted."""
     stack = open_stack(checkpoint("llama"))
-    runner = Runner(stack, CPU, torch.float32, rows=4)
+    runner = Runner(stack, CPU, torch.float32, batch_size=4)
     watch = Watch()
     monkeypatch.setattr(weights, "read_tensors", watch)
     kept = [runner.weights.of(block) for block in stack.blocks]

@@ -157,10 +157,10 @@ def test_another_failure_of_the_reader_is_not_swallowed(
 
 
 def test_blocks_are_kept_where_they_take_little_of_the_free_memory(stack: Stack) -> None:
-    assert runner(stack, "auto").keeps
+    assert runner(stack, "auto").resident
     dense = sum(size_of(block.weights) for block in stack.blocks)
-    assert not runner(stack, "auto", share=dense / memory.free_bytes(CPU)).keeps  # all of it
-    assert runner(stack, "auto", share=10 * dense / memory.free_bytes(CPU)).keeps
+    assert not runner(stack, "auto", share=dense / memory.free_bytes(CPU)).resident  # all of it
+    assert runner(stack, "auto", share=10 * dense / memory.free_bytes(CPU)).resident
 
 
 def _limited(_: int, folder: str) -> None:
@@ -172,10 +172,10 @@ def _limited(_: int, folder: str) -> None:
         * sum(size_of(block.weights) for block in stack.blocks)
         / (weights.RESIDENT_SHARE * before)
     )
-    assert runner(stack, "auto", share).keeps
+    assert runner(stack, "auto", share).resident
     limit_memory(more)
     assert memory.free_bytes(CPU) <= more
-    assert not runner(stack, "auto", share).keeps
+    assert not runner(stack, "auto", share).resident
 
 
 def test_a_limit_of_the_process_counts(checkpoint: Callable[[str], Path]) -> None:

@@ -12,12 +12,14 @@ from models import MODELS, hidden_states, load_model, open_stack, token_windows,
 from safetensors.torch import load_file
 from torch import nn
 
-from fusegpt_ray.fusion.round import Round, build_student, group_states, save_group
-from fusegpt_ray.fusion.student import Student
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import PRESETS, Fusion
-from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.states import States
+from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH = 16, 7, 4
@@ -55,7 +57,7 @@ class Workshop:
 
     def __post_init__(self) -> None:
         self.dense = open_stack(self.folder)
-        self.runner = Runner(self.dense, CPU, self.dtype, rows=8)
+        self.runner = Runner(self.dense, CPU, self.dtype, batch_size=8)
         self.model = load_model(self.folder)
 
     def job(
@@ -65,32 +67,38 @@ class Workshop:
         fuse: bool = True,
         seed: int = 0,
         **values: Any,
-    ) -> Round:
-        return Round(
+    ) -> GroupFusion:
+        return GroupFusion(
             stack or self.dense, self.dense, donor, settings(**values), fuse, seed, str(self.out)
         )
 
-    def student(self, job: Round) -> Student:
+    def student(self, job: GroupFusion) -> Span:
         trunk = self.runner.trunk
-        return build_student(
-            job, trunk.meta_blocks, trunk.contexts(BATCH, LENGTH), job.plan(self.dtype), CPU
-        )
+        contexts = trunk.contexts(BATCH, LENGTH)
+        return job.build(trunk.meta_blocks, contexts, CPU, self.dtype)
 
-    def states(self, job: Round) -> tuple[torch.Tensor, torch.Tensor]:
-        return group_states(self.runner, job, IDS)
+    def states(self, job: GroupFusion) -> tuple[torch.Tensor, torch.Tensor]:
+        return job.source.walk(self.runner, IDS)
 
-    def train(self, job: Round, student: Student, epochs: int | None = None) -> list[float]:
+    def train(self, job: GroupFusion, student: Span, epochs: int | None = None) -> list[float]:
         """The whole training of a round, as an engine runs it; returns the mean loss of each epoch."""
         entering, leaving = self.states(job)
         epochs = epochs or job.settings.epochs
-        stepper = TorchStepper.make(student, job.settings, epochs * (WINDOWS // BATCH), CPU)
-        return train(stepper, lambda: batches_of(entering, leaving, BATCH), epochs, lambda *_: None)
+        stepper = self.stepper(job, student, epochs * (WINDOWS // BATCH))
+        states = States(entering, leaving)
+        return train(stepper, lambda: states.batches(BATCH), epochs, lambda *_: None)
 
-    def fuse(self, job: Round, epochs: int = 1) -> tuple[Stack, Student]:
+    def stepper(self, job: GroupFusion, student: Span, steps: int) -> TorchStepper:
+        """Trains a student as an engine does."""
+        s = job.settings
+        config = TrainingConfig(s.loss, s.batch, s.epochs, s.betas, s.eps)
+        return TorchStepper.make(student, job.parameter_groups(student), config, steps, CPU)
+
+    def fuse(self, job: GroupFusion, epochs: int = 1) -> tuple[Stack, Span]:
         """A whole round: the stack after it, and the student as it was saved."""
         student = self.student(job)
         self.train(job, student, epochs)
-        return job.stack.drop(job.donor).swap(save_group(job, student).blocks), student
+        return job.stack.drop(job.donor).swap(job.save(student).blocks), student
 
     def real(self, stack: Stack) -> Any:
         """The real model without the removed blocks, its weights those that the rounds wrote to disk."""
@@ -116,7 +124,7 @@ def _workshop(request: pytest.FixtureRequest, checkpoint: Any, tmp_path: Path) -
     return Workshop(name, checkpoint(name), tmp_path)
 
 
-def over_batches(student: Student, states: torch.Tensor) -> torch.Tensor:
+def over_batches(student: Span, states: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         return torch.cat([student(part) for part in states.split(BATCH)])
 
