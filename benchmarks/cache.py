@@ -1,17 +1,21 @@
-"""Walks that read every block of a model from object storage, with and without the node's cache: one process after another.
+"""Walks that read every block of a model from object storage, with and without the node's cache:
+one process after another.
 
-    python benchmarks/cache.py [--blocks 6] [--hidden 2048] [--intermediate 5632] [--megabytes 100] [--walks 3] [--json out.json]
+    python benchmarks/cache.py [--blocks 6] [--hidden 2048] [--intermediate 5632] [--megabytes 100]
+    [--walks 3] [--json out.json]
 
-Random LLaMA blocks in bfloat16 lie in an S3 server of this machine (moto, from the `test` extra), behind a proxy that passes
-`--megabytes` a second in all. Only the reading of weights is timed, into tensors on the CPU, as `Runner.load` does it:
+Random LLaMA blocks in bfloat16 lie in an S3 server of this machine (moto, from the `test` extra),
+behind a proxy that passes `--megabytes` a second in all. Only the reading of weights is timed, into
+tensors on the CPU, as `Runner.load` does it:
 
 - **store**: every walk from the server;
 - **fill**: the first walk with an empty cache: fetch, write, read back;
-- **new process**: the first walk of a process that finds the cache full: every entry's checksum is computed;
+- **new process**: the first walk of a process that finds the cache full: every entry's checksum is
+  computed;
 - **walk**: its later walks.
 
-The page cache holds what was just written: the last two are those of a node whose memory is larger than the model. Else its disk's own
-time comes on top.
+The page cache holds what was just written: the last two are those of a node whose memory is larger
+than the model. Else its disk's own time comes on top.
 """
 
 from __future__ import annotations
@@ -113,7 +117,9 @@ def _block(uri: str, arguments: argparse.Namespace) -> Refs:
 
 @contextmanager
 def _store(rate: float) -> Iterator[None]:
-    """An S3 server with one bucket, `models`, behind a proxy that passes `rate` bytes of answers a second."""
+    """An S3 server with one bucket, `models`, behind a proxy that passes `rate` bytes of
+    answers a second.
+    """
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
     faults = importlib.import_module("faults")
     turn = threading.Lock()

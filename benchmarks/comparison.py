@@ -1,14 +1,19 @@
-"""How far the streamed walk is from plain `from_pretrained` by dtype, and what comparing them costs.
+"""How far the streamed walk is from plain `from_pretrained` by dtype, and what comparing them
+costs.
 
-    python benchmarks/comparison.py [--model FOLDER …] [--shape llama2-7b …] [--windows 4] [--json out.json]
+    python benchmarks/comparison.py [--model FOLDER …] [--shape llama2-7b …] [--windows 4] [--json
+    out.json]
 
-Before any work every command compares both on one window (docs/adr/0016-as-the-library-reads.md). A tolerance
-that honest arithmetic exceeds would refuse good models, so here are the numbers for several families with large
-random weights, for trained models that are given, and for true widths with a few blocks, of which those above
-2 GB are compared on their first blocks only. On the accelerator that torch sees, else on the CPU.
+Before any work every command compares both on one window (docs/adr/0016-as-the-library-reads.md). A
+tolerance that honest arithmetic exceeds would refuse good models, so here are the numbers for
+several families with large random weights, for trained models that are given, and for true widths
+with a few blocks, of which those above 2 GB are compared on their first blocks only. On the
+accelerator that torch sees, else on the CPU.
 
-- **KL**: mean and largest over windows of 256 tokens, nats a token; the command compares the first window;
-- **other**: the KL where one matrix of the first block was read with noise of 5 %: what should be found;
+- **KL**: mean and largest over windows of 256 tokens, nats a token; the command compares the first
+  window;
+- **other**: the KL where one matrix of the first block was read with noise of 5 %: what should be
+  found;
 - **seconds**: of one comparison, the reading of the checkpoint (from the page cache) included.
 """
 

@@ -1,13 +1,18 @@
-"""Whole runs: the paper's recipe in plain torch, and ours, from the same model and windows to a saved model and its perplexity.
+"""Whole runs: the paper's recipe in plain torch, and ours, from the same model and windows to a
+saved model and its perplexity.
 
-    python benchmarks/end_to_end.py MODEL --calibration valid.txt --test test.txt [--epochs 10] [--repeats 1] [--json out.json]
+    python benchmarks/end_to_end.py MODEL --calibration valid.txt --test test.txt [--epochs 10]
+    [--repeats 1] [--json out.json]
 
-- **plain**: `plain.py`, the paper's method without the package: brute-force scoring, plain loops, everything in memory;
-- **paper**: `fusegpt compress` with `fusion.preset: paper`; **default**: as it is; **default, half**: with half of the epochs.
+- **plain**: `plain.py`, the paper's method without the package: brute-force scoring, plain loops,
+  everything in memory;
+- **paper**: `fusegpt compress` with `fusion.preset: paper`; **default**: as it is; **default,
+  half**: with half of the epochs.
 
-Each is a process of its own, one after the other, `--repeats` times; ratios are taken within a turn, medians are shown. *Whole* is
-the process from its start to the saved model: ours also checks the model's files, publishes, and proves what it published. *CPU* and
-*GB* (the most memory it ever held) are the process's, by the operating system. Perplexity of every saved model is measured in the
+Each is a process of its own, one after the other, `--repeats` times; ratios are taken within a
+turn, medians are shown. *Whole* is the process from its start to the saved model: ours also checks
+the model's files, publishes, and proves what it published. *CPU* and *GB* (the most memory it ever
+held) are the process's, by the operating system. Perplexity of every saved model is measured in the
 same way, here, by plain transformers over consecutive windows of the test texts.
 """
 

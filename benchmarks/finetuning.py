@@ -1,20 +1,28 @@
-"""Fine-tuning one group: our loop beside plain loops written here without the package, the same loss curve from all of them.
+"""Fine-tuning one group: our loop beside plain loops written here without the package, the same
+loss curve from all of them.
 
-    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32] [--length 256] [--epochs 5] [--json out]
+    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32]
+    [--length 256] [--epochs 5] [--json out]
 
-- **ours**: `build_student`, `TorchStepper`, `train`; the states entering the group and the teacher's are computed once a group;
-- **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in every forward pass, softmax and
-  kl_div, Adam and CosineAnnealingLR; states computed once, as the paper's public code does;
+- **ours**: `build_student`, `TorchStepper`, `train`; the states entering the group and the
+  teacher's are computed once a group;
+- **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in
+  every forward pass, softmax and kl_div, Adam and CosineAnnealingLR; states computed once, as the
+  paper's public code does;
 - **plain, collecting**: with `gc.collect()` after every step, as the paper's public code does;
-- **ours, compiled**: the student under `torch.compile` (with `--compile`: compiling takes a while, in the first turn);
-- **plain, states anew**: with the states entering the group and the teacher's computed again for every batch of every epoch.
+- **ours, compiled**: the student under `torch.compile` (with `--compile`: compiling takes a while,
+  in the first turn);
+- **plain, states anew**: with the states entering the group and the teacher's computed again for
+  every batch of every epoch.
 
-All start from the same coefficients, in float32, with the paper's loss, teacher and rates, and take turns epoch by epoch. Ratios are
-taken within a turn; medians are shown. Wall seconds are noisy where others use the machine too, CPU seconds less so. "20 epochs"
-counts the states too: once for those that compute them once. Loss: the largest relative difference from ours in any epoch.
+All start from the same coefficients, in float32, with the paper's loss, teacher and rates, and take
+turns epoch by epoch. Ratios are taken within a turn; medians are shown. Wall seconds are noisy
+where others use the machine too, CPU seconds less so. "20 epochs" counts the states too: once for
+those that compute them once. Loss: the largest relative difference from ours in any epoch.
 
-Then the FLOPs of one step's matrix products (torch's own counter; attention is not in it): "all ÷ student" is what computing the
-states once can win at most. And where our step's time goes, by operator (torch.profiler).
+Then the FLOPs of one step's matrix products (torch's own counter; attention is not in it): "all ÷
+student" is what computing the states once can win at most. And where our step's time goes, by
+operator (torch.profiler).
 """
 
 from __future__ import annotations
@@ -289,7 +297,9 @@ class Group:
         return entering_BTD, blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
 
     def plain_student(self) -> nn.ModuleList:
-        """The group's blocks by transformers, each linear layer fused with the donor's; coefficients start as ours do."""
+        """The group's blocks by transformers, each linear layer fused with the donor's;
+        coefficients start as ours do.
+        """
         blocks = nn.ModuleList()
         starts = self.student()
         donor = self.model.model.layers[self.job.donor]
@@ -312,7 +322,9 @@ class Group:
         return blocks
 
     def flops(self) -> dict[str, int]:
-        """Of one step's matrix products: student forward and backward, teacher forward, the blocks before the group."""
+        """Of one step's matrix products: student forward and backward, teacher forward, the
+        blocks before the group.
+        """
         base, span, student = self.model.model, self.job.span, self.student()
         ids_BT = self.windows_WT[: self.settings.batch]
         found = {}

@@ -1,21 +1,26 @@
-"""One device, true shapes, random weights: what a round costs, and what a run at 25 % with the paper's budget would take.
+"""One device, true shapes, random weights: what a round costs, and what a run at 25 % with the
+paper's budget would take.
 
-    python benchmarks/gpu.py [--shape llama2-7b llama2-13b llama3-8b llama2-70b] [--peak-tflops 989] [--micro-batch 8]
-    python benchmarks/gpu.py --shape toy        # on a CPU, in seconds
+    python benchmarks/gpu.py [--shape llama2-7b llama2-13b llama3-8b llama2-70b] [--peak-tflops 989]
+    [--micro-batch 8] python benchmarks/gpu.py --shape toy        # on a CPU, in seconds
 
-Neither Ray nor DeepSpeed: `Runner`, `sweep`, `group_states`, `build_student` and `TorchStepper`, as the local engine uses them. Trunk
-and one block are written to a temporary folder; every block of the model is that one, read from its file (then from the page cache)
-once if all fit the device, else each time it is needed, as the engines do. So a 70B model takes 3 GB of disk, and the reading and
-copying of a real one that is cached.
+Neither Ray nor DeepSpeed: `Runner`, `sweep`, `group_states`, `build_student` and `TorchStepper`, as
+the local engine uses them. Trunk and one block are written to a temporary folder; every block of
+the model is that one, read from its file (then from the page cache) once if all fit the device,
+else each time it is needed, as the engines do. So a 70B model takes 3 GB of disk, and the reading
+and copying of a real one that is cached.
 
-- **score**: the full table of a round, every block on all windows: the upper bound of a search (docs/performance.md). A shape measured
-  on fewer than 32 windows is scaled to 32, the reading of its weights apart;
-- **states**: entering the group and leaving the dense teacher, as in a round after the first (two walks), on some windows and scaled;
-- **fine-tune**: steps of the default recipe (8 windows, 7 neighbours, ranks 128), states coming from host memory. What the student's
-  products and causal attention need, forward and backward, is counted: what forming the fused weights costs on top is not;
+- **score**: the full table of a round, every block on all windows: the upper bound of a search
+  (docs/performance.md). A shape measured on fewer than 32 windows is scaled to 32, the reading of
+  its weights apart;
+- **states**: entering the group and leaving the dense teacher, as in a round after the first (two
+  walks), on some windows and scaled;
+- **fine-tune**: steps of the default recipe (8 windows, 7 neighbours, ranks 128), states coming
+  from host memory. What the student's products and causal attention need, forward and backward, is
+  counted: what forming the fused weights costs on top is not;
 - **share**: of `--peak-tflops`, or of a large matrix product measured here;
-- **hours**: rounds × (score, on the blocks left, + states of 1024 windows + 20 epochs of 1024 × 2048 tokens). Without publishing, and
-  with the fused terms of a first round in all rounds.
+- **hours**: rounds × (score, on the blocks left, + states of 1024 windows + 20 epochs of 1024 ×
+  2048 tokens). Without publishing, and with the fused terms of a first round in all rounds.
 """
 
 from __future__ import annotations

@@ -1,21 +1,26 @@
-"""The memory of a whole compression, from scoring to publishing, while the checkpoint grows in depth: one process, the local engine.
+"""The memory of a whole compression, from scoring to publishing, while the checkpoint grows in
+depth: one process, the local engine.
 
-    python benchmarks/memory.py [--depths 8 16 32 64] [--hidden 512] [--intermediate 1408] [--json out.json]
+    python benchmarks/memory.py [--depths 8 16 32 64] [--hidden 512] [--intermediate 1408] [--json
+    out.json]
 
-Random LLaMAs of the same block in float32; two blocks are fused away from each, proof and held-out perplexities included. Every run is
-a fresh process that has already compressed a tiny model, so that all is imported and counts as what was there before. Linux only.
+Random LLaMAs of the same block in float32; two blocks are fused away from each, proof and held-out
+perplexities included. Every run is a fresh process that has already compressed a tiny model, so
+that all is imported and counts as what was there before. Linux only.
 
-- **peak**: the largest resident memory of the run (VmHWM) above what was resident before it. Weights are read, never mapped;
+- **peak**: the largest resident memory of the run (VmHWM) above what was resident before it.
+  Weights are read, never mapped;
 - **formula**: what the run may hold by `formula` below (docs/performance.md tells its terms);
-- **under that limit**: the same run, its private memory limited to what was there before plus the formula (RLIMIT_DATA: what goes
-  beyond is not allocated). Reading the whole checkpoint at once must fail under it, or the limit limits nothing.
+- **under that limit**: the same run, its private memory limited to what was there before plus the
+  formula (RLIMIT_DATA: what goes beyond is not allocated). Reading the whole checkpoint at once
+  must fail under it, or the limit limits nothing.
 
-The comparison with plain `from_pretrained` holds a model of up to 2 GB whole, by design. Here it is made as
-for larger ones, on the first blocks; the last line tells the peak with the whole model. While they are compared
-the limit is lifted: safetensors maps the whole file, private and writable, which the limit counts and the
-peak does not. Memory that is freed goes back at once (MALLOC_MMAP_THRESHOLD_ for tensors of these
-sizes; glibc does so by itself above 32 MB, as tensors of a 7B model are): else free memory of a fragmented
-heap would count, too.
+The comparison with plain `from_pretrained` holds a model of up to 2 GB whole, by design. Here it is
+made as for larger ones, on the first blocks; the last line tells the peak with the whole model.
+While they are compared the limit is lifted: safetensors maps the whole file, private and writable,
+which the limit counts and the peak does not. Memory that is freed goes back at once
+(MALLOC_MMAP_THRESHOLD_ for tensors of these sizes; glibc does so by itself above 32 MB, as tensors
+of a 7B model are): else free memory of a fragmented heap would count, too.
 """
 
 from __future__ import annotations
@@ -118,7 +123,9 @@ def _measure(
 
 
 def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
-    """What checking files, scoring and fine-tuning a group may hold, in bytes; the run may hold the largest."""
+    """What checking files, scoring and fine-tuning a group may hold, in bytes; the run may hold
+    the largest.
+    """
     shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
     block = 4 * sum(map(math.prod, shapes))
     pair = 4 * RANK * sum(map(sum, shapes))  # A and B, or C and D
@@ -194,7 +201,9 @@ def _limit(data: int) -> None:
 
 
 def _unlimited(compare: Callable[..., Any], allowed: int) -> Callable[..., Any]:
-    """Without the limit: safetensors maps the whole file, which it counts, though little is held."""
+    """Without the limit: safetensors maps the whole file, which it counts, though little is
+    held.
+    """
 
     def lifted(*arguments: Any) -> Any:
         _limit(resource.RLIM_INFINITY)
@@ -208,7 +217,9 @@ def _unlimited(compare: Callable[..., Any], allowed: int) -> Callable[..., Any]:
 
 
 def _compress(folder: Path, model: str, depth: int, output: str) -> str:
-    """How it ended: done, or where it had to begin again with fewer windows at once for want of memory."""
+    """How it ended: done, or where it had to begin again with fewer windows at once for want of
+    memory.
+    """
     from fusegpt_ray import Recipe, compress
     from fusegpt_ray.model.memory import fewer_at_once
     from fusegpt_ray.report import Display

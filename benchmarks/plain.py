@@ -1,5 +1,6 @@
-"""The paper's method (arXiv 2411.14507, and what its public code does), the plain way, for LLaMA: transformers' own blocks, plain
-operators, all in memory, nothing of the package. What benchmarks compare with.
+"""The paper's method (arXiv 2411.14507, and what its public code does), the plain way, for LLaMA:
+transformers' own blocks, plain operators, all in memory, nothing of the package. What benchmarks
+compare with.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def knowledge_loss(student_BTD: torch.Tensor, teacher_BTD: torch.Tensor) -> torc
 
 
 def adam(student: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    """Adam and its cosine to zero; the fusion's coefficients and the rest learn at different rates."""
+    """Adam and its cosine to zero; the fusion's coefficients and the rest learn at different
+    rates.
+    """
     named = [
         ({"C", "D"} & set(name.split(".")), value)
         for name, value in student.named_parameters()
@@ -96,7 +99,9 @@ def adam(student: nn.Module, steps: int) -> tuple[torch.optim.Optimizer, Any]:
 
 
 class Compression:
-    """A whole run in memory: brute-force scoring, fusion, fine-tuning, until enough blocks are gone."""
+    """A whole run in memory: brute-force scoring, fusion, fine-tuning, until enough blocks are
+    gone.
+    """
 
     def __init__(self, model: Any, windows_WT: torch.Tensor, epochs: int, rank: int = RANK) -> None:
         self.base, self.windows_WT, self.epochs, self.rank = (
@@ -174,7 +179,9 @@ class Compression:
         )
 
     def student(self, neighbours: Sequence[nn.Module], donor: nn.Module) -> nn.ModuleList:
-        """Every linear layer fused with the donor's; terms of earlier rounds go on learning, with the norms."""
+        """Every linear layer fused with the donor's; terms of earlier rounds go on learning,
+        with the norms.
+        """
         for name in self.linears:
             layer: Any = donor.get_submodule(name)
             plain = layer.folded() if isinstance(layer, PlainFused) else layer

@@ -1,10 +1,13 @@
-"""Perplexity of the dense, the dropped and the fused model, setting by setting, on one trained model: what each choice is worth.
+"""Perplexity of the dense, the dropped and the fused model, setting by setting, on one trained
+model: what each choice is worth.
 
-    python benchmarks/quality.py MODEL --calibration valid.txt --test test.txt [--settings paper default …] [--json out.json]
+    python benchmarks/quality.py MODEL --calibration valid.txt --test test.txt [--settings paper
+    default …] [--json out.json]
 
-Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows, budget and seed; only the recipe's
-fusion section (or the method) differs. `damage left` is log(fused / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is
-better than the paper's recipe. Seconds are this machine's and noisy: compare them within one run only.
+Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows, budget
+and seed; only the recipe's fusion section (or the method) differs. `damage left` is log(fused /
+dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the paper's recipe.
+Seconds are this machine's and noisy: compare them within one run only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What it costs to watch an empty model and to rehearse the way to a shallower one, before any weight is read.
+"""What it costs to watch an empty model and to rehearse the way to a shallower one, before any
+weight is read.
 
     OMP_NUM_THREADS=1 python benchmarks/rehearsal.py [--shape toy llama2-7b llama2-70b]
 

@@ -1,18 +1,23 @@
-"""What early stopping and racing save in scoring a model's blocks, beside brute force: one process, the pipeline's own code.
+"""What early stopping and racing save in scoring a model's blocks, beside brute force: one process,
+the pipeline's own code.
 
-    python benchmarks/scoring.py MODEL --data valid.txt [--windows 32] [--length 256] [--batch 4] [--repeats 3] [--json out.json]
+    python benchmarks/scoring.py MODEL --data valid.txt [--windows 32] [--length 256] [--batch 4]
+    [--repeats 3] [--json out.json]
 
-- **brute force**: plain transformers, one full forward pass for the model and for the model without each block, a batch at a time, the
-  head and logits left out (they would only make brute force look worse);
+- **brute force**: plain transformers, one full forward pass for the model and for the model without
+  each block, a batch at a time, the head and logits left out (they would only make brute force look
+  worse);
 - **full table**: every block in a single walk, `importance.all: true`;
 - **exact**: the default; **racing**: `importance.racing`.
 
-All run in turn, `--repeats` times; ratios are taken within a turn, the medians of the turns are shown. Wall seconds are noisy where
-others use the machine too; CPU seconds of the process less so. Block-forwards are counted, not timed.
+All run in turn, `--repeats` times; ratios are taken within a turn, the medians of the turns are
+shown. Wall seconds are noisy where others use the machine too; CPU seconds of the process less so.
+Block-forwards are counted, not timed.
 
-Then racing is run over `--seeds` resamplings of the full table's windows (with replacement, hence other windows each time) against the
-full table of each, for how often it chooses another block; and over made-up models whose blocks are all as close as the model's
-nearest two. Last, how much of the machine's measured rate of matrix products a walk over random blocks of a 1B model reaches
+Then racing is run over `--seeds` resamplings of the full table's windows (with replacement, hence
+other windows each time) against the full table of each, for how often it chooses another block; and
+over made-up models whose blocks are all as close as the model's nearest two. Last, how much of the
+machine's measured rate of matrix products a walk over random blocks of a 1B model reaches
 (`--shape`: hidden, intermediate, heads, blocks; 0 blocks to leave it out).
 """
 
@@ -195,7 +200,9 @@ def _scoring(
 
 @torch.no_grad()
 def _brute_force(arguments: argparse.Namespace, windows_WT: np.ndarray) -> Way:
-    """The model and the model without each block, by transformers' own forward pass; the states before the final norm are compared."""
+    """The model and the model without each block, by transformers' own forward pass; the states
+    before the final norm are compared.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         arguments.model, dtype=torch.float32
     ).eval()
@@ -261,7 +268,9 @@ def _resampled(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarr
 
 
 def _flat(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
-    """Models whose blocks differ by no more than the model's nearest two: the hardest case. Noise is the table's own, shuffled."""
+    """Models whose blocks differ by no more than the model's nearest two: the hardest case.
+    Noise is the table's own, shuffled.
+    """
     means_N = table_WN.mean(axis=0)
     near = np.argsort(means_N)[: max(2, len(means_N) * 3 // 4)]
     ratios_WN = table_WN[:, near] / means_N[near]
@@ -278,7 +287,9 @@ def _flat(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
 def _races(
     draw: Callable[[np.random.Generator], np.ndarray], arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """How often racing chooses another block than the full table, by how much worse a one, and the work of both searches."""
+    """How often racing chooses another block than the full table, by how much worse a one, and
+    the work of both searches.
+    """
     differ, excess, work = 0, [0.0], {"racing": [], "exact": []}  # type: ignore[var-annotated]
     for seed in range(arguments.seeds):
         table_WN = draw(np.random.default_rng(seed))
@@ -309,8 +320,9 @@ def _races(
 
 @torch.no_grad()
 def _matmul_share(hidden: int, intermediate: int, heads: int, depth: int) -> dict[str, float]:
-    """Rates in GFLOP/s of a whole sweep over random LLaMA blocks read from disk (embedding and metric in its time, only blocks'
-    products in its FLOPs), and of plain matrix products of the blocks' shapes on as many rows. In turn, medians of five."""
+    """Rates in GFLOP/s of a whole sweep over random LLaMA blocks read from disk (embedding and
+    metric in its time, only blocks' products in its FLOPs), and of plain matrix products of the
+    blocks' shapes on as many rows. In turn, medians of five."""
     config = transformers.LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,

@@ -1,4 +1,6 @@
-"""Work under a real limit of memory, in a process of its own, and a model whose activations are what takes memory."""
+"""Work under a real limit of memory, in a process of its own, and a model whose activations are
+what takes memory.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ MB = 1_000_000
 SCORED, TRAINED = 16, 8
 """Windows in a call of scoring, and in a loss batch."""
 MANY = 400
-"""Windows of 64 tokens of 512 numbers: 52 MB of states entering a group, and as much of those leaving it."""
+"""Windows of 64 tokens of 512 numbers: 52 MB of states entering a group, and as much of those
+leaving it."""
 LIMITS = {"score": 80 * MB, "finetune": 180 * MB}
-"""Enough for half of the windows at once, not for all: for each token and unit of the wide layers these
-take 3 and (in three blocks) 12 to 16 numbers, 100 and 200 to 270 MB."""
+"""Enough for half of the windows at once, not for all: for each token and unit of the wide layers
+these take 3 and (in three blocks) 12 to 16 numbers, 100 and 200 to 270 MB."""
 
 
 def save_wide(folder: Path) -> Path:
@@ -50,9 +53,11 @@ def save_wide(folder: Path) -> Path:
 
 
 def limit_memory(more: int) -> None:
-    """From here on this process may take only `more` bytes beyond what it has (RLIMIT_DATA: heap and private mappings).
+    """From here on this process may take only `more` bytes beyond what it has (RLIMIT_DATA: heap
+    and private mappings).
 
-    What is freed is free again only with MALLOC_MMAP_THRESHOLD_ in the environment: else the heap keeps it, in pieces.
+    What is freed is free again only with MALLOC_MMAP_THRESHOLD_ in the environment: else the heap
+    keeps it, in pieces.
     """
     taken = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert taken is not None
@@ -60,7 +65,9 @@ def limit_memory(more: int) -> None:
 
 
 class CrampedFusion:
-    """Settings that limit the memory of the process in which a first step asks for the loss: its threads have started by then."""
+    """Settings that limit the memory of the process in which a first step asks for the loss:
+    its threads have started by then.
+    """
 
     def __init__(self, settings: Fusion, more: int) -> None:
         self.__dict__.update(settings.model_dump())
@@ -75,7 +82,9 @@ class CrampedFusion:
 
 
 def save_broad(folder: Path) -> Path:
-    """A tiny llama with broad states and narrow layers between them: states are what takes memory."""
+    """A tiny llama with broad states and narrow layers between them: states are what takes
+    memory.
+    """
     torch.manual_seed(0)
     broad = {
         "hidden_size": 512,
@@ -90,7 +99,9 @@ def save_broad(folder: Path) -> Path:
 
 
 def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
-    """Fine-tune a group on `MANY` windows of 64 tokens with `more` bytes at hand; saves what comes out to `out`."""
+    """Fine-tune a group on `MANY` windows of 64 tokens with `more` bytes at hand; saves what
+    comes out to `out`.
+    """
     torch.set_num_threads(1)
     recipe = Recipe.parse(
         {
@@ -113,7 +124,9 @@ def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
 
 
 def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None) -> None:
-    """Score, or fine-tune a group, with `more` bytes at hand (None: as many as it likes); saves what comes out to `out`."""
+    """Score, or fine-tune a group, with `more` bytes at hand (None: as many as it likes); saves
+    what comes out to `out`.
+    """
     torch.set_num_threads(1)
     recipe = Recipe.parse(
         {

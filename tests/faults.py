@@ -1,4 +1,6 @@
-"""A proxy in front of a real S3 server that makes requests fail as networks, servers and accounts do, by rule; and a full disk."""
+"""A proxy in front of a real S3 server that makes requests fail as networks, servers and
+accounts do, by rule; and a full disk.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +175,9 @@ def stalled(exchange: Exchange) -> None:
 
 @dataclass
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to the server on port `upstream` of this machine, but for those that a fault strikes."""
+    """Passes requests on to the server on port `upstream` of this machine, but for those that a
+    fault strikes.
+    """
 
     upstream: int
     faults: Sequence[Fault] = ()

@@ -1,4 +1,6 @@
-"""A store that fails as a test wants it to: `faulty:///path` is the local file, seen through `Faulty.fault`."""
+"""A store that fails as a test wants it to: `faulty:///path` is the local file, seen through
+`Faulty.fault`.
+"""
 
 from __future__ import annotations
 

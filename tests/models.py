@@ -1,4 +1,5 @@
-"""Tiny random models as ordinary Hugging Face checkpoints, and what tests ask of the real model for comparison.
+"""Tiny random models as ordinary Hugging Face checkpoints, and what tests ask of the real model for
+comparison.
 
 Nothing here uses the package under test, except `open_stack`, which only saves typing.
 """
@@ -43,7 +44,8 @@ def _llava() -> tf.LlavaConfig:
     vision = tf.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=DEPTH,  # as deep as the language model: depth alone must not tell them apart
+        # as deep as the language model: depth alone must not tell them apart
+        num_hidden_layers=DEPTH,
         num_attention_heads=2,
         image_size=8,
         patch_size=4,
@@ -78,7 +80,9 @@ def _gpt2() -> tf.GPT2Config:
 
 
 def _lfm2() -> tf.Lfm2Config:
-    """A hybrid: attention in two blocks, a short convolution with other linear layers in the others."""
+    """A hybrid: attention in two blocks, a short convolution with other linear layers in the
+    others.
+    """
     return tf.Lfm2Config(
         **GROUPED, full_attn_idxs=[1, 2], block_auto_adjust_ff_dim=False, tie_word_embeddings=False
     )
@@ -153,7 +157,9 @@ def save_tiny(name: str, folder: Path) -> Path:
 
 @torch.no_grad()
 def randomize(model: nn.Module) -> None:
-    """Weights large enough that every block matters, norms that are not 1, biases that are not 0."""
+    """Weights large enough that every block matters, norms that are not 1, biases that are not
+    0.
+    """
     for name, parameter in model.named_parameters():
         noise = torch.randn_like(parameter)
         if parameter.dim() > 1:
@@ -216,7 +222,9 @@ def _shorten(model: tf.PreTrainedModel, kept: Sequence[int], depth: int) -> None
 
 @torch.no_grad()
 def hidden_states(model: tf.PreTrainedModel, name: str, ids: torch.Tensor) -> list[torch.Tensor]:
-    """What enters each block of the real model, and last what enters the final norm: [W, T, D] each."""
+    """What enters each block of the real model, and last what enters the final norm: [W, T, D]
+    each.
+    """
     seen: list[torch.Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""What runs in a process of its own. Only light imports: a spawned process imports all of this module."""
+"""What runs in a process of its own. Only light imports: a spawned process imports all of this
+module.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,9 @@ from fusegpt_ray.training.losses import LOSSES
 
 
 def split_loss(rank: int, workers: int, folder: str) -> None:
-    """One of several data-parallel workers: its rows of a loss batch; saves its loss and the averaged gradient."""
+    """One of several data-parallel workers: its rows of a loss batch; saves its loss and the
+    averaged gradient.
+    """
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers

@@ -33,7 +33,9 @@ class Head:
 
 @contextmanager
 def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
-    """A Ray head; its workers find Python, and S3's address and keys, in their environment, which is this one's."""
+    """A Ray head; its workers find Python, and S3's address and keys, in their environment,
+    which is this one's.
+    """
     dashboard = f"http://127.0.0.1:{(port := free_port())}"
     temp = Path(
         tempfile.mkdtemp(prefix="head", dir="/tmp")
@@ -96,7 +98,9 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def users_folder(material, folder: Path) -> Path:
-    """Fill a user's folder: the jobs, a model, texts, and room for recipes. All of it is uploaded with a job."""
+    """Fill a user's folder: the jobs, a model, texts, and room for recipes. All of it is
+    uploaded with a job.
+    """
     shutil.copytree(
         REPOSITORY / "jobs", folder / "jobs", ignore=shutil.ignore_patterns("__pycache__")
     )

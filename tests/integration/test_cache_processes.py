@@ -1,4 +1,6 @@
-"""The node's cache of blocks between processes, in front of a real S3 server: who fetches, who waits, and who is killed."""
+"""The node's cache of blocks between processes, in front of a real S3 server: who fetches, who
+waits, and who is killed.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def started(count: int, folder: Path, blocks: list[Refs], *hang: str) -> Iterato
 
 
 def digests(blocks: list[Refs], folder: Path) -> list[str]:
-    """What a reader must say of each block: found without the cache, which a limit of 0 keeps empty."""
+    """What a reader must say of each block: found without the cache, which a limit of 0 keeps
+    empty.
+    """
     return [digest_of(refs, BlockCache(folder, 0)) for refs in blocks]
 
 

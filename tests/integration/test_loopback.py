@@ -63,7 +63,8 @@ def test_a_run_listens_on_the_loopback_interface_only(material, tmp_path: Path) 
         one in names for one in ("raylet", "gcs_server", "DashboardAgent", "RayTrainWorker")
     ), (tmp_path / "log").read_text()
     others = {listener for listener in found if not is_loopback(listener[1])}
-    # torch.distributed's TCPStore, where training workers meet, binds every interface and cannot be told otherwise.
+    # torch.distributed's TCPStore, where training workers meet, binds every interface and cannot be
+    # told otherwise.
     assert len({port for _, _, port in others}) <= 1, others
     assert all(
         "RayTrainWorker" in name or "_setup_torch_process_group" in name for name, _, _ in others

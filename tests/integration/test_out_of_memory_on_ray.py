@@ -1,4 +1,6 @@
-"""Ray's tasks and training workers whose memory runs out; the limit is a real one of their processes."""
+"""Ray's tasks and training workers whose memory runs out; the limit is a real one of their
+processes.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(
     replicas = Replicas(stack, REPLICA)
     states = group_states_of_workers(free, windows, count, replicas, 4)
     ray.cloudpickle.register_pickle_by_value(cramped)  # workers do not find the tests' modules
-    # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on top.
+    # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on
+    # top.
     job = replace(
         free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB)
     )

@@ -1,4 +1,6 @@
-"""A model published to S3, pulled from it, verified, watched and tidied there, against a real server of the protocol."""
+"""A model published to S3, pulled from it, verified, watched and tidied there, against a real
+server of the protocol.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Replicas as Ray actors: what is lost or slow is taken over by others, and nothing changes by it."""
+"""Replicas as Ray actors: what is lost or slow is taken over by others, and nothing changes by
+it.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def two(ray_session, checkpoint) -> Iterator[Replicas]:
 
 
 def work(runner: Runner, number: int, folder: str, seconds: float, deadly: bool) -> int:
-    """Leaves a mark that tells which process did it. A deadly share kills the first process that takes it."""
+    """Leaves a mark that tells which process did it. A deadly share kills the first process
+    that takes it.
+    """
     mark = Path(folder) / f"{number}-{os.getpid()}"
     first = not list(Path(folder).glob(f"{number}-*"))
     mark.touch()
@@ -198,7 +202,9 @@ def test_candidates_of_a_batch_are_split_and_the_sums_are_those_of_the_whole(
 
 
 def test_a_share_is_overdue_by_its_own_cost(monkeypatch) -> None:
-    """Shares of cost 1 take 10 s. After 30 s one of cost 1 is overdue (30 > 2 · 10), one of cost 2 is not (30 < 2 · 20)."""
+    """Shares of cost 1 take 10 s. After 30 s one of cost 1 is overdue (30 > 2 · 10), one of
+    cost 2 is not (30 < 2 · 20).
+    """
     monkeypatch.setattr(module.time, "monotonic", lambda: 30.0)
     replicas = Replicas(None, TWO)  # type: ignore[arg-type]
     replicas._calls = {name: module._Call(None, [], share, 0.0) for share, name in enumerate("ab")}  # type: ignore[misc]

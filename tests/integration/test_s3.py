@@ -1,4 +1,6 @@
-"""From S3 to S3, against a real server of the protocol: what is written, where, in which order, and what never is."""
+"""From S3 to S3, against a real server of the protocol: what is written, where, in which order,
+and what never is.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,9 @@ def test_the_same_command_again_finds_the_model_and_writes_nothing(
 
 
 def creator(uri: str) -> Callable[[int], bool]:
-    """A function that creates the object and says whether its writer was the one who did. (Nested, it travels to Ray by value.)"""
+    """A function that creates the object and says whether its writer was the one who did.
+    (Nested, it travels to Ray by value.)
+    """
 
     def create(writer: int) -> bool:
         try:

@@ -121,7 +121,9 @@ def learn_in_torch(folder: Path, loss: str, micro_batch: int | None = None) -> L
 
 
 def learn_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None:
-    """One of the data-parallel workers: every loss with every ZeRO stage and micro-batch; the first one saves what came out."""
+    """One of the data-parallel workers: every loss with every ZeRO stage and micro-batch; the
+    first one saves what came out.
+    """
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -215,7 +217,8 @@ def test_micro_batches_learn_what_the_whole_batch_does(
 def compare(found: Learned, expected: Learned) -> None:
     assert found.gradients.keys() == expected.gradients.keys()
     for name, gradient in expected.gradients.items():
-        # Workers and micro-batches add in another order: float32 rounding, relative to the largest of a tensor's gradients.
+        # Workers and micro-batches add in another order: float32 rounding, relative to the largest
+        # of a tensor's gradients.
         scale = gradient.abs().max().item()
         torch.testing.assert_close(
             found.gradients[name], gradient, rtol=0, atol=1e-5 * scale, msg=_named(name)
@@ -246,7 +249,9 @@ REPLICA = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=
 
 
 def test_deepspeed_leaves_the_arithmetic_as_it_is(checkpoint, tmp_path) -> None:
-    """On a GPU, DeepSpeed switches off the autocast it is called under. Its question is answered here as there."""
+    """On a GPU, DeepSpeed switches off the autocast it is called under. Its question is
+    answered here as there.
+    """
     spawn(_one_bf16_step, (checkpoint("qwen3"), tmp_path), nprocs=1)
     assert (tmp_path / "done").exists()
 
@@ -268,7 +273,9 @@ def _one_bf16_step(_: int, folder: Path, out: Path) -> None:
 
 
 def test_batches_come_in_order(ray_session) -> None:
-    """Ray's formatting threads overtake each other, the more so where one batch takes longer, unless they are told not to."""
+    """Ray's formatting threads overtake each other, the more so where one batch takes longer,
+    unless they are told not to.
+    """
     rows = [
         {
             "entering": np.full((4,), n),

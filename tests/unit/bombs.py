@@ -33,7 +33,8 @@ from fusegpt_ray.cli import main
 MB, TB = 1_000_000, 1 << 40
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 Bomb = Callable[[Desk], object]
-"""Makes it; returns what follows `fusegpt` on the command line, if that is not `compress` and the desk's recipe."""
+"""Makes it; returns what follows `fusegpt` on the command line, if that is not `compress` and
+the desk's recipe."""
 
 
 def sparse(name: str) -> Bomb:

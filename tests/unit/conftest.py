@@ -29,7 +29,9 @@ def desk(
 
 @pytest.fixture
 def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The safetensors files of which more than the header has been read since (they are really read)."""
+    """The safetensors files of which more than the header has been read since (they are really
+    read).
+    """
     from mistakes import header_bytes
 
     from fusegpt_ray.store import storage

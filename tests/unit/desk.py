@@ -46,7 +46,9 @@ def random_text(tokens: int, seed: int) -> str:
 
 @dataclass(frozen=True)
 class Desk:
-    """A user's folder: a tiny model with a tokenizer, two texts, and a recipe that makes the model shallower."""
+    """A user's folder: a tiny model with a tokenizer, two texts, and a recipe that makes the
+    model shallower.
+    """
 
     folder: Path
 

@@ -1,4 +1,6 @@
-"""What the command should say of a desk's model, by whole forward passes of the real one: true numbers, in plain lines."""
+"""What the command should say of a desk's model, by whole forward passes of the real one: true
+numbers, in plain lines.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def tokens_of(text: Path) -> torch.Tensor:
 
 
 def macro_influence(model: PreTrainedModel, ids: torch.Tensor) -> list[float]:
-    """1 − the mean cosine between what enters the final norm with and without each block, one full forward pass each."""
+    """1 − the mean cosine between what enters the final norm with and without each block, one
+    full forward pass each.
+    """
     blocks = range(model.config.num_hidden_layers)
     full = hidden_states(model, "llama", ids)[-1].double()
     without = [
@@ -43,7 +47,9 @@ def macro_influence(model: PreTrainedModel, ids: torch.Tensor) -> list[float]:
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, text: Path, windows: int | None = None) -> float:
-    """exp of the mean of the windows' mean losses; the windows follow each other and the tail is left out."""
+    """exp of the mean of the windows' mean losses; the windows follow each other and the tail
+    is left out.
+    """
     losses = []
     for window in list(tokens_of(text).split(LENGTH))[:windows]:
         if len(window) == LENGTH:

@@ -1,4 +1,6 @@
-"""What real runs leave: finished, stopped, half written, as old as a test wants it, or still at work."""
+"""What real runs leave: finished, stopped, half written, as old as a test wants it, or still at
+work.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ OLD = 24 * 3600.0
 def _stopped_desk(
     checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Desk:
-    """A run that the user stopped in its second round of three, with one model of another run beside it."""
+    """A run that the user stopped in its second round of three, with one model of another run
+    beside it.
+    """
     desk = Desk.make(tmp_path_factory.mktemp("stopped"), checkpoint("llama"))
     stopped(desk, 2)
     compress(

@@ -28,7 +28,8 @@ def test_hours_are_those_of_all_rounds() -> None:
         "states": {"seconds": 10.0},
         "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0},
     }
-    # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a group.
+    # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a
+    # group.
     assert gpu.hours(gpu.SHAPES["toy"], row) == pytest.approx((36 + 28 + 2 * 17) / 3600)
 
 
@@ -46,5 +47,6 @@ def test_the_plain_way_and_ours_remove_the_same_and_learn_alike(material, tmp_pa
         )
         assert all(seconds > 0 for seconds in found[way]["seconds"].values())
     assert found["plain"]["removed"] == found["paper"]["removed"]
-    # They start from other random coefficients, and learn little in four steps at the paper's rates.
+    # They start from other random coefficients, and learn little in four steps at the paper's
+    # rates.
     assert found["plain"]["perplexity"] == pytest.approx(found["paper"]["perplexity"], rel=1e-3)

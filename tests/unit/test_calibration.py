@@ -28,7 +28,9 @@ from fusegpt_ray.text.calibration import (
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte; it would add `<s>` if asked to, and its model_max_length is far below a piece."""
+    """One token a byte; it would add `<s>` if asked to, and its model_max_length is far below a
+    piece.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(
         models.BPE(vocab={c: i for i, c in enumerate(alphabet)} | {"<s>": 256}, merges=[])
@@ -67,7 +69,8 @@ def test_windows_are_the_papers(tmp_path, tokenizer):
         fingerprint(windows)
         == hashlib.sha256(np.array(expected, dtype="<i8").tobytes()).hexdigest()
     )
-    # With a byte a token the tokens do not depend on where the text is cut; windows then cross the pieces.
+    # With a byte a token the tokens do not depend on where the text is cut; windows then cross the
+    # pieces.
     cut = token_stream(Text(data=str(tmp_path / "rows.jsonl")), 64, tokenizer, KEY)
     assert len(list(cut())) == 20
     assert sample_windows(cut, 20, 16, 7, KEY).tolist() == expected

@@ -104,7 +104,9 @@ ALL = ("--yes", "--unfinished")
 
 
 def alive_by_its_files(out: Path) -> None:
-    """A clock that is wrong, or a sign that cannot be read: something else was written a minute ago."""
+    """A clock that is wrong, or a sign that cannot be read: something else was written a minute
+    ago.
+    """
     aged(out)
     (out / "demo.run/heartbeat.json").write_text('{"time": 12')
     os.utime(out / "demo.run/heartbeat.json", (time.time() - 60,) * 2)
@@ -191,7 +193,9 @@ def test_what_is_left_of_a_removal_goes(out: Path, capsys: Capture) -> None:
 
 
 def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run killed while it removes its folder must not leave records that a run of another recipe would take for its own."""
+    """A run killed while it removes its folder must not leave records that a run of another
+    recipe would take for its own.
+    """
     removed: list[str] = []
     remove = storage.remove
     monkeypatch.setattr(

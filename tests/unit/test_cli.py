@@ -1,4 +1,6 @@
-"""The `fusegpt` command on a tiny model: what it prints, what it exits with, and whether its numbers are true."""
+"""The `fusegpt` command on a tiny model: what it prints, what it exits with, and whether its
+numbers are true.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def test_compress_removes_the_lowest_block_each_round(finished: Finished) -> Non
 
 
 def check_scores(record: dict[str, Any], expected: dict[int, float]) -> None:
-    """Each block is scored, or was stopped when it was above the lowest and not yet above its score."""
+    """Each block is scored, or was stopped when it was above the lowest and not yet above its
+    score.
+    """
     scores = {int(block): score for block, score in record["scores"].items()}
     assert scores == pytest.approx({block: expected[block] for block in scores}, rel=1e-4)
     assert sorted([*scores, *map(int, record["stopped"])]) == sorted(expected)

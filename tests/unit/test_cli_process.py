@@ -1,4 +1,6 @@
-"""The `fusegpt` command as a process of its own: what it imports, who else talks, and what a wrong command line gets."""
+"""The `fusegpt` command as a process of its own: what it imports, who else talks, and what a
+wrong command line gets.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def test_pieces_of_a_file_concatenate_to_the_file_and_end_at_lines(
 
 
 def test_characters_split_across_read_chunks_survive(tmp_path):
-    # The reader decodes chunks of some kilobytes; three- and four-byte characters fall across every chunk's end.
+    # The reader decodes chunks of some kilobytes; three- and four-byte characters fall across every
+    # chunk's end.
     text = ("漢🙂" * 7 + "é\r\n") * 3000
     path = tmp_path / "wide.txt"
     path.write_bytes(text.encode())
@@ -263,7 +264,9 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def corpus(tmp_path, hub) -> Path:
-    """A folder as a dataset's repository looks when cloned: two configurations, two splits, one with two files."""
+    """A folder as a dataset's repository looks when cloned: two configurations, two splits, one
+    with two files.
+    """
     folder = tmp_path / "corpus"
     (folder / "small").mkdir(parents=True)
     (folder / "README.md").write_text(

@@ -1,4 +1,6 @@
-"""Each kind of file is read as `datasets` reads it, whole, or refused: never its syntax or a part."""
+"""Each kind of file is read as `datasets` reads it, whole, or refused: never its syntax or a
+part.
+"""
 
 from __future__ import annotations
 

@@ -98,7 +98,9 @@ def test_what_a_stopped_round_left_is_not_trusted(
 
 
 def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
-    """Whatever ends the writing of a record in its middle must not stand in the way of the next attempt."""
+    """Whatever ends the writing of a record in its middle must not stand in the way of the next
+    attempt.
+    """
     journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
     this = identity(recipe(desk), "0" * 64, dense, torch.float32)
     with pytest.raises(OSError, match="too large"), full_disk(100):

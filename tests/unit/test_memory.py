@@ -1,4 +1,6 @@
-"""Compressing never holds more of a model than its trunk and one group (and the states, which are not weights)."""
+"""Compressing never holds more of a model than its trunk and one group (and the states, which
+are not weights).
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ def test_two_rounds_hold_the_trunk_and_one_group(
     source = Source.find(str(folder), None)
     stack = dense
     with LocalWorkers(Setup.of(recipe, source, dense)) as engine:
-        # Round 2's group has one neighbour (block 3) that was fused before: one more donor is held with it.
+        # Round 2's group has one neighbour (block 3) that was fused before: one more donor is held
+        # with it.
         for donor, group_blocks in ((2, 3), (1, 4)):
             watch.alive.clear()
             score(engine, stack, WINDOWS, recipe.importance)
@@ -57,10 +60,9 @@ def test_two_rounds_hold_the_trunk_and_one_group(
                 stack, dense, donor, recipe.fusion, True, 0, str(tmp_path / f"round-{donor}")
             )
             assert len(job.group) == 3
-            stack = stack.drop(donor).swap(
-                tune(engine, job, WINDOWS, recipe).saved.blocks
-            )
-            # Read, but not yet copied into the block that it belongs to: what a neighbour had learned.
+            stack = stack.drop(donor).swap(tune(engine, job, WINDOWS, recipe).saved.blocks)
+            # Read, but not yet copied into the block that it belongs to: what a neighbour had
+            # learned.
             learned = (
                 max(size_of(terms.learned) for b in job.stack.blocks if (terms := b.terms))
                 if donor == 1
@@ -76,7 +78,8 @@ def test_two_rounds_hold_the_trunk_and_one_group(
     largest = max(
         ref.end - ref.begin for ref in [*dense.trunk.values(), *dense.blocks[0].weights.values()]
     )
-    # float32 tensors of the fused blocks are no larger than the dense ones: the checkpoint is float32 too.
+    # float32 tensors of the fused blocks are no larger than the dense ones: the checkpoint is
+    # float32 too.
     assert max(watch.alive) <= largest, "publishing holds one tensor"
 
 

@@ -1,4 +1,6 @@
-"""A model with NaN or Inf in its weights, or whose arithmetic overflows: one message that names the tensor, and nothing written."""
+"""A model with NaN or Inf in its weights, or whose arithmetic overflows: one message that names
+the tensor, and nothing written.
+"""
 
 from __future__ import annotations
 

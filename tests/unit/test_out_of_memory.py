@@ -1,4 +1,6 @@
-"""When memory runs out, work begins again with fewer windows at a time and ends with the same result; the limit here is a real one."""
+"""When memory runs out, work begins again with fewer windows at a time and ends with the same
+result; the limit here is a real one.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def test_fine_tuning_that_runs_out_of_memory_goes_on_with_less(
     for one, other in pairs:
         weights, others = load_file(one), load_file(other)
         for name, weight in weights.items():
-            # Sums in another order; Adam divides by the gradient's size, so tiny gradients' rounding grows into steps of 1e-3.
+            # Sums in another order; Adam divides by the gradient's size, so tiny gradients'
+            # rounding grows into steps of 1e-3.
             torch.testing.assert_close(
                 others[name],
                 weight,

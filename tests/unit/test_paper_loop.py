@@ -32,14 +32,19 @@ from fusegpt_ray.training.span import Span
 
 
 class PaperLoop:
-    """Group fine-tuning written out: W' = W + B·A + Σ (C_k·D_k) ⊙ W_k in the real layers, KL over the batch, Adam, cosine.
+    """Group fine-tuning written out: W' = W + B·A + Σ (C_k·D_k) ⊙ W_k in the real layers, KL over
+    the batch, Adam, cosine.
 
-    The frozen weights are the dense model's and, for each neighbour, those of its `donors`. Starts from the values of `student`,
-    whose forward pass and update it never calls.
+    The frozen weights are the dense model's and, for each neighbour, those of its `donors`. Starts
+    from the values of `student`, whose forward pass and update it never calls.
     """
 
     def __init__(
-        self, workshop: Workshop, job: GroupFusion, student: Span, donors: Sequence[Sequence[Weights]]
+        self,
+        workshop: Workshop,
+        job: GroupFusion,
+        student: Span,
+        donors: Sequence[Sequence[Weights]],
     ) -> None:
         blocks = workshop.model.get_submodule(MODELS[workshop.name].blocks)
         self.layers = [blocks[block.dense] for block in job.neighbours]
@@ -53,7 +58,9 @@ class PaperLoop:
     def _calls(
         workshop: Workshop, denses: list[int]
     ) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What the dense real model calls these blocks with, for a batch of windows, besides the states."""
+        """What the dense real model calls these blocks with, for a batch of windows, besides
+        the states.
+        """
         calls = []
         for dense in denses:
             block = workshop.model.get_submodule(MODELS[workshop.name].blocks)[dense]
@@ -122,10 +129,10 @@ def cycle(
         yield entering[rows], leaving[rows]
 
 
-def compare_learned(
-    student: Span, paper: PaperLoop, without_gradient: Sequence[str] = ()
-) -> None:
-    """The same values to 0.2 % of what one step may change: Adam turns small gradients' last bits into parts of a step."""
+def compare_learned(student: Span, paper: PaperLoop, without_gradient: Sequence[str] = ()) -> None:
+    """The same values to 0.2 % of what one step may change: Adam turns small gradients' last
+    bits into parts of a step.
+    """
     for name, value in learned(student).items():
         expected = paper.p[name].detach()
         rate = 1e-3 if name.rsplit(".", 1)[1][0] in "CDc" else 9.65e-6
@@ -145,7 +152,8 @@ def compare_learned(
             )
 
 
-# The last bias of the group shifts the whole batch alike, which the loss cannot see: rounding alone decides where Adam takes it.
+# The last bias of the group shifts the whole batch alike, which the loss cannot see: rounding alone
+# decides where Adam takes it.
 SHIFT = ["blocks.2.mlp.c_proj.c0"]
 
 
@@ -189,7 +197,9 @@ def test_twenty_steps_are_the_papers(workshop: Workshop) -> None:
 
 
 def test_a_second_round_goes_on_as_the_papers(workshop: Workshop) -> None:
-    """Eq. 10: a neighbour fused before gets one more term and keeps training the old ones; the donor is new."""
+    """Eq. 10: a neighbour fused before gets one more term and keeps training the old ones; the
+    donor is new.
+    """
     stack, _ = workshop.fuse(workshop.job(2, **FAST))
     job = workshop.job(3, stack)
     student = workshop.student(job)

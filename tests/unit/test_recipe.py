@@ -40,7 +40,7 @@ def test_defaults() -> None:
         1,
         None,
     )
-    assert (r.cluster.savepoint_minutes, r.cluster.recompute_activations) == (5, False)
+    assert (r.cluster.checkpoint_minutes, r.cluster.recompute_activations) == (5, False)
     assert (r.model.dtype, r.evaluation, r.output.shard_gb) == ("auto", {}, 5.0)
 
 

@@ -1,4 +1,6 @@
-"""Architectures of which only the proof used to say, after all rounds, that they cannot be made shallower."""
+"""Architectures of which only the proof used to say, after all rounds, that they cannot be made
+shallower.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ def but(*missing: int) -> list[int]:
 @pytest.mark.parametrize(
     ("kept", "donor", "group", "current", "dense"),
     [
-        # Twelve blocks, three neighbours: the group is p − 2 … p + 1. `dense`: where the next block left stood, or the end.
+        # Twelve blocks, three neighbours: the group is p − 2 … p + 1. `dense`: where the next block
+        # left stood, or the end.
         pytest.param(but(), 5, [3, 4, 5, 6], 7, 7, id="nothing missing"),
         pytest.param(but(2), 6, [4, 5, 6, 7], 7, 8, id="missing before the group"),
         pytest.param(but(5), 6, [3, 4, 6, 7], 7, 8, id="missing in the group"),

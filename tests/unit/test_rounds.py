@@ -220,7 +220,9 @@ def test_the_start_depends_on_the_seed_and_on_nothing_else(workshop: Workshop) -
 def test_a_fused_block_keeps_the_precision_of_its_own_weights(
     stored: torch.dtype, checkpoint: Any, tmp_path: Path
 ) -> None:
-    """Fused but not trained, with B = C = 0, a neighbour is what it was, to the last bit, though the arithmetic is bfloat16's."""
+    """Fused but not trained, with B = C = 0, a neighbour is what it was, to the last bit,
+    though the arithmetic is bfloat16's.
+    """
     load_model(checkpoint("qwen3")).to(stored).save_pretrained(tmp_path / "source")
     workshop = Workshop("qwen3", tmp_path / "source", tmp_path / "blocks", torch.bfloat16)
     job = workshop.job(2, trained_dtype="float32")
@@ -276,6 +278,7 @@ def test_dtypes(
     out = list(workshop.runner.walk(stack, IDS))[3].float()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         student_out = over_batches(student, entering).float()
-    # bfloat16 has 8 bits: 0.4 % of states up to about 15, a few times; the student's norms are float32, the reloaded ones are not.
+    # bfloat16 has 8 bits: 0.4 % of states up to about 15, a few times; the student's norms are
+    # float32, the reloaded ones are not.
     close = CLOSE if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.25}
     torch.testing.assert_close(out, student_out, **close)

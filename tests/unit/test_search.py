@@ -146,7 +146,9 @@ def test_the_order_of_windows_changes_nothing(table_WN: np.ndarray, random: rand
 
 @pytest.mark.parametrize("descending", [False, True])
 def test_a_leader_that_changes(descending: bool) -> None:
-    """Each candidate looks the better the longer the search cannot see it: the first windows tell the opposite of the rest."""
+    """Each candidate looks the better the longer the search cannot see it: the first windows
+    tell the opposite of the rest.
+    """
     depth, windows = 6, 12
     table_WN = np.tile(np.arange(1.0, depth + 1), (windows, 1))
     table_WN[:2] = table_WN[0, ::-1]
@@ -177,7 +179,8 @@ def test_the_last_round_saves_a_wave() -> None:
     found = first.search()
     assert again.search(found) == found
     assert (first.waves, again.waves) == (2, 1)
-    # With one block gone, the numbers of the others still name them; a block that it does not know makes it useless.
+    # With one block gone, the numbers of the others still name them; a block that it does not know
+    # makes it useless.
     shorter = Walks(table_WN[:, 1:], 1)
     assert shorter.search(found, kept=[1, 2, 3]).lowest == 1
     assert shorter.waves == 1
@@ -219,7 +222,9 @@ def test_racing_ends_with_a_choice_and_does_no_more(table_WN: np.ndarray, batch:
 
 
 def random_table(generator: np.random.Generator, spread: float) -> np.ndarray:
-    """32 windows of 12 candidates whose true scores are close, with noise common to all and noise of each."""
+    """32 windows of 12 candidates whose true scores are close, with noise common to all and
+    noise of each.
+    """
     true_N = 1 + spread * generator.random(12)
     return true_N * generator.gamma(20, 1 / 20, (32, 1)) * generator.gamma(400, 1 / 400, (32, 12))
 
@@ -253,7 +258,8 @@ def test_tail_of_students_t(t: float, freedom: int, tail: float) -> None:
 
 
 def test_the_paired_test_by_hand() -> None:
-    # Differences 1, 2, 3 of 3 among 12 windows: mean 2, variance 1, t = 2 ÷ √(1/3 · 3/4) = 4 with 2 degrees of freedom.
+    # Differences 1, 2, 3 of 3 among 12 windows: mean 2, variance 1, t = 2 ÷ √(1/3 · 3/4) = 4 with 2
+    # degrees of freedom.
     candidate, leader = [2.0, 4.0, 6.0], [1.0, 2.0, 3.0]
     tail = float((1 - Fraction(4) / Fraction(18) ** Fraction(1, 2)) / 2)  # (1 − t / √(2 + t²)) / 2
     assert surely_above(candidate, leader, 12, tail * 1.001)

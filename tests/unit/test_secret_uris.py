@@ -1,4 +1,6 @@
-"""A URI that holds a secret would be written into journals, manifests, cards and logs: it is refused, and the message hides it."""
+"""A URI that holds a secret would be written into journals, manifests, cards and logs: it is
+refused, and the message hides it.
+"""
 
 from __future__ import annotations
 

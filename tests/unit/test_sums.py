@@ -59,7 +59,9 @@ def test_json_keeps_every_bit() -> None:
 
 @pytest.fixture
 def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Windows × candidates of every sweep; `deadly` of them may be done before the user presses Ctrl-C."""
+    """Windows × candidates of every sweep; `deadly` of them may be done before the user presses
+    Ctrl-C.
+    """
     found: list[int] = []
 
     def counting(runner: object, stack: object, parts: list[Part]) -> list[object]:
@@ -78,7 +80,9 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_a_killed_scoring_does_not_measure_twice(
     desk: Desk, swept: list[int], tmp_path: Path
 ) -> None:
-    """Killed at every share of work of a round's scoring in turn: the same work in all, and the same model."""
+    """Killed at every share of work of a round's scoring in turn: the same work in all, and the
+    same model.
+    """
     compress(recipe(desk, sparsity=0.2), Watching())
     expected, total = published(desk), list(swept)
     assert len(total) >= 3, "the scoring comes in several shares"

@@ -1,4 +1,6 @@
-"""The single walk that scores every block, against one full forward pass of the real model for each left-out block."""
+"""The single walk that scores every block, against one full forward pass of the real model for
+each left-out block.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def engine_of(folder: Path, **importance: object) -> LocalWorkers:
 def test_chooses_what_the_full_table_chooses_round_after_round(
     name: str, checkpoint: Callable[[str], Path]
 ) -> None:
-    """Models of every architecture, down to two blocks, with and without what the last round found."""
+    """Models of every architecture, down to two blocks, with and without what the last round
+    found.
+    """
     folder = checkpoint(name)
     exact, full = engine_of(folder, batch=1), engine_of(folder, batch=1, all=True)
     stack, last = open_stack(folder), None
@@ -266,7 +270,9 @@ def test_macro_influence_by_hand() -> None:
 
 
 def test_no_token_counts_below_zero() -> None:
-    """Or the sum over some windows were no lower bound of the sum over all. Cosines of parallel float32 vectors pass 1."""
+    """Or the sum over some windows were no lower bound of the sum over all. Cosines of parallel
+    float32 vectors pass 1.
+    """
     states = torch.randn(50, 40, 48)
     assert (torch.nn.functional.cosine_similarity(states, states * 3, dim=-1) > 1).any()
     sums = macro_influence(states[:, :1], states[:, :1] * 3)  # one token each

@@ -1,4 +1,6 @@
-"""Blocks that are kept on the device, and blocks that are read again, one ahead of the one in use."""
+"""Blocks that are kept on the device, and blocks that are read again, one ahead of the one in
+use.
+"""
 
 from __future__ import annotations
 

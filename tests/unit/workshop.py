@@ -1,4 +1,6 @@
-"""A tiny model with what every round of fusing it needs, and what the formula makes of its weights."""
+"""A tiny model with what every round of fusing it needs, and what the formula makes of its
+weights.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ class Workshop:
         return job.source.walk(self.runner, IDS)
 
     def train(self, job: GroupFusion, student: Span, epochs: int | None = None) -> list[float]:
-        """The whole training of a round, as an engine runs it; returns the mean loss of each epoch."""
+        """The whole training of a round, as an engine runs it; returns the mean loss of each
+        epoch.
+        """
         entering, leaving = self.states(job)
         epochs = epochs or job.settings.epochs
         stepper = self.stepper(job, student, epochs * (WINDOWS // BATCH))
@@ -101,7 +105,9 @@ class Workshop:
         return job.stack.drop(job.donor).swap(job.save(student).blocks), student
 
     def real(self, stack: Stack) -> Any:
-        """The real model without the removed blocks, its weights those that the rounds wrote to disk."""
+        """The real model without the removed blocks, its weights those that the rounds wrote to
+        disk.
+        """
         short = without_blocks(self.model, self.name, stack.kept)
         for module, block in zip(
             short.get_submodule(MODELS[self.name].blocks), stack.blocks, strict=True
@@ -142,7 +148,9 @@ def plain_weights(workshop: Workshop, dense: int) -> Weights:
 
 
 def collapsed(workshop: Workshop, stack: Stack, dense: int) -> Weights:
-    """The plain weights of a block fused once, in round one, with block 2; from what that round wrote as learned."""
+    """The plain weights of a block fused once, in round one, with block 2; from what that round
+    wrote as learned.
+    """
     (name,) = {ref.file for ref in stack.blocks[stack.position(dense)].terms.learned.values()}
     p, own, donor = load_file(name), plain_weights(workshop, dense), plain_weights(workshop, 2)
     out = dict(own)

@@ -1,4 +1,6 @@
-"""Savepoints of DeepSpeed's workers: every ZeRO stage, one worker and two, goes on to the same bytes."""
+"""Savepoints of DeepSpeed's workers: every ZeRO stage, one worker and two, goes on to the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ SETTINGS = {
     "lora_learning_rate": 0.005,
 }
 STAGES = ("0", "1", "2", "3", "3 in parts")
-"""ZeRO's; \"in parts\": without exempting small parameters from being split, which would be all of the tiny model's."""
+"""ZeRO's; \"in parts\": without exempting small parameters from being split, which would be all
+of the tiny model's."""
 MODES = [
     *itertools.product(("float32",), STAGES),
     ("bfloat16", "1"),
@@ -70,7 +73,9 @@ class Stopped(Exception):
 
 
 def work(rank: int, workers: int, folder: Path, out: Path) -> None:
-    """One of the workers, in every mode: undisturbed, by recomputing activations, stopped and gone on, and with a damaged file."""
+    """One of the workers, in every mode: undisturbed, by recomputing activations, stopped and
+    gone on, and with a damaged file.
+    """
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{out}/meet{workers}", rank=rank, world_size=workers

@@ -1,4 +1,6 @@
-"""Fine-tuning that is stopped goes on from its last savepoint, and ends with the same bytes; what cannot be trusted is begun anew."""
+"""Fine-tuning that is stopped goes on from its last savepoint, and ends with the same bytes;
+what cannot be trusted is begun anew.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ import pytest
 import torch
 from models import open_stack, token_windows
 
-from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed
-from fusegpt_ray.training.loop import TorchStepper, batches_of
-from fusegpt_ray.workers.base import Setup, Tuned
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.training.finetune import Trained, train_span
+from fusegpt_ray.training.states import States
+from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
+from fusegpt_ray.workers.base import News, Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, BATCH, EPOCHS = 8, 7, 4, 4
@@ -34,7 +38,9 @@ class Stopped(Exception):
 
 @dataclass
 class Bench:
-    """A group of a tiny model, fine-tuned by the local engine as often as asked; what it says, and the steps it makes."""
+    """A group of a tiny model, fine-tuned by the local engine as often as asked; what it says,
+    and the steps it makes.
+    """
 
     model: Path
     folder: str
@@ -47,7 +53,9 @@ class Bench:
     until: int = 0
     """Steps that have room for any number."""
 
-    def tune(self, stop: int | None = None, origin: str = "these rounds", **cluster: Any) -> Tuned:
+    def tune(
+        self, stop: int | None = None, origin: str = "these rounds", **cluster: Any
+    ) -> Trained:
         """As one start of a run; `stop`: the epoch after which it is killed."""
         recipe = Recipe.parse(
             {
@@ -61,17 +69,20 @@ class Bench:
                     "rank": 4,
                     "lora_rank": 4,
                 },
-                "cluster": {"engine": "local", "savepoint_minutes": 0, **cluster},
+                "cluster": {"engine": "local", "checkpoint_minutes": 0, **cluster},
                 "output": {"uri": "unused", "name": "x"},
             }
         )
         dense = open_stack(self.model)
-        job = Round(dense, dense, 2, recipe.fusion, True, 0, self.folder, origin)
+        job = GroupFusion(dense, dense, 2, recipe.fusion, True, 0, self.folder)
         self.said, self.heard, self.steps = [], [], []
 
-        def epoch(number: int, _: float) -> None:
-            self.heard.append(number)
-            if number == stop:
+        def news(item: News) -> None:
+            if isinstance(item, str):
+                self.said.append(item)
+                return
+            self.heard.append(item[0])
+            if item[0] == stop:
                 raise Stopped
 
         step = TorchStepper.step
@@ -85,12 +96,11 @@ class Bench:
 
         with (
             pytest.MonkeyPatch.context() as patch,
-            LocalEngine(Setup.of(recipe, Source.find(str(self.model), None), dense)) as engine,
+            LocalWorkers(Setup.of(recipe, Source.find(str(self.model), None), dense)) as engine,
         ):
             patch.setattr(TorchStepper, "step", counted)
-            return engine.finetune(
-                job, token_windows(WINDOWS, LENGTH).numpy(), epoch, self.said.append
-            )
+            windows_WT = token_windows(WINDOWS, LENGTH).numpy()
+            return train_span(engine, job.task(windows_WT, recipe.cluster, origin, self.kept), news)
 
     def stopped(self, after: int, **changes: Any) -> None:
         with pytest.raises(Stopped):
@@ -98,7 +108,7 @@ class Bench:
 
     @property
     def kept(self) -> str:
-        return storage.join(self.folder, "savepoints")
+        return storage.join(self.folder, "checkpoints")
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -106,12 +116,14 @@ class Bench:
         }
 
     def state_file(self) -> str:
-        (name,) = [name for name in self.files() if name != "savepoint.json"]
+        (name,) = [name for name in self.files() if name != "checkpoint.json"]
         return storage.join(self.kept, name)
 
 
-def result(tuned: Tuned) -> tuple[dict[str, tuple[int, str]], list[float], int]:
-    """What must not depend on being stopped: all files by name and checksum, the losses, and the windows at once."""
+def result(tuned: Trained) -> tuple[dict[str, tuple[int, str]], list[float], int]:
+    """What must not depend on being stopped: all files by name and checksum, the losses, and
+    the windows at once.
+    """
     files = {
         uri.rsplit("/", 1)[-1]: (record.size, record.sha256)
         for uri, record in tuned.saved.files.items()
@@ -129,7 +141,7 @@ def bench(request: Any, checkpoint: Callable[[str], Path], tmp_path: Path) -> Be
 @pytest.fixture
 def undisturbed(bench: Bench, tmp_path: Path) -> Any:
     there = replace(bench, folder=str(tmp_path / "undisturbed"))
-    return result(there.tune(savepoint_minutes=1e6))
+    return result(there.tune(checkpoint_minutes=1e6))
 
 
 # --- going on ---
@@ -165,7 +177,7 @@ def test_only_the_last_savepoint_stays(bench: Bench) -> None:
 def test_savepoints_are_as_far_apart_as_asked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench.tune(savepoint_minutes=1e6)
+    bench.tune(checkpoint_minutes=1e6)
     assert bench.files() == {}
     now = [0.0]
 
@@ -174,18 +186,18 @@ def test_savepoints_are_as_far_apart_as_asked(
         return now[0]
 
     monkeypatch.setattr("fusegpt_ray.training.checkpoints.time.monotonic", later)
-    bench.stopped(EPOCHS, savepoint_minutes=0.7)
-    losses = opened(bench.files()["savepoint.json"])["losses"]
+    bench.stopped(EPOCHS, checkpoint_minutes=0.7)
+    losses = opened(bench.files()["checkpoint.json"])["losses"]
     assert 0 < len(losses) < EPOCHS
 
 
 def test_the_time_before_counts(bench: Bench) -> None:
     bench.stopped(3)
-    record = opened(bench.files()["savepoint.json"])
-    storage.write(storage.join(bench.kept, "savepoint.json"), sealed(record | {"seconds": 1000.0}))
+    record = opened(bench.files()["checkpoint.json"])
+    storage.write(storage.join(bench.kept, "checkpoint.json"), sealed(record | {"seconds": 1000.0}))
     bench.stopped(4)
-    assert opened(bench.files()["savepoint.json"])["seconds"] > 1000
-    assert 1000 < bench.tune().finetune_seconds < 2000
+    assert opened(bench.files()["checkpoint.json"])["seconds"] > 1000
+    assert 1000 < bench.tune().train_seconds < 2000
 
 
 # --- what is not gone on from ---
@@ -201,7 +213,7 @@ def flip(uri: str) -> None:
     storage.write(uri, bytes(data))
 
 
-@pytest.mark.parametrize("which", ["savepoint.json", "state"])
+@pytest.mark.parametrize("which", ["checkpoint.json", "state"])
 @pytest.mark.parametrize("damage", [cut, flip, storage.remove])
 def test_damage_is_said_and_costs_the_group(
     which: str, damage: Callable[[str], None], bench: Bench, undisturbed: Any
@@ -210,7 +222,7 @@ def test_damage_is_said_and_costs_the_group(
     uri = bench.state_file() if which == "state" else storage.join(bench.kept, which)
     damage(uri)
     bench.stopped(1)
-    if (which, damage) == ("savepoint.json", storage.remove):
+    if (which, damage) == ("checkpoint.json", storage.remove):
         assert bench.said == []  # nothing tells that there was one
     else:
         (line,) = bench.said
@@ -237,14 +249,14 @@ def test_another_set_up_begins_anew(
     if "torch" in changes:
         monkeypatch.setattr("fusegpt_ray.training.checkpoints.torch.__version__", changes["torch"])
         changes = {}
-    bench.stopped(1, savepoint_minutes=1e6, **changes)
+    bench.stopped(1, checkpoint_minutes=1e6, **changes)
     assert bench.said == [
-        f"  a savepoint of another set-up is left aside ({named}); fine-tuning this group from its beginning"
+        f"  a training checkpoint of another set-up is left aside ({named}); fine-tuning this group from its beginning"
     ]
     assert bench.files() == before
     bench.stopped(1, **changes)
     assert bench.heard == [1]
-    assert not before.keys() & {name for name in bench.files() if name != "savepoint.json"}
+    assert not before.keys() & {name for name in bench.files() if name != "checkpoint.json"}
 
 
 def test_what_recomputes_activations_may_change(bench: Bench, undisturbed: Any) -> None:
@@ -317,17 +329,15 @@ def stepper_of(folder: Path) -> tuple[TorchStepper, Callable[[], list[Any]]]:
     }
     fusion = {"group_size": 3, "batch": BATCH, "rank": 4, "lora_rank": 4}
     settings, stack = Recipe.parse(recipe | {"fusion": fusion}).fusion, open_stack(folder)
-    job = Round(stack, stack, 2, settings, True, 0, "nowhere")
+    job = GroupFusion(stack, stack, 2, settings, True, 0, "nowhere")
     runner = Runner(stack, CPU, torch.float32, BATCH)
-    student = build_student(
-        job,
-        runner.trunk.meta_blocks,
-        runner.trunk.contexts(BATCH, LENGTH),
-        job.plan(torch.float32),
-        CPU,
-    )
-    states = group_states(runner, job, token_windows(WINDOWS, LENGTH))
-    return TorchStepper.make(student, settings, 10, CPU), lambda: list(batches_of(*states, BATCH))
+    trunk = runner.trunk
+    contexts = trunk.contexts(BATCH, LENGTH)
+    span = job.build(trunk.meta_blocks, contexts, CPU, torch.float32)
+    states = States(*job.source.walk(runner, token_windows(WINDOWS, LENGTH)))
+    config = TrainingConfig(settings.loss, BATCH, 1)
+    stepper = TorchStepper.make(span, job.parameter_groups(span), config, 10, CPU)
+    return stepper, lambda: list(states.batches(BATCH))
 
 
 def test_a_loaded_state_is_the_same_to_the_bit(checkpoint: Callable[[str], Path]) -> None:
@@ -351,7 +361,7 @@ def test_a_loaded_state_is_the_same_to_the_bit(checkpoint: Callable[[str], Path]
 
 def test_the_record_tells_what_it_is(bench: Bench) -> None:
     bench.stopped(2)
-    record = opened(bench.files()["savepoint.json"])
+    record = opened(bench.files()["checkpoint.json"])
     assert json.loads(json.dumps(record["owner"])) == {
         "after": "these rounds",
         "donor": 2,
@@ -359,7 +369,7 @@ def test_the_record_tells_what_it_is(bench: Bench) -> None:
         "torch": torch.__version__,
         "engine": "local",
         "device": "cpu",
-        "states_rows": 4,
+        "states_batch_size": 4,
     }
     (name,) = record["files"]
     assert record["files"][name]["bytes"] == len(bench.files()[name])

@@ -1,4 +1,6 @@
-"""Savepoints in a whole run: it goes on from them, `status` and `clean` know them, and none outlives its round."""
+"""Savepoints in a whole run: it goes on from them, `status` and `clean` know them, and none
+outlives its round.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ from fusegpt_ray.run.housekeeping import leftovers
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.status import status
 
-EVERY_EPOCH = {"engine": "local", "savepoint_minutes": 0}
+EVERY_EPOCH = {"engine": "local", "checkpoint_minutes": 0}
 EPOCHS = 2
 
 
@@ -93,7 +95,9 @@ def test_a_kill_just_after_a_commit_leaves_nothing_behind(
 def test_a_savepoint_counts_only_after_the_same_rounds(
     desk: Desk, undisturbed: dict[str, bytes]
 ) -> None:
-    """The first round is damaged and done again: what was learned on top of it is not gone on from, though it is whole."""
+    """The first round is damaged and done again: what was learned on top of it is not gone on
+    from, though it is whole.
+    """
     stopped(desk, 2)
     flip(run_folder(desk) / "round-001.json")
     show = go_on(desk)
