@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         seconds["walk"] = [_walk(cache.tensors, blocks) for _ in range(arguments.walks)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(
-        f"{arguments.blocks} blocks, {size / 1e6:.0f} MB in all, {arguments.megabytes:g} MB/s from the store\n"
+        f"{arguments.blocks} blocks, {size / 1e6:.0f} MB in all, {arguments.megabytes:g} MB/s from"
+        " the store\n"
     )
     print("| walk | seconds | MB/s | store ÷ |")
     print("|---|---|---|---|")

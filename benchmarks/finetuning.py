@@ -99,7 +99,8 @@ def main() -> int:
                 f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio")
             )
             print(
-                f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} | {row['loss']:.1e} |",
+                f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} |"
+                f" {row['loss']:.1e} |",
                 flush=True,
             )
         results["groups"][donor] = {
@@ -127,7 +128,8 @@ def main() -> int:
             result["flops"][key] / 1e9 for key in ("student", "teacher", "before")
         )
         print(
-            f"| {donor} | {student:.1f} | {teacher:.1f} | {before:.1f} | {(student + teacher + before) / student:.2f} |"
+            f"| {donor} | {student:.1f} | {teacher:.1f} | {before:.1f} |"
+            f" {(student + teacher + before) / student:.2f} |"
         )
     print("\n| operator of our step | share of CPU time | calls |")
     print("|---|---|---|")

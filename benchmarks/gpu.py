@@ -300,9 +300,11 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds = time.perf_counter() - self.begin
-        return seconds, torch.cuda.max_memory_allocated(
-            self.device
-        ) / 1e9 if self.device.type == "cuda" else 0.0
+        return seconds, (
+            torch.cuda.max_memory_allocated(self.device) / 1e9
+            if self.device.type == "cuda"
+            else 0.0
+        )
 
 
 def matmul_rate(size: int, device: torch.device, dtype: torch.dtype) -> float:

@@ -67,7 +67,8 @@ def main() -> int:
         return 0
     rows = []
     print(
-        "| blocks | checkpoint MB | peak MB | formula MB | checkpoint ÷ peak | run under that limit | all weights at once under it |"
+        "| blocks | checkpoint MB | peak MB | formula MB | checkpoint ÷ peak | run under that limit"
+        " | all weights at once under it |"
     )
     print("|---|---|---|---|---|---|---|")
     for depth in arguments.depths:
@@ -83,11 +84,13 @@ def main() -> int:
         sizes = [f"{row[key] / MB:.0f}" for key in ("checkpoint", "peak", "formula")]
         limited, whole = (row[key] for key in ("under_limit", "whole_under_limit"))
         print(
-            f"| {depth} | {' | '.join(sizes)} | {row['checkpoint'] / row['peak']:.1f} | {limited} | {whole} |",
+            f"| {depth} | {' | '.join(sizes)} | {row['checkpoint'] / row['peak']:.1f} | {limited} |"
+            f" {whole} |",
             flush=True,
         )
     print(
-        f"\nThe deepest with the `from_pretrained` check of small models: {rows[-1]['with_plain_check'] / MB:.0f} MB."
+        "\nThe deepest with the `from_pretrained` check of small models:"
+        f" {rows[-1]['with_plain_check'] / MB:.0f} MB."
     )
     if arguments.json:
         Path(arguments.json).write_text(
@@ -136,10 +139,12 @@ def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
     return {
         "check": 3 * STEP,
         "score": trunk + 4 * block + (depth + 1) * states,
-        "finetune": trunk
-        + (own_and_effective + donors + in_passing) * block
-        + adam * NEIGHBOURS * (1 + donors) * pair
-        + 2 * states,
+        "finetune": (
+            trunk
+            + (own_and_effective + donors + in_passing) * block
+            + adam * NEIGHBOURS * (1 + donors) * pair
+            + 2 * states
+        ),
     }
 
 

@@ -102,7 +102,8 @@ def main() -> int:
                 runs[name].append(Turn(wall, cpu, removed, ranking))
     rows = _rows(runs, arguments.windows)
     print(
-        "| way | block | windows | block-forwards | seconds | CPU seconds | block-forwards ÷ brute force | seconds ÷ | CPU seconds ÷ |"
+        "| way | block | windows | block-forwards | seconds | CPU seconds | block-forwards ÷ brute"
+        " force | seconds ÷ | CPU seconds ÷ |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for name, row in rows.items():
@@ -127,7 +128,8 @@ def main() -> int:
         "flat models": _races(_flat(table_WN), arguments),
     }
     print(
-        "\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force | exact ÷ brute force |"
+        "\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force |"
+        " exact ÷ brute force |"
     )
     print("|---|---|---|---|---|---|")
     for name, race in races.items():
@@ -143,7 +145,8 @@ def main() -> int:
     rate = _matmul_share(*arguments.shape) if arguments.shape[-1] else {}
     if rate:
         print(
-            f"\nwalk {rate['walk']:.1f} GFLOP/s, matrix products {rate['matmul']:.1f} GFLOP/s: {rate['walk'] / rate['matmul']:.0%}"
+            f"\nwalk {rate['walk']:.1f} GFLOP/s, matrix products {rate['matmul']:.1f} GFLOP/s:"
+            f" {rate['walk'] / rate['matmul']:.0%}"
         )
     if arguments.json:
         result = {

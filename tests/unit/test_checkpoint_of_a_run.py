@@ -57,8 +57,8 @@ def go_on(desk: Desk) -> Stopping:
     return show
 
 
-def savepoints(desk: Desk, number: int) -> Path:
-    return run_folder(desk) / f"blocks/round-{number:03d}/savepoints"
+def checkpoints(desk: Desk, number: int) -> Path:
+    return run_folder(desk) / f"blocks/round-{number:03d}/checkpoints"
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_within_its_round(
     at: int, desk: Desk, undisturbed: dict[str, bytes]
 ) -> None:
     stopped(desk, at)
-    assert [number for number in (1, 2, 3) if savepoints(desk, number).exists()] == [at]
+    assert [number for number in (1, 2, 3) if checkpoints(desk, number).exists()] == [at]
     show = go_on(desk)
     assert f"  going on after epoch 1 of {EPOCHS}" in show.said
     assert show.epochs == [
@@ -83,16 +83,16 @@ def test_a_kill_just_after_a_commit_leaves_nothing_behind(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "_forget_savepoints", dies)
+        patch.setattr(Journal, "_forget_checkpoints", dies)
         stopped(desk, 0)
-    assert (run_folder(desk) / "round-001.json").exists() and savepoints(desk, 1).exists()
+    assert (run_folder(desk) / "round-001.json").exists() and checkpoints(desk, 1).exists()
     stopped(desk, 2)
-    assert not savepoints(desk, 1).exists() and savepoints(desk, 2).exists()
+    assert not checkpoints(desk, 1).exists() and checkpoints(desk, 2).exists()
     go_on(desk)
     assert published(desk) == undisturbed
 
 
-def test_a_savepoint_counts_only_after_the_same_rounds(
+def test_a_training_checkpoint_counts_only_after_the_same_rounds(
     desk: Desk, undisturbed: dict[str, bytes]
 ) -> None:
     """The first round is damaged and done again: what was learned on top of it is not gone on
@@ -102,7 +102,7 @@ def test_a_savepoint_counts_only_after_the_same_rounds(
     flip(run_folder(desk) / "round-001.json")
     show = go_on(desk)
     (line,) = [line for line in show.said if "another set-up" in line]
-    assert line.startswith("  a savepoint of another set-up is left aside (after ")
+    assert line.startswith("  a training checkpoint of another set-up is left aside (after ")
     assert show.epochs == [(number, epoch) for number in (1, 2, 3) for epoch in (1, 2)]
     assert published(desk) == undisturbed
 
@@ -114,7 +114,7 @@ def test_restart_forgets_them(desk: Desk) -> None:
     assert show.epochs[:2] == [(1, 1), (1, 2)]
 
 
-def test_status_and_clean_know_a_run_with_savepoints(
+def test_status_and_clean_know_a_run_with_training_checkpoints(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stopped(desk, 2)
@@ -137,10 +137,10 @@ def test_status_and_clean_know_a_run_with_savepoints(
     assert (
         item.size
         == sum(map(len, contents(run_folder(desk)).values()))
-        > sum(map(len, contents(savepoints(desk, 2)).values()))
+        > sum(map(len, contents(checkpoints(desk, 2)).values()))
         > 0
     )
     assert main(["clean", str(desk.out), "--yes"]) == 0
-    assert savepoints(desk, 2).exists()
+    assert checkpoints(desk, 2).exists()
     assert main(["clean", str(desk.out), "--yes", "--unfinished"]) == 0
     assert not run_folder(desk).exists()

@@ -270,8 +270,9 @@ def corpus(tmp_path, hub) -> Path:
     folder = tmp_path / "corpus"
     (folder / "small").mkdir(parents=True)
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path: small/train-*.parquet\n"
-        "  - split: test\n    path: small/test.parquet\n- config_name: other\n  data_files: small/test.parquet\n---\n"
+        "---\nconfigs:\n- config_name: small\n  data_files:\n  - split: train\n    path:"
+        " small/train-*.parquet\n  - split: test\n    path: small/test.parquet\n- config_name:"
+        " other\n  data_files: small/test.parquet\n---\n"
     )
     for name, rows in (("train-0", ["one", ""]), ("train-1", ["three\n"]), ("test", ["held out"])):
         pq.write_table(

@@ -123,7 +123,10 @@ def test_recipes_do_not_change() -> None:
 
 
 def test_a_recipe_needs_no_torch() -> None:
-    code = "import sys, fusegpt_ray.recipe; print([m for m in ('torch', 'transformers', 'ray', 'datasets') if m in sys.modules])"
+    code = (
+        "import sys, fusegpt_ray.recipe; print([m for m in ('torch', 'transformers', 'ray',"
+        " 'datasets') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

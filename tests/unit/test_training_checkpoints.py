@@ -251,7 +251,8 @@ def test_another_set_up_begins_anew(
         changes = {}
     bench.stopped(1, checkpoint_minutes=1e6, **changes)
     assert bench.said == [
-        f"  a training checkpoint of another set-up is left aside ({named}); fine-tuning this group from its beginning"
+        f"  a training checkpoint of another set-up is left aside ({named}); fine-tuning this group"
+        " from its beginning"
     ]
     assert bench.files() == before
     bench.stopped(1, **changes)
