@@ -136,7 +136,7 @@ def _measure(
 ) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     stack = dense_stack(config, read_index(str(folder), "model.source"))
-    runner = Runner(stack, device, dtype, rows=8)
+    runner = Runner(stack, device, dtype, batch_size=8)
     draw = torch.Generator().manual_seed(1)
     vocabulary = runner.trunk.model.config.get_text_config().vocab_size
     ids_WT = torch.randint(3, vocabulary, (windows, TOKENS), generator=draw)

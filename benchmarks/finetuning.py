@@ -4,7 +4,7 @@ loss curve from all of them.
     python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32]
     [--length 256] [--epochs 5] [--json out]
 
-- **ours**: `build_student`, `TorchStepper`, `train`; the states entering the group and the
+- **ours**: `GroupFusion`, `TorchStepper`, `train`; the states entering the group and the
   teacher's are computed once a group;
 - **plain**: the simplest loop that computes the same: W + B·A + (C·D) ⊙ W_p by plain operators in
   every forward pass, softmax and kl_div, Adam and CosineAnnealingLR; states computed once, as the
@@ -46,13 +46,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusegpt_ray import Recipe
-from fusegpt_ray.fusion.round import Round, build_student, group_states
-from fusegpt_ray.fusion.student import Student
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.text import calibration
-from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.states import States
+from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.workers.local import LocalWorkers
 
 Epoch = Callable[[], float]
 """Trains for one epoch; returns its mean loss."""
@@ -160,14 +162,14 @@ class Group:
             }
         )
         source = Source.find(arguments.model, None)
-        self.engine = LocalEngine(Setup.of(recipe, source, source.stack()))
+        self.engine = LocalWorkers(Setup.of(recipe, source, source.stack()))
         text, self.settings = recipe.calibration, recipe.fusion
         stream = self.engine.tokens(text, "data")
         self.windows_WT = torch.from_numpy(
             calibration.sample_windows(stream, text.windows, text.length, text.seed, "data")
         )
-        dense = self.engine.dense
-        self.job = Round(dense, dense, donor, self.settings, True, 0, "unused")
+        dense = self.engine.setup.dense
+        self.job = GroupFusion(dense, dense, donor, self.settings, True, 0, "unused")
         self.steps = BUDGET * text.windows // self.settings.batch
         self.compile: bool = arguments.compile
         self.model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -232,26 +234,26 @@ class Group:
         return rows
 
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return group_states(self.engine.runner, self.job, self.windows_WT)
+        return self.job.source.walk(self.engine.runner, self.windows_WT)
 
-    def student(self) -> Student:
+    def student(self) -> Span:
         trunk, settings = self.engine.runner.trunk, self.settings
         contexts = trunk.contexts(settings.batch, self.windows_WT.shape[1])
-        return build_student(
-            self.job, trunk.meta_blocks, contexts, self.job.plan(torch.float32), torch.device("cpu")
-        )
+        return self.job.build(trunk.meta_blocks, contexts, torch.device("cpu"), torch.float32)
 
     def ours(
         self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor, compiled: bool = False
     ) -> Epoch:
-        stepper = TorchStepper.make(self.student(), self.settings, self.steps, torch.device("cpu"))
+        student, config = self.student(), TrainingConfig(self.settings.loss, self.settings.batch, 1)
+        groups, cpu = self.job.parameter_groups(student), torch.device("cpu")
+        stepper = TorchStepper.make(student, groups, config, self.steps, cpu)
         if compiled:
-            stepper.student.compile()  # in place, as torch.compile of the module
+            stepper.span.compile()  # in place, as torch.compile of the module
         size = self.settings.batch
 
         def epoch() -> float:
             return train(
-                stepper, lambda: batches_of(entering_WTD, leaving_WTD, size), 1, lambda *_: None
+                stepper, lambda: States(entering_WTD, leaving_WTD).batches(size), 1, lambda *_: None
             )[0]
 
         return epoch

@@ -4,7 +4,7 @@ paper's budget would take.
     python benchmarks/gpu.py [--shape llama2-7b llama2-13b llama3-8b llama2-70b] [--peak-tflops 989]
     [--micro-batch 8] python benchmarks/gpu.py --shape toy        # on a CPU, in seconds
 
-Neither Ray nor DeepSpeed: `Runner`, `sweep`, `group_states`, `build_student` and `TorchStepper`, as
+Neither Ray nor DeepSpeed: `Runner`, `sweep`, `GroupFusion` and `TorchStepper`, as
 the local engine uses them. Trunk and one block are written to a temporary folder; every block of
 the model is that one, read from its file (then from the page cache) once if all fit the device,
 else each time it is needed, as the engines do. So a 70B model takes 3 GB of disk, and the reading
@@ -40,7 +40,7 @@ import torch
 import transformers
 from shapes import SHAPES, Shape
 
-from fusegpt_ray.fusion.round import Round, build_student, group_states
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.architecture import dense_stack, find_blocks
 from fusegpt_ray.model.config import build_skeleton
@@ -49,7 +49,9 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store.checkpoint import Entry, write_safetensors
-from fusegpt_ray.training.loop import TorchStepper, batches_of, train
+from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.states import States
+from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 
 SCORE_WINDOWS, WINDOWS, LENGTH, EPOCHS, SPARSITY = 32, 1024, 2048, 20, 0.25
 """The paper's budget."""
@@ -156,7 +158,7 @@ def measure(
     windows_WT = torch.randint(
         shape.vocabulary, (max(size.score_windows, size.state_windows), size.length)
     )
-    row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.keeps}
+    row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.resident}
 
     # Scoring: the reading alone, then the whole sweep.
     sweep(runner, dense, [Part(windows_WT[:1], (shape.blocks - 1,))])  # warming up
@@ -187,10 +189,10 @@ def measure(
     row["score"] |= {"tflops": rate / 1e12, "share": rate / peak}
 
     # A round in the middle of the model, after one that removed block 1.
-    job = Round(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
+    job = GroupFusion(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
     clock = Clock(device)
     entering, leaving = (
-        states.cpu() for states in group_states(runner, job, windows_WT[: size.state_windows])
+        states.cpu() for states in job.source.walk(runner, windows_WT[: size.state_windows])
     )
     seconds, gb = clock.stop()
     row["states"] = {
@@ -204,18 +206,27 @@ def measure(
     settings = recipe.fusion
     clock = Clock(device)
     contexts = runner.trunk.contexts(micro_batch or settings.batch, size.length)
-    student = build_student(job, runner.trunk.meta_blocks, contexts, job.plan(dtype), device)
+    student = job.build(runner.trunk.meta_blocks, contexts, device, dtype)
     building, _ = clock.stop()
-    stepper = TorchStepper.make(student, settings, 1000, device, micro_batch)
+    stepper = TorchStepper.make(
+        student,
+        job.parameter_groups(student),
+        TrainingConfig(settings.loss, settings.batch, 1),
+        1000,
+        device,
+        micro_batch,
+    )
     train(
         stepper,
-        lambda: batches_of(entering[: settings.batch], leaving[: settings.batch], settings.batch),
+        lambda: States(entering[: settings.batch], leaving[: settings.batch]).batches(
+            settings.batch
+        ),
         1,
         lambda *_: None,
     )
     clock = Clock(device)
     losses = train(
-        stepper, lambda: batches_of(entering, leaving, settings.batch), 1, lambda *_: None
+        stepper, lambda: States(entering, leaving).batches(settings.batch), 1, lambda *_: None
     )
     seconds, gb = clock.stop()
     tokens = entering.shape[0] * size.length / seconds

@@ -226,8 +226,8 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
     memory.
     """
     from fusegpt_ray import Recipe, compress
-    from fusegpt_ray.model.memory import fewer_at_once
     from fusegpt_ray.report import Display
+    from fusegpt_ray.rounds import fewer_at_once
 
     settings = {
         "model": {"source": str(folder / model)},

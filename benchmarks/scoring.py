@@ -42,13 +42,14 @@ from fusegpt_ray import Recipe
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.search import Job, search
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.sections import Importance, Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.local import LocalEngine
+from fusegpt_ray.workers.local import LocalWorkers
 
 Way = Callable[[], tuple[int, Ranking | None]]
 """Finds the block to remove."""
@@ -119,9 +120,9 @@ def main() -> int:
 
     engine = _engine(source, arguments.model, arguments, {"all": True})
     parts = torch.from_numpy(windows_WT).split(arguments.batch)
-    everyone = tuple(range(len(engine.dense)))
+    everyone = tuple(range(len(engine.setup.dense)))
     table_WN = torch.cat(
-        sweep(engine.runner, engine.dense, [Part(part, everyone) for part in parts])
+        sweep(engine.runner, engine.setup.dense, [Part(part, everyone) for part in parts])
     ).numpy()
     races = {
         "its windows, resampled": _races(_resampled(table_WN), arguments),
@@ -162,7 +163,7 @@ def main() -> int:
 
 def _engine(
     source: Source, model: str, arguments: argparse.Namespace, importance: dict[str, Any]
-) -> LocalEngine:
+) -> LocalWorkers:
     settings = {
         "model": {"source": model, "dtype": "float32"},
         "calibration": {
@@ -176,7 +177,7 @@ def _engine(
         "method": "mi",
         "output": {"uri": ".", "name": "none"},  # nothing is written
     }
-    return LocalEngine(Setup.of(Recipe.parse(settings), source, source.stack()))
+    return LocalWorkers(Setup.of(Recipe.parse(settings), source, source.stack()))
 
 
 def _windows(source: Source, arguments: argparse.Namespace) -> np.ndarray:
@@ -195,7 +196,8 @@ def _scoring(
     assert engine.runner  # the trunk is read once a run, as brute force's model is
 
     def way() -> tuple[int, Ranking | None]:
-        ranking = engine.score(engine.dense, windows_WT)
+        setup = engine.setup
+        ranking = score(engine, setup.dense, windows_WT, setup.importance)
         return ranking.lowest, ranking
 
     return way
