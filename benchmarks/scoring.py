@@ -41,8 +41,8 @@ from torch import nn
 from fusegpt_ray import Recipe
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
-from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.source import Source
