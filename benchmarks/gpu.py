@@ -56,7 +56,7 @@ from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 SCORE_WINDOWS, WINDOWS, LENGTH, EPOCHS, SPARSITY = 32, 1024, 2048, 20, 0.25
 """The paper's budget."""
 HEADER = """| shape | score s | TFLOP/s | share | GB | states s | GB | fine-tune tokens/s | TFLOP/s | share | GB | hours |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+|---|---|---|---|---|---|---|---|---|---|---|---|"""  # noqa: E501 - a table
 
 
 class Size(NamedTuple):

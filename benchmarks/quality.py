@@ -99,7 +99,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             left = "–"
             if "paper" in results:
                 paper = results["paper"]["perplexity"][text]
-                left = f"{math.log(row['fused'] / row['dense']) / math.log(paper['fused'] / paper['dense']):.2f}"
+                damage = math.log(paper["fused"] / paper["dense"])
+                left = f"{math.log(row['fused'] / row['dense']) / damage:.2f}"
             removed = ", ".join(map(str, manifest["removed"]))
             values = " | ".join(f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
             lines.append(f"| {name} | {removed} | {text} | {values} | {left} | {seconds:.0f} |")

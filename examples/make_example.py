@@ -1,19 +1,23 @@
 """Make the example of this folder: a small trained LLaMA and the text around it.
 
-Text.  Every Python installation carries its own prose: the language reference in ``pydoc_data.topics`` and the
-docstrings and comments of the standard library's modules (its tests included, where installed).  One topic or one
-source file is one document; a document is its prose paragraphs, one a line, without doctest sessions, tables and code.
-A paragraph seen before, in any document, is dropped, so no text occurs twice.  The text is copyright of the Python
-Software Foundation and comes under the PSF License Version 2 (PSF-2.0).
+Text.  Every Python installation carries its own prose: the language reference in
+``pydoc_data.topics`` and the docstrings and comments of the standard library's modules (its tests
+included, where installed).  One topic or one source file is one document; a document is its prose
+paragraphs, one a line, without doctest sessions, tables and code. A paragraph seen before, in any
+document, is dropped, so no text occurs twice.  The text is copyright of the Python Software
+Foundation and comes under the PSF License Version 2 (PSF-2.0).
 
-Split.  By whole documents, on the CRC-32 of the document's name: of 100 residues the first ``HELD_OUT`` are held-out
-text, the next ``CALIBRATION`` calibration text, and the rest is what the model is trained on (and is not stored).
+Split.  By whole documents, on the CRC-32 of the document's name: of 100 residues the first
+``HELD_OUT`` are held-out text, the next ``CALIBRATION`` calibration text, and the rest is what the
+model is trained on (and is not stored).
 
-Model.  ``LlamaForCausalLM`` from scratch: 12 blocks of width 192, grouped-query attention with 6 query and 2 key-value
-heads, tied embeddings, a byte-level BPE vocabulary of 2048, trained on windows of 256 tokens.
+Model.  ``LlamaForCausalLM`` from scratch: 12 blocks of width 192, grouped-query attention with 6
+query and 2 key-value heads, tied embeddings, a byte-level BPE vocabulary of 2048, trained on
+windows of 256 tokens.
 
-The files here were made by the defaults with Python 3.11.7 and torch 2.13.0 in 33 minutes on one CPU core: 952 160
-training tokens, 3000 steps, held-out perplexity 34.78 (training 25.0; more steps only learn the text by heart).
+The files here were made by the defaults with Python 3.11.7 and torch 2.13.0 in 33 minutes on one
+CPU core: 952 160 training tokens, 3000 steps, held-out perplexity 34.78 (training 25.0; more steps
+only learn the text by heart).
 """
 
 import argparse
@@ -59,7 +63,9 @@ def prose(text: str) -> Iterator[str]:
 
 
 def source_text(source: str) -> Iterator[str]:
-    """The docstrings of a module, in the order of the source, and then its blocks of comment lines."""
+    """The docstrings of a module, in the order of the source, and then its blocks of comment
+    lines.
+    """
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, documented)]
     for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
@@ -69,7 +75,9 @@ def source_text(source: str) -> Iterator[str]:
 
 
 def documents() -> Iterator[tuple[str, list[str]]]:
-    """Name and new paragraphs of every document: the topics first, then the source files, both sorted by name."""
+    """Name and new paragraphs of every document: the topics first, then the source files, both
+    sorted by name.
+    """
 
     def raw() -> Iterator[tuple[str, list[str]]]:
         for topic in sorted(topics):

@@ -128,7 +128,8 @@ def answers(status: int, code: str, message: str = "injected") -> Callable[[Exch
     """The server answers with an error."""
 
     def happens(exchange: Exchange) -> None:
-        xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>".encode()
+        error = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+        xml = f"<?xml version='1.0'?>{error}".encode()
         exchange.send_response_only(status)
         exchange.send_header("Content-Type", "application/xml")
         exchange.send_header("Content-Length", "0" if exchange.command == "HEAD" else str(len(xml)))

@@ -79,7 +79,8 @@ import sys
 from fusegpt_ray.cli import main
 heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy"}
 verbs = ("compress", "score", "evaluate", "pull", "verify", "clean", "status")
-for command in (["--help"], *([verb, "--help"] for verb in verbs), ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):
+helps = (["--help"], *([verb, "--help"] for verb in verbs))
+for command in (*helps, ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):
     try:
         code = main(command)
     except SystemExit as stop:
