@@ -12,8 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -24,17 +25,42 @@ from models import open_stack, token_windows
 from ray.exceptions import RayActorError
 
 from fusegpt_ray.distributed import replicas as module
-from fusegpt_ray.distributed import scoring
-from fusegpt_ray.distributed.replicas import MAX_LOST, Replica, Replicas
+from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.distributed.replicas import MAX_LOST, Replicas
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.sections import Importance
 
 pytestmark = pytest.mark.integration
 
-TWO = Replica(count=2, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=2)
+TWO = RunnerConfig(torch.float32, batch_size=2, processes=2, cores=2)
 WINDOWS = token_windows(12, 9).numpy()
 SETTINGS = Importance(windows=12, batch=2, all=True)
+
+
+@dataclass
+class Pool:
+    """Replicas alone, as scoring sees workers."""
+
+    pool: Replicas
+
+    @property
+    def replicas(self) -> int:
+        return self.pool.count
+
+    @property
+    def streams(self) -> bool:
+        return self.pool.streams
+
+    def map(self, *arguments: Any) -> Any:
+        return self.pool.map(*arguments)
+
+
+def ranked(pool: Replicas, stack: Stack, sums: Sums) -> Ranking:
+    return score(Pool(pool), stack, WINDOWS, SETTINGS, None, sums)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +68,7 @@ def two(ray_session, checkpoint) -> Iterator[Replicas]:
     ray.cloudpickle.register_pickle_by_value(
         sys.modules[__name__]
     )  # replicas do not find the tests' modules
-    replicas = Replicas(open_stack(checkpoint("llama")), TWO)
+    replicas = Replicas(open_stack(checkpoint("llama")), TWO, count=2, cpus=1, gpus=0)
     yield replicas
     replicas.close()
 
@@ -60,7 +86,7 @@ def work(runner: Runner, number: int, folder: str, seconds: float, deadly: bool)
     return 10 * number
 
 
-def shares(
+def tasks(
     folder: Path, count: int, seconds: float = 0.05, deadly: tuple[int, ...] = ()
 ) -> list[tuple[int, str, float, bool]]:
     return [(number, str(folder), seconds, number in deadly) for number in range(count)]
@@ -73,8 +99,8 @@ def pids(folder: Path, number: int) -> list[int]:
     ]
 
 
-def test_every_share_is_done_once_and_both_work(two, tmp_path) -> None:
-    found = dict(two.map(work, shares(tmp_path, 8, 0.3), 2))
+def test_every_task_is_done_once_and_both_work(two, tmp_path) -> None:
+    found = dict(two.map(work, tasks(tmp_path, 8, 0.3), 2))
     assert found == {number: 10 * number for number in range(8)}
     by = [pids(tmp_path, number) for number in range(8)]
     assert all(len(own) == 1 for own in by)
@@ -83,26 +109,26 @@ def test_every_share_is_done_once_and_both_work(two, tmp_path) -> None:
 
 def test_replicas_live_on_between_calls(two, tmp_path) -> None:
     for _ in range(2):
-        dict(two.map(work, shares(tmp_path, 2, 0.3), 2))
+        dict(two.map(work, tasks(tmp_path, 2, 0.3), 2))
     assert len(list(tmp_path.iterdir())) <= 4
     assert len({pid for number in range(2) for pid in pids(tmp_path, number)}) == 2
 
 
-def test_a_lost_replicas_share_is_done_by_another(two, tmp_path, monkeypatch) -> None:
+def test_a_lost_replicas_task_is_done_by_another(two, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(
         module, "SLOW_SECONDS", 120.0
     )  # a replacement that starts slowly is not taken for overdue
-    found = dict(two.map(work, shares(tmp_path, 6, deadly=(1, 4)), 2))
+    found = dict(two.map(work, tasks(tmp_path, 6, deadly=(1, 4)), 2))
     assert found == {number: 10 * number for number in range(6)}
     assert [len(pids(tmp_path, number)) for number in range(6)] == [1, 2, 1, 1, 2, 1]
-    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+    assert dict(two.map(work, tasks(tmp_path, 2), 2)) == {0: 0, 1: 10}
 
 
-def test_a_share_that_kills_every_replica_is_given_up(two, tmp_path) -> None:
+def test_a_task_that_kills_every_replica_is_given_up(two, tmp_path) -> None:
     with pytest.raises(RayActorError):
         list(two.map(_kill, [(str(tmp_path),)], 2))
     assert len(list(tmp_path.iterdir())) == MAX_LOST + 1
-    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+    assert dict(two.map(work, tasks(tmp_path, 2), 2)) == {0: 0, 1: 10}
 
 
 def _kill(runner: Runner, folder: str) -> None:
@@ -110,7 +136,7 @@ def _kill(runner: Runner, folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_stopped_replicas_share_is_taken_over(two, tmp_path, monkeypatch) -> None:
+def test_a_stopped_replicas_task_is_taken_over(two, tmp_path, monkeypatch) -> None:
     """SIGSTOP: alive for Ray, but it does nothing any more."""
     monkeypatch.setattr(module, "SLOW_SECONDS", 1.0)
     dict(two.map(_fail, [(1,), (2,), (3,), (4,)], 2))  # both are there
@@ -125,18 +151,18 @@ def test_a_stopped_replicas_share_is_taken_over(two, tmp_path, monkeypatch) -> N
     thread = threading.Thread(target=stop)
     thread.start()
     try:
-        found = dict(two.map(work, shares(tmp_path, 5, 0.5), 2))
+        found = dict(two.map(work, tasks(tmp_path, 5, 0.5), 2))
         assert found == {number: 10 * number for number in range(5)}
         assert len(pids(tmp_path, 1)) == 2, "the other replica did it as well"
         thread.join()
-        assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}, (
+        assert dict(two.map(work, tasks(tmp_path, 2), 2)) == {0: 0, 1: 10}, (
             "the stopped one is not waited for"
         )
     finally:
         thread.join()
         psutil.Process(stopped[0]).resume()
     time.sleep(1)
-    assert dict(two.map(work, shares(tmp_path, 4), 2)) == {
+    assert dict(two.map(work, tasks(tmp_path, 4), 2)) == {
         number: 10 * number for number in range(4)
     }
 
@@ -144,7 +170,7 @@ def test_a_stopped_replicas_share_is_taken_over(two, tmp_path, monkeypatch) -> N
 def test_errors_come_through_and_the_replicas_go_on(two, tmp_path) -> None:
     with pytest.raises(ZeroDivisionError):
         list(two.map(_fail, [(1,), (0,)], 2))
-    assert dict(two.map(work, shares(tmp_path, 2), 2)) == {0: 0, 1: 10}
+    assert dict(two.map(work, tasks(tmp_path, 2), 2)) == {0: 0, 1: 10}
 
 
 def _fail(runner: Runner, number: int) -> float:
@@ -158,9 +184,9 @@ def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(
     stack = open_stack(checkpoint("llama"))
     tables = []
     for count in (1, 2):
-        replicas = Replicas(stack, replace(TWO, count=count, weights=how))
+        replicas = Replicas(stack, replace(TWO, weights=how), count=count, cpus=1, gpus=0)
         assert replicas.streams == (how == "streamed")
-        tables.append(scoring.score(stack, WINDOWS, SETTINGS, replicas, 2, None, Sums()).scores)
+        tables.append(ranked(replicas, stack, Sums()).scores)
         replicas.close()
     assert tables[0] == tables[1]
 
@@ -169,45 +195,22 @@ def test_sums_come_as_they_are_measured_and_are_not_measured_again(two) -> None:
     stack = two.dense
     sums, changes = Sums(), []
     sums.changed = lambda: changes.append(len(sums.known))
-    ranking = scoring.score(stack, WINDOWS, SETTINGS, two, 2, None, sums)
+    ranking = ranked(two, stack, sums)
     assert changes == [1, 2, 3, 4, 5, 6]
     known = dict(list(Sums.known_from(json.loads(json.dumps(sums.to_json()))).items())[:4])
     again = Sums(dict(known), lambda: changes.append(-1))
-    assert scoring.score(stack, WINDOWS, SETTINGS, two, 2, None, again) == ranking
+    assert ranked(two, stack, again) == ranking
     assert changes.count(-1) == 2
     assert all(np.array_equal(again.known[key], sums.known[key]) for key in sums.known)
 
 
-def test_candidates_of_a_batch_are_split_and_the_sums_are_those_of_the_whole(
-    two, monkeypatch
-) -> None:
-    """One batch for two replicas: each walks about half of its candidates."""
-    shares: list[list[tuple]] = []
-    given = two.map
-    monkeypatch.setattr(
-        two,
-        "map",
-        lambda function, parts, *others: given(function, shares.append(parts) or parts, *others),
-    )
-    sums, stack = Sums(), two.dense
-    scoring.score(stack, WINDOWS, Importance(windows=12, batch=12, all=True), two, 2, None, sums)
-    parts = [own for share in shares for _, own in share if own]
-    assert sorted(p for own in parts for _, positions in own for p in positions) == list(
-        range(len(stack))
-    )
-    assert len(parts) == 2
-    everyone = tuple(range(len(stack)))
-    ((_, (whole,)),) = given(scoring._sweep, [(stack, [(WINDOWS, everyone)])], 2)
-    assert np.array_equal(sums.known[2, 0, everyone], whole)
-
-
-def test_a_share_is_overdue_by_its_own_cost(monkeypatch) -> None:
+def test_a_task_is_overdue_by_its_own_cost(monkeypatch) -> None:
     """Shares of cost 1 take 10 s. After 30 s one of cost 1 is overdue (30 > 2 · 10), one of
     cost 2 is not (30 < 2 · 20).
     """
     monkeypatch.setattr(module.time, "monotonic", lambda: 30.0)
-    replicas = Replicas(None, TWO)  # type: ignore[arg-type]
-    replicas._calls = {name: module._Call(None, [], share, 0.0) for share, name in enumerate("ab")}  # type: ignore[misc]
+    replicas = Replicas(None, TWO, 2, 1, 0)  # type: ignore[arg-type]
+    replicas._calls = {name: module._Call(None, share, 0.0) for share, name in enumerate("ab")}  # type: ignore[misc]
     waiting: deque[int] = deque()
     assert replicas._next(waiting, [2.0, 1.0], [10.0, 10.0]) == 1
     assert replicas._next(waiting, [2.0, 2.0], [10.0]) is None
