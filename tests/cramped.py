@@ -18,7 +18,6 @@ from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Fusion
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
@@ -62,23 +61,6 @@ def limit_memory(more: int) -> None:
     taken = re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert taken is not None
     resource.setrlimit(resource.RLIMIT_DATA, (int(taken[1]) * 1024 + more, resource.RLIM_INFINITY))
-
-
-class CrampedFusion:
-    """Settings that limit the memory of the process in which a first step asks for the loss:
-    its threads have started by then.
-    """
-
-    def __init__(self, settings: Fusion, more: int) -> None:
-        self.__dict__.update(settings.model_dump())
-        self._loss, self._more = self.__dict__.pop("loss"), more
-
-    @property
-    def loss(self) -> str:
-        if self._more:
-            limit_memory(self._more)
-            self._more = 0
-        return self._loss
 
 
 def save_broad(folder: Path) -> Path:

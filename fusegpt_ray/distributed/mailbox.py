@@ -42,6 +42,8 @@ class _Mailbox:
         self.results: dict[int, Any] = {}
         self.error, self.last_error = b"", b""
         self.attempts = 0
+        self.first = ""
+        """The process that is worker 0 now."""
         self.news: list[News] = []
         self.closed = False
         self.changed = asyncio.Condition()
@@ -73,15 +75,23 @@ class _Mailbox:
 
     # --- the workers' side ---
 
-    async def take(self, last: int, rank: int) -> tuple[int, list[ray.ObjectRef]] | None:
+    async def take(
+        self, last: int, rank: int, process: str
+    ) -> tuple[int, list[ray.ObjectRef]] | None:
         """The task that follows number `last`, once there is one that is not over; None at the
         end.
+
+        Args:
+            process: names the worker's process. One that was lost may have left a call that still
+                waits here, and its successor's attempts are not to be counted twice.
         """
+        if rank == 0:
+            self.first = process
         async with self.changed:
             while True:
                 while not self.closed and (self.number <= last or self._over):
                     await self.changed.wait()
-                if self.closed:
+                if self.closed or (rank == 0 and self.first != process):
                     return None
                 self.attempts += rank == 0
                 if self.attempts <= MAX_FAILURES + 1:

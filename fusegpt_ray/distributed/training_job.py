@@ -126,11 +126,11 @@ class TrainingJob:
 def _serve(job: dict[str, Any]) -> None:
     """A training worker: take tasks until there are no more."""
     config, mailbox = job["config"], job["mailbox"]
-    rank = ray.train.get_context().get_world_rank()
+    rank, process = ray.train.get_context().get_world_rank(), secrets.token_hex(8)
     with Meeting.of_group(config.timeout) as meeting:
         worker: TrainingWorker | None = None
         last = 0
-        while taken := ray.get(mailbox.take.remote(last, rank)):
+        while taken := ray.get(mailbox.take.remote(last, rank, process)):
             last, (task,) = taken
             try:
                 worker = worker or _worker(job, rank, meeting)

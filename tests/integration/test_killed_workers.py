@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from models import open_stack, token_windows
 
@@ -128,6 +130,7 @@ def fit(ray_session, checkpoint) -> Fit:
 
     `minutes`: between training checkpoints.
     """
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find it
 
     def fit(
         out: Path,

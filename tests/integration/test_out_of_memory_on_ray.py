@@ -4,67 +4,93 @@ processes.
 
 from __future__ import annotations
 
-from dataclasses import replace
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import cramped
 import pytest
 import ray
 import torch
-from cramped import LENGTH, LIMITS, MB, SCORED, TRAINED, CrampedFusion, save_wide
+from cramped import LENGTH, LIMITS, MB, TRAINED, limit_memory, save_wide
 from models import open_stack, token_windows
 
-from fusegpt_ray.distributed import scoring, training
-from fusegpt_ray.distributed.replicas import Replica, Replicas
-from fusegpt_ray.distributed.states import datasets, group_states_of_workers
-from fusegpt_ray.distributed.training import Workers
-from fusegpt_ray.fusion.round import Round
-from fusegpt_ray.model.memory import find_batch_size, is_out_of_memory
-from fusegpt_ray.sections import PRESETS, Fusion
+from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.model.memory import is_out_of_memory
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Importance
+from fusegpt_ray.training.finetune import SavedBlocks, train_span
+from fusegpt_ray.training.span import Span
+from fusegpt_ray.workers.base import Setup
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
-REPLICA = Replica(count=1, cpus=1, gpus=0, threads=1, dtype=torch.float32, rows=SCORED)
+WORKERS = 2
 
 
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_wide(tmp_path_factory.mktemp("wide"))
+@dataclass(frozen=True)
+class Cramped:
+    """A group whose workers may take only `more` bytes from their first step on: their threads have
+    started by then.
+    """
+
+    group: GroupFusion
+    more: int
+
+    def build(self, *arguments: Any) -> Span:
+        span = self.group.build(*arguments)
+
+        def limit(*_: Any) -> None:
+            hook.remove()
+            limit_memory(self.more)
+
+        hook = span.register_forward_pre_hook(limit)
+        return span
+
+    def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
+        return self.group.parameter_groups(span)
+
+    def save(self, span: Span, part: int = 0, parts: int = 1) -> SavedBlocks:
+        return self.group.save(span, part, parts)
 
 
 def test_training_workers_that_run_out_of_memory_start_again_with_less(
-    ray_session, wide, tmp_path
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    count = 2
-    windows = token_windows(TRAINED * 2, LENGTH).numpy()
-    stack, share = open_stack(wide), TRAINED // count
-    values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
-    free = Round(stack, stack, 2, Fusion(**PRESETS["paper"] | values), True, 0, str(tmp_path))
-    replicas = Replicas(stack, REPLICA)
-    states = group_states_of_workers(free, windows, count, replicas, 4)
-    ray.cloudpickle.register_pickle_by_value(cramped)  # workers do not find the tests' modules
-    # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on
-    # top.
-    job = replace(
-        free, settings=CrampedFusion(free.settings, LIMITS["finetune"] // count + 20 * MB)
+    for module in (cramped, sys.modules[__name__]):  # workers do not find the tests' modules
+        ray.cloudpickle.register_pickle_by_value(module)
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    model = save_wide(tmp_path / "wide")
+    dense = open_stack(model)
+    cluster = Cluster(engine="ray", workers=WORKERS, zero_stage=2)
+    setup = Setup(
+        Source.find(str(model), None),
+        dense,
+        cluster,
+        "float32",
+        Importance(batch=4),
+        loss_batch=TRAINED,
+        output_uri=str(tmp_path),
+        run_folder=str(tmp_path / "run"),
     )
+    values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
+    group = GroupFusion(
+        dense, dense, 2, Fusion(**PRESETS["paper"] | values), True, 0, str(tmp_path)
+    )
+    windows_WT = token_windows(TRAINED * 2, LENGTH).numpy()
+    task = group.task(windows_WT, cluster, "dense", str(tmp_path / "checkpoints"))
+    # Two workers hold half of the loss batch each. What gloo and DeepSpeed take themselves comes on
+    # top; with DeepSpeed's own bucket of 2 GB nothing would fit.
+    task = replace(task, trainable=Cramped(group, LIMITS["finetune"] // WORKERS + 20 * MB))
+    with RayWorkers(setup) as workers:
+        trained = train_span(workers, task, lambda _: None)
+    assert trained.micro_batch < TRAINED // WORKERS
+    assert trained.losses[0] > 0
 
-    def learn(micro_batch: int) -> list[float]:
-        workers = Workers(
-            count, 1, 0, 1, torch.float32, 2, micro_batch
-        )  # with DeepSpeed's own bucket of 2 GB nothing would fit
-        contexts = scoring.contexts(micro_batch, LENGTH, replicas)
-        folder = str(tmp_path / "train")
-        return training.finetune(
-            job, contexts, len(windows), datasets(states), workers, folder, lambda *_: None
-        )[1]
 
-    losses, micro_batch = find_batch_size(learn, share, share, "fine-tuning")
-    assert micro_batch < share
-    assert losses[0] > 0
-
-
-def test_errors_of_tasks_and_of_ray_data_are_known(ray_session) -> None:
+def test_errors_of_tasks_and_of_ray_data_are_known(ray_session: None) -> None:
     def ask(rows: dict[str, object]) -> dict[str, object]:
         torch.empty(10**15)
         return rows

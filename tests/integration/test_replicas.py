@@ -205,18 +205,18 @@ def test_sums_come_as_they_are_measured_and_are_not_measured_again(two) -> None:
 
 
 def test_a_task_is_overdue_by_its_own_cost(monkeypatch) -> None:
-    """Shares of cost 1 take 10 s. After 30 s one of cost 1 is overdue (30 > 2 · 10), one of
+    """Tasks of cost 1 take 10 s. After 30 s one of cost 1 is overdue (30 > 2 · 10), one of
     cost 2 is not (30 < 2 · 20).
     """
     monkeypatch.setattr(module.time, "monotonic", lambda: 30.0)
     replicas = Replicas(None, TWO, 2, 1, 0)  # type: ignore[arg-type]
-    replicas._calls = {name: module._Call(None, share, 0.0) for share, name in enumerate("ab")}  # type: ignore[misc]
+    replicas._calls = {name: module._Call(None, task, 0.0) for task, name in enumerate("ab")}  # type: ignore[misc]
     waiting: deque[int] = deque()
     assert replicas._next(waiting, [2.0, 1.0], [10.0, 10.0]) == 1
     assert replicas._next(waiting, [2.0, 2.0], [10.0]) is None
     assert replicas._next(waiting, [1.0, 1.0], []) is None, (
         "none is done: nobody knows what it should take"
     )
-    replicas._calls["c"] = module._Call(None, [], 1, 29.0)  # type: ignore[index]
+    replicas._calls["c"] = module._Call(None, 1, 29.0)  # type: ignore[index]
     assert replicas._next(waiting, [2.0, 1.0], [10.0]) is None, "not a third time"
     assert replicas._next(deque([7]), [1.0] * 8, []) == 7

@@ -105,7 +105,7 @@ def check(bad: Bad, desk: Desk, reads: list[str], capsys: pytest.CaptureFixture[
     first = next((n for n, line in enumerate(lines) if not PROGRESS.fullmatch(line)), len(lines))
     message = MESSAGE.fullmatch("\n".join(lines[first:]))
     assert code == 2 and message, stderr
-    assert message["key"] == bad.key
+    assert message["key"] == bad.key, stderr
     assert bad.value in message["value"]
     assert re.search(bad.problem, message["problem"])
     assert re.search(bad.fix, message["fix"])

@@ -134,17 +134,17 @@ def test_a_finished_model_is_named_where_restart_alone_is_no_way_out(desk: Desk)
 
 
 def test_a_loss_that_is_not_finite(desk: Desk, monkeypatch: Patch, capsys: Capture) -> None:
-    from fusegpt_ray.workers.local import LocalEngine
+    from fusegpt_ray.training import finetune
 
-    finetune, calls = LocalEngine.finetune, list[int]()
+    train, calls = finetune.train_and_save, list[int]()
 
     def second_fails(*arguments: Any) -> Any:
         calls.append(0)
         if len(calls) == 2:
             raise FloatingPointError("the fine-tuning loss became nan in epoch 1")
-        return finetune(*arguments)
+        return train(*arguments)
 
-    monkeypatch.setattr(LocalEngine, "finetune", second_fails)
+    monkeypatch.setattr(finetune, "train_and_save", second_fails)
     assert main(["compress", desk.write()]) == 1
     told = "another recipe begins anew with --restart, which forgets them"
     assert capsys.readouterr().err.splitlines()[-1] == told

@@ -76,6 +76,13 @@ def architecture(made: tf.PreTrainedModel) -> Callable[[Desk], object]:
     return spoil
 
 
+def mixture(desk: Desk) -> list[str]:
+    """A mixture of experts, from which blocks are only to be dropped."""
+    config = tf.MixtralConfig(**GROUPED, num_local_experts=2)
+    architecture(tf.MixtralForCausalLM(config))(desk)
+    return ["compress", desk.write(method="mi")]
+
+
 def foreign(name: str, build: Callable[[], tf.PreTrainedModel], value: str) -> Bad:
     """A model that is no causal language model."""
     return model(
@@ -276,11 +283,10 @@ MODELS = [
         "does not build a model .*allocate",
         REPAIR,
     ),
-    model(
+    Bad(
         "mixture-of-experts",
-        lambda desk: architecture(
-            tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2))
-        )(desk),
+        mixture,
+        "model.source",
         "experts",
         "rearranges this tensor",
         "not a mixture of experts",

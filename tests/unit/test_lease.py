@@ -161,7 +161,8 @@ class Looking(Watching):
         super().__init__()
         self.folder, self.seen = folder, list[dict[str, Any]]()
 
-    def scored(self, ranking: Any) -> None:
+    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        super().round_begins(number, rounds, blocks)
         self.seen.append(read_sign(self.folder))
 
 

@@ -157,7 +157,7 @@ def test_an_earlier_attempt_of_the_same_run_stays(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fusegpt_ray.workers.local.LocalEngine.finetune", interrupted)
+        patch.setattr("fusegpt_ray.training.finetune.train_and_save", interrupted)
         assert main(["compress", recipe]) == 130
     capsys.readouterr()
     notes = (desk.out / "demo.run/scores-001.json").read_bytes()

@@ -24,7 +24,7 @@ IDS = token_windows(2, 9)
 
 
 def compared(folder: str, stack: Stack) -> Plain:
-    return compare_plain(folder, stack, Runner(stack, CPU, torch.float32, rows=8), IDS)
+    return compare_plain(folder, stack, Runner(stack, CPU, torch.float32, batch_size=8), IDS)
 
 
 @pytest.mark.parametrize("small", [True, False])

@@ -1,0 +1,163 @@
+"""One Ray Train job serves a whole run: its workers keep their processes from task to task, and
+what a task raises reaches the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from groups import LENGTH, SMALL
+from models import open_stack, token_windows
+
+from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Block
+from fusegpt_ray.sections import Cluster, Fusion, Importance
+from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.training.finetune import Trained, train_span
+from fusegpt_ray.workers.base import News, Setup, TrainingWorker, Workers
+from fusegpt_ray.workers.local import LocalWorkers
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+Weights = dict[str, torch.Tensor]
+WINDOWS, BATCH, EPOCHS, WORKERS = 16, 4, 2, 2  # 8 steps
+
+
+def setup_of(model: Path, out: Path, dtype: str = "bfloat16") -> Setup:
+    return Setup(
+        Source.find(str(model), None),
+        open_stack(model),
+        Cluster(engine="ray", workers=WORKERS, zero_stage=1),
+        dtype,  # type: ignore[arg-type]
+        Importance(batch=BATCH),
+        loss_batch=BATCH,
+        output_uri=str(out),
+        run_folder=str(out / "run"),
+    )
+
+
+@pytest.fixture(scope="module")
+def workers(
+    ray_session: None, checkpoint: Callable[[str], Path], tmp_path_factory: Any
+) -> Iterator[RayWorkers]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find it
+    out = tmp_path_factory.mktemp("out")
+    with RayWorkers(setup_of(checkpoint("llama"), out)) as opened:
+        yield opened
+
+
+def nothing(_: News) -> None:
+    """Hears what workers report."""
+
+
+def fuse(workers: Workers, donor: int, out: Path) -> Trained:
+    """Two fusions of one run differ in their donor."""
+    dense = workers.setup.dense
+    settings = Fusion(**SMALL | {"batch": BATCH, "epochs": EPOCHS})
+    group = GroupFusion(dense, dense, donor, settings, True, 0, str(out))
+    windows_WT = token_windows(WINDOWS, LENGTH).numpy()
+    task = group.task(windows_WT, workers.setup.cluster, "dense", str(out / "checkpoints"))
+    return train_span(workers, task, nothing)
+
+
+def process(worker: TrainingWorker) -> tuple[int, int]:
+    return worker.rank, os.getpid()
+
+
+def test_bf16_with_float32_masters_learns_what_one_process_learns(
+    workers: RayWorkers, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Two groups one after the other, by the same two processes. Between both ways, only the order
+    differs in which gradients are added."""
+    before = workers.spmd(process, news=nothing)
+    ours = [fuse(workers, donor, tmp_path / f"ray-{donor}") for donor in (2, 4)]
+    assert workers.spmd(process, news=nothing) == before
+    with LocalWorkers(setup_of(checkpoint("llama"), tmp_path)) as alone:
+        theirs = [fuse(alone, donor, tmp_path / f"local-{donor}") for donor in (2, 4)]
+    for one, other in zip(ours, theirs, strict=True):
+        # A rounding of bf16 is 4e-3; the mean over thousands of numbers hides most of it.
+        assert one.losses == pytest.approx(other.losses, rel=2e-3)
+        assert one.losses[-1] < 0.97 * one.losses[0]
+        assert one.saved.blocks.keys() == other.saved.blocks.keys()
+        for dense, block in other.saved.blocks.items():
+            before_training = workers.setup.dense.blocks[dense]
+            compare(*(read(each) for each in (one.saved.blocks[dense], block, before_training)))
+
+
+def read(block: Block) -> dict[str, torch.Tensor]:
+    return read_tensors(block.weights)
+
+
+def compare(ours: Weights, theirs: Weights, before: Weights) -> None:
+    """Adam's first steps have the size of the learning rate whatever the gradient's, so where the
+    sign of a gradient is a matter of rounding, a weight may move the other way. There are few of
+    them: on average, weights are apart by a small part of how far they moved."""
+    assert ours.keys() == theirs.keys() == before.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype == torch.float32
+        moved = (theirs[name] - before[name].float()).abs().mean()
+        assert (tensor - theirs[name]).abs().mean() < 0.05 * moved, name
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, MemoryError, UserError])
+def test_what_a_task_raises_reaches_the_driver_and_the_next_task_is_done(
+    workers: RayWorkers, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match="because"):
+        workers.spmd(fail, kind, news=nothing)
+    assert [rank for rank, _ in workers.spmd(process, news=nothing)] == [0, 1]
+
+
+def fail(worker: TrainingWorker, kind: type[Exception]) -> None:
+    raise kind("because") if kind is not UserError else UserError("key", 1, "because", "mend it")
+
+
+def test_an_error_of_a_library_is_tried_again_and_then_raised(
+    workers: RayWorkers, tmp_path: Path
+) -> None:
+    heard: list[News] = []
+    with pytest.raises(KeyError, match="unlucky"):
+        workers.spmd(count_and_fail, str(tmp_path), news=heard.append)
+    attempts = len(list(tmp_path.iterdir()))
+    assert attempts == 4
+    assert all(isinstance(news, str) and "KeyError: 'unlucky'" in news for news in heard)
+    assert [rank for rank, _ in workers.spmd(process, news=nothing)] == [0, 1]
+
+
+def count_and_fail(worker: TrainingWorker, folder: str) -> None:
+    (Path(folder) / f"{worker.rank}-{os.getpid()}").touch()
+    worker.meet(0)
+    if worker.rank == 1:
+        (Path(folder) / f"{worker.rank}-{os.getpid()}").unlink()
+    raise KeyError("unlucky")
+
+
+def test_a_worker_that_is_killed_between_tasks_is_replaced(workers: RayWorkers) -> None:
+    _, (_, victim) = workers.spmd(process, news=nothing)
+    os.kill(victim, signal.SIGKILL)
+    again = workers.spmd(process, news=nothing)
+    assert [rank for rank, _ in again] == [0, 1]
+    assert victim not in {pid for _, pid in again}
+
+
+def test_a_worker_that_is_killed_in_a_task_is_replaced(workers: RayWorkers, tmp_path: Path) -> None:
+    found = workers.spmd(die_once, str(tmp_path / "mark"), news=nothing)
+    assert found == [0, 1]
+
+
+def die_once(worker: TrainingWorker, mark: str) -> int:
+    if worker.rank == 1 and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    worker.meet(0)
+    return worker.rank
