@@ -38,7 +38,7 @@ chaos: install
 	$(BIN)/python tests/chaos/races.py
 
 docs: .venv/docs-installed
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/docs-installed: .venv/installed
 	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[docs]'
