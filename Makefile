@@ -4,6 +4,8 @@
 # Two more take longer:
 #   make test-all     the same with every test, the slow ones among them (tests/slow.py)
 #   make chaos        breaks readers and runs for three quarters of an hour
+# One builds the documentation:
+#   make docs         the site in site/, every warning an error
 # All make .venv first, with the torch that constraints.txt pins; TORCH=… CONSTRAINTS=… take another.
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all style chaos install clean
+.PHONY: quickstart test test-all style chaos docs install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
@@ -35,6 +37,13 @@ chaos: install
 	$(BIN)/python tests/chaos/kills.py
 	$(BIN)/python tests/chaos/races.py
 
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[docs]'
+	@touch $@
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -44,4 +53,4 @@ install: .venv/installed
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs site
