@@ -289,7 +289,7 @@ def _override(data: dict[str, Any], override: str) -> None:
                 "--set",
                 shown(override),
                 f"{parent} is not a section",
-                "see the recipe's keys in the README",
+                "see docs/recipe.md for all keys",
             )
     section[last] = value
 

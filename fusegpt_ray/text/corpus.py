@@ -4,7 +4,7 @@ Notable:
 - a text file is one row; the rows of a file are joined by a blank line, as the paper's code joins
   WikiText-2;
 - pieces depend on the text and `piece_bytes` only, so one process and a cluster
-  (`distributed/data.py`) agree;
+  (`distributed/text.py`) agree;
 - `key` is everywhere the recipe key of the data, such as `calibration.data`, for the messages.
 """
 

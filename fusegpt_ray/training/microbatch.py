@@ -34,7 +34,7 @@ def accumulate(
     """Gradients of one loss batch, `micro_batch` windows (a divisor of b; None: all) at a time.
     Returns the loss, detached.
 
-    `loss` and `shared`: see `fusion/loss.py`.
+    `loss` and `shared`: see `losses.py`.
     """
     size = micro_batch or len(entering_bTD)
     assert len(entering_bTD) % size == 0, (len(entering_bTD), size)

@@ -1,4 +1,4 @@
-"""Savepoints in a whole run: it goes on from them, `status` and `clean` know them, and none
+"""Training checkpoints in a whole run: it goes on from them, `status` and `clean` know them, and none
 outlives its round.
 """
 

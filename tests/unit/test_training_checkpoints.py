@@ -1,4 +1,4 @@
-"""Fine-tuning that is stopped goes on from its last savepoint, and ends with the same bytes;
+"""Fine-tuning that is stopped goes on from its last training checkpoint, and ends with the same bytes;
 what cannot be trusted is begun anew.
 """
 
@@ -167,14 +167,14 @@ def test_stopped_again_and_again(bench: Bench, undisturbed: Any) -> None:
     assert len(bench.steps) == WHOLE
 
 
-def test_only_the_last_savepoint_stays(bench: Bench) -> None:
+def test_only_the_last_checkpoint_stays(bench: Bench) -> None:
     bench.stopped(1)
     first = bench.state_file()
     bench.stopped(3)
     assert bench.state_file() != first  # there is one, or it had failed
 
 
-def test_savepoints_are_as_far_apart_as_asked(
+def test_checkpoints_are_as_far_apart_as_asked(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.tune(checkpoint_minutes=1e6)
@@ -294,10 +294,10 @@ def test_a_run_that_took_fewer_windows_goes_on_with_as_few(
     assert set(bench.steps) == {2}
 
 
-def test_that_memory_ran_out_is_known_before_the_first_savepoint(
+def test_that_memory_ran_out_is_known_before_the_first_checkpoint(
     bench: Bench, cramped: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The savepoint of the attempt with more windows does not count, nor are they tried again."""
+    """The checkpoint of the attempt with more windows does not count, nor are they tried again."""
     bench.fits, bench.until = 2, WHOLE + 1
     calls = []
 
