@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fusegpt_ray.methods import METHODS
+from fusegpt_ray.sections import METHOD_SPECS
 from fusegpt_ray.text.protocol import described
 
 
@@ -40,7 +40,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
         (
             f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
-            f" decoder blocks removed: {METHODS[manifest['method']].about}."
+            f" decoder blocks removed: {METHOD_SPECS[manifest['method']].about}."
         ),
         "",
         "An ordinary checkpoint with fewer layers; no custom code:",

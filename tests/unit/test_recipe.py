@@ -89,9 +89,9 @@ def test_presets_fill_in_what_is_left_out(
 
 def test_presets_hold_for_recipes_from_files_and_overrides(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(SMALLEST))
-    assert Recipe.load(file, ["fusion.preset=paper"]).training.losses == "batch_kl"
+    assert Recipe.load(file, ["fusion.preset=paper"]).fusion.loss == "batch_kl"
     assert (
-        Recipe.load(file, ["fusion.preset=paper", "training.losses=normalized_mse"]).training.losses
+        Recipe.load(file, ["fusion.preset=paper", "fusion.loss=normalized_mse"]).fusion.loss
         == "normalized_mse"
     )
 

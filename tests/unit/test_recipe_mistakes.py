@@ -113,7 +113,7 @@ def test_missing_keys(key: str) -> None:
         ({"fusion": "paper"}, "fusion"),
         ({"fusion": {"batch": 1}}, "fusion.batch"),
         ({"fusion": {"rank": 0}}, "fusion.rank"),
-        ({"fusion": {"loss": "mse"}}, "training.losses"),
+        ({"fusion": {"loss": "mse"}}, "fusion.loss"),
         ({"fusion": {"learning_rate": 0}}, "fusion.learning_rate"),
         ({"fusion": {"learning_rate": -1e-3}}, "fusion.learning_rate"),
         ({"fusion": {"learning_rate": math.nan}}, "fusion.learning_rate"),
