@@ -10,7 +10,7 @@ _PUBLISHED = "folder of a published model, anywhere fsspec reaches"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parses into `command`, its arguments, and `again`: what to say when the command is stopped."""
+    """Parses into `command`, its arguments, and `again`: what to say where it is stopped."""
     top = argparse.ArgumentParser(
         prog="fusegpt", description="Make GPT-style models shallower by fusing blocks."
     )
