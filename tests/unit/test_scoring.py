@@ -26,6 +26,7 @@ from fusegpt_ray.workers.local import LocalWorkers
 WINDOWS_WT = token_windows(7, 9).numpy()
 SETTINGS = Importance(windows=7, batch=2)
 """Four batches, the last of which has a single window."""
+FULL = SETTINGS.model_copy(update={"all": True})
 
 
 class SeveralReplicas(LocalWorkers):
@@ -57,14 +58,11 @@ class SeveralReplicas(LocalWorkers):
 
 
 @pytest.fixture
-def workers(
-    checkpoint: Callable[[str], Path],
-) -> Callable[..., SeveralReplicas]:
+def workers(checkpoint: Callable[[str], Path]) -> Callable[..., SeveralReplicas]:
     def make(replicas: int = 1, streams: bool = False) -> SeveralReplicas:
         source = Source.find(str(checkpoint("llama")), None)
-        return SeveralReplicas(
-            Setup(source, source.stack(), importance=SETTINGS), replicas, streams
-        )
+        setup = Setup(source, source.stack(), importance=SETTINGS)
+        return SeveralReplicas(setup, replicas, streams)
 
     return make
 
@@ -73,15 +71,12 @@ def scored(workers: LocalWorkers, settings: Importance = SETTINGS, **known: Any)
     return score(workers, workers.setup.dense, WINDOWS_WT, settings, **known)
 
 
-FULL = SETTINGS.model_copy(update={"all": True})
-
-
-@pytest.mark.parametrize(("replicas", "streams"), [(1, True), (2, True), (3, True), (9, True)])
+@pytest.mark.parametrize("replicas", [1, 2, 3, 9])
 @pytest.mark.parametrize("settings", [SETTINGS, FULL], ids=["exact", "all"])
 def test_the_number_of_replicas_changes_no_bit(
-    workers: Callable[..., SeveralReplicas], replicas: int, streams: bool, settings: Importance
+    workers: Callable[..., SeveralReplicas], replicas: int, settings: Importance
 ) -> None:
-    assert scored(workers(replicas, streams), settings) == scored(workers(), settings)
+    assert scored(workers(replicas, streams=True), settings) == scored(workers(), settings)
 
 
 def test_replicas_that_stream_get_one_task_a_wave_and_others_one_a_batch(
@@ -92,9 +87,9 @@ def test_replicas_that_stream_get_one_task_a_wave_and_others_one_a_batch(
     scored(resident, FULL)
     assert streaming.tasks == [2]
     assert resident.tasks == [4]
-    for waves in (streaming.costs, resident.costs):
-        assert waves[0] == sorted(waves[0], reverse=True), "the costliest comes first"
-        assert sum(waves[0]) == len(WINDOWS_WT) * DEPTH * (DEPTH + 1) / 2
+    assert resident.costs[0] == sorted(resident.costs[0], reverse=True), "the costliest comes first"
+    for costs in (*streaming.costs, *resident.costs):
+        assert sum(costs) == len(WINDOWS_WT) * DEPTH * (DEPTH + 1) / 2
 
 
 def test_the_block_found_is_that_of_the_full_table(
@@ -162,7 +157,7 @@ def test_groups_hold_every_job_once_and_are_about_equal(costs: list[int], parts:
 
 def test_the_costliest_jobs_are_kept_apart() -> None:
     jobs = [job(number) for number in range(5)]
-    assert split_evenly(jobs, [1, 9, 2, 8, 3], 2) == [[job(1), job(0)], [job(3), job(4), job(2)]]
+    assert split_evenly(jobs, [1, 9, 2, 8, 3], 2) == [[job(1), job(2), job(0)], [job(3), job(4)]]
     assert split_evenly(jobs, [5] * 5, 9) == [[job(number)] for number in range(5)]
     assert split_evenly([], [], 3) == []
 

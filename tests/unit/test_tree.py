@@ -12,11 +12,8 @@ from fusegpt_ray.methods import METHODS
 from fusegpt_ray.sections import METHOD_SPECS, Method
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted(
-    file
-    for folder in ("fusegpt_ray", "jobs", "benchmarks")
-    for file in (ROOT / folder).rglob("*.py")
-)
+FOLDERS = ("fusegpt_ray", "jobs", "benchmarks")
+FILES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py"))
 FILE_LINES, FUNCTION_LINES = 350, 60
 
 
