@@ -1,6 +1,6 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
-#   make test         style, types, and the tests of every promise in docs/reliability.md
+#   make test         style, types, imports, and the tests of every promise in docs/reliability.md
 # Two more take longer:
 #   make test-all     the same with every test, the slow ones among them (tests/slow.py)
 #   make chaos        breaks readers and runs for three quarters of an hour
@@ -31,6 +31,7 @@ style: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 chaos: install
 	$(BIN)/python tests/chaos/fuzz.py

@@ -41,7 +41,7 @@ from typing import Any
 
 import torch
 import transformers
-from plain import PlainFused, adam, blocks_forward, knowledge_loss
+from plain import adam, blocks_forward, knowledge_loss, plain_group
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -110,9 +110,16 @@ def main() -> int:
             "flops": group.flops(),
             "profile": group.profile(),
         }
+    _print_tables(results["groups"], arguments)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def _print_tables(groups: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> None:
     if arguments.compile:
         print("\n| donor | CPU seconds of the first turn: ours | ours, compiled |\n|---|---|---|")
-        for donor, result in results["groups"].items():
+        for donor, result in groups.items():
             print(
                 f"| {donor} | "
                 + " | ".join(
@@ -125,7 +132,7 @@ def main() -> int:
         "\n| donor | GFLOPs a step: student | teacher | blocks before the group | all ÷ student |"
     )
     print("|---|---|---|---|---|")
-    for donor, result in results["groups"].items():
+    for donor, result in groups.items():
         student, teacher, before = (
             result["flops"][key] / 1e9 for key in ("student", "teacher", "before")
         )
@@ -135,11 +142,8 @@ def main() -> int:
         )
     print("\n| operator of our step | share of CPU time | calls |")
     print("|---|---|---|")
-    for row in results["groups"][arguments.donors[0]]["profile"]:
+    for row in groups[arguments.donors[0]]["profile"]:
         print(f"| {row['operator']} | {row['share']:.1%} | {row['calls']} |")
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
-    return 0
 
 
 class Group:
@@ -301,29 +305,11 @@ class Group:
         return entering_BTD, blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
 
     def plain_student(self) -> nn.ModuleList:
-        """The group's blocks by transformers, each linear layer fused with the donor's;
-        coefficients start as ours do.
-        """
-        blocks = nn.ModuleList()
-        starts = self.student()
-        donor = self.model.model.layers[self.job.donor]
-        for neighbour, start in zip(self.job.neighbours, starts.blocks, strict=True):
-            block = type(donor)(self.model.config, neighbour.dense)
-            block.load_state_dict(self.model.model.layers[neighbour.dense].state_dict())
-            for name, layer in list(block.named_modules()):
-                if isinstance(layer, nn.Linear):
-                    fused = PlainFused(layer, self.settings.rank).fuse(donor.get_submodule(name))
-                    learned = start.get_submodule(name)
-                    for own, name_there in (
-                        (fused.A, "A"),
-                        (fused.B, "B"),
-                        (fused.C[0], "C0"),
-                        (fused.D[0], "D0"),
-                    ):
-                        own.data.copy_(learned.get_parameter(name_there).data)
-                    block.set_submodule(name, fused)
-            blocks.append(block)
-        return blocks
+        """The group's blocks by transformers; their coefficients start as ours do."""
+        layers = self.model.model.layers
+        neighbours = [layers[neighbour.dense] for neighbour in self.job.neighbours]
+        starts = self.student().blocks
+        return plain_group(neighbours, layers[self.job.donor], starts, self.settings.rank)
 
     def flops(self) -> dict[str, int]:
         """Of one step's matrix products: student forward and backward, teacher forward, the

@@ -140,7 +140,6 @@ def measure(
 ) -> dict[str, Any]:
     """Every step of one shape."""
     flops = shape.forward_flops(size.length)
-    micro_batch: int | None = arguments.micro_batch
     peak = (
         arguments.peak_tflops * 1e12
         if arguments.peak_tflops
@@ -159,88 +158,89 @@ def measure(
         shape.vocabulary, (max(size.score_windows, size.state_windows), size.length)
     )
     row: dict[str, Any] = {"peak_tflops": peak / 1e12, "resident": runner.resident}
+    row["score"] = measure_score(runner, dense, shape, windows_WT[: size.score_windows], recipe)
+    # A round in the middle of the model, after one that removed block 1.
+    job = GroupFusion(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
+    states, row["states"] = measure_states(runner, job, windows_WT[: size.state_windows])
+    row["finetune"] = measure_finetuning(runner, job, states, recipe, arguments.micro_batch)
+    rates = {
+        "score": row["score"].pop("token_blocks") * flops,
+        "finetune": 3 * len(job.neighbours) * row["finetune"]["tokens"] * flops,
+    }
+    for step, rate in rates.items():
+        row[step] |= {"tflops": rate / 1e12, "share": rate / peak}
+    row["hours"] = hours(shape, row)
+    return row
 
-    # Scoring: the reading alone, then the whole sweep.
+
+def measure_score(
+    runner: Runner, dense: Stack, shape: Shape, windows_WT: torch.Tensor, recipe: Recipe
+) -> dict[str, Any]:
+    """The reading of the weights alone, then the whole sweep."""
     sweep(runner, dense, [Part(windows_WT[:1], (shape.blocks - 1,))])  # warming up
-    clock = Clock(device)
+    clock = Clock(runner.device)
     for _ in runner.weights.walk(dense.blocks):
         pass
     reading, _ = clock.stop()
-    scored_WT = windows_WT[: size.score_windows]
-    clock = Clock(device)
-    sweep(
-        runner,
-        dense,
-        [
-            Part(part, tuple(range(shape.blocks)))
-            for part in scored_WT.split(recipe.importance.batch)
-        ],
-    )
+    everyone = tuple(range(shape.blocks))
+    parts = [Part(part, everyone) for part in windows_WT.split(recipe.importance.batch)]
+    clock = Clock(runner.device)
+    sweep(runner, dense, parts)
     seconds, gb = clock.stop()
-    rate = shape.blocks * (shape.blocks + 1) / 2 * scored_WT.numel() * flops / seconds
-    scaled = reading + max(seconds - reading, 0) * SCORE_WINDOWS / size.score_windows
-    row["score"] = {
+    scaled = reading + max(seconds - reading, 0) * SCORE_WINDOWS / len(windows_WT)
+    return {
         "seconds": scaled,
         "measured": seconds,
         "reading": reading,
-        "windows": size.score_windows,
+        "windows": len(windows_WT),
         "gb": gb,
+        "token_blocks": shape.blocks * (shape.blocks + 1) / 2 * windows_WT.numel() / seconds,
     }
-    row["score"] |= {"tflops": rate / 1e12, "share": rate / peak}
 
-    # A round in the middle of the model, after one that removed block 1.
-    job = GroupFusion(dense.drop(1), dense, shape.blocks // 2, recipe.fusion, True, 0, folder)
-    clock = Clock(device)
-    entering, leaving = (
-        states.cpu() for states in job.source.walk(runner, windows_WT[: size.state_windows])
-    )
+
+def measure_states(
+    runner: Runner, job: GroupFusion, windows_WT: torch.Tensor
+) -> tuple[States, dict[str, Any]]:
+    clock = Clock(runner.device)
+    entering, leaving = (states.cpu() for states in job.source.walk(runner, windows_WT))
     seconds, gb = clock.stop()
-    row["states"] = {
-        "seconds": seconds * WINDOWS / size.state_windows,
+    return States(entering, leaving), {
+        "seconds": seconds * WINDOWS / len(windows_WT),
         "measured": seconds,
-        "windows": size.state_windows,
+        "windows": len(windows_WT),
         "gb": gb,
     }
 
-    # Fine-tuning: one epoch of warming up, one measured.
-    settings = recipe.fusion
+
+def measure_finetuning(
+    runner: Runner, job: GroupFusion, states: States, recipe: Recipe, micro_batch: int | None
+) -> dict[str, Any]:
+    """A loss batch to warm up, then one epoch."""
+    settings, device = recipe.fusion, runner.device
+    windows, length = states.entering_WTD.shape[:2]
     clock = Clock(device)
-    contexts = runner.trunk.contexts(micro_batch or settings.batch, size.length)
-    student = job.build(runner.trunk.meta_blocks, contexts, device, dtype)
+    contexts = runner.trunk.contexts(micro_batch or settings.batch, length)
+    student = job.build(runner.trunk.meta_blocks, contexts, device, runner.dtype)
     building, _ = clock.stop()
-    stepper = TorchStepper.make(
-        student,
-        job.parameter_groups(student),
-        TrainingConfig(settings.loss, settings.batch, 1),
-        1000,
-        device,
-        micro_batch,
-    )
-    train(
-        stepper,
-        lambda: States(entering[: settings.batch], leaving[: settings.batch]).batches(
-            settings.batch
-        ),
-        1,
-        lambda *_: None,
-    )
+    config = TrainingConfig(settings.loss, settings.batch, 1)
+    groups = job.parameter_groups(student)
+    stepper = TorchStepper.make(student, groups, config, 1000, device, micro_batch)
+
+    def epoch(taken: States) -> list[float]:
+        return train(stepper, lambda: taken.batches(settings.batch), 1, lambda *_: None)
+
+    first = slice(settings.batch)
+    epoch(States(states.entering_WTD[first], states.leaving_WTD[first]))
     clock = Clock(device)
-    losses = train(
-        stepper, lambda: States(entering, leaving).batches(settings.batch), 1, lambda *_: None
-    )
+    losses = epoch(states)
     seconds, gb = clock.stop()
-    tokens = entering.shape[0] * size.length / seconds
-    rate = 3 * len(job.neighbours) * flops * tokens
-    row["finetune"] = {
-        "tokens": tokens,
+    return {
+        "tokens": windows * length / seconds,
         "seconds": seconds,
         "build": building,
         "loss": losses[0],
         "gb": gb,
     }
-    row["finetune"] |= {"tflops": rate / 1e12, "share": rate / peak}
-    row["hours"] = hours(shape, row)
-    return row
 
 
 def hours(shape: Shape, row: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ compare with.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,29 @@ class PlainFused(nn.Module):
         plain = nn.Linear(self.own.in_features, self.own.out_features, bias=False)
         plain.weight.copy_(self.weight())
         return plain
+
+
+def plain_group(
+    neighbours: Iterable[nn.Module], donor: nn.Module, starts: Iterable[nn.Module], rank: int
+) -> nn.ModuleList:
+    """Copies of the neighbours, each linear layer fused with the donor's. Coefficients are those of
+    `starts`, by layer: A, B, C0 and D0.
+    """
+    blocks = nn.ModuleList()
+    for neighbour, start in zip(neighbours, starts, strict=True):
+        block = copy.deepcopy(neighbour)
+        for name, layer in list(block.named_modules()):
+            if isinstance(layer, nn.Linear):
+                own = donor.get_submodule(name)
+                assert isinstance(own, nn.Linear)
+                fused = PlainFused(layer, rank).fuse(own)
+                learned = start.get_submodule(name)
+                coefficients = {"A": fused.A, "B": fused.B, "C0": fused.C[0], "D0": fused.D[0]}
+                for key, value in coefficients.items():
+                    value.data.copy_(learned.get_parameter(key).data)
+                block.set_submodule(name, fused)
+        blocks.append(block)
+    return blocks
 
 
 def blocks_forward(base: Any, blocks: Iterable[nn.Module], h_BTD: torch.Tensor) -> torch.Tensor:

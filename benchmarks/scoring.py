@@ -36,17 +36,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers
+from resampling import WAYS, flat, race, resampled
 from torch import nn
 
 from fusegpt_ray import Recipe
 from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.scoring import score
-from fusegpt_ray.importance.search import Job, search
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Importance, Text
+from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
@@ -60,13 +60,6 @@ class Turn(NamedTuple):
     cpu: float
     removed: int
     ranking: Ranking | None
-
-
-WAYS: dict[str, dict[str, Any]] = {
-    "full table": {"all": True},
-    "exact": {},
-    "racing": {"racing": 0.05},
-}
 
 
 def main() -> int:
@@ -86,63 +79,10 @@ def main() -> int:
 
     source = Source.find(arguments.model, None)
     windows_WT = _windows(source, arguments)
-    ways: dict[str, Way] = {"brute force": _brute_force(arguments, windows_WT)}
-    for name, settings in WAYS.items():
-        ways[name] = _scoring(source, arguments, windows_WT, settings)
-    runs: dict[str, list[Turn]] = {name: [] for name in ways}
-    for turn in range(arguments.repeats + 1):
-        for name, way in ways.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            removed, ranking = way()
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-            print(
-                f"{f'turn {turn}' if turn else 'warming up'}: {name} {wall:.2f} s, CPU {cpu:.2f} s",
-                file=sys.stderr,
-            )
-            if turn:
-                runs[name].append(Turn(wall, cpu, removed, ranking))
-    rows = _rows(runs, arguments.windows)
-    print(
-        "| way | block | windows | block-forwards | seconds | CPU seconds | block-forwards ÷ brute"
-        " force | seconds ÷ | CPU seconds ÷ |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for name, row in rows.items():
-        values = [
-            row["removed"],
-            row["windows"],
-            row["block_forwards"],
-            f"{row['wall']:.1f}",
-            f"{row['cpu']:.1f}",
-        ]
-        ratios = [f"{row[key]:.3f}" for key in ("work_ratio", "wall_ratio", "cpu_ratio")]
-        print(f"| {name} | " + " | ".join(map(str, values + ratios)) + " |")
-
-    engine = _engine(source, arguments.model, arguments, {"all": True})
-    parts = torch.from_numpy(windows_WT).split(arguments.batch)
-    everyone = tuple(range(len(engine.setup.dense)))
-    table_WN = torch.cat(
-        sweep(engine.runner, engine.setup.dense, [Part(part, everyone) for part in parts])
-    ).numpy()
-    races = {
-        "its windows, resampled": _races(_resampled(table_WN), arguments),
-        "flat models": _races(_flat(table_WN), arguments),
-    }
-    print(
-        "\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force |"
-        " exact ÷ brute force |"
-    )
-    print("|---|---|---|---|---|---|")
-    for name, race in races.items():
-        values = [
-            race["seeds"],
-            race["differ"],
-            f"{race['excess']:.2%}",
-            f"{race['racing']:.3f}",
-            f"{race['exact']:.3f}",
-        ]
-        print(f"| {name} | " + " | ".join(map(str, values)) + " |")
-
+    rows = _rows(_turns(source, windows_WT, arguments), arguments.windows)
+    _print_ways(rows)
+    races = _races(source, windows_WT, arguments)
+    _print_races(races)
     rate = _matmul_share(*arguments.shape) if arguments.shape[-1] else {}
     if rate:
         print(
@@ -159,6 +99,78 @@ def main() -> int:
         }
         Path(arguments.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def _turns(
+    source: Source, windows_WT: np.ndarray, arguments: argparse.Namespace
+) -> dict[str, list[Turn]]:
+    """All ways in turn; the first turn warms up and is not counted."""
+    ways: dict[str, Way] = {"brute force": _brute_force(arguments, windows_WT)}
+    for name, settings in WAYS.items():
+        ways[name] = _scoring(source, arguments, windows_WT, settings)
+    runs: dict[str, list[Turn]] = {name: [] for name in ways}
+    for turn in range(arguments.repeats + 1):
+        for name, way in ways.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            removed, ranking = way()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            print(
+                f"{f'turn {turn}' if turn else 'warming up'}: {name} {wall:.2f} s, CPU {cpu:.2f} s",
+                file=sys.stderr,
+            )
+            if turn:
+                runs[name].append(Turn(wall, cpu, removed, ranking))
+    return runs
+
+
+def _races(
+    source: Source, windows_WT: np.ndarray, arguments: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    engine = _engine(source, arguments.model, arguments, {"all": True})
+    parts = torch.from_numpy(windows_WT).split(arguments.batch)
+    everyone = tuple(range(len(engine.setup.dense)))
+    table_WN = torch.cat(
+        sweep(engine.runner, engine.setup.dense, [Part(part, everyone) for part in parts])
+    ).numpy()
+    return {
+        "its windows, resampled": race(resampled(table_WN), arguments),
+        "flat models": race(flat(table_WN), arguments),
+    }
+
+
+def _print_ways(rows: dict[str, dict[str, Any]]) -> None:
+    print(
+        "| way | block | windows | block-forwards | seconds | CPU seconds | block-forwards ÷ brute"
+        " force | seconds ÷ | CPU seconds ÷ |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        values = [
+            row["removed"],
+            row["windows"],
+            row["block_forwards"],
+            f"{row['wall']:.1f}",
+            f"{row['cpu']:.1f}",
+        ]
+        ratios = [f"{row[key]:.3f}" for key in ("work_ratio", "wall_ratio", "cpu_ratio")]
+        print(f"| {name} | " + " | ".join(map(str, values + ratios)) + " |")
+
+
+def _print_races(races: dict[str, dict[str, Any]]) -> None:
+    print(
+        "\n| racing at 0.05 on | seeds | another block | higher by at most | racing ÷ brute force |"
+        " exact ÷ brute force |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name, found in races.items():
+        values = [
+            found["seeds"],
+            found["differ"],
+            f"{found['excess']:.2%}",
+            f"{found['racing']:.3f}",
+            f"{found['exact']:.3f}",
+        ]
+        print(f"| {name} | " + " | ".join(map(str, values)) + " |")
 
 
 def _engine(
@@ -266,61 +278,6 @@ def _rows(runs: dict[str, list[Turn]], windows: int) -> dict[str, dict[str, Any]
             "turns": [[turn.wall, turn.cpu] for turn in turns],
         }
     return rows
-
-
-def _resampled(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
-    return lambda generator: table_WN[generator.integers(0, len(table_WN), len(table_WN))]
-
-
-def _flat(table_WN: np.ndarray) -> Callable[[np.random.Generator], np.ndarray]:
-    """Models whose blocks differ by no more than the model's nearest two: the hardest case.
-    Noise is the table's own, shuffled.
-    """
-    means_N = table_WN.mean(axis=0)
-    near = np.argsort(means_N)[: max(2, len(means_N) * 3 // 4)]
-    ratios_WN = table_WN[:, near] / means_N[near]
-    gap = (means_N[near[1]] - means_N[near[0]]) / means_N[near[0]]
-
-    def draw(generator: np.random.Generator) -> np.ndarray:
-        rows = generator.integers(0, len(table_WN), len(table_WN))
-        columns = generator.permutation(len(near))
-        return ratios_WN[rows][:, columns] * means_N.min() * (1 + gap * generator.random(len(near)))
-
-    return draw
-
-
-def _races(
-    draw: Callable[[np.random.Generator], np.ndarray], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """How often racing chooses another block than the full table, by how much worse a one, and
-    the work of both searches.
-    """
-    differ, excess, work = 0, [0.0], {"racing": [], "exact": []}  # type: ignore[var-annotated]
-    for seed in range(arguments.seeds):
-        table_WN = draw(np.random.default_rng(seed))
-        batches = np.split(table_WN, range(arguments.batch, len(table_WN), arguments.batch))
-
-        def measure(jobs: list[Job], batches: list[np.ndarray] = batches) -> list[np.ndarray]:
-            return [batches[batch][:, list(positions)] for batch, positions in jobs]
-
-        found = {}
-        for name in work:
-            settings = Importance(**WAYS[name])
-            found[name] = search(
-                measure,
-                range(table_WN.shape[1]),
-                list(map(len, batches)),
-                arguments.length,
-                settings,
-            )
-            work[name].append(found[name].cost.done / found[name].cost.brute_force)
-        sums_N = table_WN.sum(axis=0)
-        assert found["exact"].lowest == sums_N.argmin()
-        if found["racing"].lowest != found["exact"].lowest:
-            differ += 1
-            excess.append(float(sums_N[found["racing"].lowest] / sums_N.min() - 1))
-    means = {name: statistics.mean(shares) for name, shares in work.items()}
-    return {"seeds": arguments.seeds, "differ": differ, "excess": max(excess), **means}
 
 
 @torch.no_grad()

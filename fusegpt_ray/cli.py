@@ -12,18 +12,18 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from fusegpt_ray.arguments import parser
 from fusegpt_ray.errors import GOES_ON, StorageError, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     _quiet()
     try:
-        return int(arguments.run(arguments))
+        return _COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -34,14 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except StorageError as error:
         # No trace: it would show what the store's libraries say, secrets included.
-        told = getattr(error, "cause", error)  # from a Ray task: itself, not Ray's account of it
+        told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
         notes = [note for e in dict.fromkeys((told, error)) for note in getattr(e, "__notes__", ())]
         print(f"failed: {told}", *notes, sep="\n", file=sys.stderr)
         return 1
-    except (
-        Exception
-    ) as error:  # the last place: the trace for whoever mends it, then what happened and where
-        traceback.print_exc()
+    except Exception as error:
+        traceback.print_exc()  # for whoever mends it; then, for the user, what happened and where
         print(
             f"\nfailed: {type(error).__name__}: {error}",
             *getattr(error, "__notes__", ()),
@@ -150,13 +148,8 @@ def _clean(arguments: argparse.Namespace) -> int:
     found = housekeeping.leftovers(arguments.uri, **options)
     removed = housekeeping.clean(arguments.uri, **options) if arguments.yes else []
     for item in found:
-        verb = (
-            "removed"
-            if item in removed
-            else "would remove"
-            if item.dead and not arguments.yes
-            else "kept"
-        )
+        goes = "would remove" if item.dead and not arguments.yes else "kept"
+        verb = "removed" if item in removed else goes
         print(f"{verb:<12}  {item.uri}  {byte_count(item.size)}  {item.what}")
     dead = [item for item in found if item.dead]
     if dead and not arguments.yes:
@@ -182,6 +175,17 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "compress": _compress,
+    "score": _score,
+    "evaluate": _evaluate,
+    "pull": _pull,
+    "verify": _verify,
+    "clean": _clean,
+    "status": _status,
+}
+
+
 def _as_argument(text: str) -> str:
     """Recipe keys in a message → what `fusegpt evaluate` calls them."""
     text = text.replace("model.source", "MODEL")
@@ -189,112 +193,8 @@ def _as_argument(text: str) -> str:
     return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fusegpt", description="Make GPT-style models shallower by fusing blocks."
-    )
-    parser.set_defaults(again="")
-    verbs = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    verb = verbs.add_parser(
-        "compress", help="compress the model of a recipe and publish the result"
-    )
-    _recipe_arguments(verb)
-    verb.add_argument(
-        "--restart",
-        action="store_true",
-        help="forget an unfinished run of this name and begin anew",
-    )
-    verb.set_defaults(run=_compress)
-
-    verb = verbs.add_parser("score", help="how much each block of the dense model matters")
-    _recipe_arguments(verb)
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    verb.set_defaults(run=_score)
-
-    verb = verbs.add_parser(
-        "evaluate", help="perplexity of a model over consecutive windows of a text"
-    )
-    verb.add_argument("model", metavar="MODEL", help="folder, hub id or URI of a checkpoint")
-    data = "file of text or a table of it (path or URI), or a `datasets` id"
-    verb.add_argument("--data", required=True, help=data)
-    verb.add_argument("--length", type=int, required=True, help="tokens a window")
-    verb.add_argument("--windows", type=int, help="only the first so many windows")
-    verb.add_argument("--config", help="`datasets` only: the configuration")
-    verb.add_argument("--split", help="`datasets` only: the split (default: test)")
-    verb.add_argument("--column", help="the column that holds the text (default: text)")
-    bos = (
-        "whether each window begins with a beginning-of-sequence token; auto: as the tokenizer does"
-    )
-    verb.add_argument("--bos", default="auto", choices=["auto", "always", "never"], help=bos)
-    verb.add_argument("--revision", help="hub models only: branch, tag or commit")
-    verb.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="arithmetic"
-    )
-    verb.add_argument(
-        "--engine", default="local", choices=["ray", "local"], help="default: one process, no Ray"
-    )
-    verb.add_argument(
-        "--replicas", type=int, default=1, help="Ray only: replicas that share the windows"
-    )
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    verb.set_defaults(run=_evaluate)
-
-    verb = verbs.add_parser(
-        "pull", help="download a published model, checked; run again, it goes on"
-    )
-    verb.add_argument(
-        "uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches"
-    )
-    verb.add_argument("folder", metavar="DIR", help="local folder; it appears once it is whole")
-    verb.set_defaults(run=_pull, again="; the same command goes on with what has arrived")
-
-    verb = verbs.add_parser("verify", help="is a published model what its manifest says?")
-    verb.add_argument(
-        "uri", metavar="URI", help="folder of a published model, anywhere fsspec reaches"
-    )
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    verb.set_defaults(run=_verify)
-
-    verb = verbs.add_parser("clean", help="list, or remove, what dead runs and pulls left")
-    verb.add_argument("uri", metavar="URI", help="an output.uri")
-    verb.add_argument(
-        "--yes", action="store_true", help="remove what is listed (otherwise nothing is)"
-    )
-    verb.add_argument("--unfinished", action="store_true", help="dead runs that could go on, too")
-    verb.add_argument(
-        "--age",
-        type=float,
-        default=10,
-        metavar="MINUTES",
-        help="without a sign of life → dead (default: 10)",
-    )
-    verb.set_defaults(run=_clean)
-
-    verb = verbs.add_parser(
-        "status", help="models and runs below an output URI, and what they are at"
-    )
-    verb.add_argument("uri", metavar="URI", help="an output.uri, or the folder of one run or model")
-    verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
-    verb.set_defaults(run=_status)
-    return parser
-
-
-def _recipe_arguments(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("recipe", metavar="RECIPE", help="YAML file; see examples/quickstart.yaml")
-    verb.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a field, such as sparsity=0.3",
-    )
-
-
 def _quiet() -> None:
-    """Our display is the one display: libraries keep their progress bars and their chatter to
-    themselves.
-    """
+    """Keep the libraries' progress bars and messages from mixing with our display."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -27,7 +27,8 @@ from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
-from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.run.identity import identity
+from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum

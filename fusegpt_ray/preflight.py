@@ -16,7 +16,8 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
-from fusegpt_ray.run.journal import ANEW, Journal, settings
+from fusegpt_ray.run.identity import settings
+from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
 

@@ -20,8 +20,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.methods import METHODS
 from fusegpt_ray.sections import (
+    METHOD_SPECS,
     PRESETS,
     Calibration,
     Cluster,
@@ -156,7 +156,7 @@ class Recipe(Section):
     @property
     def trains(self) -> bool:
         """Whether the method trains anything."""
-        return METHODS[self.method].trains
+        return METHOD_SPECS[self.method].trains
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

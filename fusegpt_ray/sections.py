@@ -1,22 +1,22 @@
-"""The sections of a recipe: every key, its default, and what it means. Checked against each other
-in `recipe.py`. No torch.
+"""The sections of a recipe: every key, its default, and what it means. `recipe.py` checks them
+against each other. No torch.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from fusegpt_ray.store.naming import refuse_ambiguous
-from fusegpt_ray.uris import refuse_secret
+from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 MOST = 10_000_000
-"""Of anything that is counted: a number beyond is a slip, and would be found out by the memory."""
+"""The largest count that a recipe may ask for: a larger one is a slip, which would otherwise be
+found out only when the memory runs out."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -32,7 +32,27 @@ def _unambiguous(uri: str) -> str:
 
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
 Place = Annotated[Uri, AfterValidator(_unambiguous)]
-"""To be written to."""
+"""A URI that is written to."""
+
+
+class MethodSpec(NamedTuple):
+    """What is known of a method without its code, which is in `methods/`."""
+
+    about: str
+    """For the model card."""
+    trains: bool
+    """Whether something is trained, so that the calibration windows must fill loss batches."""
+
+
+METHOD_SPECS: dict[str, MethodSpec] = {
+    "mi": MethodSpec("blocks with the lowest Macro Influence dropped, nothing trained", False),
+    "mi+ft": MethodSpec(
+        "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned", True
+    ),
+    "fusegpt": MethodSpec(
+        "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)", True
+    ),
+}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # method.md, the paper's public code, row by row.
@@ -44,9 +64,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "trained_dtype": "model",
         "fold": "at_end",
     },
-    # Where the paper's recipe leaks (benchmarks/quality.py measures each): a teacher that degrades
-    # with the model, a loss
-    # blind to shifts common to the batch, a LoRA rate that moves nothing, bf16 masters.
+    # Where the paper's recipe loses quality (benchmarks/quality.py measures each): a teacher that
+    # degrades with the model, a loss blind to shifts common to the batch, a LoRA rate that moves
+    # nothing, bf16 masters.
     "default": {
         "loss": "normalized_mse",
         "teacher": "dense",

@@ -1,5 +1,11 @@
-"""Secrets in URIs. What a user asks for is written into journals, manifests, cards and logs, so a
-URI may hold none. Light.
+"""What a URI may hold. Light: no torch, no fsspec.
+
+No URI may hold a secret: what a user asks for is written into journals, manifests, cards and logs.
+
+A place to be written to or removed from may not be ambiguous either. fsspec takes `* ? [ ]` for a
+pattern, `::` for a chain and `?versionId=` for a version, some stores drop empty segments, and some
+clients resolve `..`: such a name may mean the files of others. On a local disk every name is taken
+as it is.
 """
 
 from __future__ import annotations
@@ -19,6 +25,9 @@ _FIX = (
     "leave it out: credentials come from the environment or the provider's chain, and a signed"
     " address is downloaded first"
 )
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_PATTERN = re.compile(r"[*?\[\]]")
+_LOCAL = ("file://", "local://")
 
 
 def secret_in(text: str) -> str:
@@ -31,9 +40,8 @@ def secret_in(text: str) -> str:
         user, at, host = authority.rpartition("@")
         if ":" in user or (at and scheme in _NAMES_A_USER):
             return "a URI with a user name, key or password in it"
-        if re.search(r":(?!\d*$)", host) and not host.startswith(
-            "["
-        ):  # the key's slash has cut it short
+        if re.search(r":(?!\d*$)", host) and not host.startswith("["):
+            # A slash in the key has cut it short.
             return "a URI with a key or password in it"
         if ("?" in rest and scheme in ("http", "https")) or _SECRET_PARAMETER.search(rest):
             return "a URI with a query, which may be a secret"
@@ -61,3 +69,37 @@ def shown(value: object) -> object:
     except ValueError:  # a number of more digits than Python converts
         return _HIDDEN
     return _HIDDEN if len(text) >= 200 or secret_in(text) else value
+
+
+def is_local(uri: str) -> bool:
+    """Whether it names something on this machine's file systems."""
+    return "://" not in uri or uri.startswith(_LOCAL)
+
+
+def refuse_ambiguous(key: str, uri: str) -> None:
+    """
+    Raises:
+        UserError: this place, to be written to or removed from, could be taken for another one.
+    """
+    if problem := _ambiguity(uri):
+        raise UserError(key, uri, problem, "choose another name")
+
+
+def _ambiguity(uri: str) -> str:
+    """Why a place could be taken for another one, or nothing."""
+    if found := _CONTROL.search(uri):
+        return f"has the control character {found.group()!r} in it"
+    if is_local(uri):
+        return ""
+    if found := _PATTERN.search(uri):
+        return f"has {found.group()!r} in it, which object stores' clients take for a pattern"
+    if "::" in uri:
+        return "is a chain of file systems, not the name of a place"
+    segments = uri.partition("://")[2].removeprefix("/").rstrip("/").split("/")  # hdfs:///a is fine
+    if strange := [segment for segment in segments if segment in ("", ".", "..")]:
+        return f"has the segment {strange[0]!r} in it"
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        return "is not Unicode text"
+    return ""

@@ -3,7 +3,8 @@
 Shapes: W windows, T tokens, C candidates.
 
 A task is one or several batches of windows, each with its candidates. A window's sums depend on its
-batch alone, and what is measured depends on no number of replicas, so neither does the result.
+batch alone, and what is measured does not depend on the number of replicas, so neither does the
+result.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def score(
 
     Args:
         last: the last round's ranking, which saves a wave (see `search.py`).
-        sums: what a killed attempt has measured; what is measured now is added to it.
+        sums: what a killed attempt has measured. New measurements are added to it.
 
     Raises:
         FloatingPointError: a sum is not finite.
@@ -54,8 +55,8 @@ def score(
 
     def attempt(batch_size: int) -> Ranking:
         def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
-            # Replicas that read the weights for each walk should walk once; others take a job
-            # whenever they are done with one, the longest first.
+            # Replicas that read the weights for each walk should walk once. Others take the next
+            # job when they have finished one, the longest first.
             parts = workers.replicas if workers.streams else len(jobs)
             groups = split_evenly(jobs, [cost(job) for job in jobs], parts)
             tasks = [(stack, [(batches[batch], c) for batch, c in group]) for group in groups]
@@ -71,7 +72,7 @@ def score(
 
 
 def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[list[Job]]:
-    """The jobs in at most so many groups of about the same cost, the costliest group first.
+    """The jobs in at most so many groups of about the same cost, the costliest job first.
 
     Longest processing time first: each job, from the costliest on, goes to the cheapest group.
     """

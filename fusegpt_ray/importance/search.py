@@ -11,18 +11,17 @@ goes in each wave:
 - **Look.** All candidates walk the first batch. Where the last round's scores are known, they stand
   in for it: one wave less.
 - **Plan.** The leader (lowest mean so far) goes to the end, and every other candidate just as far
-  as it should need to be stopped:
-  a candidate twice as high as the leader, over half of the windows. All in one walk, so that the
-  full model, which every candidate is compared with, is walked once for all of them; finishing the
-  leader alone first would walk it twice.
-- **Again** for those whom the plan failed, as far as they should need now; whoever is left then
-  goes to the **end**.
+  as it should need to be stopped: a candidate twice as high as the leader, over half of the
+  windows. All go in one walk, so that the full model, which every candidate is compared with, is
+  walked once for all of them. Finishing the leader alone first would walk it twice.
+- **Again.** Candidates that the plan did not stop go as far as they should need now. Those that
+  are left after that go to the **end**.
 
 So scoring takes at most four waves, each of which reads the weights once, and at most 2 N
 block-forwards a window more than the full table in a single walk: each candidate meets each window
 once, the full model at most three times. Waves are the same on any number of replicas, and so are
-all results; the price is a first look, in the first round only, whose single batch can be split
-over replicas by its candidates alone (see `shares.py`).
+all results. The price is the first look, in the first round only, whose single batch keeps one
+replica busy.
 
 **Racing** (`importance.racing`, a probability) comes before the plan: all candidates walk 1, 2, 4,
 … batches, and after each such look those that a paired test finds above the leader are given up. It
@@ -92,8 +91,8 @@ def search(
 
 
 def _race(found: _Found, error: float) -> None:
-    """Look after 1, 2, 4, … batches, but not after the last one, and give up who is surely above
-    the leader.
+    """Look after 1, 2, 4, … batches, but not after the last one, and give up the candidates that
+    are surely above the leader.
     """
     looks = [2**i for i in range((len(found.batches) - 1).bit_length())]
     for batches in looks:
@@ -158,7 +157,7 @@ class _Found:
                 self.batches_done[position] += 1
 
     def stop(self) -> None:
-        """Stop who cannot be the lowest any more."""
+        """Stop the candidates that can no longer be the lowest."""
         complete = [self.at_least(position) for position in self.alive if self.complete(position)]
         if complete:
             self.alive = [
@@ -169,8 +168,8 @@ class _Found:
         return len(self.sums[position]) == self.windows
 
     def at_least(self, position: int) -> float:
-        """Macro Influence, were it 0 on the windows still to walk. Rounded as the whole is, hence
-        never above it.
+        """Macro Influence if it were 0 on the windows still to walk. It is rounded like the
+        complete sum, so it is never above it.
         """
         return math.fsum(self.sums[position]) / (self.windows * self.length)
 

@@ -1,6 +1,4 @@
-"""The methods by name: what happens to a stack once the block to remove is known. Light: no torch
-until one is used.
-"""
+"""The methods by name: what happens to a stack once the block to remove is known."""
 
 from fusegpt_ray.methods import fusegpt, mi, mi_ft
 from fusegpt_ray.methods.base import Method

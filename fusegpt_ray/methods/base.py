@@ -1,19 +1,17 @@
-"""What a method is. Light: no torch."""
+"""What a method is."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
 
-    from fusegpt_ray.model.stack import Stack
-    from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.report import Display
-    from fusegpt_ray.store.records import FileRecord
-    from fusegpt_ray.workers.base import Workers
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.workers.base import Workers
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,13 @@ class Round:
     windows_WT: np.ndarray
     """Of the calibration text."""
     origin: str
-    """Names what `stack` came of: another if any of its weights could be."""
+    """Names what `stack` was made from. It differs wherever a weight of the stack could differ."""
     folder: str
     """Where new blocks go."""
     checkpoints: str
     """Where training checkpoints go."""
     fence: Callable[[], None]
-    """Called before every write: it raises if another run writes here."""
+    """Called before every write; raises if another run writes here."""
     show: Display
 
 
@@ -68,9 +66,5 @@ class Method:
     """
 
     name: str
-    """In the recipe."""
-    about: str
-    """For the model card."""
+    """In the recipe; `sections.METHOD_SPECS` has what is known of it without its code."""
     change: Callable[[Round], Change]
-    trains: bool
-    """Whether something is trained, so that the calibration windows must fill loss batches."""

@@ -7,9 +7,4 @@ from functools import partial
 from fusegpt_ray.methods.base import Method
 from fusegpt_ray.methods.group import train_group
 
-METHOD = Method(
-    name="fusegpt",
-    about="blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
-    change=partial(train_group, fuse=True),
-    trains=True,
-)
+METHOD = Method("fusegpt", partial(train_group, fuse=True))

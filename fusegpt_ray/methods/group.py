@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.methods.base import Change, Round
+from fusegpt_ray.training.finetune import train_span
+from fusegpt_ray.workers.base import News
 
 
 def train_group(round: Round, fuse: bool) -> Change:
     """Drop the block and train its neighbours; with `fuse`, its weights are fused into them."""
-    from fusegpt_ray.fusion.group_fusion import GroupFusion
-    from fusegpt_ray.training.finetune import train_span
-    from fusegpt_ray.workers.base import News
-
     settings = round.recipe.fusion
     fusion = GroupFusion(
         round.stack,

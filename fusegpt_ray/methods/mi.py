@@ -9,9 +9,4 @@ def _drop(round: Round) -> Change:
     return Change(round.stack.drop(round.donor))
 
 
-METHOD = Method(
-    name="mi",
-    about="blocks with the lowest Macro Influence dropped, nothing trained",
-    change=_drop,
-    trains=False,
-)
+METHOD = Method("mi", _drop)

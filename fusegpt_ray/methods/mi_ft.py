@@ -7,9 +7,4 @@ from functools import partial
 from fusegpt_ray.methods.base import Method
 from fusegpt_ray.methods.group import train_group
 
-METHOD = Method(
-    name="mi+ft",
-    about="blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
-    change=partial(train_group, fuse=False),
-    trains=True,
-)
+METHOD = Method("mi+ft", partial(train_group, fuse=False))

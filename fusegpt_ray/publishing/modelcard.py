@@ -6,41 +6,26 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fusegpt_ray.methods import METHODS
+from fusegpt_ray.sections import METHOD_SPECS
 from fusegpt_ray.text.protocol import described
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
-    """Markdown with the front matter the Hugging Face hub reads; `manifest` as in `fusegpt.json`,
-    without its files.
+    """Markdown with the front matter that the Hugging Face hub reads.
 
-    `auto_class`: the class of transformers whose `from_pretrained` loads the model.
+    Args:
+        manifest: as in `fusegpt.json`, without its files.
+        auto_class: the class of transformers whose `from_pretrained` loads the model.
     """
     source, removed = manifest["source"], manifest["removed"]
-    front = ["library_name: transformers", "tags: [fusegpt, depth-pruning]"]
-    if source["on_hub"]:
-        front.append(f"base_model: {source['name']}")
-    rows = [
-        f"| {data} ({row['length']} tokens a window) | {row['dense']:.2f} | {row['dropped']:.2f} |"
-        f" {row['fused']:.2f} |"
-        for data, row in manifest["perplexity"].items()
-    ]
-    table = (
-        ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|", *rows]
-        if rows
-        else ["Not evaluated."]
-    )
     revision = f" (revision {source['revision']})" if source["revision"] else ""
-    less, protocol = manifest.get("fewer_at_once"), manifest.get("calibration", {})
     lines = [
-        "---",
-        *front,
-        "---",
+        *_front_matter(source),
         f"# {name}",
         "",
         (
             f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
-            f" decoder blocks removed: {METHODS[manifest['method']].about}."
+            f" decoder blocks removed: {METHOD_SPECS[manifest['method']].about}."
         ),
         "",
         "An ordinary checkpoint with fewer layers; no custom code:",
@@ -51,22 +36,17 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
         "```",
         "",
-        *table,
-        "",
-        *(f"{data}: {described(row)}.  " for data, row in manifest["perplexity"].items()),
-        *([f"Calibration: {described(protocol)}.  "] if protocol else []),
-        *([f"Warning: {protocol['warning']}.  "] if "warning" in protocol else []),
+        *_measured(manifest),
         "",
         "*Dropped*: the same blocks removed, nothing fused or trained.",
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
-        *(
-            [
-                "Fewer windows at once than the recipe says, beyond rounding with the same result:"
-                f" {less}."
-            ]
-            if less
-            else []
-        ),
+    ]
+    if less := manifest.get("fewer_at_once"):
+        lines.append(
+            "Fewer windows at once than the recipe says, beyond rounding with the same result:"
+            f" {less}."
+        )
+    lines += [
         "",
         (
             "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256."
@@ -81,3 +61,27 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _front_matter(source: Mapping[str, Any]) -> list[str]:
+    base = [f"base_model: {source['name']}"] if source["on_hub"] else []
+    return ["---", "library_name: transformers", "tags: [fusegpt, depth-pruning]", *base, "---"]
+
+
+def _measured(manifest: Mapping[str, Any]) -> list[str]:
+    """The table of perplexities, and how they were measured."""
+    perplexity, protocol = manifest["perplexity"], manifest.get("calibration", {})
+    lines = ["Not evaluated."]
+    if perplexity:
+        lines = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|"]
+    for data, row in perplexity.items():
+        values = " | ".join(f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
+        lines.append(f"| {data} ({row['length']} tokens a window) | {values} |")
+    lines.append("")
+    # Two spaces at its end break a line in Markdown.
+    lines += [f"{data}: {described(row)}.  " for data, row in perplexity.items()]
+    if protocol:
+        lines.append(f"Calibration: {described(protocol)}.  ")
+    if "warning" in protocol:
+        lines.append(f"Warning: {protocol['warning']}.  ")
+    return lines

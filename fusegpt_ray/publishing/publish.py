@@ -2,8 +2,8 @@
 
 A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is
 read back from the store as soon as it is written, and the whole is proven to be the model before
-the manifest is (see `proof.py`). A few shards go at once: a store gives and takes much more over
-several connections than over one.
+the manifest is written (see `proof.py`). A few shards are written at the same time, because a store
+transfers much more over several connections than over one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fusegpt_ray.store.checkpoint import (
 )
 
 AT_ONCE = 4
-"""Shards on their way; each holds two tensors."""
+"""Shards that are written at the same time; each keeps two tensors in memory."""
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
 
 
@@ -49,8 +49,8 @@ class Published:
 
 
 Measure = Callable[[Stack], Mapping[str, Any]]
-"""Asked for facts about the published model, given as its stack, before it is finished; raises
-where it is not what it should be."""
+"""Measures the published model, given as its stack, before the manifest is written. It returns
+facts for the manifest, and raises if the model is not what it should be."""
 
 
 def publish(
@@ -83,21 +83,14 @@ def publish(
         files[name] = FileRecord.of(data)
         read_back(storage.join(folder, name), files[name])
 
-    weight_map: dict[str, str] = {}
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="shard") as threads:
         put_shard = partial(_put_shard, folder, fence)
         records = threads.map(put_shard, shards.keys(), shards.values())
-        for name, record in zip(shards, records, strict=True):
-            files[name] = record
-            weight_map |= {entry.name: name for entry in shards[name]}
+        files.update(zip(shards, records, strict=True))
     if list(files) != [SINGLE]:
-        index = {
-            "metadata": {"total_size": sum(entry.bytes for entry in entries)},
-            "weight_map": weight_map,
-        }
-        put(INDEX, json.dumps(index, indent=2).encode())
+        put(INDEX, json.dumps(_index(shards), indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for name in source.small_files:
@@ -113,10 +106,8 @@ def publish(
         "left_out": left_out(source, dense),
         "versions": versions(),
     }
-    put(
-        "README.md",
-        model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config)).encode(),
-    )
+    card = model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config))
+    put("README.md", card.encode())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
@@ -124,8 +115,8 @@ def publish(
 
 
 def left_out(source: Source, dense: Stack) -> list[str]:
-    """What the source holds and a published model does not: files, folders ("images/") and tensors
-    that no class loads.
+    """What the source has and a published model lacks: files, folders ("images/") and tensors that
+    no class loads.
     """
     used = {
         ref.file.rsplit("/", 1)[-1]
@@ -135,11 +126,15 @@ def left_out(source: Source, dense: Stack) -> list[str]:
     return [*source.left_out(used), *dense.ignored]
 
 
+def _index(shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
+    """The content of `model.safetensors.index.json`."""
+    size = sum(entry.bytes for entries in shards.values() for entry in entries)
+    weight_map = {entry.name: name for name, entries in shards.items() for entry in entries}
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
+
+
 def _put_shard(
-    folder: str,
-    fence: Callable[[], None],
-    name: str,
-    entries: Sequence[Entry],
+    folder: str, fence: Callable[[], None], name: str, entries: Sequence[Entry]
 ) -> FileRecord:
     fence()
     file = storage.join(folder, name)

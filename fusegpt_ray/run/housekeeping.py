@@ -23,7 +23,7 @@ from fusegpt_ray.run.outputs import (
 )
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
-from fusegpt_ray.store.naming import refuse_ambiguous
+from fusegpt_ray.uris import refuse_ambiguous
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
 
     Raises:
         UserError: not the folder in which models and runs lie, or its name could mean others
-            (see `naming.py`).
+            (see `uris.py`).
     """
     refuse_ambiguous(KEY, uri)
     there = Outputs.look(uri)

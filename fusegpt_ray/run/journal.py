@@ -15,54 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
-import torch
-
 from fusegpt_ray.errors import GOES_ON, StorageError, UserError
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.run.housekeeping import remove_run
+from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
 
-METHOD_VERSION = 2
-"""Raised whenever the same recipe would give another model than before."""
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
-"""The ways out where another run is in the folder."""
+"""What to do where another run is in the folder."""
 Note = Literal["sums", "scores"]
 """Of a round that is under way: what its scoring has measured so far, and what it found."""
-
-
-def identity(
-    recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype
-) -> dict[str, Any]:
-    """What a run may not change and still be resumed: all of the recipe that shapes the result, the
-    data and the model.
-
-    Reads all of a local model's weights once, for their checksums; an object store is asked for its
-    own.
-    """
-    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
-        dense.trunk.values()
-    )
-    files = {
-        uri.rsplit("/", 1)[-1]: storage.fingerprint(uri)
-        for uri in sorted({ref.file for ref in refs})
-    }
-    return {
-        **settings(recipe),
-        "arithmetic": str(dtype).removeprefix("torch."),
-        "windows_sha256": windows_sha256,
-        "model": {"config": dict(dense.config), "files": files},
-    }
-
-
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """The part of the identity that needs neither data nor model."""
-    shaping = recipe.model_dump(
-        mode="json", exclude={"cluster", "output", "evaluation", "sparsity"}
-    )
-    return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 
 @dataclass(frozen=True)
@@ -70,7 +35,7 @@ class Done:
     """A round that is finished."""
 
     record: Mapping[str, Any]
-    """What the manifest tells of it."""
+    """What the manifest says about it."""
     stack: Stack
     """The model after it."""
     files: Mapping[str, FileRecord]
@@ -93,9 +58,9 @@ class Journal:
     folder: str
     lease: Lease | None = None
     saved: bool = False
-    """There is something that the same command goes on from."""
+    """Whether something is saved from which the same command goes on."""
     ours: bool = False
-    """Nothing in the folder is of an earlier attempt, and no round is done."""
+    """Whether no round is done and nothing in the folder comes from an earlier attempt."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Journal:
@@ -108,7 +73,7 @@ class Journal:
         return storage.join(self.folder, "blocks")
 
     def round_folder(self, number: int) -> str:
-        """Where those of one round lie, and until it is committed its training checkpoints."""
+        """Where the new blocks of one round lie."""
         return storage.join(self.blocks_folder, f"round-{number:03d}")
 
     def checkpoints_folder(self, number: int) -> str:
@@ -161,7 +126,7 @@ class Journal:
                 raise
 
     def _ends(self, error: BaseException, folders: list[Path]) -> None:
-        """What an exception that ends the run leaves, and what it tells of that."""
+        """Removes what an exception that ends the run leaves, or notes that it can be resumed."""
         try:
             self.fence()
             if not self.saved or (isinstance(error, UserError) and self.ours):
@@ -174,7 +139,7 @@ class Journal:
             raise lost from error
         except StorageError as failed:
             error.add_note(f"what the run left was not looked at: {failed}")
-        # What cannot come out otherwise the next time needs another recipe.
+        # These would end the run in the same way again: they need another recipe.
         if self.saved and not isinstance(error, UserError | FloatingPointError):
             error.add_note(GOES_ON)
 
@@ -216,7 +181,7 @@ class Journal:
         theirs = {key: there.get(key) for key in this}
         found = [
             f"{key} = {old!r}, this one has {new!r}"
-            for key, old, new in _differences(theirs, json.loads(json.dumps(this)))
+            for key, old, new in differences(theirs, json.loads(json.dumps(this)))
         ]
         return f"an unfinished run in {self.folder} has " + "; and ".join(found) if found else ""
 
@@ -347,12 +312,3 @@ def _files(stack: Stack) -> set[str]:
                 for ref in part.values()
             ]
     return {ref.file for ref in refs}
-
-
-def _differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two JSON values differ: key path, old and new value."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*old, *(key for key in new if key not in old)]:
-            yield from _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-    elif old != new:
-        yield path, old, new

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 from fusegpt_ray.errors import UserError
 
@@ -23,7 +23,7 @@ _BEGINNINGS = {
     b"\xfe\xff": "a text in UTF-16, which transformers does not read",
 }
 BEGINNING = max(map(len, _BEGINNINGS))
-"""Bytes that `kind` wants to see."""
+"""Bytes from the start of a file that `kind` needs."""
 _FIXES = {
     "Git LFS": "fetch the files: `git lfs pull` in the repository, or "
     "`hf download ORG/NAME --local-dir FOLDER`",
@@ -34,8 +34,6 @@ _FIXES = {
 }
 _USUAL = "give the folder of a Hugging Face checkpoint"
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".npz", ".onnx")
-
-
 _NO_PICKLES = (".h5", ".msgpack", ".npz", ".onnx")
 
 
@@ -74,69 +72,67 @@ def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[s
 
     `files`, `folders`: the names directly in it.
     """
-    shards = sorted(name for name in files if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name))
-    adapters = sorted(name for name in files if re.match(r"adapter_(config|model)\.", name))
-    gguf = sorted(name for name in files if name.endswith(".gguf"))
-    safe = sorted(name for name in files if name.endswith(".safetensors") and name not in adapters)
-    pickles = sorted(
-        name for name in files if name.endswith(_OTHER_WEIGHTS) and name not in adapters
-    )
     if {"model.safetensors", "model.safetensors.index.json"} & {*files}:
         return "", _USUAL
-    if shards:
+    found = _other_weights(files, folders) or _folder_of_checkpoints(files, folders)
+    return found or ("", _USUAL)
+
+
+def _other_weights(files: Collection[str], folders: Collection[str]) -> tuple[str, str] | None:
+    """Why the weights in a folder cannot be used, and what to do; None if there are none."""
+    adapters = _matching(files, r"adapter_(config|model)\.")
+    whole = [name for name in files if name not in adapters]
+    if shards := _matching(whole, r"model-\d+-of-\d+\.safetensors\Z"):
         problem = (
             f"{len(shards)} shards are there ({_some(shards)}), but no "
             "model.safetensors.index.json that says what is in which"
         )
         return problem, "download the index, too; it belongs to the checkpoint"
-    if safe:
+    if safe := _matching(whole, r".*\.safetensors\Z"):
         problem = (
             f"its weights are called {_some(safe)}, and transformers looks for model.safetensors"
         )
-        return (
-            problem,
+        fix = (
             "give the folder of a checkpoint in the format of Hugging Face, "
-            "as save_pretrained writes it",
+            "as save_pretrained writes it"
         )
+        return problem, fix
     if adapters:
         fix = (
             "merge it into its base model first: PeftModel.from_pretrained(base, adapter)"
             ".merge_and_unload().save_pretrained(folder)"
         )
         return f"an adapter ({_some(adapters)}), not a whole model", fix
-    if gguf:
+    if gguf := _matching(files, r".*\.gguf\Z"):
         return f"a GGUF checkpoint ({_some(gguf)})", remedy("GGUF")
-    zero = sorted(
-        name
-        for name in (*files, *folders)
-        if re.match(r"global_step\d+$|(zero_pp_|mp_)rank_", name)
-    )
-    if zero:
+    if zero := _matching((*files, *folders), r"global_step\d+$|(zero_pp_|mp_)rank_"):
         fix = "make a whole one of it: zero_to_fp32.py in the training folder, then save_pretrained"
         return f"a training checkpoint of DeepSpeed ({_some(zero)})", fix
-    if pickles:
+    if pickles := sorted(name for name in whole if name.endswith(_OTHER_WEIGHTS)):
         never = "" if pickles[0].endswith(_NO_PICKLES) else "; pickles are never opened"
         return f"not a safetensors checkpoint (found {_some(pickles)}){never}", SAVE
-    steps = sorted(
-        (name for name in folders if re.fullmatch(r"checkpoint-\d+", name)),
-        key=lambda name: int(name[11:]),
-    )
-    if steps:
-        return (
-            f"a training folder, whose checkpoints lie in {_some(steps)}",
-            f"give one of them, such as …/{steps[-1]}",
-        )
+    return None
+
+
+def _folder_of_checkpoints(
+    files: Collection[str], folders: Collection[str]
+) -> tuple[str, str] | None:
+    """Where the checkpoints of a folder lie, if they do in one of its folders."""
+    if steps := sorted(_matching(folders, r"checkpoint-\d+\Z"), key=lambda name: int(name[11:])):
+        problem = f"a training folder, whose checkpoints lie in {_some(steps)}"
+        return problem, f"give one of them, such as …/{steps[-1]}"
     if "snapshots" in folders:
-        return (
-            "a folder of the hub's cache, whose checkpoints lie in snapshots",
-            "give the hub id, or …/snapshots/COMMIT",
-        )
+        problem = "a folder of the hub's cache, whose checkpoints lie in snapshots"
+        return problem, "give the hub id, or …/snapshots/COMMIT"
     if "model_index.json" in files:
-        return (
-            "a pipeline of several models (model_index.json)",
-            "give the folder of its language model",
-        )
-    return "", _USUAL
+        problem = "a pipeline of several models (model_index.json)"
+        return problem, "give the folder of its language model"
+    return None
+
+
+def _matching(names: Iterable[str], pattern: str) -> list[str]:
+    """Those that begin with a match, in order."""
+    return sorted(name for name in names if re.match(pattern, name, re.DOTALL))
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from fusegpt_ray.store.naming import is_local
+from fusegpt_ray.uris import is_local
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

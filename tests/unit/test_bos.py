@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.publishing.verification import verify
-from fusegpt_ray.run.journal import settings
+from fusegpt_ray.run.identity import settings
 from fusegpt_ray.text.calibration import (
     consecutive_windows,
     fingerprint,

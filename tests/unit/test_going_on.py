@@ -32,7 +32,8 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.run.journal import Done, Journal, identity
+from fusegpt_ray.run.identity import identity
+from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.store import storage
 
 # --- going on ---

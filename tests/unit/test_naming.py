@@ -16,8 +16,8 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.naming import refuse_ambiguous
 from fusegpt_ray.text.corpus import pieces, sources
+from fusegpt_ray.uris import refuse_ambiguous
 
 NAMES = ["run[1]", "r?n1", "r*", "a::b", "s3::b", "a b%20+#é", "local:run1", "data:run1"]
 NEIGHBOURS = ["run1", "ran1", "r", "a", "b", "run", "run[1]x"]

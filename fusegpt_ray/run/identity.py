@@ -1,0 +1,55 @@
+"""A run's identity: what must stay the same for a stopped run to be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.store import storage
+
+METHOD_VERSION = 2
+"""Raised whenever the same recipe would give another model than before."""
+
+
+def identity(
+    recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Everything that shapes the result: parts of the recipe, the data and the model.
+
+    Reads all of a local model's weights once, for their checksums; an object store is asked for its
+    own.
+    """
+    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
+        dense.trunk.values()
+    )
+    files = {
+        uri.rsplit("/", 1)[-1]: storage.fingerprint(uri)
+        for uri in sorted({ref.file for ref in refs})
+    }
+    return {
+        **settings(recipe),
+        "arithmetic": str(dtype).removeprefix("torch."),
+        "windows_sha256": windows_sha256,
+        "model": {"config": dict(dense.config), "files": files},
+    }
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The part of the identity that needs neither data nor model."""
+    shaping = recipe.model_dump(
+        mode="json", exclude={"cluster", "output", "evaluation", "sparsity"}
+    )
+    return {"method_version": METHOD_VERSION, "recipe": shaping}
+
+
+def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ: the path of the key, the old and the new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*old, *(key for key in new if key not in old)]:
+            yield from differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+    elif old != new:
+        yield path, old, new

@@ -1,0 +1,189 @@
+"""The mailbox between the driver and the training workers, in one event loop without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from fusegpt_ray.distributed.mailbox import MAX_FAILURES, Outcome, _Mailbox
+
+TASK: list[Any] = ["a reference"]
+NEXT: list[Any] = ["another one"]
+SOON = 5.0
+"""Seconds that `outcome` may wait where there is news already, so it never does."""
+
+
+async def begun(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+    """Started, and as far as it comes without anyone else."""
+    task = asyncio.create_task(coroutine)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    return task
+
+
+def raised(outcome: Outcome) -> Exception:
+    assert outcome.error and outcome.results is None
+    error: Exception = pickle.loads(outcome.error)
+    return error
+
+
+def test_every_worker_takes_each_task_and_results_come_by_rank() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(2)
+        for task, number in ((TASK, 1), (NEXT, 2)):
+            assert await mailbox.post(task) == number
+            assert await mailbox.take(number - 1, 1) == (number, task)
+            await mailbox.finish(number, 1, f"{number} by one")
+            assert (await mailbox.outcome(0.0)).results is None, "one result is missing"
+            assert await mailbox.take(number - 1, 0) == (number, task)
+            await mailbox.finish(number, 0, f"{number} by nought")
+            outcome = await mailbox.outcome(SOON)
+            assert outcome == Outcome([f"{number} by nought", f"{number} by one"])
+
+    asyncio.run(run())
+
+
+def test_a_worker_waits_for_the_task_that_follows_its_last() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        first = await begun(mailbox.take(0, 0))
+        assert not first.done()
+        await mailbox.post(TASK)
+        assert await first == (1, TASK)
+        second = await begun(mailbox.take(1, 0))
+        await mailbox.finish(1, 0, None)
+        assert not second.done()
+        await mailbox.post(NEXT)
+        assert await second == (2, NEXT)
+
+    asyncio.run(run())
+
+
+def test_workers_that_start_again_take_the_unfinished_task_and_its_results_stay() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(2)
+        await mailbox.post(TASK)
+        await mailbox.take(0, 0)
+        await mailbox.take(0, 1)
+        await mailbox.finish(1, 0, "before the loss")
+        assert await mailbox.take(0, 0) == await mailbox.take(0, 1) == (1, TASK)
+        await mailbox.finish(1, 1, "after it")
+        assert (await mailbox.outcome(SOON)).results == ["before the loss", "after it"]
+
+    asyncio.run(run())
+
+
+def test_workers_that_start_again_after_a_finished_task_wait_for_the_next() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        await mailbox.take(0, 0)
+        await mailbox.finish(1, 0, None)
+        again = await begun(mailbox.take(0, 0))
+        assert not again.done()
+        await mailbox.post(NEXT)
+        assert await again == (2, NEXT)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["lost in silence", "lost with a reason"])
+def test_a_task_is_given_up_after_so_many_attempts_and_the_next_begins_anew(known: bool) -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(2)
+        await mailbox.post(TASK)
+        for _ in range(MAX_FAILURES + 1):
+            for rank in (1, 0):  # only rank 0 counts attempts
+                assert await mailbox.take(0, rank) == (1, TASK)
+            if known:
+                await mailbox.fail(1, pickle.dumps(ConnectionError("worker 1 is silent")), False)
+        await mailbox.outcome(SOON if known else 0.0)
+        waiting = await begun(mailbox.take(0, 0))
+        assert not waiting.done()
+        error = raised(await mailbox.outcome(SOON))
+        if known:
+            assert isinstance(error, ConnectionError) and "worker 1 is silent" in str(error)
+        else:
+            assert isinstance(error, RuntimeError) and f"{MAX_FAILURES + 1} times" in str(error)
+        await mailbox.post(NEXT)
+        assert await waiting == (2, NEXT)
+        assert await mailbox.take(0, 0) == (2, NEXT), "attempts are counted for each task"
+        assert await mailbox.outcome(0.0) == Outcome()
+
+    asyncio.run(run())
+
+
+def test_a_final_failure_ends_the_task_and_later_results_do_not_count() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        await mailbox.take(0, 0)
+        waiting = await begun(mailbox.outcome(SOON))
+        await mailbox.fail(1, pickle.dumps(FloatingPointError("the loss is nan")), True)
+        assert isinstance(raised(await waiting), FloatingPointError)
+        await mailbox.finish(1, 0, "too late")
+        await mailbox.fail(1, pickle.dumps(MemoryError()), True)
+        assert isinstance(raised(await mailbox.outcome(SOON)), FloatingPointError)
+
+    asyncio.run(run())
+
+
+def test_a_failure_that_is_not_final_is_told_and_the_task_goes_on() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        await mailbox.take(0, 0)
+        await mailbox.fail(1, pickle.dumps(ConnectionError("worker 1 is silent")), False)
+        outcome = await mailbox.outcome(SOON)
+        (line,) = outcome.news
+        assert line == (
+            "WARNING: ConnectionError: worker 1 is silent; this attempt at the group ends"
+        )
+        assert not outcome.error and outcome.results is None
+        assert await mailbox.take(0, 0) == (1, TASK)
+
+    asyncio.run(run())
+
+
+def test_what_concerns_an_earlier_task_does_not_count() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        await mailbox.post(NEXT)
+        await mailbox.finish(1, 0, "of the earlier task")
+        await mailbox.fail(1, pickle.dumps(MemoryError()), True)
+        assert await mailbox.outcome(0.0) == Outcome()
+
+    asyncio.run(run())
+
+
+def test_news_comes_at_once_in_order_and_once() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        waiting = await begun(mailbox.outcome(SOON))
+        assert not waiting.done()
+        await mailbox.report((1, 0.5))
+        assert (await waiting).news == [(1, 0.5)]
+        await mailbox.report((2, 0.25))
+        await mailbox.report("a line")
+        assert (await mailbox.outcome(SOON)).news == [(2, 0.25), "a line"]
+        assert await mailbox.outcome(0.01) == Outcome()
+
+    asyncio.run(run())
+
+
+def test_workers_end_once_it_is_closed() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(2)
+        waiting = await begun(mailbox.take(0, 0))
+        await mailbox.close()
+        assert await waiting is None
+        await mailbox.post(TASK)
+        assert await mailbox.take(0, 1) is None
+
+    asyncio.run(run())

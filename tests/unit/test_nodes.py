@@ -1,0 +1,93 @@
+"""How a run waits for what the cluster lacks, with a cluster and a clock that are made up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fusegpt_ray.distributed import nodes
+from fusegpt_ray.distributed.nodes import wait_for_resources
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.sections import Cluster
+
+
+@dataclass
+class FakeRay:
+    """A cluster that has `more` from second `when` on, if an autoscaler was asked."""
+
+    has: dict[str, float]
+    more: dict[str, float] = field(default_factory=dict)
+    when: float = 30
+    asked: list[list[dict[str, float]]] = field(default_factory=list)
+    now: float = 0.0
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self.more if self.more and self.asked and self.now >= self.when else self.has
+
+    def request_resources(self, bundles: list[dict[str, float]]) -> None:
+        self.asked.append(bundles)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(has: dict[str, float], more: dict[str, float] | None = None) -> FakeRay:
+        fake = FakeRay(has, more or {})
+        monkeypatch.setattr(nodes.ray, "cluster_resources", fake.cluster_resources)
+        monkeypatch.setattr(nodes, "request_resources", fake.request_resources)
+        monkeypatch.setattr(nodes, "time", fake)
+        return fake
+
+    return make
+
+
+def test_what_is_there_is_not_asked_for(cluster: Any) -> None:
+    fake = cluster({"CPU": 4, "GPU": 2})
+    wait_for_resources(2, 4, Cluster(), grows=True)
+    assert fake.asked == []
+    assert fake.now == 0
+
+
+@pytest.mark.parametrize(
+    ("gpus", "bundles"),
+    [(0, [{"CPU": 1}] * 3), (2, [{"GPU": 1}] * 2), (1.2, [{"GPU": 1}] * 2)],
+)
+def test_an_autoscaler_is_asked_until_it_is_there(
+    cluster: Any, gpus: float, bundles: list[dict[str, float]]
+) -> None:
+    fake = cluster({"CPU": 1}, more={"CPU": 8, "GPU": 2})
+    wait_for_resources(gpus, 3, Cluster(), grows=True)
+    assert fake.asked == [bundles, []], "the demand is taken back at the end"
+    assert fake.now == fake.when
+
+
+def test_after_the_wait_it_is_said_how_long_it_was(cluster: Any) -> None:
+    fake = cluster({"CPU": 4})
+    with pytest.raises(UserError) as caught:
+        wait_for_resources(2, 2, Cluster(wait_minutes=1.5, gpus_per_replica=1), grows=True)
+    assert caught.value.key == "cluster.gpus_per_replica"
+    assert caught.value.value == 1
+    assert caught.value.problem == "2 GPUs are needed, the cluster has 0 after 1.5 minutes"
+    assert fake.asked[-1] == []
+    assert fake.now == 90
+
+
+@pytest.mark.parametrize(
+    ("grows", "minutes"), [(False, 10), (True, 0)], ids=["a Ray of its own", "nothing to wait"]
+)
+def test_what_can_never_come_is_refused_at_once(cluster: Any, grows: bool, minutes: float) -> None:
+    fake = cluster({"CPU": 2}, more={"CPU": 9})
+    with pytest.raises(UserError) as caught:
+        wait_for_resources(0, 3, Cluster(replicas=3, wait_minutes=minutes), grows)
+    assert caught.value.key == "cluster.replicas"
+    assert caught.value.value == 3
+    assert caught.value.problem == "3 CPUs are needed, the cluster has 2"
+    assert fake.asked == []
+    assert fake.now == 0
