@@ -53,6 +53,7 @@ def compress(
         planned = plan(recipe, show, restart)
         blocks = f"{len(planned.model.stack)} blocks, {planned.rounds} to remove"
         show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
+        show.say(planned.cost.in_words())
         with open_workers(planned.setup, show) as workers:
             run = _Run.begin(planned, workers, show)
             published = run.publish_all(restart)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import blaming
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
@@ -45,6 +46,11 @@ class Plan:
     def setup(self) -> Setup:
         """For the workers."""
         return Setup.of(self.recipe, self.model.source, self.model.stack)
+
+    @property
+    def cost(self) -> Cost:
+        """What it will compute and write."""
+        return cost(self.recipe, self.model.stack, self.targets)
 
     @property
     def rounds(self) -> int:

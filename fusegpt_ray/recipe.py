@@ -158,6 +158,11 @@ class Recipe(Section):
         """Whether the method trains anything."""
         return METHOD_SPECS[self.method].trains
 
+    @property
+    def fuses(self) -> bool:
+        """Whether the method fuses the removed blocks into their neighbours."""
+        return METHOD_SPECS[self.method].fuses
+
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
         """Read a YAML recipe; `overrides` are `key=value` with dotted keys and YAML values, as

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from fusegpt_ray.importance.ranking import Ranking
-from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Round
@@ -128,7 +127,8 @@ class Rounds:
         with self._explained(trained=number > 1):
             windows_WT = self.windows_WT[: self.recipe.importance.windows]
             settings = self.recipe.importance
-            ranking = score(self.workers, stack, windows_WT, settings, last, sums)
+            choose = METHODS[self.recipe.method].choose
+            ranking = choose(self.workers, stack, windows_WT, settings, last, sums)
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)

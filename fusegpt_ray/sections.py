@@ -42,15 +42,25 @@ class MethodSpec(NamedTuple):
     """For the model card."""
     trains: bool
     """Whether something is trained, so that the calibration windows must fill loss batches."""
+    fuses: bool
+    """Whether its neighbours learn terms of the removed block's weights."""
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
-    "mi": MethodSpec("blocks with the lowest Macro Influence dropped, nothing trained", False),
+    "mi": MethodSpec(
+        "blocks with the lowest Macro Influence dropped, nothing trained",
+        trains=False,
+        fuses=False,
+    ),
     "mi+ft": MethodSpec(
-        "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned", True
+        "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
+        trains=True,
+        fuses=False,
     ),
     "fusegpt": MethodSpec(
-        "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)", True
+        "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
+        trains=True,
+        fuses=True,
     ),
 }
 

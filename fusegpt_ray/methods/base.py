@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.sections import Importance
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.workers.base import Workers
+
+Choose = Callable[[Workers, Stack, np.ndarray, Importance, Ranking | None, Sums], Ranking]
+"""Ranks a stack's blocks on windows [W, T]; see `importance.scoring.score` for the last two
+arguments, the last round's ranking and what a killed attempt has measured."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +68,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make a model shallower. The block to remove is the one of the lowest Macro
-    Influence.
-    """
+    """One way to make a model shallower: how the block to remove is chosen, and what happens
+    then."""
 
     name: str
     """In the recipe; `sections.METHOD_SPECS` has what is known of it without its code."""
+    choose: Choose
+    """Finds the block to remove."""
     change: Callable[[Round], Change]
+    """What happens to the stack then."""

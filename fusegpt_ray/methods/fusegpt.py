@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods.base import Method
 from fusegpt_ray.methods.group import train_group
 
-METHOD = Method("fusegpt", partial(train_group, fuse=True))
+METHOD = Method("fusegpt", score, partial(train_group, fuse=True))

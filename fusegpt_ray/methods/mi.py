@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods.base import Change, Method, Round
 
 
@@ -9,4 +10,4 @@ def _drop(round: Round) -> Change:
     return Change(round.stack.drop(round.donor))
 
 
-METHOD = Method("mi", _drop)
+METHOD = Method("mi", score, _drop)

@@ -1,5 +1,5 @@
-"""Training checkpoints in a whole run: it goes on from them, `status` and `clean` know them, and none
-outlives its round.
+"""Training checkpoints in a whole run: it goes on from them, `status` and `clean` know them, and
+none outlives its round.
 """
 
 from __future__ import annotations

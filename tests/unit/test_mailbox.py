@@ -13,6 +13,7 @@ from fusegpt_ray.distributed.mailbox import MAX_FAILURES, Outcome, _Mailbox
 
 TASK: list[Any] = ["a reference"]
 NEXT: list[Any] = ["another one"]
+PROCESS = "a process"
 SOON = 5.0
 """Seconds that `outcome` may wait where there is news already, so it never does."""
 
@@ -36,10 +37,10 @@ def test_every_worker_takes_each_task_and_results_come_by_rank() -> None:
         mailbox = _Mailbox(2)
         for task, number in ((TASK, 1), (NEXT, 2)):
             assert await mailbox.post(task) == number
-            assert await mailbox.take(number - 1, 1) == (number, task)
+            assert await mailbox.take(number - 1, 1, PROCESS) == (number, task)
             await mailbox.finish(number, 1, f"{number} by one")
             assert (await mailbox.outcome(0.0)).results is None, "one result is missing"
-            assert await mailbox.take(number - 1, 0) == (number, task)
+            assert await mailbox.take(number - 1, 0, PROCESS) == (number, task)
             await mailbox.finish(number, 0, f"{number} by nought")
             outcome = await mailbox.outcome(SOON)
             assert outcome == Outcome([f"{number} by nought", f"{number} by one"])
@@ -50,11 +51,11 @@ def test_every_worker_takes_each_task_and_results_come_by_rank() -> None:
 def test_a_worker_waits_for_the_task_that_follows_its_last() -> None:
     async def run() -> None:
         mailbox = _Mailbox(1)
-        first = await begun(mailbox.take(0, 0))
+        first = await begun(mailbox.take(0, 0, PROCESS))
         assert not first.done()
         await mailbox.post(TASK)
         assert await first == (1, TASK)
-        second = await begun(mailbox.take(1, 0))
+        second = await begun(mailbox.take(1, 0, PROCESS))
         await mailbox.finish(1, 0, None)
         assert not second.done()
         await mailbox.post(NEXT)
@@ -67,10 +68,10 @@ def test_workers_that_start_again_take_the_unfinished_task_and_its_results_stay(
     async def run() -> None:
         mailbox = _Mailbox(2)
         await mailbox.post(TASK)
-        await mailbox.take(0, 0)
-        await mailbox.take(0, 1)
+        await mailbox.take(0, 0, PROCESS)
+        await mailbox.take(0, 1, PROCESS)
         await mailbox.finish(1, 0, "before the loss")
-        assert await mailbox.take(0, 0) == await mailbox.take(0, 1) == (1, TASK)
+        assert await mailbox.take(0, 0, PROCESS) == await mailbox.take(0, 1, PROCESS) == (1, TASK)
         await mailbox.finish(1, 1, "after it")
         assert (await mailbox.outcome(SOON)).results == ["before the loss", "after it"]
 
@@ -81,9 +82,9 @@ def test_workers_that_start_again_after_a_finished_task_wait_for_the_next() -> N
     async def run() -> None:
         mailbox = _Mailbox(1)
         await mailbox.post(TASK)
-        await mailbox.take(0, 0)
+        await mailbox.take(0, 0, PROCESS)
         await mailbox.finish(1, 0, None)
-        again = await begun(mailbox.take(0, 0))
+        again = await begun(mailbox.take(0, 0, PROCESS))
         assert not again.done()
         await mailbox.post(NEXT)
         assert await again == (2, NEXT)
@@ -98,11 +99,11 @@ def test_a_task_is_given_up_after_so_many_attempts_and_the_next_begins_anew(know
         await mailbox.post(TASK)
         for _ in range(MAX_FAILURES + 1):
             for rank in (1, 0):  # only rank 0 counts attempts
-                assert await mailbox.take(0, rank) == (1, TASK)
+                assert await mailbox.take(0, rank, PROCESS) == (1, TASK)
             if known:
                 await mailbox.fail(1, pickle.dumps(ConnectionError("worker 1 is silent")), False)
         await mailbox.outcome(SOON if known else 0.0)
-        waiting = await begun(mailbox.take(0, 0))
+        waiting = await begun(mailbox.take(0, 0, PROCESS))
         assert not waiting.done()
         error = raised(await mailbox.outcome(SOON))
         if known:
@@ -111,8 +112,22 @@ def test_a_task_is_given_up_after_so_many_attempts_and_the_next_begins_anew(know
             assert isinstance(error, RuntimeError) and f"{MAX_FAILURES + 1} times" in str(error)
         await mailbox.post(NEXT)
         assert await waiting == (2, NEXT)
-        assert await mailbox.take(0, 0) == (2, NEXT), "attempts are counted for each task"
+        assert await mailbox.take(0, 0, PROCESS) == (2, NEXT), "attempts are counted for each task"
         assert await mailbox.outcome(0.0) == Outcome()
+
+    asyncio.run(run())
+
+
+def test_a_call_that_a_lost_worker_left_behind_is_no_attempt() -> None:
+    """Its process is gone, and nobody hears what it is given."""
+
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        left = await begun(mailbox.take(0, 0, "lost"))
+        await begun(mailbox.take(0, 0, "its successor"))
+        await mailbox.post(TASK)
+        assert await left is None
+        assert mailbox.attempts == 1
 
     asyncio.run(run())
 
@@ -121,7 +136,7 @@ def test_a_final_failure_ends_the_task_and_later_results_do_not_count() -> None:
     async def run() -> None:
         mailbox = _Mailbox(1)
         await mailbox.post(TASK)
-        await mailbox.take(0, 0)
+        await mailbox.take(0, 0, PROCESS)
         waiting = await begun(mailbox.outcome(SOON))
         await mailbox.fail(1, pickle.dumps(FloatingPointError("the loss is nan")), True)
         assert isinstance(raised(await waiting), FloatingPointError)
@@ -136,7 +151,7 @@ def test_a_failure_that_is_not_final_is_told_and_the_task_goes_on() -> None:
     async def run() -> None:
         mailbox = _Mailbox(1)
         await mailbox.post(TASK)
-        await mailbox.take(0, 0)
+        await mailbox.take(0, 0, PROCESS)
         await mailbox.fail(1, pickle.dumps(ConnectionError("worker 1 is silent")), False)
         outcome = await mailbox.outcome(SOON)
         (line,) = outcome.news
@@ -144,7 +159,7 @@ def test_a_failure_that_is_not_final_is_told_and_the_task_goes_on() -> None:
             "WARNING: ConnectionError: worker 1 is silent; this attempt at the group ends"
         )
         assert not outcome.error and outcome.results is None
-        assert await mailbox.take(0, 0) == (1, TASK)
+        assert await mailbox.take(0, 0, PROCESS) == (1, TASK)
 
     asyncio.run(run())
 
@@ -180,10 +195,10 @@ def test_news_comes_at_once_in_order_and_once() -> None:
 def test_workers_end_once_it_is_closed() -> None:
     async def run() -> None:
         mailbox = _Mailbox(2)
-        waiting = await begun(mailbox.take(0, 0))
+        waiting = await begun(mailbox.take(0, 0, PROCESS))
         await mailbox.close()
         assert await waiting is None
         await mailbox.post(TASK)
-        assert await mailbox.take(0, 1) is None
+        assert await mailbox.take(0, 1, PROCESS) is None
 
     asyncio.run(run())

@@ -280,5 +280,5 @@ def test_dtypes(
         student_out = over_batches(student, entering).float()
     # bfloat16 has 8 bits: 0.4 % of states up to about 15, a few times; the student's norms are
     # float32, the reloaded ones are not.
-    close = CLOSE if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.25}
+    close = CLOSE if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.4}
     torch.testing.assert_close(out, student_out, **close)

@@ -1,5 +1,5 @@
-"""Fine-tuning that is stopped goes on from its last training checkpoint, and ends with the same bytes;
-what cannot be trusted is begun anew.
+"""Fine-tuning that is stopped goes on from its last training checkpoint, and ends with the same
+bytes; what cannot be trusted is begun anew.
 """
 
 from __future__ import annotations

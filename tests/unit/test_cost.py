@@ -1,0 +1,122 @@
+"""The cost of a run is known before it begins: each count against what torch and a real run count
+themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from desk import Desk
+from models import open_stack, token_windows
+from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from fusegpt_ray.cost import Cost, block_flops, replica_bytes, worker_bytes
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.training.span import Span
+
+CPU, LENGTH = torch.device("cpu"), 7
+
+
+def recipe(desk: Desk, **changes: Any) -> Recipe:
+    return Recipe.load(desk.write(**changes))
+
+
+def costs(desk: Desk, **changes: Any) -> Cost:
+    return plan(recipe(desk, **changes), Display()).cost
+
+
+def stages(found: Cost) -> dict[str, int]:
+    return {stage.name: stage.block_forwards for stage in found.stages}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_flops_of_a_block_are_those_that_torch_counts(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    dense = open_stack(checkpoint(name))
+    runner = Runner(dense, CPU, torch.float32, 1)
+    h_1TD, counted = runner.embed(token_windows(1, LENGTH)), 0
+    runner.trunk.contexts(1, LENGTH)  # what all blocks share, such as rotary angles
+    for block in dense.blocks:
+        module = runner.weights.of(block)
+        # The kernels that torch has for attention on a CPU are not all known to its counter.
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            h_1TD = runner.apply(module, block.dense, h_1TD)
+        counted += counter.get_total_flops()
+    assert counted == len(dense) * block_flops(dense, LENGTH)
+
+
+def test_block_forwards_are_those_of_a_real_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that pass blocks, in the walks of scoring, states and evaluation, and in training."""
+    asked = {"evaluation": {"heldout": {"data": str(desk.heldout), "windows": 4}}}
+    expected = stages(costs(desk, **asked))
+    walked, trained = 0, 0
+    apply, forward = Runner.apply, Span.forward
+
+    def counted(runner: Runner, module: Any, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
+        nonlocal walked
+        walked += len(h_WTD)
+        return apply(runner, module, dense, h_WTD)
+
+    def counted_span(span: Span, h_bTD: torch.Tensor) -> torch.Tensor:
+        nonlocal trained
+        trained += len(h_bTD) * len(span.blocks)
+        return forward(span, h_bTD)
+
+    monkeypatch.setattr(Runner, "apply", counted)
+    monkeypatch.setattr(Span, "forward", counted_span)
+    compress(recipe(desk, **asked), Display())
+    assert 3 * trained == expected["fine-tuning"]  # a backward pass counts as two forward ones
+    most = expected["scoring"] + expected["states"] + expected["evaluation"]
+    assert 0.5 * most < walked < 1.2 * most  # the proofs come on top
+
+
+def test_sizes_are_those_of_the_files(desk: Desk) -> None:
+    found = costs(desk)
+    tensors = load_file(desk.model / "model.safetensors")
+    assert found.source_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert found.parameters == sum(tensor.numel() for tensor in tensors.values())
+    published = compress(recipe(desk), Display())
+    for item in published:
+        files = Path(item.uri).glob("*.safetensors")
+        size = sum(tensor.nbytes for file in files for tensor in load_file(file).values())
+        assert size == found.published_bytes[Path(item.uri).name]
+
+
+def test_dropping_trains_nothing(desk: Desk) -> None:
+    assert stages(costs(desk, method="mi")).keys() == {"scoring"}
+
+
+def test_what_makes_a_run_dearer_costs_more(desk: Desk) -> None:
+    dense = plan(recipe(desk), Display()).model.stack
+    plain, one = costs(desk), {"engine": "local", "micro_batch": 1}
+    for change in (
+        {"fusion": desk.recipe()["fusion"] | {"loss": "batch_kl"}, "cluster": one},
+        {"cluster": {"engine": "local", "recompute_activations": True}},
+    ):
+        dearer = costs(desk, **change)
+        assert stages(dearer)["fine-tuning"] * 3 == stages(plain)["fine-tuning"] * 4
+        assert dearer.flops > plain.flops
+    few, many = (replica_bytes(dense, torch.float32, windows, LENGTH) for windows in (1, 9))
+    assert many - few == 8 * (len(dense) + 1) * LENGTH * 4 * 32
+    asked, whole = recipe(desk), torch.float32
+    sizes = [
+        worker_bytes(asked, dense, torch.bfloat16),
+        worker_bytes(asked, dense, whole),
+        worker_bytes(asked, dense, whole, rounds=3),
+    ]
+    assert sizes == sorted(set(sizes))
