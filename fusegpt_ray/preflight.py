@@ -1,4 +1,4 @@
-"""Finds a user's mistake before any weights are read and before anything is written."""
+"""Finds mistakes in a recipe before any weights are read and before anything is written."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Target:
 
 
 def check_model(source: Source, lengths: dict[str, int]) -> Structure:
-    """What is known of the blocks of a model that can be used with windows of these lengths (recipe
-    key → tokens).
+    """The structure of a model's blocks, once it is clear that the model can be used with windows
+    of these lengths (recipe key → tokens).
 
     Raises:
         UserError: see `Source.config`, `observe`; or a window is longer than the model's positions.
@@ -79,10 +79,8 @@ def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:
     Raises:
         UserError: the tokenizer gives tokens that the model has no embedding for.
     """
-    known, largest = (
-        read_config(dense.config).get_text_config().vocab_size,
-        max(int(windows_WT.max()) for windows_WT in texts),
-    )
+    known = read_config(dense.config).get_text_config().vocab_size
+    largest = max(int(windows_WT.max()) for windows_WT in texts)
     if largest >= known:
         problem = f"its tokenizer gives the token {largest}, its config.json knows {known} tokens"
         raise UserError(
@@ -115,15 +113,17 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
 
 
 def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -> None:
-    """Leaves nothing behind. `restart`: an unfinished run of that name will be forgotten.
+    """Check that the models can be written. It leaves nothing behind.
 
     The same command may be given again after its end, as by a scheduler that did not hear of it:
     `pipeline` finds what it published.
 
+    Args:
+        restart: an unfinished run of that name will be forgotten.
+
     Raises:
-        UserError: files cannot be created below `output.uri`; a finished model or a file has a
-        target's name already; or an
-            unfinished run of other settings has the recipe's.
+        UserError: files cannot be created below `output.uri`, a finished model or a file already
+            has the name of a target, or an unfinished run of other settings has the recipe's name.
     """
     try:
         storage.filesystem(recipe.output.uri)
@@ -137,14 +137,14 @@ def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -
 
 
 def _published_by(recipe: Recipe, target: Target) -> bool:
-    """Whether a finished model is there that was made by this very recipe, as far as its manifest
-    tells.
+    """Whether the target is a finished model that was made from this very recipe, as far as its
+    manifest says.
     """
     if not storage.exists(storage.join(target.folder, MANIFEST)):
         return False
     try:
         made_by = Manifest.read(target.folder).data.get("recipe")
-    except UserError:  # it is no manifest of ours
+    except UserError:  # it is not a manifest of ours
         return False
     return isinstance(made_by, dict) and made_by | {"cluster": None} == recipe.model_dump(
         mode="json"
@@ -191,9 +191,10 @@ def _check_writable(recipe: Recipe) -> None:
             storage.write(probe, b"")
             storage.remove(probe)
         else:
+            # A link to nothing is there, too: the probe must fail on it.
             there = next(
                 folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder)
-            )  # a link to nothing, too
+            )
             tempfile.TemporaryFile(dir=there).close()
     except StorageError:
         raise

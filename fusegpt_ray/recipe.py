@@ -2,9 +2,9 @@
 
 Notable:
 - an unknown key is an error that names the nearest valid key;
-- `fusion.preset` fills in only what the recipe leaves unsaid;
-- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, still
-  before weights are read.
+- `fusion.preset` fills in only the keys that the recipe leaves out;
+- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, but
+  still before weights are read.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ from fusegpt_ray.sections import (
 from fusegpt_ray.uris import shown
 
 MAX_BYTES = 1_000_000
-"""Of a recipe's file."""
+"""The largest file that is read as a recipe."""
 S = TypeVar("S", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key said twice in one mapping, instead of keeping the last in
-    silence; and aliases, by which a few lines can stand for more than a memory holds."""
+    """Safe YAML that refuses two things more: a key that is given twice in one mapping, of which
+    PyYAML would silently keep the last, and aliases, by which a few lines can expand to more than
+    fits into memory."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -175,10 +176,8 @@ class Recipe(Section):
             with open(path, "rb") as file:
                 raw = file.read(MAX_BYTES + 1)
             text = raw.decode()
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # ValueError: not UTF-8, or a path that no file can have
+        except (OSError, ValueError) as error:
+            # ValueError: not UTF-8, or a path that no file can have.
             raise UserError(
                 "recipe", str(path), f"cannot be read ({error})", "give the path of a YAML recipe"
             ) from error
@@ -217,8 +216,8 @@ class Recipe(Section):
 
     @staticmethod
     def check(section: type[S], data: Any, name: str) -> S:
-        """One section of a recipe given by other means, such as command-line arguments; `name` is
-        for the message.
+        """One section of a recipe given by other means, such as command-line arguments. `name` is
+        what an error message calls it.
         """
         try:
             return section.model_validate(data)
@@ -245,8 +244,8 @@ def blocks_to_remove(dense_blocks: int, sparsity: float) -> int:
 def _yaml(text: str) -> Any:
     """
     Raises:
-        ValueError: what is wrong, and in which line; it quotes nothing, for a line may hold a
-        secret.
+        ValueError: says what is wrong and in which line, without quoting it, for it may hold a
+            secret.
     """
     try:
         return yaml.load(text, _Loader)
@@ -259,12 +258,8 @@ def _yaml(text: str) -> Any:
         raise ValueError(str(error).partition("\n")[0]) from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-    ) as error:  # what PyYAML makes of `!!int {}`, and the like
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        # PyYAML raises these for `!!int {}` and the like.
         raise ValueError(f"a value that is none ({type(error).__name__})") from error
 
 
@@ -300,7 +295,7 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserError:
-    """The first of pydantic's complaints as one message with key, value and fix."""
+    """Pydantic's first complaint as one message with key, value and fix."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     path = [str(part)[:99] for part in first["loc"]]

@@ -16,7 +16,7 @@ from fusegpt_ray.errors import UserError
 
 _HIDDEN = "…"
 _NAMES_A_USER = {"http", "https", "s3", "s3a", "gs", "gcs"}
-"""Schemes where a lone name before an @ is a key or a token; elsewhere it may be an account or a
+"""Schemes where a lone name before an @ is a key or a token. Elsewhere it may be an account or a
 container (sftp, abfs)."""
 _SECRET_PARAMETER = re.compile(
     r"[?&][^=&]*(secret|token|password|passwd|signature|credential|key|sig)[^=&]*=", re.IGNORECASE
@@ -31,10 +31,12 @@ _LOCAL = ("file://", "local://")
 
 
 def secret_in(text: str) -> str:
-    """What in a URI is, or may be, a secret; nothing if there is none, or if it is no URI."""
+    """What in a URI is, or may be, a secret, in words. Empty if there is none, or if it is not a
+    URI.
+    """
     for part in text.split("::"):  # fsspec's chains: simplecache::s3://…
         scheme, found, rest = part.partition("://")
-        if not found or (scheme := scheme.lower()) == "github":  # there org:repo@branch
+        if not found or (scheme := scheme.lower()) == "github":  # it has org:repo@branch
             continue
         authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
         user, at, host = authority.rpartition("@")
@@ -72,7 +74,7 @@ def shown(value: object) -> object:
 
 
 def is_local(uri: str) -> bool:
-    """Whether it names something on this machine's file systems."""
+    """Whether the URI names something on this machine's file systems."""
     return "://" not in uri or uri.startswith(_LOCAL)
 
 
@@ -86,7 +88,7 @@ def refuse_ambiguous(key: str, uri: str) -> None:
 
 
 def _ambiguity(uri: str) -> str:
-    """Why a place could be taken for another one, or nothing."""
+    """Why a place could be taken for another one; empty if it could not."""
     if found := _CONTROL.search(uri):
         return f"has the control character {found.group()!r} in it"
     if is_local(uri):

@@ -1,7 +1,7 @@
-"""Through which the driver and the training workers talk while Ray Train runs them.
+"""The mailbox through which the driver and the training workers talk while Ray Train runs them.
 
-The driver posts one task after another. Every worker takes each, and leaves its result. Workers
-that Ray Train has started again take the task that is not finished.
+The driver posts one task after another. Every worker takes each task and leaves its result. Workers
+that Ray Train has started again take the unfinished task once more.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import ray
 from fusegpt_ray.workers.base import News
 
 MAX_FAILURES = 3
-"""How often a task is begun again after a lost worker or node. Every attempt gives the same result,
-so more would only hide what is wrong."""
+"""How often a task is begun again after a worker or node was lost. Every attempt gives the same
+result, so more attempts would only hide what is wrong."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Outcome:
     """What has become of a task."""
 
     results: list[Any] | None = None
-    """By rank, once all are there."""
+    """By rank, once all workers have left theirs."""
     error: bytes = b""
     """A pickled exception, where the task has failed for good."""
     news: list[News] = field(default_factory=list)
@@ -51,14 +51,14 @@ class _Mailbox:
     # --- the driver's side ---
 
     async def post(self, task: list[ray.ObjectRef]) -> int:
-        """Give the workers a task; its number."""
+        """Give the workers a task; returns its number."""
         self.number, self.task = self.number + 1, task
         self.results, self.error, self.last_error, self.attempts = {}, b"", b"", 0
         await self._notify()
         return self.number
 
     async def outcome(self, seconds: float) -> Outcome:
-        """What is new, waiting at most so long for anything."""
+        """What is new since the last call. Waits at most so long if there is nothing."""
         async with self.changed:
             if not (self._over or self.news):
                 with suppress(TimeoutError):
@@ -78,8 +78,8 @@ class _Mailbox:
     async def take(
         self, last: int, rank: int, process: str
     ) -> tuple[int, list[ray.ObjectRef]] | None:
-        """The task that follows number `last`, once there is one that is not over; None at the
-        end.
+        """The first unfinished task after number `last`, once there is one; None when the mailbox
+        is closed.
 
         Args:
             process: names the worker's process. One that was lost may have left a call that still
@@ -101,15 +101,15 @@ class _Mailbox:
                 self.changed.notify_all()
 
     async def finish(self, number: int, rank: int, result: Any) -> None:
-        """A worker's result. It counts even if the worker is lost afterwards: every attempt has the
-        same result.
+        """Leave a worker's result. It counts even if the worker is lost afterwards, because every
+        attempt has the same result.
         """
         if number == self.number and not self.error:
             self.results[rank] = result
             await self._notify()
 
     async def fail(self, number: int, error: bytes, final: bool) -> None:
-        """A worker raised this. Unless it is final, the task is attempted again."""
+        """Tell what a worker raised. Unless it is final, the task is attempted again."""
         if number == self.number and not self._over:
             self.last_error = error
             if final:

@@ -21,14 +21,14 @@ from fusegpt_ray.workers.base import Setup
 
 
 def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: bool) -> None:
-    """Ask an autoscaler for what the cluster lacks, and wait until it is there.
+    """Ask an autoscaler for the GPUs and CPUs that the cluster lacks, and wait for them.
 
     Args:
-        processes: at the same time, each with a CPU.
+        processes: how many run at the same time, each on a CPU of its own.
         grows: whether nodes may join. A Ray that was started here has all it will ever have.
 
     Raises:
-        UserError: it is not there after `cluster.wait_minutes`.
+        UserError: they are not there after `cluster.wait_minutes`.
     """
     wanted = {"GPU": gpus, "CPU": float(processes)}
 
@@ -55,8 +55,8 @@ def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: boo
 
 
 def check_paths(setup: Setup) -> None:
-    """A hub model is downloaded to every node; any other local path must be in a folder that all
-    nodes share.
+    """Check that every node sees the model's files and the output. A hub model is downloaded to
+    every node. Any other local path must be in a folder that all nodes share.
 
     Raises:
         UserError: a node does not see the model's files, or what is written to `output.uri`.
@@ -89,12 +89,12 @@ def check_paths(setup: Setup) -> None:
 
 
 def alive_nodes() -> set[str]:
-    """The ids of the nodes that are there."""
+    """The ids of the nodes that are alive."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
-    """Addresses of the nodes that lack one of the files. Those of a hub model are downloaded
+    """Addresses of the nodes that lack one of the files. The files of a hub model are downloaded
     first.
     """
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -1,5 +1,5 @@
-"""Finds, and removes when told to, what dead runs and pulls left: never a finished model, never a
-live run. Light: no torch.
+"""Finds what dead runs and pulls left, and removes it when told to: never a finished model, never
+a live run. Light: no torch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from fusegpt_ray.uris import refuse_ambiguous
 
 @dataclass(frozen=True)
 class Leftover:
-    """Something that is neither a finished model nor anyone else's."""
+    """Something that a run or a pull left, or that one of them still works on."""
 
     uri: str
     size: int
     what: str
     """What it is, in words."""
     dead: bool
-    """It may go."""
+    """It may be removed."""
     folder: bool = True
     """It is a folder, not a file."""
 
@@ -47,8 +47,8 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
     could go on may be removed as well.
 
     Raises:
-        UserError: not the folder in which models and runs lie, or its name could mean others
-            (see `uris.py`).
+        UserError: it is not a folder in which models and runs lie, or its name could mean another
+            place (see `uris.py`).
     """
     refuse_ambiguous(KEY, uri)
     there = Outputs.look(uri)
@@ -64,11 +64,11 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
 
 
 def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
-    """Remove what may be removed, each after another look at it; returns what was."""
+    """Remove what may be removed, each after a second look at it; returns what was removed."""
     removed = []
     for item in leftovers(uri, age, unfinished):
         of_run = item.uri.endswith(".run")
-        owned = Standing.look(item.uri) if of_run else None  # as the second look at it finds it
+        owned = Standing.look(item.uri) if of_run else None  # before the second look at it
         if not item.dead or item not in leftovers(uri, age, unfinished):
             continue
         if of_run:
@@ -82,10 +82,10 @@ def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[L
 
 
 def remove_run(folder: str, keep_lease: bool = False) -> None:
-    """Remove what a run wrote into its folder, for whoever owns its name.
+    """Remove what a run wrote into its folder. Only the owner of its name may call this.
 
-    The identity goes after all records: no other run may find records that it did not write. The
-    lease goes last: until then nobody else may begin.
+    The identity is removed after all records, so that no other run finds records that it did not
+    write. The lease is removed last: until then nobody else may begin.
     """
     storage.remove(storage.join(folder, "blocks"), recursive=True)
     ours = [name for name in storage.names(folder) if RUN_FILE.fullmatch(name)]
@@ -107,8 +107,8 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
         for folder in there.folders
         if folder.finished and (match := MODEL.fullmatch(folder.name))
     }
-    # Half models first: the run's folder beside them is how they are known, should this stop in
-    # between.
+    # Half models first: if this stops in between, the run's folder beside them still tells what
+    # they are.
     for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
         if folder.half:
             name = MODEL.fullmatch(folder.name)["name"]  # type: ignore[index]

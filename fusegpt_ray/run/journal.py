@@ -27,7 +27,8 @@ from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened,
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
 """What to do where another run is in the folder."""
 Note = Literal["sums", "scores"]
-"""Of a round that is under way: what its scoring has measured so far, and what it found."""
+"""What is noted of a round that is under way: what its scoring has measured so far, and what it
+found."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Done:
 
 @dataclass
 class Journal:
-    """The records of one run, at a folder of their own. Who writes owns the name (see `owned`)."""
+    """The records of one run, in a folder of their own. Only the owner of the run's name writes
+    (see `owned`).
+    """
 
     folder: str
     lease: Lease | None = None
@@ -95,7 +98,7 @@ class Journal:
         return self.lease.fence.check if self.lease else _nothing
 
     def creating(self) -> AbstractContextManager[None]:
-        """Around what must be created by this run alone (see `Lease.creating`)."""
+        """A context for creating what no other run may create (see `Lease.creating`)."""
         return self.lease.creating() if self.lease else nullcontext()
 
     @contextmanager
@@ -107,9 +110,9 @@ class Journal:
     ) -> Iterator[Journal]:
         """This journal for writing: while the block lasts, no other run has the name.
 
-        If an exception ends the block, it gets a note where the same command goes on from what is
-        saved. Where nothing is saved, or where the user made a mistake and no round is done,
-        nothing stays of a run that began here.
+        An exception that ends the block gets a note if the same command can go on from what is
+        saved. If nothing is saved, or if the user made a mistake and no round is done, nothing
+        stays of a run that began here.
 
         Raises:
             OwnedByAnother: another run has the name, or took it over.
@@ -144,7 +147,8 @@ class Journal:
             error.add_note(GOES_ON)
 
     def begin(self, this: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
-        """Start, or go on with, the run of this identity. One that finished no round makes way.
+        """Start the run of this identity, or go on with it. Another run that has finished no round
+        is forgotten.
 
         Raises:
             UserError: another run is in this folder; the message shows what differs, key by key.
@@ -170,7 +174,7 @@ class Journal:
             raise UserError("output.name", name, problem, fix)
 
     def _other(self, this: Mapping[str, Any]) -> str:
-        """How the run that is here differs from this (part of an) identity, or nothing."""
+        """How the run that is here differs from this (part of an) identity, in words."""
         if not self.started:
             return ""
         try:
@@ -186,15 +190,15 @@ class Journal:
         return f"an unfinished run in {self.folder} has " + "; and ".join(found) if found else ""
 
     def commit(self, number: int, done: Done) -> None:
-        """Record round `number` (from 1) as done; only then do its training checkpoints go."""
+        """Record round `number` (from 1) as done, then remove its training checkpoints."""
         with self.creating():
             storage.create(self._file(number), sealed(done.to_json()))
         self.saved, self.ours = True, False
         self._forget_checkpoints(number)
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
-        """Note something about round `number` before it is done, so that a kill does not cost it. A
-        later note takes its place.
+        """Note something about round `number` before it is done, so that a kill does not lose it.
+        A later note takes its place.
         """
         self.fence()
         storage.write(self._note(kind, number), sealed({"note": note}))
@@ -217,9 +221,9 @@ class Journal:
     def rounds(self, wanted: Iterable[int], say: Callable[[str], None]) -> list[Done]:
         """The rounds done so far, in order, as far as they can be trusted.
 
-        Checked are the records, and the files that the model after the last round and those after
-        the rounds `wanted` still need. The first damaged or missing one ends the list: `say` tells
-        which, and it and all later records are removed.
+        The records are checked, and the files that are still needed for the models after the last
+        round and after the rounds `wanted`. The first damaged or missing one ends the list: `say`
+        tells which, and its record and all later ones are removed.
         """
         done, problem = self._records()
         good: set[str] = set()
@@ -261,7 +265,7 @@ class Journal:
         self.saved, self.ours = False, True
 
     def remove(self) -> None:
-        """Forget the run, and leave the name: once all its models are published."""
+        """Forget the run and give up its name, once all its models are published."""
         self.fence()
         if self.lease:
             self.lease.stop()

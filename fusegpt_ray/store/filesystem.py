@@ -33,12 +33,14 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 
 
 def absolute(uri: str) -> str:
-    """`uri`, absolute if it is a local path: the same file for any working folder."""
+    """`uri`, made absolute if it is a local path, so that it does not depend on the working
+    folder.
+    """
     return uri if "://" in uri else str(Path(os.path.expanduser(uri)).absolute())
 
 
 def is_remote(uri: str) -> bool:
-    """Whether reading it asks another machine (or what a test takes for one)."""
+    """Whether it lies on another machine (or on what a test takes for one)."""
     return "://" in uri and "file" not in filesystem(uri)[0].protocol
 
 

@@ -45,7 +45,7 @@ def test_every_worker_takes_each_task_and_results_come_by_rank() -> None:
             outcome = await mailbox.outcome(SOON)
             assert outcome == Outcome([f"{number} by nought", f"{number} by one"])
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_worker_waits_for_the_task_that_follows_its_last() -> None:
@@ -61,7 +61,7 @@ def test_a_worker_waits_for_the_task_that_follows_its_last() -> None:
         await mailbox.post(NEXT)
         assert await second == (2, NEXT)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_workers_that_start_again_take_the_unfinished_task_and_its_results_stay() -> None:
@@ -75,7 +75,7 @@ def test_workers_that_start_again_take_the_unfinished_task_and_its_results_stay(
         await mailbox.finish(1, 1, "after it")
         assert (await mailbox.outcome(SOON)).results == ["before the loss", "after it"]
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_workers_that_start_again_after_a_finished_task_wait_for_the_next() -> None:
@@ -89,7 +89,7 @@ def test_workers_that_start_again_after_a_finished_task_wait_for_the_next() -> N
         await mailbox.post(NEXT)
         assert await again == (2, NEXT)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 @pytest.mark.parametrize("known", [False, True], ids=["lost in silence", "lost with a reason"])
@@ -115,7 +115,7 @@ def test_a_task_is_given_up_after_so_many_attempts_and_the_next_begins_anew(know
         assert await mailbox.take(0, 0, PROCESS) == (2, NEXT), "attempts are counted for each task"
         assert await mailbox.outcome(0.0) == Outcome()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_call_that_a_lost_worker_left_behind_is_no_attempt() -> None:
@@ -144,7 +144,7 @@ def test_a_final_failure_ends_the_task_and_later_results_do_not_count() -> None:
         await mailbox.fail(1, pickle.dumps(MemoryError()), True)
         assert isinstance(raised(await mailbox.outcome(SOON)), FloatingPointError)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_a_failure_that_is_not_final_is_told_and_the_task_goes_on() -> None:
@@ -161,7 +161,7 @@ def test_a_failure_that_is_not_final_is_told_and_the_task_goes_on() -> None:
         assert not outcome.error and outcome.results is None
         assert await mailbox.take(0, 0, PROCESS) == (1, TASK)
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_what_concerns_an_earlier_task_does_not_count() -> None:
@@ -173,7 +173,7 @@ def test_what_concerns_an_earlier_task_does_not_count() -> None:
         await mailbox.fail(1, pickle.dumps(MemoryError()), True)
         assert await mailbox.outcome(0.0) == Outcome()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_news_comes_at_once_in_order_and_once() -> None:
@@ -189,7 +189,7 @@ def test_news_comes_at_once_in_order_and_once() -> None:
         assert (await mailbox.outcome(SOON)).news == [(2, 0.25), "a line"]
         assert await mailbox.outcome(0.01) == Outcome()
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
 
 
 def test_workers_end_once_it_is_closed() -> None:
@@ -201,4 +201,4 @@ def test_workers_end_once_it_is_closed() -> None:
         await mailbox.post(TASK)
         assert await mailbox.take(0, 1, PROCESS) is None
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 10))
