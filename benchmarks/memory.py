@@ -10,7 +10,8 @@ that all is imported and counts as what was there before. Linux only.
 
 - **peak**: the largest resident memory of the run (VmHWM) above what was resident before it.
   Weights are read, never mapped;
-- **formula**: what the run may hold by `formula` below (docs/performance.md tells its terms);
+- **formula**: what the run may hold by the package's cost model (`cost.py`; docs/performance.md
+  tells its terms);
 - **under that limit**: the same run, its private memory limited to what was there before plus the
   formula (RLIMIT_DATA: what goes beyond is not allocated). Reading the whole checkpoint at once
   must fail under it, or the limit limits nothing.
@@ -28,7 +29,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import math
 import os
 import resource
 import subprocess
@@ -38,12 +38,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
+from fusegpt_ray.cost import replica_bytes, worker_bytes
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.publish import versions
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store.storage import STEP
 
 VOCABULARY = 256
@@ -108,7 +113,7 @@ def _measure(
     _checkpoint(folder / "tiny", 4, 32, 64)
     _checkpoint(folder / "model", depth, hidden, intermediate)
     (folder / "text.txt").write_text(" ".join(f"w{i * i % VOCABULARY}" for i in range(4000)))
-    parts = formula(depth, hidden, intermediate)
+    parts = formula(folder, depth)
     limit = max(parts.values())
     task = {"folder": str(folder), "depth": depth}
     row = {
@@ -125,27 +130,20 @@ def _measure(
     return row
 
 
-def formula(depth: int, hidden: int, intermediate: int) -> dict[str, int]:
-    """What checking files, scoring and fine-tuning a group may hold, in bytes; the run may hold
-    the largest.
+def formula(folder: Path, depth: int) -> dict[str, int]:
+    """What checking files, scoring and fine-tuning a group may hold, in bytes, by the package's own
+    cost model; the run may hold the largest.
     """
-    shapes = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
-    block = 4 * sum(map(math.prod, shapes))
-    pair = 4 * RANK * sum(map(sum, shapes))  # A and B, or C and D
-    states = 4 * WINDOWS * LENGTH * hidden
-    trunk = 2 * 4 * VOCABULARY * hidden
-    own_and_effective, donors, in_passing = 2 * NEIGHBOURS, REMOVED, 2
-    adam = 4  # value, gradient and two moments
+    recipe, dense = Recipe.parse(_settings(folder, "model", depth, "formula")), _dense(folder)
     return {
         "check": 3 * STEP,
-        "score": trunk + 4 * block + (depth + 1) * states,
-        "finetune": (
-            trunk
-            + (own_and_effective + donors + in_passing) * block
-            + adam * NEIGHBOURS * (1 + donors) * pair
-            + 2 * states
-        ),
+        "score": replica_bytes(dense, torch.float32, WINDOWS, LENGTH),
+        "finetune": worker_bytes(recipe, dense, torch.float32, REMOVED),
     }
+
+
+def _dense(folder: Path) -> Stack:
+    return Source.find(str(folder / "model"), None).stack()
 
 
 def _checkpoint(folder: Path, depth: int, hidden: int, intermediate: int) -> None:
@@ -174,8 +172,8 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(task: dict[str, Any]) -> dict[str, Any]:
+    from fusegpt_ray import evaluation
     from fusegpt_ray.publishing import plain, proof
-    from fusegpt_ray.workers import local
 
     folder = Path(task["folder"])
     _compress(folder, "tiny", 4, f"{task['output']}-tiny")
@@ -186,7 +184,7 @@ def _child(task: dict[str, Any]) -> dict[str, Any]:
     if "limit" in task:
         allowed = _status("VmData") + task["limit"]
         _limit(allowed)
-        for module in (local, proof):
+        for module in (evaluation, proof):
             module.compare_plain = _unlimited(module.compare_plain, allowed)  # type: ignore[attr-defined]
     end = "done"
     try:
@@ -221,15 +219,9 @@ def _unlimited(compare: Callable[..., Any], allowed: int) -> Callable[..., Any]:
     return lifted
 
 
-def _compress(folder: Path, model: str, depth: int, output: str) -> str:
-    """How it ended: done, or where it had to begin again with fewer windows at once for want of
-    memory.
-    """
-    from fusegpt_ray import Recipe, compress
-    from fusegpt_ray.report import Display
-    from fusegpt_ray.rounds import fewer_at_once
-
-    settings = {
+def _settings(folder: Path, model: str, depth: int, output: str) -> dict[str, Any]:
+    """The recipe of a run."""
+    return {
         "model": {"source": str(folder / model)},
         "sparsity": (REMOVED - 0.5) / depth,
         "calibration": {
@@ -250,7 +242,17 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
         "cluster": {"engine": "local", "weights": "streamed"},
         "output": {"uri": str(folder), "name": output},
     }
-    recipe = Recipe.parse(settings)
+
+
+def _compress(folder: Path, model: str, depth: int, output: str) -> str:
+    """How it ended: done, or where it had to begin again with fewer windows at once for want of
+    memory.
+    """
+    from fusegpt_ray import compress
+    from fusegpt_ray.report import Display
+    from fusegpt_ray.rounds import fewer_at_once
+
+    recipe = Recipe.parse(_settings(folder, model, depth, output))
     (published,) = compress(recipe, Display())
     return fewer_at_once(recipe, published.manifest["rounds"]) or "done"
 

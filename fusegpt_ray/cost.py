@@ -58,9 +58,10 @@ class Cost:
 
     def in_words(self) -> str:
         """One line for a person."""
-        work = ", ".join(f"{stage.name} {tera(stage.flops)}" for stage in self.stages)
+        shares = [f"{stage.name} {stage.flops / self.flops:.0%}" for stage in self.stages]
         sizes = ", ".join(map(byte_count, self.published_bytes.values()))
-        return f"at most {work} TFLOP; {byte_count(self.source_bytes)} become {sizes}"
+        work = f"at most {flop_count(self.flops)} ({', '.join(shares)})"
+        return f"{work}; {byte_count(self.source_bytes)} become {sizes}"
 
 
 def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
@@ -189,6 +190,10 @@ def _bytes(refs: Refs) -> int:
     return sum(ref.end - ref.begin for ref in refs.values())
 
 
-def tera(flops: int) -> str:
-    """In 10¹², with two digits at least."""
-    return f"{flops / 1e12:.2g}" if flops < 1e14 else f"{flops / 1e12:.0f}"
+def flop_count(flops: float) -> str:
+    """With three digits at most: "12.3 TFLOP"."""
+    units = ["MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]
+    value = flops / 1e6
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"

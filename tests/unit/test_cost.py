@@ -4,6 +4,7 @@ themselves.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from models import open_stack, token_windows
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray.cost import Cost, block_flops, replica_bytes, worker_bytes
+from fusegpt_ray.cost import Cost, block_flops, flop_count, replica_bytes, worker_bytes
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
@@ -120,3 +121,16 @@ def test_what_makes_a_run_dearer_costs_more(desk: Desk) -> None:
         worker_bytes(asked, dense, whole, rounds=3),
     ]
     assert sizes == sorted(set(sizes))
+
+
+def test_a_line_tells_work_and_sizes(desk: Desk) -> None:
+    line = costs(desk).in_words()
+    number, size = r"\d+(\.\d+)?", r"\d+(\.\d+)? [kMG]?B"
+    shares = r"scoring \d+%, states \d+%, fine-tuning \d+%"
+    assert re.fullmatch(rf"at most {number} [MGTPE]FLOP \({shares}\); {size} become {size}", line)
+    assert [flop_count(flops) for flops in (5e5, 12_345e6, 2e15, 3e22)] == [
+        "0.5 MFLOP",
+        "12.3 GFLOP",
+        "2 PFLOP",
+        "3e+04 EFLOP",
+    ]
