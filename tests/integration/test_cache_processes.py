@@ -120,47 +120,37 @@ def test_who_waits_for_a_killed_process_goes_on(
     fault = Fault(stalled, "GET", "/1.safetensors", times=FOREVER)
     proxy.inject(fault)
     try:
-        with started(4, folder, blocks) as (victim, *others):
+        with started(2, folder, blocks) as (victim, other):
             victim.begin()
             assert victim.says() == expected[0]
             wait_for(lambda: fault.hit == 3)
-            for other in others:
-                other.begin()
-            assert [other.says() for other in others] == [expected[0]] * 3
+            other.begin()
+            assert other.says() == expected[0]
             time.sleep(1)
-            assert fault.seen <= 6, (
-                "nobody waited"
-            )  # 3 tensors, which the victim may ask for again if this machine is slow
+            # 3 tensors, which the victim may ask for again if this machine is slow.
+            assert fault.seen < 9, "nobody waited"
             victim.process.kill()
             proxy.inject()
-            for other in others:
-                assert [other.says() for _ in blocks[1:]] == expected[1:]
+            assert [other.says() for _ in blocks[1:]] == expected[1:]
     finally:
         proxy.stop()
-    assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * BLOCKS
+    assert [path.suffix for path in folder.iterdir()] == [".block"] * BLOCKS
 
 
-@pytest.mark.parametrize("written", ["half", "whole"])
 def test_a_file_half_written_by_a_killed_process_is_never_read(
-    written: str, blocks: list[Refs], tmp_path: Path
+    blocks: list[Refs], tmp_path: Path
 ) -> None:
     expected = digests(blocks, tmp_path / "none")
     folder = tmp_path / "cache"
-    with started(1, folder, blocks[:1], written) as (victim,):
-        victim.begin()
-        assert victim.says() == "hanging"
-        victim.process.kill()
-    assert [path.suffix for path in folder.iterdir()] == [".part"]
-    assert digest_of(blocks[1], BlockCache(folder, None)) == expected[1]
-    assert [path.suffix for path in folder.iterdir()] == [".safetensors"], (
-        "the next that needed room left it there"
-    )
-    with started(1, folder, blocks[2:3], written) as (victim,):
-        victim.begin()
-        assert victim.says() == "hanging"
-        victim.process.kill()
+    for number, written in enumerate(["half", "whole"]):
+        with started(1, folder, blocks[number:], written) as (victim,):
+            victim.begin()
+            assert victim.says() == "hanging"
+            victim.process.kill()
+        assert ".part" in {path.suffix for path in folder.iterdir()}
+        assert digest_of(blocks[number], BlockCache(folder, None)) == expected[number]
+        assert [path.suffix for path in folder.iterdir()] == [".block"] * (number + 1)
     assert [digest_of(refs, BlockCache(folder, None)) for refs in blocks] == expected
-    assert [path.suffix for path in folder.iterdir()] == [".safetensors"] * BLOCKS
 
 
 def wait_for(condition) -> None:
