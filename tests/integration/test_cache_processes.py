@@ -4,19 +4,19 @@ waits, and who is killed.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import hashlib
+import multiprocessing
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
 from faults import FOREVER, Fault, Proxy, stalled
-from readers import digest_of
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.stack import Refs
@@ -25,6 +25,7 @@ from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
 pytestmark = pytest.mark.integration
 
 BLOCKS = 4
+FORKED = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -41,42 +42,62 @@ def blocks(bucket: str) -> list[Refs]:
     return made
 
 
+def digest_of(refs: Refs, cache: BlockCache) -> str:
+    tensors = cache.tensors(refs)
+    return hashlib.sha256(
+        b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
+    ).hexdigest()
+
+
 class Reader:
-    """See `readers.py`."""
+    """A process that reads blocks through the cache, once it may begin, and says of each what it
+    read.
 
-    def __init__(self, folder: Path, blocks: list[Refs], *hang: str) -> None:
-        file = folder.with_name("blocks.json")
-        file.write_text(
-            json.dumps([{name: ref.to_json() for name, ref in refs.items()} for refs in blocks])
-        )
-        script = Path(__file__).parents[1] / "readers.py"
-        command = [sys.executable, str(script), str(folder), str(file), *hang]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+    With a share to `write` it hangs where so much of the first block's file is written, and says
+    so.
+    """
 
-    def says(self) -> str:
-        assert self.process.stdout
-        return self.process.stdout.readline().strip()
+    def __init__(self, folder: Path, blocks: list[Refs], write: float | None) -> None:
+        self.ours, theirs = FORKED.Pipe()
+        self.process = FORKED.Process(target=_read, args=[folder, blocks, write, theirs])
+        self.process.start()
 
     def begin(self) -> None:
-        """Once it is ready."""
-        assert self.says() == "ready"
-        assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        self.ours.send("begin")
+
+    def says(self) -> str:
+        assert self.ours.poll(60)
+        return self.ours.recv()
+
+
+def _read(folder: Path, blocks: list[Refs], write: float | None, pipe: Connection) -> None:
+    def hang(self: BlockCache, path: Path, part: BinaryIO, data: list[memoryview]) -> None:
+        whole = b"".join(data)
+        part.write(whole[: int(len(whole) * write)])
+        part.flush()
+        pipe.send("hanging")
+        time.sleep(1000)
+
+    if write is not None:
+        BlockCache._keep = hang
+    cache = BlockCache(folder, None)
+    pipe.recv()
+    for refs in blocks:
+        pipe.send(digest_of(refs, cache))
 
 
 @contextmanager
-def started(count: int, folder: Path, blocks: list[Refs], *hang: str) -> Iterator[list[Reader]]:
+def started(
+    count: int, folder: Path, blocks: list[Refs], write: float | None = None
+) -> Iterator[list[Reader]]:
     """So many processes, that are yet to begin."""
-    readers = [Reader(folder, blocks, *hang) for _ in range(count)]
+    readers = [Reader(folder, blocks, write) for _ in range(count)]
     try:
         yield readers
     finally:
         for reader in readers:
             reader.process.kill()
-            reader.process.wait()
+            reader.process.join()
 
 
 def digests(blocks: list[Refs], folder: Path) -> list[str]:
@@ -142,7 +163,7 @@ def test_a_file_half_written_by_a_killed_process_is_never_read(
 ) -> None:
     expected = digests(blocks, tmp_path / "none")
     folder = tmp_path / "cache"
-    for number, written in enumerate(["half", "whole"]):
+    for number, written in enumerate([0.5, 1]):
         with started(1, folder, blocks[number:], written) as (victim,):
             victim.begin()
             assert victim.says() == "hanging"
