@@ -116,24 +116,22 @@ def _opened(part: Path) -> Iterator[int]:
     Raises:
         UserError: another pull fills it, or it is something else.
     """
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir(exist_ok=True)
-        directory = os.open(part, _FOLDER)
-    except OSError as error:
-        fix = "remove what is in the way, check your rights, or give another folder"
-        raise UserError(
-            "DIR", str(part), f"cannot be made or used ({error.strerror})", fix
-        ) from error
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as opened:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir(exist_ok=True)
+            directory = os.open(part, _FOLDER)
+            opened.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for it, or give another folder"
+            raise UserError("DIR", str(part), "another pull is filling it", fix) from error
+        except OSError as error:
+            fix = "remove what is in the way, check your rights, or give another folder"
+            raise UserError(
+                "DIR", str(part), f"cannot be made or used ({error.strerror})", fix
+            ) from error
         yield directory
-    except BlockingIOError as error:
-        raise UserError(
-            "DIR", str(part), "another pull is filling it", "wait for it, or give another folder"
-        ) from error
-    finally:
-        os.close(directory)
 
 
 def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
