@@ -241,8 +241,6 @@ class _Pull:
         uri = storage.join(self.source, name)
         with _open(self.directory, name) as file:
             at = file.seek(0, os.SEEK_END)  # what an earlier try has written
-            if at > record.size:
-                at = file.truncate(file.seek(0))
             self.show.at(name, at)
             while at < record.size:
                 if self.stop.is_set():

@@ -88,13 +88,14 @@ def test_an_entry_or_the_folder_may_be_removed_at_any_time(tmp_path: Path, folde
 
 
 def test_what_a_dead_process_left_goes(size: int, tmp_path: Path, folder: Path) -> None:
-    a, b = blocks_of(tmp_path, 2)
-    cache = BlockCache(folder, 2 * size)
+    a, b, c = blocks_of(tmp_path, 3)
+    cache = BlockCache(folder, None)
     cache.tensors(a)
-    (folder / f"{'0' * 64}x1y2z3.part").write_bytes(bytes(3 * size))
-    cache.tensors(b, [a])
-    assert is_here(cache, a) and is_here(cache, b)
-    assert held(folder) == 2 * size
+    for refs, limit in ((b, 2 * size), (c, None)):  # with no room to spare, and with plenty
+        (folder / f"{'0' * 64}x1y2z3.part").write_bytes(bytes(3 * size))
+        BlockCache(folder, limit).tensors(refs, [a])
+    assert [is_here(cache, refs) for refs in (a, b, c)] == [True] * 3
+    assert held(folder) == 3 * size
 
 
 # --- the store's troubles, and the disk's ---

@@ -126,8 +126,10 @@ def test_what_is_damaged_on_the_way_is_fetched_again(
     with failing(times(download.TRIES - 1, TWO, damage)):
         assert main(["pull", source, str(target)]) == 0
     assert_pulled(target)
+    said = capsys.readouterr().err
     # Twice why it is fetched again, once that it is whole.
-    assert capsys.readouterr().err.count(f"{TWO} ") == download.TRIES
+    assert said.count(f"{TWO} ") == download.TRIES
+    assert ("ended early" in said) == (damage in (cut, longer))
 
 
 @pytest.mark.parametrize("damage", [flipped, broken])
