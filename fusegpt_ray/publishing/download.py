@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedRandom
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.report import Transfer, byte_count
@@ -188,7 +188,7 @@ def _parent(directory: int, path: str) -> Iterator[int]:
         yield directory
 
 
-def _open(directory: int, path: str) -> BinaryIO:
+def _open(directory: int, path: str) -> BufferedRandom:
     """A file below the folder, made if need be, for reading and writing; never through a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with _parent(directory, path) as folder:
