@@ -25,7 +25,6 @@ from faulty import Faulty, failing
 
 from fusegpt_ray.model import cache as module
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
 
 # --- what it holds ---
@@ -109,20 +108,6 @@ def test_a_store_that_does_not_tell_when_files_change(
     monkeypatch.setattr(Faulty, "info", lambda self, path, **_: {"size": 1, "ETag": '"abc"'})
     BlockCache(folder, None).tensors(refs)
     assert len(os.listdir(folder)) == 1
-
-
-def test_each_file_is_asked_for_once(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    blocks = blocks_of(tmp_path, 3)
-    BlockCache(folder, None).tensors(blocks[0])
-    asked: list[str] = []
-    tell = storage.version
-    monkeypatch.setattr(storage, "version", lambda uri: (asked.append(uri), tell(uri))[1])
-    cache = BlockCache(folder, None)
-    for _ in range(3):
-        cache.tensors(blocks[0], blocks)
-    assert asked == [blocks[0]["odd"].file]
 
 
 # --- how large it gets ---

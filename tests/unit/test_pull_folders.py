@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from faulty import failing
-from pulling import FILES, _at_once, _small_and_fast, _target, part_of, write_model  # noqa: F401 - fixtures
+from pulling import (  # noqa: F401 - fixtures
+    FILES,
+    _at_once,
+    _small_and_fast,
+    _target,
+    contents,
+    manifest,
+    part_of,
+    write_model,
+)
 
 from fusegpt_ray import UserError, pull, verify
 from fusegpt_ray.publishing import download
@@ -17,6 +26,7 @@ DEEP = FILES | {
     ONE: b"{{ tools }}" * 300,
     "additional_chat_templates/more/rag.jinja": b"{{ documents }}",
 }
+WHOLE = {**DEEP, "fusegpt.json": manifest(DEEP)}
 
 
 @pytest.fixture(name="source")
@@ -24,17 +34,8 @@ def _source(tmp_path: Path) -> str:
     return f"faulty://{write_model(tmp_path / 'source', DEEP)}"
 
 
-def found(folder: Path) -> dict[str, bytes]:
-    there = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return {name: data for name, data in there.items() if name != "fusegpt.json"}
-
-
 def test_they_arrive_where_they_belong(source: str, target: Path) -> None:
-    assert found(pull(source, target)) == DEEP
+    assert contents(pull(source, target)) == WHOLE
     assert pull(source, target) == target, "it is known as whole"
 
 
@@ -51,7 +52,7 @@ def test_an_interrupted_pull_goes_on(source: str, target: Path) -> None:
     with failing() as asked:
         pull(source, target)
     assert [begin for name, begin in asked if name.endswith("tool.jinja")] == [1000, 2000, 3000]
-    assert found(target) == DEEP
+    assert contents(target) == WHOLE
 
 
 def test_a_link_below_a_folder_is_in_the_way(source: str, target: Path) -> None:
