@@ -9,12 +9,10 @@ behind a proxy that passes `--megabytes` a second in all. Only the reading of we
 tensors on the CPU, as `Runner.load` does it:
 
 - **store**: every walk from the server;
-- **fill**: the first walk with an empty cache: fetch, write, read back;
-- **new process**: the first walk of a process that finds the cache full: every entry's checksum is
-  computed;
-- **walk**: its later walks.
+- **fill**: the first walk with an empty cache: fetch and write;
+- **walk**: the later walks, of this process or another; every entry's checksum is computed.
 
-The page cache holds what was just written: the last two are those of a node whose memory is larger
+The page cache holds what was just written: the walks are those of a node whose memory is larger
 than the model. Else its disk's own time comes on top.
 """
 
@@ -39,7 +37,6 @@ from typing import Any
 import fsspec
 import torch
 
-from fusegpt_ray.model import cache as cache_module
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.stack import Refs
 from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
@@ -62,15 +59,11 @@ def main(argv: list[str] | None = None) -> int:
             for number in range(arguments.blocks)
         ]
         size = sum(ref.end - ref.begin for refs in blocks for ref in refs.values())
-        place = Path(folder) / "cache"
-        cache = BlockCache(place, None)
+        cache = BlockCache(Path(folder) / "cache", None)
         seconds: dict[str, list[float]] = {
             "store": [_walk(read_tensors, blocks) for _ in range(arguments.walks)]
         }
         seconds["fill"] = [_walk(cache.tensors, blocks)]
-        cache_module._SOUND.clear()
-        cache = BlockCache(place, None)
-        seconds["new process"] = [_walk(cache.tensors, blocks)]
         seconds["walk"] = [_walk(cache.tensors, blocks) for _ in range(arguments.walks)]
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(

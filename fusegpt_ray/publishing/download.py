@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from io import BufferedRandom
+from pathlib import Path, PurePosixPath
 
 from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.report import Transfer, byte_count
@@ -88,7 +88,8 @@ def pull(uri: str, folder: str | os.PathLike[str], display: Transfer | None = No
                 raise Incomplete(part, failed)
             with _open(directory, MANIFEST) as file:
                 file.write(manifest.raw)
-                _sync(file)
+                file.flush()
+                os.fsync(file.fileno())
             os.unlink(PULLING, dir_fd=directory)
             os.fsync(directory)
             part.rename(target)
@@ -115,29 +116,22 @@ def _opened(part: Path) -> Iterator[int]:
     Raises:
         UserError: another pull fills it, or it is something else.
     """
-    try:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir(exist_ok=True)
-        directory = os.open(part, _FOLDER)
-    except OSError as error:
-        fix = "remove what is in the way, check your rights, or give another folder"
-        raise UserError(
-            "DIR", str(part), f"cannot be made or used ({error.strerror})", fix
-        ) from error
-    try:
-        _lock(directory, part)
+    with ExitStack() as opened:
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir(exist_ok=True)
+            directory = os.open(part, _FOLDER)
+            opened.callback(os.close, directory)
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "wait for it, or give another folder"
+            raise UserError("DIR", str(part), "another pull is filling it", fix) from error
+        except OSError as error:
+            fix = "remove what is in the way, check your rights, or give another folder"
+            raise UserError(
+                "DIR", str(part), f"cannot be made or used ({error.strerror})", fix
+            ) from error
         yield directory
-    finally:
-        os.close(directory)
-
-
-def _lock(directory: int, part: Path) -> None:
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            "DIR", str(part), "another pull is filling it", "wait for it, or give another folder"
-        ) from error
 
 
 def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
@@ -146,9 +140,9 @@ def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
     Raises:
         UserError: what is there is not from a pull; or the disk is too small.
     """
-    found = dict(_walk(directory, ""))
+    found = dict(_walk(directory))
     files = {name: info for name, info in found.items() if not stat.S_ISDIR(info.st_mode)}
-    folders = {name for path in manifest.files for name in _folders(path)}
+    folders = {str(above) for name in manifest.files for above in PurePosixPath(name).parents}
     strange = [
         name for name, info in files.items() if not stat.S_ISREG(info.st_mode) or info.st_nlink > 1
     ]
@@ -172,23 +166,12 @@ def _make_room(directory: int, part: Path, manifest: Manifest) -> None:
             os.unlink(name.rpartition("/")[2], dir_fd=folder)
 
 
-def _walk(directory: int, begin: str) -> Iterator[tuple[str, os.stat_result]]:
+def _walk(directory: int) -> Iterator[tuple[str, os.stat_result]]:
     """Everything below an opened folder, by path; links are not followed."""
-    for name in sorted(os.listdir(directory)):
-        info = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        yield f"{begin}{name}", info
-        if stat.S_ISDIR(info.st_mode):
-            inner = os.open(name, _FOLDER, dir_fd=directory)
-            try:
-                yield from _walk(inner, f"{begin}{name}/")
-            finally:
-                os.close(inner)
-
-
-def _folders(path: str) -> list[str]:
-    """The folders that a file's path goes through, the outermost first."""
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: length + 1]) for length in range(len(parts))]
+    for folder, folders, files, opened in os.fwalk(".", dir_fd=directory):
+        for name in (*folders, *files):
+            info = os.stat(name, dir_fd=opened, follow_symlinks=False)
+            yield os.path.normpath(f"{folder}/{name}"), info
 
 
 @contextmanager
@@ -205,17 +188,12 @@ def _parent(directory: int, path: str) -> Iterator[int]:
         yield directory
 
 
-def _open(directory: int, path: str) -> BinaryIO:
+def _open(directory: int, path: str) -> BufferedRandom:
     """A file below the folder, made if need be, for reading and writing; never through a link."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
     with _parent(directory, path) as folder:
         name = path.rpartition("/")[2]
         return open(path, "r+b", opener=lambda *_: os.open(name, flags, 0o666, dir_fd=folder))
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @dataclass
@@ -262,8 +240,8 @@ class _Pull:
     def _once(self, name: str, record: FileRecord) -> str:
         uri = storage.join(self.source, name)
         with _open(self.directory, name) as file:
-            digest = hashlib.sha256()
-            at = self._go_on(file, record, digest)
+            at = file.seek(0, os.SEEK_END)  # what an earlier try has written
+            self.show.at(name, at)
             while at < record.size:
                 if self.stop.is_set():
                     return "was not fetched"
@@ -278,20 +256,11 @@ class _Pull:
                     return f"ended early: {at + len(data)} bytes of {record.size}"
                 file.write(data)
                 file.flush()  # so that a kill loses only the piece that is on its way
-                digest.update(data)
                 at = end
                 self.show.at(name, at)
-            if digest.hexdigest() != record.sha256:
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
                 file.truncate(0)
                 return "arrived with another checksum than the manifest says"
-            _sync(file)
+            os.fsync(file.fileno())
         return ""
-
-    def _go_on(self, file: BinaryIO, record: FileRecord, digest: Any) -> int:
-        """Take what an earlier try has written into the checksum; its bytes."""
-        if os.fstat(file.fileno()).st_size > record.size:
-            file.truncate(0)
-        while data := file.read(1 << 22):
-            digest.update(data)
-        self.show.at(file.name, file.tell())
-        return file.tell()

@@ -1,7 +1,4 @@
-"""Files shared by the processes of a machine, each locked by one at a time.
-
-The kernel releases a lock when its process ends.
-"""
+"""A folder of one machine that its processes share, for one of them at a time."""
 
 from __future__ import annotations
 
@@ -9,55 +6,39 @@ import errno
 import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[BinaryIO]:
-    """A file of this name for us alone, until the block ends or the process does; others wait.
-
-    It may hold what a dead process left. It is removed in the end, unless it was renamed.
-    """
-    while True:
-        with open(
-            path,
-            "r+b",
-            opener=lambda name, flags: os.open(name, flags | os.O_CREAT | os.O_NOFOLLOW, 0o600),
-        ) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is(file, path):
-                continue  # renamed or removed by whom we waited for: this lock is of no use now
-            try:
-                yield file
-            finally:
-                if _is(file, path):
-                    path.unlink(missing_ok=True)
-            return
-
-
-def removed_if_dead(path: Path) -> bool:
-    """Remove such a file if the process that had it is dead. True: there is none (any more)."""
+def locked(folder: Path) -> Iterator[None]:
+    """This folder is ours alone until the block ends, or the process does; others wait."""
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        with path.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(file, path):
-                path.unlink()
-    except BlockingIOError:
-        return False
-    except FileNotFoundError:
-        pass
-    return True
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(directory)
 
 
-def reserve(file: BinaryIO, size: int) -> None:
-    """Take so many bytes of the disk for a file: a full one says so now."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(file.fileno(), 0, size)
-    else:
-        os.truncate(file.fileno(), size)
+@contextmanager
+def temporary(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A new file whose name begins and ends like this path, gone in the end unless it was renamed.
+
+    It takes so many bytes of the disk at once: a full one says so now.
+    """
+    handle, name = tempfile.mkstemp(path.suffix, path.stem, path.parent)
+    try:
+        with open(name, "wb", opener=lambda *_: handle) as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)
+            yield file
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def make_own(folder: Path) -> None:
@@ -70,11 +51,3 @@ def make_own(folder: Path) -> None:
             "have FUSEGPT_CACHE name a folder of your own"
         )
         raise PermissionError(errno.EACCES, problem, str(folder))
-
-
-def _is(file: BinaryIO, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
-    except FileNotFoundError:
-        return False

@@ -48,9 +48,11 @@ class Outputs:
         return f"{self.uri}/tiny-p12.5"
 
 
-@pytest.fixture
-def outputs(s3, bucket: str, material) -> Outputs:
-    found = Outputs(bucket)
+@pytest.fixture(scope="module")
+def outputs(s3, material) -> Outputs:
+    """Each test leaves the model as it was."""
+    found = Outputs("outputs-to-pull")
+    s3.client.create_bucket(Bucket=found.bucket)
     recipe = material.recipe(found.uri, sparsity=0.125, method="mi")
     compress(
         Recipe.parse(recipe | {"output": {"uri": found.uri, "name": "tiny", "shard_gb": 0.00002}})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import random
@@ -18,6 +17,7 @@ from faulty import failing
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.scratch import locked
 
 
 def test_of_many_threads_one_fetches(tmp_path: Path, folder: Path) -> None:
@@ -39,27 +39,27 @@ def test_many_threads_in_too_small_a_cache(size: int, tmp_path: Path, folder: Pa
     blocks, sizes, over = blocks_of(tmp_path, 6), [], threading.Event()
     expected = [read_tensors(refs) for refs in blocks]
 
-    def read(seed: int) -> bool:
+    def read(seed: int) -> None:
         draw = random.Random(seed)
-        cache, chosen = BlockCache(folder, 2 * size), [draw.randrange(6) for _ in range(40)]
-        return all(
-            torch.equal(cache.tensors(blocks[i])["mlp.weight"], expected[i]["mlp.weight"])
-            for i in chosen
-        )
+        cache = BlockCache(folder, 2 * size)
+        for number in [draw.randrange(6) for _ in range(20)]:
+            assert_equal(cache.tensors(blocks[number]), expected[number])
 
     def watch() -> None:
         while not over.wait(0.001):
-            with BlockCache(folder, None)._alone():
+            with locked(folder):
                 sizes.append(held(folder))
 
     folder.mkdir(mode=0o700)
     with ThreadPoolExecutor(7) as pool:
         watching = pool.submit(watch)
-        assert all(pool.map(read, range(6)))
-        over.set()
+        try:
+            list(pool.map(read, range(6)))
+        finally:
+            over.set()
         watching.result()
     assert max(sizes) <= 2 * size
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".block"}
 
 
 def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
 
     left = 0
     with failing(slow):
-        for _ in range(40):
+        for _ in range(20):
             limit = draw.choice([3, 6]) * size
             readers = [
                 multiprocessing.get_context("fork").Process(target=read, args=[limit])
@@ -93,15 +93,12 @@ def test_killed_at_any_moment(size: int, tmp_path: Path, folder: Path) -> None:
             for reader in readers:
                 reader.kill()
                 reader.join()
-            left += any(path.suffix == ".part" for path in folder.glob("*"))
+            left += any(path.suffix == ".part" for path in folder.iterdir())
             cache = BlockCache(folder, limit)
-            for refs, tensors in zip(blocks, expected, strict=True):
-                assert_equal(cache.tensors(refs), tensors)
-            assert cache._make_room(0)
-            assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
-            assert all(
-                hashlib.sha256(path.read_bytes()).hexdigest() == path.stem[65:]
-                for path in folder.iterdir()
-            )
+            for _ in range(2):  # fetched, and read from what the killed ones left
+                for refs, tensors in zip(blocks, expected, strict=True):
+                    assert_equal(cache.tensors(refs), tensors)
+            assert {path.suffix for path in folder.iterdir()} == {".block"}
+            assert held(folder) <= limit
             shutil.rmtree(folder)
-    assert left > 5, "hardly any was killed in the middle"
+    assert left > 3, "hardly any was killed in the middle"

@@ -10,7 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cached_blocks import _folder, _forget, _size, assert_same, blocks_of, held, is_here  # noqa: F401 - fixtures
+from cached_blocks import (  # noqa: F401 - fixtures
+    _folder,
+    _forget,
+    _size,
+    assert_same,
+    blocks_of,
+    entry,
+    held,
+    is_here,
+)
 from faults import full_disk
 from faulty import failing
 from mistakes import unprivileged
@@ -18,122 +27,75 @@ from mistakes import unprivileged
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model import cache as module
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.model.stack import Refs
-from fusegpt_ray.store.scratch import locked
 
 # --- damage ---
 
 
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def grow(file: Path) -> None:
-    with file.open("ab") as out:
-        out.write(b"x")
+DAMAGE = {
+    "truncated": lambda data: data[:-1],
+    "grown": lambda data: data + b"x",
+    "changed": lambda data: flipped(data, 100),
+    "another checksum": lambda data: flipped(data, len(data) - 1),
+    "emptied": lambda data: b"",
+}
 
 
-def flip(file: Path, place: int = -1) -> None:
-    data = bytearray(file.read_bytes())
-    data[place] ^= 1
-    file.write_bytes(data)
-
-
-def flip_silently(file: Path) -> None:
-    info = file.stat()
-    flip(file)
-    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
-    module._SOUND.clear()  # by then another process reads it
-
-
-def flip_the_header(file: Path) -> None:
-    flip(file, 0)
-
-
-def empty(file: Path) -> None:
-    file.write_bytes(b"")
-
-
-DAMAGE = [truncate, grow, flip, flip_silently, flip_the_header, empty]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_entry_is_fetched_again(
-    damage: Callable, tmp_path: Path, folder: Path, caplog: pytest.LogCaptureFixture
+    damage: Callable[[bytes], bytes],
+    tmp_path: Path,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (refs,) = blocks_of(tmp_path, 1)
-    cache = BlockCache(folder, None)
-    (file,) = {ref.file for ref in cache.local(refs).values()}
-    whole = Path(file).read_bytes()
-    damage(Path(file))
-    with caplog.at_level(logging.WARNING):
-        assert_same(cache.tensors(refs), refs)
-    assert file in caplog.text
-    assert Path(file).read_bytes() == whole
-    assert len(os.listdir(folder)) == 1
-
-
-def test_an_entry_or_the_folder_may_be_removed_at_any_time(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    """Also one that no size and no time tells, after this process has read it whole."""
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
     cache.tensors(refs)
-    shutil.rmtree(folder)
-    assert_same(cache.tensors(refs), refs)
-    assert is_here(cache, refs)
-
-    def gone(self: BlockCache, refs: Refs, among: object = ()) -> Refs:
-        here = local(self, refs)
-        shutil.rmtree(folder)
-        return here
-
-    local = BlockCache.local
-    with monkeypatch.context() as patch:
-        patch.setattr(BlockCache, "local", gone)
+    file = entry(cache, refs)
+    whole, info = file.read_bytes(), file.stat()
+    file.write_bytes(damage(whole))
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+    with caplog.at_level(logging.WARNING):
         assert_same(cache.tensors(refs), refs)
+    assert caplog.text.count(f"{file} is damaged") == 1
+    assert file.read_bytes() == whole
+    assert len(os.listdir(folder)) == 1
+
+
+def test_an_entry_or_the_folder_may_be_removed_at_any_time(tmp_path: Path, folder: Path) -> None:
+    (refs,) = blocks_of(tmp_path, 1)
+    cache = BlockCache(folder, None)
+    cache.tensors(refs)
+    for remove in (lambda: entry(cache, refs).unlink(), lambda: shutil.rmtree(folder)):
+        remove()
+        assert_same(cache.tensors(refs), refs)
+        assert is_here(cache, refs)
+    shutil.rmtree(folder)
 
     def during(name: str, begin: int, data: bytes) -> bytes:
         shutil.rmtree(folder, ignore_errors=True)
         return data
 
     with failing(during):
-        assert cache.local(refs) is refs
-    assert cache.local(refs) is not refs
+        cache.tensors(refs)
+        assert not is_here(cache, refs)
+    assert_same(cache.tensors(refs), refs)
+    assert is_here(cache, refs)
 
 
-def test_what_a_dead_process_left_goes_and_what_a_live_one_has_stays(
-    size: int, tmp_path: Path, folder: Path
-) -> None:
+def test_what_a_dead_process_left_goes(size: int, tmp_path: Path, folder: Path) -> None:
     a, b, c = blocks_of(tmp_path, 3)
-    cache = BlockCache(folder, 2 * size)
+    cache = BlockCache(folder, None)
     cache.tensors(a)
-    (folder / f"{'0' * 64}.part").write_bytes(bytes(size))
-    own = folder / f"{cache._key(module._remote(b))}.part"
-    own.write_bytes(bytes(3 * size))
-    cache.tensors(b, [a])
-    assert is_here(cache, a) and is_here(cache, b)
-    assert {path.suffix for path in folder.iterdir()} == {".safetensors"}
-    live = folder / f"{'1' * 64}.part"
-    with live.open("wb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate(size)
-        cache.tensors(c)
-        assert live.exists()
-        assert held(folder) == 2 * size
-    cache.tensors(a)
-    assert not live.exists()
-
-
-def test_what_others_wait_with_is_not_removed(tmp_path: Path) -> None:
-    path = tmp_path / "x.part"
-    with locked(path):
-        path.rename(tmp_path / "x")
-        path.write_bytes(b"the next one's")
-    assert path.read_bytes() == b"the next one's"
-    with locked(path) as file:
-        assert file.read() == b"the next one's"
-    assert sorted(os.listdir(tmp_path)) == ["x"]
+    for refs, limit in ((b, 2 * size), (c, None)):  # with no room to spare, and with plenty
+        (folder / f"{'0' * 64}x1y2z3.part").write_bytes(bytes(3 * size))
+        BlockCache(folder, limit).tensors(refs, [a])
+    assert [is_here(cache, refs) for refs in (a, b, c)] == [True] * 3
+    assert held(folder) == 3 * size
 
 
 # --- the store's troubles, and the disk's ---
@@ -156,10 +118,9 @@ def test_the_stores_errors_are_the_stores(
             cache.tensors(a)
         assert os.listdir(folder) == []
     (tmp_path / "store/1").unlink()
-    with pytest.raises(FileNotFoundError):
-        cache.tensors(b)
-    with pytest.raises(FileNotFoundError):
-        cache.tensors(a, [b])
+    for refs, among in ((b, []), (a, [b])):
+        with pytest.raises(FileNotFoundError):
+            cache.tensors(refs, among)
     assert caplog.text == ""
     assert_same(cache.tensors(a), a)
 
@@ -187,15 +148,12 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    blocks = blocks_of(tmp_path, 3)
     occupy(folder)
     cache = BlockCache(folder, None)
-    for refs in blocks:
-        assert cache.local(refs) is refs
+    for refs in blocks_of(tmp_path, 3):
         assert_same(cache.tensors(refs), refs)
-    assert caplog.text.count(str(folder)) == 2, (
-        "said more than once"
-    )  # the folder, and in the error
+    assert folder.is_file() or not os.listdir(folder)
+    assert caplog.text.count("blocks are not kept") == 1
     monkeypatch.setenv("FUSEGPT_CACHE", str(folder))
     assert BlockCache.open() is None
 
@@ -207,7 +165,9 @@ def test_another_users_folder_is_not_used(
     cache = BlockCache(folder, None)
     cache.tensors(refs)
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
-    assert cache.local(refs) is refs
+    with failing() as asked:
+        cache.tensors(refs)
+    assert len(asked) == len(refs)
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"fusegpt-ray-{os.geteuid()}").mkdir()
     assert BlockCache.open() is None
@@ -217,7 +177,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     (tmp_path / "closed").mkdir(mode=0o500)
     with unprivileged():
-        assert BlockCache(tmp_path / "closed/cache", None).local(refs) is refs
+        assert_same(BlockCache(tmp_path / "closed/cache", None).tensors(refs), refs)
     assert not list((tmp_path / "closed").iterdir())
 
 
@@ -226,10 +186,17 @@ def test_a_full_disk_is_found_before_anything_is_fetched(
 ) -> None:
     a, b = blocks_of(tmp_path, 2)
     cache = BlockCache(folder, None)
-    with failing() as asked, full_disk(1000):
-        assert cache.local(a) is a
-        assert asked == []
-        assert_same(cache.tensors(b), b)
+
+    def unlocked(name: str, begin: int, data: bytes) -> bytes:
+        directory = os.open(folder, os.O_RDONLY)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody waits for what is not kept
+        os.close(directory)
+        assert os.listdir(folder) == []
+        return data
+
+    with failing(unlocked), full_disk(1000):
+        for refs in (a, b):
+            assert_same(cache.tensors(refs), refs)
     assert os.listdir(folder) == []
     assert len(caplog.records) == 1
     assert_same(cache.tensors(a), a)
@@ -237,7 +204,7 @@ def test_a_full_disk_is_found_before_anything_is_fetched(
 
 
 def test_a_disk_that_fails_when_written_or_read(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (refs,) = blocks_of(tmp_path, 1)
     cache = BlockCache(folder, None)
@@ -245,13 +212,11 @@ def test_a_disk_that_fails_when_written_or_read(
     def fails(*_: object, **__: object) -> None:
         raise OSError(5, "Input/output error")
 
-    for where, name in (
-        (module.os, "replace"),
-        (module.os, "utime"),
-        (module.hashlib, "file_digest"),
-    ):
-        module._SOUND.clear()
-        with monkeypatch.context() as patch:
+    for where, name in ((os, "replace"), (os, "utime"), (module, "_read")):
+        with monkeypatch.context() as patch, failing() as asked:
             patch.setattr(where, name, fails)
-            assert cache.local(refs) is refs
-        assert cache.local(refs) is not refs
+            assert_same(cache.tensors(refs), refs)
+        assert len(asked) == 2 * len(refs), "fetched in vain"  # and once to compare
+        assert_same(cache.tensors(refs), refs)
+        assert len(os.listdir(folder)) == 1
+    assert len(caplog.records) == 1

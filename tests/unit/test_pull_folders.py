@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 from faulty import failing
-from pulling import FILES, _at_once, _small_and_fast, _target, part_of, write_model  # noqa: F401 - fixtures
+from pulling import (  # noqa: F401 - fixtures
+    FILES,
+    _at_once,
+    _small_and_fast,
+    _target,
+    contents,
+    manifest,
+    part_of,
+    write_model,
+)
 
 from fusegpt_ray import UserError, pull, verify
 from fusegpt_ray.publishing import download
@@ -17,6 +26,7 @@ DEEP = FILES | {
     ONE: b"{{ tools }}" * 300,
     "additional_chat_templates/more/rag.jinja": b"{{ documents }}",
 }
+WHOLE = {**DEEP, "fusegpt.json": manifest(DEEP)}
 
 
 @pytest.fixture(name="source")
@@ -24,17 +34,8 @@ def _source(tmp_path: Path) -> str:
     return f"faulty://{write_model(tmp_path / 'source', DEEP)}"
 
 
-def found(folder: Path) -> dict[str, bytes]:
-    there = {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-    return {name: data for name, data in there.items() if name != "fusegpt.json"}
-
-
 def test_they_arrive_where_they_belong(source: str, target: Path) -> None:
-    assert found(pull(source, target)) == DEEP
+    assert contents(pull(source, target)) == WHOLE
     assert pull(source, target) == target, "it is known as whole"
 
 
@@ -51,42 +52,36 @@ def test_an_interrupted_pull_goes_on(source: str, target: Path) -> None:
     with failing() as asked:
         pull(source, target)
     assert [begin for name, begin in asked if name.endswith("tool.jinja")] == [1000, 2000, 3000]
-    assert found(target) == DEEP
+    assert contents(target) == WHOLE
 
 
-@pytest.mark.parametrize("planted", ["link", "folder", "link inside"])
-def test_what_a_pull_never_made_is_in_the_way(planted: str, source: str, target: Path) -> None:
-    part, precious = part_of(target), target.parent / "precious"
-    precious.mkdir(parents=True)
-    part.mkdir()
-    (part / ".fusegpt-pull").touch()
-    if planted == "link":
-        (part / "additional_chat_templates").symlink_to(precious)
-    elif planted == "folder":
-        (part / "theirs").mkdir()
-    else:
-        (part / "additional_chat_templates").mkdir()
-        (part / ONE).symlink_to(precious / "file")
+def test_a_link_below_a_folder_is_in_the_way(source: str, target: Path) -> None:
+    precious = target.parent / "precious"
+    (part_of(target) / ONE).parent.mkdir(parents=True)
+    (part_of(target) / ".fusegpt-pull").touch()
+    (part_of(target) / ONE).symlink_to(precious)
     with pytest.raises(UserError, match="a pull never made"):
         pull(source, target)
-    assert list(precious.iterdir()) == [] and not target.exists()
+    assert not precious.exists() and not target.exists()
 
 
+@pytest.mark.parametrize("name", ["additional_chat_templates", "empty.txt"])
 def test_a_link_planted_while_files_arrive_is_not_followed(
-    source: str, target: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, source: str, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "WORKERS", 1)
     precious = target.parent / "precious"
 
-    def plant(name: str, begin: int, data: bytes) -> bytes:
-        if name == "config.json":
-            precious.mkdir()
-            (part_of(target) / "additional_chat_templates").symlink_to(precious)
+    def plant(asked: str, begin: int, data: bytes) -> bytes:
+        if asked == "config.json":
+            precious.mkdir() if name in ONE else precious.write_bytes(b"precious")
+            (part_of(target) / name).symlink_to(precious)
         return data
 
     with failing(plant), pytest.raises(OSError, match=r"directory|symbolic"):
         pull(source, target)
-    assert list(precious.iterdir()) == [] and not target.exists()
+    assert list(precious.iterdir()) == [] if name in ONE else precious.read_bytes() == b"precious"
+    assert not target.exists()
 
 
 def test_verify_reads_them_and_names_the_damaged_one(source: str, target: Path) -> None:

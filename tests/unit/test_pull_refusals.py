@@ -13,7 +13,6 @@ import pytest
 from faulty import failing
 from pulling import (  # noqa: F401 - fixtures
     FILES,
-    ONE,
     TWO,
     _at_once,
     _small_and_fast,
@@ -27,7 +26,6 @@ from pulling import (  # noqa: F401 - fixtures
 
 from fusegpt_ray import pull
 from fusegpt_ray.cli import main
-from fusegpt_ray.publishing import download
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -38,40 +36,19 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return stderr
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["../escaped"],
-        ["/tmp/escaped"],
-        ["sub/../../file"],
-        ["sub//file"],
-        ["sub/./file"],
-        ["sub/"],
-        ["sub", "sub/file"],
-        ["sub/file", "SUB"],
-        ["fusegpt.json/file"],
-        ["/".join("deep" * 9)],
-        ["..\\escaped"],
-        ["C:escaped"],
-        ["C:\\escaped"],
-        [".."],
-        ["."],
-        [""],
-        ["a\0b"],
-        ["a\nb"],
-        ["a\x1b[2Jb"],
-        ["a\x7fb"],
-        ["\ud800"],
-        ["ü" * 128],
-        ["fusegpt.json"],
-        ["FuseGPT.json"],
-        [".fusegpt-pull"],
-        ["readme.md", "README.md"],
-        ["stra\N{LATIN SMALL LETTER SHARP S}e", "strasse"],
-        ["\N{LATIN SMALL LETTER U WITH DIAERESIS}", "u\N{COMBINING DIAERESIS}"],
-    ],
-    ids=ascii,
-)
+ALONE = [
+    *("../escaped", "sub/../../file", "..", "sub//file", "", "..\\escaped", "C:escaped"),
+    *("a\0b", "a\nb", "a\x1b[2Jb", "\ud800", "ü" * 128, "/".join("deep" * 9)),
+    *("fusegpt.json", "FuseGPT.json", ".fusegpt-pull"),
+]
+TOGETHER = [
+    *(["sub", "sub/file"], ["sub/file", "SUB"], ["readme.md", "README.md"]),
+    ["stra\N{LATIN SMALL LETTER SHARP S}e", "strasse"],
+    ["\N{LATIN SMALL LETTER U WITH DIAERESIS}", "u\N{COMBINING DIAERESIS}"],
+]
+
+
+@pytest.mark.parametrize("names", [*([name] for name in ALONE), *TOGETHER], ids=ascii)
 def test_names_that_would_lie_elsewhere_are_refused(
     names: list[str], source: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,41 +64,6 @@ def test_names_that_would_lie_elsewhere_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("raw", "named"),
-    [
-        (b"", "is not JSON"),
-        (b'{"format": 1, "files": {"config', "is not JSON"),
-        (b"\xff\xfe\x00", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
-        (b"[]", "lists no files"),
-        (manifest({}), "lists no files"),
-        (manifest(FILES, files=["config.json"]), "lists no files"),
-        (manifest(FILES, format=2), "has the format 2, this version knows 1"),
-        (manifest(FILES, kept=None), "which blocks were kept"),
-        (manifest(FILES, kept=["0"]), "which blocks were kept"),
-        (manifest({}, files={"a": {"bytes": 1}}), "size and sha256 of 'a'"),
-        (manifest({}, files={"a": {"bytes": -1, "sha256": "0" * 64}}), "size and sha256 of 'a'"),
-        (manifest({}, files={"a": {"bytes": True, "sha256": "0" * 64}}), "size and sha256 of 'a'"),
-        (manifest({}, files={"a": {"bytes": 1, "sha256": "0" * 63}}), "size and sha256 of 'a'"),
-        (manifest({}, files={"a": 5}), "size and sha256 of 'a'"),
-        (None, "holds no fusegpt.json"),
-    ],
-)
-def test_a_manifest_that_is_none_is_refused(
-    raw: bytes | None,
-    named: str,
-    source: str,
-    target: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    file = tmp_path / "source/fusegpt.json"
-    file.unlink() if raw is None else file.write_bytes(raw)
-    assert named in refused(["pull", source, str(target)], capsys)
-    assert not target.parent.exists()
-
-
-@pytest.mark.parametrize(
     "uri", ["nosuchprotocol://bucket/model", "no/such/folder", "memory://no/such/model"]
 )
 def test_a_source_that_is_none_is_refused(
@@ -131,118 +73,72 @@ def test_a_source_that_is_none_is_refused(
     assert not target.parent.exists()
 
 
-def test_a_model_larger_than_the_disk_is_refused(
-    source: str, target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    records = {"config.json": {"bytes": 10**18, "sha256": "0" * 64}}
-    (tmp_path / "source/fusegpt.json").write_bytes(manifest({}, files=records))
-    with failing() as asked:
-        assert "the model has 1000000000.0 GB" in refused(["pull", source, str(target)], capsys)
-    assert asked == [("fusegpt.json", 0)] and not target.exists()
+def a_folder(at: Path) -> None:
+    at.mkdir(parents=True)
+    (at / "thesis.tex").write_text("five years")
 
 
-def another_model(target: Path) -> None:
-    write_model(target, {"config.json": b"another"})
+def another_model(at: Path) -> None:
+    write_model(at, {"config.json": b"another"})
 
 
-def someones_files(target: Path) -> None:
-    target.mkdir(parents=True)
-    (target / "thesis.tex").write_text("five years")
+def a_damaged_copy(at: Path) -> None:
+    write_model(at)
+    (at / TWO).write_bytes(FILES[TWO][:-1])
 
 
-def a_damaged_copy(target: Path) -> None:
-    write_model(target)
-    (target / TWO).write_bytes(FILES[TWO][:-1])
+def a_file(at: Path) -> None:
+    at.parent.mkdir(parents=True, exist_ok=True)
+    at.write_text("here")
 
 
-def a_file(target: Path) -> None:
-    target.parent.mkdir()
-    target.write_text("here")
+def a_dangling_link(at: Path) -> None:
+    at.parent.mkdir(parents=True, exist_ok=True)
+    at.symlink_to("nowhere")
 
 
-def a_dangling_link(target: Path) -> None:
-    target.parent.mkdir()
-    target.symlink_to("nowhere")
+def a_link(at: Path) -> None:
+    a_folder(at.parent / "theirs")
+    at.symlink_to("theirs")
 
 
-def a_link_to_an_empty_folder(target: Path) -> None:
-    (target.parent / "elsewhere").mkdir(parents=True)
-    target.symlink_to("elsewhere")
+def a_link_to_a_file(at: Path) -> None:
+    a_file(at.parent.parent / "precious")
+    at.symlink_to("../precious")
 
 
-def someones_part(target: Path) -> None:
-    someones_files(part_of(target))
-
-
-def a_file_as_part(target: Path) -> None:
-    a_file(part_of(target))
-
-
-def a_link_as_part(target: Path) -> None:
-    a_link_to_an_empty_folder(part_of(target))
-
-
-def a_dangling_link_as_part(target: Path) -> None:
-    a_dangling_link(part_of(target))
-
-
-def _begun(target: Path) -> Path:
-    part_of(target).mkdir(parents=True)
-    (part_of(target) / ".fusegpt-pull").touch()
-    (target.parent / "precious").write_bytes(b"precious")
-    return part_of(target)
-
-
-def a_link_planted(target: Path) -> None:
-    (_begun(target) / TWO).symlink_to(target.parent / "precious")
-
-
-def a_dangling_link_planted(target: Path) -> None:
-    (_begun(target) / TWO).symlink_to(target.parent / "new")
-
-
-def a_link_planted_as_the_manifest(target: Path) -> None:
-    (_begun(target) / "fusegpt.json").symlink_to(target.parent / "precious")
-
-
-def a_link_planted_as_the_mark(target: Path) -> None:
-    (_begun(target) / ".fusegpt-pull").unlink()
-    (part_of(target) / ".fusegpt-pull").symlink_to(target.parent / "precious")
-
-
-def a_hard_link_planted(target: Path) -> None:
-    os.link(_begun(target).parent / "precious", part_of(target) / TWO)
-
-
-def a_folder_planted(target: Path) -> None:
-    (_begun(target) / TWO).mkdir()
+def a_hard_link(at: Path) -> None:
+    a_file(at.parent.parent / "precious")
+    os.link(at.parent.parent / "precious", at)
 
 
 @pytest.mark.parametrize(
-    "obstacle",
+    ("place", "obstacle"),
     [
-        another_model,
-        someones_files,
-        a_damaged_copy,
-        a_file,
-        a_dangling_link,
-        a_link_to_an_empty_folder,
-        someones_part,
-        a_file_as_part,
-        a_link_as_part,
-        a_dangling_link_as_part,
-        a_link_planted,
-        a_dangling_link_planted,
-        a_link_planted_as_the_manifest,
-        a_link_planted_as_the_mark,
-        a_hard_link_planted,
-        a_folder_planted,
+        *(("model", make) for make in (a_folder, another_model, a_damaged_copy)),
+        *(("model", make) for make in (a_file, a_dangling_link, a_link)),
+        *(("model.part", make) for make in (a_folder, a_file, a_dangling_link, a_link)),
+        *(
+            (f"model.part/{TWO}", make)
+            for make in (a_folder, a_dangling_link, a_link_to_a_file, a_hard_link)
+        ),
+        ("model.part/theirs", Path.mkdir),
+        ("model.part/fusegpt.json", a_link_to_a_file),
+        ("model.part/.fusegpt-pull", a_link_to_a_file),
     ],
 )
 def test_what_is_in_the_way_is_named_and_stays_as_it_is(
-    obstacle: Callable[[Path], None], source: str, target: Path, capsys: pytest.CaptureFixture[str]
+    place: str,
+    obstacle: Callable[[Path], None],
+    source: str,
+    target: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    obstacle(target)
+    if place.startswith("model.part/"):
+        part_of(target).mkdir(parents=True)
+        if not place.endswith(".fusegpt-pull"):
+            (part_of(target) / ".fusegpt-pull").touch()
+    obstacle(target.parent / place)
 
     def picture() -> dict[str, Any]:
         paths = sorted(target.parent.rglob("*"))
@@ -255,23 +151,6 @@ def test_what_is_in_the_way_is_named_and_stays_as_it_is(
     message = refused(["pull", source, str(target)], capsys)
     assert message.startswith("error: DIR = ") and str(target) in message
     assert picture() == before
-
-
-def test_a_link_planted_while_files_arrive_is_not_followed(
-    source: str, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(download, "WORKERS", 1)
-    precious = target.parent / "precious"
-
-    def plant(name: str, begin: int, data: bytes) -> bytes:
-        if name == ONE and begin == 0:
-            precious.write_bytes(b"precious")
-            (part_of(target) / TWO).symlink_to(precious)
-        return data
-
-    with failing(plant), pytest.raises(OSError, match=TWO):
-        pull(source, target)
-    assert precious.read_bytes() == b"precious" and not target.exists()
 
 
 def test_a_uri_is_no_place_to_pull_to(source: str, capsys: pytest.CaptureFixture[str]) -> None:
