@@ -19,7 +19,7 @@ from ray._private import ray_constants
 
 from fusegpt_ray.distributed import text
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
-from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.runner import pick_dtype
@@ -134,7 +134,7 @@ class RayWorkers:
         return found
 
     def _start_training(self) -> None:
-        from fusegpt_ray.distributed.training_job import JobConfig, TrainingJob
+        from fusegpt_ray.distributed.training_job import TrainingJob
 
         if self._job is None:
             setup, cluster = self.setup, self.setup.cluster

@@ -10,11 +10,12 @@ import asyncio
 import pickle
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
-from fusegpt_ray.workers.base import News
+if TYPE_CHECKING:
+    from fusegpt_ray.workers.base import News
 
 MAX_FAILURES = 3
 """How often a task is begun again after a worker or node was lost. Every attempt gives the same

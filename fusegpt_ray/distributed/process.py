@@ -1,4 +1,6 @@
-"""How each process of the cluster builds its runner."""
+"""What the processes of the cluster are told: replicas and training workers alike build a runner,
+and training workers form a group.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from fusegpt_ray.distributed.meeting import TIMEOUT
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
@@ -42,3 +45,20 @@ class RunnerConfig:
         return Runner(
             dense, device, self.dtype, self.batch_size, self.weights, self.memory_share, cache
         )
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """The training workers of a run."""
+
+    count: int
+    cpus: float
+    gpus: float
+    """That each takes of the cluster: a GPU, or the part of one that a replica leaves; 0 on CPUs.
+    """
+    zero_stage: int
+    runner: RunnerConfig
+    folder: str
+    """Where Ray Train keeps files of its own, in reach of all nodes."""
+    timeout: float = TIMEOUT
+    """Seconds that a worker may be silent before the others give it up."""

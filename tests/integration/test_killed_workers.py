@@ -21,7 +21,7 @@ import ray
 import torch
 from models import open_stack, token_windows
 
-from fusegpt_ray.distributed import training_job
+from fusegpt_ray.distributed import cluster, training_job
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
@@ -101,7 +101,7 @@ Fit = Callable[..., tuple[list[float], list[int]]]
 def training_of(model: Path, out: Path, minutes: float) -> tuple[Setup, TrainingTask]:
     """The fusion of block 2 of the tiny model into its group."""
     dense = open_stack(model)
-    cluster = Cluster(
+    asked = Cluster(
         engine="ray",
         workers=WORKERS,
         zero_stage=1,
@@ -111,7 +111,7 @@ def training_of(model: Path, out: Path, minutes: float) -> tuple[Setup, Training
     setup = Setup(
         Source.find(str(model), None),
         dense,
-        cluster,
+        asked,
         "float32",
         Importance(batch=BATCH),
         loss_batch=BATCH,
@@ -120,7 +120,7 @@ def training_of(model: Path, out: Path, minutes: float) -> tuple[Setup, Training
     )
     group = GroupFusion(dense, dense, 2, SETTINGS, True, 0, str(out))
     windows_WT = token_windows(WINDOWS, LENGTH).numpy()
-    return setup, group.task(windows_WT, cluster, "dense", str(out / "checkpoints"))
+    return setup, group.task(windows_WT, asked, "dense", str(out / "checkpoints"))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_worker_that_stops_is_given_up_and_costs_as_much(
 ) -> None:
     """The connection to it stays, and nothing comes from it."""
     said: list[str] = []
-    monkeypatch.setattr(training_job, "JobConfig", partial(training_job.JobConfig, timeout=8))
+    monkeypatch.setattr(cluster, "JobConfig", partial(cluster.JobConfig, timeout=8))
     began = time.monotonic()
     losses, heard = fit(tmp_path, KILLED, signal.SIGSTOP, minutes=0, say=said.append)
     assert time.monotonic() - began < 180
