@@ -37,11 +37,14 @@ def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: boo
         return [kind for kind, number in wanted.items() if number > total.get(kind, 0)]
 
     if lacking() and grows and cluster.wait_minutes:
-        request_resources(bundles=[{"GPU": 1}] * math.ceil(gpus) or [{"CPU": 1}] * processes)
+        # A node with a GPU has CPUs, too, which serve the second kind of bundle.
+        request_resources(bundles=[{"GPU": 1}] * math.ceil(gpus) + [{"CPU": 1}] * processes)
         until = time.monotonic() + 60 * cluster.wait_minutes
-        while lacking() and time.monotonic() < until:
-            time.sleep(1)
-        request_resources(bundles=[])
+        try:
+            while lacking() and time.monotonic() < until:
+                time.sleep(1)
+        finally:
+            request_resources(bundles=[])
     if not (kinds := lacking()):
         return
     kind, there = kinds[0], ray.cluster_resources().get(kinds[0], 0)
