@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
 
 ENGINES = "tests/integration/test_engines.py"
 FAULTS = "tests/integration/test_faults.py"
+KILLED = "tests/integration/test_killed_workers.py"
+JOB = "tests/integration/test_training_job.py"
 KILLS = "tests/chaos/test_kills.py::test_a_killed_run_ends_with_the_same_bytes"
 STOPPED = (
     "tests/integration/test_two_runs.py"
@@ -23,8 +25,12 @@ STOPPED = (
 )
 
 SLOW = (
-    # A run on Ray without fine-tuning, and one with it alone: parts of the runs "ray" and
-    # "ray, 2 workers", which stay.
+    # Runs on Ray with one training worker, with fine-tuning alone and without any: parts of the
+    # run "ray, 2 workers", which stays.
+    f"{ENGINES}::test_engines_make_the_same_model[local-ray-close0]",
+    f"{ENGINES}::test_the_manifest_is_true[ray]",
+    f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray]",
+    f"{ENGINES}::test_perplexities_are_those_of_real_models[ray]",
     f"{ENGINES}::test_engines_make_the_same_model[local mi+ft-ray mi+ft, 2 workers-close2]",
     f"{ENGINES}::test_engines_make_the_same_model[local mi-ray mi-close3]",
     f"{ENGINES}::test_the_manifest_is_true[ray mi+ft, 2 workers]",
@@ -32,8 +38,9 @@ SLOW = (
     f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray mi+ft, 2 workers]",
     f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray mi]",
     f"{ENGINES}::test_perplexities_are_those_of_real_models[ray mi]",
-    # Credentials that expire: the first block and the last manifest stay.
+    # Credentials that expire: the last manifest stays.
     f"{FAULTS}::test_a_run_that_may_not_go_on[tiny-p12.5/model.safetensors]",
+    f"{FAULTS}::test_a_run_that_may_not_go_on[blocks/round-002]",
     # ... and before the run: one file of the model, one text and the output stay.
     f"{FAULTS}::test_before_the_run_begins_it_is_the_users_mistake"
     "[GET-models/dense/config.json-model.source]",
@@ -44,6 +51,22 @@ SLOW = (
     f"{STOPPED}[local-publishing tiny-p12.5]",
     # A real process that is killed and aged: the other two tests of live runs stay.
     "tests/unit/test_clean.py::test_a_killed_run_is_alive_until_nobody_hears_of_it",
+    # Training workers that are lost: one that is killed at work stays, with a training checkpoint
+    # to go on from; what the mailbox does in the other cases has unit tests.
+    f"{KILLED}::test_without_checkpoints_all_is_learned_again",
+    f"{KILLED}::test_a_worker_that_stops_is_given_up_and_costs_as_much",
+    f"{KILLED}::test_a_run_that_was_given_up_goes_on",
+    f"{JOB}::test_an_error_of_a_library_is_tried_again_and_then_raised",
+    f"{JOB}::test_a_worker_that_is_killed_between_tasks_is_replaced",
+    f"{JOB}::test_a_worker_that_is_killed_in_a_task_is_replaced",
+    f"{JOB}::test_what_a_task_raises_reaches_the_driver_and_the_next_task_is_done[UserError]",
+    # A submitted job that fails: the same is looked for in a run that was not submitted.
+    "tests/integration/test_submit.py::test_a_job_that_fails_with_a_trace_tells_no_secret",
+    # Memory that runs out in training: one loss stays, and the last resort of a single window is a
+    # unit test of `find_batch_size`.
+    "tests/unit/test_out_of_memory.py"
+    "::test_fine_tuning_that_runs_out_of_memory_goes_on_with_less[normalized_mse]",
+    "tests/unit/test_out_of_memory.py::test_what_never_fits_says_so",
     # One bomb of each kind of input stays.
     "tests/unit/test_bombs.py::test_every_bomb_is_refused_within_a_bounded_memory[others-12]",
     # A kill of every kind of victim stays; of the driver's four moments on one process, two.

@@ -126,6 +126,14 @@ def test_attempts_are_with_divisors_of_the_share(share: int, fits: int, tried: l
     assert seen == tried
 
 
+def test_a_single_window_that_does_not_fit_is_the_end() -> None:
+    def attempt(rows: int) -> None:
+        raise MemoryError("no room")
+
+    with pytest.raises(MemoryError, match=r"work runs out .* single window .* calibration\.length"):
+        find_batch_size(attempt, 8, 8, "work")
+
+
 def test_other_errors_are_not_tried_again() -> None:
     with pytest.raises(ZeroDivisionError):
         find_batch_size(lambda rows: 1 // (rows - 4), 4, 4, "work")
