@@ -153,8 +153,8 @@ BOMBS: dict[str, Bomb] = {
     "header, half of a terabyte": lambda desk: os.truncate(
         _written(desk.model / SINGLE, struct.pack("<Q", TB >> 1)), TB
     ),
-    "header, 30 MB of lists": header(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"),
     "header, 500,000 tensors": header(f"{{{TENSORS}}}".encode()),
+    "header, 30 MB of lists": header(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}"),
     "tokenizer.json, a terabyte": sparse("tokenizer.json"),
     "text, 100 MB of blanks, gzip": text("bomb.txt.gz", gzip.open, _repeated(b" " * MB, 100)),
     "text, 100 MB of blanks, xz": text("bomb.txt.xz", lzma.open, _repeated(b" " * MB, 100)),

@@ -458,10 +458,9 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(
     assert done.manifest["proof"]["kl"] < 1e-9 and done.manifest["proof"]["plain_kl"] < 1e-6
 
     from fusegpt_ray.pipeline import evaluate
-    from fusegpt_ray.sections import Evaluation
+    from fusegpt_ray.sections import Cluster, Evaluation
 
-    found = evaluate(
-        done.uri,
-        Evaluation(data=str(desk.heldout), length=done.manifest["perplexity"]["heldout"]["length"]),
-    )
+    length = done.manifest["perplexity"]["heldout"]["length"]
+    text = Evaluation(data=str(desk.heldout), length=length)
+    found = evaluate(done.uri, text, cluster=Cluster(engine="local"))
     assert found["perplexity"] == done.manifest["perplexity"]["heldout"]["fused"]
