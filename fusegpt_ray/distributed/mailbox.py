@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 if TYPE_CHECKING:
+    from fusegpt_ray.distributed.serve import Job
     from fusegpt_ray.workers.base import News
 
 MAX_FAILURES = 3
@@ -68,6 +69,10 @@ class _Mailbox:
         done = len(self.results) == self.workers
         results = [self.results[rank] for rank in range(self.workers)] if done else None
         return Outcome(results, self.error, news)
+
+    async def hold(self, job: Job) -> None:
+        """Run the Ray Train job to its end."""
+        await asyncio.to_thread(job.fit)
 
     async def close(self) -> None:
         """No more tasks: the workers end."""

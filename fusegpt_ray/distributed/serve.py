@@ -1,21 +1,22 @@
-"""A training worker of the run's Ray Train job: it takes tasks from the mailbox until there are no
-more.
+"""The run's Ray Train job, and what its workers do: they take tasks from the mailbox until there
+are no more.
 
-Ray Train's controller imports this module, too, and needs nothing of what a worker needs: so what
-is heavy is imported where a worker begins.
+The mailbox's process and Ray Train's controller import this module, too, and need little of what a
+worker needs: so what is heavy is imported where a worker begins.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import pickle
 import secrets
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train
-from ray.train.torch import get_device
 
 if TYPE_CHECKING:
     from fusegpt_ray.distributed.meeting import Meeting
@@ -24,13 +25,55 @@ if TYPE_CHECKING:
     from fusegpt_ray.workers.base import News, TrainingWorker
 
 
+@dataclass(frozen=True)
+class Job:
+    """All that the job's start takes."""
+
+    mailbox: Any
+    task: Any
+    """A reference to (dense stack, `JobConfig`), so that only workers read, and thereby import,
+    these."""
+    workers: int
+    resources: dict[str, float]
+    """Of each worker."""
+    timeout: float
+    """Seconds that a worker may be silent before the others give it up."""
+    max_failures: int
+    folder: str
+    """Where Ray Train keeps files of its own, in reach of all nodes."""
+
+    def fit(self) -> None:
+        """Run the job to its end."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        TorchTrainer(
+            serve,
+            torch_config=TorchConfig(timeout_s=math.ceil(self.timeout)),
+            train_loop_config={"mailbox": self.mailbox, "task": self.task},
+            scaling_config=ScalingConfig(
+                num_workers=self.workers,
+                use_gpu=self.resources.get("GPU", 0) > 0,
+                resources_per_worker=self.resources,
+            ),
+            run_config=RunConfig(
+                name=f"training-{secrets.token_hex(4)}",  # a known name would be gone on from
+                failure_config=FailureConfig(max_failures=self.max_failures),
+                **_place(self.folder),
+            ),
+        ).fit()
+
+
 def serve(job: dict[str, Any]) -> None:
     """The loop of a training worker."""
+    import ray.train
+
     from fusegpt_ray.distributed.meeting import Meeting
     from fusegpt_ray.model.memory import empty_cache
 
     mailbox = job["mailbox"]
-    dense, config = ray.get(job["job"])
+    dense, config = ray.get(job["task"])
     rank, process = ray.train.get_context().get_world_rank(), secrets.token_hex(8)
     with Meeting.of_group(config.timeout) as meeting:
         worker: TrainingWorker | None = None
@@ -54,6 +97,8 @@ def serve(job: dict[str, Any]) -> None:
 def _worker(
     dense: Stack, config: JobConfig, mailbox: Any, rank: int, meeting: Meeting
 ) -> TrainingWorker:
+    from ray.train.torch import get_device
+
     from fusegpt_ray.workers.base import TrainingWorker
 
     device = get_device()
@@ -103,3 +148,15 @@ def _pickled(error: Exception) -> bytes:
     except Exception:  # an exception of a library may not survive it
         return pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
     return data
+
+
+def _place(folder: str) -> dict[str, Any]:
+    """Where Ray Train keeps its own files: anywhere fsspec reaches."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    from fusegpt_ray.store import storage
+
+    fs, path = storage.filesystem(folder)
+    if "file" in fs.protocol:
+        return {"storage_path": path}
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
