@@ -24,7 +24,7 @@ MESSAGE = re.compile(
     r"error: (?P<key>[^=]+?) = (?P<value>.+?): (?P<problem>.+)\. Fix: (?P<fix>.+)\.", re.DOTALL
 )
 STAGES = r"starting the local engine|one process on cpu, \w+|tokenising|checking the model's files"
-STAGES += r"|calibration: \d+ windows of [^\n]*"
+STAGES += r"|calibration: \d+ windows of [^\n]*|at most \S+ .FLOP \([^\n]*\); [^\n]*"
 PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
 """What may stand before the message: a text is read with the model's tokenizer, after its
 configuration has been found good."""

@@ -118,7 +118,7 @@ SETTINGS = [
         "model.source.deeper=2",
         "'model.source.deeper=2'",
         "source is not a section",
-        "README",
+        "docs/recipe.md",
         "--set",
     ),
     overridden("seed=*other", "'seed=*other'", "alias", "quote it", "--set"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from stopped_runs import (  # noqa: F401 - fixtures
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.methods import METHODS
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run.identity import identity
 from fusegpt_ray.run.journal import Done, Journal
@@ -326,7 +328,8 @@ def test_scores_are_not_done_again(
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk), DyingInTraining(2))
     counting = Counting()
-    monkeypatch.setattr("fusegpt_ray.rounds.score", counting)
+    counted = replace(METHODS["fusegpt"], choose=counting)
+    monkeypatch.setitem(METHODS, "fusegpt", counted)
     compress(recipe(desk), Watching())
     assert counting.scored == 1, "of rounds 2 and 3, only round 3 was still to be scored"
     assert published(desk) == undisturbed["at_end"]
