@@ -23,6 +23,7 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.sections import Evaluation
 
 ADAM = 4
 """Values for each that learns: itself, its gradient and Adam's two moments."""
@@ -130,8 +131,12 @@ def _trained_elements(recipe: Recipe, dense: Stack, donors: int) -> int:
     """Of a group: the two factors of each neighbour's own update, and of each donor's."""
     settings = recipe.fusion
     ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-    shapes = [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
-    return settings.group_size * ranks * sum(map(sum, shapes))
+    return settings.group_size * ranks * sum(map(sum, _matrices(dense)))
+
+
+def _matrices(dense: Stack) -> list[tuple[int, ...]]:
+    """The shapes of the first block's matrices, which are its linear layers'."""
+    return [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
 
 
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:
@@ -153,13 +158,12 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
         donors = number if settings.fold == "at_end" else 1
         calls = windows // (cluster.micro_batch or share) * passes
         ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-        matrices = [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
-        products += calls * settings.group_size * 2 * ranks * sum(map(prod, matrices))
+        products += calls * settings.group_size * 2 * ranks * sum(map(prod, _matrices(dense)))
     return Stage("fine-tuning", done, done * flops + products)
 
 
 def _evaluation(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[object]
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[Evaluation]
 ) -> Stage:
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
     is published and with its blocks dropped only.
@@ -167,8 +171,8 @@ def _evaluation(
     blocks = len(dense) + sum(2 * (len(dense) - target.remove) for target in targets)
     done = flops = 0
     for text in texts:
-        windows = text.windows * blocks  # type: ignore[attr-defined]
-        length = text.length or recipe.calibration.length  # type: ignore[attr-defined]
+        assert text.windows, "its number is given"
+        windows, length = text.windows * blocks, text.length or recipe.calibration.length
         done, flops = done + windows, flops + windows * block_flops(dense, length)
     return Stage("evaluation", done, flops)
 
