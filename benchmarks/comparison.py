@@ -36,7 +36,8 @@ import transformers
 from shapes import SHAPES
 
 from fusegpt_ray.model.architecture import dense_stack
-from fusegpt_ray.model.runner import Runner, pick_device
+from fusegpt_ray.model.device import pick_device
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, TOKENS, compare_plain
 from fusegpt_ray.publishing.publish import versions

@@ -47,6 +47,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fusegpt_ray import Recipe
 from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.model.compiled import block_function
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.text import calibration
 from fusegpt_ray.training.loop import train
@@ -70,13 +71,8 @@ def main() -> int:
     )
     parser.add_argument("model", help="a LLaMA: the plain loops know no other architecture")
     parser.add_argument("--data", required=True)
-    parser.add_argument(
-        "--donors",
-        type=int,
-        nargs="+",
-        default=[3, 8, 12],
-        help="blocks to fuse away, one group each",
-    )
+    help = "blocks to fuse away, one group each"
+    parser.add_argument("--donors", type=int, nargs="+", default=[3, 8, 12], help=help)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--rank", type=int, default=128, help="of both low-rank terms")
@@ -97,9 +93,8 @@ def main() -> int:
         group = Group(arguments, donor)
         rows = group.measure(arguments.epochs)
         for name, row in rows.items():
-            ratios = " | ".join(
-                f"{row[key]:.2f}" for key in ("wall_ratio", "cpu_ratio", "budget_ratio")
-            )
+            keys = ("wall_ratio", "cpu_ratio", "budget_ratio")
+            ratios = " | ".join(f"{row[key]:.2f}" for key in keys)
             print(
                 f"| {donor} | {name} | {row['tokens']:.0f} | {row['cpu']:.2f} | {ratios} |"
                 f" {row['loss']:.1e} |",
@@ -240,19 +235,19 @@ class Group:
     def states(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.job.source.walk(self.engine.runner, self.windows_WT)
 
-    def student(self) -> Span:
+    def student(self, compiled: bool = False) -> Span:
         trunk, settings = self.engine.runner.trunk, self.settings
         contexts = trunk.contexts(settings.batch, self.windows_WT.shape[1])
-        return self.job.build(trunk.meta_blocks, contexts, torch.device("cpu"), torch.float32)
+        cpu, run = torch.device("cpu"), block_function(compiled)
+        return self.job.build(trunk.meta_blocks, contexts, cpu, torch.float32, run=run)
 
     def ours(
         self, entering_WTD: torch.Tensor, leaving_WTD: torch.Tensor, compiled: bool = False
     ) -> Epoch:
-        student, config = self.student(), TrainingConfig(self.settings.loss, self.settings.batch, 1)
+        student = self.student(compiled)
+        config = TrainingConfig(self.settings.loss, self.settings.batch, 1)
         groups, cpu = self.job.parameter_groups(student), torch.device("cpu")
         stepper = TorchStepper.make(student, groups, config, self.steps, cpu)
-        if compiled:
-            stepper.span.compile()  # in place, as torch.compile of the module
         size = self.settings.batch
 
         def epoch() -> float:
@@ -308,7 +303,7 @@ class Group:
         """The group's blocks by transformers; their coefficients start as ours do."""
         layers = self.model.model.layers
         neighbours = [layers[neighbour.dense] for neighbour in self.job.neighbours]
-        starts = self.student().blocks
+        starts = self.student().learned.blocks
         return plain_group(neighbours, layers[self.job.donor], starts, self.settings.rank)
 
     def flops(self) -> dict[str, int]:
@@ -327,7 +322,10 @@ class Group:
             blocks_forward(base, base.layers[span.start : span.stop], entering_BTD)
         found["teacher"] = count.get_total_flops()
         with FlopCounterMode(display=False) as count:
+            student.form(student.learned)
             student(entering_BTD).sum().backward()
+            student.collect()
+            student.root().backward()
         found["student"] = count.get_total_flops()
         return found
 

@@ -112,8 +112,9 @@ def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -
 
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """What a training worker may hold in the last of so many rounds, activations aside: the trunk,
-    each neighbour's own and effective weights, the donors, what is in passing, all that learns with
-    its optimizer state, and the states of its windows at both ends of the group.
+    each neighbour's own and effective weights and the latter's gradients (in float32, where
+    micro-batches add up), the donors, what is in passing, all that learns with its optimizer state,
+    and the states of its windows at both ends of the group.
 
     ZeRO's partitioning saves some of it where there are several workers.
     """
@@ -123,7 +124,10 @@ def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int =
     trained = 4 if settings.trained_dtype == "float32" else dtype.itemsize
     learns = trained * _trained_elements(recipe, dense, donors)
     states = 2 * text.windows // recipe.cluster.workers * state_bytes(dense, text.length, dtype)
-    blocks = 2 * settings.group_size + donors + 2
+    share = settings.batch // recipe.cluster.workers
+    adds_up = (recipe.cluster.micro_batch or share) < share
+    gradients = 4 / dtype.itemsize if adds_up else 1
+    blocks = int((2 + gradients) * settings.group_size) + donors + 2
     return _in(dtype, dense.trunk) + blocks * block + ADAM * learns + states
 
 
@@ -154,11 +158,12 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
     done, products = 0, 0
     for number, depth in enumerate(depths, start=1):
         done += windows * min(settings.group_size, depth - 1) * passes
-        # The effective weights are formed once for each micro-batch: products of two factors.
+        # Every worker forms the effective weights once for each loss batch, by products of two
+        # factors, and their gradients take two products more.
         donors = number if settings.fold == "at_end" else 1
-        calls = windows // (cluster.micro_batch or share) * passes
+        formed = 3 * windows // share * min(settings.group_size, depth - 1)
         ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-        products += calls * settings.group_size * 2 * ranks * sum(map(prod, _matrices(dense)))
+        products += formed * 2 * ranks * sum(map(prod, _matrices(dense)))
     return Stage("fine-tuning", done, done * flops + products)
 
 

@@ -100,7 +100,7 @@ class _Run:
         check_tokens(model.source, model.stack, windows.tokens_WT, *held_out_windows)
         show.stage("checking the model's files")
         drawn = calibration.fingerprint(windows.tokens_WT)
-        this = identity(recipe, drawn, model.stack, workers.dtype)
+        this = identity(recipe, drawn, model.stack, workers.dtype, workers.hardware)
         return cls(planned, workers, show, windows, held_out, this)
 
     @property

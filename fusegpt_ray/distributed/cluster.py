@@ -22,7 +22,7 @@ from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_res
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.runner import pick_dtype
+from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import News, Setup
@@ -86,6 +86,10 @@ class RayWorkers:
         name = str(self.dtype).removeprefix("torch.")
         workers = f", training workers: {self.training_workers}" if self.setup.loss_batch else ""
         return f"replicas: {self.replicas}{workers}, on {where}, {name}"
+
+    @property
+    def hardware(self) -> Mapping[str, str]:
+        return self._pool.hardware
 
     @property
     def streams(self) -> bool:
@@ -185,6 +189,8 @@ class RayWorkers:
             processes,
             int(limit) if limit else None,
             setup.cache_gb,
+            setup.cluster.compile,
+            setup.cluster.deterministic,
             setup.source if setup.source.on_hub else None,
         )
 

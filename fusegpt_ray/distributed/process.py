@@ -12,6 +12,8 @@ import torch
 
 from fusegpt_ray.distributed.meeting import TIMEOUT
 from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.compiled import compiles
+from fusegpt_ray.model.device import set_deterministic
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
@@ -32,6 +34,10 @@ class RunnerConfig:
     cores: int | None = None
     """Of a node, where the user limits them (OMP_NUM_THREADS); None: those it has."""
     cache_gb: float | None = None
+    compile: Literal["auto"] | bool = "auto"
+    """The recipe's `cluster.compile`."""
+    deterministic: bool = True
+    """The recipe's `cluster.deterministic`."""
     hub: Source | None = None
     """A hub model, which a node that joins later does not have yet."""
 
@@ -39,11 +45,18 @@ class RunnerConfig:
         """On this node; sets the number of torch's threads, too."""
         cores = self.cores or len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // self.processes))
+        set_deterministic(device, self.deterministic)
         if self.hub is not None:
             self.hub.fetch()
-        cache = BlockCache.open(self.cache_gb)
         return Runner(
-            dense, device, self.dtype, self.batch_size, self.weights, self.memory_share, cache
+            dense,
+            device,
+            self.dtype,
+            self.batch_size,
+            self.weights,
+            self.memory_share,
+            BlockCache.open(self.cache_gb),
+            compiles(self.compile, device),
         )
 
 

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import ray
@@ -23,6 +24,7 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.model.device import hardware
 from fusegpt_ray.model.memory import empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
@@ -91,15 +93,23 @@ class Replicas:
         self.cpus, self.gpus = cpus, gpus
         self._idle: list[Any] = []
         self._calls: dict[ray.ObjectRef, _Call] = {}
-        self._streams: bool | None = None
 
     @property
     def streams(self) -> bool:
-        """Whether replicas read the weights for every walk. One of them is asked once."""
-        if self._streams is None:
-            ((_, self._streams),) = self.map(_streams, [()], self.config.batch_size)
-        assert self._streams is not None
-        return self._streams
+        """Whether replicas read the weights for every walk."""
+        return self._facts[0]
+
+    @property
+    def hardware(self) -> dict[str, str]:
+        """See `model.device.hardware`."""
+        return self._facts[1]
+
+    @cached_property
+    def _facts(self) -> tuple[bool, dict[str, str]]:
+        """What one of them, which is asked once, tells of itself."""
+        ((_, facts),) = self.map(_tell, [()], self.config.batch_size)
+        found: tuple[bool, dict[str, str]] = facts
+        return found
 
     def map(
         self,
@@ -204,5 +214,5 @@ class Replicas:
         return [call.task for call in self._calls.values()]
 
 
-def _streams(runner: Runner) -> bool:
-    return not runner.resident
+def _tell(runner: Runner) -> tuple[bool, dict[str, str]]:
+    return not runner.resident, hardware(runner.device, runner.compiled)

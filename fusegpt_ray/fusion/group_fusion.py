@@ -23,13 +23,14 @@ from fusegpt_ray.fusion.student import (
     learned_tensors,
     terms_of,
 )
-from fusegpt_ray.model.recorder import Context
+from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
-from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
 
@@ -126,19 +127,21 @@ class GroupFusion:
         device: torch.device,
         dtype: torch.dtype,
         recompute: bool = False,
+        run: RunBlock = run_block,
     ) -> Span:
         """Reads the group's blocks only."""
         config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
-        blocks = [
+        built = [
             build_block(meta_blocks[block.dense], block, self.donor_block, config, device, donors)
             for block in self.neighbours
         ]
+        blocks, learned = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.neighbours]
-        return Span(blocks, own, dtype, recompute)
+        return Span(blocks, Learned(learned), own, recompute, run)
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         """Two learning rates: one for the fusion coefficients C, D and c, another for the rest."""
-        named = [(name, value) for name, value in span.named_parameters() if value.requires_grad]
+        named = list(span.learned.named_parameters())
         coefficients = [value for name, value in named if is_coefficient(name)]
         rest = [value for name, value in named if not is_coefficient(name)]
         return [
@@ -154,16 +157,16 @@ class GroupFusion:
         round goes on from there.
         """
         saved = SavedBlocks({}, {})
-        pairs = list(zip(self.neighbours, span.blocks, strict=True))
-        for neighbour, block in pairs[part::parts]:
+        pairs = list(zip(self.neighbours, span.learned.blocks, strict=True))
+        for neighbour, learned in pairs[part::parts]:
             name = f"without-{self.donor:03d}-block-{neighbour.dense:03d}"
             saved.blocks[neighbour.dense] = self._save(
-                storage.join(self.folder, name), neighbour, block, saved.files
+                storage.join(self.folder, name), neighbour, learned, saved.files
             )
         return saved
 
     def _save(
-        self, uri: str, neighbour: Block, block: nn.Module, files: dict[str, FileRecord]
+        self, uri: str, neighbour: Block, learned: nn.Module, files: dict[str, FileRecord]
     ) -> Block:
         def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
             entries = [
@@ -175,11 +178,11 @@ class GroupFusion:
             return refs
 
         donor = self.donor_block if self.fuse else None
-        folded = folded_tensors(block, neighbour, donor)
+        folded = folded_tensors(learned, neighbour, donor)
         assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
         weights = {**neighbour.weights, **write(f"{uri}.safetensors", folded)}
         terms = None
         if self.settings.fold == "at_end":
-            learned = write(f"{uri}.learned.safetensors", learned_tensors(block))
-            terms = Terms(*terms_of(neighbour, donor), learned)
+            refs = write(f"{uri}.learned.safetensors", learned_tensors(learned))
+            terms = Terms(*terms_of(neighbour, donor), refs)
         return Block(neighbour.dense, weights, terms)

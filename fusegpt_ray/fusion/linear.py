@@ -1,5 +1,6 @@
-"""The fused linear layer: W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,  b' = b + Σ_k c_k ⊙ b_k  (paper, Eq.
-7–10).
+"""The weight and bias of a fused linear layer (paper, Eq. 7–10):
+
+    W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,   b' = b + Σ_k c_k ⊙ b_k
 
 Shapes: O outputs, I inputs, R rank. A and D are [R, I], B and C [O, R]; weights are [O, I], but [I,
 O] in GPT-2's Conv1D.
@@ -8,7 +9,7 @@ Notable:
 - W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor,
   and never touched by ZeRO;
 - A, B, C, D and c may be float32 masters while W is bf16: the sum is formed in the masters' dtype
-  once a forward and then cast;
+  once a loss batch (see `training/span.py`) and then cast;
 - at the start B, C and c are zero, so the layer is exactly the linear layer it replaces.
 """
 
@@ -28,17 +29,18 @@ Frozen: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class FusedLinear(nn.Module):
-    """A linear layer that takes in the same-named layers of removed blocks, and learns a low-rank
-    update of its own.
+    """The weight and bias of a linear layer that takes in the same-named layers of removed blocks,
+    and learns a low-rank update of its own.
 
-    Its parameters are all its own (C0, D0, c0, C1, …), not those of submodules: ZeRO-3 gathers what
-    a module itself holds.
+    Its parameters are all its own (C0, D0, c0, C1, …), not those of submodules (see `Learned`).
     """
 
     weight: torch.Tensor
     bias: torch.Tensor | None
     A: torch.Tensor
     B: torch.Tensor
+    product = staticmethod(torch.mm)
+    """Of two factors: [O, R] and [R, I] → [O, I]."""
 
     def __init__(
         self,
@@ -79,7 +81,13 @@ class FusedLinear(nn.Module):
                 self.register_buffer(f"donor_bias{k}", bias, persistent=False)
                 learn(f"c{k}", torch.zeros(bias.shape))
 
-    def fused(
+    def forward(self) -> dict[str, torch.Tensor]:
+        """The effective weight and bias, in the frozen weight's dtype."""
+        weight, bias = self.effective()
+        formed = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return {key: value.to(self.weight.dtype) for key, value in formed.items()}
+
+    def effective(
         self, frozen: Sequence[Frozen | None] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The effective weight and bias, in the dtype of what learns (float32 masters: exact to
@@ -91,17 +99,18 @@ class FusedLinear(nn.Module):
         assert held is not None
         own, bias = held
         device = self.weight.device
-        with torch.autocast(device.type, enabled=False):
-            weight = own.to(device) + self._laid_out(self.B @ self.A)
-            bias = bias if bias is None else bias.to(device)
-            for k, donor in enumerate(donors):
-                if donor is None:
-                    continue
-                donor_weight, donor_bias = donor
-                coefficients = self._laid_out(getattr(self, f"C{k}") @ getattr(self, f"D{k}"))
-                weight = weight + coefficients * donor_weight.to(device)
-                if bias is not None and donor_bias is not None:
-                    bias = bias + getattr(self, f"c{k}") * donor_bias.to(device)
+        weight = own.to(device) + self._laid_out(self.product(self.B, self.A))
+        bias = bias if bias is None else bias.to(device)
+        for k, donor in enumerate(donors):
+            if donor is None:
+                continue
+            donor_weight, donor_bias = donor
+            coefficients = self._laid_out(
+                self.product(getattr(self, f"C{k}"), getattr(self, f"D{k}"))
+            )
+            weight = weight + coefficients * donor_weight.to(device)
+            if bias is not None and donor_bias is not None:
+                bias = bias + getattr(self, f"c{k}") * donor_bias.to(device)
         return weight, bias
 
     def _frozen(self) -> list[Frozen | None]:
@@ -113,17 +122,6 @@ class FusedLinear(nn.Module):
 
     def _laid_out(self, product_OI: torch.Tensor) -> torch.Tensor:
         return product_OI.T if self.transposed else product_OI
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., I] → [..., O] in the frozen weight's dtype."""
-        weight, bias = self.fused()
-        dtype = self.weight.dtype
-        weight = weight.to(dtype)
-        return nn.functional.linear(
-            x.to(dtype),
-            weight.T if self.transposed else weight,
-            None if bias is None else bias.to(dtype),
-        )
 
 
 def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -44,6 +44,21 @@ def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, .
     return base, (*donors, donor.weights) if donor is not None else donors
 
 
+class LearnedNorm(nn.Module):
+    """The weights of a norm layer, learned as masters."""
+
+    def __init__(self, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """`dtype`: of the arithmetic."""
+        super().__init__()
+        self.dtype = dtype
+        for key, value in values.items():
+            self.register_parameter(key, nn.Parameter(value))
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        own = self.named_parameters(recurse=False)
+        return {key: value.to(self.dtype) for key, value in own}
+
+
 def build_block(
     meta_block: nn.Module,
     neighbour: Block,
@@ -51,16 +66,18 @@ def build_block(
     config: FusionConfig,
     device: torch.device,
     donors: DonorCache,
-) -> nn.Module:
-    """One neighbour as a learnable block: LoRA, fused terms and norm weights learn.
+) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """One neighbour as a plain block, and what learns in it by layer: LoRA, fused terms and norm
+    weights.
 
     What it learned before is kept.
     """
     base, donor_refs = terms_of(neighbour, donor if config.fuse else None)
     stored = read_tensors(base)
     block = load_block(meta_block, stored, device, config.compute_dtype)
-    for name, own in list(linear_layers(block)):
-        fused = FusedLinear(
+    learned: dict[str, nn.Module] = {}
+    for name, own in linear_layers(block):
+        learned[name] = FusedLinear(
             own,
             [_layer(name, like(name, base, refs), donors.get(refs)) for refs in donor_refs],
             config.rank,
@@ -68,21 +85,22 @@ def build_block(
             config.trained_dtype,
             _generator(config.seed, donor.dense, neighbour.dense, name),
         )
-        block.set_submodule(name, fused)
     for name, norm in block.named_modules():
-        if is_norm(norm):
-            for key, _ in list(norm.named_parameters(recurse=False)):
-                value = stored[f"{name}.{key}"].to(device, config.trained_dtype)
-                norm.register_parameter(key, nn.Parameter(value))
+        if is_norm(norm) and (keys := [key for key, _ in norm.named_parameters(recurse=False)]):
+            values = {key: stored[f"{name}.{key}"] for key in keys}
+            masters = {key: v.to(device, config.trained_dtype) for key, v in values.items()}
+            learned[name] = LearnedNorm(masters, config.compute_dtype)
     if neighbour.terms:
-        stored = read_tensors(neighbour.terms.learned)
-        learned = {key: value.to(config.trained_dtype) for key, value in stored.items()}
-        known = dict(block.named_parameters())
-        assert set(learned) <= set(known), sorted(set(learned) - set(known))
-        with torch.no_grad():
-            for key, value in learned.items():
-                known[key].copy_(value)
-    return block
+        _load(learned, read_tensors(neighbour.terms.learned))
+    return block, learned
+
+
+@torch.no_grad()
+def _load(learned: Mapping[str, nn.Module], values: Mapping[str, torch.Tensor]) -> None:
+    """Go on from what was learned before; terms that are new keep their start."""
+    for name, value in values.items():
+        path, _, key = name.rpartition(".")
+        learned[path].get_parameter(key).copy_(value)
 
 
 def like(name: str, base: Refs, donor: Refs) -> tuple[str, ...]:
@@ -121,18 +139,14 @@ class DonorCache:
         return self._blocks[key]
 
 
-def learned_tensors(block: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that learns, by parameter name, on the CPU."""
-    return {
-        name: value.detach().cpu()
-        for name, value in block.named_parameters()
-        if value.requires_grad
-    }
+def learned_tensors(learned: nn.Module) -> dict[str, torch.Tensor]:
+    """Everything that learns in a block, by parameter name, on the CPU."""
+    return {name: value.detach().cpu() for name, value in learned.named_parameters()}
 
 
 @torch.no_grad()
 def folded_tensors(
-    block: nn.Module, neighbour: Block, donor: Block | None
+    learned: nn.Module, neighbour: Block, donor: Block | None
 ) -> dict[str, torch.Tensor]:
     """The plain weights of all that fine-tuning changed, what was learned folded in, on the CPU.
 
@@ -142,14 +156,14 @@ def folded_tensors(
     """
     base, donors = terms_of(neighbour, donor)
     out = {}
-    for name, module in block.named_modules():
+    for name, module in learned.named_modules():
         if isinstance(module, FusedLinear):
             stored = _stored_layers(name, base, donors, module.weight.dtype)
-            weight, bias = module.fused(stored)
+            weight, bias = module.effective(stored)
             out[f"{name}.weight"] = weight.cpu()
             if bias is not None:
                 out[f"{name}.bias"] = bias.cpu()
-        elif is_norm(module):
+        elif isinstance(module, LearnedNorm):
             out |= {
                 f"{name}.{key}": value.detach().cpu()
                 for key, value in module.named_parameters(recurse=False)

@@ -15,6 +15,7 @@ from torch import nn
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.chunks import HELD_BYTES, chunk_size
+from fusegpt_ray.model.compiled import block_function
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.memory import free_bytes
 from fusegpt_ray.model.recorder import Context, run_block
@@ -25,27 +26,6 @@ from fusegpt_ray.store.checkpoint import read_tensors
 
 HELD_SHARE = 0.15
 """Share of the free memory that one set of states may take, where that is less."""
-
-
-def pick_device() -> torch.device:
-    """The accelerator that torch sees, else the CPU.
-
-    Ray's resources decide where a task runs; torch knows which device is there.
-    """
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
-    """The dtype to compute in, for the recipe's `model.dtype`.
-
-    `auto` looks at the trunk, because no round changes it (fused blocks are float32).
-    """
-    if name != "auto":
-        return getattr(torch, name)
-    sizes = {2: 0, 4: 0}
-    for ref in stack.trunk.values():
-        sizes[2 if ref.dtype.itemsize <= 2 else 4] += ref.end - ref.begin
-    return torch.bfloat16 if device.type != "cpu" and sizes[2] > sizes[4] else torch.float32
 
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
@@ -65,6 +45,7 @@ class Runner:
         weights: Literal["auto", "resident", "streamed"] = "streamed",
         memory_share: float = 1.0,
         cache: BlockCache | None = None,
+        compiled: bool = False,
     ) -> None:
         """
         Args:
@@ -72,9 +53,11 @@ class Runner:
             weights: kept on the device, read for every walk, or whichever the memory allows.
             memory_share: share of the device's free memory that this runner may use.
             cache: the node's copies of blocks that lie in object storage.
+            compiled: whether whole batches pass compiled blocks (see `compiled.py`).
         """
         self.stack, self.device, self.dtype = stack, device, dtype
         self.batch_size, self.memory_share = batch_size, memory_share
+        self.compiled, self.run_block = compiled, block_function(compiled)
         self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
         self.resident = weights == "resident" or (
             weights == "auto" and fits(stack, device, dtype, memory_share)
@@ -94,7 +77,12 @@ class Runner:
         if stack.trunk == self.stack.trunk:
             return self
         return Runner(
-            stack, self.device, self.dtype, self.batch_size, memory_share=self.memory_share
+            stack,
+            self.device,
+            self.dtype,
+            self.batch_size,
+            memory_share=self.memory_share,
+            compiled=self.compiled,
         )
 
     def offload(self) -> None:
@@ -126,10 +114,11 @@ class Runner:
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
         """States [W, T, D] after the block, which was number `dense` of the dense model."""
-        parts = [
-            run_block(module, part, self.context(dense, part))
-            for part in h_WTD.split(self.batch_size)
-        ]
+        parts = []
+        for part in h_WTD.split(self.batch_size):
+            # Compiling takes seconds, so fewer windows than usual pass the block as it is.
+            run = self.run_block if len(part) == self.batch_size else run_block
+            parts.append(run(module, part, self.context(dense, part)))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:

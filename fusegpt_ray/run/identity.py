@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,14 +11,20 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
 
-METHOD_VERSION = 2
+METHOD_VERSION = 3
 """Raised whenever the same recipe would give another model than before."""
 
 
 def identity(
-    recipe: Recipe, windows_sha256: str, dense: Stack, dtype: torch.dtype
+    recipe: Recipe,
+    windows_sha256: str,
+    dense: Stack,
+    dtype: torch.dtype,
+    hardware: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that shapes the result: parts of the recipe, the data and the model.
+
+    `hardware`: see `Workers.hardware`.
 
     Reads all of a local model's weights once, for their checksums; an object store is asked for its
     own.
@@ -33,6 +39,7 @@ def identity(
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
+        **({"hardware": dict(hardware)} if hardware else {}),
         "windows_sha256": windows_sha256,
         "model": {"config": dict(dense.config), "files": files},
     }

@@ -10,6 +10,7 @@ CPUs.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ from fusegpt_ray.training.optimizer import (
     make_optimizer,
     training_state,
 )
+from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.stepper import Batch, TrainingConfig
 from fusegpt_ray.workers.base import TrainingWorker
 
 
 @dataclass
 class DeepSpeedStepper:
-    """A DeepSpeed engine around the span."""
+    """A DeepSpeed engine around what learns in a span. The blocks themselves are plain torch's."""
 
+    span: Span
     engine: Any
     device: torch.device
     loss: str
@@ -46,7 +49,7 @@ class DeepSpeedStepper:
     @classmethod
     def make(
         cls,
-        span: torch.nn.Module,
+        span: Span,
         groups: Sequence[Mapping[str, Any]],
         config: TrainingConfig,
         steps: int,
@@ -62,10 +65,10 @@ class DeepSpeedStepper:
         # minute, if there is a compiler.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         optimizer = make_optimizer(groups, config.betas, config.eps)
-        trained = [value for value in span.parameters() if value.requires_grad]
+        trained = list(span.learned.parameters())
         assert worker.zero_stage is not None
         engine, *_ = deepspeed.initialize(
-            model=span,
+            model=span.learned,
             optimizer=optimizer,
             lr_scheduler=cosine_to_zero(optimizer, steps),
             config=deepspeed_config(
@@ -78,23 +81,21 @@ class DeepSpeedStepper:
         # DeepSpeed makes a process group of its own, with torch's default timeout of half an hour.
         bound = timedelta(seconds=worker.timeout)
         distributed_c10d._set_pg_timeout(bound, engine.data_parallel_group)
-        return cls(engine, worker.device, config.loss, micro_batch, partial(worker.meet, moved))
+        return cls(
+            span, engine, worker.device, config.loss, micro_batch, partial(worker.meet, moved)
+        )
 
     def step(self, batch: Batch) -> torch.Tensor:
-        entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
         shared = dist.get_world_size() > 1
-        loss = accumulate(
-            self.engine, self._backward, entering, leaving, self.loss, self.micro_batch, shared
-        )
+        self.span.form(self.engine)
+        loss = accumulate(self.span, *batch, self.loss, self.micro_batch, shared)
+        self.engine.backward(self.span.root())
         self.engine.step()
         return loss
 
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        # Gradients are reduced, and the optimizer steps, after the last micro-batch.
-        self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss)
-
     def mean(self, losses: torch.Tensor) -> float:
+        if self.engine.skipped_steps:  # for a gradient that is not finite, and without a word
+            return math.nan
         mean = losses.mean()
         dist.all_reduce(mean)
         return mean.item() / dist.get_world_size()
@@ -136,7 +137,7 @@ class DeepSpeedStepper:
         groups = self.engine.basic_optimizer.param_groups
         return [value for group in groups for value in group["params"]]
 
-    def whole(self, span: torch.nn.Module) -> AbstractContextManager[Any]:
+    def whole(self) -> AbstractContextManager[Any]:
         """With ZeRO 3 each worker holds a part of every parameter; inside the context, all of
         it.
         """
@@ -144,7 +145,7 @@ class DeepSpeedStepper:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(span.parameters()))
+        return deepspeed.zero.GatheredParameters(list(self.span.learned.parameters()))
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds."""
@@ -153,27 +154,34 @@ class DeepSpeedStepper:
 
 def deepspeed_config(micro_batch: int, stage: int, trained: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's configuration: one loss batch a step, no clipping (its default is 1), our own
-    Adam. We accumulate gradients ourselves.
+    Adam. One backward pass a step: micro-batches are none of its business.
 
     Args:
         micro_batch: windows of a loss batch on each worker.
         trained: how many elements learn. It bounds the bucket in which their gradients are reduced,
             whose default of 5e8 elements takes 2 GB on every worker.
     """
+    if bf16:
+        # DeepSpeed keeps bf16 masters only where ZeRO partitions them; stage 1 is the same
+        # arithmetic as stage 0.
+        stage = max(stage, 1)
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)}
+    if stage in (1, 2):
+        # The norm, which nobody asks for, would make every step wait for the device. Stage 3
+        # cannot do without, and skips a step whose norm is not finite: see `mean`.
+        zero["compute_grad_norm"] = False
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)},
+        "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
     }
     if bf16:
-        # DeepSpeed keeps bf16 masters only where ZeRO partitions them; stage 1 is the same
-        # arithmetic as stage 0.
-        config["zero_optimization"]["stage"] = max(stage, 1)
         config["bf16"] = {
             "enabled": True,
+            "check_grad_overflow": False,  # see `compute_grad_norm`
             "bf16_master_weights_and_grads": True,
             "bf16_optimizer_states": True,
         }

@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.device import tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, StatesSource, compute_states, own_windows
 from fusegpt_ray.training.stepper import Batch, TorchStepper, TrainingConfig
@@ -53,6 +56,7 @@ class Trainable(Protocol):
         device: torch.device,
         dtype: torch.dtype,
         recompute: bool,
+        run: RunBlock,
     ) -> Span:
         """`meta_blocks` and `contexts`: of the dense model, by block number (see `Trunk`)."""
 
@@ -166,27 +170,29 @@ def train_and_save(
     runner.offload()
     meta_blocks = runner.trunk.meta_blocks
     span = task.trainable.build(
-        meta_blocks, contexts, worker.device, worker.dtype, config.recompute
+        meta_blocks, contexts, worker.device, worker.dtype, config.recompute, runner.run_block
     )
     # What one worker reads or writes by itself is no more than all of this in float32, and for a
     # training checkpoint two moments more.
-    moved = 12 * sum(value.numel() for value in (*span.parameters(), *span.buffers()))
+    held = (*span.learned.parameters(), *span.learned.buffers())
+    moved = 12 * sum(value.numel() for value in held)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
 
     def epoch() -> Iterator[Batch]:
         worker.meet(moved)  # the first worker may still be writing the last checkpoint's record
-        return states.batches(config.batch // worker.count)
+        return on_device(states.batches(config.batch // worker.count), worker.device)
 
     def done(number: int, loss: float) -> None:
         if worker.rank == 0:
             worker.report((number, loss))
 
-    losses = train(stepper, epoch, config.epochs, done, checkpoints, worker.report)
+    with tensor_core_products(worker.device, worker.dtype):
+        losses = train(stepper, epoch, config.epochs, done, checkpoints, worker.report)
     if isinstance(stepper, TorchStepper):
         saved = task.trainable.save(span, 0, 1)
     else:
-        with stepper.whole(span):
+        with stepper.whole():
             saved = task.trainable.save(span, worker.rank, worker.count)
             worker.meet(moved)  # nobody leaves while others need its part of the parameters
         stepper.close()

@@ -1,4 +1,4 @@
-"""A loss batch in several passes through the group: the same loss and gradient, with the
+"""A loss batch in several passes through the span: the same loss and gradient, with the
 activations of a micro-batch only.
 
 Shapes: b windows of a loss batch on this worker, T tokens, D hidden size.
@@ -11,48 +11,41 @@ forward: four units of work for three.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fusegpt_ray.training.losses import LOSSES, MEANS_OVER_ROWS
-
-Forward = Callable[[torch.Tensor], torch.Tensor]
-Backward = Callable[[torch.Tensor, bool], None]
-"""Adds a scalar's gradients to those of the step; the flag says whether it is the step's last."""
+from fusegpt_ray.training.span import Span
 
 
 def accumulate(
-    forward: Forward,
-    backward: Backward,
+    span: Span,
     entering_bTD: torch.Tensor,
     leaving_bTD: torch.Tensor,
     loss: str,
     micro_batch: int | None,
     shared: bool,
 ) -> torch.Tensor:
-    """Gradients of one loss batch, `micro_batch` windows (a divisor of b; None: all) at a time.
-    Returns the loss, detached.
+    """Collect the gradients of one loss batch by the span's weights, `micro_batch` windows (a
+    divisor of b; None: all) at a time. Returns the loss, detached.
 
     `loss` and `shared`: see `losses.py`.
     """
     size = micro_batch or len(entering_bTD)
     assert len(entering_bTD) % size == 0, (len(entering_bTD), size)
     parts = entering_bTD.split(size)
-    last = len(parts) - 1
-    if last == 0 or loss in MEANS_OVER_ROWS:
+    if len(parts) == 1 or loss in MEANS_OVER_ROWS:
         total = torch.zeros((), device=entering_bTD.device)
-        for number, (part, teacher) in enumerate(zip(parts, leaving_bTD.split(size), strict=True)):
-            value = LOSSES[loss](forward(part), teacher, shared) / len(parts)
-            backward(value, number == last)
+        for part, teacher in zip(parts, leaving_bTD.split(size), strict=True):
+            value = LOSSES[loss](span(part), teacher, shared) / len(parts)
+            value.backward()
+            span.collect()
             total += value.detach()
         return total
     with torch.no_grad():
-        out_bTD = torch.cat([forward(part) for part in parts])
+        out_bTD = torch.cat([span(part) for part in parts])
     value = LOSSES[loss](out_bTD.requires_grad_(), leaving_bTD, shared)
     (grad_bTD,) = torch.autograd.grad(value, out_bTD)
-    for number, (part, grad) in enumerate(zip(parts, grad_bTD.split(size), strict=True)):
-        backward(
-            (forward(part) * grad).sum(), number == last
-        )  # a scalar whose gradient by the outputs is `grad`
+    for part, grad in zip(parts, grad_bTD.split(size), strict=True):
+        span(part).backward(grad)
+        span.collect()
     return value.detach()

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from fusegpt_ray.training.microbatch import accumulate
@@ -20,9 +19,11 @@ from fusegpt_ray.training.optimizer import (
     make_optimizer,
     training_state,
 )
+from fusegpt_ray.training.span import Span
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""States entering the span and the teacher's states leaving it, [b, T, D] each."""
+"""States entering the span and the teacher's states leaving it, [b, T, D] each, on the worker's
+device."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Stepper(Protocol):
 class TorchStepper:
     """One process, plain torch."""
 
-    span: nn.Module
+    span: Span
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     device: torch.device
@@ -83,7 +84,7 @@ class TorchStepper:
     @classmethod
     def make(
         cls,
-        span: nn.Module,
+        span: Span,
         groups: Sequence[Mapping[str, Any]],
         config: TrainingConfig,
         steps: int,
@@ -96,18 +97,13 @@ class TorchStepper:
         return cls(span, optimizer, schedule, device, config.loss, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
-        entering, leaving = (states.to(self.device, non_blocking=True) for states in batch)
-        loss = accumulate(
-            self.span, self._backward, entering, leaving, self.loss, self.micro_batch, False
-        )
+        self.span.form(self.span.learned)
+        loss = accumulate(self.span, *batch, self.loss, self.micro_batch, shared=False)
+        self.span.root().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return loss
-
-    @staticmethod
-    def _backward(loss: torch.Tensor, _: bool) -> None:
-        loss.backward()
 
     def mean(self, losses: torch.Tensor) -> float:
         return losses.mean().item()

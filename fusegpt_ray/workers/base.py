@@ -120,6 +120,11 @@ class Workers(Protocol):
         """Where and how they compute, for a person."""
 
     @property
+    def hardware(self) -> Mapping[str, str]:
+        """What the bits of the results depend on besides the program and the recipe (see
+        `model.device.hardware`); of one replica."""
+
+    @property
     def streams(self) -> bool:
         """Whether a replica reads the weights for every walk, so that its tasks should be large."""
 

@@ -12,8 +12,10 @@ from typing import Any, Self, TypeVar
 import numpy as np
 
 from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.compiled import compiles
+from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import empty_cache, is_out_of_memory
-from fusegpt_ray.model.runner import Runner, pick_device, pick_dtype
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker
@@ -32,6 +34,8 @@ class LocalWorkers:
         self.dtype = pick_dtype(setup.dtype, setup.dense, self.device)
 
     def __enter__(self) -> Self:
+        wanted = self.setup.cluster.deterministic
+        self._deterministic_before = set_deterministic(self.device, wanted)
         return self
 
     def __exit__(
@@ -42,6 +46,7 @@ class LocalWorkers:
     ) -> None:
         for name in ("runner", "_memory"):
             self.__dict__.pop(name, None)
+        set_deterministic(self.device, self._deterministic_before)
 
     @property
     def description(self) -> str:
@@ -51,12 +56,24 @@ class LocalWorkers:
     def runner(self) -> Runner:
         """The only replica's."""
         cache = BlockCache.open(self.setup.cache_gb)
-        batch, weights = self.setup.importance.batch, self.setup.cluster.weights
-        return Runner(self.setup.dense, self.device, self.dtype, batch, weights, cache=cache)
+        cluster = self.setup.cluster
+        return Runner(
+            self.setup.dense,
+            self.device,
+            self.dtype,
+            self.setup.importance.batch,
+            cluster.weights,
+            cache=cache,
+            compiled=compiles(cluster.compile, self.device),
+        )
 
     @cached_property
     def _memory(self) -> dict[Any, Any]:
         return {}
+
+    @property
+    def hardware(self) -> Mapping[str, str]:
+        return hardware(self.device, self.runner.compiled)
 
     @property
     def streams(self) -> bool:

@@ -35,6 +35,7 @@ SMALL = PRESETS["default"] | {
     "lora_rank": 4,
     "learning_rate": 0.01,
     "lora_learning_rate": 0.005,
+    "fold": "at_end",  # so that what was learned is saved, too
 }
 """Settings of a group that trains fast; `batch` and `epochs` come on top."""
 

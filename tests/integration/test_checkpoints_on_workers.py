@@ -144,7 +144,7 @@ class Tune:
         except Stopped:
             pass
         else:
-            with stepper.whole(span):
+            with stepper.whole():
                 saved = group.fusion.save(span, self.rank, self.workers).files
                 dist.barrier()
             files = {uri.rsplit("/", 1)[-1]: record.sha256 for uri, record in saved.items()}

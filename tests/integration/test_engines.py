@@ -338,7 +338,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
             config.epochs,
             lambda *_: None,
         )
-        for block, learned in zip(job.neighbours, span.blocks, strict=True):
+        for block, learned in zip(job.neighbours, span.learned.blocks, strict=True):
             model.model.layers[block.dense].load_state_dict(
                 folded_tensors(learned, block, fused), strict=False
             )

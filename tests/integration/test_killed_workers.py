@@ -38,8 +38,8 @@ pytestmark = [
 ]
 
 WINDOWS, LENGTH, BATCH, EPOCHS, WORKERS, MICRO = 32, 12, 8, 5, 2, 2
-CALLS = WINDOWS // WORKERS // MICRO
-"""How often a worker calls its span in an epoch."""
+STEPS = WINDOWS // BATCH
+"""Of an epoch. A worker forms its span's weights once in each."""
 SETTINGS = Fusion(
     **PRESETS["default"]
     | {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": EPOCHS, "batch": BATCH}
@@ -54,7 +54,7 @@ NEVER = 1e6
 
 @dataclass(frozen=True)
 class Disturbed:
-    """A group whose second worker gets a signal, once, when it first calls its span in an epoch."""
+    """A group whose second worker gets a signal, once, when an epoch's first step begins."""
 
     group: GroupFusion
     epoch: int
@@ -63,19 +63,19 @@ class Disturbed:
     """A file that says that it has happened."""
 
     def build(self, *arguments: Any) -> Span:
-        span, calls = self.group.build(*arguments), 0
+        span, steps = self.group.build(*arguments), 0
 
         def hook(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
-            if calls == (self.epoch - 1) * CALLS + 1 and torch.distributed.get_rank() == 1:
+            nonlocal steps
+            steps += 1
+            if steps == (self.epoch - 1) * STEPS + 1 and torch.distributed.get_rank() == 1:
                 try:
                     self.mark.touch(exist_ok=False)
                 except FileExistsError:
                     return
                 os.kill(os.getpid(), self.by)
 
-        span.register_forward_pre_hook(hook)
+        span.learned.register_forward_pre_hook(hook)
         return span
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ class Cramped:
             hook.remove()
             limit_memory(self.more)
 
-        hook = span.register_forward_pre_hook(limit)
+        hook = span.learned.register_forward_pre_hook(limit)
         return span
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from groups import Group, after, fusion, process_group
-from torch import nn
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
 from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.stepper import TorchStepper
 
 pytestmark = pytest.mark.integration
@@ -63,26 +62,23 @@ def learn(group: Group) -> Learned:
     losses = train(stepper, lambda: states.batches(group.share), EPOCHS, lambda *_: None)
     if isinstance(stepper, TorchStepper):
         return Learned(gradients, weights_of(span), losses)
-    with stepper.whole(span):
+    with stepper.whole():
         found = Learned(gradients, weights_of(span), losses)
     stepper.close()
     return found
 
 
-def note(
-    gradients: Tensors, span: nn.Module, gradient: Callable[[torch.Tensor], torch.Tensor]
-) -> None:
+def note(gradients: Tensors, span: Span, gradient: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """Keep the first step's gradients. (In ZeRO-3 all workers must ask for each.)"""
     if not gradients:
         gradients.update(
-            (name, gradient(value).clone())
-            for name, value in span.named_parameters()
-            if value.requires_grad
+            (name, gradient(value).clone()) for name, value in span.learned.named_parameters()
         )
 
 
-def weights_of(span: nn.Module) -> Tensors:
-    return {name: value.detach().clone() for name, value in span.named_parameters()}
+def weights_of(span: Span) -> Tensors:
+    named = span.learned.named_parameters()
+    return {name: value.detach().clone() for name, value in named}
 
 
 def group_of(folder: Path, loss: str, micro_batch: int | None = None, **worker: int) -> Group:
@@ -169,29 +165,3 @@ def test_twenty_steps_change_every_weight_far_more_than_the_tolerance(
     for name, weight in plain[loss].weights.items():
         assert (weight - before[name]).abs().max() > 1e-3, name
     assert plain[loss].losses[-1] < 0.9 * plain[loss].losses[0]
-
-
-# --- bf16 ---
-
-
-def test_deepspeed_leaves_the_arithmetic_as_it_is(
-    checkpoint: Callable[[str], Path], tmp_path: Path
-) -> None:
-    """On a GPU, DeepSpeed switches off the autocast it is called under. Its question is answered
-    here as there.
-    """
-    spawn(one_bf16_step, (checkpoint("qwen3"), tmp_path), nprocs=1)
-    assert (tmp_path / "done").exists()
-
-
-def one_bf16_step(rank: int, folder: Path, out: Path) -> None:
-    asked = torch.is_autocast_enabled
-    torch.is_autocast_enabled = lambda *device: asked(*device) if device else True
-    with process_group(rank, 1, out):
-        tuned = fusion(folder, batch=BATCH, epochs=1)
-        group = Group(tuned, BATCH, zero_stage=1, dtype=torch.bfloat16)
-        stepper, states = group.stepper(group.span()), group.states()
-        assert isinstance(stepper, DeepSpeedStepper)
-        (batch,) = states.batches(BATCH)
-        assert torch.isfinite(stepper.step(batch))
-        (out / "done").touch()

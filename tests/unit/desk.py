@@ -83,7 +83,9 @@ class Desk:
                 "length": LENGTH,
             },
             "importance": {"windows": 4, "batch": 2},
-            "fusion": {"group_size": 3, "rank": 2, "lora_rank": 2, "epochs": 2, "batch": 4},
+            # What was learned is saved as well, so that more files can be damaged.
+            "fusion": {"group_size": 3, "rank": 2, "lora_rank": 2, "epochs": 2, "batch": 4}
+            | {"fold": "at_end"},
             "cluster": {"engine": "local"},
             "output": {"uri": str(self.out), "name": "demo"},
         } | changes

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.architecture import dense_stack, find_blocks
 from fusegpt_ray.model.config import build_skeleton
-from fusegpt_ray.model.runner import Runner, pick_dtype
+from fusegpt_ray.model.device import pick_dtype
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.store.checkpoint import TensorRef, read_index
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import end_to_end
 import gpu
+import gpu_parts
 import pytest
 
 
@@ -18,15 +19,16 @@ def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFi
     row = found["shapes"]["toy"]
     assert {"device", "versions"} <= set(found)
     assert row["hours"] > 0
-    assert row["finetune"]["loss"] > 0
-    assert all(row[step]["seconds"] > 0 for step in ("score", "states", "finetune"))
+    assert row["fine-tune"]["loss"] > 0
+    assert set(gpu_parts.PARTS) <= set(row)
+    assert all(row[part]["seconds"] > row[part]["least"] > 0 for part in gpu_parts.PARTS)
 
 
 def test_hours_are_those_of_all_rounds() -> None:
     row = {
-        "score": {"seconds": 36.0},
-        "states": {"seconds": 10.0},
-        "finetune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0},
+        "score": {"scaled": 36.0},
+        "states": {"scaled": 10.0},
+        "fine-tune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0},
     }
     # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a
     # group.

@@ -66,7 +66,7 @@ def test_block_forwards_are_those_of_a_real_run(
     asked = {"evaluation": {"heldout": {"data": str(desk.heldout), "windows": 4}}}
     expected = stages(costs(desk, **asked))
     walked, trained = 0, 0
-    apply, forward = Runner.apply, Span.forward
+    apply, call = Runner.apply, Span.__call__
 
     def counted(runner: Runner, module: Any, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
         nonlocal walked
@@ -76,10 +76,10 @@ def test_block_forwards_are_those_of_a_real_run(
     def counted_span(span: Span, h_bTD: torch.Tensor) -> torch.Tensor:
         nonlocal trained
         trained += len(h_bTD) * len(span.blocks)
-        return forward(span, h_bTD)
+        return call(span, h_bTD)
 
     monkeypatch.setattr(Runner, "apply", counted)
-    monkeypatch.setattr(Span, "forward", counted_span)
+    monkeypatch.setattr(Span, "__call__", counted_span)
     compress(recipe(desk, **asked), Display())
     assert 3 * trained == expected["fine-tuning"]  # a backward pass counts as two forward ones
     most = expected["scoring"] + expected["states"] + expected["evaluation"]
@@ -121,6 +121,8 @@ def test_what_makes_a_run_dearer_costs_more(desk: Desk) -> None:
         worker_bytes(asked, dense, whole, rounds=3),
     ]
     assert sizes == sorted(set(sizes))
+    folded = recipe(desk, fusion=desk.recipe()["fusion"] | {"fold": "each_round"})
+    assert worker_bytes(folded, dense, whole, 3) == worker_bytes(folded, dense, whole, 1)
 
 
 def test_a_line_tells_work_and_sizes(desk: Desk) -> None:

@@ -105,7 +105,7 @@ def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
     attempt.
     """
     journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
-    this = identity(recipe(desk), "0" * 64, dense, torch.float32)
+    this = identity(recipe(desk), "0" * 64, dense, torch.float32, {})
     with pytest.raises(OSError, match="too large"), full_disk(100):
         journal.begin(this)
     journal.begin(this)

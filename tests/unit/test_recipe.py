@@ -58,7 +58,7 @@ OURS = {
     "learning_rate": 1e-3,
     "lora_learning_rate": 3e-4,
     "trained_dtype": "float32",
-    "fold": "at_end",
+    "fold": "each_round",
 }
 
 

@@ -27,6 +27,7 @@ from workshop import (  # noqa: F401 - fixtures
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.optimizer import make_optimizer
 from fusegpt_ray.training.span import Span
 
@@ -47,11 +48,13 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     means = workshop.train(job, student)
     assert means[-1] < means[0]
     # Everything that learns is reached by the loss, once B and C are no longer zero.
-    (student(entering[:BATCH]) - leaving[:BATCH]).pow(2).mean().backward()
+    student.form(student.learned)
+    accumulate(student, entering[:BATCH], leaving[:BATCH], "normalized_mse", None, False)
+    student.root().backward()
     untouched = [
         name
-        for name, value in student.named_parameters()
-        if value.requires_grad and not value.grad.any()
+        for name, value in student.learned.named_parameters()
+        if value.grad is None or not value.grad.any()
     ]
     assert untouched == []
 
@@ -82,7 +85,7 @@ def test_what_is_saved_is_the_formula(workshop: Workshop) -> None:
 def fused_layers(student: Span, block: int) -> dict[str, FusedLinear]:
     return {
         name: module
-        for name, module in student.blocks[block].named_modules()
+        for name, module in student.learned.blocks[block].named_modules()
         if isinstance(module, FusedLinear)
     }
 
@@ -167,7 +170,7 @@ def test_folding_each_round_keeps_no_terms(workshop: Workshop) -> None:
 
 
 def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> None:
-    job = workshop.job(2, fuse=False, preset="default", **FAST)
+    job = workshop.job(2, fuse=False, preset="default", fold="at_end", **FAST)
     student = workshop.student(job)
     assert {name.rsplit(".", 1)[-1] for name in learned(student)} == {"A", "B", "weight"}
     means = workshop.train(job, student)
@@ -193,7 +196,7 @@ def test_what_learns_in_a_llama_block(workshop: Workshop) -> None:
     norms = ["input_layernorm.weight", "post_attention_layernorm.weight"]
     names = [f"{layer}.{part}" for layer in layers for part in ("A", "B", "C0", "D0")] + norms
     assert set(learned(student)) == {f"blocks.{i}.{name}" for i in range(3) for name in names}
-    assert all(value.requires_grad for value in student.parameters())  # frozen weights are buffers
+    assert all(value.requires_grad for value in student.learned.parameters())
     groups = workshop.job(2).parameter_groups(student)
     optimizer = make_optimizer(groups, (0.9, 0.95), 1e-8)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(learned(student))
@@ -255,7 +258,7 @@ def test_dtypes(
     student = workshop.student(job)
     before = learned(student)
     assert {value.dtype for value in before.values()} == {expected}
-    assert {buffer.dtype for buffer in student.buffers()} == {dtype}
+    assert {buffer.dtype for buffer in student.learned.buffers()} == {dtype}
     entering, leaving = workshop.states(job)
     assert {entering.dtype, leaving.dtype} == {dtype}
     means = workshop.train(job, student)
@@ -276,9 +279,8 @@ def test_dtypes(
     )
     stack = workshop.dense.drop(2).swap(saved)
     out = list(workshop.runner.walk(stack, IDS))[3].float()
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
-        student_out = over_batches(student, entering).float()
-    # bfloat16 has 8 bits: 0.4 % of states up to about 15, a few times; the student's norms are
-    # float32, the reloaded ones are not.
-    close = CLOSE if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.4}
-    torch.testing.assert_close(out, student_out, **close)
+    trained = over_batches(student, entering).float()
+    # The blocks are the same, and their weights too, except that bfloat16 learned beside rounded
+    # weights. Each is off by a rounding (2^-9), which three blocks of matrix products add up.
+    bound = 1e-6 if dtype == torch.float32 else 0.03
+    assert (out - trained).norm() / trained.norm() <= bound

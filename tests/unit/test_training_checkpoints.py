@@ -68,6 +68,7 @@ class Bench:
                     "batch": BATCH,
                     "rank": 4,
                     "lora_rank": 4,
+                    "fold": "at_end",  # so that what was learned is saved, too
                 },
                 "cluster": {"engine": "local", "checkpoint_minutes": 0, **cluster},
                 "output": {"uri": "unused", "name": "x"},

@@ -12,7 +12,6 @@ import pytest
 import torch
 from models import MODELS, hidden_states, load_model, open_stack, token_windows, without_blocks
 from safetensors.torch import load_file
-from torch import nn
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
@@ -135,12 +134,9 @@ def over_batches(student: Span, states: torch.Tensor) -> torch.Tensor:
         return torch.cat([student(part) for part in states.split(BATCH)])
 
 
-def learned(student: nn.Module) -> Weights:
-    return {
-        name: value.detach().clone()
-        for name, value in student.named_parameters()
-        if value.requires_grad
-    }
+def learned(student: Span) -> Weights:
+    named = student.learned.named_parameters()
+    return {name: value.detach().clone() for name, value in named}
 
 
 def plain_weights(workshop: Workshop, dense: int) -> Weights:

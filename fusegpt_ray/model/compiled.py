@@ -1,0 +1,57 @@
+"""Blocks under torch.compile: one block is compiled, not the model, so that all blocks, rounds and
+walks share what was compiled for the first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from fusegpt_ray.model.recorder import Context, run_block
+
+RunBlock = Callable[[nn.Module, torch.Tensor, Context], torch.Tensor]
+"""Block, states [B, T, D], context → states [B, T, D]."""
+
+_LOG = logging.getLogger(__name__)
+VARIANTS = 64
+"""How often the block may be compiled: once for each kind of block, number of windows and use (with
+gradients or without). Beyond that torch runs it as it is."""
+
+
+def compiles(wanted: Literal["auto"] | bool, device: torch.device) -> bool:
+    """Whether blocks are compiled on this device, for the recipe's `cluster.compile`."""
+    return device.type == "cuda" if wanted == "auto" else wanted
+
+
+@cache
+def block_function(compiled: bool) -> RunBlock:
+    """How blocks are run in this process."""
+    return CompiledBlock() if compiled else run_block
+
+
+class CompiledBlock:
+    """`run_block`, compiled when it is first called. Where it cannot be compiled it is run as it is
+    from then on, which is said once.
+    """
+
+    def __init__(self, backend: Any = "inductor") -> None:
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
+        self._run: RunBlock = torch.compile(run_block, dynamic=False, backend=backend)
+
+    def __call__(self, block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
+        try:
+            return self._run(block, h_BTD, context)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.give_up(error)
+            return run_block(block, h_BTD, context)
+
+    def give_up(self, error: Exception) -> None:
+        """Run blocks as they are from now on."""
+        reason = " ".join(str(error).split())[:200]
+        _LOG.warning("blocks are not compiled: %s: %s", type(error).__name__, reason)
+        self._run = run_block

@@ -1,0 +1,37 @@
+"""Batches on the device, one ahead of the step that uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from fusegpt_ray.training.stepper import Batch
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Each batch on the device. On a GPU the next one is copied from pinned memory, on a stream of
+    its own, while one is in use.
+    """
+    if device.type == "cpu":
+        yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            entering, leaving = (states.to(device, non_blocking=True) for states in batch)
+            following = (entering, leaving), stream.record_event()
+        if ahead:
+            yield _arrived(*ahead)
+        ahead = following
+    if ahead:
+        yield _arrived(*ahead)
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    current = torch.cuda.current_stream()
+    current.wait_event(copied)
+    for states in batch:
+        states.record_stream(current)  # the copying stream must not use this memory before us
+    return batch
