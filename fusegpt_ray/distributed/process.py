@@ -43,7 +43,14 @@ class RunnerConfig:
             self.hub.fetch()
         cache = BlockCache.open(self.cache_gb)
         return Runner(
-            dense, device, self.dtype, self.batch_size, self.weights, self.memory_share, cache
+            dense,
+            device,
+            self.dtype,
+            self.batch_size,
+            self.weights,
+            self.memory_share,
+            cache,
+            host_share=1 / self.processes,
         )
 
 

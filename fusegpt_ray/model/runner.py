@@ -1,5 +1,6 @@
-"""Runs a stack block by block. Each block is fetched once for all windows at hand, so the whole
-model need not be in memory.
+"""Runs a stack block by block. Each block is fetched once for all windows of a walk, however many,
+so the whole model need not be in memory. Their states wait wherever there is room
+(`placement.py`).
 
 Shapes: W windows, B windows of one call, T tokens, D hidden size, V vocabulary.
 """
@@ -13,18 +14,15 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.model.chunks import HELD_BYTES, chunk_size
 from fusegpt_ray.model.config import read_config
-from fusegpt_ray.model.memory import free_bytes
+from fusegpt_ray.model.placement import empty_states, transform
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.model.weights import Weights, fits
 from fusegpt_ray.store.checkpoint import read_tensors
-
-HELD_SHARE = 0.15
-"""Share of the free memory that one set of states may take, where that is less."""
 
 
 def pick_device() -> torch.device:
@@ -50,7 +48,11 @@ def pick_dtype(name: str, stack: Stack, device: torch.device) -> torch.dtype:
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the states of one window of `length` tokens."""
-    return dtype.itemsize * length * int(read_config(stack.config).get_text_config().hidden_size)
+    return dtype.itemsize * length * _hidden_size(stack)
+
+
+def _hidden_size(stack: Stack) -> int:
+    return int(read_config(stack.config).get_text_config().hidden_size)
 
 
 class Runner:
@@ -65,6 +67,7 @@ class Runner:
         weights: Literal["auto", "resident", "streamed"] = "streamed",
         memory_share: float = 1.0,
         cache: BlockCache | None = None,
+        host_share: float = 1.0,
     ) -> None:
         """
         Args:
@@ -72,9 +75,11 @@ class Runner:
             weights: kept on the device, read for every walk, or whichever the memory allows.
             memory_share: share of the device's free memory that this runner may use.
             cache: the node's copies of blocks that lie in object storage.
+            host_share: share of the host's free memory that this runner's states may count on.
         """
         self.stack, self.device, self.dtype = stack, device, dtype
-        self.batch_size, self.memory_share = batch_size, memory_share
+        self.batch_size = batch_size
+        self.memory_share, self.host_share = memory_share, host_share
         self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
         self.resident = weights == "resident" or (
             weights == "auto" and fits(stack, device, dtype, memory_share)
@@ -94,7 +99,12 @@ class Runner:
         if stack.trunk == self.stack.trunk:
             return self
         return Runner(
-            stack, self.device, self.dtype, self.batch_size, memory_share=self.memory_share
+            stack,
+            self.device,
+            self.dtype,
+            self.batch_size,
+            memory_share=self.memory_share,
+            host_share=self.host_share,
         )
 
     def offload(self) -> None:
@@ -109,14 +119,12 @@ class Runner:
             self.trunk.model.to(self.device)
             self.weights.reload()
 
-    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Windows that should walk together, see `chunk_size`: a walk holds about three times their
-        states.
-        """
-        windows, length = windows_WT.shape
-        held = min(HELD_BYTES, HELD_SHARE * self.memory_share * free_bytes(self.device))
-        size = chunk_size(windows, self.batch_size, state_bytes(stack, length), held=held)
-        return windows_WT.split(size)
+    def empty_states(self, windows_WT: torch.Tensor, sets: int = 1) -> list[torch.Tensor]:
+        """Room for so many sets of these windows' states [W, T, D], where there is any."""
+        shape = (*windows_WT.shape, _hidden_size(self.stack))
+        return empty_states(
+            shape, self.dtype, self.device, sets, self.memory_share, self.host_share
+        )
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
@@ -139,17 +147,42 @@ class Runner:
 
     @torch.no_grad()
     def walk(
-        self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None
+        self,
+        stack: Stack,
+        windows_WT: torch.Tensor,
+        stop: int | None = None,
+        into_WTD: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the states [W, T, D] that enter block 0, 1, …, and at last those that leave the
         last block (or that enter block `stop`).
+
+        It is the same tensor every time, `into_WTD` if that is given, in which each step replaces
+        the states of the one before: on the device, or in the host's memory.
         """
-        h_WTD = self.embed(windows_WT)
+        h_WTD = self.empty_states(windows_WT)[0] if into_WTD is None else into_WTD
+        transform(self.trunk.embed, windows_WT, h_WTD, self.batch_size, self.device)
         yield h_WTD
         for block, module in self.weights.walk(stack.blocks[:stop]):
-            h_WTD = self.apply(module, block.dense, h_WTD)
+            self._advance(module, block.dense, h_WTD)
             del module  # so that its memory is free when the next one is asked for
             yield h_WTD
+
+    def _advance(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> None:
+        """The states become those after the block.
+
+        Raises:
+            UserError: it returns them in another dtype, so that they would be rounded.
+        """
+
+        def after(h_BTD: torch.Tensor) -> torch.Tensor:
+            out_BTD = run_block(module, h_BTD, self.context(dense, h_BTD))
+            if out_BTD.dtype != h_BTD.dtype:
+                problem = f"block {dense} returns {out_BTD.dtype} for states in {h_BTD.dtype}"
+                name = str(out_BTD.dtype).removeprefix("torch.")
+                raise UserError("model.dtype", self.dtype, problem, f"set it to {name}")
+            return out_BTD
+
+        transform(after, h_WTD, h_WTD, self.batch_size, self.device)
 
     @torch.no_grad()
     def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:
