@@ -11,19 +11,28 @@ from typing import Any
 
 import pytest
 import torch
+from cramped import tune
 from models import DEPTH, open_stack, token_windows
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from watching import Watch, size_of
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model import memory, placement, weights
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.perplexity import window_losses
 from fusegpt_ray.model.placement import empty_states
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.weights import stored_bytes
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.training.states import StatesSource
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 CPU = torch.device("cpu")
 WINDOWS, LENGTH, HIDDEN = 64, 16, 32
@@ -80,6 +89,30 @@ def test_weights_are_read_once_for_all_windows(
     assert sum(ref.end - ref.begin for ref in watch.asked) == blocks * block
     assert runner.weights.bytes_read == blocks * block
     assert max(watch.alive) <= block
+
+
+def test_what_scoring_and_states_read_is_counted(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = checkpoint("llama")
+    recipe = Recipe.parse(
+        {
+            "model": {"source": str(folder)},
+            "calibration": {"data": "unused", "windows": WINDOWS, "length": LENGTH},
+            "importance": {"windows": 8, "all": True},
+            "fusion": {"group_size": 2, "epochs": 1, "batch": 8, "rank": 2, "lora_rank": 2},
+            "cluster": {"engine": "local", "weights": "streamed"},
+            "output": {"uri": str(tmp_path), "name": "x"},
+        }
+    )
+    dense = open_stack(folder)
+    job = GroupFusion(dense, dense, 1, recipe.fusion, True, 0, str(tmp_path / "blocks"))
+    with LocalWorkers(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
+        ranking = score(engine, dense, IDS[:8].numpy(), recipe.importance)
+        trained = tune(engine, job, IDS.numpy(), recipe)
+    assert ranking.bytes_read == stored_bytes(dense.blocks)
+    assert Ranking.from_record(ranking.to_record()).bytes_read == ranking.bytes_read
+    assert trained.states_bytes_read == stored_bytes(dense.blocks[: job.source.stop])
 
 
 # --- the same bits ---
