@@ -18,6 +18,7 @@ from functools import cache
 
 import torch
 
+from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model.memory import empty_cache, free_bytes
 
 DEVICE_SHARE = 0.15
@@ -36,13 +37,13 @@ def empty_states(
     host_share: float = 1.0,
 ) -> list[torch.Tensor]:
     """Room for so many sets of states [W, T, D]: on a GPU where they are few, else in the host's
-    memory (pinned, if there is a GPU), else in temporary files.
+    memory (pinned, if there is a GPU), else in temporary files. All sets lie in one kind of place.
 
     Args:
         device_share, host_share: share of the free memory that this process may count on.
 
     Raises:
-        OSError: the disk has no room for the files.
+        StorageError: the disk has no room for the files.
     """
     on_gpu = device.type == "cuda"
     taken = sets * math.prod(shape) * dtype.itemsize
@@ -134,9 +135,9 @@ def _in_file(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
         except OSError as error:
-            need = f"{size * dtype.itemsize / 1e9:.1f} GB of states need a place in {file.name}"
+            need = f"no room for {size * dtype.itemsize / 1e9:.1f} GB of states"
+            problem = f"{need}, for which the host's memory is short, too ({error.strerror})"
             fix = "set TMPDIR to a folder on a larger disk, or have fewer or shorter windows"
-            error.add_note(f"{need}, because the host's memory is short: {fix}")
-            raise
+            raise StorageError(tempfile.gettempdir(), problem, fix) from error
         flat = torch.from_file(file.name, shared=True, size=size, dtype=dtype)
         return flat.reshape(shape)
