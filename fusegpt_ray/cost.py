@@ -105,6 +105,9 @@ def block_flops(dense: Stack, length: int) -> int:
 def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -> int:
     """What a replica may hold while it scores streamed blocks, activations aside: its trunk, two
     blocks as they are read and as they are used, and the states of the model and all candidates.
+
+    While it evaluates, the states are one set of its windows, on the device, in the host's memory
+    or in a file (see `model/placement.py`).
     """
     states = (len(dense) + 1) * windows * state_bytes(dense, length, dtype)
     return _in(dtype, dense.trunk) + 4 * _largest_block(dense, dtype) + states
@@ -114,7 +117,8 @@ def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int =
     """What a training worker may hold in the last of so many rounds, activations aside: the trunk,
     each neighbour's own and effective weights and the latter's gradients (in float32, where
     micro-batches add up), the donors, what is in passing, all that learns with its optimizer state,
-    and the states of its windows at both ends of the group.
+    and the states of its windows at both ends of the group. These lie with the rest only if they
+    are few: else in the host's memory, or in a file.
 
     ZeRO's partitioning saves some of it where there are several workers.
     """

@@ -16,6 +16,7 @@ from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Round
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
@@ -96,6 +97,7 @@ class Rounds:
             **ranking.to_record(),
             "group": list(change.group),
             "states_batch_size": change.states_batch_size,
+            "states_bytes_read": change.states_bytes_read,
             "micro_batch": change.micro_batch,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
@@ -106,6 +108,10 @@ class Rounds:
                 "finetune": round(change.train_seconds, 3),
             },
         }
+        if change.states_bytes_read or ranking.bytes_read:
+            whole = stored_bytes(stack.blocks)
+            scored, walked = (n / whole for n in (ranking.bytes_read, change.states_bytes_read))
+            self.show.say(f"  weights read {scored:.3g} times to score, {walked:.3g} for states")
         if less := fewer_at_once(self.recipe, [record]):
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, change.stack, change.files)

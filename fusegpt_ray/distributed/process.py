@@ -57,6 +57,7 @@ class RunnerConfig:
             self.memory_share,
             BlockCache.open(self.cache_gb),
             compiles(self.compile, device),
+            host_share=1 / self.processes,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 
@@ -47,6 +47,9 @@ class Ranking:
     batch_size: int | None = None
     """Windows that passed a block in one call: `importance.batch`, or fewer where memory ran out.
     """
+    bytes_read: int = field(default=0, compare=False)
+    """Of blocks, by all replicas together. It depends on their number and memory; nothing else
+    here does."""
 
     @property
     def lowest(self) -> int:
@@ -77,6 +80,7 @@ class Ranking:
             "windows": self.windows,
             "block_forwards": vars(self.cost).copy(),
             "batch_size": self.batch_size,
+            "bytes_read": self.bytes_read,
         }
 
     @classmethod
@@ -87,6 +91,7 @@ class Ranking:
             record["windows"],
             Cost(**record["block_forwards"]),
             record.get("batch_size"),
+            record.get("bytes_read", 0),
         )
 
 

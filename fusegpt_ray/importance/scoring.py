@@ -47,7 +47,7 @@ def score(
     """
     batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
     sizes, depth = [len(batch) for batch in batches], len(stack)
-    known = sums or Sums()
+    known, bytes_read = sums or Sums(), 0
 
     def cost(job: Job) -> int:
         batch, positions = job
@@ -55,20 +55,22 @@ def score(
 
     def attempt(batch_size: int) -> Ranking:
         def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
+            nonlocal bytes_read
             # Replicas that read the weights for each walk should walk once. Others take the next
             # job when they have finished one, the longest first.
             parts = workers.replicas if workers.streams else len(jobs)
             groups = split_evenly(jobs, [cost(job) for job in jobs], parts)
             tasks = [(stack, [(batches[batch], c) for batch, c in group]) for group in groups]
             costs = [sum(map(cost, group)) for group in groups]
-            for number, found in workers.map(sweep_batches, tasks, batch_size, costs):
+            for number, (found, read) in workers.map(sweep_batches, tasks, batch_size, costs):
+                bytes_read += read
                 yield from zip(groups[number], found, strict=True)
 
         ask = known.recalled(batch_size, measure)
         return search(ask, stack.kept, sizes, windows_WT.shape[1], settings, last)
 
     ranking, batch_size = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
-    return replace(ranking, batch_size=batch_size)
+    return replace(ranking, batch_size=batch_size, bytes_read=bytes_read)
 
 
 def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[list[Job]]:
@@ -87,7 +89,10 @@ def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[
 
 def sweep_batches(
     runner: Runner, stack: Stack, parts: Sequence[tuple[np.ndarray, tuple[int, ...]]]
-) -> list[np.ndarray]:
-    """The task: for each batch of windows and its candidates, sums of 1 − cos, [W, C] float64."""
+) -> tuple[list[np.ndarray], int]:
+    """The task: for each batch of windows and its candidates, sums of 1 − cos, [W, C] float64; and
+    the bytes of blocks that were read for them.
+    """
+    before = runner.weights.bytes_read
     walked = sweep(runner, stack, [Part(torch.tensor(windows_WT), c) for windows_WT, c in parts])
-    return [sums_WC.numpy() for sums_WC in walked]
+    return [sums_WC.numpy() for sums_WC in walked], runner.weights.bytes_read - before

@@ -62,6 +62,8 @@ class Change:
     states_batch_size: int | None = None
     micro_batch: int | None = None
     """Windows that passed a block, and a worker's span, at once."""
+    states_bytes_read: int = 0
+    """Of blocks, by all workers together, to compute the states."""
     states_seconds: float = 0.0
     train_seconds: float = 0.0
 

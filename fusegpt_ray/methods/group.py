@@ -41,6 +41,7 @@ def train_group(round: Round, fuse: bool) -> Change:
         tuple(trained.losses),
         trained.states_batch_size,
         trained.micro_batch,
+        trained.states_bytes_read,
         trained.states_seconds,
         trained.train_seconds,
     )

@@ -29,9 +29,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 def free_bytes(device: torch.device) -> int:
     """Bytes that may still be taken on the device; on a CPU the least of what the machine, the
     container and the process's limits leave.
+
+    On a GPU, what torch has reserved and nobody uses counts as free. It may lie in pieces. But
+    torch gives whole segments back before it lets an allocation fail, and whoever asks here takes
+    many tensors and a part of what is free, not one tensor of all of it.
     """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + idle
     mine = psutil.Process().memory_info()
     left = [psutil.virtual_memory().available, *_left_in_container()]
     for kind, taken in ((resource.RLIMIT_DATA, mine.data), (resource.RLIMIT_AS, mine.vms)):
@@ -102,7 +107,9 @@ def find_batch_size(
 
 
 def empty_cache() -> None:
-    """Give back memory that nobody uses."""
+    """Give back memory that nobody uses, the host's pinned memory included."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):  # not in older versions
+            torch.accelerator.empty_host_cache()

@@ -22,12 +22,9 @@ from fusegpt_ray.model.stack import Stack
 
 def window_losses(runner: Runner, stack: Stack, windows_WT: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of each window: [W] float64."""
-    means = []
-    for part in runner.chunks(stack, windows_WT):
-        for h_WTD in runner.walk(stack, part):  # noqa: B007 - the last states are wanted
-            pass
-        means.append(runner.token_losses(h_WTD, part))
-    return torch.cat(means)
+    for h_WTD in runner.walk(stack, windows_WT):  # noqa: B007 - the last states are wanted
+        pass
+    return runner.token_losses(h_WTD, windows_WT)
 
 
 def perplexity(losses_W: torch.Tensor) -> float:

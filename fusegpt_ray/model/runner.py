@@ -1,5 +1,6 @@
-"""Runs a stack block by block. Each block is fetched once for all windows at hand, so the whole
-model need not be in memory.
+"""Runs a stack block by block. Each block is fetched once for all windows of a walk, however many,
+so the whole model need not be in memory. Their states wait wherever there is room
+(`placement.py`).
 
 Shapes: W windows, B windows of one call, T tokens, D hidden size, V vocabulary.
 """
@@ -13,24 +14,25 @@ from typing import Literal, Self
 import torch
 from torch import nn
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.cache import BlockCache
-from fusegpt_ray.model.chunks import HELD_BYTES, chunk_size
 from fusegpt_ray.model.compiled import block_function
 from fusegpt_ray.model.config import read_config
-from fusegpt_ray.model.memory import free_bytes
+from fusegpt_ray.model.placement import empty_states, transform
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.model.weights import Weights, fits
 from fusegpt_ray.store.checkpoint import read_tensors
 
-HELD_SHARE = 0.15
-"""Share of the free memory that one set of states may take, where that is less."""
-
 
 def state_bytes(stack: Stack, length: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of the states of one window of `length` tokens."""
-    return dtype.itemsize * length * int(read_config(stack.config).get_text_config().hidden_size)
+    return dtype.itemsize * length * _hidden_size(stack)
+
+
+def _hidden_size(stack: Stack) -> int:
+    return int(read_config(stack.config).get_text_config().hidden_size)
 
 
 class Runner:
@@ -46,6 +48,7 @@ class Runner:
         memory_share: float = 1.0,
         cache: BlockCache | None = None,
         compiled: bool = False,
+        host_share: float = 1.0,
     ) -> None:
         """
         Args:
@@ -54,9 +57,11 @@ class Runner:
             memory_share: share of the device's free memory that this runner may use.
             cache: the node's copies of blocks that lie in object storage.
             compiled: whether whole batches pass compiled blocks (see `compiled.py`).
+            host_share: share of the host's free memory that this runner's states may count on.
         """
         self.stack, self.device, self.dtype = stack, device, dtype
-        self.batch_size, self.memory_share = batch_size, memory_share
+        self.batch_size = batch_size
+        self.memory_share, self.host_share = memory_share, host_share
         self.compiled, self.run_block = compiled, block_function(compiled)
         self.trunk = Trunk(stack, device, dtype, cache.tensors if cache else read_tensors)
         self.resident = weights == "resident" or (
@@ -83,6 +88,7 @@ class Runner:
             self.batch_size,
             memory_share=self.memory_share,
             compiled=self.compiled,
+            host_share=self.host_share,
         )
 
     def offload(self) -> None:
@@ -97,14 +103,12 @@ class Runner:
             self.trunk.model.to(self.device)
             self.weights.reload()
 
-    def chunks(self, stack: Stack, windows_WT: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Windows that should walk together, see `chunk_size`: a walk holds about three times their
-        states.
-        """
-        windows, length = windows_WT.shape
-        held = min(HELD_BYTES, HELD_SHARE * self.memory_share * free_bytes(self.device))
-        size = chunk_size(windows, self.batch_size, state_bytes(stack, length), held=held)
-        return windows_WT.split(size)
+    def empty_states(self, windows_WT: torch.Tensor, sets: int = 1) -> list[torch.Tensor]:
+        """Room for so many sets of these windows' states [W, T, D], where there is any."""
+        shape = (*windows_WT.shape, _hidden_size(self.stack))
+        return empty_states(
+            shape, self.dtype, self.device, sets, self.memory_share, self.host_share
+        )
 
     @torch.no_grad()
     def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
@@ -114,12 +118,14 @@ class Runner:
     @torch.no_grad()
     def apply(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
         """States [W, T, D] after the block, which was number `dense` of the dense model."""
-        parts = []
-        for part in h_WTD.split(self.batch_size):
-            # Compiling takes seconds, so fewer windows than usual pass the block as it is.
-            run = self.run_block if len(part) == self.batch_size else run_block
-            parts.append(run(module, part, self.context(dense, part)))
+        parts = [self._after(module, dense, part) for part in h_WTD.split(self.batch_size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _after(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+        # Compiling takes seconds, so fewer windows than usual pass the block as it is.
+        whole = len(h_BTD) == self.batch_size
+        run = self.run_block if self.compiled and whole else run_block
+        return run(module, h_BTD, self.context(dense, h_BTD))
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
         """What block `dense` is called with beside these states."""
@@ -128,17 +134,42 @@ class Runner:
 
     @torch.no_grad()
     def walk(
-        self, stack: Stack, windows_WT: torch.Tensor, stop: int | None = None
+        self,
+        stack: Stack,
+        windows_WT: torch.Tensor,
+        stop: int | None = None,
+        into_WTD: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the states [W, T, D] that enter block 0, 1, …, and at last those that leave the
         last block (or that enter block `stop`).
+
+        It is the same tensor every time, `into_WTD` if that is given, in which each step replaces
+        the states of the one before: on the device, or in the host's memory.
         """
-        h_WTD = self.embed(windows_WT)
+        h_WTD = self.empty_states(windows_WT)[0] if into_WTD is None else into_WTD
+        transform(self.trunk.embed, windows_WT, h_WTD, self.batch_size, self.device)
         yield h_WTD
         for block, module in self.weights.walk(stack.blocks[:stop]):
-            h_WTD = self.apply(module, block.dense, h_WTD)
+            self._advance(module, block.dense, h_WTD)
             del module  # so that its memory is free when the next one is asked for
             yield h_WTD
+
+    def _advance(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> None:
+        """The states become those after the block.
+
+        Raises:
+            UserError: it returns them in another dtype, so that they would be rounded.
+        """
+
+        def after(h_BTD: torch.Tensor) -> torch.Tensor:
+            out_BTD = self._after(module, dense, h_BTD)
+            if out_BTD.dtype != h_BTD.dtype:
+                problem = f"block {dense} returns {out_BTD.dtype} for states in {h_BTD.dtype}"
+                name = str(out_BTD.dtype).removeprefix("torch.")
+                raise UserError("model.dtype", self.dtype, problem, f"set it to {name}")
+            return out_BTD
+
+        transform(after, h_WTD, h_WTD, self.batch_size, self.device)
 
     @torch.no_grad()
     def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:

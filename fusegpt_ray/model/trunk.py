@@ -72,7 +72,7 @@ class Trunk:
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of the states after the last block (before the final norm)."""
         last = self._recorded.recorders[-1]
-        last.inject = h_BTD
+        last.inject = h_BTD.to(self.device)  # states of a walk may wait on the host
         try:
             return self._forward(torch.zeros(h_BTD.shape[:2], dtype=torch.int64))
         finally:

@@ -44,6 +44,8 @@ class Weights:
         """
         self.meta_blocks, self.device, self.dtype = meta_blocks, device, dtype
         self.keep, self.cache = keep, cache
+        self.bytes_read = 0
+        """Of blocks, as they are stored, since this object was made."""
         self._needed: list[Refs] = []  # by the walk under way
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
@@ -120,6 +122,7 @@ class Weights:
             yield block, self._kept[key]
 
     def _read(self, block: Block) -> nn.Module:
+        self.bytes_read += stored_bytes([block])
         if self.cache:
             tensors = self.cache.tensors(block.weights, self._needed)
         else:
@@ -167,6 +170,11 @@ def fits(stack: Stack, device: torch.device, dtype: torch.dtype, memory_share: f
     refs = [ref for block in stack.blocks for ref in block.weights.values()]
     elements = sum((ref.end - ref.begin) // ref.dtype.itemsize for ref in refs)
     return elements * dtype.itemsize <= RESIDENT_SHARE * memory_share * free_bytes(device)
+
+
+def stored_bytes(blocks: Sequence[Block]) -> int:
+    """Of the blocks' weights, in the files in which they lie."""
+    return sum(ref.end - ref.begin for block in blocks for ref in block.weights.values())
 
 
 def _key(block: Block) -> Hashable:

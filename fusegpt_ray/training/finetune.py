@@ -24,7 +24,7 @@ from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.states import States, StatesSource, compute_states, own_windows
+from fusegpt_ray.training.states import States, StatesSource, own_windows
 from fusegpt_ray.training.stepper import Batch, TorchStepper, TrainingConfig
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
 
@@ -93,6 +93,8 @@ class Trained:
     states_batch_size: int
     """Windows that passed a block at once when states were computed: `importance.batch`, or fewer
     where memory ran out."""
+    states_bytes_read: int
+    """Of blocks, by all workers together, to compute the states."""
     micro_batch: int
     """Windows that passed a worker's span at once: as asked, or fewer where memory ran out."""
     states_seconds: float
@@ -110,10 +112,10 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
     began = time.monotonic()
     batch, config = workers.setup.importance.batch, task.config
 
-    def states(batch_size: int) -> None:
-        workers.spmd(ensure_states, task, batch_size, news=news)
+    def states(batch_size: int) -> int:
+        return sum(workers.spmd(ensure_states, task, batch_size, news=news))
 
-    _, states_batch = find_batch_size(states, batch, batch, "computing the group's states")
+    read, states_batch = find_batch_size(states, batch, batch, "computing the group's states")
     states_done = time.monotonic()
     share = config.batch // workers.training_workers
     checkpoints = Checkpoints.find(
@@ -135,15 +137,20 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
         SavedBlocks.merged([saved for _, saved in results]),
         results[0][0],
         states_batch,
+        read,
         micro_batch,
         states_done - began,
         checkpoints.seconds + time.monotonic() - states_done,
     )
 
 
-def ensure_states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> None:
-    """Compute the states of this worker's windows, unless it has them."""
+def ensure_states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> int:
+    """Compute the states of this worker's windows, unless it has them. Returns the bytes of blocks
+    that were read for them.
+    """
+    before = worker.runner.weights.bytes_read
     _states(worker, task, batch_size)
+    return worker.runner.weights.bytes_read - before
 
 
 def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> States:
@@ -155,7 +162,7 @@ def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> Stat
         numbers = own_windows(windows, task.config.batch, worker.count, worker.rank)
         own_WT = torch.from_numpy(task.windows_WT[numbers])
         runner = worker.runner.with_batch_size(batch_size)
-        worker.memory[key] = compute_states(task.source, runner, own_WT, worker.count)
+        worker.memory[key] = States(*task.source.walk(runner, own_WT))
     return worker.memory[key]
 
 

@@ -23,7 +23,7 @@ from fusegpt_ray.sections import PRESETS, Cluster, Fusion
 from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
 from fusegpt_ray.training.finetune import TrainingTask
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.states import States, compute_states, own_windows
+from fusegpt_ray.training.states import States, own_windows
 from fusegpt_ray.training.stepper import TorchStepper
 from fusegpt_ray.workers.base import TrainingWorker
 
@@ -114,7 +114,7 @@ class Group:
     def states(self) -> States:
         own = own_windows(self.windows, self.task.config.batch, self.workers, self.rank)
         own_WT = torch.from_numpy(self.task.windows_WT[own])
-        return compute_states(self.task.source, self.runner, own_WT, self.workers)
+        return States(*self.task.source.walk(self.runner, own_WT))
 
     def span(self) -> Span:
         trunk = self.runner.trunk

@@ -29,7 +29,7 @@ from fusegpt_ray.fusion.student import folded_tensors
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.text.calibration import sample_windows, token_stream
 from fusegpt_ray.training.loop import train
-from fusegpt_ray.training.states import compute_states
+from fusegpt_ray.training.states import States
 from fusegpt_ray.training.stepper import TorchStepper
 
 pytestmark = pytest.mark.integration
@@ -326,7 +326,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
             recipe.seed,
             str(folder / str(number)),
         )
-        states = compute_states(job.source, runner, windows_WT)
+        states = States(*job.source.walk(runner, windows_WT))
         span = job.build(runner.trunk.meta_blocks, contexts, CPU, torch.float32)
         fused = job.donor_block if job.fuse else None
         config = job.task(windows_WT.numpy(), recipe.cluster, "", "").config

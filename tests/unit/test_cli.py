@@ -140,6 +140,9 @@ def test_compress_talks_on_stderr_in_plain_lines(finished: Finished) -> None:
     for number, record in enumerate(finished.manifest(40)["rounds"], 1):
         assert any(line.startswith(f"round {number}: fusing blocks") for line in lines)
         assert f"  epoch 2/2  loss {record['loss_last']:.4g}" in lines
+        read = any(record[key] for key in ("bytes_read", "states_bytes_read"))
+        assert read == (number > 1), "the dense blocks were read before, and stay"
+    assert sum(line.startswith("  weights read ") for line in lines) == 1
     assert len(lines) < 40
 
 

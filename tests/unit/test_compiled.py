@@ -44,7 +44,7 @@ def counting() -> tuple[CompiledBlock, Any]:
 def test_compiling_does_not_grow_with_depth_or_rounds(workshop: Workshop, kinds: int) -> None:
     runner, (run, counter) = workshop.runner, counting()
     expected = list(runner.walk(workshop.dense, IDS))[-1]
-    runner.run_block = run
+    runner.compiled, runner.run_block = True, run
     sweep(runner, workshop.dense, [Part(IDS[:8], (0, 2, 3))])
     assert counter.frame_count == kinds
     torch.testing.assert_close(list(runner.walk(workshop.dense, IDS))[-1], expected)
@@ -85,7 +85,7 @@ def test_fewer_windows_than_usual_are_not_worth_compiling(
 ) -> None:
     stack = open_stack(checkpoint("llama"))
     runner, (run, counter) = Runner(stack, CPU, torch.float32, batch_size=4), counting()
-    runner.run_block = run
+    runner.compiled, runner.run_block = True, run
     list(runner.walk(stack, token_windows(3, 7)))
     assert counter.frame_count == 0
     list(runner.walk(stack, token_windows(6, 7)))
@@ -102,7 +102,7 @@ def test_what_cannot_be_compiled_is_run_as_it_is_and_said_once(
         raise RuntimeError("no compiler here")
 
     expected = list(workshop.runner.walk(workshop.dense, IDS))[-1]
-    workshop.runner.run_block = CompiledBlock(fails)
+    workshop.runner.compiled, workshop.runner.run_block = True, CompiledBlock(fails)
     with caplog.at_level(logging.WARNING, "fusegpt_ray"):
         found = list(workshop.runner.walk(workshop.dense, IDS))[-1]
     assert torch.equal(found, expected)
@@ -124,7 +124,7 @@ def test_real_code_computes_the_same(workshop: Workshop) -> None:
     """With the code generator, which takes a while."""
     stack, part = workshop.dense, Part(IDS[:8], (0, 2, 3))
     (expected,) = sweep(workshop.runner, stack, [part])
-    workshop.runner.run_block = block_function(True)
+    workshop.runner.compiled, workshop.runner.run_block = True, block_function(True)
     (found,) = sweep(workshop.runner, stack, [part])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusegpt_ray.cost import Cost, block_flops, flop_count, replica_bytes, worker_bytes
+from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
@@ -66,19 +67,19 @@ def test_block_forwards_are_those_of_a_real_run(
     asked = {"evaluation": {"heldout": {"data": str(desk.heldout), "windows": 4}}}
     expected = stages(costs(desk, **asked))
     walked, trained = 0, 0
-    apply, call = Runner.apply, Span.__call__
+    run_block, call = runner_module.run_block, Span.__call__
 
-    def counted(runner: Runner, module: Any, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
+    def counted(module: Any, h_BTD: torch.Tensor, context: Any) -> torch.Tensor:
         nonlocal walked
-        walked += len(h_WTD)
-        return apply(runner, module, dense, h_WTD)
+        walked += len(h_BTD)
+        return run_block(module, h_BTD, context)
 
     def counted_span(span: Span, h_bTD: torch.Tensor) -> torch.Tensor:
         nonlocal trained
         trained += len(h_bTD) * len(span.blocks)
         return call(span, h_bTD)
 
-    monkeypatch.setattr(Runner, "apply", counted)
+    monkeypatch.setattr(runner_module, "run_block", counted)
     monkeypatch.setattr(Span, "__call__", counted_span)
     compress(recipe(desk, **asked), Display())
     assert 3 * trained == expected["fine-tuning"]  # a backward pass counts as two forward ones

@@ -62,7 +62,7 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     assert stack.kept == (0, 1, 3, 4)
     # The files, folded, in our runner and in the real model without the donor.
     expected = over_batches(student, entering)
-    ours = list(workshop.runner.walk(stack, IDS))
+    ours = [h.clone() for h in workshop.runner.walk(stack, IDS)]
     real = workshop.real_states(stack)
     torch.testing.assert_close(ours[3], expected, **CLOSE)
     torch.testing.assert_close(real[3], expected, **CLOSE)
@@ -278,7 +278,7 @@ def test_dtypes(
         "the checkpoint's own precision stays, whatever the arithmetic's"
     )
     stack = workshop.dense.drop(2).swap(saved)
-    out = list(workshop.runner.walk(stack, IDS))[3].float()
+    out = [h.clone() for h in workshop.runner.walk(stack, IDS)][3].float()
     trained = over_batches(student, entering).float()
     # The blocks are the same, and their weights too, except that bfloat16 learned beside rounded
     # weights. Each is off by a rounding (2^-9), which three blocks of matrix products add up.

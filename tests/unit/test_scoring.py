@@ -168,9 +168,9 @@ def test_a_sum_that_is_not_finite_is_refused(
     broken = workers()
     whole = broken.map
 
-    def map_(*arguments: Any) -> Iterator[tuple[int, list[np.ndarray]]]:
-        for number, found in whole(*arguments):
-            yield number, [sums_WC * np.nan for sums_WC in found]
+    def map_(*arguments: Any) -> Iterator[tuple[int, tuple[list[np.ndarray], int]]]:
+        for number, (found, read) in whole(*arguments):
+            yield number, ([sums_WC * np.nan for sums_WC in found], read)
 
     monkeypatch.setattr(broken, "map", map_)
     with pytest.raises(FloatingPointError, match="5 of 5 blocks"):
