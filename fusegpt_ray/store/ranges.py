@@ -149,7 +149,7 @@ def _reader(uri: str) -> Callable[[_Piece], None]:
     if "file" in fs.protocol:
         return lambda piece: with_retries(uri, partial(_read_local, path, piece))
     return lambda piece: _place(
-        piece, with_retries(uri, lambda: fs.cat_file(path, piece.begin, piece.end))
+        piece, with_retries(uri, lambda: fs.cat_file(path, start=piece.begin, end=piece.end))
     )
 
 
