@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -34,7 +34,8 @@ import xxhash
 
 from fusegpt_ray.model.stack import Refs
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.checkpoint import Reading, read_tensors
+from fusegpt_ray.store.ranges import EndedEarly, memory_of
 from fusegpt_ray.store.scratch import locked, make_own, temporary
 
 _LOG = logging.getLogger(__name__)
@@ -82,21 +83,26 @@ class BlockCache:
             return None
         return cache
 
-    def tensors(self, refs: Refs, among: Collection[Refs] = ()) -> dict[str, torch.Tensor]:
-        """`read_tensors`, from this node's disk where that can be.
+    def tensors(
+        self, refs: Refs, among: Collection[Refs] = (), read: Reading = read_tensors
+    ) -> dict[str, torch.Tensor]:
+        """The tensors, from this node's disk where that can be.
 
-        `among`: everything that the walk under way needs. None of it makes room for this.
+        Args:
+            among: everything that the walk under way needs. None of it makes room for this.
+            read: how files are read. What is fetched to be kept here is on the CPU, however.
         """
         far = _remote(refs)
         if (name := self._name(far)) is None:
-            return read_tensors(refs)
+            return read(refs)
         found = None
         with self._forgiving():
             make_own(self.folder)
-            found = _read(self.folder / name, far)
+            found = _read(self.folder / name, far, read)
         if found is None:
-            found = self._fetch(name, far, {self._name(_remote(others)) for others in among})
-        return found | read_tensors({name: refs[name] for name in refs.keys() - far.keys()})
+            needed = {self._name(_remote(others)) for others in among}
+            found = self._fetch(name, far, needed, read)
+        return found | read({name: refs[name] for name in refs.keys() - far.keys()})
 
     def _name(self, far: Refs) -> str | None:
         """What the entry of these tensors is called; nothing if there are none, or their store does
@@ -112,7 +118,7 @@ class BlockCache:
         return f"{hashlib.sha256(json.dumps(rows).encode()).hexdigest()}.block" if known else None
 
     def _fetch(
-        self, name: str, far: Refs, needed: Collection[str | None]
+        self, name: str, far: Refs, needed: Collection[str | None], read: Reading
     ) -> dict[str, torch.Tensor]:
         """The tensors from their store, or from an entry that another process has made meanwhile;
         kept if there is room.
@@ -122,7 +128,7 @@ class BlockCache:
             with self._forgiving():
                 make_own(self.folder)
                 held.enter_context(locked(self.folder))
-                if (found := _read(path, far)) is not None:
+                if (found := _read(path, far, read)) is not None:
                     return found
                 if path.exists():
                     _LOG.warning("%s is damaged: removed, and fetched again", path)
@@ -135,7 +141,7 @@ class BlockCache:
             tensors = read_tensors(far)
             if part is not None and self._is_unchanged(far):
                 with self._forgiving():
-                    self._keep(path, part, [_memory(tensor) for tensor in tensors.values()])
+                    self._keep(path, part, [memory_of(tensor) for tensor in tensors.values()])
             return tensors
 
     def _make_room(self, size: int, needed: Collection[str | None] = ()) -> bool:
@@ -209,27 +215,19 @@ def _remote(refs: Refs) -> Refs:
     return {name: refs[name] for name in sorted(refs) if storage.is_remote(refs[name].file)}
 
 
-def _read(path: Path, far: Refs) -> dict[str, torch.Tensor] | None:
+def _read(path: Path, far: Refs, read: Reading) -> dict[str, torch.Tensor] | None:
     """An entry's tensors; nothing if it is not there, or damaged."""
-    checksum, tensors = _Checksum(), {}
-    with suppress(FileNotFoundError), path.open("rb") as file:
-        for name, ref in far.items():
-            # As `read_tensors` has it: memory of its own for each tensor.
-            data = bytearray(ref.end - ref.begin)
-            file.readinto(data)
-            checksum.update(data)
-            flat = (
-                torch.frombuffer(data, dtype=ref.dtype) if data else torch.empty(0, dtype=ref.dtype)
-            )
-            tensors[name] = flat.reshape(ref.shape)
-        if file.read(checksum.digest_size + 1) == checksum.digest():
+    checksum, here, end = _Checksum(), {}, 0
+    for name, ref in far.items():
+        begin, end = end, end + ref.end - ref.begin
+        here[name] = replace(ref, file=str(path), begin=begin, end=end)
+    with suppress(FileNotFoundError, EndedEarly):
+        tensors = read(here, checksum.update)
+        after = (end, end + checksum.digest_size + 1)
+        if storage.read_ranges(str(path), [after]) == [checksum.digest()]:
             _touch(path)
             return tensors
     return None
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _touch(path: Path) -> None:

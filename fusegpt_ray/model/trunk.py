@@ -38,7 +38,7 @@ class Trunk:
         self._recorded = Recorded(self.model, find_blocks(self.model))
         names = Names.of(self.model)
         weights = {names.inside(name): tensor for name, tensor in read(stack.trunk).items()}
-        _assign(self.model, weights, dtype)
+        _assign(self.model, weights, device, dtype)
         # As from_pretrained does it: what is tied is decided by the tensors that are there, too.
         missing = {name for name, value in self.model.named_parameters() if value.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -82,22 +82,37 @@ class Trunk:
         return self._recorded(ids_BT.to(self.device), **options).logits
 
 
+def in_arithmetic(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A weight in the dtype to compute in; what is not floating stays as it is."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
 def load_block(
     meta_block: nn.Module,
     weights: Mapping[str, torch.Tensor],
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """A block of its own with these weights: `meta_block` is `Trunk.meta_blocks[dense]`."""
-    block = copy.deepcopy(meta_block)
-    _assign(block, weights, dtype)
+    """A block of its own with these weights: `meta_block` is `Trunk.meta_blocks[dense]`.
+
+    Weights that are on `device` in `dtype` already are not copied.
+    """
+    block = copy.deepcopy(meta_block)  # of empty tensors: a millisecond
+    _assign(block, weights, device, dtype)
     return block.to(device)
 
 
-def _assign(module: nn.Module, weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """Put weights in place of meta parameters, cast to `dtype` where they are floating."""
+def _assign(
+    module: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put weights on `device` in place of meta parameters: themselves where they are there in the
+    right dtype.
+    """
     known = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        name: in_arithmetic(tensor.to(device), dtype)  # cast there, where it takes no time
         for name, tensor in weights.items()
     }
     module.load_state_dict(known, strict=False, assign=True)

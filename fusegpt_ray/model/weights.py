@@ -17,8 +17,9 @@ from torch import nn
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
 from fusegpt_ray.model.stack import Block, Refs, Stack
+from fusegpt_ray.model.staging import Staging
 from fusegpt_ray.model.trunk import load_block
-from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.checkpoint import Reading, read_tensors
 
 RESIDENT_SHARE = 0.4
 """Share of the free memory that the dense blocks may take for the whole run. Fused blocks come on
@@ -50,6 +51,8 @@ class Weights:
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
         self._host: dict[Hashable, dict[str, torch.Tensor]] = {}  # copies of what is kept
+        # On a CPU files are read into the tensors that are computed with.
+        self._staging = Staging(device, dtype) if device.type == "cuda" else None
 
     def of(self, block: Block) -> nn.Module:
         """One block, read now unless it is kept."""
@@ -123,10 +126,11 @@ class Weights:
 
     def _read(self, block: Block) -> nn.Module:
         self.bytes_read += stored_bytes([block])
+        read: Reading = self._staging.read if self._staging else read_tensors
         if self.cache:
-            tensors = self.cache.tensors(block.weights, self._needed)
+            tensors = self.cache.tensors(block.weights, self._needed, read)
         else:
-            tensors = read_tensors(block.weights)
+            tensors = read(block.weights)
         return load_block(self.meta_blocks[block.dense], tensors, self.device, self.dtype)
 
     def _read_aside(self, block: Block) -> nn.Module:

@@ -13,15 +13,15 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
-from fusegpt_ray.store import diagnosis, storage
+from fusegpt_ray.store import diagnosis, ranges, storage
 from fusegpt_ray.store.records import FileRecord as FileRecord
 from fusegpt_ray.store.retry import with_retries
 
@@ -229,36 +229,44 @@ def choice(files: Collection[str]) -> str | None:
     return next((name for name in (SINGLE, INDEX) if name in files), None)
 
 
-def read_tensors(refs: Mapping[str, TensorRef]) -> dict[str, torch.Tensor]:
-    """Read the named tensors from their files into memory (CPU), each byte once."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, part in read_parts(refs):
-        ref = refs[name]
-        # bytearray: torch wants writable memory, and the copy is dropped with the tensor.
-        flat = (
-            torch.frombuffer(bytearray(part), dtype=ref.dtype)
-            if part
-            else torch.empty(0, dtype=ref.dtype)
-        )
-        tensors[name] = flat.reshape(ref.shape)
-    return tensors
+Seen = Callable[[memoryview], object]
+"""Looks at bytes that were read."""
 
 
-def read_parts(refs: Mapping[str, TensorRef]) -> Iterator[tuple[str, bytes]]:
-    """The named tensors' bytes, file by file; those of one file are read at once."""
-    by_file: dict[str, list[str]] = {}
-    for name, ref in refs.items():
-        by_file.setdefault(ref.file, []).append(name)
-    for file, members in by_file.items():
-        parts = storage.read_ranges(file, [(refs[name].begin, refs[name].end) for name in members])
-        for name, part in zip(members, parts, strict=True):
-            ref = refs[name]
-            if len(part) != ref.end - ref.begin:
-                raise OSError(
-                    f"{file} ended early while {ref.name} was read: "
-                    f"{len(part)} of {ref.end - ref.begin} bytes"
-                )
-            yield name, part
+class Reading(Protocol):
+    """`read_tensors`, or what brings the tensors somewhere else than into the CPU's memory."""
+
+    def __call__(
+        self, refs: Mapping[str, TensorRef], seen: Seen | None = None
+    ) -> dict[str, torch.Tensor]: ...
+
+
+def read_tensors(
+    refs: Mapping[str, TensorRef], seen: Seen | None = None
+) -> dict[str, torch.Tensor]:
+    """Read the named tensors from their files into memory of their own (CPU), each byte once.
+
+    Args:
+        seen: is given all of their bytes, piece by piece while others are read, in the order in
+            which they lie in their files.
+
+    Raises:
+        OSError: a file is gone, cannot be read, or has shrunk (`ranges.EndedEarly`).
+    """
+    memory = {name: ranges.empty(ref.end - ref.begin) for name, ref in refs.items()}
+    with ranges.Reader() as reader:
+        for piece in reader.start(
+            ranges.Range(refs[name].file, refs[name].begin, ranges.memory_of(memory[name]))
+            for name in in_order(refs)
+        ):
+            if seen is not None:
+                seen(piece)
+    return {name: memory[name].view(ref.dtype).view(ref.shape) for name, ref in refs.items()}
+
+
+def in_order(refs: Mapping[str, TensorRef]) -> list[str]:
+    """Their names in the order in which they lie in their files, so that neighbours are found."""
+    return sorted(refs, key=lambda name: (refs[name].file, refs[name].begin, refs[name].end))
 
 
 @dataclass(frozen=True)
@@ -319,7 +327,7 @@ def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[s
             tensor = entry.load().to(dtype=entry.dtype).contiguous()
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
             assert total == refs[entry.name].begin
-            put(tensor.view(-1).view(torch.uint8).numpy().data if entry.bytes else b"")
+            put(ranges.memory_of(tensor))
     return FileRecord(total, digest.hexdigest()), refs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,10 +34,10 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """
     from mistakes import header_bytes
 
-    from fusegpt_ray.store import storage
+    from fusegpt_ray.store import ranges, storage
 
     reads: list[str] = []
-    read, read_ranges = storage.read, storage.read_ranges
+    read, read_ranges, start = storage.read, storage.read_ranges, ranges.Reader.start
 
     def counting_read(uri: str, limit: int | None = None) -> bytes:
         if uri.endswith(".safetensors"):
@@ -52,6 +52,12 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             reads.append(uri)
         return parts
 
+    def counting_start(self: ranges.Reader, wanted: Iterable[ranges.Range]) -> Iterator[memoryview]:
+        wanted = list(wanted)
+        reads.extend(part.uri for part in wanted if len(part.memory))
+        return start(self, wanted)
+
+    monkeypatch.setattr(ranges.Reader, "start", counting_start)
     monkeypatch.setattr(storage, "read", counting_read)
     monkeypatch.setattr(storage, "read_ranges", counting_read_ranges)
     return reads

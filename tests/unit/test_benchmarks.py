@@ -9,6 +9,7 @@ import end_to_end
 import gpu
 import gpu_parts
 import pytest
+import reading
 
 
 def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -22,6 +23,21 @@ def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFi
     assert row["fine-tune"]["loss"] > 0
     assert set(gpu_parts.PARTS) <= set(row)
     assert all(row[part]["seconds"] > row[part]["least"] > 0 for part in gpu_parts.PARTS)
+
+
+def test_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reading, "SHARD", 50_000)
+    out = tmp_path / "out.json"
+    sizes = ["--blocks", "2", "--hidden", "64", "--intermediate", "128", "--repeats", "2"]
+    assert reading.main([*sizes, "--cold", "--folder", str(tmp_path), "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert found["bytes"] == 2 * 2 * (4 * 64 * 64 + 3 * 64 * 128 + 64)
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in found["seconds"].values())
+    text = capsys.readouterr().out
+    assert "in 4 files" in text and all(f"| {way} |" in text for way in found["seconds"])
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_hours_are_those_of_all_rounds() -> None:

@@ -28,7 +28,7 @@ def test_of_many_threads_one_fetches(tmp_path: Path, folder: Path) -> None:
             got = list(
                 pool.map(lambda _, refs=refs: (gate.wait(), cache.tensors(refs))[1], range(8))
             )
-            assert len(asked) == len(refs)
+            assert len(asked) == 1
             assert all(torch.equal(one["mlp.weight"], got[0]["mlp.weight"]) for one in got)
             del asked[:]
     assert len(os.listdir(folder)) == 3

@@ -167,7 +167,7 @@ def test_another_users_folder_is_not_used(
     monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
     with failing() as asked:
         cache.tensors(refs)
-    assert len(asked) == len(refs)
+    assert len(asked) == 1
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"fusegpt-ray-{os.geteuid()}").mkdir()
     assert BlockCache.open() is None
@@ -216,7 +216,7 @@ def test_a_disk_that_fails_when_written_or_read(
         with monkeypatch.context() as patch, failing() as asked:
             patch.setattr(where, name, fails)
             assert_same(cache.tensors(refs), refs)
-        assert len(asked) == 2 * len(refs), "fetched in vain"  # and once to compare
+        assert len(asked) == 2, "fetched in vain"  # and once to compare
         assert_same(cache.tensors(refs), refs)
         assert len(os.listdir(folder)) == 1
     assert len(caplog.records) == 1
