@@ -29,6 +29,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import identity
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.saving import put_shards
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
@@ -163,7 +164,9 @@ class _Run:
                     self._facts(target, done[: target.remove]),
                     partial(judge.measure, target.folder, stack),
                     journal.fence,
+                    partial(put_shards, workers),
                 )
+            show.published(published[target.folder].manifest["publishing"])
         return published
 
     def _facts(self, target: Target, done: Sequence[Done]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.store import diagnosis, storage
 from fusegpt_ray.store.records import FileRecord as FileRecord
 from fusegpt_ray.store.retry import with_retries
+from fusegpt_ray.store.threads import one_ahead
 
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 SINGLE = SAFE_WEIGHTS_NAME
@@ -298,6 +300,7 @@ def write_safetensors(
 ) -> tuple[FileRecord, dict[str, TensorRef]]:
     """Write one safetensors file tensor by tensor; returns its record and the tensors' places.
 
+    While a tensor is written, it is hashed by another thread and the next one is loaded by a third.
     After a failure that may pass, the whole file is written again from newly loaded entries.
     """
     return with_retries(file, lambda: _write_once(file, entries))
@@ -306,21 +309,25 @@ def write_safetensors(
 def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
     head, refs = layout(file, ((entry.name, entry.dtype, entry.shape) for entry in entries))
     digest, total = hashlib.sha256(), 0
-    with storage.writing(file) as out:
+    with storage.writing(file) as out, ThreadPoolExecutor(1, "hash") as other:
 
         def put(data: bytes | memoryview) -> None:
             nonlocal total
+            hashed = other.submit(digest.update, data)
             out.write(data)
-            digest.update(data)
+            hashed.result()
             total += len(data)
 
         put(head)
-        for entry in entries:
-            tensor = entry.load().to(dtype=entry.dtype).contiguous()
+        for entry, tensor in zip(entries, one_ahead(_load, entries), strict=True):
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
             assert total == refs[entry.name].begin
             put(tensor.view(-1).view(torch.uint8).numpy().data if entry.bytes else b"")
     return FileRecord(total, digest.hexdigest()), refs
+
+
+def _load(entry: Entry) -> torch.Tensor:
+    return entry.load().to(dtype=entry.dtype).contiguous()
 
 
 def plan_shards(entries: Iterable[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
