@@ -147,7 +147,7 @@ class _Run:
         show.calibration(self.windows.protocol)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
-            judge = Judge(workers, model.stack, self.held_out, windows_WT, show)
+            judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
         rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
         done = rounds.up_to([target.remove for target in missing])
         published = {}

@@ -37,7 +37,7 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from fusegpt_ray.store import storage
 
     reads: list[str] = []
-    read, read_ranges = storage.read, storage.read_ranges
+    read, read_ranges, fill = storage.read, storage.read_ranges, storage.fill_local
 
     def counting_read(uri: str, limit: int | None = None) -> bytes:
         if uri.endswith(".safetensors"):
@@ -52,6 +52,12 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             reads.append(uri)
         return parts
 
+    def counting_fill(path: str, begin: int, memory: memoryview) -> int:
+        if path.endswith(".safetensors"):
+            reads.append(path)
+        return fill(path, begin, memory)
+
+    monkeypatch.setattr(storage, "fill_local", counting_fill)
     monkeypatch.setattr(storage, "read", counting_read)
     monkeypatch.setattr(storage, "read_ranges", counting_read_ranges)
     return reads
