@@ -22,7 +22,7 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
-from fusegpt_ray.publishing.shards import Fence, Put, put_shards, remove_unfinished
+from fusegpt_ray.publishing.shards import Fence, Put, Shards, put_shards, remove_unfinished
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
@@ -67,12 +67,8 @@ def publish(
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
-    Args:
-        facts: go into the manifest and the card, as do those that `measure` finds.
-        fence: called before every write, it raises if another run writes there.
-        put_them: writes the shards; without it, this process does.
-
-    The manifest's "publishing" tells how fast shards were written and read back.
+    `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
+    before every write, and raises if another run writes there. `put_them` writes the shards.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -91,12 +87,8 @@ def publish(
 
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
-    remove_unfinished(folder, fence)  # of an attempt that was killed
-    began = time.monotonic()
-    files.update(put_them(folder, shards, fence))
-    seconds = time.monotonic() - began
-    remove_unfinished(folder, fence)  # of a worker that was lost
-    written = sum(record.size for record in files.values())
+    written, publishing = _put_shards(folder, shards, fence, put_them)
+    files.update(written)
     if list(files) != [SINGLE]:
         put(INDEX, json.dumps(_index(shards), indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
@@ -108,11 +100,7 @@ def publish(
         "format": 1,
         **facts,
         **measured,
-        "publishing": {
-            "bytes": written,
-            "seconds": round(seconds, 3),
-            "gb_per_second": round(written / 1e9 / seconds, 3),
-        },
+        "publishing": publishing,
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
@@ -125,6 +113,20 @@ def publish(
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def _put_shards(
+    folder: str, shards: Shards, fence: Fence, put_them: Put
+) -> tuple[Mapping[str, FileRecord], dict[str, float]]:
+    """What was written, and how fast it was written and read back."""
+    remove_unfinished(folder, fence)  # of an attempt that was killed
+    began = time.monotonic()
+    files = put_them(folder, shards, fence)
+    seconds = time.monotonic() - began
+    remove_unfinished(folder, fence)  # of a worker that was lost
+    size = sum(record.size for record in files.values())
+    rate = round(size / 1e9 / seconds, 3)
+    return files, {"bytes": size, "seconds": round(seconds, 3), "gb_per_second": rate}
 
 
 def left_out(source: Source, dense: Stack) -> list[str]:
