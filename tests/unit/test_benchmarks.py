@@ -7,6 +7,7 @@ from pathlib import Path
 
 import end_to_end
 import gpu
+import publishing
 import pytest
 
 
@@ -20,6 +21,17 @@ def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFi
     assert row["hours"] > 0
     assert row["finetune"]["loss"] > 0
     assert all(row[step]["seconds"] > 0 for step in ("score", "states", "finetune"))
+
+
+def test_saving_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--blocks", "2", "--hidden", "128", "--intermediate", "256", "--turns", "1"]
+    shards = ["--shard-gb", "0.0002", "5"]
+    out = tmp_path / "out.json"
+    assert publishing.main([*sizes, *shards, "--json", str(out)]) == 0
+    assert "| 1 | 0.00 | now |" in capsys.readouterr().out
+    many, one = json.loads(out.read_text())["rows"]
+    assert many["shards"] > 1 == one["shards"] and many["bytes"] == one["bytes"] > 0
+    assert many["seconds"].keys() == {"plain", "before", "now"}
 
 
 def test_hours_are_those_of_all_rounds() -> None:
