@@ -85,40 +85,37 @@ def _checkpoint(folder: Path, arguments: argparse.Namespace) -> None:
 
 
 def _measure(folder: Path, shards: Shards, turns: int) -> dict[str, Any]:
-    """Seconds of each way, in turn."""
+    """Seconds of each way, in turn, and those of CPU, of all its threads together."""
     size = sum(entry.bytes for entries in shards.values() for entry in entries)
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
+    cpu: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(turns):
         for name, way in WAYS.items():
             out = folder / name
             out.mkdir()
-            began = time.perf_counter()
+            began, began_cpu = time.perf_counter(), time.process_time()
             way(str(out), shards)
             seconds[name].append(time.perf_counter() - began)
+            cpu[name].append(time.process_time() - began_cpu)
             shutil.rmtree(out)
             gc.collect()
-    return {"shards": len(shards), "bytes": size, "seconds": seconds}
+    return {"shards": len(shards), "bytes": size, "seconds": seconds, "cpu_seconds": cpu}
 
 
 def _show(rows: Sequence[dict[str, Any]], parts: dict[str, float]) -> None:
-    print("| shards | GB | way | seconds | GB/s | plain ÷ | before ÷ |")
-    print("|---|---|---|---|---|---|---|")
+    print("| shards | GB | way | seconds | GB/s | before ÷ | CPU seconds | before ÷ |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        seconds = {name: statistics.median(values) for name, values in row["seconds"].items()}
-        for name, value in seconds.items():
-            ratios = (
-                statistics.median(
-                    other / own
-                    for other, own in zip(row["seconds"][way], row["seconds"][name], strict=True)
-                )
-                for way in ("plain", "before")
-            )
-            cells = [
-                f"{value:.2f}",
-                f"{row['bytes'] / 1e9 / value:.2f}",
-                *map("{:.2f}".format, ratios),
-            ]
-            print(f"| {row['shards']} | {row['bytes'] / 1e9:.2f} | {name} | {' | '.join(cells)} |")
+        size = row["bytes"] / 1e9
+        for name in WAYS:
+            cells = [name]
+            for key in ("seconds", "cpu_seconds"):
+                own, before = row[key][name], row[key]["before"]
+                value = statistics.median(own)
+                ratio = statistics.median(b / a for a, b in zip(own, before, strict=True))
+                speed = [f"{size / value:.2f}"] if key == "seconds" else []
+                cells += [f"{value:.2f}", *speed, f"{ratio:.2f}"]
+            print(f"| {row['shards']} | {size:.2f} | {' | '.join(cells)} |")
     print("\n| part, on one thread | GB/s |\n|---|---|")
     for part, rate in parts.items():
         print(f"| {part} | {rate:.2f} |")
