@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,17 @@ def test_few_shards_are_shared_by_all(workers: Elsewhere, tmp_path: Path) -> Non
     few = {name: shards[name] for name in list(shards)[: workers.replicas]}
     put_on_workers(workers, str(tmp_path), few, nobody_else)
     assert [len(part) for _, part, _ in workers.tasks] == [1] * workers.replicas
+
+
+def test_a_slow_writer_is_not_doubled(workers: Elsewhere) -> None:
+    """As a slow task that only computes is."""
+    from fusegpt_ray.distributed.process import RunnerConfig
+    from fusegpt_ray.distributed.replicas import Replicas, _Call
+
+    pool = Replicas(workers.setup.dense, RunnerConfig(workers.dtype, 2), 2, cpus=1, gpus=0)
+    pool._calls = {number: _Call(None, number, time.monotonic() - 1000) for number in range(2)}
+    assert pool._next(deque(), [1.0, math.inf], [0.1]) == 0
+    assert pool._next(deque(), [math.inf, math.inf], [0.0]) is None
 
 
 def test_the_fence_is_asked_where_a_shard_is_written(workers: Elsewhere, tmp_path: Path) -> None:
