@@ -39,7 +39,8 @@ import torch
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.stack import Refs
-from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 
 def main(argv: list[str] | None = None) -> int:

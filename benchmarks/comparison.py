@@ -41,7 +41,8 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, TOKENS, compare_plain
 from fusegpt_ray.publishing.publish import versions
-from fusegpt_ray.store.checkpoint import Entry, read_index, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import read_index, read_tensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 BLOCKS, HIDDEN, VOCABULARY = 6, 256, 2000
 COMMON: dict[str, Any] = {

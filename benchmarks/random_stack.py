@@ -12,7 +12,7 @@ from shapes import Shape
 from fusegpt_ray.model.architecture import dense_stack, find_blocks
 from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.store.checkpoint import Entry, write_safetensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 
 def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> Stack:

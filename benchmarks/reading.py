@@ -34,13 +34,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fusegpt_ray.store.checkpoint import (
-    Entry,
-    TensorRef,
-    plan_shards,
-    read_tensors,
-    write_safetensors,
-)
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
+from fusegpt_ray.store.writer import Entry, plan_shards, write_safetensors
 
 PIECE = 1 << 24
 """Bytes of one call of the plain loop."""

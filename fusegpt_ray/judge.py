@@ -13,14 +13,22 @@ import numpy as np
 from fusegpt_ray import evaluation
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.journal import Journal, Note
+from fusegpt_ray.store.records import checksum
+from fusegpt_ray.text.calibration import fingerprint
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
+
+_NOTE: Note = "perplexities"
 
 
 @dataclass
 class Judge:
     """Proves a published model, and measures it beside the dense and the dropped one on the
     held-out texts.
+
+    The perplexities of the last two are kept in the journal of the run, so that it measures them
+    once, however often it is stopped.
     """
 
     workers: Workers
@@ -29,11 +37,16 @@ class Judge:
     windows_WT: np.ndarray
     """Of the calibration text, for a proof without held-out texts."""
     show: Display
+    journal: Journal
+    run: str
+    """Names the run: its model, arithmetic and batches. What another measured does not count."""
 
     def __post_init__(self) -> None:
-        self._dense = {}
-        for name, windows in self.held_out.items():
-            self._dense[name] = evaluation.perplexity(self.workers, self.dense, windows.tokens_WT)
+        self._known: dict[str, float] = self.journal.kept(_NOTE, 0, self.show.say) or {}
+        self._dense = {
+            name: self._of_dense_blocks(self.dense, windows.tokens_WT)
+            for name, windows in self.held_out.items()
+        }
 
     def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
         """The proof that the model in `folder` is the stack, and perplexities; `published` is the
@@ -54,11 +67,17 @@ class Judge:
         for name, windows in self.held_out.items():
             windows_WT = windows.tokens_WT
             fused = evaluation.perplexity(self.workers, published, windows_WT)
-            plain = (
-                fused
-                if stack == dropped
-                else evaluation.perplexity(self.workers, dropped, windows_WT)
-            )
+            plain = fused if stack == dropped else self._of_dense_blocks(dropped, windows_WT)
             values = {"dense": self._dense[name], "dropped": plain, "fused": fused}
             found[name] = values | windows.protocol
         return found
+
+    def _of_dense_blocks(self, stack: Stack, windows_WT: np.ndarray) -> float:
+        """The perplexity of a model of unchanged blocks, measured unless the journal has it."""
+        shape = list(windows_WT.shape)
+        windows = fingerprint(windows_WT)
+        what = {"run": self.run, "kept": list(stack.kept), "windows": windows, "shape": shape}
+        if (key := checksum(what)) not in self._known:
+            self._known[key] = evaluation.perplexity(self.workers, stack, windows_WT)
+            self.journal.keep(_NOTE, 0, self._known)
+        return self._known[key]

@@ -29,6 +29,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import identity
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.saving import put_shards
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
@@ -146,7 +147,7 @@ class _Run:
         show.calibration(self.windows.protocol)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
-            judge = Judge(workers, model.stack, self.held_out, windows_WT, show)
+            judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
         rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
         done = rounds.up_to([target.remove for target in missing])
         published = {}
@@ -163,7 +164,9 @@ class _Run:
                     self._facts(target, done[: target.remove]),
                     partial(judge.measure, target.folder, stack),
                     journal.fence,
+                    partial(put_shards, workers),
                 )
+            show.published(published[target.folder].manifest["publishing"])
         return published
 
     def _facts(self, target: Target, done: Sequence[Done]) -> dict[str, Any]:

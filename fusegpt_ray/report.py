@@ -114,6 +114,11 @@ class Display(_Live):
         rest = f", about {duration(left)} left" if number < rounds else ""
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
+    def published(self, publishing: Mapping[str, Any]) -> None:
+        """How fast a model's shards were written; see a manifest's "publishing"."""
+        took = f"{duration(publishing['seconds'])} ({publishing['gb_per_second']:.2f} GB/s)"
+        self.say(f"  {byte_count(publishing['bytes'])} written and read back in {took}")
+
     def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
         """The last table: for each published model the perplexities of dense, dropped and fused on
         each text, and below it what was measured.

@@ -63,6 +63,7 @@ class Rounds:
                     error.add_note("another recipe begins anew with --restart, which forgets them")
                 raise
             self.journal.commit(number, done[-1])
+            self.journal.let_go(done, wanted)
             self.show.round_ends(number, total, done[-1].record["losses"])
         return done
 

@@ -2,7 +2,7 @@
 
 - A task's result does not depend on who computes it, or how often. A lost replica is replaced and
   its task given to another; a task that takes much longer than others of its cost is given to an
-  idle replica as well, and the first result counts.
+  idle replica as well, and the first result counts. (Not one of infinite cost, which writes.)
 - Replicas live as long as the run and keep their process, their trunk and, where these fit (see
   `weights.py`), the blocks' weights. While a training worker uses a replica's GPU, the replica
   keeps all of that in the host's memory.
@@ -21,7 +21,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fusegpt_ray.distributed.process import RunnerConfig
 from fusegpt_ray.model.device import hardware
@@ -161,10 +161,12 @@ class Replicas:
                     raise
                 waiting.appendleft(call.task)
             return None
-        except Exception:
+        except Exception as error:
             self._idle.append(call.actor)
             if call.task is None:  # nobody waits for it
                 return None
+            if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+                raise error.cause from error  # as the function raised it, not wrapped in Ray's
             raise
         self._idle.append(call.actor)
         return (result,)
@@ -205,7 +207,7 @@ class Replicas:
         overdue = {
             call.task: now - call.began - max(SLOW * pace * costs[call.task], SLOW_SECONDS)
             for call in self._calls.values()
-            if call.task is not None and times[call.task] == 1
+            if call.task is not None and times[call.task] == 1 and costs[call.task] < math.inf
         }
         latest = max(overdue, key=lambda task: overdue[task], default=None)
         return latest if latest is not None and overdue[latest] > 0 else None

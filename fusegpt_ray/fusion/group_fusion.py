@@ -28,7 +28,8 @@ from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import Entry, FileRecord, TensorRef, write_safetensors
+from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
+from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource

@@ -37,6 +37,9 @@ LOOK_INTO = 20
 _WEB = re.compile(
     r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/([^/?#]+/[^/?#]+)(?:/(?:tree|blob|resolve)/([^/?#]+))?.*"
 )
+_BLOB = re.compile(r"/models--[^/]+/blobs/([0-9a-f]{64})$")
+"""Where the hub's cache keeps a large file. Its name there is the SHA-256 that the hub knows it by;
+small files are named by git's shorter one."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
@@ -227,6 +230,15 @@ class Source:
                 with copy.open("rb") as opened:
                     beginnings[name] = opened.read(diagnosis.BEGINNING)
         return beginnings
+
+
+def hub_sha256(file: str) -> str | None:
+    """SHA-256, in hex, of a large file in the hub's cache, as the hub told it; None for any other.
+
+    Nothing is read: a file of the cache is trusted as the libraries trust it that load it.
+    """
+    found = None if "://" in file else _BLOB.search(os.path.realpath(file))
+    return found[1] if found else None
 
 
 def _is_folder(name: str) -> bool:

@@ -28,7 +28,8 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import SINGLE, write_safetensors
+from fusegpt_ray.store.checkpoint import SINGLE
+from fusegpt_ray.store.writer import write_safetensors
 
 SMALL_BYTES = 2_000_000_000
 """Of weights that are loaded as a whole."""

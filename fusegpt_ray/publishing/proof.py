@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +35,13 @@ from fusegpt_ray.publishing.ties import tied
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import (
     INDEX,
-    Entry,
     FileRecord,
     TensorRef,
     read_header,
     read_index,
     read_tensors,
 )
+from fusegpt_ray.store.writer import Entry
 
 KEY = "published model"
 WINDOWS = 2
@@ -64,6 +65,9 @@ class ProofError(RuntimeError):
 def read_back(file: str, record: FileRecord) -> None:
     """Read a file once, as it lies in the store, `storage.STEP` bytes at a time.
 
+    While a step is hashed, its values are looked at by another thread and the next one is read by a
+    third.
+
     Raises:
         ProofError: another size or checksum than was written, or a tensor with NaN or Inf.
     """
@@ -77,9 +81,11 @@ def read_back(file: str, record: FileRecord) -> None:
     )
     watch = _FiniteWatch(refs)
     bad = ""
-    for part in storage.stream(file):
-        digest.update(part)
-        bad = bad or watch.see(part)
+    with ThreadPoolExecutor(1, "look") as other:
+        for part in storage.stream(file):
+            seen = other.submit(watch.see, part)
+            digest.update(part)
+            bad = bad or seen.result()
     if digest.hexdigest() != record.sha256:
         raise ProofError(f"{file} has another checksum in the store than was written")
     if bad:
@@ -101,23 +107,33 @@ class _FiniteWatch:
     def __init__(self, refs: list[TensorRef]) -> None:
         self.refs = iter([ref for ref in refs if ref.end > ref.begin])
         self.ref = next(self.refs, None)
-        self.at, self.rest = 0, b""
+        self.at, self.cut = 0, b""
+        """Bytes seen, and those of an element of which the rest is still to come."""
 
-    def see(self, part: bytes) -> str:
+    def see(self, part: memoryview) -> str:
         """What is wrong with the tensors in the next bytes of the file, or nothing."""
         begin, self.at = self.at, self.at + len(part)
         while self.ref is not None and self.ref.begin < self.at:
-            inside = self.rest + part[max(self.ref.begin - begin, 0) : self.ref.end - begin]
-            whole = len(inside) - len(inside) % self.ref.dtype.itemsize
-            if whole and not finite(
-                torch.frombuffer(bytearray(inside[:whole]), dtype=self.ref.dtype)
-            ):
+            inside = part[max(self.ref.begin - begin, 0) : self.ref.end - begin]
+            if not self._finite(inside, self.ref.dtype):
                 return f"{self.ref.name} holds NaN or Inf"
-            self.rest = inside[whole:]
             if self.ref.end > self.at:
                 break
             self.ref = next(self.refs, None)
         return ""
+
+    def _finite(self, inside: memoryview, dtype: torch.dtype) -> bool:
+        """The next bytes of one tensor. They are looked at where they lie."""
+        size = dtype.itemsize
+        missing = -len(self.cut) % size
+        whole, inside = self.cut + bytes(inside[:missing]), inside[missing:]
+        if len(whole) % size:
+            self.cut = whole
+            return True
+        end = len(inside) - len(inside) % size
+        self.cut = bytes(inside[end:])
+        pieces = (bytearray(whole), inside[:end])
+        return all(finite(torch.frombuffer(piece, dtype=dtype)) for piece in pieces if piece)
 
 
 # --- 2. names, shapes, ties ---

@@ -2,18 +2,17 @@
 
 A reader trusts only the manifest: a folder without `fusegpt.json` is not a model. Every file is
 read back from the store as soon as it is written, and the whole is proven to be the model before
-the manifest is written (see `proof.py`). A few shards are written at the same time, because a store
-transfers much more over several connections than over one.
+the manifest is written (see `proof.py`). Shards are written by several processes and threads at the
+same time (see `shards.py`).
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -23,20 +22,13 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
+from fusegpt_ray.publishing.shards import Fence, Put, Shards, put_shards, remove_unfinished
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import (
-    INDEX,
-    SINGLE,
-    Entry,
-    FileRecord,
-    plan_shards,
-    write_safetensors,
-)
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
+from fusegpt_ray.store.writer import Entry, plan_shards
 
-AT_ONCE = 4
-"""Shards that are written at the same time; each keeps two tensors in memory."""
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
 
 
@@ -53,6 +45,10 @@ Measure = Callable[[Stack], Mapping[str, Any]]
 facts for the manifest, and raises if the model is not what it should be."""
 
 
+def _nobody_else() -> None:
+    """No other run writes there."""
+
+
 def publish(
     folder: str,
     stack: Stack,
@@ -61,12 +57,13 @@ def publish(
     shard_bytes: int,
     facts: Mapping[str, Any],
     measure: Measure = lambda _: {},
-    fence: Callable[[], None] = lambda: None,
+    fence: Fence = _nobody_else,
+    put_them: Put = put_shards,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
     `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
-    before every write, and raises if another run writes there.
+    before every write, and raises if another run writes there. `put_them` writes the shards.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -85,10 +82,8 @@ def publish(
 
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
-    with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="shard") as threads:
-        put_shard = partial(_put_shard, folder, fence)
-        records = threads.map(put_shard, shards.keys(), shards.values())
-        files.update(zip(shards, records, strict=True))
+    written, publishing = _put_shards(folder, shards, fence, put_them)
+    files.update(written)
     if list(files) != [SINGLE]:
         put(INDEX, json.dumps(_index(shards), indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
@@ -100,6 +95,7 @@ def publish(
         "format": 1,
         **facts,
         **measured,
+        "publishing": publishing,
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
@@ -112,6 +108,20 @@ def publish(
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def _put_shards(
+    folder: str, shards: Shards, fence: Fence, put_them: Put
+) -> tuple[Mapping[str, FileRecord], dict[str, float]]:
+    """What was written, and how fast it was written and read back."""
+    remove_unfinished(folder, fence)  # of an attempt that was killed
+    began = time.monotonic()
+    files = put_them(folder, shards, fence)
+    seconds = time.monotonic() - began
+    remove_unfinished(folder, fence)  # of a worker that was lost
+    size = sum(record.size for record in files.values())
+    rate = round(size / 1e9 / seconds, 3)
+    return files, {"bytes": size, "seconds": round(seconds, 3), "gb_per_second": rate}
 
 
 def left_out(source: Source, dense: Stack) -> list[str]:
@@ -131,16 +141,6 @@ def _index(shards: Mapping[str, Sequence[Entry]]) -> dict[str, Any]:
     size = sum(entry.bytes for entries in shards.values() for entry in entries)
     weight_map = {entry.name: name for name, entries in shards.items() for entry in entries}
     return {"metadata": {"total_size": size}, "weight_map": weight_map}
-
-
-def _put_shard(
-    folder: str, fence: Callable[[], None], name: str, entries: Sequence[Entry]
-) -> FileRecord:
-    fence()
-    file = storage.join(folder, name)
-    record, _ = write_safetensors(file, entries)
-    read_back(file, record)
-    return record
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,8 @@ from transformers import PretrainedConfig
 from fusegpt_ray.model.companions import unmapped
 from fusegpt_ray.model.config import model_class, read_config
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.store.checkpoint import Entry, TensorRef, read_tensors
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
+from fusegpt_ray.store.writer import Entry
 
 _NOT_BY_BLOCK = re.compile(r"architectures|.*token_ids?")
 """Lists that may be as long as the model is deep by chance."""

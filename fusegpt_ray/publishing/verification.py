@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fusegpt_ray.errors import UserError, reason
@@ -15,8 +14,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header, read_index
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import damage
-
-WORKERS = 4
+from fusegpt_ray.store.threads import at_once
 
 
 def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
@@ -42,14 +40,8 @@ def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:
             show.ends(name, problem or "is whole")
             return problem
 
-        with ThreadPoolExecutor(WORKERS) as pool:
-            problems = {
-                name: problem
-                for name, problem in zip(
-                    manifest.files, pool.map(check, manifest.files), strict=True
-                )
-                if problem
-            }
+        found = zip(manifest.files, at_once(check, manifest.files), strict=True)
+        problems = {name: problem for name, problem in found if problem}
         extra = sorted(set(storage.below(folder)) - set(manifest.files) - {MANIFEST})
         remarks = [name for name in extra if not name.lower().endswith((*WEIGHTS, ".index.json"))]
         problems |= {

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.threads import at_once
 
 METHOD_VERSION = 3
 """Raised whenever the same recipe would give another model than before."""
@@ -24,18 +26,15 @@ def identity(
 ) -> dict[str, Any]:
     """Everything that shapes the result: parts of the recipe, the data and the model.
 
+    Reads all of a local model's weights once, several files at a time, for their checksums. An
+    object store is asked for its own, and the hub's cache tells those of what it downloaded.
     `hardware`: see `Workers.hardware`.
-
-    Reads all of a local model's weights once, for their checksums; an object store is asked for its
-    own.
     """
     refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
         dense.trunk.values()
     )
-    files = {
-        uri.rsplit("/", 1)[-1]: storage.fingerprint(uri)
-        for uri in sorted({ref.file for ref in refs})
-    }
+    uris = sorted({ref.file for ref in refs})
+    files = dict(zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(_mark, uris), strict=True))
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
@@ -43,6 +42,12 @@ def identity(
         "windows_sha256": windows_sha256,
         "model": {"config": dict(dense.config), "files": files},
     }
+
+
+def _mark(uri: str) -> str:
+    """What changes with a file's bytes."""
+    known = hub_sha256(uri)
+    return f"sha256 {known}" if known else storage.fingerprint(uri)
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

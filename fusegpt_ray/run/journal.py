@@ -9,7 +9,7 @@ finished run's records are in the manifests of what it published.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +23,16 @@ from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
+from fusegpt_ray.store.threads import at_once
 
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
 """What to do where another run is in the folder."""
-Note = Literal["sums", "scores"]
+Note = Literal["sums", "scores", "perplexities"]
 """What is noted of a round that is under way: what its scoring has measured so far, and what it
-found."""
+found. Before the first round: perplexities of dense blocks."""
+_GOES_ON = ("round-", "sums-", "scores-")
+"""How files begin from which it is worth to go on. Perplexities alone are not: they are soon
+measured again, and a run that fails so early leaves nothing."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class Journal:
         folders = storage.missing_folders(self.folder)
         with Lease.take(self.folder, say, doing, facts) as lease:
             names = storage.names(self.folder)
-            saved = any(name.startswith(("round-", *get_args(Note))) for name in names)
+            saved = any(name.startswith(_GOES_ON) for name in names)
             journal = Journal(self.folder, lease, saved, ours="identity.json" not in names)
             try:
                 yield journal
@@ -202,7 +206,7 @@ class Journal:
         """
         self.fence()
         storage.write(self._note(kind, number), sealed({"note": note}))
-        self.saved = True
+        self.saved |= f"{kind}-" in _GOES_ON
 
     def kept(self, kind: Note, number: int, say: Callable[[str], None]) -> Any:
         """What `keep` noted, or None."""
@@ -212,7 +216,7 @@ class Journal:
         try:
             return opened(storage.read(file))["note"]
         except DamagedRecord as error:
-            say(f"WARNING: {file} is damaged ({error}); scoring again")
+            say(f"WARNING: {file} is damaged ({error}); measuring again")
             return None
 
     def forget(self, kind: Note, number: int) -> None:
@@ -233,18 +237,17 @@ class Journal:
                 for number, d in enumerate(done, 1)
                 for uri, record in d.files.items()
             }
-            needed = {
-                uri
-                for n in {len(done), *wanted}
-                if 0 < n <= len(done)
-                for uri in _files(done[n - 1].stack)
-            } & set(written)
-            found = ((uri, damage(uri, written[uri][1])) for uri in sorted(needed - good))
+            needed = _needed(done, {len(done), *wanted}) & written.keys()
+            unseen = [(uri, written[uri][1]) for uri in sorted(needed - good)]
+            damages = at_once(lambda file: damage(*file), unseen)
+            found = zip((uri for uri, _ in unseen), damages, strict=True)
             bad = next(((uri, what) for uri, what in found if what), None)
             if bad is None:
                 break
             good |= {uri for uri in needed if uri < bad[0]}
             problem = f"{bad[0]} {bad[1]}"
+            if bad[0] not in _needed(done, {len(done)}):
+                problem += " (of earlier rounds only what was asked for is kept)"
             done = done[: written[bad[0]][0] - 1]
         if problem:
             say(f"WARNING: {problem}; going back to the end of round {len(done)}")
@@ -254,9 +257,27 @@ class Journal:
                     storage.remove(self._file(number))
                     for kind in get_args(Note):
                         self.forget(kind, number + 1)  # of the stack after it
-        if done:
-            self._forget_checkpoints(len(done))  # which a kill just after its commit may have left
+        if done:  # what a kill just after its commit may have left
+            self._forget_checkpoints(len(done))
+            self.let_go(done, wanted)
         return done
+
+    def let_go(self, done: Sequence[Done], wanted: Iterable[int]) -> None:
+        """Remove block files that no later step needs.
+
+        The run goes on from the model after the last of these rounds. It goes back to the one
+        before if that round's record or files are damaged. And it publishes those after the rounds
+        `wanted`.
+        """
+        needed = _needed(done, {len(done), len(done) - 1, *wanted})
+        superseded = {uri for round in done for uri in round.files} - needed
+        if superseded:
+            there = {
+                storage.join(self.blocks_folder, name) for name in storage.below(self.blocks_folder)
+            }
+            for uri in sorted(superseded & there):
+                self.fence()
+                storage.remove(uri)
 
     def clear(self) -> None:
         """Forget the run, but keep the name."""
@@ -303,6 +324,12 @@ class Journal:
 
 def _nothing() -> None:
     """Nobody else writes (in tests, and where records are only looked at)."""
+
+
+def _needed(done: Sequence[Done], numbers: Collection[int]) -> set[str]:
+    """All files that the models after these rounds point at, as far as the rounds are done."""
+    stacks = [done[number - 1].stack for number in numbers if 0 < number <= len(done)]
+    return {uri for stack in stacks for uri in _files(stack)}
 
 
 def _files(stack: Stack) -> set[str]:

@@ -27,10 +27,11 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|scores|sums|lease)-\d+"
+_NAMES = r"identity|heartbeat|(round|scores|sums|perplexities|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
-MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json)?|config\.json")
+MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
+"""Of a model, or of one whose writer was killed in the middle of a file."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,17 @@
-"""Lazy reading and streamed writing of (sharded) safetensors, anywhere fsspec reaches.
+"""Lazy reading of (sharded) safetensors, anywhere fsspec reaches.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
 then the tensors' bytes (https://github.com/huggingface/safetensors#format). The library's own
-reader needs a local file and its writer the whole file in memory; we read single tensors by byte
-ranges and write tensor by tensor. Nothing here ever unpickles.
+reader needs a local file; we read single tensors by byte ranges. Nothing here ever unpickles.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +21,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.store import diagnosis, ranges, storage
 from fusegpt_ray.store.records import FileRecord as FileRecord
-from fusegpt_ray.store.retry import with_retries
 
 INDEX = SAFE_WEIGHTS_INDEX_NAME
 SINGLE = SAFE_WEIGHTS_NAME
@@ -267,83 +264,3 @@ def read_tensors(
 def in_order(refs: Mapping[str, TensorRef]) -> list[str]:
     """Their names in the order in which they lie in their files, so that neighbours are found."""
     return sorted(refs, key=lambda name: (refs[name].file, refs[name].begin, refs[name].end))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: its size is known now, its values are fetched when its turn comes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    load: Callable[[], torch.Tensor]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def layout(
-    file: str, tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]
-) -> tuple[bytes, dict[str, TensorRef]]:
-    """The header of a safetensors file of these tensors (name, dtype, shape), and their places."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, dtype, shape in tensors:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    head = struct.pack("<Q", len(raw)) + raw
-    del header["__metadata__"]
-    return head, {
-        name: _ref(file, name, entry, len(head), len(head) + end) for name, entry in header.items()
-    }
-
-
-def write_safetensors(
-    file: str, entries: Sequence[Entry]
-) -> tuple[FileRecord, dict[str, TensorRef]]:
-    """Write one safetensors file tensor by tensor; returns its record and the tensors' places.
-
-    After a failure that may pass, the whole file is written again from newly loaded entries.
-    """
-    return with_retries(file, lambda: _write_once(file, entries))
-
-
-def _write_once(file: str, entries: Sequence[Entry]) -> tuple[FileRecord, dict[str, TensorRef]]:
-    head, refs = layout(file, ((entry.name, entry.dtype, entry.shape) for entry in entries))
-    digest, total = hashlib.sha256(), 0
-    with storage.writing(file) as out:
-
-        def put(data: bytes | memoryview) -> None:
-            nonlocal total
-            out.write(data)
-            digest.update(data)
-            total += len(data)
-
-        put(head)
-        for entry in entries:
-            tensor = entry.load().to(dtype=entry.dtype).contiguous()
-            assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
-            assert total == refs[entry.name].begin
-            put(ranges.memory_of(tensor))
-    return FileRecord(total, digest.hexdigest()), refs
-
-
-def plan_shards(entries: Iterable[Entry], shard_bytes: int) -> dict[str, list[Entry]]:
-    """File name → its tensors, in order, each file at most `shard_bytes` (or one tensor)."""
-    shards: list[list[Entry]] = [[]]
-    room = shard_bytes
-    for entry in entries:
-        if shards[-1] and entry.bytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(entry)
-        room -= entry.bytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {
-        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors": shard
-        for i, shard in enumerate(shards)
-    }

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
+
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")
+"""What a file is called until it is whole, and stays called if its writer is killed."""
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def place_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) -> None:
     """All of it or nothing, whatever kills us: `place` gives a finished temporary file its name."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = _unfinished(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)
@@ -21,6 +30,32 @@ def place_local(path: Path, data: bytes, place: Callable[[Path, Path], None]) ->
         place(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def stream_local(path: Path) -> Iterator[BinaryIO]:
+    """A stream into a file that appears, whole, when the block ends without an exception.
+
+    It takes the place of one that is there. Of several who write the same at the same time, each
+    finds a whole file.
+    """
+    temporary = _unfinished(path)
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fill_local(path: str, begin: int, memory: memoryview) -> int:
+    """Read a file's bytes from a place on into memory; how many of them there were."""
+    got = 0
+    with open(path, "rb", buffering=0) as file:
+        file.seek(begin)
+        while count := file.readinto(memory[got:]):
+            got += count
+    return got
 
 
 def link(temporary: Path, path: Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -28,10 +29,12 @@ from fusegpt_ray.store.filesystem import absolute as absolute
 from fusegpt_ray.store.filesystem import filesystem as filesystem
 from fusegpt_ray.store.filesystem import is_remote as is_remote
 from fusegpt_ray.store.filesystem import join as join
-from fusegpt_ray.store.local import link, place_local
+from fusegpt_ray.store.local import fill_local, link, place_local, stream_local
 from fusegpt_ray.store.local import missing_folders as missing_folders
 from fusegpt_ray.store.local import remove_empty as remove_empty
 from fusegpt_ray.store.retry import with_retries
+from fusegpt_ray.store.stream import RangedFile
+from fusegpt_ray.store.threads import one_ahead
 
 STEP = 1 << 25
 """Bytes of a file held at a time by what reads it from end to end."""
@@ -144,15 +147,34 @@ def read_ranges(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
     ]
 
 
-def stream(uri: str) -> Iterator[bytes]:
-    """A file's bytes, `STEP` at a time; a step that breaks off is read again, not the file."""
+def stream(uri: str) -> Iterator[memoryview]:
+    """A file's bytes, `STEP` at a time; a step that breaks off is read again, not the file.
+
+    The next step is read while the last one is used, which is there only until the next is asked
+    for: two pieces of memory take turns (new memory would take longer than reading into it).
+    """
     total = size(uri)
-    for begin in range(0, total, STEP):
-        end = min(begin + STEP, total)
-        (part,) = read_ranges(uri, [(begin, end)])
-        if len(part) != end - begin:
-            raise OSError(f"{uri} ended early: {begin + len(part)} of {total} bytes")
-        yield part
+    steps = [(begin, min(begin + STEP, total)) for begin in range(0, total, STEP)]
+    turns = cycle([memoryview(bytearray(min(STEP, total))) for _ in steps[:2]])
+
+    def load(step: tuple[int, int]) -> memoryview:
+        begin, end = step
+        part = next(turns)[: end - begin]
+        if (got := _fill(uri, begin, part)) != len(part):
+            raise OSError(f"{uri} ended early: {begin + got} of {total} bytes")
+        return part
+
+    yield from one_ahead(load, steps)
+
+
+def _fill(uri: str, begin: int, memory: memoryview) -> int:
+    """Read a file's bytes from a place on into memory; how many of them there were."""
+    fs, path = filesystem(uri)
+    if "file" in fs.protocol:
+        return fill_local(path, begin, memory)
+    (data,) = read_ranges(uri, [(begin, begin + len(memory))])
+    memory[: len(data)] = data
+    return len(data)
 
 
 @contextmanager
@@ -163,33 +185,7 @@ def reading(uri: str) -> Iterator[BinaryIO]:
         with fs.open(path, "rb") as file:
             yield file
         return
-    yield cast(BinaryIO, io.BufferedReader(_Ranges(uri), STEP))
-
-
-class _Ranges(io.RawIOBase):
-    """A file of an object store, read in ranges; only a broken range is read again."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri, self.at, self.total = uri, 0, size(uri)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.total}[whence]
-        return self.at
-
-    def readinto(self, into: Any) -> int:
-        end = min(self.at + len(into), self.total)
-        if end <= self.at:
-            return 0
-        (part,) = read_ranges(self.uri, [(self.at, end)])
-        into[: len(part)] = part
-        self.at += len(part)
-        return len(part)
+    yield cast(BinaryIO, io.BufferedReader(RangedFile(uri, size(uri), read_ranges), STEP))
 
 
 def download(uri: str, path: str) -> None:
@@ -260,10 +256,14 @@ def create(uri: str, data: bytes) -> None:
 def writing(uri: str) -> Iterator[BinaryIO]:
     """A stream into a new file, which appears only when the block ends without an exception.
 
-    Not retried: a stream cannot be repeated, its writer can (see `checkpoint.write_safetensors`).
+    Not retried: a stream cannot be repeated, its writer can (see `writer.write_safetensors`).
     """
     fs, path = filesystem(uri)
     _make_parent(fs, path)
+    if "file" in fs.protocol:
+        with stream_local(Path(path)) as stream_to:
+            yield stream_to
+        return
     file = fs.open(path, "wb")
     try:
         yield cast(BinaryIO, file)
@@ -308,7 +308,7 @@ def _remove_object(fs: fsspec.AbstractFileSystem, path: str) -> None:
 
 
 def sha256(uri: str) -> str:
-    """SHA-256 of a file's bytes, in hex; `STEP` bytes in memory at a time."""
+    """SHA-256 of a file's bytes, in hex; two times `STEP` bytes in memory."""
     digest = hashlib.sha256()
     for part in stream(uri):
         digest.update(part)

@@ -23,8 +23,8 @@ import safetensors.torch
 import torch
 
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import Entry, write_safetensors
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
+from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.stepper import Stepper
 
 RECORD = "checkpoint.json"

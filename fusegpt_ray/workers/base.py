@@ -160,7 +160,8 @@ class Workers(Protocol):
         Args:
             function: defined at the top of a module; `runner` is a replica's.
             batch_size: of the runner.
-            costs: of the tasks, in any unit, where they are not all about the same.
+            costs: of the tasks, in any unit, where they are not all about the same; `math.inf`: a
+                task is given to another replica only if its own is lost, however long it takes.
 
         Raises:
             Exception: what the function raises; memory that runs out satisfies `is_out_of_memory`.

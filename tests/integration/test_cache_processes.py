@@ -20,7 +20,8 @@ from faults import FOREVER, Fault, Proxy, stalled
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.stack import Refs
-from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 pytestmark = pytest.mark.integration
 

@@ -35,13 +35,8 @@ from s3fs import S3FileSystem
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import (
-    Entry,
-    FileRecord,
-    read_header,
-    read_tensors,
-    write_safetensors,
-)
+from fusegpt_ray.store.checkpoint import FileRecord, read_header, read_tensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 pytestmark = pytest.mark.integration
 

@@ -17,8 +17,9 @@ from safetensors.torch import load
 
 from fusegpt_ray.model.staging import Staging
 from fusegpt_ray.store import ranges
-from fusegpt_ray.store.checkpoint import Entry, TensorRef, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.store.ranges import EndedEarly
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 pytestmark = pytest.mark.integration
 

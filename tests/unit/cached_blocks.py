@@ -12,7 +12,8 @@ import torch
 from fusegpt_ray.model import cache as module
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.stack import Refs
-from fusegpt_ray.store.checkpoint import Entry, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 VALUES = 1000
 """Of the largest tensor of a block."""

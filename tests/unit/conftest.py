@@ -37,7 +37,8 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from fusegpt_ray.store import ranges, storage
 
     reads: list[str] = []
-    read, read_ranges, start = storage.read, storage.read_ranges, ranges.Reader.start
+    read, read_ranges, fill = storage.read, storage.read_ranges, storage.fill_local
+    start = ranges.Reader.start
 
     def counting_read(uri: str, limit: int | None = None) -> bytes:
         if uri.endswith(".safetensors"):
@@ -58,6 +59,13 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return start(self, wanted)
 
     monkeypatch.setattr(ranges.Reader, "start", counting_start)
+
+    def counting_fill(path: str, begin: int, memory: memoryview) -> int:
+        if path.endswith(".safetensors"):
+            reads.append(path)
+        return fill(path, begin, memory)
+
+    monkeypatch.setattr(storage, "fill_local", counting_fill)
     monkeypatch.setattr(storage, "read", counting_read)
     monkeypatch.setattr(storage, "read_ranges", counting_read_ranges)
     return reads

@@ -100,13 +100,18 @@ def model(tmp_path: Path) -> Path:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is read besides manifests."""
     found: list[str] = []
-    read_ranges = storage.read_ranges
+    read_ranges, fill = storage.read_ranges, storage.fill_local
 
     def watched(uri: str, ranges: list[tuple[int, int]]) -> list[bytes]:
         found.append(uri)
         return read_ranges(uri, ranges)
 
+    def watched_local(path: str, begin: int, memory: memoryview) -> int:
+        found.append(path)
+        return fill(path, begin, memory)
+
     monkeypatch.setattr(storage, "read_ranges", watched)
+    monkeypatch.setattr(storage, "fill_local", watched_local)
     return found
 
 

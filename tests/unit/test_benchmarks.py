@@ -8,6 +8,7 @@ from pathlib import Path
 import end_to_end
 import gpu
 import gpu_parts
+import publishing
 import pytest
 import reading
 
@@ -38,6 +39,17 @@ def test_reading(
     text = capsys.readouterr().out
     assert "in 4 files" in text and all(f"| {way} |" in text for way in found["seconds"])
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_saving_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--blocks", "2", "--hidden", "128", "--intermediate", "256", "--turns", "1"]
+    shards = ["--shard-gb", "0.0002", "5"]
+    out = tmp_path / "out.json"
+    assert publishing.main([*sizes, *shards, "--json", str(out)]) == 0
+    assert "| 1 | 0.00 | now |" in capsys.readouterr().out
+    many, one = json.loads(out.read_text())["rows"]
+    assert many["shards"] > 1 == one["shards"] and many["bytes"] == one["bytes"] > 0
+    assert many["seconds"].keys() == {"plain", "before", "now"}
 
 
 def test_hours_are_those_of_all_rounds() -> None:

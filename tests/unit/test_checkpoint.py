@@ -24,14 +24,12 @@ from fusegpt_ray.store.checkpoint import (
     DTYPES,
     INDEX,
     SINGLE,
-    Entry,
     TensorRef,
-    plan_shards,
     read_header,
     read_index,
     read_tensors,
-    write_safetensors,
 )
+from fusegpt_ray.store.writer import Entry, plan_shards, write_safetensors
 
 KEY = "model.source"
 

@@ -70,6 +70,14 @@ def test_nothing_is_removed_unless_told(out: Path, capsys: Capture) -> None:
     )
 
 
+def test_a_model_whose_writer_was_killed_in_its_first_file_goes(out: Path, capsys: Capture) -> None:
+    (out / "demo-p20").mkdir()
+    (out / "demo-p20/.model-00001-of-00002.safetensors.0123abcd").write_bytes(bytes(700))
+    aged(out)
+    assert verdicts(out, "--yes", capsys=capsys)["demo-p20"].startswith("removed 700 bytes")
+    assert not (out / "demo-p20").exists()
+
+
 def test_what_a_stopped_run_can_go_on_with_stays(out: Path, capsys: Capture) -> None:
     half_model(out, "demo-p20")
     (out / "demo.write-test").touch()

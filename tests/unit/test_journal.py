@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from desk import Desk
@@ -128,6 +130,96 @@ def test_a_missing_record_in_the_middle_is_told(
     (told,) = [line for line in show.said if line.startswith("WARNING")]
     assert "round-001.json is missing" in told and "round 0" in told
     assert published(desk) == undisturbed["at_end"]
+
+
+# --- what is no longer needed ---
+
+
+def blocks(desk: Desk) -> set[Path]:
+    return set((run_folder(desk) / "blocks").rglob("*.safetensors"))
+
+
+def needed(desk: Desk, *numbers: int) -> set[Path]:
+    """The files of the run that the models after these rounds are made of, by their records."""
+    files = set[Path]()
+    for number in numbers:
+        text = (run_folder(desk) / f"round-{number:03d}.json").read_text()
+        stack = json.dumps(json.loads(text)["body"]["stack"])
+        files |= {file for file in blocks(desk) | every_file(desk) if str(file) in stack}
+    return files
+
+
+def every_file(desk: Desk) -> set[Path]:
+    """All that the rounds have written, removed or not."""
+    records = [json.loads(file.read_text()) for file in run_folder(desk).glob("round-*.json")]
+    return {Path(uri) for record in records for uri in record["body"]["files"]}
+
+
+class BeforePublishing(Watching):
+    """Stopped when all rounds are done."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        if text.startswith("evaluating and publishing"):
+            raise KeyboardInterrupt
+        super().stage(text, total)
+
+
+def all_rounds(desk: Desk, **changes: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, **changes), BeforePublishing())
+
+
+@pytest.mark.parametrize("fold", ["at_end", "each_round"])
+def test_blocks_of_earlier_rounds_go_unless_a_model_is_made_of_them(
+    fold: str, desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
+    fusion = desk.recipe()["fusion"] | {"fold": fold}
+    all_rounds(desk, sparsity=0.6, fusion=fusion)
+    assert blocks(desk) == needed(desk, 2, 3) < every_file(desk)
+    compress(recipe(desk, sparsity=0.6, fusion=fusion), Watching())
+    name = "demo-p60/model.safetensors"
+    assert published(desk)[name] == undisturbed[fold][name]
+
+    shutil.rmtree(desk.out)
+    all_rounds(desk, fusion=fusion)  # for a model after the first round, too
+    assert blocks(desk) == needed(desk, 1, 2, 3)
+    compress(recipe(desk, fusion=fusion), Watching())
+    assert published(desk) == undisturbed[fold]
+
+
+def test_what_a_kill_kept_from_going_goes_later(desk: Desk) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Journal, "let_go", lambda *_: None)
+        all_rounds(desk, sparsity=0.6)
+    assert blocks(desk) == every_file(desk) > needed(desk, 2, 3)
+    all_rounds(desk, sparsity=0.6)
+    assert blocks(desk) == needed(desk, 2, 3)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_damage_costs_the_last_round_or_as_many_as_need_its_files(
+    depth: int, desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
+    """One record is damaged: back by a round. Two: what the first is made of is no longer there."""
+    all_rounds(desk, sparsity=0.6)
+    for number in range(3, 3 - depth, -1):
+        flip(run_folder(desk) / f"round-{number:03d}.json")
+    show = Watching()
+    compress(recipe(desk, sparsity=0.6), show)
+    assert show.rounds == ([3] if depth == 1 else [1, 2, 3])
+    name = "demo-p60/model.safetensors"
+    assert published(desk)[name] == undisturbed["at_end"][name]
+
+
+def test_a_model_asked_for_too_late_is_made_anew(
+    desk: Desk, undisturbed: dict[str, Weights]
+) -> None:
+    all_rounds(desk, sparsity=0.6)
+    show = Watching()
+    compress(recipe(desk), show)
+    (told,) = [line for line in show.said if line.startswith("WARNING")]
+    assert "is missing (of earlier rounds only what was asked for is kept)" in told
+    assert show.rounds == [1, 2, 3] and published(desk) == undisturbed["at_end"]
 
 
 def test_a_damaged_identity_is_no_reason_to_start_anew(desk: Desk) -> None:

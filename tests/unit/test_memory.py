@@ -80,7 +80,7 @@ def test_two_rounds_hold_the_trunk_and_one_group(
     )
     # float32 tensors of the fused blocks are no larger than the dense ones: the checkpoint is
     # float32 too.
-    assert max(watch.alive) <= largest, "publishing holds one tensor"
+    assert max(watch.alive) <= 2 * largest, "publishing holds a tensor while it reads the next"
 
 
 def facts() -> dict[str, object]:

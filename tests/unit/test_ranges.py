@@ -24,8 +24,9 @@ from torch.multiprocessing.spawn import spawn
 from watching import size_of
 
 from fusegpt_ray.store import ranges
-from fusegpt_ray.store.checkpoint import SINGLE, Entry, read_index, read_tensors, write_safetensors
+from fusegpt_ray.store.checkpoint import SINGLE, read_index, read_tensors
 from fusegpt_ray.store.ranges import EndedEarly, Range, Reader
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 KEY = "model.source"
 DATA = bytes(range(251)) * 40

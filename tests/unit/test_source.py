@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
 import fsspec
 import pytest
+import torch
 from models import save_tiny
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.source import Source, hub_sha256
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.run.identity import identity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -45,6 +49,36 @@ def test_a_hub_model_is_read_from_the_cache(cached_hub_model):
     assert there.kept == local.kept
     assert set(there.trunk) == set(local.trunk)
     assert set(source.small_files) == set(here.small_files)
+
+
+def test_the_checksum_of_a_large_hub_file_is_its_name(cached_hub_model, tmp_path, weight_reads):
+    """As it would be computed; nothing is known of what is not in the cache, or not named by it."""
+    weights = cached_hub_model / "model.safetensors"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    repository = tmp_path / "hub" / "models--some-org--tiny"
+    cached = repository / "snapshots" / COMMIT / "model.safetensors"
+    assert hub_sha256(str(cached)) is None, "a name that is no SHA-256"
+    (repository / "blobs" / "model.safetensors").rename(repository / "blobs" / digest)
+    cached.unlink()
+    cached.symlink_to(f"../../blobs/{digest}")
+    assert hub_sha256(str(cached)) == digest
+    for other in (weights, tmp_path / digest, f"s3://models--a--b/blobs/{digest}", tmp_path / "no"):
+        assert hub_sha256(str(other)) is None
+
+    recipe = Recipe.parse(
+        {
+            "model": {"source": "some-org/tiny"},
+            "sparsity": 0.4,
+            "calibration": {"data": "x", "length": 8},
+            "output": {"uri": str(tmp_path), "name": "x"},
+        }
+    )
+    stacks = [Source.find(name, None).stack() for name in (str(cached_hub_model), "some-org/tiny")]
+    weight_reads.clear()
+    there = identity(recipe, "", stacks[1], torch.float32)["model"]["files"]
+    assert weight_reads == []
+    here = identity(recipe, "", stacks[0], torch.float32)["model"]["files"]
+    assert there == here == {"model.safetensors": f"sha256 {digest}"} and weight_reads
 
 
 def test_an_unknown_hub_model_is_the_users_mistake(cached_hub_model):

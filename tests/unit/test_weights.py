@@ -19,7 +19,7 @@ from fusegpt_ray.importance.sweep import STATES_SHARE, Part, sweep
 from fusegpt_ray.model import memory, weights
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.store.checkpoint import Entry, write_safetensors
+from fusegpt_ray.store.writer import Entry, write_safetensors
 
 CPU = torch.device("cpu")
 IDS = token_windows(6, 9)
