@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import transformers
@@ -12,11 +13,11 @@ from shapes import Shape
 from fusegpt_ray.model.architecture import dense_stack, find_blocks
 from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.store.writer import Entry, write_safetensors
+from fusegpt_ray.store.writer import Entry, layout, write_safetensors
 
 
-def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> Stack:
-    """A LLaMA whose blocks are all the same one, in two small files."""
+def shape_config(shape: Shape, length: int) -> dict[str, Any]:
+    """The config.json of a LLaMA of this shape."""
     config = transformers.LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=shape.vocabulary,
@@ -28,7 +29,20 @@ def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> 
         max_position_embeddings=length,
         tie_word_embeddings=False,
     )
-    raw = config.to_dict()
+    return config.to_dict()
+
+
+def empty_stack(shape: Shape, length: int, dtype: torch.dtype) -> Stack:
+    """A LLaMA of which there are no files, only their headers' content."""
+    raw = shape_config(shape, length)
+    sizes = {name: tuple(p.shape) for name, p in build_skeleton(raw).named_parameters()}
+    _, refs = layout("nowhere", ((name, dtype, size) for name, size in sizes.items()))
+    return dense_stack(raw, refs)
+
+
+def random_stack(shape: Shape, length: int, folder: str, dtype: torch.dtype) -> Stack:
+    """A LLaMA whose blocks are all the same one, in two small files."""
+    raw = shape_config(shape, length)
     model = build_skeleton(raw)
     path = find_blocks(model)
 

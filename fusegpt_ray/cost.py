@@ -3,7 +3,7 @@ files and the recipe alone.
 
 Work is counted in block-forwards: one window passing one block. Where it depends on what will be
 measured (scoring stops candidates early; the group of a block near the end needs a longer walk),
-the count is the most that it can be. `benchmarks/memory.py` checks the memory against real runs.
+the count is the most that it can be. What is held meanwhile: see `footprint.py`.
 
 Shapes: W windows, T tokens, N blocks.
 """
@@ -14,19 +14,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
-import torch
-
+from fusegpt_ray.footprint import elements, matrices
 from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.model.config import read_config
-from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
 from fusegpt_ray.sections import Evaluation
 
-ADAM = 4
-"""Values for each that learns: itself, its gradient and Adam's two moments."""
+RATES: Mapping[str, Mapping[str, float]] = {
+    # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
+    # 61.4 k tokens a second with compiled blocks, fused Adam and TensorFloat32.
+    "NVIDIA H200": {
+        "scoring": 625e12,
+        "states": 390e12,
+        "fine-tuning": 565e12,
+        "evaluation": 390e12,
+    },
+}
+"""FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
+windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states. An H100
+multiplies as fast."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,10 @@ class Cost:
     def flops(self) -> int:
         return sum(stage.flops for stage in self.stages)
 
+    def hours(self, rates: Mapping[str, float], gpus: int = 1) -> float:
+        """Of computing alone, on so many GPUs that share all of it evenly."""
+        return sum(stage.flops / rates[stage.name] for stage in self.stages) / gpus / 3600
+
     def in_words(self) -> str:
         """One line for a person."""
         shares = [f"{stage.name} {stage.flops / self.flops:.0%}" for stage in self.stages]
@@ -86,8 +99,8 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
     published = {t.name: source - t.remove * sum(blocks) // len(blocks) for t in targets}
-    elements = sum(_elements(block.weights) for block in dense.blocks) + _elements(dense.trunk)
-    return Cost(elements, tuple(stages), source, published)
+    parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
+    return Cost(parameters, tuple(stages), source, published)
 
 
 def block_flops(dense: Stack, length: int) -> int:
@@ -100,51 +113,6 @@ def block_flops(dense: Stack, length: int) -> int:
     matrices = [ref.shape for block in dense.blocks for ref in block.weights.values()]
     elements = sum(prod(shape) for shape in matrices if len(shape) == 2) // len(dense)
     return 2 * elements * length + 4 * width * length**2
-
-
-def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -> int:
-    """What a replica may hold while it scores streamed blocks, activations aside: its trunk, two
-    blocks as they are read and as they are used, and the states of the model and all candidates.
-
-    While it evaluates, the states are one set of its windows, on the device, in the host's memory
-    or in a file (see `model/placement.py`).
-    """
-    states = (len(dense) + 1) * windows * state_bytes(dense, length, dtype)
-    return _in(dtype, dense.trunk) + 4 * _largest_block(dense, dtype) + states
-
-
-def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
-    """What a training worker may hold in the last of so many rounds, activations aside: the trunk,
-    each neighbour's own and effective weights and the latter's gradients (in float32, where
-    micro-batches add up), the donors, what is in passing, all that learns with its optimizer state,
-    and the states of its windows at both ends of the group. These lie with the rest only if they
-    are few: else in the host's memory, or in a file.
-
-    ZeRO's partitioning saves some of it where there are several workers.
-    """
-    settings, text = recipe.fusion, recipe.calibration
-    block = _largest_block(dense, dtype)
-    donors = rounds if settings.fold == "at_end" else 1
-    trained = 4 if settings.trained_dtype == "float32" else dtype.itemsize
-    learns = trained * _trained_elements(recipe, dense, donors)
-    states = 2 * text.windows // recipe.cluster.workers * state_bytes(dense, text.length, dtype)
-    share = settings.batch // recipe.cluster.workers
-    adds_up = (recipe.cluster.micro_batch or share) < share
-    gradients = 4 / dtype.itemsize if adds_up else 1
-    blocks = int((2 + gradients) * settings.group_size) + donors + 2
-    return _in(dtype, dense.trunk) + blocks * block + ADAM * learns + states
-
-
-def _trained_elements(recipe: Recipe, dense: Stack, donors: int) -> int:
-    """Of a group: the two factors of each neighbour's own update, and of each donor's."""
-    settings = recipe.fusion
-    ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-    return settings.group_size * ranks * sum(map(sum, _matrices(dense)))
-
-
-def _matrices(dense: Stack) -> list[tuple[int, ...]]:
-    """The shapes of the first block's matrices, which are its linear layers'."""
-    return [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
 
 
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:
@@ -167,7 +135,7 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
         donors = number if settings.fold == "at_end" else 1
         formed = 3 * windows // share * min(settings.group_size, depth - 1)
         ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-        products += formed * 2 * ranks * sum(map(prod, _matrices(dense)))
+        products += formed * 2 * ranks * sum(map(prod, matrices(dense)))
     return Stage("fine-tuning", done, done * flops + products)
 
 
@@ -184,19 +152,6 @@ def _evaluation(
         windows, length = text.windows * blocks, text.length or recipe.calibration.length
         done, flops = done + windows, flops + windows * block_flops(dense, length)
     return Stage("evaluation", done, flops)
-
-
-def _largest_block(dense: Stack, dtype: torch.dtype) -> int:
-    return max(_in(dtype, block.weights) for block in dense.blocks)
-
-
-def _elements(refs: Refs) -> int:
-    return sum(prod(ref.shape) for ref in refs.values())
-
-
-def _in(dtype: torch.dtype, refs: Refs) -> int:
-    """Bytes of these tensors in another dtype."""
-    return dtype.itemsize * _elements(refs)
 
 
 def _bytes(refs: Refs) -> int:

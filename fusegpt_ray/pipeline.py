@@ -16,6 +16,7 @@ import numpy as np
 
 from fusegpt_ray import evaluation
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.footprint import shortage
 from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
@@ -88,6 +89,10 @@ class _Run:
         """
         recipe, model = planned.recipe, planned.model
         show.say(workers.description)
+        if recipe.trains:
+            room, rounds = workers.device_bytes, planned.rounds
+            if lack := shortage(recipe, model.stack, workers.dtype, rounds, room):
+                show.say(lack)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
         windows = _calibration_windows(workers, recipe, leading["calibration"])

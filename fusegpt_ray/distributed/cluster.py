@@ -92,6 +92,10 @@ class RayWorkers:
         return self._pool.hardware
 
     @property
+    def device_bytes(self) -> int:
+        return self._pool.device_bytes
+
+    @property
     def streams(self) -> bool:
         return self._pool.streams
 

@@ -17,7 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import torch
@@ -25,7 +25,7 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fusegpt_ray.distributed.process import RunnerConfig
 from fusegpt_ray.model.device import hardware
-from fusegpt_ray.model.memory import empty_cache, is_out_of_memory
+from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 
@@ -74,6 +74,12 @@ class _Replica:
         return self.runner
 
 
+class _Facts(NamedTuple):
+    streams: bool
+    hardware: dict[str, str]
+    device_bytes: int
+
+
 @dataclass
 class _Call:
     actor: Any
@@ -97,19 +103,24 @@ class Replicas:
     @property
     def streams(self) -> bool:
         """Whether replicas read the weights for every walk."""
-        return self._facts[0]
+        return self._facts.streams
 
     @property
     def hardware(self) -> dict[str, str]:
         """See `model.device.hardware`."""
-        return self._facts[1]
+        return self._facts.hardware
+
+    @property
+    def device_bytes(self) -> int:
+        """See `Workers.device_bytes`."""
+        return self._facts.device_bytes
 
     @cached_property
-    def _facts(self) -> tuple[bool, dict[str, str]]:
+    def _facts(self) -> _Facts:
         """What one of them, which is asked once, tells of itself."""
         ((_, facts),) = self.map(_tell, [()], self.config.batch_size)
-        found: tuple[bool, dict[str, str]] = facts
-        return found
+        assert isinstance(facts, _Facts)
+        return facts
 
     def map(
         self,
@@ -216,5 +227,7 @@ class Replicas:
         return [call.task for call in self._calls.values()]
 
 
-def _tell(runner: Runner) -> tuple[bool, dict[str, str]]:
-    return not runner.resident, hardware(runner.device, runner.compiled)
+def _tell(runner: Runner) -> _Facts:
+    device = runner.device
+    room = device_bytes(device) * (1.0 if device.type == "cuda" else runner.host_share)
+    return _Facts(not runner.resident, hardware(device, runner.compiled), int(room))

@@ -46,6 +46,13 @@ def free_bytes(device: torch.device) -> int:
     return max(0, min(left))
 
 
+def device_bytes(device: torch.device) -> int:
+    """All memory of a GPU; of a CPU what may still be taken."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return free_bytes(device)
+
+
 def _left_in_container() -> list[int]:
     """What cgroup v2 leaves, if it sets a limit. Cached pages of files that nobody reads at the
     moment count as free.

@@ -125,6 +125,10 @@ class Workers(Protocol):
         `model.device.hardware`); of one replica."""
 
     @property
+    def device_bytes(self) -> int:
+        """Memory of a worker's device: of a GPU all, of a CPU a process's part of what is free."""
+
+    @property
     def streams(self) -> bool:
         """Whether a replica reads the weights for every walk, so that its tasks should be large."""
 

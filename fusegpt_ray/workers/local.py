@@ -14,7 +14,7 @@ import numpy as np
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
-from fusegpt_ray.model.memory import empty_cache, is_out_of_memory
+from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
@@ -74,6 +74,10 @@ class LocalWorkers:
     @property
     def hardware(self) -> Mapping[str, str]:
         return hardware(self.device, self.runner.compiled)
+
+    @property
+    def device_bytes(self) -> int:
+        return device_bytes(self.device)
 
     @property
     def streams(self) -> bool:

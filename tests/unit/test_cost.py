@@ -16,7 +16,14 @@ from models import open_stack, token_windows
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray.cost import Cost, block_flops, flop_count, replica_bytes, worker_bytes
+from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count
+from fusegpt_ray.footprint import (
+    activation_bytes,
+    replica_bytes,
+    shortage,
+    training_bytes,
+    worker_bytes,
+)
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
@@ -24,6 +31,7 @@ from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.training.span import Span
+from fusegpt_ray.workers import local
 
 CPU, LENGTH = torch.device("cpu"), 7
 
@@ -137,3 +145,38 @@ def test_a_line_tells_work_and_sizes(desk: Desk) -> None:
         "2 PFLOP",
         "3e+04 EFLOP",
     ]
+
+
+def test_what_does_not_fit_is_said_with_the_keys_that_help(desk: Desk) -> None:
+    dense, whole = plan(recipe(desk), Display()).model.stack, torch.float32
+    asked, enough = recipe(desk), 10**9
+    needed = training_bytes(asked, dense, whole, 3) + activation_bytes(asked, dense, whole)
+    assert not shortage(asked, dense, whole, 3, enough)
+    assert not shortage(asked, dense, whole, 3, needed)
+    told = shortage(asked, dense, whole, 3, needed - 1)
+    for key in ("fold: each_round", "micro_batch", "recompute_activations", "group_size"):
+        assert key in told
+    one = {"engine": "local", "micro_batch": 1, "recompute_activations": True}
+    folded = desk.recipe()["fusion"] | {"fold": "each_round"}
+    frugal = recipe(desk, cluster=one, fusion=folded)
+    told = shortage(frugal, dense, whole, 3, 1)
+    assert "fold" not in told and "micro_batch" not in told and "recompute" not in told
+    assert activation_bytes(frugal, dense, whole) < activation_bytes(asked, dense, whole)
+
+
+def test_compress_says_before_the_work_that_memory_is_short(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "device_bytes", lambda _: 1000)
+    compress(recipe(desk), Display())
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.index("fine-tuning needs about") < said.index("round 1/2")
+
+
+def test_hours_follow_from_measured_rates(desk: Desk) -> None:
+    (rates,) = RATES.values()
+    found = costs(desk)
+    assert set(stages(found)) <= set(rates)
+    expected = sum(stage.flops / rates[stage.name] for stage in found.stages) / 3600
+    assert found.hours(rates) == pytest.approx(expected)
+    assert found.hours(rates, 8) == pytest.approx(expected / 8)

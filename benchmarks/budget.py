@@ -1,0 +1,83 @@
+"""What the paper's budget takes on GPUs, by formula: hours, and gigabytes on each of them.
+
+    python benchmarks/budget.py [--sparsity 0.25]
+
+1024 windows of 2048 tokens, 20 epochs, scores on 32 windows, bfloat16, `preset: default`. Nothing
+is run: the work and the memory are those of `fusegpt_ray/cost.py` and `footprint.py`, from the
+headers that such a model's files would have, and the hours follow from the rates that were measured
+on one GPU (`cost.RATES`). Reading, saving and publishing are not in them, and eight GPUs are taken
+to share the computing evenly. 70B trains single windows, and activations are computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from random_stack import empty_stack
+from shapes import SHAPES
+
+from fusegpt_ray.cost import RATES, cost
+from fusegpt_ray.footprint import activation_bytes, training_bytes
+from fusegpt_ray.preflight import Target
+from fusegpt_ray.recipe import Recipe, blocks_to_remove
+
+LENGTH = 2048
+FRUGAL = {"llama2-70b": {"micro_batch": 1, "recompute_activations": True}}
+HEADER = """
+| {} | PFLOP: scoring | states | fine-tuning | hours: 1 GPU | 8 GPUs | GB: fine-tuning | activations | with `fold: at_end` in the last round |
+|---|---|---|---|---|---|---|---|---|"""  # noqa: E501 - a table
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sparsity", type=float, default=0.25)
+    sparsity = parser.parse_args(argv).sparsity
+    for gpu, rates in RATES.items():
+        print(HEADER.format(gpu))
+        for name, shape in SHAPES.items():
+            if name == "toy":
+                continue
+            dense = empty_stack(shape, LENGTH, torch.bfloat16)
+            rounds = blocks_to_remove(shape.blocks, sparsity)
+            recipe = paper_budget(sparsity, FRUGAL.get(name, {}))
+            one = cost(recipe, dense, [Target(sparsity, rounds, name)])
+            work = {stage.name: stage.flops / 1e15 for stage in one.stages}
+            gigabytes = [
+                each / 1e9
+                for each in (
+                    training_bytes(recipe, dense, torch.bfloat16, rounds),
+                    activation_bytes(recipe, dense, torch.bfloat16),
+                    training_bytes(at_end(recipe), dense, torch.bfloat16, rounds),
+                )
+            ]
+            cells = [f"{work[stage]:.0f}" for stage in ("scoring", "states", "fine-tuning")]
+            cells += [f"{one.hours(rates, gpus):.1f}" for gpus in (1, 8)]
+            cells += [f"{each:.0f}" for each in gigabytes]
+            print(f"| {name} | {' | '.join(cells)} |")
+    return 0
+
+
+def paper_budget(sparsity: float, cluster: Mapping[str, Any]) -> Recipe:
+    return Recipe.parse(
+        {
+            "model": {"source": "none"},
+            "sparsity": sparsity,
+            "calibration": {"data": "none"},
+            "cluster": cluster,
+            "output": {"uri": "none", "name": "none"},
+        }
+    )
+
+
+def at_end(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"fusion": recipe.fusion.model_copy(update={"fold": "at_end"})})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""What workers will hold, known before the work from the headers of the model's files and the
+recipe alone. `benchmarks/memory.py` checks it against real runs.
+
+Shapes: W windows, T tokens, N blocks.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from fusegpt_ray.model.runner import state_bytes
+from fusegpt_ray.model.stack import Refs, Stack
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import byte_count
+
+ADAM = 4
+"""Values for each that learns: itself, its gradient and Adam's two moments."""
+KEPT = 1.7
+"""Bytes that a block keeps for its backward pass, by those that its linear layers take and give:
+measured for LLaMA-2-7B on an H200, not compiled."""
+
+
+def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -> int:
+    """What a replica may hold while it scores streamed blocks, activations aside: its trunk, two
+    blocks as they are read and as they are used, and the states of the model and all candidates.
+
+    While it evaluates, the states are one set of its windows, on the device, in the host's memory
+    or in a file (see `model/placement.py`).
+    """
+    states = (len(dense) + 1) * windows * state_bytes(dense, length, dtype)
+    return _in(dtype, dense.trunk) + 4 * _largest_block(dense, dtype) + states
+
+
+def training_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
+    """What a training worker holds on its device in the last of so many rounds, activations and
+    states aside: the trunk, each neighbour's own and effective weights and the latter's gradients
+    (in float32, where micro-batches add up), the donors, what is in passing, and all that learns
+    with its optimizer state.
+
+    ZeRO's partitioning saves some of it where there are several workers.
+    """
+    settings = recipe.fusion
+    donors = rounds if settings.fold == "at_end" else 1
+    trained = 4 if settings.trained_dtype == "float32" else dtype.itemsize
+    learns = trained * trained_elements(recipe, dense, donors)
+    share = settings.batch // recipe.cluster.workers
+    gradients = 4 / dtype.itemsize if _micro_batch(recipe) < share else 1
+    blocks = int((2 + gradients) * settings.group_size) + donors + 2
+    return _in(dtype, dense.trunk) + blocks * _largest_block(dense, dtype) + ADAM * learns
+
+
+def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
+    """What a training worker keeps of a micro-batch for the backward pass, about: of all blocks of
+    the group, or of one and the states between them, if the others are computed again.
+    """
+    group, tokens = recipe.fusion.group_size, _micro_batch(recipe) * recipe.calibration.length
+    kept = int(KEPT * tokens * dtype.itemsize * sum(map(sum, matrices(dense))))
+    if recipe.cluster.recompute_activations:
+        return kept + group * state_bytes(dense, tokens, dtype)
+    return kept * group
+
+
+def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
+    """All that a training worker holds, activations aside, wherever it lies: see `training_bytes`,
+    and the states of its windows at both ends of the group. These lie on the device only if they
+    are few: else in the host's memory, or in a file.
+    """
+    windows = recipe.calibration.windows // recipe.cluster.workers
+    states = 2 * windows * state_bytes(dense, recipe.calibration.length, dtype)
+    return training_bytes(recipe, dense, dtype, rounds) + states
+
+
+def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room: int) -> str:
+    """What to tell of a training worker whose device has `room` bytes, if that is not enough for
+    the last of so many rounds; else nothing.
+    """
+    needed = training_bytes(recipe, dense, dtype, rounds) + activation_bytes(recipe, dense, dtype)
+    if needed <= room:
+        return ""
+    keys = ["fusion.group_size"]
+    if not recipe.cluster.recompute_activations:
+        keys.insert(0, "cluster.recompute_activations")
+    if _micro_batch(recipe) > 1:
+        keys.insert(0, "cluster.micro_batch")
+    if recipe.fusion.fold == "at_end" and rounds > 1:
+        keys.insert(0, "fusion.fold: each_round")
+    return (
+        f"fine-tuning needs about {byte_count(needed)} on each worker in its last round, which has "
+        f"{byte_count(room)}; less is needed with {', '.join(keys[:-1])} or a smaller {keys[-1]}"
+    )
+
+
+def trained_elements(recipe: Recipe, dense: Stack, donors: int) -> int:
+    """Of a group: the two factors of each neighbour's own update, and of each donor's."""
+    settings = recipe.fusion
+    ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
+    return settings.group_size * ranks * sum(map(sum, matrices(dense)))
+
+
+def matrices(dense: Stack) -> list[tuple[int, ...]]:
+    """The shapes of the first block's matrices, which are its linear layers'."""
+    return [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
+
+
+def elements(refs: Refs) -> int:
+    return sum(prod(ref.shape) for ref in refs.values())
+
+
+def _micro_batch(recipe: Recipe) -> int:
+    """Windows that pass a worker's group at once."""
+    return recipe.cluster.micro_batch or recipe.fusion.batch // recipe.cluster.workers
+
+
+def _largest_block(dense: Stack, dtype: torch.dtype) -> int:
+    return max(_in(dtype, block.weights) for block in dense.blocks)
+
+
+def _in(dtype: torch.dtype, refs: Refs) -> int:
+    """Bytes of these tensors in another dtype."""
+    return dtype.itemsize * elements(refs)
