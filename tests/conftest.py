@@ -29,6 +29,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from slow import mark_slow
 
     # `-k` and `-m` are applied later; only a name given with `::` leaves out tests of a file here.
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
     mark_slow(items, whole_files=not any("::" in argument for argument in config.args))
 
 

@@ -28,7 +28,7 @@ DEVICES = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+        marks=pytest.mark.gpu,
     ),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
@@ -121,7 +121,7 @@ def test_an_entry_of_the_cache_goes_the_same_way(
     assert_same(as_computed({name: t.cpu() for name, t in again.items()}, torch.bfloat16), expected)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+@pytest.mark.gpu
 def test_blocks_streamed_to_a_gpu_are_those_of_the_cpu(checkpoint: Callable[[str], Path]) -> None:
     stack = open_stack(checkpoint("llama"))
     streaming = Runner(stack, torch.device("cuda"), torch.bfloat16, 2, "streamed")

@@ -144,7 +144,7 @@ def test_where_states_wait_changes_no_bit(walk: Walk, stack: Stack) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("share", [1.0, CRAMPED], ids=["pinned", "file"])
 def test_states_that_pass_a_gpu_are_those_that_stay_there(share: float, stack: Stack) -> None:
     gpu = torch.device("cuda")
