@@ -204,7 +204,6 @@ class RayWorkers:
         """
         cluster = self.setup.cluster
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         address = cluster.address or os.environ.get("RAY_ADDRESS")
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
         if address:
