@@ -35,9 +35,9 @@ def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -
 
 def training_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """What a training worker holds on its device in the last of so many rounds, activations and
-    states aside: the trunk, each neighbour's own and effective weights and the latter's gradients
-    (in float32, where micro-batches add up), the donors, what is in passing, and all that learns
-    with its optimizer state.
+    states aside: each neighbour's own and effective weights and the latter's gradients (in
+    float32, where micro-batches add up), the donors, what is in passing, and all that learns with
+    its optimizer state. On a GPU, the trunk is away meanwhile.
 
     ZeRO's partitioning saves some of it where there are several workers.
     """
@@ -48,7 +48,7 @@ def training_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int
     share = settings.batch // recipe.cluster.workers
     gradients = 4 / dtype.itemsize if _micro_batch(recipe) < share else 1
     blocks = int((2 + gradients) * settings.group_size) + donors + 2
-    return _in(dtype, dense.trunk) + blocks * _largest_block(dense, dtype) + ADAM * learns
+    return blocks * _largest_block(dense, dtype) + ADAM * learns
 
 
 def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
@@ -64,12 +64,12 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
 
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """All that a training worker holds, activations aside, wherever it lies: see `training_bytes`,
-    and the states of its windows at both ends of the group. These lie on the device only if they
-    are few: else in the host's memory, or in a file.
+    the trunk, and the states of its windows at both ends of the group. These lie on the device
+    only if they are few: else in the host's memory, or in a file.
     """
     windows = recipe.calibration.windows // recipe.cluster.workers
     states = 2 * windows * state_bytes(dense, recipe.calibration.length, dtype)
-    return training_bytes(recipe, dense, dtype, rounds) + states
+    return training_bytes(recipe, dense, dtype, rounds) + _in(dtype, dense.trunk) + states
 
 
 def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room: int) -> str:

@@ -106,13 +106,16 @@ class _Run:
         check_tokens(model.source, model.stack, windows.tokens_WT, *held_out_windows)
         show.stage("checking the model's files")
         drawn = calibration.fingerprint(windows.tokens_WT)
-        this = identity(recipe, drawn, model.stack, workers.dtype, workers.hardware)
+        exact = recipe.cluster.deterministic
+        hardware = workers.hardware if exact else {}
+        this = identity(recipe, drawn, model.stack, workers.dtype, hardware)
         return cls(planned, workers, show, windows, held_out, this)
 
     @property
     def id(self) -> str:
-        """Names the run in what it publishes."""
-        return checksum(self.identity)
+        """Names the run in what it publishes. What is finished stays its own on other hardware."""
+        known = {key: value for key, value in self.identity.items() if key != "hardware"}
+        return checksum(known)
 
     def publish_all(self, restart: bool) -> dict[str, Published]:
         """Do what is left to do; everything that this run has published, by folder.

@@ -33,5 +33,5 @@ def put_shards(
 
 
 def _put(runner: Runner, folder: str, shards: Shards, fence: Fence) -> dict[str, FileRecord]:
-    """On a replica, which needs no model for it."""
-    return put_here(folder, shards, fence)
+    """On a replica, which needs no model for it. The replicas of a node share its memory."""
+    return put_here(folder, shards, fence, max(1, round(AT_ONCE * runner.host_share)))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, run_block
 
 RunBlock = Callable[[nn.Module, torch.Tensor, Context], torch.Tensor]
@@ -41,17 +42,22 @@ class CompiledBlock:
     def __init__(self, backend: Any = "inductor") -> None:
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, VARIANTS)
+        self.gave_up = ""
+        """Why blocks are run as they are, if that is so."""
         self._run: RunBlock = torch.compile(run_block, dynamic=False, backend=backend)
 
     def __call__(self, block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
         try:
             return self._run(block, h_BTD, context)
         except torch._dynamo.exc.TorchDynamoException as error:
+            if is_out_of_memory(error):
+                raise
             self.give_up(error)
             return run_block(block, h_BTD, context)
 
     def give_up(self, error: Exception) -> None:
-        """Run blocks as they are from now on."""
-        reason = " ".join(str(error).split())[:200]
-        _LOG.warning("blocks are not compiled: %s: %s", type(error).__name__, reason)
+        """Run blocks as they are from now on, because of an error in compiling one."""
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        self.gave_up = f"blocks are not compiled: {reason}"
+        _LOG.warning("%s", self.gave_up)
         self._run = run_block

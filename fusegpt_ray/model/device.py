@@ -4,13 +4,19 @@ the same work gives the same bits.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TypeVar
 
 import torch
 
 from fusegpt_ray.model.stack import Stack
+
+R = TypeVar("R")
+_LOG = logging.getLogger(__name__)
 
 
 def pick_device() -> torch.device:
@@ -50,25 +56,52 @@ def hardware(device: torch.device, compiled: bool) -> dict[str, str]:
     }
 
 
-def set_deterministic(device: torch.device, wanted: bool) -> bool:
-    """Whether a GPU uses kernels only that always give the same bits; returns what was set before.
+def set_deterministic(device: torch.device, wanted: bool) -> Callable[[], None]:
+    """On a GPU, use only kernels that always give the same bits, if that is wanted. A CPU's kernels
+    need no such setting. Returns what undoes it.
 
-    Operators that have no such kernel are run as they are, and torch warns of them. A CPU's
-    kernels need no such setting.
+    Operators that have no such kernel raise; see `deterministic_or_not`.
     """
-    before = torch.are_deterministic_algorithms_enabled()
-    if device.type == "cuda":
-        # cuBLAS looks at it when its first handle is made.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(wanted, warn_only=True)
-        # Nothing here reads memory that nobody has written, so filling it would be waste.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        torch.backends.cudnn.benchmark = False
-        with suppress(ImportError, AttributeError):  # before torch 2.9 there is no such mode
-            from torch._inductor import config
+    if device.type != "cuda" or not wanted:
+        return lambda: None
+    from torch._inductor import config as inductor
 
-            config.deterministic = wanted
-    return before
+    fill, benchmark = torch.utils.deterministic, torch.backends.cudnn
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        fill.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        benchmark.benchmark,
+        inductor.deterministic,
+    )
+
+    def set_all(enabled: bool, warn: bool, filled: bool, timed: bool, compiled: bool) -> None:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn)
+        fill.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        benchmark.benchmark = timed
+        inductor.deterministic = compiled
+
+    # cuBLAS looks at it when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # With warnings only, attention's backward pass would still add in any order. Nothing here reads
+    # memory that nobody has written, so filling it would be waste.
+    set_all(True, False, False, False, True)
+    return lambda: set_all(*before)
+
+
+def deterministic_or_not(call: Callable[[], R]) -> R:
+    """`call()`; where an operator of the model has no deterministic kernel, again without asking
+    for one, which is said once. `call` must be safe to repeat.
+    """
+    try:
+        return call()
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        reason = str(error).split(".", 1)[0]
+    _LOG.warning("the bits may differ from run to run on this GPU: %s", reason)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return call()
 
 
 @contextmanager
@@ -83,3 +116,11 @@ def tensor_core_products(device: torch.device, dtype: torch.dtype) -> Iterator[N
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@cache
+def copying_stream(device: torch.device) -> torch.cuda.Stream:
+    """One stream for all copies between host and device beside the computing: memory that was used
+    for its copies is used again by its copies only.
+    """
+    return torch.cuda.Stream(device)

@@ -14,11 +14,11 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable
-from functools import cache
 
 import torch
 
 from fusegpt_ray.errors import StorageError
+from fusegpt_ray.model.device import copying_stream
 from fusegpt_ray.model.memory import empty_cache, free_bytes
 
 DEVICE_SHARE = 0.15
@@ -92,7 +92,7 @@ def _transform_by_copies(
     been copied: neither stream can use that memory too early, and the host, which waits for this,
     is never more than two batches ahead.
     """
-    aside, here = _copies(device), torch.cuda.current_stream(device)
+    aside, here = copying_stream(device), torch.cuda.current_stream(device)
     under_way: deque[tuple[torch.cuda.Event, torch.Tensor, torch.Tensor]] = deque()
 
     def fetch(number: int) -> tuple[torch.Tensor, torch.cuda.Event]:
@@ -116,12 +116,6 @@ def _transform_by_copies(
                 under_way.popleft()
     finally:
         aside.synchronize()
-
-
-@cache
-def _copies(device: torch.device) -> torch.cuda.Stream:
-    """One for all walks: memory that was used for its copies is used again by its copies only."""
-    return torch.cuda.Stream(device)
 
 
 def _in_file(shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:

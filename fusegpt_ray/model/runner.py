@@ -18,6 +18,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.compiled import block_function
 from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.placement import empty_states, transform
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Stack
@@ -125,7 +126,8 @@ class Runner:
         # Compiling takes seconds, so fewer windows than usual pass the block as it is.
         whole = len(h_BTD) == self.batch_size
         run = self.run_block if self.compiled and whole else run_block
-        return run(module, h_BTD, self.context(dense, h_BTD))
+        context = self.context(dense, h_BTD)
+        return deterministic_or_not(lambda: run(module, h_BTD, context))
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
         """What block `dense` is called with beside these states."""

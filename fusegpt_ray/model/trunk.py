@@ -17,6 +17,7 @@ from torch import nn
 
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
@@ -79,7 +80,8 @@ class Trunk:
             last.inject = None
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
-        return self._recorded(ids_BT.to(self.device), **options).logits
+        ids_BT = ids_BT.to(self.device)
+        return deterministic_or_not(lambda: self._recorded(ids_BT, **options)).logits
 
 
 def in_arithmetic(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -22,8 +22,11 @@ Put = Callable[[str, Shards, Fence], Mapping[str, FileRecord]]
 """Writes shards into a folder, and reads them back (see `put_shards`)."""
 
 
-def put_shards(folder: str, shards: Shards, fence: Fence) -> dict[str, FileRecord]:
-    """Write shards into a folder, and read each back; what was written, by file name.
+def put_shards(
+    folder: str, shards: Shards, fence: Fence, threads: int = AT_ONCE
+) -> dict[str, FileRecord]:
+    """Write shards into a folder, so many at once, and read each back; what was written, by file
+    name.
 
     Repeated, by whichever process, it puts the same bytes in the place of the same files.
 
@@ -31,7 +34,7 @@ def put_shards(folder: str, shards: Shards, fence: Fence) -> dict[str, FileRecor
         StorageError: the store failed.
         ProofError: what arrived is not what was sent, or holds NaN or Inf.
     """
-    records = at_once(partial(_put, folder, fence), shards.items(), AT_ONCE)
+    records = at_once(partial(_put, folder, fence), shards.items(), threads)
     return dict(zip(shards, records, strict=True))
 
 

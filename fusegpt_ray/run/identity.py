@@ -38,7 +38,7 @@ def identity(
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
-        **({"hardware": dict(hardware)} if hardware else {}),
+        "hardware": dict(hardware),
         "windows_sha256": windows_sha256,
         "model": {"config": dict(dense.config), "files": files},
     }

@@ -9,20 +9,21 @@ finished run's records are in the manifests of what it published.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 from fusegpt_ray.errors import GOES_ON, StorageError, UserError
-from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.run.done import Done as Done
+from fusegpt_ray.run.done import let_go_of, needed_files
 from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.records import DamagedRecord, FileRecord, damage, opened, sealed
+from fusegpt_ray.store.records import DamagedRecord, damage, opened, sealed
 from fusegpt_ray.store.threads import at_once
 
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
@@ -33,27 +34,6 @@ found. Before the first round: perplexities of dense blocks."""
 _GOES_ON = ("round-", "sums-", "scores-")
 """How files begin from which it is worth to go on. Perplexities alone are not: they are soon
 measured again, and a run that fails so early leaves nothing."""
-
-
-@dataclass(frozen=True)
-class Done:
-    """A round that is finished."""
-
-    record: Mapping[str, Any]
-    """What the manifest says about it."""
-    stack: Stack
-    """The model after it."""
-    files: Mapping[str, FileRecord]
-    """What it wrote, by URI."""
-
-    def to_json(self) -> dict[str, Any]:
-        files = {uri: file.to_json() for uri, file in self.files.items()}
-        return {"round": dict(self.record), "stack": self.stack.to_json(), "files": files}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        files = {uri: FileRecord.from_json(file) for uri, file in data["files"].items()}
-        return cls(data["round"], Stack.from_json(data["stack"]), files)
 
 
 @dataclass
@@ -228,6 +208,9 @@ class Journal:
         The records are checked, and the files that are still needed for the models after the last
         round and after the rounds `wanted`. The first damaged or missing one ends the list: `say`
         tells which, and its record and all later ones are removed.
+
+        Raises:
+            UserError: a model is asked for of which this run no longer has the blocks.
         """
         done, problem = self._records()
         good: set[str] = set()
@@ -237,7 +220,7 @@ class Journal:
                 for number, d in enumerate(done, 1)
                 for uri, record in d.files.items()
             }
-            needed = _needed(done, {len(done), *wanted}) & written.keys()
+            needed = needed_files(done, {len(done), *wanted}) & written.keys()
             unseen = [(uri, written[uri][1]) for uri in sorted(needed - good)]
             damages = at_once(lambda file: damage(*file), unseen)
             found = zip((uri for uri, _ in unseen), damages, strict=True)
@@ -246,8 +229,8 @@ class Journal:
                 break
             good |= {uri for uri in needed if uri < bad[0]}
             problem = f"{bad[0]} {bad[1]}"
-            if bad[0] not in _needed(done, {len(done)}):
-                problem += " (of earlier rounds only what was asked for is kept)"
+            if bad[0] not in needed_files(done, {len(done)}) and not storage.exists(bad[0]):
+                raise let_go_of(bad[0], len(done))
             done = done[: written[bad[0]][0] - 1]
         if problem:
             say(f"WARNING: {problem}; going back to the end of round {len(done)}")
@@ -269,7 +252,7 @@ class Journal:
         before if that round's record or files are damaged. And it publishes those after the rounds
         `wanted`.
         """
-        needed = _needed(done, {len(done), len(done) - 1, *wanted})
+        needed = needed_files(done, {len(done), len(done) - 1, *wanted})
         superseded = {uri for round in done for uri in round.files} - needed
         if superseded:
             there = {
@@ -324,22 +307,3 @@ class Journal:
 
 def _nothing() -> None:
     """Nobody else writes (in tests, and where records are only looked at)."""
-
-
-def _needed(done: Sequence[Done], numbers: Collection[int]) -> set[str]:
-    """All files that the models after these rounds point at, as far as the rounds are done."""
-    stacks = [done[number - 1].stack for number in numbers if 0 < number <= len(done)]
-    return {uri for stack in stacks for uri in _files(stack)}
-
-
-def _files(stack: Stack) -> set[str]:
-    """All files a stack points at, besides its trunk's."""
-    refs = [ref for block in stack.blocks for ref in block.weights.values()]
-    for block in stack.blocks:
-        if block.terms:
-            refs += [
-                ref
-                for part in (block.terms.base, block.terms.learned, *block.terms.donors)
-                for ref in part.values()
-            ]
-    return {ref.file for ref in refs}

@@ -179,6 +179,10 @@ def train_and_save(
     span = task.trainable.build(
         meta_blocks, contexts, worker.device, worker.dtype, config.recompute, runner.run_block
     )
+    with tensor_core_products(worker.device, worker.dtype):
+        first = states.entering_WTD[: checkpoints.micro_batch].to(worker.device)
+        if told := span.rehearse(first):
+            worker.report(f"  {told}")
     # What one worker reads or writes by itself is no more than all of this in float32, and for a
     # training checkpoint two moments more.
     held = (*span.learned.parameters(), *span.learned.buffers())

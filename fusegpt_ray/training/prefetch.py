@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from fusegpt_ray.model.device import copying_stream
 from fusegpt_ray.training.stepper import Batch
 
 
@@ -16,7 +17,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     if device.type == "cpu":
         yield from batches
         return
-    stream = torch.cuda.Stream(device)
+    stream = copying_stream(device)
     ahead: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):

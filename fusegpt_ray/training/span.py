@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.compiled import CompiledBlock, RunBlock
+from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, run_block
 
 Weights = dict[str, torch.Tensor]
@@ -108,7 +110,9 @@ class Span:
         return h_BTD
 
     def collect(self) -> None:
-        """Add the gradients of a micro-batch to those of the loss batch, in float32."""
+        """Add the gradients of a micro-batch to those of the loss batch, in float32. The sum is
+        rounded to the arithmetic's dtype once, where it enters the forming.
+        """
         for number, leaf in enumerate(self.weights):
             gradient, sum_before = leaf.grad, self._gradients[number]
             leaf.grad = None
@@ -125,13 +129,39 @@ class Span:
         self._release()
         return root
 
+    def rehearse(self, h_BTD: torch.Tensor) -> str:
+        """A pass there and back on a GPU before the first step: what has to be compiled is compiled
+        now. What cannot be, or has no deterministic kernel, is found out while no other worker
+        waits. Returns what there is to tell, or nothing.
+
+        Args:
+            h_BTD: states of a micro-batch, of any values.
+        """
+        told = ""
+        if h_BTD.device.type == "cuda" or isinstance(self._run, CompiledBlock):
+            try:
+                deterministic_or_not(lambda: self._there_and_back(h_BTD))
+            except Exception as error:
+                if not isinstance(self._run, CompiledBlock) or is_out_of_memory(error):
+                    raise
+                self._run.give_up(error)
+                self._there_and_back(h_BTD)
+            if isinstance(self._run, CompiledBlock):
+                told = self._run.gave_up
+        return told
+
+    def _there_and_back(self, h_BTD: torch.Tensor) -> None:
+        self.form(self.learned)
+        self(h_BTD).sum().backward()
+        self._release()
+
     def _make_leaves(self, weights: Sequence[Weights]) -> list[nn.Parameter]:
         """Parameters in place of the weights that are formed, the same ones in every step."""
         leaves = []
         for block, formed in zip(self.blocks, weights, strict=True):
             for name, value in formed.items():
                 path, _, key = name.rpartition(".")
-                leaf = nn.Parameter(torch.empty_like(value))
+                leaf = nn.Parameter(value.new_empty(0))
                 setattr(block.get_submodule(path), key, leaf)
                 leaves.append(leaf)
         return leaves

@@ -35,7 +35,7 @@ class LocalWorkers:
 
     def __enter__(self) -> Self:
         wanted = self.setup.cluster.deterministic
-        self._deterministic_before = set_deterministic(self.device, wanted)
+        self._undo = set_deterministic(self.device, wanted)
         return self
 
     def __exit__(
@@ -46,7 +46,7 @@ class LocalWorkers:
     ) -> None:
         for name in ("runner", "_memory"):
             self.__dict__.pop(name, None)
-        set_deterministic(self.device, self._deterministic_before)
+        self._undo()
 
     @property
     def description(self) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from models import open_stack, token_windows
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
-from workshop import BATCH, FAST, IDS, Workshop, _workshop  # noqa: F401 - a fixture
+from workshop import BATCH, FAST, IDS, LENGTH, Workshop, _workshop  # noqa: F401 - a fixture
 
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.compiled import CompiledBlock, block_function, compiles
+from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.training.microbatch import accumulate
@@ -110,6 +113,40 @@ def test_what_cannot_be_compiled_is_run_as_it_is_and_said_once(
     said = [record.message for record in caplog.records if "not compiled" in record.message]
     assert len(said) == 1
     assert "no compiler here" in said[0]
+
+
+def test_what_cannot_be_compiled_backwards_is_found_before_the_first_step(
+    workshop: Workshop,
+) -> None:
+    """The way back is compiled when it is first gone, outside of the block's call."""
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no way back")
+
+    def plain(graph: Any, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    job = workshop.job(2, preset="default", **FAST)
+    entering, _ = workshop.states(job)
+    span, expected = workshop.student(job), workshop.student(job)
+    span._run = CompiledBlock(aot_autograd(fw_compiler=plain, bw_compiler=fails))
+    told = span.rehearse(entering[:BATCH])
+    assert "not compiled" in told and "no way back" in told
+    assert workshop.train(job, span) == workshop.train(job, expected)
+    assert not expected.rehearse(entering[:BATCH])  # nothing is compiled on a CPU
+
+
+def test_memory_that_runs_out_is_no_reason_not_to_compile(workshop: Workshop) -> None:
+    def cramped(*_: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    run = CompiledBlock(cramped)
+    block = workshop.runner.weights.of(workshop.dense.blocks[0])
+    context = workshop.runner.trunk.contexts(BATCH, LENGTH)[0]
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException) as caught:
+        run(block, workshop.runner.embed(IDS[:BATCH]), context)
+    assert is_out_of_memory(caught.value)
+    assert not run.gave_up
 
 
 def test_a_mistake_of_the_model_is_not_hidden(workshop: Workshop) -> None:

@@ -211,14 +211,17 @@ def test_damage_costs_the_last_round_or_as_many_as_need_its_files(
     assert published(desk)[name] == undisturbed["at_end"][name]
 
 
-def test_a_model_asked_for_too_late_is_made_anew(
+def test_a_model_asked_for_too_late_costs_no_round(
     desk: Desk, undisturbed: dict[str, Weights]
 ) -> None:
+    """Its blocks are gone. Rounds that are good are not done again without being asked."""
     all_rounds(desk, sparsity=0.6)
+    before = contents(run_folder(desk))
+    with pytest.raises(UserError, match=r"sparsity.*3 rounds are done.*--restart"):
+        compress(recipe(desk), Watching())
+    assert contents(run_folder(desk)) == before
     show = Watching()
-    compress(recipe(desk), show)
-    (told,) = [line for line in show.said if line.startswith("WARNING")]
-    assert "is missing (of earlier rounds only what was asked for is kept)" in told
+    compress(recipe(desk), show, restart=True)
     assert show.rounds == [1, 2, 3] and published(desk) == undisturbed["at_end"]
 
 

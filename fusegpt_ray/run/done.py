@@ -1,0 +1,63 @@
+"""A finished round, and which files are needed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.store.records import FileRecord
+
+
+@dataclass(frozen=True)
+class Done:
+    """A round that is finished."""
+
+    record: Mapping[str, Any]
+    """What the manifest says about it."""
+    stack: Stack
+    """The model after it."""
+    files: Mapping[str, FileRecord]
+    """What it wrote, by URI."""
+
+    def to_json(self) -> dict[str, Any]:
+        files = {uri: file.to_json() for uri, file in self.files.items()}
+        return {"round": dict(self.record), "stack": self.stack.to_json(), "files": files}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        files = {uri: FileRecord.from_json(file) for uri, file in data["files"].items()}
+        return cls(data["round"], Stack.from_json(data["stack"]), files)
+
+
+def needed_files(done: Sequence[Done], numbers: Collection[int]) -> set[str]:
+    """All files that the models after these rounds point at, as far as the rounds are done."""
+    stacks = [done[number - 1].stack for number in numbers if 0 < number <= len(done)]
+    return {uri for stack in stacks for uri in _files(stack)}
+
+
+def _files(stack: Stack) -> set[str]:
+    """All files a stack points at, besides its trunk's."""
+    refs = [ref for block in stack.blocks for ref in block.weights.values()]
+    for block in stack.blocks:
+        if block.terms:
+            refs += [
+                ref
+                for part in (block.terms.base, block.terms.learned, *block.terms.donors)
+                for ref in part.values()
+            ]
+    return {ref.file for ref in refs}
+
+
+def let_go_of(uri: str, done: int) -> UserError:
+    """What to say of a file that a model after an earlier round needs and that is gone. Rounds that
+    are good are not done again because of one more model.
+    """
+    problem = (
+        f"{done} rounds are done, and {uri.rsplit('/', 1)[-1]}, which a model after an earlier one "
+        "is made of, is gone: of earlier rounds a run keeps only what was asked for"
+    )
+    fix = "ask for what was asked for before, use another output.name, or begin anew with --restart"
+    return UserError("sparsity", None, problem, fix)
