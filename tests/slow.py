@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 ENGINES = "tests/integration/test_engines.py"
-FAULTS = "tests/integration/test_faults.py"
+FAULTS = "tests/integration/test_faults_in_a_run.py"
 KILLED = "tests/integration/test_killed_workers.py"
 JOB = "tests/integration/test_training_job.py"
 KILLS = "tests/chaos/test_kills.py::test_a_killed_run_ends_with_the_same_bytes"

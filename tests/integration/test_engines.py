@@ -5,12 +5,9 @@ says.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,71 +16,16 @@ import ray
 import torch
 import transformers as tf
 import yaml
-from models import open_stack, without_blocks
-from safetensors.torch import load_file, save_file
+from engine_runs import LIGHT, RUNS, Run, _run  # noqa: F401 - fixtures
+from models import without_blocks
+from plain_models import dense_model, fused_in_memory, heldout_windows, plain_perplexity
+from safetensors.torch import load_file
 
-from fusegpt_ray import Recipe, UserError, compress
-from fusegpt_ray.distributed.nodes import nodes_without
-from fusegpt_ray.fusion.group_fusion import GroupFusion
-from fusegpt_ray.fusion.student import folded_tensors
-from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.text.calibration import sample_windows, token_stream
-from fusegpt_ray.training.loop import train
-from fusegpt_ray.training.states import States
-from fusegpt_ray.training.stepper import TorchStepper
+from fusegpt_ray import Recipe
 
 pytestmark = pytest.mark.integration
 
 BLOCKS = 8
-CPU = torch.device("cpu")
-
-Run = Callable[[str], "Finished"]
-
-
-class Finished:
-    """A finished run: its recipe, and what it published, the lightest compression first."""
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.recipe = Recipe.parse(data)
-        self.published = compress(self.recipe)
-        self.folders = [Path(item.uri) for item in self.published]
-        self.manifests = [
-            json.loads((folder / "fusegpt.json").read_text()) for folder in self.folders
-        ]
-
-
-LIGHT = {"sparsity": 0.125}
-TWO_WORKERS = {"engine": "ray", "workers": 2}
-RUNS: dict[str, dict[str, Any]] = {
-    "local": {},
-    "ray": {"cluster": {"engine": "ray", "replicas": 2}},
-    "ray, 2 workers": LIGHT | {"cluster": TWO_WORKERS | {"zero_stage": 3}},
-    "local mi+ft": LIGHT | {"method": "mi+ft"},
-    "ray mi+ft, 2 workers": LIGHT | {"method": "mi+ft", "cluster": TWO_WORKERS | {"zero_stage": 2}},
-    "local mi": {"method": "mi"},
-    "ray mi": {"method": "mi", "cluster": {"engine": "ray", "replicas": 3}},
-    "local bf16": {},
-}
-"""What each run changes in the tests' recipe."""
-
-
-@pytest.fixture(scope="module")
-def run(material, tmp_path_factory, request) -> Run:
-    """Name of a run → the finished run; each is made once."""
-    finished: dict[str, Finished] = {}
-
-    def get(name: str) -> Finished:
-        if name not in finished:
-            if name.startswith("ray"):
-                request.getfixturevalue("ray_session")
-            model = {
-                "source": str(material.model_bf16 if name.endswith("bf16") else material.model)
-            }
-            data = material.recipe(tmp_path_factory.mktemp("out"), **{"model": model} | RUNS[name])
-            finished[name] = Finished(data)
-        return finished[name]
-
-    return get
 
 
 # --- the two engines ---
@@ -260,24 +202,6 @@ def test_one_run_publishes_every_sparsity_on_its_way(run: Run) -> None:
 # --- against the real model, in plain torch ---
 
 
-def dense_model(recipe: Recipe) -> tf.PreTrainedModel:
-    return tf.AutoModelForCausalLM.from_pretrained(recipe.model.source, dtype=torch.float32).eval()
-
-
-def heldout_windows(recipe: Recipe) -> torch.Tensor:
-    text = recipe.evaluation["heldout"]
-    ids = tf.AutoTokenizer.from_pretrained(recipe.model.source)(
-        Path(text.data).read_text(), add_special_tokens=False
-    ).input_ids
-    return torch.tensor(ids[: len(ids) // text.length * text.length]).view(-1, text.length)
-
-
-@torch.no_grad()
-def plain_perplexity(model: tf.PreTrainedModel, ids_WT: torch.Tensor) -> float:
-    losses = [model(input_ids=window[None], labels=window[None]).loss.double() for window in ids_WT]
-    return torch.stack(losses).mean().exp().item()
-
-
 @pytest.mark.parametrize(
     "name", ["local", "ray", "local mi", "ray mi", "local mi+ft", "local bf16"]
 )
@@ -303,49 +227,6 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
         assert (found["fused"] == found["dropped"]) == (finished.recipe.method == "mi")
 
 
-def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> tf.PreTrainedModel:
-    """The dense model of transformers with the rounds' fine-tuned blocks put in its place, nothing
-    published.
-    """
-    dense = open_stack(Path(recipe.model.source))
-    runner = Runner(dense, CPU, torch.float32, recipe.importance.batch)
-    tokenizer, settings = tf.AutoTokenizer.from_pretrained(recipe.model.source), recipe.calibration
-    stream = token_stream(settings, 1_000_000, tokenizer, "calibration.data")
-    windows_WT = torch.from_numpy(
-        sample_windows(stream, settings.windows, settings.length, settings.seed, "calibration.data")
-    )
-    contexts = runner.trunk.contexts(recipe.fusion.batch, settings.length)
-    stack, model = dense, dense_model(recipe)
-    for number, donor in enumerate(manifest["removed"]):
-        job = GroupFusion(
-            stack,
-            dense,
-            donor,
-            recipe.fusion,
-            recipe.method == "fusegpt",
-            recipe.seed,
-            str(folder / str(number)),
-        )
-        states = States(*job.source.walk(runner, windows_WT))
-        span = job.build(runner.trunk.meta_blocks, contexts, CPU, torch.float32)
-        fused = job.donor_block if job.fuse else None
-        config = job.task(windows_WT.numpy(), recipe.cluster, "", "").config
-        steps = config.epochs * len(windows_WT) // config.batch
-        stepper = TorchStepper.make(span, job.parameter_groups(span), config, steps, CPU)
-        train(
-            stepper,
-            lambda s=states, b=config.batch: s.batches(b),
-            config.epochs,
-            lambda *_: None,
-        )
-        for block, learned in zip(job.neighbours, span.learned.blocks, strict=True):
-            model.model.layers[block.dense].load_state_dict(
-                folded_tensors(learned, block, fused), strict=False
-            )
-        stack = stack.drop(donor).swap(job.save(span).blocks)
-    return without_blocks(model, "llama", manifest["kept"])
-
-
 @pytest.mark.parametrize("name", ["local", "local mi+ft", "local bf16"])
 @torch.no_grad()
 def test_logits_are_those_of_the_model_in_memory(run: Run, tmp_path, name: str) -> None:
@@ -361,24 +242,3 @@ def test_logits_are_those_of_the_model_in_memory(run: Run, tmp_path, name: str) 
         torch.testing.assert_close(
             published(ids_WT).logits, reference(ids_WT).logits, rtol=0, atol=1e-5
         )
-
-
-def test_nodes_that_do_not_see_a_file_are_named(ray_session, material, tmp_path) -> None:
-    seen = str(material.model / "model.safetensors")
-    assert nodes_without([seen]) == []
-    assert nodes_without([seen, str(tmp_path / "elsewhere.safetensors")]) == [
-        node["NodeManagerAddress"] for node in ray.nodes()
-    ]
-
-
-def test_nan_is_told_on_ray(ray_session, material, tmp_path: Path) -> None:
-    """Workers find it, the driver names the tensor, and nothing stays of the run."""
-    model = Path(shutil.copytree(material.model, tmp_path / "model"))
-    held, name = load_file(model / "model.safetensors"), "model.layers.5.self_attn.o_proj.weight"
-    held[name][3, 7] = math.nan
-    save_file(held, model / "model.safetensors", metadata={"format": "pt"})
-    changes = {"model": {"source": str(model)}, "cluster": {"engine": "ray", "replicas": 2}}
-    recipe = Recipe.parse(material.recipe(tmp_path / "out", **changes))
-    with pytest.raises(UserError, match=f"model.source = .*{name} holds NaN or Inf"):
-        compress(recipe)
-    assert not (tmp_path / "out").exists()

@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 # Their asserts, too, are to say what they compared.
 pytest.register_assert_rewrite(
-    "cached_blocks", "expected", "pulling", "recipes", "stopped_runs", "workshop"
+    "bench",
+    "cached_blocks",
+    "expected",
+    "published_models",
+    "pulling",
+    "recipes",
+    "stopped_runs",
+    "workshop",
 )
 
 

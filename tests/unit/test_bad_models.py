@@ -4,55 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers as tf
 from desk import Desk
 from mistakes import Bad, check, edit, table
 from models import DEPTH, GROUPED, VOCAB
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def model(name: str, spoil: Callable[[Desk], object], value: str, problem: str, fix: str) -> Bad:
-    """A model spoilt in some way."""
-
-    def make(desk: Desk) -> None:
-        spoil(desk)
-
-    return Bad(name, make, "model.source", value, problem, fix)
-
-
-def source(name: str, value: str, problem: str, fix: str, shown: str = "") -> Bad:
-    def make(desk: Desk) -> list[str]:
-        return ["compress", desk.write(model={"source": value})]
-
-    return Bad(name, make, "model.source", shown or value, problem, fix)
+from spoilt import AGAIN, FOLDER, SINGLE, configured, model, replaced, source, unreadable
 
 
 def config(data: bytes) -> Callable[[Desk], object]:
     """config.json holds this."""
     return lambda desk: (desk.model / "config.json").write_bytes(data)
-
-
-def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Desk], object]:
-    """Something else is in a file's place."""
-
-    def spoil(desk: Desk) -> None:
-        (desk.model / name).unlink(missing_ok=True)
-        make(desk.model / name)
-
-    return spoil
-
-
-def unreadable(name: str) -> Callable[[Desk], object]:
-    return lambda desk: (desk.model / name).chmod(0)
-
-
-def configured(**changes: Any) -> Callable[[Desk], object]:
-    """config.json says something else."""
-    return lambda desk: edit(desk, "config.json", lambda data: data | changes)
 
 
 def custom_code(desk: Desk) -> None:
@@ -114,11 +77,7 @@ T5 = {
     "num_heads": 2,
 }
 DEEP = "[" * 500 + "]" * 500
-AGAIN, CONTAINED, FOLDER = (
-    "download the checkpoint again",
-    "transformers itself contains",
-    "folder of a Hugging Face checkpoint",
-)
+CONTAINED = "transformers itself contains"
 REPAIR = "config.json|checkpoint"
 MODELS = [
     source("no-such-folder", "nowhere", "no such folder", "hub id such as"),

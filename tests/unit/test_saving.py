@@ -34,7 +34,7 @@ SHARD = 9_000
 
 class Elsewhere(LocalWorkers):
     """Several replicas in other processes, as far as what they are given and give back can tell: it
-    travels as bytes. They finish in another order than they were asked.
+    travels as bytes. They finish in another order than they were asked, and share one machine.
     """
 
     replicas = 3  # type: ignore[assignment]
@@ -49,7 +49,7 @@ class Elsewhere(LocalWorkers):
         self.tasks = list(tasks)
         for number, task in reversed(list(enumerate(tasks))):
             sent = pickle.loads(pickle.dumps((function, task)))
-            yield number, pickle.loads(pickle.dumps(sent[0](None, *sent[1])))
+            yield number, pickle.loads(pickle.dumps(sent[0](self.runner, *sent[1])))
 
 
 @pytest.fixture

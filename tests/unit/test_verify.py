@@ -13,8 +13,8 @@ import fsspec
 import pytest
 import torch
 from faulty import failing
+from published_models import published
 from safetensors.torch import load_file, save_file
-from test_publish import published
 
 from fusegpt_ray import verify
 from fusegpt_ray.cli import main

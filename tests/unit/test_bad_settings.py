@@ -1,0 +1,140 @@
+"""Values of a recipe that are wrong, set by `--set`."""
+
+from __future__ import annotations
+
+import pytest
+from desk import Desk
+from mistakes import Bad, check, table
+
+
+def overridden(
+    setting: str, value: str, problem: str, fix: str = "", key: str = "", name: str = ""
+) -> Bad:
+    """`--set setting` on a good recipe."""
+
+    def make(desk: Desk) -> list[str]:
+        return ["compress", desk.write(), "--set", setting]
+
+    key = key or setting.partition("=")[0]
+    return Bad(name or setting, make, key, value, problem, fix or f"change {key}")
+
+
+FRACTION = ("not between 0 and 1", "such as 0.25")
+SETTINGS = [
+    overridden("sparsity=0", "0.0", *FRACTION),
+    overridden("sparsity=1", "1.0", *FRACTION),
+    overridden("sparsity=1.5", "1.5", *FRACTION),
+    overridden("sparsity=-1", "-1.0", *FRACTION),
+    overridden("sparsity=.nan", "nan", *FRACTION),
+    overridden("sparsity=0.7", "0.7", "leaves 1 of 5 blocks", "at most 0.60"),
+    overridden("sparsity=[0.2, 0.9]", "0.9", "leaves 0 of 5 blocks", "at most 0.60"),
+    overridden("sparsity=[0.2, 0.2]", "[0.2, 0.2]", "same name", "list each one once"),
+    overridden("sparsity=[]", "[]", "there is none", "list each one once"),
+    overridden("sparsity=some", "'some'", "valid number", key="sparsity.0"),
+    overridden("metod=mi", "'mi'", "unknown key", "did you mean method"),
+    overridden("fusion.los=batch_kl", "'batch_kl'", "unknown key", "did you mean fusion.loss"),
+    overridden("model.nonsense=1", "1", "unknown key", "dtype"),
+    overridden("calibration.lenght=8", "8", "unknown key", "did you mean calibration.length"),
+    overridden("importance.metric=bi", "'bi'", "unknown key", "windows"),
+    overridden("cluster.gpus=1", "1", "unknown key", "gpus_per_replica"),
+    overridden("output.url=here", "'here'", "unknown key", "did you mean output.uri"),
+    overridden(
+        "evaluation.a={data: a.txt, colum: b}",
+        "'b'",
+        "unknown key",
+        "did you mean evaluation.a.column",
+        "evaluation.a.colum",
+    ),
+    overridden(
+        "sparsity", "'sparsity'", "not of the form key=value", "--set fusion.epochs=5", key="--set"
+    ),
+    overridden("seed=[1", "'seed=[1'", "not YAML", "quote it", key="--set"),
+    overridden("seed.of=3", "{'of'", "valid integer", key="seed"),
+    overridden("method=magic", "'magic'", "'mi', 'mi\\+ft' or 'fusegpt'"),
+    overridden("cluster.engine=spark", "'spark'", "'ray' or 'local'"),
+    overridden("fusion.loss=mse", "'mse'", "'batch_kl' or 'normalized_mse'"),
+    overridden("fusion.preset=best", "'best'", "'default' or 'paper'"),
+    overridden("fusion.epochs=many", "'many'", "valid integer"),
+    overridden("fusion.epochs=1.5", "1.5", "valid integer"),
+    overridden("fusion.batch=1", "1", "greater than or equal to 2"),
+    overridden("fusion=7", "7", "dictionary"),
+    overridden("fusion.learning_rate=-1", "-1", "greater than 0"),
+    overridden("fusion.learning_rate=.nan", "nan", "greater than 0|finite"),
+    overridden("fusion.learning_rate=.inf", "inf", "finite"),
+    overridden("fusion.betas=[1.5, 0.9]", "1.5", "less than 1", key="fusion.betas.0"),
+    overridden("model.source=5", "5", "valid string"),
+    overridden("calibration.length=1", "1", "greater than or equal to 2"),
+    overridden("calibration.windows=6", "6", "not a multiple of fusion.batch = 4", "use 8"),
+    overridden(
+        "calibration.windows=2",
+        "4",
+        "first of the 2 calibration windows",
+        "raise",
+        key="importance.windows",
+    ),
+    overridden("cluster.workers=3", "3", "does not divide fusion.batch = 4", r"\[1, 2, 4\]"),
+    overridden("calibration.length=65", "65", "longer than the model's 64 positions", "at most 64"),
+    overridden("calibration.data=''", "''", "at least 1 character|no such file"),
+    overridden(
+        "evaluation.a={data: a.txt, length: 65}",
+        "65",
+        "longer than .* 64",
+        "at most 64",
+        key="evaluation.a.length",
+    ),
+    overridden("evaluation.a=5", "5", "dictionary"),
+    overridden("output.name=a/b", "'a/b'", "should match pattern"),
+    overridden("output.name=..", "'..'", "should match pattern"),
+    overridden(
+        "seed=0x" + "f" * 9000,
+        "…",
+        "less than 9223372036854775808",
+        "change seed",
+        "seed",
+        "seed-of-many-digits",
+    ),
+    overridden("seed=" + "9" * 5000, "…", "not YAML", "quote it", "--set", "seed-of-more-digits"),
+    overridden("seed=!!timestamp 2001-99-99", "seed=", "not YAML", "quote it", "--set"),
+    overridden("seed=!!int {}", "seed=", "not YAML", "quote it", "--set"),
+    overridden("? [1]=2", "2", "unknown key", "sparsity", "? [1]"),
+    overridden("=2", "'=2'", "not of the form", "write for example", "--set"),
+    overridden(
+        "model.source.deeper=2",
+        "'model.source.deeper=2'",
+        "source is not a section",
+        "docs/recipe.md",
+        "--set",
+    ),
+    overridden("seed=*other", "'seed=*other'", "alias", "quote it", "--set"),
+    overridden(
+        r'calibration.data="a\0b"', r"a\x00b", "no such file|cannot be read|neither", "path"
+    ),
+    overridden(
+        "evaluation={1: {data: a.txt}}", "1", "valid string", "change", "evaluation.1.[key]"
+    ),
+    overridden("evaluation={a: {data: b.txt, 5: 6}}", "", "string|unknown", key="evaluation.a.5"),
+    overridden("calibration.length=1e400", "", "integer|finite", "change"),
+    overridden(
+        "calibration.windows=99999999999999999999", "99999", "less than or equal to 10000000"
+    ),
+    overridden("fusion.rank=99999999999999999999", "99999", "less than or equal to 10000000"),
+    overridden("output.shard_gb=0", "0", "greater than 0"),
+    overridden("output.shard_gb=.inf", "inf", "finite"),
+    overridden("output.uri=/proc/fusegpt", "'/proc/fusegpt'", "cannot be written", "your rights"),
+    overridden(
+        "output.uri=heldout.txt/deep", "'heldout.txt/deep'", "cannot be written", "the path"
+    ),
+    overridden(
+        "output.uri=nosuch://bucket/out",
+        "'nosuch://bucket/out'",
+        "cannot be written .*nosuch",
+        "the path",
+    ),
+]
+
+
+@table(SETTINGS)
+def test_settings(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(bad, desk, weight_reads, capsys)

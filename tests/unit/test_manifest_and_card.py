@@ -1,0 +1,99 @@
+"""The manifest and the model card tell the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from models import DEPTH, open_stack
+from published_models import FACTS, KEPT, dressed, load, published, same_logits, shortened
+
+from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.publishing.publish import Published, publish
+
+
+def test_the_manifest_tells_the_truth_about_every_file(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = dressed(checkpoint("llama"), tmp_path / "source")
+    result = published(source, tmp_path / "out", shard_bytes=25_000)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert result == Published(str(tmp_path / "out"), manifest)
+    there = {
+        file.name: file.read_bytes()
+        for file in (tmp_path / "out").iterdir()
+        if file.name != MANIFEST
+    }
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in there.items()
+    }
+    assert {key: manifest[key] for key in FACTS} == FACTS
+    assert (manifest["dense_blocks"], manifest["kept"]) == (DEPTH, KEPT)
+    assert manifest["source"] == {"name": str(source), "revision": None, "on_hub": False}
+    assert {name: manifest["versions"][name] for name in ("torch", "transformers")} == {
+        name: version(name) for name in ("torch", "transformers")
+    }
+
+
+def card_of(folder: Path) -> tuple[dict[str, Any], str]:
+    """The card's front matter and the rest."""
+    _, front, body = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_the_card_tells_the_truth(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    published(checkpoint("llama"), tmp_path / "demo-p40")
+    front, body = card_of(tmp_path / "demo-p40")
+    assert front["library_name"] == "transformers" and "base_model" not in front
+    assert "# demo-p40\n" in body
+    assert (
+        f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: "
+        "blocks with the lowest Macro Influence dropped" in body
+    )
+    assert "in order (numbers in the dense model): 3, 0." in body
+    assert "| held-out (9 tokens a window) | 10.50 | 12.25 | 11.75 |" in body
+    (recipe,) = re.findall(r"```json\n(.*?)```", body, re.DOTALL)
+    assert json.loads(recipe) == FACTS["recipe"]
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_the_cards_python_runs(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = dressed(checkpoint(name), tmp_path / "source")
+    published(source, tmp_path / "out")
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL
+    )
+    names: dict[str, Any] = {}
+    exec(code.replace("<this folder>", str(tmp_path / "out")), names)
+    assert same_logits(names["model"].eval(), load(tmp_path / "out"))
+
+
+def test_a_hub_model_is_named_as_the_base(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dense = open_stack(checkpoint("llama"))
+    source = Source("some-lab/tiny", "v1.0", str(checkpoint("llama")))
+    publish(str(tmp_path / "out"), shortened(dense), dense, source, 10**9, FACTS)
+    front, body = card_of(tmp_path / "out")
+    assert front["base_model"] == "some-lab/tiny" and "some-lab/tiny (revision v1.0) with 2" in body
+
+
+def test_a_local_folder_is_not_taken_for_a_hub_model(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint("llama"), tmp_path / "models/llama")
+    monkeypatch.chdir(tmp_path)
+    dense = open_stack(Path("models/llama"))
+    publish("out", shortened(dense), dense, Source.find("models/llama", None), 10**9, FACTS)
+    assert "base_model" not in card_of(Path("out"))[0]
