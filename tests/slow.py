@@ -18,6 +18,14 @@ ENGINES = "tests/integration/test_engines.py"
 FAULTS = "tests/integration/test_faults_in_a_run.py"
 KILLED = "tests/integration/test_killed_workers.py"
 JOB = "tests/integration/test_training_job.py"
+S3 = "tests/integration/test_s3.py"
+S3_RUNS = (
+    "test_the_result_loads_once_downloaded",
+    "test_the_manifest_comes_last",
+    "test_nothing_is_written_elsewhere_and_nothing_temporary_stays",
+    "test_no_credentials_are_written",
+    "test_a_finished_name_is_refused",
+)
 KILLS = "tests/chaos/test_kills.py::test_a_killed_run_ends_with_the_same_bytes"
 STOPPED = (
     "tests/integration/test_two_runs.py"
@@ -28,6 +36,7 @@ SLOW = (
     # Runs on Ray with one training worker, with fine-tuning alone and without any: parts of the
     # run "ray, 2 workers", which stays.
     f"{ENGINES}::test_engines_make_the_same_model[local-ray-close0]",
+    f"{ENGINES}::test_one_run_publishes_every_sparsity_on_its_way[ray]",
     f"{ENGINES}::test_the_manifest_is_true[ray]",
     f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray]",
     f"{ENGINES}::test_perplexities_are_those_of_real_models[ray]",
@@ -60,6 +69,17 @@ SLOW = (
     f"{JOB}::test_a_worker_that_is_killed_between_tasks_is_replaced",
     f"{JOB}::test_a_worker_that_is_killed_in_a_task_is_replaced",
     f"{JOB}::test_what_a_task_raises_reaches_the_driver_and_the_next_task_is_done[UserError]",
+    # A run on Ray to S3: that of a submitted job stays.
+    *(f"{S3}::{name}[ray]" for name in S3_RUNS),
+    f"{S3}::test_both_engines_wrote_the_same_model",
+    # A run on Ray that fails: what one that is killed leaves behind is looked through.
+    "tests/integration/test_secrets.py::test_a_run_that_fails_with_a_trace",
+    # Memory that really runs out in training workers: that the driver hears of it, and what comes
+    # of it in one process, stays.
+    "tests/integration/test_out_of_memory_on_ray.py"
+    "::test_training_workers_that_run_out_of_memory_start_again_with_less",
+    # The code generator takes its time: the compiler before it stays.
+    "tests/unit/test_compiled.py::test_real_code_computes_the_same",
     # A submitted job that fails: the same is looked for in a run that was not submitted.
     "tests/integration/test_submit.py::test_a_job_that_fails_with_a_trace_tells_no_secret",
     # Memory that runs out in training: one loss stays, and the last resort of a single window is a
@@ -69,9 +89,12 @@ SLOW = (
     "tests/unit/test_out_of_memory.py::test_what_never_fits_says_so",
     # One bomb of each kind of input stays.
     "tests/unit/test_bombs.py::test_every_bomb_is_refused_within_a_bounded_memory[others-12]",
-    # A kill of every kind of victim stays; of the driver's four moments on one process, two.
+    # Kills of the driver and of a node stay; of the driver's four moments on one process, two. Lost
+    # replicas and training workers have tests of their own (test_replicas, test_killed_workers).
     KILLS + r"[driver (local) at \u201cround 1/2: scoring\u201d]",
     KILLS + r"[driver (local) at \u201cround 2: fusing\u201d]",
+    KILLS + r"[scoring worker (ray) at \u201cround 1/1: scoring\u201d]",
+    KILLS + r"[training worker (ray) at \u201cround 1: fusing\u201d]",
 )
 """A file, a test of it (with all its cases), or a single case, as pytest writes them."""
 

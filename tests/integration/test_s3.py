@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,41 +47,50 @@ class Done:
         return json.loads((self.folder / "fusegpt.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def runs(s3, ray_session, material, tmp_path_factory) -> Iterator[dict[str, Done]]:
-    """Engine → its run; both engines read and write the same bucket."""
-    bucket = "from-s3-to-s3"
-    s3.client.create_bucket(Bucket=bucket)
-    S3FileSystem.clear_instance_cache()
-    s3.upload(material.model.iterdir(), bucket, "models/dense")
-    s3.upload([material.calibration, material.heldout], bucket, "texts")
-    done = {}
-    for engine, cluster in {"ray": {"engine": "ray"}, "local": {"engine": "local"}}.items():
+class Runs(dict[str, Done]):
+    """Engine → its run, made when it is first asked for; both read and write the same bucket."""
+
+    def __init__(self, s3, material, folders) -> None:
+        super().__init__()
+        self.s3, self.material, self.folders = s3, material, folders
+        self.bucket = "from-s3-to-s3"
+        s3.client.create_bucket(Bucket=self.bucket)
+        S3FileSystem.clear_instance_cache()
+        s3.upload(material.model.iterdir(), self.bucket, "models/dense")
+        s3.upload([material.calibration, material.heldout], self.bucket, "texts")
+
+    def __missing__(self, engine: str) -> Done:
+        s3, material, bucket = self.s3, self.material, self.bucket
         recipe = material.recipe(
             f"s3://{bucket}/results/{engine}",
             model={"source": f"s3://{bucket}/models/dense"},
             sparsity=0.125,
             calibration={"data": f"s3://{bucket}/texts/{material.calibration.name}"},
             evaluation={"heldout": {"data": f"s3://{bucket}/texts/{material.heldout.name}"}},
-            cluster=cluster,
+            cluster={"engine": engine},
         )
         before = len(s3.requests())
         compress(Recipe.parse(recipe))
         writes = [path for method, path in s3.requests()[before:] if method not in READING]
         objects, prefix = s3.objects(bucket), f"results/{engine}"
-        folder = tmp_path_factory.mktemp(engine)
+        folder = self.folders.mktemp(engine)
         for key in objects:
             if key.startswith(f"{prefix}/{MODEL}/"):
                 s3.client.download_file(bucket, key, str(folder / key.rsplit("/", 1)[-1]))
-        done[engine] = Done(recipe, bucket, prefix, objects, writes, folder)
-    return done
+        self[engine] = Done(recipe, bucket, prefix, objects, writes, folder)
+        return self[engine]
+
+
+@pytest.fixture(scope="module")
+def runs(s3, ray_session, material, tmp_path_factory) -> Runs:
+    return Runs(s3, material, tmp_path_factory)
 
 
 ENGINES = pytest.mark.parametrize("engine", ["ray", "local"])
 
 
 @ENGINES
-def test_the_result_loads_once_downloaded(runs: dict[str, Done], engine: str) -> None:
+def test_the_result_loads_once_downloaded(runs: Runs, engine: str) -> None:
     done = runs[engine]
     model, report = tf.AutoModelForCausalLM.from_pretrained(
         done.folder, dtype="auto", output_loading_info=True
@@ -95,7 +104,7 @@ def test_the_result_loads_once_downloaded(runs: dict[str, Done], engine: str) ->
     assert tf.AutoTokenizer.from_pretrained(done.folder)("deba figo").input_ids
 
 
-def test_both_engines_wrote_the_same_model(runs: dict[str, Done]) -> None:
+def test_both_engines_wrote_the_same_model(runs: Runs) -> None:
     ours, theirs = (
         load_file(runs[engine].folder / "model.safetensors") for engine in ("ray", "local")
     )
@@ -107,7 +116,7 @@ def test_both_engines_wrote_the_same_model(runs: dict[str, Done]) -> None:
 
 
 @ENGINES
-def test_the_manifest_comes_last(s3, runs: dict[str, Done], engine: str) -> None:
+def test_the_manifest_comes_last(s3, runs: Runs, engine: str) -> None:
     done = runs[engine]
     folder = f"{done.prefix}/{MODEL}/"
     published = [path for path in done.writes if path.startswith(f"/{done.bucket}/{folder}")]
@@ -121,9 +130,7 @@ def test_the_manifest_comes_last(s3, runs: dict[str, Done], engine: str) -> None
 
 
 @ENGINES
-def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(
-    runs: dict[str, Done], engine: str
-) -> None:
+def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(runs: Runs, engine: str) -> None:
     done = runs[engine]
     # `POST /bucket?delete` names its keys in the body: what it deleted is seen in what is left.
     elsewhere = [
@@ -143,14 +150,14 @@ def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(
 
 
 @ENGINES
-def test_no_credentials_are_written(s3, runs: dict[str, Done], engine: str) -> None:
+def test_no_credentials_are_written(s3, runs: Runs, engine: str) -> None:
     for key, data in runs[engine].objects.items():
         for secret in s3.keys:
             assert secret.encode() not in data, key
 
 
 @ENGINES
-def test_a_finished_name_is_refused(s3, runs: dict[str, Done], engine: str) -> None:
+def test_a_finished_name_is_refused(s3, runs: Runs, engine: str) -> None:
     done = runs[engine]
     before = len(s3.requests())
     with pytest.raises(UserError, match="a finished model is already at") as caught:
@@ -159,9 +166,7 @@ def test_a_finished_name_is_refused(s3, runs: dict[str, Done], engine: str) -> N
     assert {method for method, _ in s3.requests()[before:]} <= READING
 
 
-def test_the_same_command_again_finds_the_model_and_writes_nothing(
-    s3, runs: dict[str, Done]
-) -> None:
+def test_the_same_command_again_finds_the_model_and_writes_nothing(s3, runs: Runs) -> None:
     done = runs["local"]
     before = len(s3.requests())
     (again,) = compress(Recipe.parse(done.recipe))

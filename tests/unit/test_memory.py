@@ -35,7 +35,8 @@ def test_two_rounds_hold_the_trunk_and_one_group(
             "model": {"source": str(folder)},
             "calibration": {"data": "unused", "windows": 8, "length": 9},
             "importance": {"windows": 8},
-            "fusion": {"group_size": 2, "epochs": 1, "batch": 4, "rank": 2, "lora_rank": 2},
+            "fusion": {"group_size": 2, "epochs": 1, "batch": 4, "rank": 2, "lora_rank": 2}
+            | {"fold": "at_end"},
             "cluster": {"weights": "streamed"},
             "output": {"uri": str(tmp_path), "name": "x"},
         }

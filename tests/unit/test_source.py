@@ -75,9 +75,9 @@ def test_the_checksum_of_a_large_hub_file_is_its_name(cached_hub_model, tmp_path
     )
     stacks = [Source.find(name, None).stack() for name in (str(cached_hub_model), "some-org/tiny")]
     weight_reads.clear()
-    there = identity(recipe, "", stacks[1], torch.float32)["model"]["files"]
+    there = identity(recipe, "", stacks[1], torch.float32, {})["model"]["files"]
     assert weight_reads == []
-    here = identity(recipe, "", stacks[0], torch.float32)["model"]["files"]
+    here = identity(recipe, "", stacks[0], torch.float32, {})["model"]["files"]
     assert there == here == {"model.safetensors": f"sha256 {digest}"} and weight_reads
 
 
