@@ -32,7 +32,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper, normalized_mse": {"fusion": {"preset": "paper", "loss": "normalized_mse"}},
     "paper, dense teacher": {"fusion": {"preset": "paper", "teacher": "dense"}},
     "default": {"fusion": {"preset": "default"}},
-    "default, fold each round": {"fusion": {"preset": "default", "fold": "each_round"}},
+    "default, terms kept": {"fusion": {"preset": "default", "fold": "at_end"}},
     "default, mi+ft": {"method": "mi+ft", "fusion": {"preset": "default"}},
 }
 
