@@ -30,10 +30,10 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import identity
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.outputs import run_id
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
 from fusegpt_ray.workers.base import Setup, Workers
@@ -113,9 +113,8 @@ class _Run:
 
     @property
     def id(self) -> str:
-        """Names the run in what it publishes. What is finished stays its own on other hardware."""
-        known = {key: value for key, value in self.identity.items() if key != "hardware"}
-        return checksum(known)
+        """See `run_id`."""
+        return run_id(self.identity)
 
     def publish_all(self, restart: bool) -> dict[str, Published]:
         """Do what is left to do; everything that this run has published, by folder.

@@ -19,6 +19,12 @@ from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened
 from fusegpt_ray.uris import refuse_secret
 
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """Names a run in what it publishes. What is finished stays its own on other hardware."""
+    return checksum({key: value for key, value in identity.items() if key != "hardware"})
+
+
 DEAD_AFTER = 600.0
 """Seconds without a sign of life after which a run counts as dead."""
 IDENTITY = "identity.json"
@@ -150,7 +156,7 @@ class Run:
         """Everything it was to publish is there, and is its own."""
         parent = self.folder.uri.rsplit("/", 1)[0]
         try:
-            this = checksum(opened(storage.read(storage.join(self.folder.uri, IDENTITY))))
+            this = run_id(opened(storage.read(storage.join(self.folder.uri, IDENTITY))))
             wanted = [
                 Manifest.read(storage.join(parent, name))
                 for name in self.heartbeat.get("models", [])
