@@ -89,10 +89,6 @@ class _Run:
         """
         recipe, model = planned.recipe, planned.model
         show.say(workers.description)
-        if recipe.trains:
-            room, rounds = workers.device_bytes, planned.rounds
-            if lack := shortage(recipe, model.stack, workers.dtype, rounds, room):
-                show.say(lack)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
         windows = _calibration_windows(workers, recipe, leading["calibration"])
@@ -152,6 +148,10 @@ class _Run:
         journal.begin(self.identity, show.say)
         _compare_source(workers, model.source, model.stack, windows_WT, show)
         show.calibration(self.windows.protocol)
+        if recipe.trains:
+            room, rounds = workers.device_bytes, self.plan.rounds
+            if lack := shortage(recipe, model.stack, workers.dtype, rounds, room):
+                show.say(lack)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
             judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)

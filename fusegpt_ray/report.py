@@ -116,8 +116,8 @@ class Display(_Live):
 
     def published(self, publishing: Mapping[str, Any]) -> None:
         """How fast a model's shards were written; see a manifest's "publishing"."""
-        took = f"{duration(publishing['seconds'])} ({publishing['gb_per_second']:.2f} GB/s)"
-        self.say(f"  {byte_count(publishing['bytes'])} written and read back in {took}")
+        size, rate = byte_count(publishing["bytes"]), publishing["gb_per_second"]
+        self.say(f"  {size} written and read back, {rate:.2g} GB/s")
 
     def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
         """The last table: for each published model the perplexities of dense, dropped and fused on

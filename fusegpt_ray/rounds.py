@@ -109,7 +109,7 @@ class Rounds:
                 "finetune": round(change.train_seconds, 3),
             },
         }
-        if change.states_bytes_read or ranking.bytes_read:
+        if self.workers.streams:
             whole = stored_bytes(stack.blocks)
             scored, walked = (n / whole for n in (ranking.bytes_read, change.states_bytes_read))
             self.show.say(f"  weights read {scored:.3g} times to score, {walked:.3g} for states")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.publishing.shards import AT_ONCE, Fence, Shards
+from fusegpt_ray.publishing.shards import AT_ONCE, Shards
 from fusegpt_ray.publishing.shards import put_shards as put_here
 from fusegpt_ray.store.checkpoint import FileRecord
+from fusegpt_ray.store.fence import Fence
 from fusegpt_ray.workers.base import Workers
 
 

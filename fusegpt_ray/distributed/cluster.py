@@ -89,7 +89,7 @@ class RayWorkers:
 
     @property
     def hardware(self) -> Mapping[str, str]:
-        return self._pool.hardware
+        return self._pool.hardware if self.gpus else {}
 
     @property
     def device_bytes(self) -> int:

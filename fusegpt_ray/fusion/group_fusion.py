@@ -4,7 +4,7 @@ saved.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,15 +29,12 @@ from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
+from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
-
-
-def _nothing() -> None:
-    """Nobody else writes."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class GroupFusion:
     seed: int
     folder: str
     """Where the new blocks' files go."""
-    fence: Callable[[], None] = _nothing
+    fence: Fence = nobody_else
     """Called before every write, in whichever process: it raises if another run writes here."""
 
     @property

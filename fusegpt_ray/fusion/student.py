@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
 from fusegpt_ray.model.stack import Block, Refs
-from fusegpt_ray.model.trunk import load_block
+from fusegpt_ray.model.trunk import in_arithmetic, load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 
 
@@ -134,7 +134,8 @@ class DonorCache:
         if key not in self._blocks:
             stored = read_tensors(refs)
             self._blocks[key] = {
-                name: value.to(self.device, self.dtype) for name, value in stored.items()
+                name: in_arithmetic(value.to(self.device), self.dtype)
+                for name, value in stored.items()
             }
         return self._blocks[key]
 

@@ -22,11 +22,12 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
-from fusegpt_ray.publishing.shards import Fence, Put, Shards, put_shards, remove_unfinished
+from fusegpt_ray.publishing.shards import Put, Shards, put_shards, remove_unfinished
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
+from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import Entry, plan_shards
 
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
@@ -45,10 +46,6 @@ Measure = Callable[[Stack], Mapping[str, Any]]
 facts for the manifest, and raises if the model is not what it should be."""
 
 
-def _nobody_else() -> None:
-    """No other run writes there."""
-
-
 def publish(
     folder: str,
     stack: Stack,
@@ -57,7 +54,7 @@ def publish(
     shard_bytes: int,
     facts: Mapping[str, Any],
     measure: Measure = lambda _: {},
-    fence: Fence = _nobody_else,
+    fence: Fence = nobody_else,
     put_them: Put = put_shards,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.

@@ -8,14 +8,13 @@ from functools import partial
 from fusegpt_ray.publishing.proof import read_back
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord
+from fusegpt_ray.store.fence import Fence
 from fusegpt_ray.store.local import UNFINISHED
 from fusegpt_ray.store.threads import at_once
 from fusegpt_ray.store.writer import Entry, write_safetensors
 
 AT_ONCE = 4
 """Shards that a process writes at the same time; each keeps three tensors in memory at most."""
-Fence = Callable[[], None]
-"""Called before every write, in the process that writes: it raises if another run writes there."""
 Shards = Mapping[str, Sequence[Entry]]
 """File name → its tensors."""
 Put = Callable[[str, Shards, Fence], Mapping[str, FileRecord]]

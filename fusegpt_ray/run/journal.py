@@ -23,6 +23,7 @@ from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import DamagedRecord, damage, opened, sealed
 from fusegpt_ray.store.threads import at_once
 
@@ -77,9 +78,9 @@ class Journal:
         return bool(storage.names(self.folder))
 
     @property
-    def fence(self) -> Callable[[], None]:
+    def fence(self) -> Fence:
         """To be called before a write; it raises `OwnedByAnother` when the name is lost."""
-        return self.lease.fence.check if self.lease else _nothing
+        return self.lease.fence.check if self.lease else nobody_else
 
     def creating(self) -> AbstractContextManager[None]:
         """A context for creating what no other run may create (see `Lease.creating`)."""
@@ -303,7 +304,3 @@ class Journal:
             except DamagedRecord as error:
                 return done, f"{self._file(number)} is damaged ({error})"
         return done, ""
-
-
-def _nothing() -> None:
-    """Nobody else writes (in tests, and where records are only looked at)."""

@@ -19,12 +19,6 @@ from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened
 from fusegpt_ray.uris import refuse_secret
 
-
-def run_id(identity: Mapping[str, Any]) -> str:
-    """Names a run in what it publishes. What is finished stays its own on other hardware."""
-    return checksum({key: value for key, value in identity.items() if key != "hardware"})
-
-
 DEAD_AFTER = 600.0
 """Seconds without a sign of life after which a run counts as dead."""
 IDENTITY = "identity.json"
@@ -38,6 +32,11 @@ RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """Names a run in what it publishes. What is finished stays its own on other hardware."""
+    return checksum({key: value for key, value in identity.items() if key != "hardware"})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from stopped_runs import (  # noqa: F401 - fixtures
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.workers.local import LocalWorkers
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,54 @@ def test_another_recipe_is_refused_and_the_difference_shown(
     assert (refused.value.key, refused.value.value) == ("output.name", "demo")
     assert f"an unfinished run in {run_folder(desk)} has {key} = " in refused.value.problem
     assert contents(desk.folder) == before
+
+
+A_GPU = {"gpu": "NVIDIA H200", "torch": "2.13.0", "cuda": "13.0", "blocks": "compiled"}
+
+
+def on(hardware: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, as on other hardware. (The bits are those of this CPU all the same.)"""
+    monkeypatch.setattr(LocalWorkers, "hardware", hardware)
+
+
+@pytest.mark.parametrize("there", [{}, A_GPU | {"gpu": "NVIDIA H100"}, A_GPU | {"cuda": "12.8"}])
+def test_a_run_begun_on_a_gpu_is_not_gone_on_with_elsewhere(
+    there: dict[str, str], desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on(A_GPU, monkeypatch)
+    stopped(desk)
+    before = contents(desk.folder)
+    on(there, monkeypatch)
+    with pytest.raises(UserError, match=r"hardware"):
+        compress(recipe(desk), Watching())
+    assert contents(desk.folder) == before
+    on(A_GPU, monkeypatch)
+    compress(recipe(desk), Watching())
+
+
+def test_without_exact_bits_hardware_may_change(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = desk.recipe()["cluster"] | {"deterministic": False}
+    on(A_GPU, monkeypatch)
+    stopped(desk, cluster=cluster)
+    on({}, monkeypatch)
+    show = Watching()
+    compress(recipe(desk, cluster=cluster), show)
+    assert any(line.startswith("going on after round") for line in show.said)
+
+
+def test_what_is_published_is_found_on_other_hardware(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress(recipe(desk), Watching())
+    before = contents(desk.out)
+    on(A_GPU, monkeypatch)
+    show = Watching()
+    compress(recipe(desk), show)
+    assert show.said[-1].startswith("published ")
+    assert "nothing is left to do: this very run has published everything" in show.said
+    assert contents(desk.out) == before
 
 
 def other_text(desk: Desk) -> None:

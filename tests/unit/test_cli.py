@@ -142,8 +142,17 @@ def test_compress_talks_on_stderr_in_plain_lines(finished: Finished) -> None:
         assert f"  epoch 2/2  loss {record['loss_last']:.4g}" in lines
         read = any(record[key] for key in ("bytes_read", "states_bytes_read"))
         assert read == (number > 1), "the dense blocks were read before, and stay"
-    assert sum(line.startswith("  weights read ") for line in lines) == 1
+    assert not any(line.startswith("  weights read ") for line in lines)
     assert len(lines) < 40
+
+
+def test_how_often_streamed_weights_were_read_is_told_each_round(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["compress", desk.write(), "--set", "cluster.weights=streamed"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "weights read" in line]
+    told = re.compile(r"  weights read [1-4](\.\d+)? times to score, [\d.]+ for states")
+    assert len(lines) == 2 and all(map(told.fullmatch, lines)), lines
 
 
 def test_the_last_table_tells_the_models_apart(finished: Finished) -> None:

@@ -24,6 +24,7 @@ from fusegpt_ray.publishing.shrink import model_entries
 from fusegpt_ray.run.lease import Fence, Lease, OwnedByAnother, Owner
 from fusegpt_ray.saving import put_shards as put_on_workers
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.fence import nobody_else
 from fusegpt_ray.store.writer import plan_shards
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
@@ -60,10 +61,6 @@ def workers(checkpoint: Callable[[str], Path]) -> Elsewhere:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def nobody_else() -> None:
-    pass
 
 
 def test_workers_save_what_one_process_saves(workers: Elsewhere, tmp_path: Path) -> None:
