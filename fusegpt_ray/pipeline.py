@@ -149,8 +149,8 @@ class _Run:
         _compare_source(workers, model.source, model.stack, windows_WT, show)
         show.calibration(self.windows.protocol)
         if recipe.trains:
-            room, rounds = workers.device_bytes, self.plan.rounds
-            if lack := shortage(recipe, model.stack, workers.dtype, rounds, room):
+            room, last = workers.device_bytes, self.plan.rounds
+            if lack := shortage(recipe, model.stack, workers.dtype, last, room):
                 show.say(lack)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
