@@ -246,7 +246,7 @@ class Cluster(Section):
     checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
     """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after
     the last training checkpoint; 0: after every epoch. A killed run goes on from there."""
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto", True, False] = "auto"
     """Whether blocks are compiled by torch: a third faster on a GPU, after some ten seconds.
     `auto`: on GPUs. Where a block cannot be compiled, it is run as it is."""
     deterministic: bool = True
