@@ -252,7 +252,10 @@ class Group:
 
         def epoch() -> float:
             return train(
-                stepper, lambda: States(entering_WTD, leaving_WTD).batches(size), 1, lambda *_: None
+                stepper,
+                lambda _: States(entering_WTD, leaving_WTD).batches(size),
+                1,
+                lambda *_: None,
             )[0]
 
         return epoch

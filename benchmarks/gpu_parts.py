@@ -225,7 +225,7 @@ def _finetune(
     stepper = TorchStepper.make(span, groups, config, 1000, device, micro_batch)
 
     def epoch(taken: States) -> list[float]:
-        return train(stepper, lambda: on_device(taken.batches(batch), device), 1, lambda *_: None)
+        return train(stepper, lambda _: on_device(taken.batches(batch), device), 1, lambda *_: None)
 
     first = slice(batch)
     with tensor_core_products(device, lab.dtype):

@@ -126,7 +126,7 @@ def losses(arguments: argparse.Namespace, dtype: str, rounded: bool, seed: int) 
         steps = arguments.epochs * text.windows // settings.batch
         stepper = TorchStepper.make(span, job.parameter_groups(span), config, steps, device)
 
-        def epoch() -> Any:
+        def epoch(_: int) -> Any:
             return on_device(states.batches(settings.batch), device)
 
         emulated = rounded and device.type == "cpu"

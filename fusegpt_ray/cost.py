@@ -30,12 +30,13 @@ RATES: Mapping[str, Mapping[str, float]] = {
         "scoring": 625e12,
         "states": 390e12,
         "fine-tuning": 565e12,
+        "healing": 565e12,
         "evaluation": 390e12,
     },
 }
 """FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
-windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states. An H100
-multiplies as fast."""
+windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, and
+healing as fine-tuning. An H100 multiplies as fast."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     walks = [block_forwards(depth, range(depth)) + again * depth for depth in depths]
     scored = recipe.importance.windows * sum(walks)
     stages = [Stage("scoring", scored, scored * flops)]
-    if recipe.trains:
+    if recipe.trains_groups:
         windows = recipe.calibration.windows
         walked = windows * sum(_states_forwards(recipe, len(dense), depth) for depth in depths)
         stages.append(Stage("states", walked, walked * flops))
         stages.append(_training(recipe, dense, depths, flops))
+    if recipe.heal:
+        stages.append(_healing(recipe, dense, targets, flops))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
@@ -137,6 +140,27 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
         ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
         products += formed * 2 * ranks * sum(map(prod, matrices(dense)))
     return Stage("fine-tuning", done, done * flops + products)
+
+
+def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target], flops: int) -> Stage:
+    """The teacher once over all windows; each model there and back over those that it is trained
+    on, and there over the held-out ones at each look.
+    """
+    heal, length = recipe.heal, recipe.calibration.length
+    assert heal is not None
+    windows, looked = recipe.healing_windows, heal.held_out * (heal.parts + 1)
+    passes = 3 + recipe.cluster.recompute_activations
+    config = read_config(dense.config).get_text_config()
+    head = 2 * config.hidden_size * config.vocab_size * length
+    done = heads = products = 0
+    for kept in (len(dense) - target.remove for target in targets):
+        done += (windows + heal.held_out) * len(dense) + (passes * windows + looked) * kept
+        # Of the teacher and of the model; and the way back, to the states only.
+        heads += 3 * windows + 2 * looked
+        if heal.train == "lora":
+            steps = windows // (heal.batch // recipe.cluster.workers)
+            products += 3 * steps * kept * 2 * heal.rank * sum(map(prod, matrices(dense)))
+    return Stage("healing", done, done * flops + heads * head + products)
 
 
 def _evaluation(

@@ -10,13 +10,18 @@ from math import prod
 
 import torch
 
+from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4
 """Values for each that learns: itself, its gradient and Adam's two moments."""
+LOGITS = 6
+"""Float32 copies of a chunk's logits that exist at once: of both models, as they come, as
+distributions, and as a gradient."""
 KEPT = 1.7
 """Bytes that a block keeps for its backward pass, by those that its linear layers take and give:
 measured for LLaMA-2-7B on an H200, not compiled."""
@@ -62,6 +67,30 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
     return kept * group
 
 
+def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:
+    """What a training worker holds on its device while a model of `kept` blocks is healed: its
+    trunk; the effective weights and their gradients; the blocks' own weights where low-rank updates
+    learn beside them; all that learns with its optimizer state; activations, and the logits of a
+    chunk of tokens. States aside.
+    """
+    heal, tokens = recipe.heal, recipe.calibration.length
+    assert heal is not None
+    share = heal.batch // recipe.cluster.workers
+    micro_batch = recipe.cluster.micro_batch or share
+    weights = kept * sum(elements(block.weights) for block in dense.blocks) // len(dense)
+    low_rank = kept * heal.rank * sum(map(sum, matrices(dense)))
+    learns, own = (low_rank, weights) if heal.train == "lora" else (weights, 0)
+    gradients = dtype.itemsize if micro_batch == share else 4
+    held = (own + weights) * dtype.itemsize + weights * gradients + 4 * ADAM * learns
+    block = int(KEPT * micro_batch * tokens * dtype.itemsize * sum(map(sum, matrices(dense))))
+    passing = kept * block
+    if recipe.cluster.recompute_activations:
+        passing = block + kept * state_bytes(dense, micro_batch * tokens, dtype)
+    vocabulary = read_config(dense.config).get_text_config().vocab_size
+    logits = LOGITS * 4 * CHUNK * vocabulary
+    return held + passing + logits + _in(dtype, dense.trunk)
+
+
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """All that a training worker holds, activations aside, wherever it lies: see `training_bytes`,
     the trunk, and the states of its windows at both ends of the group. These lie on the device
@@ -77,7 +106,7 @@ def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room
     the last of so many rounds; else nothing.
     """
     needed = training_bytes(recipe, dense, dtype, rounds) + activation_bytes(recipe, dense, dtype)
-    if needed <= room:
+    if not recipe.trains_groups or needed <= room:
         return ""
     keys = ["fusion.group_size"]
     if not recipe.cluster.recompute_activations:
@@ -89,6 +118,21 @@ def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room
     return (
         f"fine-tuning needs about {byte_count(needed)} on each worker in its last round, which has "
         f"{byte_count(room)}; less is needed with {', '.join(keys[:-1])} or a smaller {keys[-1]}"
+    )
+
+
+def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int, room: int) -> str:
+    """As `shortage`, for healing a model of `kept` blocks."""
+    if recipe.heal is None or (needed := healing_bytes(recipe, dense, dtype, kept)) <= room:
+        return ""
+    keys = ["a lower heal.rank" if recipe.heal.train == "lora" else "heal.train: lora"]
+    if not recipe.cluster.recompute_activations:
+        keys.insert(0, "cluster.recompute_activations")
+    if (recipe.cluster.micro_batch or recipe.heal.batch) > 1:
+        keys.insert(0, "cluster.micro_batch: 1")
+    return (
+        f"healing needs about {byte_count(needed)} on each worker, which has {byte_count(room)}; "
+        f"less is needed with {' or '.join(keys)}"
     )
 
 

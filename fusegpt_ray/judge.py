@@ -48,29 +48,42 @@ class Judge:
             for name, windows in self.held_out.items()
         }
 
-    def measure(self, folder: str, stack: Stack, published: Stack) -> dict[str, Any]:
-        """The proof that the model in `folder` is the stack, and perplexities; `published` is the
-        folder's own stack.
+    def measure(self, folder: str, stages: Mapping[str, Stack], published: Stack) -> dict[str, Any]:
+        """The proof that the model in `folder` is the stack of the last stage, and perplexities.
+
+        Args:
+            stages: the model after each of them, in order; see `text.protocol.STAGES`.
+            published: the folder's own stack.
         """
+        stack = [*stages.values()][-1]
         windows_WT = next((item.tokens_WT for item in self.held_out.values()), self.windows_WT)
         proof = evaluation.prove(self.workers, published, folder, stack, windows_WT)
-        return {"perplexity": self._perplexities(stack, published), "proof": asdict(proof)}
+        found = {name: self._perplexities(name, stages, published) for name in self.held_out}
+        return {"perplexity": found, "proof": asdict(proof)}
 
-    def _perplexities(self, stack: Stack, published: Stack) -> dict[str, dict[str, Any]]:
-        """Each with its protocol. `fused` is that of the published weights, in their dtype, not of
-        the float32 blocks they were rounded from.
+    def _perplexities(
+        self, name: str, stages: Mapping[str, Stack], published: Stack
+    ) -> dict[str, Any]:
+        """On one text, with its protocol. The last stage is that of the published weights, in their
+        dtype, not of the float32 blocks they were rounded from.
         """
+        *before, last = stages
+        windows = self.held_out[name]
+        this = evaluation.perplexity(self.workers, published, windows.tokens_WT)
         dropped = self.dense
-        for dense in set(self.dense.kept) - set(stack.kept):
+        for dense in set(self.dense.kept) - set(stages[last].kept):
             dropped = dropped.drop(dense)
-        found = {}
-        for name, windows in self.held_out.items():
-            windows_WT = windows.tokens_WT
-            fused = evaluation.perplexity(self.workers, published, windows_WT)
-            plain = fused if stack == dropped else self._of_dense_blocks(dropped, windows_WT)
-            values = {"dense": self._dense[name], "dropped": plain, "fused": fused}
-            found[name] = values | windows.protocol
-        return found
+        plain = this
+        if stages[last] != dropped:
+            plain = self._of_dense_blocks(dropped, windows.tokens_WT)
+        row = {"dense": self._dense[name], "dropped": plain}
+        for stage in before:
+            as_dropped = stages[stage] == dropped
+            row[stage] = plain if as_dropped else self._of(stages[stage], windows)
+        return {**row, last: this, **windows.protocol}
+
+    def _of(self, stack: Stack, windows: Windows) -> float:
+        return evaluation.perplexity(self.workers, stack, windows.tokens_WT)
 
     def _of_dense_blocks(self, stack: Stack, windows_WT: np.ndarray) -> float:
         """The perplexity of a model of unchanged blocks, measured unless the journal has it."""

@@ -66,7 +66,8 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
     sizes = {name: value.numel() for name, value in block.named_parameters()}
     linear = {f"{name}.weight" for name, _ in linear_layers(block)}
     share = sum(sizes[name] for name in linear) / sum(sizes.values())
-    if recipe.trains and share < 0.5:
+    low_rank = recipe.heal is not None and recipe.heal.train == "lora"
+    if (recipe.trains_groups or low_rank) and share < 0.5:
         problem = (
             f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
         )

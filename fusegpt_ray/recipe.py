@@ -27,6 +27,7 @@ from fusegpt_ray.sections import (
     Cluster,
     Evaluation,
     Fusion,
+    Heal,
     Importance,
     Method,
     Model,
@@ -36,6 +37,8 @@ from fusegpt_ray.sections import (
 )
 from fusegpt_ray.uris import shown
 
+HEAL_TIMES = 8
+"""So many times the calibration's tokens are what a model is healed on, unless the recipe says."""
 MAX_BYTES = 1_000_000
 """The largest file that is read as a recipe."""
 S = TypeVar("S", bound=Section)
@@ -86,6 +89,8 @@ class Recipe(Section):
     """
     importance: Importance = Importance()
     fusion: Fusion = Fusion()
+    heal: Heal | None = None
+    """Whole-model training after the last round; left out: none."""
     cluster: Cluster = Cluster()
     output: Output
 
@@ -130,39 +135,41 @@ class Recipe(Section):
                 "importance.all scores every block",
                 "leave one of them out",
             )
-        windows, batch = self.calibration.windows, self.fusion.batch
-        if self.trains and windows % batch:
-            raise UserError(
-                "calibration.windows",
-                windows,
-                f"not a multiple of fusion.batch = {batch}, which is a dimension of the loss",
-                f"use {math.ceil(windows / batch) * batch}",
-            )
-        if self.fusion.batch % self.cluster.workers:
-            raise UserError(
-                "cluster.workers",
-                self.cluster.workers,
-                f"does not divide fusion.batch = {self.fusion.batch}, so workers would hold unequal"
-                " parts of a loss batch",
-                f"use one of {_divisors(self.fusion.batch)}",
-            )
-        share, micro_batch = self.fusion.batch // self.cluster.workers, self.cluster.micro_batch
-        if micro_batch and share % micro_batch:
-            problem = f"does not divide the {share} windows of a loss batch that each worker takes"
-            raise UserError(
-                "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
-            )
+        if self.trains_groups:
+            _check_whole_batches("calibration.windows", self.calibration.windows, self.fusion.batch)
+        _check_shares(self.cluster, "fusion.batch", self.fusion.batch)
+        if self.heal:
+            batch = self.heal.batch
+            _check_whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
+            _check_shares(self.cluster, "heal.batch", batch)
+            if not self.healing_windows:
+                problem = f"less than one loss batch of {batch} windows"
+                least = batch * self.calibration.length
+                raise UserError("heal.tokens", self.heal.tokens, problem, f"use at least {least}")
         return self
 
     @property
     def trains(self) -> bool:
-        """Whether the method trains anything."""
+        """Whether anything is trained."""
+        return self.trains_groups or self.heal is not None
+
+    @property
+    def trains_groups(self) -> bool:
+        """Whether the method trains the blocks around a removed one."""
         return METHOD_SPECS[self.method].trains
 
     @property
     def fuses(self) -> bool:
         """Whether the method fuses the removed blocks into their neighbours."""
         return METHOD_SPECS[self.method].fuses
+
+    @property
+    def healing_windows(self) -> int:
+        """How many windows a model is healed on, in whole loss batches, if the text has as many."""
+        assert self.heal
+        length = self.calibration.length
+        tokens = self.heal.tokens or HEAL_TIMES * self.calibration.windows * length
+        return tokens // length // self.heal.batch * self.heal.batch
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
@@ -223,6 +230,37 @@ class Recipe(Section):
             return section.model_validate(data)
         except ValidationError as error:
             raise _explain(section, error, name) from error
+
+
+def _check_whole_batches(
+    key: str, windows: int, batch: int, batch_key: str = "fusion.batch"
+) -> None:
+    if windows % batch:
+        raise UserError(
+            key,
+            windows,
+            f"not a multiple of {batch_key} = {batch}, which is a dimension of the loss",
+            f"use {math.ceil(windows / batch) * batch}",
+        )
+
+
+def _check_shares(cluster: Cluster, batch_key: str, batch: int) -> None:
+    """A loss batch is shared evenly by the workers, and a worker's share by its micro-batches."""
+    workers, micro_batch = cluster.workers, cluster.micro_batch
+    if batch % workers:
+        problem = f"does not divide {batch_key} = {batch}"
+        raise UserError(
+            "cluster.workers",
+            workers,
+            f"{problem}, so workers would hold unequal parts of a loss batch",
+            f"use one of {_divisors(batch)}",
+        )
+    share = batch // workers
+    if micro_batch and share % micro_batch:
+        problem = f"does not divide the {share} windows of a loss batch that each worker takes"
+        raise UserError(
+            "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
+        )
 
 
 def _divisors(number: int) -> list[int]:

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fusegpt_ray.text.protocol import described
+from fusegpt_ray.text.protocol import described, stages
 
 SHOWN = 12
 """Names that a line shows."""
@@ -94,18 +94,18 @@ class Display(_Live):
         self._round_began = time.monotonic()
         self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
 
-    def epoch(self, number: int, epochs: int, loss: float) -> None:
-        self._note = f" (epoch {number}/{epochs}, loss {loss:.4g})"
+    def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
+        self._note = f" ({what} {number}/{epochs}, loss {loss:.4g})"
         self._bar.update(
             self._task,
             completed=number,
             total=epochs,
-            note=f"epoch {number}/{epochs}  loss {loss:.4g}",
+            note=f"{what} {number}/{epochs}  loss {loss:.4g}",
         )
         if not self.console.is_terminal and (
             number in (1, epochs) or number % max(1, epochs // 5) == 0
         ):
-            self.say(f"  epoch {number}/{epochs}  loss {loss:.4g}")
+            self.say(f"  {what} {number}/{epochs}  loss {loss:.4g}")
 
     def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
         self._round_seconds.append(time.monotonic() - self._round_began)
@@ -120,19 +120,21 @@ class Display(_Live):
         self.say(f"  {size} written and read back, {rate:.2g} GB/s")
 
     def results(self, rows: Iterable[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> None:
-        """The last table: for each published model the perplexities of dense, dropped and fused on
-        each text, and below it what was measured.
+        """The last table: for each published model its perplexity at each stage on each text, and
+        below it what was measured.
         """
-        table = Table("model", "perplexity on", "dense", "dropped", "fused", "damage undone")
+        found = list(rows)
+        shown = stages(row for _, perplexity in found for row in perplexity.values())
+        table = Table("model", "perplexity on", *shown, "damage undone")
         for column in table.columns[2:]:
             column.justify = "right"
         protocols: dict[str, None] = {}  # of several models mostly the same
-        for name, perplexity in rows:
+        for name, perplexity in found:
             for data, row in perplexity.items():
                 protocols[f"{data}: {described(row)}"] = None
                 harm = row["dropped"] - row["dense"]
-                undone = f"{(row['dropped'] - row['fused']) / harm:.0%}" if harm > 0 else "–"
-                values = (f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
+                undone = f"{(row['dropped'] - row[shown[-1]]) / harm:.0%}" if harm > 0 else "–"
+                values = (f"{row[stage]:.2f}" for stage in shown)
                 table.add_row(name, data, *values, undone)
         if table.row_count:
             self.console.print(table)

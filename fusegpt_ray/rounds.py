@@ -48,7 +48,7 @@ class Rounds:
             self.show.say(
                 f"going on after round {len(done)} of {total} (found in {self.journal.folder})"
             )
-        if len(done) < total and self.recipe.trains:
+        if len(done) < total and self.recipe.trains_groups:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1

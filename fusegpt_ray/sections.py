@@ -217,6 +217,46 @@ class Fusion(Section):
     are folded; less memory."""
 
 
+class Heal(Text):
+    """Healing: after the last round all blocks are trained together, so that the model's next-token
+    distributions are again those of the dense model."""
+
+    data: Uri | None = None  # type: ignore[assignment]
+    """Text as in `calibration`; left out: the calibration's."""
+    tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
+    """How many tokens of text each published model is trained on, each token once; left out: eight
+    times the calibration's, or fewer where the text has no more."""
+    repeat: bool = False
+    """Whether a text with fewer than `tokens` is passed several times, instead of refused."""
+    train: Literal["lora", "all"] = "lora"
+    """What learns in the blocks. `lora`: low-rank updates of all linear layers, and the norms.
+    `all`: every weight, for four times as many bytes in float32."""
+    rank: int = Field(64, ge=1, le=MOST)
+    """Rank of the low-rank updates."""
+    learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Adam's highest rate; left out: 2e-4 for `lora`, 2e-5 for `all`."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the learning rate grows; then it falls to 0 on a cosine."""
+    batch: int = Field(8, ge=1, le=MOST)
+    """Windows a step, whatever the number of workers."""
+    hidden: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Weight of a second term beside the KL divergence of the next-token distributions: the squared
+    error between the RMS-normalised last hidden states."""
+    held_out: int = Field(16, ge=1, le=MOST)
+    """Windows, never trained on, by which the best state is chosen; a multiple of `batch`."""
+    parts: int = Field(8, ge=1, le=MOST)
+    """How often, evenly over the training, the held-out windows are looked at."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Adam's betas."""
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
+    """Adam's epsilon."""
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, given or by default."""
+        return self.learning_rate or {"lora": 2e-4, "all": 2e-5}[self.train]
+
+
 class Cluster(Section):
     """Where the work runs. Nothing here changes the result beyond floating-point reordering."""
 

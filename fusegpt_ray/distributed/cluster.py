@@ -48,7 +48,7 @@ class RayWorkers:
         if not ray.is_initialized():
             self._start()
         self.gpus = self._find_gpus()
-        trains = setup.loss_batch is not None
+        trains = setup.trains
         if trains and self.gpus:  # every training worker shares its GPU with a replica
             self.replicas = max(cluster.replicas, cluster.workers)
         workers = cluster.workers if trains else 0
@@ -84,7 +84,7 @@ class RayWorkers:
     def description(self) -> str:
         where = f"{self.gpus:g} GPU each" if self.gpus else "CPUs"
         name = str(self.dtype).removeprefix("torch.")
-        workers = f", training workers: {self.training_workers}" if self.setup.loss_batch else ""
+        workers = f", training workers: {self.training_workers}" if self.setup.trains else ""
         return f"replicas: {self.replicas}{workers}, on {where}, {name}"
 
     @property

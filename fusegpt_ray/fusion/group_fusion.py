@@ -26,12 +26,14 @@ from fusegpt_ray.fusion.student import (
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
+from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
@@ -72,6 +74,11 @@ class GroupFusion:
     @property
     def donor_block(self) -> Block:
         return self.stack.blocks[self.stack.position(self.donor)]
+
+    @property
+    def fused(self) -> Block | None:
+        """What is fused into the neighbours."""
+        return self.donor_block if self.fuse else None
 
     @property
     def source(self) -> StatesSource:
@@ -116,7 +123,7 @@ class GroupFusion:
         """`dtype`: of the arithmetic."""
         trained = torch.float32 if self.settings.trained_dtype == "float32" else dtype
         ranks = self.settings.rank, self.settings.lora_rank
-        return FusionConfig(self.fuse, *ranks, self.seed, dtype, trained)
+        return FusionConfig(*ranks, self.seed, dtype, trained)
 
     def build(
         self,
@@ -130,12 +137,19 @@ class GroupFusion:
         """Reads the group's blocks only."""
         config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
         built = [
-            build_block(meta_blocks[block.dense], block, self.donor_block, config, device, donors)
+            build_block(
+                meta_blocks[block.dense], block, self.fused, config, device, donors, self.donor
+            )
             for block in self.neighbours
         ]
         blocks, learned = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.neighbours]
         return Span(blocks, Learned(learned), own, recompute, run)
+
+    uses_head = False
+
+    def loss(self, trunk: Trunk) -> Loss:
+        return LOSSES[self.settings.loss]
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         """Two learning rates: one for the fusion coefficients C, D and c, another for the rest."""
@@ -175,7 +189,7 @@ class GroupFusion:
             files[file], refs = write_safetensors(file, entries)
             return refs
 
-        donor = self.donor_block if self.fuse else None
+        donor = self.fused
         folded = folded_tensors(learned, neighbour, donor)
         assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
         weights = {**neighbour.weights, **write(f"{uri}.safetensors", folded)}

@@ -19,15 +19,13 @@ from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
 from fusegpt_ray.model.stack import Block, Refs
 from fusegpt_ray.model.trunk import in_arithmetic, load_block
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.training.masters import Masters
 
 
 @dataclass(frozen=True)
 class FusionConfig:
-    """How a student is made: ranks, dtypes, seed, and whether a donor is fused at all (method
-    `mi+ft` has none).
-    """
+    """How a student is made: ranks, dtypes and seed."""
 
-    fuse: bool
     rank: int
     lora_rank: int
     seed: int
@@ -44,35 +42,25 @@ def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, .
     return base, (*donors, donor.weights) if donor is not None else donors
 
 
-class LearnedNorm(nn.Module):
-    """The weights of a norm layer, learned as masters."""
-
-    def __init__(self, values: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
-        """`dtype`: of the arithmetic."""
-        super().__init__()
-        self.dtype = dtype
-        for key, value in values.items():
-            self.register_parameter(key, nn.Parameter(value))
-
-    def forward(self) -> dict[str, torch.Tensor]:
-        own = self.named_parameters(recurse=False)
-        return {key: value.to(self.dtype) for key, value in own}
-
-
 def build_block(
     meta_block: nn.Module,
     neighbour: Block,
-    donor: Block,
+    donor: Block | None,
     config: FusionConfig,
     device: torch.device,
     donors: DonorCache,
+    label: object,
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """One neighbour as a plain block, and what learns in it by layer: LoRA, fused terms and norm
     weights.
 
     What it learned before is kept.
+
+    Args:
+        donor: the block to fuse into it.
+        label: seeds what learns, beside the neighbour's number.
     """
-    base, donor_refs = terms_of(neighbour, donor if config.fuse else None)
+    base, donor_refs = terms_of(neighbour, donor)
     stored = read_tensors(base)
     block = load_block(meta_block, stored, device, config.compute_dtype)
     learned: dict[str, nn.Module] = {}
@@ -83,13 +71,13 @@ def build_block(
             config.rank,
             config.lora_rank,
             config.trained_dtype,
-            _generator(config.seed, donor.dense, neighbour.dense, name),
+            _generator(config.seed, label, neighbour.dense, name),
         )
     for name, norm in block.named_modules():
         if is_norm(norm) and (keys := [key for key, _ in norm.named_parameters(recurse=False)]):
             values = {key: stored[f"{name}.{key}"] for key in keys}
             masters = {key: v.to(device, config.trained_dtype) for key, v in values.items()}
-            learned[name] = LearnedNorm(masters, config.compute_dtype)
+            learned[name] = Masters(masters, config.compute_dtype)
     if neighbour.terms:
         _load(learned, read_tensors(neighbour.terms.learned))
     return block, learned
@@ -164,7 +152,7 @@ def folded_tensors(
             out[f"{name}.weight"] = weight.cpu()
             if bias is not None:
                 out[f"{name}.bias"] = bias.cpu()
-        elif isinstance(module, LearnedNorm):
+        elif isinstance(module, Masters):
             out |= {
                 f"{name}.{key}": value.detach().cpu()
                 for key, value in module.named_parameters(recurse=False)

@@ -92,10 +92,13 @@ class Runner:
             host_share=self.host_share,
         )
 
-    def offload(self) -> None:
-        """Move everything from a GPU to the host's memory, so that a training worker may use it."""
+    def offload(self, trunk: bool = True) -> None:
+        """Move everything (or all but the trunk) from a GPU to the host's memory, so that a
+        training worker may use it.
+        """
         if self.device.type != "cpu":
-            self.trunk.model.to("cpu")
+            if trunk:
+                self.trunk.model.to("cpu")
             self.weights.offload()
 
     def reload(self) -> None:

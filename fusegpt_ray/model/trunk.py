@@ -72,6 +72,10 @@ class Trunk:
     @torch.no_grad()
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of the states after the last block (before the final norm)."""
+        return self.head(h_BTD)
+
+    def head(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        """As `logits`, with the graph that leads back to the states."""
         last = self._recorded.recorders[-1]
         last.inject = h_BTD.to(self.device)  # states of a walk may wait on the host
         try:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.sections import METHOD_SPECS
-from fusegpt_ray.text.protocol import described
+from fusegpt_ray.text.protocol import STAGES, described, stages
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
@@ -38,7 +38,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
         *_measured(manifest),
         "",
-        "*Dropped*: the same blocks removed, nothing fused or trained.",
+        *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
     ]
     if less := manifest.get("fewer_at_once"):
@@ -68,20 +68,30 @@ def _front_matter(source: Mapping[str, Any]) -> list[str]:
     return ["---", "library_name: transformers", "tags: [fusegpt, depth-pruning]", *base, "---"]
 
 
+def _between(manifest: Mapping[str, Any]) -> list[str]:
+    """Stages between the dense and the published model."""
+    return stages(manifest["perplexity"].values())[1:-1]
+
+
 def _measured(manifest: Mapping[str, Any]) -> list[str]:
     """The table of perplexities, and how they were measured."""
     perplexity, protocol = manifest["perplexity"], manifest.get("calibration", {})
+    shown = stages(perplexity.values())
     lines = ["Not evaluated."]
     if perplexity:
-        lines = ["| perplexity on | dense | dropped | this model |", "|---|---|---|---|"]
+        *before, _ = shown
+        head = " | ".join(["perplexity on", *before, "this model"])
+        lines = [f"| {head} |", "|---" * (len(shown) + 1) + "|"]
     for data, row in perplexity.items():
-        values = " | ".join(f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
+        values = " | ".join(f"{row[stage]:.2f}" for stage in shown)
         lines.append(f"| {data} ({row['length']} tokens a window) | {values} |")
     lines.append("")
     # Two spaces at its end break a line in Markdown.
     lines += [f"{data}: {described(row)}.  " for data, row in perplexity.items()]
     if protocol:
         lines.append(f"Calibration: {described(protocol)}.  ")
+    if healing := manifest.get("healing"):
+        lines.append(f"Healing: {described(healing['data'])}.  ")
     if "warning" in protocol:
         lines.append(f"Warning: {protocol['warning']}.  ")
     return lines

@@ -11,6 +11,7 @@ from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once
 
 METHOD_VERSION = 3
@@ -44,6 +45,22 @@ def identity(
     }
 
 
+def healing_identity(recipe: Recipe, *windows_sha256: str) -> dict[str, Any]:
+    """What shapes the healing of a model, beside the rounds before it.
+
+    It is no part of the run's identity: with another `heal` the same rounds are gone on from.
+    """
+    assert recipe.heal
+    settings = recipe.heal.model_dump(mode="json")
+    return {"heal": settings, "seed": recipe.seed, "windows_sha256": list(windows_sha256)}
+
+
+def run_id(identity: Mapping[str, Any], healing: Mapping[str, Any] | None) -> str:
+    """Names a run in what it publishes. What is finished stays its own on other hardware."""
+    named = {key: value for key, value in identity.items() if key != "hardware"}
+    return checksum({**named, "healing": healing} if healing else named)
+
+
 def _mark(uri: str) -> str:
     """What changes with a file's bytes."""
     known = hub_sha256(uri)
@@ -53,7 +70,7 @@ def _mark(uri: str) -> str:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
     shaping = recipe.model_dump(
-        mode="json", exclude={"cluster", "output", "evaluation", "sparsity"}
+        mode="json", exclude={"cluster", "output", "evaluation", "sparsity", "heal"}
     )
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 

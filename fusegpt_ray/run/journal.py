@@ -32,7 +32,7 @@ ANEW = "use that run's recipe, data and model, another output.name, or --restart
 Note = Literal["sums", "scores", "perplexities"]
 """What is noted of a round that is under way: what its scoring has measured so far, and what it
 found. Before the first round: perplexities of dense blocks."""
-_GOES_ON = ("round-", "sums-", "scores-")
+_GOES_ON = ("round-", "heal-", "sums-", "scores-")
 """How files begin from which it is worth to go on. Perplexities alone are not: they are soon
 measured again, and a run that fails so early leaves nothing."""
 
@@ -181,6 +181,41 @@ class Journal:
         self.saved, self.ours = True, False
         self._forget_checkpoints(number)
 
+    def healed_folder(self, removed: int) -> str:
+        """Where the healed blocks lie of the model that lost so many blocks."""
+        return storage.join(self.blocks_folder, f"heal-{removed:03d}")
+
+    def commit_healed(self, removed: int, key: str, healed: Done) -> None:
+        """Record that this model is healed, then remove the training checkpoints.
+
+        Args:
+            key: names the rounds before and the healing.
+        """
+        with self.creating():
+            body = {"key": key, **healed.to_json()}
+            storage.write(self._healed_file(removed), sealed(body))
+        self._forget_healing(removed)
+
+    def healed(self, removed: int, key: str, say: Callable[[str], None]) -> Done | None:
+        """What `commit_healed` recorded under this key, if all of it is still there."""
+        file = self._healed_file(removed)
+        if not storage.exists(file):
+            return None
+        try:
+            body = opened(storage.read(file))
+        except DamagedRecord as error:
+            say(f"WARNING: {file} is damaged ({error}); healing again")
+            return None
+        if body["key"] != key:
+            return None
+        healed = Done.from_json(body)
+        damages = at_once(lambda file: damage(*file), [*healed.files.items()])
+        if problem := next(filter(None, damages), None):
+            say(f"WARNING: a file of {file} {problem}; healing again")
+            return None
+        self._forget_healing(removed)  # what a kill just after the record may have left
+        return healed
+
     def keep(self, kind: Note, number: int, note: Any) -> None:
         """Note something about round `number` before it is done, so that a kill does not lose it.
         A later note takes its place.
@@ -275,6 +310,13 @@ class Journal:
         if self.lease:
             self.lease.stop()
         remove_run(self.folder)
+
+    def _healed_file(self, removed: int) -> str:
+        return storage.join(self.folder, f"heal-{removed:03d}.json")
+
+    def _forget_healing(self, removed: int) -> None:
+        folder = storage.join(self.healed_folder(removed), "checkpoints")
+        storage.remove(folder, recursive=True)
 
     def _forget_checkpoints(self, number: int) -> None:
         storage.remove(self.checkpoints_folder(number), recursive=True)

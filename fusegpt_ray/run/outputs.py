@@ -16,7 +16,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.lease import Standing
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.store.records import DamagedRecord, checksum, opened
+from fusegpt_ray.store.records import DamagedRecord, opened
 from fusegpt_ray.uris import refuse_secret
 
 DEAD_AFTER = 600.0
@@ -27,16 +27,11 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|scores|sums|perplexities|lease)-\d+"
+_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
-
-
-def run_id(identity: Mapping[str, Any]) -> str:
-    """Names a run in what it publishes. What is finished stays its own on other hardware."""
-    return checksum({key: value for key, value in identity.items() if key != "hardware"})
 
 
 @dataclass(frozen=True)
@@ -154,15 +149,12 @@ class Run:
     def _published(self) -> bool:
         """Everything it was to publish is there, and is its own."""
         parent = self.folder.uri.rsplit("/", 1)[0]
+        names, this = self.heartbeat.get("models", []), self.heartbeat.get("run")
         try:
-            this = run_id(opened(storage.read(storage.join(self.folder.uri, IDENTITY))))
-            wanted = [
-                Manifest.read(storage.join(parent, name))
-                for name in self.heartbeat.get("models", [])
-            ]
-        except (UserError, DamagedRecord):
+            wanted = [Manifest.read(storage.join(parent, name)) for name in names]
+        except UserError:
             return False
-        return bool(wanted) and all(model.data.get("run") == this for model in wanted)
+        return bool(wanted) and all(model.data.get("run", "") == this for model in wanted)
 
 
 @dataclass(frozen=True)

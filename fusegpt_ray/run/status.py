@@ -15,7 +15,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import duration
 from fusegpt_ray.run.outputs import Folder, Outputs, Run
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.text.protocol import described
+from fusegpt_ray.text.protocol import STAGES, described, stages
 
 
 def status(uri: str) -> dict[str, Any]:
@@ -119,21 +119,16 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _models(models: list[dict[str, Any]]) -> Table:
-    table = Table("model", "blocks", "sparsity", "perplexity on", "dense", "dropped", "fused")
-    for model in models:
-        if "problem" in model:
-            continue
+    sound = [model for model in models if "problem" not in model]
+    rows = [row for model in sound for row in (model["perplexity"] or {}).values()]
+    shown = stages(rows) or list(STAGES)[:3]
+    table = Table("model", "blocks", "sparsity", "perplexity on", *shown)
+    for model in sound:
         sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
         about = [model["name"], f"{model['blocks']} of {model['dense_blocks'] or '?'}", sparsity]
         for data, row in (model["perplexity"] or {"–": {}}).items():
-            table.add_row(
-                *about,
-                data,
-                *(
-                    f"{row[key]:.2f}" if key in row else "–"
-                    for key in ("dense", "dropped", "fused")
-                ),
-            )
+            values = (f"{row[stage]:.2f}" if stage in row else "–" for stage in shown)
+            table.add_row(*about, data, *values)
             about = ["", "", ""]
     return table
 

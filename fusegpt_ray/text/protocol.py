@@ -4,8 +4,22 @@ too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+STAGES = {
+    "dense": "the model as it was given",
+    "dropped": "the same blocks removed, nothing fused or trained",
+    "fused": "after the rounds",
+    "healed": "after whole-model training",
+}
+"""Of a model on its way, each with a perplexity of its own. The last one there is the published."""
+
+
+def stages(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Those that any of these rows of perplexities has, in order."""
+    keys = {key for row in rows for key in row}
+    return [stage for stage in STAGES if stage in keys]
 
 
 def described(protocol: Mapping[str, Any]) -> str:

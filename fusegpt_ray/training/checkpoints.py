@@ -14,7 +14,7 @@ the last one and ends with the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.stepper import Stepper
+from fusegpt_ray.training.validation import Validation
 
 RECORD = "checkpoint.json"
 Log = Callable[[str], None]
@@ -83,18 +84,21 @@ class Checkpoints:
         fewer._write([], 0.0, {})
         return fewer
 
-    def restore(self, stepper: Stepper, epochs: int, log: Log) -> tuple[list[float], float]:
+    def restore(
+        self, stepper: Stepper, parts: int, log: Log, validation: Validation | None = None
+    ) -> tuple[list[float], float]:
         """Load the last checkpoint, if there is a good one.
 
         Called by all workers at once; where one finds damage, all begin anew.
 
         Returns:
-            The losses of the epochs that need not be repeated, and the seconds these took.
+            The losses of the parts that need not be repeated, and the seconds these took.
         """
         losses, seconds, state = list[float](), 0.0, dict[str, torch.Tensor]()
-        good, anew = True, "fine-tuning this group from its beginning"
+        held_out = list[float]()
+        good, anew = True, "training from the beginning"
         try:
-            losses, seconds, state = self._read(stepper.worker, log)
+            losses, held_out, seconds, state = self._read(stepper.worker, log)
         except DamagedRecord as error:
             good = False
             log(f"WARNING: {error}; {anew}")
@@ -107,8 +111,10 @@ class Checkpoints:
             return [], 0.0
         if losses:
             stepper.load(state)
+            if validation:
+                validation.load(held_out, state, stepper)
             if stepper.worker == 0:
-                log(f"  going on after epoch {len(losses)} of {epochs}")
+                log(f"  going on after part {len(losses)} of {parts}")
         return losses, seconds
 
     def due(self, stepper: Stepper, since: float) -> bool:
@@ -120,15 +126,22 @@ class Checkpoints:
         waited = time.monotonic() - since >= 60 * self.minutes
         return all(flag for (flag,) in stepper.gather([waited]))
 
-    def save(self, stepper: Stepper, losses: list[float], seconds: float) -> None:
-        """Make a checkpoint after the epochs with these losses, which took so many seconds.
+    def save(
+        self,
+        stepper: Stepper,
+        losses: list[float],
+        seconds: float,
+        validation: Validation | None = None,
+    ) -> None:
+        """Make a checkpoint after the parts with these losses, which took so many seconds.
 
         Called by all workers at once.
         """
         self.fence()
+        state = stepper.state() | (validation.state() if validation else {})
         entries = [
             Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-            for name, value in stepper.state().items()
+            for name, value in state.items()
         ]
         file, _ = write_safetensors(self._uri(len(losses), stepper.worker), entries)
         # Once the rows are here, so are all files.
@@ -136,7 +149,8 @@ class Checkpoints:
         if stepper.worker == 0:
             names = (self._name(len(losses), worker) for worker in range(len(rows)))
             records = (FileRecord(size, bytes(digest).hex()) for size, *digest in rows)
-            self._write(losses, seconds, dict(zip(names, records, strict=True)))
+            files = dict(zip(names, records, strict=True))
+            self._write(losses, seconds, files, validation.losses if validation else [])
 
     def _record(self) -> dict[str, Any] | None:
         """
@@ -151,13 +165,16 @@ class Checkpoints:
         except DamagedRecord as error:
             raise DamagedRecord(f"{uri} is damaged ({error})") from error
 
-    def _read(self, worker: int, log: Log) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-        """Losses, seconds and this worker's state, if there is a checkpoint of this owner.
+    def _read(
+        self, worker: int, log: Log
+    ) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
+        """Losses, held-out losses, seconds and this worker's state, if there is a checkpoint of
+        this owner.
 
         Raises:
             DamagedRecord: it cannot be trusted.
         """
-        nothing = list[float](), 0.0, dict[str, torch.Tensor]()
+        nothing = list[float](), list[float](), 0.0, dict[str, torch.Tensor]()
         record = self._record()
         if record is None:
             return nothing
@@ -171,7 +188,7 @@ class Checkpoints:
                 )
                 log(
                     f"  a training checkpoint of another set-up is left aside ({others}); "
-                    "fine-tuning this group from its beginning"
+                    "training from the beginning"
                 )
             return nothing
         losses = record["losses"]
@@ -184,15 +201,22 @@ class Checkpoints:
             raise DamagedRecord(f"{uri} is missing") from error
         if FileRecord.of(data).to_json() != record["files"][self._name(len(losses), worker)]:
             raise DamagedRecord(f"{uri} is not what was written")
-        return losses, record["seconds"], safetensors.torch.load(data)
+        return losses, record["held_out"], record["seconds"], safetensors.torch.load(data)
 
-    def _write(self, losses: list[float], seconds: float, files: Mapping[str, FileRecord]) -> None:
+    def _write(
+        self,
+        losses: list[float],
+        seconds: float,
+        files: Mapping[str, FileRecord],
+        held_out: Sequence[float] = (),
+    ) -> None:
         """Replace the record, then remove the files that it does not name."""
         self.fence()
         body = {
             "owner": dict(self.owner),
             "micro_batch": self.micro_batch,
             "losses": losses,
+            "held_out": list(held_out),
             "seconds": seconds,
             "files": {name: file.to_json() for name, file in files.items()},
         }
@@ -201,15 +225,15 @@ class Checkpoints:
             if name not in (RECORD, *files):
                 storage.remove(storage.join(self.folder, name))
 
-    def _name(self, epoch: int, worker: int) -> str:
+    def _name(self, part: int, worker: int) -> str:
         """Files of another set-up have other names, so that none is overwritten while a record
         counts on it.
         """
         owner = checksum(self._whose())[:8]
-        return f"epoch-{epoch:03d}-{owner}-worker-{worker}.safetensors"
+        return f"part-{part:03d}-{owner}-worker-{worker}.safetensors"
 
-    def _uri(self, epoch: int, worker: int) -> str:
-        return storage.join(self.folder, self._name(epoch, worker))
+    def _uri(self, part: int, worker: int) -> str:
+        return storage.join(self.folder, self._name(part, worker))
 
     def _whose(self) -> dict[str, Any]:
         return {**self.owner, "micro_batch": self.micro_batch}

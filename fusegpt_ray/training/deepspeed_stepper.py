@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from fusegpt_ray.training.microbatch import accumulate
+from fusegpt_ray.training.losses import LOSSES, Loss
+from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
     cosine_to_zero,
     load_training_state,
@@ -41,7 +42,7 @@ class DeepSpeedStepper:
     span: Span
     engine: Any
     device: torch.device
-    loss: str
+    loss: Loss
     micro_batch: int | None
     meet: partial[None]
     """Waits for the other workers after work that may take one of them longer."""
@@ -56,8 +57,13 @@ class DeepSpeedStepper:
         worker: TrainingWorker,
         micro_batch: int | None,
         moved: int = 0,
+        loss: Loss | None = None,
     ) -> DeepSpeedStepper:
-        """`moved`: bytes that a worker may have to read or write by itself between two steps."""
+        """
+        Args:
+            moved: bytes that a worker may have to read or write by itself between two steps.
+            loss: None: the one that `config` names.
+        """
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -70,7 +76,7 @@ class DeepSpeedStepper:
         engine, *_ = deepspeed.initialize(
             model=span.learned,
             optimizer=optimizer,
-            lr_scheduler=cosine_to_zero(optimizer, steps),
+            lr_scheduler=cosine_to_zero(optimizer, steps, int(config.warmup * steps)),
             config=deepspeed_config(
                 config.batch // worker.count,
                 worker.zero_stage,
@@ -81,9 +87,8 @@ class DeepSpeedStepper:
         # DeepSpeed makes a process group of its own, with torch's default timeout of half an hour.
         bound = timedelta(seconds=worker.timeout)
         distributed_c10d._set_pg_timeout(bound, engine.data_parallel_group)
-        return cls(
-            span, engine, worker.device, config.loss, micro_batch, partial(worker.meet, moved)
-        )
+        meet = partial(worker.meet, moved)
+        return cls(span, engine, worker.device, loss or LOSSES[config.loss], micro_batch, meet)
 
     def step(self, batch: Batch) -> torch.Tensor:
         shared = dist.get_world_size() > 1
@@ -92,6 +97,11 @@ class DeepSpeedStepper:
         self.engine.backward(self.span.root())
         self.engine.step()
         return loss
+
+    def validate(self, batches: Iterable[Batch]) -> float:
+        shared = dist.get_world_size() > 1
+        self.span.form(self.engine)
+        return self.mean(mean_loss(self.span, batches, self.loss, self.micro_batch, shared))
 
     def mean(self, losses: torch.Tensor) -> float:
         if self.engine.skipped_steps:  # for a gradient that is not finite, and without a word

@@ -6,7 +6,7 @@ Shapes: W windows, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -19,13 +19,16 @@ from fusegpt_ray.model.device import tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, StatesSource, own_windows
 from fusegpt_ray.training.stepper import Batch, TorchStepper, TrainingConfig
+from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
 
 
@@ -60,6 +63,13 @@ class Trainable(Protocol):
     ) -> Span:
         """`meta_blocks` and `contexts`: of the dense model, by block number (see `Trunk`)."""
 
+    @property
+    def uses_head(self) -> bool:
+        """Whether the loss needs the model's norm and head, which are then kept on the device."""
+
+    def loss(self, trunk: Trunk) -> Loss:
+        """What is trained to."""
+
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         """What learns: {"params", "lr"} for each learning rate."""
 
@@ -81,6 +91,13 @@ class TrainingTask:
     """Where its training checkpoints lie."""
     fence: Callable[[], None]
     """Called before every write: it raises where another run writes here."""
+    held_out_WT: np.ndarray | None = None
+    """What is saved is the state with the lowest loss on these windows, whole loss batches of them;
+    None: the last state."""
+    what: str = "fine-tuning the group"
+    """For messages."""
+    rate_key: str = "fusion.learning_rate"
+    """The recipe's key of the learning rate, for messages."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +106,9 @@ class Trained:
 
     saved: SavedBlocks
     losses: list[float]
-    """Mean loss of each epoch."""
+    """Mean loss of each part: of a group, of each epoch."""
+    held_out: list[float]
+    """Loss of the held-out windows, if there are any, at the beginning and after each part."""
     states_batch_size: int
     """Windows that passed a block at once when states were computed: `importance.batch`, or fewer
     where memory ran out."""
@@ -115,7 +134,7 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
     def states(batch_size: int) -> int:
         return sum(workers.spmd(ensure_states, task, batch_size, news=news))
 
-    read, states_batch = find_batch_size(states, batch, batch, "computing the group's states")
+    read, states_batch = find_batch_size(states, batch, batch, f"computing states for {task.what}")
     states_done = time.monotonic()
     share = config.batch // workers.training_workers
     checkpoints = Checkpoints.find(
@@ -126,16 +145,14 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
         task.fence,
     )
 
-    def steps(micro_batch: int) -> list[tuple[list[float], SavedBlocks]]:
+    def steps(micro_batch: int) -> list[tuple[list[float], list[float], SavedBlocks]]:
         kept = checkpoints.with_micro_batch(micro_batch)
         return workers.spmd(train_and_save, task, states_batch, kept, news=news)
 
-    results, micro_batch = find_batch_size(
-        steps, checkpoints.micro_batch, share, "fine-tuning the group"
-    )
+    results, micro_batch = find_batch_size(steps, checkpoints.micro_batch, share, task.what)
     return Trained(
-        SavedBlocks.merged([saved for _, saved in results]),
-        results[0][0],
+        SavedBlocks.merged([saved for *_, saved in results]),
+        *results[0][:2],
         states_batch,
         read,
         micro_batch,
@@ -153,31 +170,45 @@ def ensure_states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -
     return worker.runner.weights.bytes_read - before
 
 
-def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> States:
+def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> tuple[States, States]:
+    """Those of the windows that this worker trains on, and of its held-out ones."""
     key = ("states", *sorted(task.identity.items()), batch_size)
     if key not in worker.memory:
         worker.memory.clear()  # of the last task
         worker.runner.reload()
-        windows = len(task.windows_WT)
-        numbers = own_windows(windows, task.config.batch, worker.count, worker.rank)
-        own_WT = torch.from_numpy(task.windows_WT[numbers])
+        trained_WT = _own(worker, task, task.windows_WT)
+        held_WT = (
+            trained_WT[:0] if task.held_out_WT is None else _own(worker, task, task.held_out_WT)
+        )
         runner = worker.runner.with_batch_size(batch_size)
-        worker.memory[key] = States(*task.source.walk(runner, own_WT))
+        both = States(*task.source.walk(runner, torch.cat([trained_WT, held_WT])))
+        worker.memory[key] = both.split(len(trained_WT))
     return worker.memory[key]
+
+
+def _own(worker: TrainingWorker, task: TrainingTask, windows_WT: np.ndarray) -> torch.Tensor:
+    numbers = own_windows(len(windows_WT), task.config.batch, worker.count, worker.rank)
+    return torch.from_numpy(windows_WT[numbers])
 
 
 def train_and_save(
     worker: TrainingWorker, task: TrainingTask, states_batch: int, checkpoints: Checkpoints
-) -> tuple[list[float], SavedBlocks]:
-    """Train, and write this worker's part of the blocks: the epochs' losses and what it wrote."""
-    config, runner = task.config, worker.runner
-    states = _states(worker, task, states_batch)
+) -> tuple[list[float], list[float], SavedBlocks]:
+    """Train, and write this worker's part of the blocks: the losses of the parts and of the
+    held-out windows, and what it wrote.
+    """
+    config, runner, trainable = task.config, worker.runner, task.trainable
+    states, held_out = _states(worker, task, states_batch)
     runner.reload()
     contexts = runner.trunk.contexts(checkpoints.micro_batch, task.windows_WT.shape[1])
-    runner.offload()
-    meta_blocks = runner.trunk.meta_blocks
-    span = task.trainable.build(
-        meta_blocks, contexts, worker.device, worker.dtype, config.recompute, runner.run_block
+    runner.offload(trunk=not trainable.uses_head)
+    span = trainable.build(
+        runner.trunk.meta_blocks,
+        contexts,
+        worker.device,
+        worker.dtype,
+        config.recompute,
+        runner.run_block,
     )
     with tensor_core_products(worker.device, worker.dtype):
         first = states.entering_WTD[: checkpoints.micro_batch].to(worker.device)
@@ -189,26 +220,46 @@ def train_and_save(
     moved = 12 * sum(value.numel() for value in held)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
+    size = config.batch // worker.count
 
-    def epoch() -> Iterator[Batch]:
+    def part(number: int) -> Iterable[Batch]:
         worker.meet(moved)  # the first worker may still be writing the last checkpoint's record
-        return on_device(states.batches(config.batch // worker.count), worker.device)
+        in_pass = 1 + (number - 1) % config.parts
+        return on_device(states.batches(size, in_pass, config.parts), worker.device)
 
     def done(number: int, loss: float) -> None:
         if worker.rank == 0:
             worker.report((number, loss))
 
+    validation = None
+    if task.held_out_WT is not None:
+        validation = Validation(lambda: on_device(held_out.batches(size), worker.device))
     with tensor_core_products(worker.device, worker.dtype):
-        losses = train(stepper, epoch, config.epochs, done, checkpoints, worker.report)
-    if isinstance(stepper, TorchStepper):
-        saved = task.trainable.save(span, 0, 1)
-    else:
-        with stepper.whole():
-            saved = task.trainable.save(span, worker.rank, worker.count)
-            worker.meet(moved)  # nobody leaves while others need its part of the parameters
-        stepper.close()
+        losses = train(
+            stepper,
+            part,
+            config.epochs * config.parts,
+            done,
+            checkpoints,
+            worker.report,
+            validation,
+            task.rate_key,
+        )
+    saved = _save(worker, task, span, stepper, moved)
     worker.memory.clear()
-    return losses, saved
+    return losses, validation.losses if validation else [], saved
+
+
+def _save(
+    worker: TrainingWorker, task: TrainingTask, span: Span, stepper: Any, moved: int
+) -> SavedBlocks:
+    if isinstance(stepper, TorchStepper):
+        return task.trainable.save(span, 0, 1)
+    with stepper.whole():
+        saved = task.trainable.save(span, worker.rank, worker.count)
+        worker.meet(moved)  # nobody leaves while others need its part of the parameters
+    stepper.close()
+    return saved
 
 
 def _stepper(
@@ -216,12 +267,13 @@ def _stepper(
 ) -> Any:
     """Plain torch's, or DeepSpeed's where the worker belongs to a process group."""
     groups, config = task.trainable.parameter_groups(span), task.config
+    loss = task.trainable.loss(worker.runner.trunk)
     steps = config.epochs * len(task.windows_WT) // config.batch
     if worker.zero_stage is None:
-        return TorchStepper.make(span, groups, config, steps, worker.device, micro_batch)
+        return TorchStepper.make(span, groups, config, steps, worker.device, micro_batch, loss)
     from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
 
-    return DeepSpeedStepper.make(span, groups, config, steps, worker, micro_batch, moved)
+    return DeepSpeedStepper.make(span, groups, config, steps, worker, micro_batch, moved, loss)
 
 
 def _bytes_read(task: TrainingTask) -> int:

@@ -1,4 +1,4 @@
-"""What a group is fine-tuned to: its output states should stay what the teacher's are.
+"""What a span is trained to: its output states should stay what the teacher's are.
 
 Shapes: B windows of one loss batch, b of them on this worker, T tokens, D hidden size.
 
@@ -13,13 +13,20 @@ each token's by its own size; for `batch_kl` they are the same in every window, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
-Loss = Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor]
+
+class Loss(Protocol):
+    """Of a student's states by its teacher's."""
+
+    def __call__(
+        self, student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
+    ) -> torch.Tensor:
+        """A scalar. `shared`: the batch is split over the workers of the default process group, and
+        the mean over workers is the loss."""
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -78,5 +85,8 @@ def normalized_mse(
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "normalized_mse": normalized_mse}
-MEANS_OVER_ROWS = frozenset({"normalized_mse"})
-"""Losses of a batch that are the means of its equal parts' losses."""
+
+
+def is_mean_over_rows(loss: Loss) -> bool:
+    """Whether the loss of a batch is the mean of its equal parts' losses."""
+    return loss is not batch_kl

@@ -11,9 +11,11 @@ forward: four units of work for three.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
-from fusegpt_ray.training.losses import LOSSES, MEANS_OVER_ROWS
+from fusegpt_ray.training.losses import Loss, is_mean_over_rows
 from fusegpt_ray.training.span import Span
 
 
@@ -21,7 +23,7 @@ def accumulate(
     span: Span,
     entering_bTD: torch.Tensor,
     leaving_bTD: torch.Tensor,
-    loss: str,
+    loss: Loss,
     micro_batch: int | None,
     shared: bool,
 ) -> torch.Tensor:
@@ -33,19 +35,39 @@ def accumulate(
     size = micro_batch or len(entering_bTD)
     assert len(entering_bTD) % size == 0, (len(entering_bTD), size)
     parts = entering_bTD.split(size)
-    if len(parts) == 1 or loss in MEANS_OVER_ROWS:
+    if len(parts) == 1 or is_mean_over_rows(loss):
         total = torch.zeros((), device=entering_bTD.device)
         for part, teacher in zip(parts, leaving_bTD.split(size), strict=True):
-            value = LOSSES[loss](span(part), teacher, shared) / len(parts)
+            value = loss(span(part), teacher, shared) / len(parts)
             value.backward()
             span.collect()
             total += value.detach()
         return total
     with torch.no_grad():
         out_bTD = torch.cat([span(part) for part in parts])
-    value = LOSSES[loss](out_bTD.requires_grad_(), leaving_bTD, shared)
+    value = loss(out_bTD.requires_grad_(), leaving_bTD, shared)
     (grad_bTD,) = torch.autograd.grad(value, out_bTD)
     for part, grad in zip(parts, grad_bTD.split(size), strict=True):
         span(part).backward(grad)
         span.collect()
     return value.detach()
+
+
+@torch.no_grad()
+def mean_loss(
+    span: Span,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    loss: Loss,
+    micro_batch: int | None,
+    shared: bool,
+) -> torch.Tensor:
+    """The mean loss of some batches, (entering, leaving) each, by the weights that the span has
+    formed. They are let go of.
+    """
+    found = []
+    for entering_bTD, leaving_bTD in batches:
+        size = micro_batch or len(entering_bTD)
+        out_bTD = torch.cat([span(part) for part in entering_bTD.split(size)])
+        found.append(loss(out_bTD, leaving_bTD, shared))
+    span.release()
+    return torch.stack(found).mean()

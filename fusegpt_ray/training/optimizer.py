@@ -22,9 +22,17 @@ def make_optimizer(
     return torch.optim.Adam(filled, betas=betas, eps=eps, fused=fused or None)
 
 
-def cosine_to_zero(optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Each learning rate × ½ (1 + cos(π·step / steps))."""
-    return LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / steps, 1))))
+def cosine_to_zero(optimizer: torch.optim.Optimizer, steps: int, warmup: int = 0) -> LambdaLR:
+    """Each learning rate × ½ (1 + cos(π·step / steps)); before that, `warmup` of the steps in which
+    it grows evenly from nothing.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * min((step - warmup) / (steps - warmup), 1)))
+
+    return LambdaLR(optimizer, factor)
 
 
 def training_state(schedule: LambdaLR, masters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -81,7 +81,7 @@ class Span:
 
     def form(self, learned: Callable[[], list[Weights]]) -> None:
         """Give the blocks the weights of a loss batch, formed by `learned` (or what wraps it)."""
-        self._release()
+        self.release()
         weights = learned()
         self.weights = self.weights or self._make_leaves(weights)
         self.formed = [value for block in weights for value in block.values()]
@@ -97,7 +97,7 @@ class Span:
             with torch.no_grad():
                 self.form(self.learned)
                 out_BTD = self(h_BTD)
-                self._release()
+                self.release()
             return out_BTD
         for block, context in zip(self.blocks, self.contexts, strict=True):
             if self.recompute and torch.is_grad_enabled():
@@ -126,7 +126,7 @@ class Span:
         """
         root = _Root.apply(self._gradients, *self.formed)
         assert isinstance(root, torch.Tensor)
-        self._release()
+        self.release()
         return root
 
     def rehearse(self, h_BTD: torch.Tensor) -> str:
@@ -153,7 +153,7 @@ class Span:
     def _there_and_back(self, h_BTD: torch.Tensor) -> None:
         self.form(self.learned)
         self(h_BTD).sum().backward()
-        self._release()
+        self.release()
 
     def _make_leaves(self, weights: Sequence[Weights]) -> list[nn.Parameter]:
         """Parameters in place of the weights that are formed, the same ones in every step."""
@@ -166,7 +166,7 @@ class Span:
                 leaves.append(leaf)
         return leaves
 
-    def _release(self) -> None:
+    def release(self) -> None:
         """Let go of the weights, so that the next ones have their memory."""
         for leaf in self.weights:
             leaf.data, leaf.grad = leaf.data.new_empty(0), None

@@ -5,14 +5,15 @@ Shapes: b windows of a loss batch on this worker, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusegpt_ray.training.microbatch import accumulate
+from fusegpt_ray.training.losses import LOSSES, Loss
+from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
     cosine_to_zero,
     load_training_state,
@@ -31,10 +32,16 @@ class TrainingConfig:
     """How a span is trained, whatever it is."""
 
     loss: str
-    """One of `losses.LOSSES`."""
+    """One of `losses.LOSSES`, or the name of a loss that what is trained brings."""
     batch: int
     """Windows of a loss batch, over all workers."""
     epochs: int
+    """Passes over the windows."""
+    parts: int = 1
+    """That a pass is divided into. After each, the mean loss is told, a training checkpoint can be
+    made, and held-out windows are looked at."""
+    warmup: float = 0.0
+    """Share of the steps in which the learning rate grows."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     micro_batch: int | None = None
@@ -58,7 +65,10 @@ class Stepper(Protocol):
         """
 
     def mean(self, losses: torch.Tensor) -> float:
-        """The mean of an epoch's losses over all workers. Called by all workers at once."""
+        """The mean of these losses over all workers. Called by all workers at once."""
+
+    def validate(self, batches: Iterable[Batch]) -> float:
+        """The mean loss of batches that nothing is learned from. Called by all workers at once."""
 
     def gather(self, row: list[int]) -> list[list[int]]:
         """The rows of all workers, by their number. Called by all workers at once."""
@@ -78,7 +88,7 @@ class TorchStepper:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     device: torch.device
-    loss: str
+    loss: Loss
     micro_batch: int | None
 
     @classmethod
@@ -90,11 +100,18 @@ class TorchStepper:
         steps: int,
         device: torch.device,
         micro_batch: int | None = None,
+        loss: Loss | None = None,
     ) -> TorchStepper:
-        """`groups`: of parameters, {"params", "lr"}; `steps`: of the whole training."""
+        """
+        Args:
+            groups: of parameters, {"params", "lr"}.
+            steps: of the whole training.
+            loss: None: the one that `config` names.
+        """
         optimizer = make_optimizer(groups, config.betas, config.eps)
-        schedule = cosine_to_zero(optimizer, steps)
-        return cls(span, optimizer, schedule, device, config.loss, micro_batch)
+        schedule = cosine_to_zero(optimizer, steps, int(config.warmup * steps))
+        loss = loss or LOSSES[config.loss]
+        return cls(span, optimizer, schedule, device, loss, micro_batch)
 
     def step(self, batch: Batch) -> torch.Tensor:
         self.span.form(self.span.learned)
@@ -107,6 +124,10 @@ class TorchStepper:
 
     def mean(self, losses: torch.Tensor) -> float:
         return losses.mean().item()
+
+    def validate(self, batches: Iterable[Batch]) -> float:
+        self.span.form(self.span.learned)
+        return mean_loss(self.span, batches, self.loss, self.micro_batch, shared=False).item()
 
     @property
     def worker(self) -> int:

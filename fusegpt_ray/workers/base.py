@@ -43,8 +43,8 @@ class Setup:
     """`importance.batch` windows pass a block in one call."""
     piece_mb: int = 16
     """The recipe's `calibration.piece_mb`."""
-    loss_batch: int | None = None
-    """The recipe's `fusion.batch`; None where nothing is trained."""
+    trains: bool = False
+    """Whether training workers will be needed."""
     output_uri: str | None = None
     """Where workers write, if they do."""
     run_folder: str | None = None
@@ -61,7 +61,7 @@ class Setup:
             recipe.model.dtype,
             recipe.importance,
             recipe.calibration.piece_mb,
-            recipe.fusion.batch if recipe.trains else None,
+            recipe.trains,
             recipe.output.uri,
             storage.join(output, f"{recipe.output.name}.run"),
         )

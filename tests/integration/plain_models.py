@@ -70,7 +70,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
         stepper = TorchStepper.make(span, job.parameter_groups(span), config, steps, CPU)
         train(
             stepper,
-            lambda s=states, b=config.batch: s.batches(b),
+            lambda _, s=states, b=config.batch: s.batches(b),
             config.epochs,
             lambda *_: None,
         )

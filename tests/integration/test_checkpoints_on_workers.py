@@ -135,7 +135,7 @@ class Tune:
         try:
             losses = train(
                 stepper,
-                lambda: states.batches(group.share),
+                lambda _: states.batches(group.share),
                 EPOCHS,
                 done,
                 checkpoints,
@@ -193,7 +193,7 @@ def test_going_on_ends_with_the_same_bytes(mode: Mode, workers: int, found: Foun
     undisturbed, stopped = first[mode, "undisturbed"], first[mode, "stopped"]
     assert (undisturbed.epochs, undisturbed.said) == ([1, 2, 3, 4], [])
     assert stopped.epochs == [3, 4]
-    assert stopped.said == [f"  going on after epoch {STOP} of {EPOCHS}"]
+    assert stopped.said == [f"  going on after part {STOP} of {EPOCHS}"]
     assert stopped.losses == undisturbed.losses
     assert files(found, workers, mode, "stopped") == files(found, workers, mode, "undisturbed")
 

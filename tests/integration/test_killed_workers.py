@@ -47,7 +47,7 @@ SETTINGS = Fusion(
 )
 KILLED = 4
 """The epoch at whose beginning a worker is killed."""
-GOING_ON = f"  going on after epoch {KILLED - 1} of {EPOCHS}"
+GOING_ON = f"  going on after part {KILLED - 1} of {EPOCHS}"
 NEVER = 1e6
 """Minutes between training checkpoints, where there shall be none."""
 
@@ -114,7 +114,7 @@ def training_of(model: Path, out: Path, minutes: float) -> tuple[Setup, Training
         asked,
         "float32",
         Importance(batch=BATCH),
-        loss_batch=BATCH,
+        trains=True,
         output_uri=str(out),
         run_folder=str(out / "run"),
     )

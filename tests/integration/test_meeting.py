@@ -165,16 +165,16 @@ def test_a_worker_that_never_joins_ends_the_group_within_the_bound(group) -> Non
 def step(rank: int, count: int, folder: Path) -> None:
     """Steps of DeepSpeed, between two of which the last worker stops."""
     # Imported here, because each process imports this file.
-    from fusegpt_ray.fusion.student import LearnedNorm
     from fusegpt_ray.model.recorder import Context
     from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
+    from fusegpt_ray.training.masters import Masters
     from fusegpt_ray.training.span import Learned, Span
     from fusegpt_ray.training.stepper import TrainingConfig
     from fusegpt_ray.workers.base import TrainingWorker
 
     block = torch.nn.Sequential(OrderedDict(layer=torch.nn.Linear(8, 8)))
     values = {name: value.detach().clone() for name, value in block.layer.named_parameters()}
-    learned = Learned([{"layer": LearnedNorm(values, torch.float32)}])
+    learned = Learned([{"layer": Masters(values, torch.float32)}])
     span = Span([block], learned, [Context((), {})])
     groups = [{"params": list(learned.parameters()), "lr": 0.01}]
     config = TrainingConfig("batch_kl", batch=8, epochs=1)

@@ -71,7 +71,7 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(
         cluster,
         "float32",
         Importance(batch=4),
-        loss_batch=TRAINED,
+        trains=True,
         output_uri=str(tmp_path),
         run_folder=str(tmp_path / "run"),
     )

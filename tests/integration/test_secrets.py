@@ -82,7 +82,7 @@ def test_a_run_that_fails_with_a_trace(
     log = (tmp_path / "log").read_text()
     assert (
         log.count("Traceback") >= 2
-        and log.count("failed: FloatingPointError: the fine-tuning loss became") == 2
+        and log.count("failed: FloatingPointError: the training loss became") == 2
     )
     assert any("heartbeat.json" in key for key in s3.objects(bucket))
     assert leaks(tmp_path) == leaks(temp) == in_objects(s3.objects(bucket)) == []

@@ -59,7 +59,7 @@ def learn(group: Group) -> Learned:
         stepper.engine.step = after(
             lambda: note(gradients, span, safe_get_full_grad), stepper.engine.step
         )
-    losses = train(stepper, lambda: states.batches(group.share), EPOCHS, lambda *_: None)
+    losses = train(stepper, lambda _: states.batches(group.share), EPOCHS, lambda *_: None)
     if isinstance(stepper, TorchStepper):
         return Learned(gradients, weights_of(span), losses)
     with stepper.whole():

@@ -40,7 +40,7 @@ def setup_of(model: Path, out: Path, dtype: str = "bfloat16") -> Setup:
         Cluster(engine="ray", workers=WORKERS, zero_stage=1),
         dtype,  # type: ignore[arg-type]
         Importance(batch=BATCH),
-        loss_batch=BATCH,
+        trains=True,
         output_uri=str(out),
         run_folder=str(out / "run"),
     )

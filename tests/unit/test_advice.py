@@ -141,7 +141,7 @@ def test_a_loss_that_is_not_finite(desk: Desk, monkeypatch: Patch, capsys: Captu
     def second_fails(*arguments: Any) -> Any:
         calls.append(0)
         if len(calls) == 2:
-            raise FloatingPointError("the fine-tuning loss became nan in epoch 1")
+            raise FloatingPointError("the training loss became nan in epoch 1")
         return train(*arguments)
 
     monkeypatch.setattr(finetune, "train_and_save", second_fails)

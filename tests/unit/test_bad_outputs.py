@@ -116,7 +116,7 @@ def test_a_run_that_fails_says_where(desk: Desk, capsys: pytest.CaptureFixture[s
     end = stderr.splitlines()[-2:]
     assert stdout == "" and not list(desk.out.glob("*/fusegpt.json"))
     assert re.fullmatch(
-        "failed: FloatingPointError: the fine-tuning loss became .* lower fusion.learning_rate",
+        "failed: FloatingPointError: the training loss became .* lower fusion.learning_rate",
         end[0],
     )
     assert end[1] == f"stopped in round 1 of 2; 0 are finished in {desk.out / 'demo.run'}"

@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_within_its_round(
     stopped(desk, at)
     assert [number for number in (1, 2, 3) if checkpoints(desk, number).exists()] == [at]
     show = go_on(desk)
-    assert f"  going on after epoch 1 of {EPOCHS}" in show.said
+    assert f"  going on after part 1 of {EPOCHS}" in show.said
     assert show.epochs == [
         (number, epoch) for number in range(at, 4) for epoch in (1, 2) if (number, epoch) != (at, 1)
     ]

@@ -51,7 +51,7 @@ def trained(folder: Path, out: Path, compiled: bool) -> dict[str, torch.Tensor]:
     stepper = TorchStepper.make(span, job.parameter_groups(span), config, 12, GPU)
     assert stepper.optimizer.defaults["fused"]
     with tensor_core_products(GPU, runner.dtype):
-        train(stepper, lambda: on_device(states.batches(BATCH), GPU), 3, lambda *_: None)
+        train(stepper, lambda _: on_device(states.batches(BATCH), GPU), 3, lambda *_: None)
     return {name: value.detach().cpu() for name, value in span.learned.named_parameters()}
 
 

@@ -108,8 +108,8 @@ class Recorder:
         return losses.mean().item()
 
 
-def an_epoch(values: list[float]) -> Callable[[], Iterator[Batch]]:
-    return lambda: iter([(torch.tensor([value]), torch.tensor([value])) for value in values])
+def an_epoch(values: list[float]) -> Callable[[int], Iterator[Batch]]:
+    return lambda _: iter([(torch.tensor([value]), torch.tensor([value])) for value in values])
 
 
 def test_every_epoch_sees_the_same_batches_in_the_same_order() -> None:

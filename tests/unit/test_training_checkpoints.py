@@ -42,7 +42,7 @@ def test_whenever_it_is_stopped_only_what_is_left_is_done(bench: Bench, undistur
         bench.stopped(after)
         assert bench.heard == [*range(1, after + 1)]
         assert result(bench.tune()) == undisturbed
-        assert bench.said == [f"  going on after epoch {after} of {EPOCHS}"]
+        assert bench.said == [f"  going on after part {after} of {EPOCHS}"]
         assert bench.heard == [*range(after + 1, EPOCHS + 1)]
         assert len(bench.steps) == (EPOCHS - after) * WHOLE
         storage.remove(bench.folder, recursive=True)
@@ -116,7 +116,7 @@ def test_damage_is_said_and_costs_the_group(
     else:
         (line,) = bench.said
         assert line.startswith(f"WARNING: {uri} is ")
-        assert line.endswith("; fine-tuning this group from its beginning")
+        assert line.endswith("; training from the beginning")
     assert bench.heard == [1]
     assert result(bench.tune()) == undisturbed
     assert bench.heard == [2, 3, 4]
@@ -140,8 +140,8 @@ def test_another_set_up_begins_anew(
         changes = {}
     bench.stopped(1, checkpoint_minutes=1e6, **changes)
     assert bench.said == [
-        f"  a training checkpoint of another set-up is left aside ({named}); fine-tuning this group"
-        " from its beginning"
+        f"  a training checkpoint of another set-up is left aside ({named}); training from the"
+        " beginning"
     ]
     assert bench.files() == before
     bench.stopped(1, **changes)

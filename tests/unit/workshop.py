@@ -89,7 +89,7 @@ class Workshop:
         epochs = epochs or job.settings.epochs
         stepper = self.stepper(job, student, epochs * (WINDOWS // BATCH))
         states = States(entering, leaving)
-        return train(stepper, lambda: states.batches(BATCH), epochs, lambda *_: None)
+        return train(stepper, lambda _: states.batches(BATCH), epochs, lambda *_: None)
 
     def stepper(self, job: GroupFusion, student: Span, steps: int) -> TorchStepper:
         """Trains a student as an engine does."""

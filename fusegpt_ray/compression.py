@@ -1,0 +1,212 @@
+"""A compression on open workers: rounds → healing → publishing, as far as they are left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from fusegpt_ray.comparing import compare_source
+from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
+from fusegpt_ray.footprint import healing_shortage, shortage
+from fusegpt_ray.heal import Healer
+from fusegpt_ray.judge import Judge
+from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.source import MANIFEST
+from fusegpt_ray.plan import Plan
+from fusegpt_ray.preflight import Target, check_tokens, name_taken
+from fusegpt_ray.publishing.publish import Published, publish
+from fusegpt_ray.report import Display
+from fusegpt_ray.rounds import Rounds, fewer_at_once
+from fusegpt_ray.run.identity import healing_identity, identity, run_id
+from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.saving import put_shards
+from fusegpt_ray.store import storage
+from fusegpt_ray.text import calibration
+from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.workers.base import Workers
+
+
+@dataclass
+class Compression:
+    """A compression on open workers."""
+
+    plan: Plan
+    workers: Workers
+    show: Display
+    windows: Windows
+    """Of the calibration text."""
+    held_out: dict[str, Windows]
+    healing: tuple[Windows, Windows] | None
+    """Of the text that healing trains on, and held-out ones; None where nothing is healed."""
+    identity: dict[str, Any]
+    """What this run may not change and still be resumed."""
+
+    @classmethod
+    def begin(cls, planned: Plan, workers: Workers, show: Display) -> Compression:
+        """Draw the windows, and find out which run this is.
+
+        Raises:
+            UserError: a text cannot be used.
+        """
+        recipe, model = planned.recipe, planned.model
+        show.say(workers.description)
+        show.stage("tokenising")
+        text, leading = recipe.calibration, planned.leading
+        windows = calibration_windows(workers, recipe, leading["calibration"])
+        held_out = {}
+        for name, held in recipe.evaluation.items():
+            key = f"evaluation.{name}"
+            held_out[name] = evaluation_windows(
+                workers, held, held.length or text.length, leading[key], f"{key}.data"
+            )
+        healing = None
+        texts = [windows, *held_out.values()]
+        if recipe.heal:
+            healing = healing_windows(workers, recipe, leading["calibration"])
+            texts += healing
+        check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
+        show.stage("checking the model's files")
+        drawn = calibration.fingerprint(windows.tokens_WT)
+        exact = recipe.cluster.deterministic
+        hardware = workers.hardware if exact else {}
+        this = identity(recipe, drawn, model.stack, workers.dtype, hardware)
+        return cls(planned, workers, show, windows, held_out, healing, this)
+
+    @property
+    def id(self) -> str:
+        """See `run_id`."""
+        return run_id(self.identity, self._healing_identity)
+
+    @property
+    def _healing_identity(self) -> dict[str, Any] | None:
+        if self.healing is None:
+            return None
+        drawn = (calibration.fingerprint(item.tokens_WT) for item in self.healing)
+        return healing_identity(self.plan.recipe, *drawn)
+
+    def publish_all(self, restart: bool) -> dict[str, Published]:
+        """Do what is left to do; everything that this run has published, by folder.
+
+        Raises:
+            UserError: another run has the name.
+        """
+        targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
+        with ExitStack() as life:
+            if not restart:
+                journal.check(self.identity)
+            published = self._published_before()
+            if journal.exists or len(published) < len(targets):
+                facts = {
+                    "run": self.id,
+                    "rounds": self.plan.rounds,
+                    "models": [target.name for target in targets],
+                }
+                owned = journal.owned(self.show.say, lambda: self.show.doing, facts)
+                journal = life.enter_context(owned)
+                published = self._published_before()  # perhaps while we waited
+                if restart:
+                    journal.clear()
+            if missing := [target for target in targets if target.folder not in published]:
+                published |= self._publish(missing, journal)
+            else:
+                self.show.say("nothing is left to do: this very run has published everything")
+            if journal.lease:
+                journal.remove()
+        return published
+
+    def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
+        """Do the rounds, then publish the models that are missing."""
+        recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
+        targets = self.plan.targets
+        windows_WT, show = self.windows.tokens_WT, self.show
+        journal.begin(self.identity, show.say)
+        compare_source(workers, model.source, model.stack, windows_WT, show)
+        show.calibration(self.windows.protocol)
+        if recipe.trains:
+            room, last = workers.device_bytes, self.plan.rounds
+            most = len(model.stack) - targets[0].remove
+            for lack in (
+                shortage(recipe, model.stack, workers.dtype, last, room),
+                healing_shortage(recipe, model.stack, workers.dtype, most, room),
+            ):
+                if lack:
+                    show.say(lack)
+        show.stage("evaluating the dense model")
+        with explained(model.stack, model.source.name, workers.dtype):
+            judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
+        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
+        done = rounds.up_to([target.remove for target in missing])
+        published = {}
+        for target in missing:
+            healed = self._heal(target, done[: target.remove], journal)
+            stages = {"fused": done[target.remove - 1].stack}
+            if healed and not recipe.trains_groups:  # nothing was fused
+                stages = {}
+            if healed:
+                stages["healed"] = healed.stack
+            show.stage(f"evaluating and publishing {target.name}")
+            stack = [*stages.values()][-1]
+            with journal.creating():
+                published[target.folder] = publish(
+                    target.folder,
+                    stack,
+                    model.stack,
+                    model.source,
+                    int(recipe.output.shard_gb * 1e9),
+                    self._facts(target, done[: target.remove], healed),
+                    partial(judge.measure, target.folder, stages),
+                    journal.fence,
+                    partial(put_shards, workers),
+                )
+            show.published(published[target.folder].manifest["publishing"])
+        return published
+
+    def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
+        """The healed model, if the recipe asks for it."""
+        this = self._healing_identity
+        if self.healing is None or this is None:
+            return None
+        healer = Healer(
+            self.plan.recipe,
+            self.workers,
+            journal,
+            self.plan.model.stack,
+            *self.healing,
+            this,
+            self.show,
+        )
+        return healer.heal(target.name, rounds)
+
+    def _facts(self, target: Target, done: Sequence[Done], healed: Done | None) -> dict[str, Any]:
+        """What the manifest tells of the run."""
+        recipe, records = self.plan.recipe, [round.record for round in done]
+        healing = {"healing": healed.record} if healed else {}
+        return healing | {
+            "run": self.id,
+            "arithmetic": self.identity["arithmetic"],
+            "method": recipe.method,
+            "sparsity": target.sparsity,
+            "recipe": recipe.model_dump(mode="json"),
+            "calibration": self.windows.protocol,
+            "removed": [record["removed"] for record in records],
+            "rounds": records,
+            "fewer_at_once": fewer_at_once(recipe, records),
+        }
+
+    def _published_before(self) -> dict[str, Published]:
+        """By folder, what this very run published before it died.
+
+        Raises:
+            UserError: another run published one of the targets.
+        """
+        published = {}
+        for target in self.plan.targets:
+            manifest = storage.join(target.folder, MANIFEST)
+            if storage.exists(manifest):
+                published[target.folder] = Published(target.folder, storage.read_json(manifest))
+                if published[target.folder].manifest.get("run") != self.id:
+                    raise name_taken(self.plan.recipe, target)
+        return published

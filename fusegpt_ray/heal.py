@@ -1,0 +1,106 @@
+"""Healing one model after its last round, whatever the engine: train all its blocks together, then
+commit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.run.done import Done
+from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
+from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.training.finetune import Trained, train_span
+from fusegpt_ray.workers.base import News, Workers
+
+
+@dataclass
+class Healer:
+    """Heals the models of one run."""
+
+    recipe: Recipe
+    workers: Workers
+    journal: Journal
+    dense: Stack
+    windows: Windows
+    held_out: Windows
+    identity: Mapping[str, Any]
+    """See `run.identity.healing_identity`."""
+    show: Display
+
+    def heal(self, name: str, rounds: Sequence[Done]) -> Done:
+        """The healed model after these rounds; what the journal has is not done again."""
+        removed = len(rounds)
+        origin = checksum({"rounds": [done.to_json() for done in rounds]})
+        key = checksum({"after": origin, **self.identity})
+        if healed := self.journal.healed(removed, key, self.show.say):
+            self.show.say(f"{name} is healed (found in {self.journal.folder})")
+            return healed
+        try:
+            with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
+                trained = self._train(name, rounds[-1].stack, key[:16])
+        except Exception as error:
+            error.add_note(f"stopped in healing {name}; its {removed} rounds are finished")
+            if isinstance(error, FloatingPointError):
+                error.add_note("the same run goes on from them with other values in heal")
+            raise
+        stack = rounds[-1].stack.swap(trained.saved.blocks)
+        healed = Done(self._record(trained), stack, trained.saved.files)
+        self.journal.commit_healed(removed, key, healed)
+        return healed
+
+    def _train(self, name: str, stack: Stack, key: str) -> Trained:
+        settings, journal = self.recipe.heal, self.journal
+        assert settings is not None
+        removed = len(self.dense) - len(stack)
+        folder = journal.healed_folder(removed)
+        model = WholeModel(stack, self.dense, settings, self.recipe.seed, folder, journal.fence)
+        task = model.task(
+            self.windows.tokens_WT,
+            self.held_out.tokens_WT,
+            self.recipe.cluster,
+            {"healing": key},
+            storage.join(folder, "checkpoints"),
+        )
+        tokens, parts = self.windows.tokens_WT.size, task.config.parts
+        self.show.stage(f"healing {name} on {tokens:,} tokens", parts)
+
+        def news(item: News) -> None:
+            if isinstance(item, str):
+                self.show.say(item)
+            else:
+                self.show.epoch(item[0], parts, item[1], "part")
+
+        trained = train_span(self.workers, task, news)
+        best = min(trained.held_out)
+        at = trained.held_out.index(best)
+        self.show.say(f"  held-out KL {trained.held_out[0]:.4g} → {best:.4g} nats a token")
+        if at < parts:
+            which = f"after part {at} of {parts}" if at else "before the first step"
+            fix = "a lower heal.learning_rate may do better"
+            self.show.say(f"  WARNING: the best state was that {which}, which is kept; {fix}")
+        return trained
+
+    def _record(self, trained: Trained) -> dict[str, Any]:
+        """For the manifest."""
+        return {
+            "data": self.windows.protocol,
+            "tokens": int(self.windows.tokens_WT.size),
+            "losses": trained.losses,
+            "held_out": trained.held_out,
+            "states_batch_size": trained.states_batch_size,
+            "states_bytes_read": trained.states_bytes_read,
+            "micro_batch": trained.micro_batch,
+            "seconds": {
+                "states": round(trained.states_seconds, 3),
+                "heal": round(trained.train_seconds, 3),
+            },
+        }

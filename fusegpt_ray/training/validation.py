@@ -1,0 +1,73 @@
+"""Held-out windows that a training looks at on its way: what is kept in the end is the state that
+was best on them, which may be the one before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from fusegpt_ray.training.stepper import Batch, Stepper
+
+_BEST = "best."
+
+
+@dataclass
+class Validation:
+    """The held-out losses of one training, and the values that gave the lowest."""
+
+    batches: Callable[[], Iterable[Batch]]
+    """Of the held-out windows, on the device."""
+    told: Callable[[int, float], None] = lambda part, loss: None
+    """Takes each held-out loss; part 0 is the beginning."""
+    losses: list[float] = field(default_factory=list)
+    """At the beginning, and after each part."""
+    _best: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> int:
+        """The part after which the held-out loss was the lowest; one that is not finite is not."""
+        finite = [loss if math.isfinite(loss) else math.inf for loss in self.losses]
+        return finite.index(min(finite))
+
+    def look(self, stepper: Stepper) -> None:
+        """Measure the present state. Called by all workers at once."""
+        self.losses.append(stepper.validate(self.batches()))
+        self.told(len(self.losses) - 1, self.losses[-1])
+        if self.best == len(self.losses) - 1:
+            self._best = _values(stepper)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a training checkpoint keeps of it, unless the present state is the best."""
+        if self.best == len(self.losses) - 1:
+            return {}
+        return {_BEST + name: value for name, value in self._best.items()}
+
+    def load(
+        self, losses: list[float], state: Mapping[str, torch.Tensor], stepper: Stepper
+    ) -> None:
+        """Go on from what `state` gave, with the stepper in the state of the same checkpoint."""
+        self.losses = losses
+        kept = {
+            name.removeprefix(_BEST): value
+            for name, value in state.items()
+            if name.startswith(_BEST)
+        }
+        self._best = kept or _values(stepper)
+
+    def end(self, stepper: Stepper) -> None:
+        """Go back to the best state. Called by all workers at once."""
+        if self.best < len(self.losses) - 1:
+            stepper.load({**stepper.state(), **self._best})
+
+
+def _values(stepper: Stepper) -> dict[str, torch.Tensor]:
+    """Copies on the host of what this worker learns."""
+    return {
+        name: value.to("cpu", copy=True)
+        for name, value in stepper.state().items()
+        if name.endswith(".value")
+    }
