@@ -35,7 +35,8 @@ from fusegpt_ray.saving import put_shards
 from fusegpt_ray.sections import Cluster, Evaluation, Model
 from fusegpt_ray.store import storage
 from fusegpt_ray.text import calibration
-from fusegpt_ray.text.windows import Windows, calibration_windows, evaluation_windows
+from fusegpt_ray.text.mixture import calibration_windows, streams
+from fusegpt_ray.text.windows import Windows, evaluation_windows
 from fusegpt_ray.workers.base import Setup, Workers
 
 
@@ -317,8 +318,8 @@ def _compare_source(
 
 
 def _calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
-    key, text = "calibration.data", recipe.calibration
-    return calibration_windows(workers.tokens(text, key), text, leading, key)
+    key, text = "calibration", recipe.calibration
+    return calibration_windows(streams(workers.tokens, text, key), text, leading, key)
 
 
 def _evaluation_windows(

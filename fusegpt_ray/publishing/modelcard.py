@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.sections import METHOD_SPECS
-from fusegpt_ray.text.protocol import described
+from fusegpt_ray.text.protocol import described, warnings
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
@@ -82,6 +82,4 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
     lines += [f"{data}: {described(row)}.  " for data, row in perplexity.items()]
     if protocol:
         lines.append(f"Calibration: {described(protocol)}.  ")
-    if "warning" in protocol:
-        lines.append(f"Warning: {protocol['warning']}.  ")
-    return lines
+    return lines + [f"Warning: {warning}.  " for warning in warnings(protocol)]
