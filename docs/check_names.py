@@ -2,7 +2,8 @@
 
 - A file, such as `model/stack.py` or `tests/slow.py`: somewhere in this repository.
 - A test, such as `test_a_live_run_is_left_alone`: somewhere in `tests/`.
-- A key of a recipe, such as `cluster.replicas`: in `sections.py`.
+- A key of a recipe, such as `cluster.replicas`: in `sections.py` or
+  `text_sections.py`; that of a text in a list, such as `calibration.data.1.weight`, too.
 
 What is wrong is a warning, which `mkdocs build --strict` takes for an error.
 """
@@ -19,7 +20,7 @@ log = logging.getLogger("mkdocs.hooks.check_names")
 SECTIONS = "model|calibration|evaluation|importance|fusion|cluster|output"
 FILE = re.compile(r"`[^`\s]*?([\w./-]+\.py)(?:::\w+)?[^`]*`")
 TEST = re.compile(r"\btest_\w+(?!\.py)\b")
-KEY = re.compile(rf"`(?:{SECTIONS})\.([a-z_]+)(?:[:=] ?[^`]*)?`")
+KEY = re.compile(rf"`(?:{SECTIONS})\.(?:data\.\d+\.)?([a-z_]+)(?:[:=] ?[^`]*)?`")
 
 
 def on_pre_build(config: Any) -> None:
@@ -54,4 +55,6 @@ TESTS = "\n".join(
     [(ROOT / path).read_text() for path in PATHS if path.startswith("tests/")]
     + [Path(path).stem for path in PATHS]
 )
-KEYS = (ROOT / "fusegpt_ray/sections.py").read_text()
+KEYS = "\n".join(
+    (ROOT / "fusegpt_ray" / name).read_text() for name in ("sections.py", "text_sections.py")
+)

@@ -148,7 +148,7 @@ def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target], flops: int
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
-    windows, looked = recipe.healing_windows, heal.held_out * (heal.parts + 1)
+    windows, looked = recipe.healing_windows, heal.held_out * (heal.looks + 1)
     passes = 3 + recipe.cluster.recompute_activations
     config = read_config(dense.config).get_text_config()
     head = 2 * config.hidden_size * config.vocab_size * length

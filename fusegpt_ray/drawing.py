@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Evaluation
-from fusegpt_ray.text import windows
+from fusegpt_ray.text import mixture, windows
+from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 
 
 def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
-    """Of the calibration text, drawn at random.
+    """Of the calibration texts, drawn at random.
 
     Args:
         leading: the token that each window begins with, if any.
 
     Raises:
-        UserError: the text cannot be used.
+        UserError: a text cannot be used.
     """
-    key, text = "calibration.data", recipe.calibration
-    return windows.calibration_windows(workers.tokens(text, key), text, leading, key)
+    key, text = "calibration", recipe.calibration
+    streams = mixture.streams(workers.tokens, text, key)
+    return mixture.calibration_windows(streams, text, leading, key)
 
 
 def evaluation_windows(
@@ -38,22 +38,23 @@ def evaluation_windows(
 def healing_windows(
     workers: Workers, recipe: Recipe, leading: int | None
 ) -> tuple[Windows, Windows]:
-    """To heal on, and to choose the best state by: no token is in two of them, unless
-    `heal.repeat` allows it.
+    """To heal on, and held-out ones to choose the best state by.
 
     Raises:
-        UserError: the text cannot be used, or is too short.
+        UserError: a text cannot be used, or is too short.
     """
-    heal = recipe.heal
+    heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
-    length = recipe.calibration.length
-    text = heal if heal.data else recipe.calibration
-    key = "heal.data" if heal.data else "calibration.data"
-    every = windows.evaluation_windows(
-        workers.tokens(text, key), Evaluation(data=text.data), length, leading, key
+    texts = heal if heal.data else calibration
+    return fresh_windows(
+        mixture.streams(workers.tokens, texts, "heal"),
+        texts,
+        recipe.healing_windows,
+        heal.held_out,
+        calibration.length,
+        calibration.seed,
+        heal.repeat,
+        leading,
+        "heal",
+        fewer=heal.batch if heal.tokens is None else None,
     )
-    order = np.random.default_rng(recipe.calibration.seed).permutation(len(every.tokens_WT))
-    held, rest = order[: heal.held_out], order[heal.held_out :]
-    count = min(recipe.healing_windows, len(rest)) // heal.batch * heal.batch
-    take = lambda numbers: Windows(every.tokens_WT[numbers], every.data, every.bos)  # noqa: E731
-    return take(rest[:count]), take(held)

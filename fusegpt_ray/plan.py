@@ -19,6 +19,7 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
 from fusegpt_ray.text.calibration import leading_token
+from fusegpt_ray.text.mixture import shares
 from fusegpt_ray.workers.base import Setup
 
 
@@ -69,6 +70,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     Raises:
         UserError: the recipe cannot be carried out.
     """
+    shares(recipe.calibration, recipe.calibration.windows, "calibration", "windows")
     source, structure = find_model(recipe.model, window_lengths(recipe))
     targets = plan_targets(recipe, len(structure.blocks))
     check_output(recipe, targets, restart)

@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
@@ -32,9 +32,9 @@ from fusegpt_ray.sections import (
     Method,
     Model,
     Output,
-    Section,
     Seed,
 )
+from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
 HEAL_TIMES = 8
@@ -360,12 +360,15 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    model: type[BaseModel] = root
-    for part in path:
-        if model is Recipe and part == "evaluation":
-            model = Evaluation
-            continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            model = annotation
+    model = root
+    for part in path:  # a name of a text, or a number in a list of them, leads to no other section
+        if part in model.model_fields:
+            model = _section_in(model.model_fields[part].annotation) or model
     return list(model.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a key holds, be it in a mapping or a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

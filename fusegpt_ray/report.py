@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from fusegpt_ray.text.protocol import described, stages
+from fusegpt_ray.text.protocol import described, stages, warnings
 
 SHOWN = 12
 """Names that a line shows."""
@@ -87,8 +87,8 @@ class Display(_Live):
     def calibration(self, protocol: Mapping[str, Any]) -> None:
         """What all numbers of scoring and fine-tuning rest on; see `Windows.protocol`."""
         self.say(f"calibration: {described(protocol)}")
-        if "warning" in protocol:
-            self.say(f"warning: calibration: {protocol['warning']}")
+        for warning in warnings(protocol):
+            self.say(f"warning: calibration: {warning}")
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         self._round_began = time.monotonic()

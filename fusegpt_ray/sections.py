@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, Field
 
-from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
+from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
+from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+ft", "fusegpt"]
 Bos = Literal["auto", "always", "never"]
@@ -20,17 +21,11 @@ found out only when the memory runs out."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-def _without_secret(uri: str) -> str:
-    refuse_secret("", uri)  # `_explain` knows the key
-    return uri
-
-
 def _unambiguous(uri: str) -> str:
     refuse_ambiguous("", uri)
     return uri
 
 
-Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
 Place = Annotated[Uri, AfterValidator(_unambiguous)]
 """A URI that is written to."""
 
@@ -89,14 +84,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Section(BaseModel):
-    """One section of the recipe: immutable, every key known."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
-    )
-
-
 class Model(Section):
     """The dense model."""
 
@@ -110,23 +97,7 @@ class Model(Section):
     bfloat16 on a GPU for a 16-bit checkpoint. float16 is not offered: gradients underflow in it."""
 
 
-class Text(Section):
-    """Where text comes from."""
-
-    data: Uri
-    """File(s) of text, JSON Lines, JSON, CSV, TSV, Parquet or Arrow: a path, glob or fsspec URI;
-    or a `datasets` id such as `wikitext`."""
-    config: str | None = None
-    """`datasets` only: the configuration, such as `wikitext-2-raw-v1`."""
-    split: str = "train"
-    """`datasets` only: the split."""
-    revision: str | None = None
-    """`datasets` only: branch, tag or commit."""
-    column: str = "text"
-    """The column that holds the text, in all of these but plain text."""
-
-
-class Calibration(Text):
+class Calibration(Texts):
     """Windows of text that scoring and fine-tuning see."""
 
     windows: int = Field(1024, ge=1, le=MOST)
@@ -217,12 +188,12 @@ class Fusion(Section):
     are folded; less memory."""
 
 
-class Heal(Text):
+class Heal(Texts):
     """Healing: after the last round all blocks are trained together, so that the model's next-token
     distributions are again those of the dense model."""
 
-    data: Uri | None = None  # type: ignore[assignment]
-    """Text as in `calibration`; left out: the calibration's."""
+    data: Uri | tuple[WeightedText, ...] | None = None  # type: ignore[assignment]
+    """Texts as in `calibration`; left out: the calibration's."""
     tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
     """How many tokens of text each published model is trained on, each token once; left out: eight
     times the calibration's, or fewer where the text has no more."""
@@ -244,7 +215,7 @@ class Heal(Text):
     error between the RMS-normalised last hidden states."""
     held_out: int = Field(16, ge=1, le=MOST)
     """Windows, never trained on, by which the best state is chosen; a multiple of `batch`."""
-    parts: int = Field(8, ge=1, le=MOST)
+    looks: int = Field(8, ge=1, le=MOST)
     """How often, evenly over the training, the held-out windows are looked at."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""

@@ -23,8 +23,8 @@ from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.device import pick_dtype
-from fusegpt_ray.sections import Text
 from fusegpt_ray.store import storage
+from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup
 
 R = TypeVar("R")

@@ -71,7 +71,7 @@ class WholeModel:
             loss="logits_kl",
             batch=settings.batch,
             epochs=1,
-            parts=min(settings.parts, len(windows_WT) // settings.batch),
+            parts=min(settings.looks, len(windows_WT) // settings.batch),
             warmup=settings.warmup,
             betas=settings.betas,
             eps=settings.eps,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.sections import METHOD_SPECS
-from fusegpt_ray.text.protocol import STAGES, described, stages
+from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
@@ -90,8 +90,8 @@ def _measured(manifest: Mapping[str, Any]) -> list[str]:
     lines += [f"{data}: {described(row)}.  " for data, row in perplexity.items()]
     if protocol:
         lines.append(f"Calibration: {described(protocol)}.  ")
-    if healing := manifest.get("healing"):
-        lines.append(f"Healing: {described(healing['data'])}.  ")
-    if "warning" in protocol:
-        lines.append(f"Warning: {protocol['warning']}.  ")
-    return lines
+    healing = manifest.get("healing", {}).get("data", {})
+    if healing:
+        lines.append(f"Healing: {described(healing)}.  ")
+    told = [*warnings(protocol), *warnings(healing)]
+    return lines + [f"Warning: {warning}.  " for warning in told]

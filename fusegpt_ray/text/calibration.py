@@ -15,19 +15,22 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Bos, Text
+from fusegpt_ray.sections import Bos
 from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text.formats import beside
+from fusegpt_ray.text.formats import beside, of_all
+from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Stream = Callable[[], Iterable[np.ndarray]]
+"""Yields the tokens of a text piece by piece, int [tokens], from the beginning at each call."""
 HELD_TOKENS = 64_000_000
 """So many tokens (256 MB) are kept between counting them and cutting windows; a longer text is
 tokenised twice."""
@@ -86,7 +89,7 @@ def window_starts(n_tokens: int, windows: int, length: int, seed: int) -> list[i
 
 
 def sample_windows(
-    stream: Callable[[], Iterable[np.ndarray]],
+    stream: Stream,
     windows: int,
     length: int,
     seed: int,
@@ -98,11 +101,22 @@ def sample_windows(
 
     With `bos`, a window is this token and the first `length` − 1 tokens of the same text.
 
-    `stream()` yields the tokens piece by piece, from the beginning at each call. It is called once,
-    or twice if there are more than `HELD_TOKENS` tokens.
-
     Raises:
         UserError: fewer than `length` + 1 tokens.
+    """
+    n_tokens, again = counted(stream)
+    if n_tokens < length + 1:
+        raise _too_short(key, length, n_tokens, length + 1)
+    starts = window_starts(n_tokens, windows, length, seed)
+    sampled_WT = blank_windows(windows, length, bos)
+    texts = list(sampled_WT if bos is None else sampled_WT[:, 1:])
+    fill(texts, starts, again, n_tokens, key)
+    return sampled_WT
+
+
+def counted(stream: Stream) -> tuple[int, Stream]:
+    """How many tokens there are, and a stream of the same ones: of those that were kept, if there
+    are no more than `HELD_TOKENS`, else of the text once more.
     """
     held: list[np.ndarray] | None = []
     n_tokens = 0
@@ -112,32 +126,45 @@ def sample_windows(
             held = None
         if held is not None:
             held.append(tokens)
-    if n_tokens < length + 1:
-        raise _too_short(key, length, n_tokens, length + 1)
-    starts = window_starts(n_tokens, windows, length, seed)
-    sampled = np.empty((windows, length), dtype=np.int64)
-    texts = sampled
+    kept = held
+    return n_tokens, stream if kept is None else lambda: kept
+
+
+def blank_windows(windows: int, length: int, bos: int | None) -> np.ndarray:
+    """Windows whose text is still to be filled in, int64 [windows, length]; `bos` stands there."""
+    windows_WT = np.zeros((windows, length), dtype=np.int64)
     if bos is not None:
-        sampled[:, 0] = bos
-        texts = sampled[:, 1:]
-    width = texts.shape[1]
+        windows_WT[:, 0] = bos
+    return windows_WT
+
+
+def fill(
+    texts: Sequence[np.ndarray], starts: Sequence[int], stream: Stream, n_tokens: int, key: str
+) -> None:
+    """Write into each of the `texts`, all of one length, the tokens that begin at its start. They
+    may overlap. The tokens, `n_tokens` of them, are read once.
+    """
+    width = len(texts[0]) if texts else 0
+    order = np.argsort(np.asarray(starts, dtype=np.int64), kind="stable")
+    ascending = np.asarray(starts, dtype=np.int64)[order]
     first = 0
-    for tokens in stream() if held is None else held:
+    for tokens in stream():
         end = first + len(tokens)
-        for window, start in zip(texts, starts, strict=True):
-            low, high = max(start, first), min(start + width, end)
-            if low < high:
-                window[low - start : high - start] = tokens[low - first : high - first]
+        # Those that begin before the end of this piece, and end behind its beginning.
+        low, high = np.searchsorted(ascending, [first - width + 1, end])
+        for number in order[low:high]:
+            text, start = texts[number], starts[number]
+            begin, stop = max(start, first), min(start + width, end)
+            text[begin - start : stop - start] = tokens[begin - first : stop - first]
         first = end
     if first != n_tokens:
         raise RuntimeError(
             f"{key}: first {n_tokens} tokens, then {first}: the text changed while it was read"
         )
-    return sampled
 
 
 def consecutive_windows(
-    stream: Callable[[], Iterable[np.ndarray]],
+    stream: Stream,
     length: int,
     limit: int | None,
     key: str,
@@ -175,6 +202,5 @@ def fingerprint(windows: np.ndarray) -> str:
 
 def _too_short(key: str, length: int, found: int, needed: int) -> UserError:
     problem = f"the text has {found} tokens, and windows of this length need {needed}"
-    return UserError(
-        beside(key, "length"), length, problem, f"give more text in {key}, or lower the length"
-    )
+    fix = f"give more text in {key}, or lower the length"
+    return UserError(beside(of_all(key), "length"), length, problem, fix)

@@ -7,12 +7,13 @@ for (a test compares the two), except that more files count as plain text, Markd
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Text
+from fusegpt_ray.text_sections import Text
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "datasets"]
 FORMATS: dict[str, Format] = {
@@ -103,8 +104,17 @@ def one_of(columns: Iterable[str]) -> str:
 
 
 def beside(key: str, name: str) -> str:
-    """Another key of the same section: ("calibration.data", "column") → "calibration.column"."""
-    return f"{key.rpartition('.')[0]}.{name}"
+    """Another key of the same section: ("calibration.data", "column") → "calibration.column". A
+    text in a list is a section of its own: "calibration.data.1" → "calibration.data.1.column".
+    """
+    return f"{key if of_all(key) != key else key.rpartition('.')[0]}.{name}"
+
+
+def of_all(key: str) -> str:
+    """The key of the whole list that a text stands in: "calibration.data.1" → "calibration.data".
+    That of a text in no list is its own.
+    """
+    return re.sub(r"(?<=\.data)\.\d+$", "", key)
 
 
 def _suffix(path: str) -> str:

@@ -26,6 +26,23 @@ def described(protocol: Mapping[str, Any]) -> str:
     """A protocol in words. Older manifests lack parts; then no window began with the token."""
     windows, data = protocol.get("windows"), protocol.get("data")
     count = "windows" if windows is None else "1 window" if windows == 1 else f"{windows} windows"
-    of = f" of {data}" if data else ""
+    of = f" of {data}{_repeated(protocol)}" if data else ""
+    if parts := protocol.get("parts"):
+        of = "; ".join(f"{part['windows']} of {part['data']}{_repeated(part)}" for part in parts)
+        of = f" ({of})"
     token = "with" if protocol.get("bos") else "without"
     return f"{count} of {protocol['length']} tokens{of}, {token} a beginning-of-sequence token"
+
+
+def warnings(protocol: Mapping[str, Any]) -> list[str]:
+    """What is to be said of a text that is too short, or of each of several."""
+    of_parts = [
+        f"{part['data']}: {part['warning']}"
+        for part in protocol.get("parts", ())
+        if "warning" in part
+    ]
+    return [protocol["warning"]] if "warning" in protocol else of_parts
+
+
+def _repeated(protocol: Mapping[str, Any]) -> str:
+    return f", each {protocol['repeated']:g} times" if "repeated" in protocol else ""

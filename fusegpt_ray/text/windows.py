@@ -1,74 +1,110 @@
-"""A text's windows, and the protocol that made them: it stands beside every number they gave."""
+"""Windows of text, and the protocol that made them: it stands beside every number they gave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from fusegpt_ray.sections import Calibration, Evaluation, Text
-from fusegpt_ray.text.calibration import consecutive_windows, sample_windows
+from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
+from fusegpt_ray.text_sections import Text
 
-Stream = Callable[[], Iterable[np.ndarray]]
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What windows came from."""
+
+    data: str
+    """What the recipe calls the text."""
+    text_tokens: int | None = None
+    """Of the whole text, where windows were drawn from it at random and may overlap."""
+    distinct: int | None = None
+    """How many different windows there are, where they are cycled through."""
+
+    def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
+        """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
+        "warning"; or "repeated".
+        """
+        if self.distinct is not None and windows > self.distinct:
+            return {"repeated": round(windows / self.distinct, 3)}
+        if self.text_tokens is None:
+            return {}
+        seen = windows * (length - bos) / self.text_tokens
+        facts = {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
+        if seen <= OFTEN:
+            return facts
+        what = f"{windows} windows of {length} tokens from a text of {self.text_tokens} tokens"
+        warning = f"{what}: each token is seen about {seen:.0f} times; use a longer text"
+        return facts | {"warning": warning}
+
+
+@dataclass(frozen=True)
 class Windows:
-    """Windows of one text."""
+    """Windows of one text, or of a mixture of several."""
 
     tokens_WT: np.ndarray
     """int64 [windows, length]; each with the beginning-of-sequence token in it, if there is one."""
-    data: str
-    """What the recipe calls the text."""
     bos: bool
     """Whether each begins with the beginning-of-sequence token."""
-    text_tokens: int | None = None
-    """Of the whole text, where windows were drawn from it at random and may overlap."""
+    texts: tuple[Drawn, ...]
+    """What they came from, in the recipe's order."""
+    text_W: np.ndarray
+    """int64 [windows]: the number of each one's text."""
+
+    @classmethod
+    def of(cls, tokens_WT: np.ndarray, bos: bool, text: Drawn) -> Self:
+        """Windows of a single text."""
+        return cls(tokens_WT, bos, (text,), np.zeros(len(tokens_WT), dtype=np.int64))
 
     def first(self, windows: int) -> Windows:
         """The first so many of them."""
-        return Windows(self.tokens_WT[:windows], self.data, self.bos, self.text_tokens)
+        return Windows(self.tokens_WT[:windows], self.bos, self.texts, self.text_W[:windows])
 
     @property
     def protocol(self) -> dict[str, Any]:
         """For manifests and `--json`: {"data", "windows", "length", "bos"}; of random windows also
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
-        "warning".
+        "warning"; of windows that were cycled through, "repeated" (how often each is there, on
+        average).
+
+        Of a mixture, these further ones stand in "parts", with the "data" and "windows" of each.
         """
         windows, length = map(int, self.tokens_WT.shape)
-        about = {"data": self.data, "windows": windows, "length": length, "bos": self.bos}
-        if self.text_tokens is None:
-            return about
-        seen = windows * (length - self.bos) / self.text_tokens
-        about |= {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
-        if seen <= OFTEN:
-            return about
-        what = f"{windows} windows of {length} tokens from a text of {self.text_tokens} tokens"
-        warning = f"{what}: each token is seen about {seen:.0f} times; use a longer text"
-        return about | {"warning": warning}
+        data = " + ".join(text.data for text in self.texts)
+        about = {"data": data, "windows": windows, "length": length, "bos": self.bos}
+        counts = np.bincount(self.text_W, minlength=len(self.texts)).tolist()
+        parts = [
+            {"data": text.data, "windows": count, **text.facts(count, length, self.bos)}
+            for text, count in zip(self.texts, counts, strict=True)
+        ]
+        return about | (parts[0] if len(parts) == 1 else {"parts": parts})
 
 
-def calibration_windows(stream: Stream, text: Calibration, bos: int | None, key: str) -> Windows:
-    """Random ones.
+def random_windows(
+    stream: Stream, text: Text, windows: int, length: int, seed: int, bos: int | None, key: str
+) -> Windows:
+    """At random places of one text, so that they may overlap.
 
     Raises:
         UserError: see `sample_windows`.
     """
     n_tokens = 0
 
-    def counted() -> Iterator[np.ndarray]:
+    def watched() -> Iterator[np.ndarray]:
         nonlocal n_tokens
         n_tokens = 0  # a long text is read twice
         for tokens in stream():
             n_tokens += len(tokens)
             yield tokens
 
-    tokens_WT = sample_windows(counted, text.windows, text.length, text.seed, key, bos)
-    return Windows(tokens_WT, _name(text), bos is not None, n_tokens)
+    tokens_WT = sample_windows(watched, windows, length, seed, key, bos)
+    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text), n_tokens))
 
 
 def evaluation_windows(
@@ -84,9 +120,9 @@ def evaluation_windows(
         UserError: see `consecutive_windows`.
     """
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
-    return Windows(tokens_WT, _name(text), bos is not None)
+    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text)))
 
 
-def _name(text: Text) -> str:
+def name_of(text: Text) -> str:
     """A dataset has parts; a file is what it is."""
     return f"{text.data} ({text.config}, {text.split})" if text.config else text.data

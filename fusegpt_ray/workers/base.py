@@ -22,8 +22,9 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Cluster, Dtype, Importance, Text
+from fusegpt_ray.sections import Cluster, Dtype, Importance
 from fusegpt_ray.store import storage
+from fusegpt_ray.text_sections import Text
 
 R = TypeVar("R")
 News = tuple[int, float] | str

@@ -16,8 +16,8 @@ from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
+from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker
 
 R = TypeVar("R")

@@ -42,7 +42,7 @@ def task_of(folder: Path, out: str, mode: Mode, workers: int) -> TrainingTask:
     train, _, rate, micro_batch = mode
     heal = Heal(
         batch=BATCH,
-        parts=PARTS,
+        looks=PARTS,
         held_out=HELD_OUT,
         rank=4,
         warmup=0.3,

@@ -47,7 +47,7 @@ class Infirmary:
         self.stack = self.dense.drop(DROPPED)
 
     def job(self, **settings: Any) -> WholeModel:
-        given = {"batch": BATCH, "parts": PARTS, "held_out": HELD_OUT, "rank": 4, "warmup": 0.3}
+        given = {"batch": BATCH, "looks": PARTS, "held_out": HELD_OUT, "rank": 4, "warmup": 0.3}
         heal = Heal(**given | settings)
         return WholeModel(self.stack, self.dense, heal, 0, str(self.out / "blocks"))
 

@@ -33,7 +33,7 @@ from fusegpt_ray.text.calibration import (
     window_starts,
 )
 from fusegpt_ray.text.protocol import described
-from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.text.windows import Drawn, Windows
 
 BOS = SPECIAL.index("<s>")
 Capture = pytest.CaptureFixture[str]
@@ -288,6 +288,6 @@ def test_a_text_that_is_seen_often_is_warned_of(desk: Desk, capsys: Capture) -> 
 
 @pytest.mark.parametrize(("windows", "warned"), [(20, False), (21, True)])
 def test_what_is_seen_twice_is_not_warned_of(windows: int, warned: bool) -> None:
-    drawn = Windows(np.zeros((windows, 11), dtype=np.int64), "a.txt", True, 100)
+    drawn = Windows.of(np.zeros((windows, 11), dtype=np.int64), True, Drawn("a.txt", 100))
     assert ("warning" in drawn.protocol) is warned
-    assert "warning" not in Windows(drawn.tokens_WT, "a.txt", True).protocol
+    assert "warning" not in Windows.of(drawn.tokens_WT, True, Drawn("a.txt")).protocol

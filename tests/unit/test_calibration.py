@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import (
     consecutive_windows,
@@ -24,6 +23,7 @@ from fusegpt_ray.text.calibration import (
     tokenize,
     window_starts,
 )
+from fusegpt_ray.text_sections import Text
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,117 @@
+"""Windows that share no token, to train on and held out.
+
+Each text is cut into consecutive windows, of which some are picked at random. What is held out does
+not depend on how many windows are trained on, so that its losses can be compared.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.text.calibration import Stream, blank_windows, counted, fill
+from fusegpt_ray.text.mixture import apportioned, data_keys, interleaved, seed_of, shares
+from fusegpt_ray.text.windows import Drawn, Windows, name_of
+from fusegpt_ray.text_sections import Texts
+
+
+def fresh_windows(
+    streams: Sequence[Stream],
+    texts: Texts,
+    windows: int,
+    held_out: int,
+    length: int,
+    seed: int,
+    repeat: bool,
+    bos: int | None,
+    key: str,
+    fewer: int | None = None,
+) -> tuple[Windows, Windows]:
+    """(To train on, held out): no token of a text is in two windows, unless `repeat`, which lets
+    the windows to train on be cycled through, each time in another order. None that is held out is
+    ever trained on.
+
+    A text gets its share of both by weight; where only a few are held out, that may be none of
+    them. A text of more than `HELD_TOKENS` tokens is read twice, any other once.
+
+    Args:
+        streams: of each text, in the order of the recipe.
+        length: tokens a window, `bos` among them if there is one.
+        key: of the section, whose keys `data`, `tokens` and `repeat` stand in messages.
+        fewer: where the texts have less, take what they have, in multiples of this, instead of
+            refusing them.
+
+    Raises:
+        UserError: a text has fewer windows than its share, or gets none to train on.
+    """
+    kept = apportioned(texts.parts, held_out)
+    lengths = [counted(stream) for stream in streams]
+    width = length if bos is None else length - 1
+    if fewer and not repeat:
+        free = [n_tokens // width - held for (n_tokens, _), held in zip(lengths, kept, strict=True)]
+        windows = _most(texts, windows, free, fewer)
+    wanted = shares(texts, windows, key, "tokens")
+    train_W, held_W = (interleaved(counts, seed_of(seed, "order")) for counts in (wanted, kept))
+    train_WT, held_WT = (blank_windows(n, length, bos) for n in (windows, held_out))
+    trained, held = [], []
+    for number, name in enumerate(data_keys(texts, key)):
+        n_tokens, again = lengths[number]
+        there, share = n_tokens // width, wanted[number]
+        if there <= kept[number] or (there < share + kept[number] and not repeat):
+            found = f"has {n_tokens} tokens, which are {there} windows of {length}"
+            raise _too_short(texts, number, windows, length, found, there - kept[number], key)
+        picked = _picked(there, share, kept[number], seed_of(seed, number))
+        rows = [train_WT[row, length - width :] for row in np.flatnonzero(train_W == number)]
+        rows += [held_WT[row, length - width :] for row in np.flatnonzero(held_W == number)]
+        fill(rows, [window * width for window in picked], again, n_tokens, name)
+        source = name_of(texts.parts[number])
+        trained.append(Drawn(source, distinct=there - kept[number]))
+        held.append(Drawn(source))
+    begins = bos is not None
+    return (
+        Windows(train_WT, begins, tuple(trained), train_W),
+        Windows(held_WT, begins, tuple(held), held_W),
+    )
+
+
+def _most(texts: Texts, windows: int, free: Sequence[int], step: int) -> int:
+    """The largest multiple of `step` up to `windows` of which each text has its share; `step`, if
+    there is none.
+    """
+    for fewer in range(windows // step * step, step, -step):
+        counts = apportioned(texts.parts, fewer)
+        if all(count <= there for count, there in zip(counts, free, strict=True)):
+            return fewer
+    return step
+
+
+def _picked(there: int, wanted: int, kept: int, seed: int) -> list[int]:
+    """Numbers of consecutive windows: so many to train on, then those that are held out."""
+    draw = random.Random(seed)
+    order = list(range(there))
+    draw.shuffle(order)
+    held, rest = order[:kept], order[kept:]
+    chosen = rest[:wanted]
+    while len(chosen) < wanted:
+        draw.shuffle(rest)
+        chosen += rest
+    return chosen[:wanted] + held
+
+
+def _too_short(
+    texts: Texts, number: int, windows: int, length: int, found: str, free: int, key: str
+) -> UserError:
+    """`free`: how many windows of the text are not held out."""
+    name, part = data_keys(texts, key)[number], texts.parts[number]
+    if free < 1:
+        problem = f"the text {found}, and none of them is left to train on beside those held out"
+        return UserError(name, part.data, problem, f"give more text in {name}")
+    total = sum(Fraction(each.weight) for each in texts.parts)
+    most = int(free * total / Fraction(part.weight)) * length
+    problem = f"the text of {name} {found}; its share is more, and no window is taken twice"
+    fix = f"lower it to at most {most}, give more text in {name}, or set {key}.repeat: true"
+    return UserError(f"{key}.tokens", windows * length, problem, fix)

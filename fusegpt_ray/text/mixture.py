@@ -1,0 +1,119 @@
+"""Windows of several texts, mixed by weight; a single text is a mixture of one.
+
+Notable:
+- every text has windows of its own, drawn by a seed of its own; the first one's is the recipe's, so
+  that a single text's windows are what they would be alone;
+- windows are interleaved, so that the first ones, and every loss batch, see the mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.sections import Calibration
+from fusegpt_ray.text.calibration import Stream
+from fusegpt_ray.text.windows import Drawn, Windows, random_windows
+from fusegpt_ray.text_sections import Text, Texts, WeightedText
+
+
+def data_keys(texts: Texts, key: str) -> list[str]:
+    """The recipe key of each text of the section `key`: ["calibration.data"] of a single one, else
+    ["calibration.data.0", …].
+    """
+    if isinstance(texts.data, str):
+        return [f"{key}.data"]
+    return [f"{key}.data.{number}" for number in range(len(texts.parts))]
+
+
+def streams(tokens: Callable[[Text, str], Stream], texts: Texts, key: str) -> list[Stream]:
+    """The stream of each text of the section `key`. `tokens`: see `Workers.tokens`.
+
+    Raises:
+        UserError: see `corpus.sources`.
+    """
+    return [
+        tokens(part, name) for part, name in zip(texts.parts, data_keys(texts, key), strict=True)
+    ]
+
+
+def apportioned(parts: Sequence[WeightedText], windows: int) -> list[int]:
+    """How many of the windows each text gets, by weight and largest remainder."""
+    total = sum(Fraction(part.weight) for part in parts)
+    quotas = [windows * Fraction(part.weight) / total for part in parts]
+    counts = [math.floor(quota) for quota in quotas]
+    nearest_next = sorted(range(len(parts)), key=lambda number: counts[number] - quotas[number])
+    for number in nearest_next[: windows - sum(counts)]:
+        counts[number] += 1
+    return counts
+
+
+def shares(texts: Texts, windows: int, key: str, amount: str) -> list[int]:
+    """As `apportioned`, for the texts of the section `key`, whose key `amount` tells how many
+    windows there are.
+
+    Raises:
+        UserError: a text gets none.
+    """
+    counts = apportioned(texts.parts, windows)
+    for number, count in enumerate(counts):
+        if not count:
+            raise UserError(
+                f"{key}.data.{number}.weight",
+                texts.parts[number].weight,
+                f"the text's share of {windows} windows rounds to none",
+                f"raise it, or {key}.{amount}, or leave the text out",
+            )
+    return counts
+
+
+def seed_of(seed: int, purpose: int | str) -> int:
+    """A seed for the text of that number, or for another purpose. That for text 0 is `seed`."""
+    if purpose == 0:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {purpose}".encode()).digest()[:8], "big")
+
+
+def interleaved(counts: Sequence[int], seed: int) -> np.ndarray:
+    """The number of each window's text, int64 [sum of counts].
+
+    The k-th of a text's n windows lies at a random place in the k-th n-th of the whole: any
+    stretch has each text's share, but for less than a window for each text there is.
+    """
+    draw = random.Random(seed)
+    places = [
+        ((k + draw.random()) / count, number)
+        for number, count in enumerate(counts)
+        for k in range(count)
+    ]
+    return np.array([number for _, number in sorted(places)], dtype=np.int64)
+
+
+def calibration_windows(
+    streams: Sequence[Stream], text: Calibration, bos: int | None, key: str
+) -> Windows:
+    """Random ones of each text, interleaved.
+
+    Args:
+        streams: of each text, in the order of the recipe.
+        key: of the section.
+
+    Raises:
+        UserError: a text gets none, or is shorter than a window; see `sample_windows`.
+    """
+    counts = shares(text, text.windows, key, "windows")
+    text_W = interleaved(counts, seed_of(text.seed, "order"))
+    tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
+    drawn: list[Drawn] = []
+    for number, (stream, name) in enumerate(zip(streams, data_keys(text, key), strict=True)):
+        part, seed = text.parts[number], seed_of(text.seed, number)
+        windows = random_windows(stream, part, counts[number], text.length, seed, bos, name)
+        tokens_WT[text_W == number] = windows.tokens_WT
+        drawn += windows.texts
+    return Windows(tokens_WT, bos is not None, tuple(drawn), text_W)
