@@ -110,6 +110,28 @@ def test_json_and_back_changes_nothing(preset: str) -> None:
     assert again.evaluation["wiki"].split == "test"  # evaluation's default, not calibration's
 
 
+def test_a_single_text_is_written_as_ever() -> None:
+    """The recipe as JSON is part of what a run is, and of manifests."""
+    text = {"data": "text.txt", "config": None, "split": "train", "revision": None}
+    text |= {"column": "text", "windows": 1024, "length": 2048, "bos": "auto", "seed": 0}
+    assert list(recipe().model_dump(mode="json")["calibration"].items()) == [
+        *(text | {"piece_mb": 16}).items()
+    ]
+
+
+def test_several_texts() -> None:
+    two = [{"data": "a.txt", "weight": 3}, {"data": "b.jsonl", "column": "body"}]
+    r = recipe(calibration={"data": two})
+    assert [(part.data, part.column, part.weight) for part in r.calibration.parts] == [
+        ("a.txt", "text", 3),
+        ("b.jsonl", "body", 1),
+    ]
+    again = Recipe.parse(json.loads(json.dumps(r.model_dump(mode="json"))))
+    assert again == r and again.model_dump_json() == r.model_dump_json()
+    (alone,) = recipe(calibration={"data": "a.csv", "column": "body"}).calibration.parts
+    assert (alone.data, alone.column, alone.split, alone.weight) == ("a.csv", "body", "train", 1)
+
+
 def test_recipes_do_not_change() -> None:
     r = recipe()
     for section, key in (

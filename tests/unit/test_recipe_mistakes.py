@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ from fusegpt_ray.recipe import Recipe
             {"evaluation": {"data": {"data": "x", "widnows": 1}}},
             "evaluation.data.widnows",
             "did you mean evaluation.data.windows",
+        ),
+        # A text in a list.
+        (
+            {"calibration": {"data": [{"data": "x", "wieght": 3}]}},
+            "calibration.data.0.wieght",
+            "did you mean calibration.data.0.weight",
+        ),
+        (
+            {"calibration": {"data": [{"data": "x"}, {"data": "y", "xyzzy": 3}]}},
+            "calibration.data.1.xyzzy",
+            "the keys here are column, config, data, revision, split, weight",
         ),
         # No key is near: all are listed.
         ({"cluster": {"xyzzy": 1}}, "cluster.xyzzy", "the keys here are address, cache_gb,"),
@@ -143,6 +155,41 @@ def test_missing_keys(key: str) -> None:
 )
 def test_wrong_values_are_named(sections: dict[str, Any], key: str) -> None:
     assert mistake(merged(sections)).key == key
+
+
+TWO = [{"data": "a.txt"}, {"data": "b.txt"}]
+WEIGHTS = ((0, "than 0"), (-1, "than 0"), (math.inf, "finite"), ("x", "valid number"))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "key", "value", "problem", "fix"),
+    [
+        ({"data": []}, "data", [], "an empty list", "at least one text"),
+        ({"data": {"data": "a"}}, "data", {"data": "a"}, "neither .* nor a list", "a dash"),
+        ({"data": 3}, "data", 3, "valid string", "change"),
+        ({"data": ""}, "data", "", "at least 1 character", "change"),
+        ({"data": ["a"]}, "data.0", "a", "keys of its own", r"\{data: …, weight: …\}"),
+        ({"data": [*TWO, 3]}, "data.2", 3, "valid dictionary", "change"),
+        ({"data": [*TWO, {"weight": 3}]}, "data.2.data", None, "missing", "add"),
+        ({"data": [{"data": ["a"]}]}, "data.0.data", ["a"], "valid string", "change"),
+        ({"data": [*TWO, {"data": ""}]}, "data.2.data", "", "at least 1 character", "change"),
+        ({"data": [*TWO, {"data": "b.txt", "weight": 2}]}, "data", "b.txt", "1 and 2", "once"),
+        ({"data": TWO, "column": "body"}, "column", "body", "beside a list", "elements"),
+        ({"data": TWO, "config": "a"}, "config", "a", "beside a list", "write config into"),
+        ({"data": TWO, "split": "test"}, "split", "test", "beside a list", "elements"),
+        ({"data": TWO, "revision": "v1"}, "revision", "v1", "beside a list", "elements"),
+        *(
+            ({"data": [*TWO, {"data": "c", "weight": weight}]}, "data.2.weight", weight, why, "")
+            for weight, why in WEIGHTS
+        ),
+    ],
+)
+def test_mistakes_in_a_list_of_texts(
+    calibration: dict[str, Any], key: str, value: object, problem: str, fix: str
+) -> None:
+    error = mistake(merged({"calibration": calibration}))
+    assert (error.key, error.value) == (f"calibration.{key}", value)
+    assert re.search(problem, error.problem) and re.search(fix, error.fix)
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ KEYS = {
     "model.source": "model={{source: '{}'}}",
     "output.uri": "output.uri={}",
     "calibration.data": "calibration.data={}",
+    "calibration.data.1.data": "calibration.data=[{{data: a.txt}}, {{data: '{}'}}]",
     "evaluation.a.data": "evaluation={{a: {{data: '{}'}}}}",
     "cluster.address": "cluster.address={}",
 }
