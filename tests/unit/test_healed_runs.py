@@ -24,6 +24,7 @@ HEAL: dict[str, Any] = {
     "held_out": 4,
     "looks": 2,
     "rank": 2,
+    "train": "all",
     "learning_rate": 1e-3,
 }
 SAVED = {"cluster": {"engine": "local", "checkpoint_minutes": 0}}
