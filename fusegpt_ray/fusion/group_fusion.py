@@ -34,6 +34,7 @@ from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import LOSSES, Loss
+from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
@@ -133,8 +134,10 @@ class GroupFusion:
         dtype: torch.dtype,
         recompute: bool = False,
         run: RunBlock = run_block,
+        partition: Partition | None = None,
     ) -> Span:
-        """Reads the group's blocks only."""
+        """Reads the group's blocks only. Of these, each worker holds all (the effective weights are
+        formed of them)."""
         config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
         built = [
             build_block(

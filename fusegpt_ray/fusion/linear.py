@@ -69,14 +69,14 @@ class FusedLinear(nn.Module):
             "bias", None if own.bias is None else own.bias.detach(), persistent=False
         )
         learn("B", torch.zeros(outputs, lora_rank))
-        learn("A", _kaiming(lora_rank, inputs, generator))
+        learn("A", kaiming(lora_rank, inputs, generator))
         for k, donor in enumerate(donors):
             if donor is None:
                 continue
             weight, bias = donor
             self.register_buffer(f"donor_weight{k}", weight, persistent=False)
             learn(f"C{k}", torch.zeros(outputs, rank))
-            learn(f"D{k}", _kaiming(rank, inputs, generator))
+            learn(f"D{k}", kaiming(rank, inputs, generator))
             if bias is not None:
                 self.register_buffer(f"donor_bias{k}", bias, persistent=False)
                 learn(f"c{k}", torch.zeros(bias.shape))
@@ -124,7 +124,7 @@ class FusedLinear(nn.Module):
         return product_OI.T if self.transposed else product_OI
 
 
-def _kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+def kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
     """Kaiming uniform with a = √5, as nn.Linear starts; on the CPU in float32, so that every device
     starts the same.
     """

@@ -71,7 +71,7 @@ def build_block(
             config.rank,
             config.lora_rank,
             config.trained_dtype,
-            _generator(config.seed, label, neighbour.dense, name),
+            seeded(config.seed, label, neighbour.dense, name),
         )
     for name, norm in block.named_modules():
         if is_norm(norm) and (keys := [key for key, _ in norm.named_parameters(recurse=False)]):
@@ -192,6 +192,6 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _generator(seed: int, *labels: object) -> torch.Generator:
+def seeded(seed: int, *labels: object) -> torch.Generator:
     digest = hashlib.sha256(repr((seed, *labels)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

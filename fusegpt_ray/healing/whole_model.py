@@ -5,7 +5,7 @@ distributions are again the dense model's. What is built, what learns, and what 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fusegpt_ray.fusion.student import DonorCache, FusionConfig, build_block, folded_tensors
+from fusegpt_ray.fusion.student import is_norm, linear_layers, seeded
+from fusegpt_ray.healing.low_rank import LowRankLinear, folded, start
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
@@ -27,6 +28,7 @@ from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.masters import Masters
+from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
@@ -46,11 +48,6 @@ class WholeModel:
     """Called before every write, in whichever process: it raises if another run writes here."""
 
     uses_head = True
-
-    @property
-    def blocks(self) -> list[Block]:
-        """Plain ones: terms that went on learning in the rounds are folded now."""
-        return [replace(block, terms=None) for block in self.stack.blocks]
 
     def task(
         self,
@@ -100,42 +97,48 @@ class WholeModel:
         dtype: torch.dtype,
         recompute: bool,
         run: RunBlock,
+        partition: Partition | None = None,
     ) -> Span:
-        build = self._low_rank if self.settings.train == "lora" else self._all
-        built = [build(meta_blocks[block.dense], block, device, dtype) for block in self.blocks]
-        blocks, learned = zip(*built, strict=True)
-        own = [contexts[block.dense].to(device) for block in self.blocks]
-        return Span(blocks, Learned(learned), own, recompute, run)
+        built = []
+        for block in self.stack.blocks:
+            stored = read_tensors(block.weights)
+            plain = load_block(meta_blocks[block.dense], stored, device, dtype)
+            learned = self._learned(plain, block, stored, device, dtype)
+            if partition:
+                partition.keep(plain)
+            built.append((plain, learned))
+        blocks, learns = zip(*built, strict=True)
+        own = [contexts[block.dense].to(device) for block in self.stack.blocks]
+        run = partition.run(run) if partition else run
+        return Span(blocks, Learned(learns), own, recompute, run)
 
-    def _low_rank(
-        self, meta_block: nn.Module, block: Block, device: torch.device, dtype: torch.dtype
-    ) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """LoRA on every linear layer, and the norms' weights."""
-        rank = self.settings.rank
-        config = FusionConfig(rank, rank, self.seed, dtype, torch.float32)
-        donors = DonorCache(device, dtype)
-        return build_block(meta_block, block, None, config, device, donors, "heal")
-
-    def _all(
-        self, meta_block: nn.Module, block: Block, device: torch.device, dtype: torch.dtype
-    ) -> tuple[nn.Module, dict[str, nn.Module]]:
-        """Every parameter of the block."""
-        stored = read_tensors(block.weights)
-        plain = load_block(meta_block, stored, device, dtype)
+    def _learned(
+        self,
+        plain: nn.Module,
+        block: Block,
+        stored: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> dict[str, nn.Module]:
+        """What learns in a block, by layer. The block loses these weights, or has low-rank layers
+        put in.
+        """
         learned: dict[str, nn.Module] = {}
-        for path, module in plain.named_modules():
-            keys = [key for key, _ in module.named_parameters(recurse=False)]
-            names = {key: f"{path}.{key}".lstrip(".") for key in keys}
-            values = {
-                key: stored[name].to(device, torch.float32)
-                for key, name in names.items()
-                if stored[name].is_floating_point()
-            }
-            if values:
-                learned[path] = Masters(values, dtype)
-            for key in values:  # the masters take their place
-                setattr(module, key, nn.Parameter(torch.empty(0, device=device)))
-        return plain, learned
+        low_rank = self.settings.train == "lora"
+        layers = dict(linear_layers(plain)) if low_rank else {}
+        for path, module in list(plain.named_modules()):
+            if layer := layers.get(path):
+                generator = seeded(self.seed, "heal", block.dense, path)
+                learned[path] = Masters(start(layer, self.settings.rank, generator), dtype)
+                plain.set_submodule(path, LowRankLinear(layer))
+            elif not low_rank or is_norm(module):
+                values = _floating(path, module, stored)
+                masters = {key: value.to(device, torch.float32) for key, value in values.items()}
+                if masters:
+                    learned[path] = Masters(masters, dtype)
+                for key in masters:
+                    setattr(module, key, nn.Parameter(torch.empty(0, device=device)))
+        return learned
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         return [{"params": [*span.learned.parameters()], "lr": self.settings.rate}]
@@ -146,10 +149,9 @@ class WholeModel:
     def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
         """Write every `parts`-th of the blocks, in float32 where something learned."""
         saved = SavedBlocks({}, {})
-        pairs = list(zip(self.blocks, span.learned.blocks, strict=True))
-        for block, learned in pairs[part::parts]:
-            tensors = folded_tensors(learned, block, None)
-            assert set(tensors) <= set(block.weights), sorted(set(tensors) - set(block.weights))
+        blocks = zip(self.stack.blocks, span.blocks, span.learned.blocks, strict=True)
+        for block, plain, learned in list(blocks)[part::parts]:
+            tensors = _plain_tensors(block, plain, learned)
             entries = [
                 Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
                 for name, value in tensors.items()
@@ -159,3 +161,31 @@ class WholeModel:
             saved.files[uri], refs = write_safetensors(uri, entries)
             saved.blocks[block.dense] = Block(block.dense, {**block.weights, **refs})
         return saved
+
+
+def _floating(
+    path: str, module: nn.Module, stored: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A module's own parameters, as they are stored, without those that cannot learn."""
+    names = {key: f"{path}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
+    return {key: stored[name] for key, name in names.items() if stored[name].is_floating_point()}
+
+
+@torch.no_grad()
+def _plain_tensors(block: Block, plain: nn.Module, learned: nn.Module) -> dict[str, torch.Tensor]:
+    """The plain weights of all that healing changed. Low-rank updates are added to the weights as
+    they are stored, not as the arithmetic rounded them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path, module in learned.named_modules():
+        if not isinstance(module, Masters):
+            continue
+        values = {key: value.detach() for key, value in module.named_parameters(recurse=False)}
+        layer = plain.get_submodule(path)
+        if isinstance(layer, LowRankLinear):
+            name = f"{path}.weight"
+            weight = read_tensors({name: block.weights[name]})[name].to(values["A"].device)
+            values = {"weight": folded(layer.own, weight, values)}
+        tensors |= {f"{path}.{key}".lstrip("."): value for key, value in values.items()}
+    assert set(tensors) <= set(block.weights), sorted(set(tensors) - set(block.weights))
+    return tensors

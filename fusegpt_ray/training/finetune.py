@@ -24,6 +24,7 @@ from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.losses import Loss
+from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, StatesSource, own_windows
@@ -60,8 +61,13 @@ class Trainable(Protocol):
         dtype: torch.dtype,
         recompute: bool,
         run: RunBlock,
+        partition: Partition | None,
     ) -> Span:
-        """`meta_blocks` and `contexts`: of the dense model, by block number (see `Trunk`)."""
+        """
+        Args:
+            meta_blocks: of the dense model, by block number (see `Trunk`); so are the contexts.
+            partition: keeps frozen weights in parts, on several workers with ZeRO 3.
+        """
 
     @property
     def uses_head(self) -> bool:
@@ -202,6 +208,7 @@ def train_and_save(
     runner.reload()
     contexts = runner.trunk.contexts(checkpoints.micro_batch, task.windows_WT.shape[1])
     runner.offload(trunk=not trainable.uses_head)
+    partitioned = worker.count > 1 and worker.zero_stage == 3
     span = trainable.build(
         runner.trunk.meta_blocks,
         contexts,
@@ -209,6 +216,7 @@ def train_and_save(
         worker.dtype,
         config.recompute,
         runner.run_block,
+        Partition(worker.rank, worker.count) if partitioned else None,
     )
     with tensor_core_products(worker.device, worker.dtype):
         first = states.entering_WTD[: checkpoints.micro_batch].to(worker.device)
