@@ -96,7 +96,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("states", walked, walked * flops))
         stages.append(_training(recipe, dense, depths, flops))
     if recipe.heal:
-        stages.append(_healing(recipe, dense, targets, flops))
+        stages.append(_healing(recipe, dense, targets))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
@@ -110,12 +110,44 @@ def block_flops(dense: Stack, length: int) -> int:
     """Of the average block, for one window of `length` tokens: its matrices, and the attention of
     all tokens to all.
     """
-    config = read_config(dense.config).get_text_config()
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return matrix_flops(dense, length) + attention_flops(dense, length)
+
+
+def matrix_flops(dense: Stack, length: int) -> int:
+    """See `block_flops`."""
     matrices = [ref.shape for block in dense.blocks for ref in block.weights.values()]
     elements = sum(prod(shape) for shape in matrices if len(shape) == 2) // len(dense)
-    return 2 * elements * length + 4 * width * length**2
+    return 2 * elements * length
+
+
+def attention_flops(dense: Stack, length: int) -> int:
+    """See `block_flops`."""
+    config = read_config(dense.config).get_text_config()
+    heads = config.num_attention_heads
+    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 4 * width * length**2
+
+
+def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
+    """Of one window that a model of `kept` blocks is trained on, there and back, the teacher's
+    logits included.
+    """
+    heal, length = recipe.heal, recipe.calibration.length
+    assert heal is not None
+    matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
+    update = 0
+    if heal.train == "lora":
+        update = 2 * heal.rank * sum(map(sum, matrices(dense))) * length
+    # Frozen matrices have no gradients of their own.
+    back = 3 * (attention + update) + (2 if update else 3) * matrix
+    again = (matrix + attention + update) * recipe.cluster.recompute_activations
+    return kept * (back + again) + 3 * head_flops(dense, length)
+
+
+def head_flops(dense: Stack, length: int) -> int:
+    """Of the logits of one window."""
+    config = read_config(dense.config).get_text_config()
+    return int(2 * config.hidden_size * config.vocab_size * length)
 
 
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:
@@ -142,7 +174,7 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
     return Stage("fine-tuning", done, done * flops + products)
 
 
-def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target], flops: int) -> Stage:
+def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Stage:
     """The teacher once over all windows; each model there and back over those that it is trained
     on, and there over the held-out ones at each look.
     """
@@ -150,17 +182,14 @@ def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target], flops: int
     assert heal is not None
     windows, looked = recipe.healing_windows, heal.held_out * (heal.looks + 1)
     passes = 3 + recipe.cluster.recompute_activations
-    config = read_config(dense.config).get_text_config()
-    head = 2 * config.hidden_size * config.vocab_size * length
-    done = heads = products = 0
+    block, head = block_flops(dense, length), head_flops(dense, length)
+    done = flops = 0
     for kept in (len(dense) - target.remove for target in targets):
-        done += (windows + heal.held_out) * len(dense) + (passes * windows + looked) * kept
-        # Of the teacher and of the model; and the way back, to the states only.
-        heads += 3 * windows + 2 * looked
-        if heal.train == "lora":
-            steps = windows // (heal.batch // recipe.cluster.workers)
-            products += 3 * steps * kept * 2 * heal.rank * sum(map(prod, matrices(dense)))
-    return Stage("healing", done, done * flops + heads * head + products)
+        walked = (windows + heal.held_out) * len(dense) + looked * kept
+        done += walked + passes * windows * kept
+        flops += walked * block + 2 * looked * head
+        flops += windows * healing_flops(recipe, dense, kept)
+    return Stage("healing", done, flops)
 
 
 def _evaluation(

@@ -68,27 +68,35 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
 
 
 def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:
-    """What a training worker holds on its device while a model of `kept` blocks is healed: its
-    trunk; the effective weights and their gradients; the blocks' own weights where low-rank updates
-    learn beside them; all that learns with its optimizer state; activations, and the logits of a
-    chunk of tokens. States aside.
+    """What a training worker holds on its device while a model of `kept` blocks is healed, its
+    states aside: the trunk; the blocks' weights; all that learns, once in the arithmetic's dtype
+    with the gradients of a loss batch, once as masters with gradients and optimizer state;
+    activations; and the logits of a chunk of tokens.
+
+    Of several workers, ZeRO 1 shares the optimizer state, ZeRO 2 its gradients too, and ZeRO 3 also
+    the masters and the frozen weights. Some blocks' worth is whole at a time.
     """
-    heal, tokens = recipe.heal, recipe.calibration.length
+    heal, cluster = recipe.heal, recipe.cluster
     assert heal is not None
-    share = heal.batch // recipe.cluster.workers
-    micro_batch = recipe.cluster.micro_batch or share
+    micro_batch = cluster.micro_batch or heal.batch // cluster.workers
+    tokens = micro_batch * recipe.calibration.length
     weights = kept * sum(elements(block.weights) for block in dense.blocks) // len(dense)
-    low_rank = kept * heal.rank * sum(map(sum, matrices(dense)))
-    learns, own = (low_rank, weights) if heal.train == "lora" else (weights, 0)
-    gradients = dtype.itemsize if micro_batch == share else 4
-    held = (own + weights) * dtype.itemsize + weights * gradients + 4 * ADAM * learns
-    block = int(KEPT * micro_batch * tokens * dtype.itemsize * sum(map(sum, matrices(dense))))
+    widths = sum(map(sum, matrices(dense)))
+    low_rank = heal.train == "lora"
+    learns, frozen = (kept * heal.rank * widths, weights) if low_rank else (weights, 0)
+    parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
+    state = 4 * learns * (2 * parts[0] + parts[1] + parts[2])  # Adam's moments, gradients, masters
+    gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
+    held = frozen * dtype.itemsize * parts[2] + learns * (dtype.itemsize + gradients) + state
+    if parts[2] < 1:
+        held += 2 * _largest_block(dense, dtype)
+    block = int(KEPT * tokens * dtype.itemsize * widths)
     passing = kept * block
-    if recipe.cluster.recompute_activations:
-        passing = block + kept * state_bytes(dense, micro_batch * tokens, dtype)
+    if cluster.recompute_activations:
+        passing = block + kept * state_bytes(dense, tokens, dtype)
     vocabulary = read_config(dense.config).get_text_config().vocab_size
-    logits = LOGITS * 4 * CHUNK * vocabulary
-    return held + passing + logits + _in(dtype, dense.trunk)
+    logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
+    return int(held) + passing + logits + _in(dtype, dense.trunk)
 
 
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
@@ -126,6 +134,8 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
     if recipe.heal is None or (needed := healing_bytes(recipe, dense, dtype, kept)) <= room:
         return ""
     keys = ["a lower heal.rank" if recipe.heal.train == "lora" else "heal.train: lora"]
+    if recipe.cluster.workers > 1 and recipe.cluster.zero_stage < 3:
+        keys.insert(0, "cluster.zero_stage: 3")
     if not recipe.cluster.recompute_activations:
         keys.insert(0, "cluster.recompute_activations")
     if (recipe.cluster.micro_batch or recipe.heal.batch) > 1:

@@ -67,7 +67,9 @@ class _KL(torch.autograd.Function):
             total += (p * (log_p - log_q)).sum(-1).double().sum()
             if grad_bTD is not None:
                 by_logits = (log_q.exp_() - p).div_(tokens).to(logits_ntV.dtype)
-                (grad_bTD[at],) = torch.autograd.grad(logits_ntV, h_ntD, by_logits)
+                logits_ntV.backward(by_logits)  # the head is frozen: it reaches the states only
+                assert h_ntD.grad is not None
+                grad_bTD[at] = h_ntD.grad
         ctx.grad_bTD = grad_bTD
         return (total / tokens).float()
 

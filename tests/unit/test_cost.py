@@ -11,25 +11,32 @@ from typing import Any
 
 import pytest
 import torch
+from desk import LENGTH as WORDS
 from desk import Desk
 from models import open_stack, token_windows
+from random_stack import empty_stack
 from safetensors.torch import load_file
+from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count
+from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count, healing_flops
 from fusegpt_ray.footprint import (
     activation_bytes,
+    healing_bytes,
     replica_bytes,
     shortage,
     training_bytes,
     worker_bytes,
 )
+from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model import runner as runner_module
+from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.workers import local
 
@@ -180,3 +187,58 @@ def test_hours_follow_from_measured_rates(desk: Desk) -> None:
     expected = sum(stage.flops / rates[stage.name] for stage in found.stages) / 3600
     assert found.hours(rates) == pytest.approx(expected)
     assert found.hours(rates, 8) == pytest.approx(expected / 8)
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_flops_of_healing_are_those_that_torch_counts(
+    train: str, recompute: bool, desk: Desk
+) -> None:
+    heal = {"train": train, "rank": 3, "batch": 4, "held_out": 4, "tokens": 8 * WORDS}
+    cluster = {"engine": "local", "recompute_activations": recompute}
+    asked = recipe(desk, heal=heal, cluster=cluster)
+    dense = open_stack(desk.model)
+    assert asked.heal
+    job = WholeModel(dense.drop(2), dense, asked.heal, 0, "nowhere")
+    runner = Runner(dense, CPU, torch.float32, 4)
+    ids_WT = token_windows(4, WORDS)
+    task = job.task(ids_WT.numpy(), ids_WT.numpy(), asked.cluster, {}, "nowhere")
+    contexts = runner.trunk.contexts(4, WORDS)
+    blocks = runner.trunk.meta_blocks
+    span = job.build(blocks, contexts, CPU, torch.float32, recompute, run_block)
+    batch = task.source.walk(runner, ids_WT)
+    span.form(span.learned)
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+    ):
+        accumulate(span, *batch, job.loss(runner.trunk), None, False)
+    found, expected = counter.get_total_flops(), 4 * healing_flops(asked, dense, len(dense) - 1)
+    if recompute:  # torch leaves out what comes after a block's last saved tensor
+        assert 0.9 * expected < found < expected
+    else:
+        assert found == expected
+
+
+def test_healing_of_large_models_fits_where_it_should(desk: Desk) -> None:
+    """7B with low-rank updates on one GPU of 80 GB, 70B on eight of them with ZeRO 3; all weights
+    of 70B on no eight of them. By the shapes of LLaMA-2's tensors."""
+    cluster = {"micro_batch": 1, "recompute_activations": True, "zero_stage": 3}
+    heal = {"train": "lora", "rank": 64, "batch": 8, "held_out": 8}
+    calibration = {"data": "text", "windows": 8, "length": 2048}
+    for shape, workers, train, fits in (
+        (SHAPES["llama2-7b"], 1, "lora", True),
+        (SHAPES["llama2-70b"], 8, "lora", True),
+        (SHAPES["llama2-70b"], 1, "lora", False),
+        (SHAPES["llama2-70b"], 8, "all", False),
+    ):
+        asked = recipe(
+            desk,
+            heal=heal | {"train": train},
+            cluster=cluster | {"workers": workers},
+            calibration=calibration,
+            fusion={"batch": 8},
+        )
+        dense = empty_stack(shape, 2048, torch.bfloat16)
+        needed = healing_bytes(asked, dense, torch.bfloat16, len(dense) * 3 // 4)
+        assert (needed < 80e9) == fits, (shape, workers, needed)
