@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,8 @@ class Change:
     """What was written, by URI."""
     group: tuple[int, ...] = ()
     """Dense numbers of the blocks that took part."""
+    repair: Mapping[str, Any] | None = None
+    """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
     losses: tuple[float, ...] = ()
     """Mean loss of each epoch."""
     states_batch_size: int | None = None
