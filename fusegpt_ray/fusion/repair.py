@@ -162,15 +162,12 @@ class Repair:
         files: dict[str, FileRecord] = {}
 
         def write(file: str, tensors: Changed) -> dict[str, TensorRef]:
-            values = {key: torch.from_numpy(value) for key, value in tensors.items()}
+            entries = [
+                Entry(key, torch.float32, value.shape, partial(torch.tensor, value))
+                for key, value in tensors.items()
+            ]
             self.fence()
-            files[file], refs = write_safetensors(
-                file,
-                [
-                    Entry(key, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-                    for key, value in values.items()
-                ],
-            )
+            files[file], refs = write_safetensors(file, entries)
             return refs
 
         file, block = storage.join(self.folder, name), self.last

@@ -58,8 +58,6 @@ class Change:
     """What was written, by URI."""
     group: tuple[int, ...] = ()
     """Dense numbers of the blocks that took part."""
-    repair: Mapping[str, Any] | None = None
-    """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
     losses: tuple[float, ...] = ()
     """Mean loss of each epoch."""
     states_batch_size: int | None = None
@@ -69,6 +67,8 @@ class Change:
     """Of blocks, by all workers together, to compute the states."""
     states_seconds: float = 0.0
     train_seconds: float = 0.0
+    repair: Mapping[str, Any] | None = None
+    """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
 
 
 @dataclass(frozen=True)

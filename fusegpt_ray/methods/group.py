@@ -48,7 +48,6 @@ def train_group(round: Round, fuse: bool) -> Change:
         round.stack.drop(round.donor).swap(trained.saved.blocks),
         trained.saved.files,
         group,
-        None,
         tuple(trained.losses),
         trained.states_batch_size,
         trained.micro_batch,
