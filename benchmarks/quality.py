@@ -26,6 +26,9 @@ from fusegpt_ray.report import Display
 # The paper's recipe, ours, and one step between them at a time.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mi": {"method": "mi"},
+    "mi+linear": {"method": "mi+linear"},
+    "mi+matrix": {"method": "mi+linear", "fusion": {"start": "matrix"}},
+    "mi+scale": {"method": "mi+linear", "fusion": {"start": "scale"}},
     "mi+ft": {"method": "mi+ft", "fusion": {"preset": "paper"}},
     "paper": {"fusion": {"preset": "paper"}},
     "paper, LoRA 3e-4": {"fusion": {"preset": "paper", "lora_learning_rate": 3e-4}},
@@ -33,6 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper, dense teacher": {"fusion": {"preset": "paper", "teacher": "dense"}},
     "default": {"fusion": {"preset": "default"}},
     "default, terms kept": {"fusion": {"preset": "default", "fold": "at_end"}},
+    "default, linear start": {"fusion": {"preset": "default", "start": "linear"}},
     "default, mi+ft": {"method": "mi+ft", "fusion": {"preset": "default"}},
 }
 

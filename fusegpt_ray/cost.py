@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import prod
 
 from fusegpt_ray.footprint import elements, matrices
+from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
@@ -32,11 +33,13 @@ RATES: Mapping[str, Mapping[str, float]] = {
         "fine-tuning": 565e12,
         "healing": 565e12,
         "evaluation": 390e12,
+        "repair": 30e12,
     },
 }
 """FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
 windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, and
-healing as fine-tuning. An H100 multiplies as fast."""
+healing as fine-tuning. An H100 multiplies as fast. Not measured: a repair's products in float64,
+taken to reach half of what the maker says."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,16 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     walks = [block_forwards(depth, range(depth)) + again * depth for depth in depths]
     scored = recipe.importance.windows * sum(walks)
     stages = [Stage("scoring", scored, scored * flops)]
-    if recipe.trains_groups:
-        windows = recipe.calibration.windows
-        walked = windows * sum(_states_forwards(recipe, len(dense), depth) for depth in depths)
+    if recipe.trains_groups or recipe.repairs:
+        walked = recipe.calibration.windows * sum(
+            recipe.trains_groups * _states_forwards(recipe, len(dense), depth)
+            + recipe.repairs * depth
+            for depth in depths
+        )
         stages.append(Stage("states", walked, walked * flops))
+    if recipe.repairs:
+        stages.append(Stage("repair", 0, rounds * _repair_flops(recipe, dense)))
+    if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if recipe.heal:
         stages.append(_healing(recipe, dense, targets))
@@ -153,6 +162,18 @@ def head_flops(dense: Stack, length: int) -> int:
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:
     """Of a window: the teacher to the end of the group, and the model to its beginning."""
     return left if recipe.fusion.teacher == "current" or left == depth else depth + left
+
+
+def _repair_flops(recipe: Recipe, dense: Stack) -> int:
+    """Of the sums and the fits of one round, in float64. The layer's inputs are taken to be as many
+    as the longest side of a block's matrices, which is at most too many.
+    """
+    outputs = int(read_config(dense.config).get_text_config().hidden_size)
+    longest = max(map(max, matrices(dense)))
+    features = {"linear": longest, "matrix": outputs, "scale": 1}[recipe.fusion.start]
+    rows = recipe.calibration.windows * recipe.calibration.length
+    fits = len(GRID) * (features**3 // 3 + 4 * features**2 * outputs)
+    return 2 * rows * features * (features + outputs) + 2 * fits
 
 
 def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -> Stage:

@@ -13,7 +13,14 @@ from fusegpt_ray.errors import blaming
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
-from fusegpt_ray.preflight import Target, check_method, check_model, check_output, plan_targets
+from fusegpt_ray.preflight import (
+    Target,
+    check_method,
+    check_model,
+    check_output,
+    check_repair,
+    plan_targets,
+)
 from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -75,6 +82,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     targets = plan_targets(recipe, len(structure.blocks))
     check_output(recipe, targets, restart)
     check_method(recipe, structure)
+    check_repair(recipe, structure)
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
     rehearse(model.stack, structure, [target.remove for target in targets])

@@ -10,6 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from fusegpt_ray.errors import StorageError, UserError, blaming
+from fusegpt_ray.fusion.compensation import (
+    fitted_windows,
+    last_linears,
+    needed_tokens,
+    needed_windows,
+)
 from fusegpt_ray.fusion.student import linear_layers
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import MANIFEST, Source
@@ -73,6 +79,27 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
         )
         fix = "use method: mi, which only removes blocks, or a model without experts"
         raise UserError("method", recipe.method, problem, fix)
+
+
+def check_repair(recipe: Recipe, structure: Structure) -> None:
+    """
+    Raises:
+        UserError: the calibration windows have too few tokens for the repair's least squares.
+    """
+    way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
+    if way == "none":
+        return
+    layers = last_linears(structure.calls).values()
+    needed = max((needed_tokens(way, layer) for layer in layers), default=1)
+    fitted = fitted_windows(text.windows, batch) * text.length
+    if fitted < needed:
+        problem = (
+            f"fusion.start: {way} has {needed} unknowns for each output, and the windows have "
+            f"{fitted} tokens, an eighth of them held out"
+        )
+        multiple = recipe.fusion.batch if recipe.trains_groups else 1
+        windows = needed_windows(needed, text.length, batch, multiple)
+        raise UserError("calibration.windows", text.windows, problem, f"use at least {windows}")
 
 
 def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:

@@ -79,8 +79,8 @@ class Recipe(Section):
     """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
     run."""
     method: Method = "fusegpt"
-    """`mi`: drop blocks only. `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune.
-    """
+    """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
+    (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
     seed: Seed = 0
     """Initial values of everything that learns."""
     calibration: Calibration
@@ -100,6 +100,9 @@ class Recipe(Section):
         if isinstance(data, Mapping) and isinstance(data.get("fusion") or {}, Mapping):
             fusion = dict(data.get("fusion") or {})
             preset = PRESETS.get(str(fusion.get("preset", "default")), {})
+            spec = METHOD_SPECS.get(str(data.get("method")))
+            if spec is not None and spec.repairs:
+                preset = {"start": "linear", **preset}
             return {**data, "fusion": {**preset, **fusion}}
         return data
 
@@ -148,6 +151,15 @@ class Recipe(Section):
                 raise UserError("heal.tokens", self.heal.tokens, problem, f"use at least {least}")
         return self
 
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        start, spec = self.fusion.start, METHOD_SPECS[self.method]
+        if spec.repairs == (start == "none") and not spec.trains:
+            does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
+            problem = f"all that method {self.method} does is {does}"
+            raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+        return self
+
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
@@ -170,6 +182,11 @@ class Recipe(Section):
         length = self.calibration.length
         tokens = self.heal.tokens or HEAL_TIMES * self.calibration.windows * length
         return tokens // length // self.heal.batch * self.heal.batch
+
+    @property
+    def repairs(self) -> bool:
+        """Whether the block before a gap is repaired in closed form."""
+        return self.fusion.start != "none"
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:

@@ -97,6 +97,7 @@ class Rounds:
             "removed": donor,
             **ranking.to_record(),
             "group": list(change.group),
+            **({"repair": dict(change.repair)} if change.repair else {}),
             "states_batch_size": change.states_batch_size,
             "states_bytes_read": change.states_bytes_read,
             "micro_batch": change.micro_batch,

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
 from fusegpt_ray.uris import refuse_ambiguous
 
-Method = Literal["mi", "mi+ft", "fusegpt"]
+Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -39,6 +39,8 @@ class MethodSpec(NamedTuple):
     """Whether something is trained, so that the calibration windows must fill loss batches."""
     fuses: bool
     """Whether its neighbours learn terms of the removed block's weights."""
+    repairs: bool = False
+    """Whether it is nothing without a repair in closed form (`fusion.start`)."""
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -46,6 +48,13 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         "blocks with the lowest Macro Influence dropped, nothing trained",
         trains=False,
         fuses=False,
+    ),
+    "mi+linear": MethodSpec(
+        "blocks with the lowest Macro Influence dropped, the block before each changed by a"
+        " least-squares fit, nothing trained",
+        trains=False,
+        fuses=False,
+        repairs=True,
     ),
     "mi+ft": MethodSpec(
         "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
@@ -156,6 +165,11 @@ class Fusion(Section):
     preset: Literal["default", "paper"] = "default"
     """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default`
     as measured best here."""
+    start: Literal["none", "linear", "matrix", "scale"] = "none"
+    """How the block before the gap is repaired, in closed form, before the group is trained, or
+    instead (method `mi+linear`, which takes `linear` if this is left out). `linear`: its last
+    linear layer takes over what the removed block added, as a function of the layer's inputs.
+    `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number."""
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)

@@ -56,6 +56,9 @@ class GroupFusion:
     """Where the new blocks' files go."""
     fence: Fence = nobody_else
     """Called before every write, in whichever process: it raises if another run writes here."""
+    start: Block | None = None
+    """What a neighbour is before it is trained, if that is not the block of its number in `stack`
+    (see `repair.py`). The states to train on are those of `stack` all the same."""
 
     @property
     def span(self) -> range:
@@ -69,8 +72,13 @@ class GroupFusion:
 
     @property
     def neighbours(self) -> tuple[Block, ...]:
-        """The group without the donor."""
-        return tuple(block for block in self.group if block.dense != self.donor)
+        """The group without the donor, as it is before it is trained."""
+        start = self.start
+        return tuple(
+            start if start and start.dense == block.dense else block
+            for block in self.group
+            if block.dense != self.donor
+        )
 
     @property
     def donor_block(self) -> Block:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,8 @@ class Change:
     """Of blocks, by all workers together, to compute the states."""
     states_seconds: float = 0.0
     train_seconds: float = 0.0
+    repair: Mapping[str, Any] | None = None
+    """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.fusion.repair import Repaired
 from fusegpt_ray.methods.base import Change, Round
+from fusegpt_ray.methods.repairing import repaired
+from fusegpt_ray.store.records import checksum
 from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.workers.base import News
 
 
 def train_group(round: Round, fuse: bool) -> Change:
     """Drop the block and train its neighbours; with `fuse`, its weights are fused into them."""
-    settings = round.recipe.fusion
+    settings, origin = round.recipe.fusion, round.origin
+    start = repaired(round) if round.recipe.repairs else None
+    if start and start.block:
+        # What is trained is another group wherever the start could be another.
+        origin = checksum({"after": origin, "start": [f.sha256 for f in start.files.values()]})[:16]
     fusion = GroupFusion(
         round.stack,
         round.dense,
@@ -20,6 +29,7 @@ def train_group(round: Round, fuse: bool) -> Change:
         round.recipe.seed,
         round.folder,
         round.fence,
+        start.block if start else None,
     )
     group = tuple(block.dense for block in fusion.group)
     verb = "fusing" if fuse else "fine-tuning"
@@ -32,9 +42,9 @@ def train_group(round: Round, fuse: bool) -> Change:
         else:
             round.show.epoch(item[0], settings.epochs, item[1])
 
-    task = fusion.task(round.windows_WT, round.recipe.cluster, round.origin, round.checkpoints)
+    task = fusion.task(round.windows_WT, round.recipe.cluster, origin, round.checkpoints)
     trained = train_span(round.workers, task, news)
-    return Change(
+    change = Change(
         round.stack.drop(round.donor).swap(trained.saved.blocks),
         trained.saved.files,
         group,
@@ -44,4 +54,18 @@ def train_group(round: Round, fuse: bool) -> Change:
         trained.states_bytes_read,
         trained.states_seconds,
         trained.train_seconds,
+    )
+    return change if start is None else _with_start(change, start)
+
+
+def _with_start(change: Change, start: Repaired) -> Change:
+    """A kept term lies on the start's weights, so its files belong to the round."""
+    sizes = [size for size in (change.states_batch_size, start.batch_size) if size]
+    return replace(
+        change,
+        files={**start.files, **change.files},
+        repair=start.to_record(),
+        states_batch_size=min(sizes, default=None),
+        states_bytes_read=change.states_bytes_read + start.bytes_read,
+        states_seconds=change.states_seconds + start.seconds,
     )

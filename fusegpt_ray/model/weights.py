@@ -68,7 +68,7 @@ class Weights:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="next-block") as reader:
             ahead: Future[nn.Module] | None = None
-            for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            for block, following in zip(blocks, [*blocks, None][1:], strict=True):
                 module = self._arrived(ahead, block)
                 ahead = None
                 if following is not None:

@@ -1,0 +1,112 @@
+"""A replica's part of a repair: what a block adds to the residual stream, beside what the last
+linear layer of the block before it is given and gives, as sums over windows.
+
+Shapes: W windows, B windows of a batch, T tokens, n tokens of a batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fusegpt_ray.fusion.compensation import Way, features, last_linear
+from fusegpt_ray.fusion.least_squares import Moments
+from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.recorder import run_block
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+
+OFF = 0.05
+"""By how much, relatively, an output may miss what was added to it: bfloat16 is off by 0.01, a norm
+behind the layer by 1."""
+
+
+def gather(
+    runner: Runner, stack: Stack, donor: int, way: Way, windows_WT: np.ndarray, pieces: list[int]
+) -> tuple[str | None, list[Moments], int]:
+    """The task: for each piece (so many windows, in order) the moments of what is fitted; first the
+    name of the layer, or None if there is none, and last the bytes of blocks that were read.
+
+    `donor`: position of the block to remove. All windows walk together to the block before it; then
+    they pass both, a batch at a time. So a window's part depends on its batch alone.
+    """
+    before, windows = runner.weights.bytes_read, torch.tensor(windows_WT)
+    (h_WTD,) = runner.empty_states(windows)
+    for _ in runner.walk(stack, windows, donor - 1, h_WTD):
+        pass
+    last, removed = stack.blocks[donor - 1 : donor + 1]
+    modules = [runner.weights.of(block) for block in (last, removed)]
+    read = runner.weights.bytes_read - before
+    with torch.no_grad():
+        run = partial(_run, runner, modules[0], last.dense)
+        first = h_WTD[:1].to(runner.device)
+        name = last_linear(modules[0], lambda: run(first))
+        if name is None or not is_added(modules[0].get_submodule(name), lambda: run(first)):
+            return None, [], read
+
+        def after(h_BTD: torch.Tensor) -> torch.Tensor:
+            return runner.apply(modules[1], removed.dense, h_BTD)
+
+        layer = modules[0].get_submodule(name)
+
+        def batches(part_WTD: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for h_BTD in part_WTD.split(runner.batch_size):
+                yield _batch(layer, run, after, way, h_BTD.to(runner.device))
+
+        return name, [Moments.of(batches(part)) for part in h_WTD.split(pieces)], read
+
+
+def _run(runner: Runner, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+    """The block as it is, for hooks are no part of a compiled one."""
+    context = runner.context(dense, h_BTD)
+    return deterministic_or_not(lambda: run_block(module, h_BTD, context))
+
+
+def _batch(
+    layer: nn.Module,
+    run: Callable[[torch.Tensor], torch.Tensor],
+    after: Callable[[torch.Tensor], torch.Tensor],
+    way: Way,
+    h_BTD: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is fitted to what, of one batch. The difference of the states is taken in float64."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_: nn.Module, given: Sequence[Any], out: torch.Tensor) -> None:
+        seen[:] = [given[0], out]
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        out_BTD = run(h_BTD)
+    finally:
+        hook.remove()
+    delta_BTD = after(out_BTD).double() - out_BTD.double()
+    h_nI, m_nD = (value.flatten(0, -2) for value in seen)
+    return features(way, h_nI, m_nD, delta_BTD.flatten(0, -2))
+
+
+def is_added(layer: nn.Module, run: Callable[[], torch.Tensor]) -> bool:
+    """Whether a block's output is the sum of this layer's and what does not depend on it.
+
+    Tried out: noise as large as the states is added to the layer's output, and must arrive as it
+    is. It does not where a norm or a factor follows the layer.
+    """
+    out_BTD = run().double()
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(out_BTD.shape, generator=generator, dtype=torch.float64)
+    noise_BTD = noise.to(out_BTD.device) * out_BTD.square().mean(-1, keepdim=True).sqrt()
+
+    def disturb(_: nn.Module, given: Sequence[Any], out: torch.Tensor) -> torch.Tensor:
+        return out + noise_BTD.reshape(out.shape).to(out.dtype)
+
+    hook = layer.register_forward_hook(disturb)
+    try:
+        arrived_BTD = run().double() - out_BTD
+    finally:
+        hook.remove()
+    return bool((arrived_BTD - noise_BTD).norm() <= OFF * noise_BTD.norm())
