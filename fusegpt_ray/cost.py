@@ -21,7 +21,7 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
-from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.sections import Evaluation, Importance
 
 RATES: Mapping[str, Mapping[str, float]] = {
     # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
@@ -83,10 +83,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     rounds, length = targets[-1].remove, recipe.calibration.length
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
-    # Of a window: the full table and, where candidates are stopped, the model itself up to twice
-    # more (see `search.py`).
-    again = 0 if recipe.importance.all else 2
-    walks = [block_forwards(depth, range(depth)) + again * depth for depth in depths]
+    walks = [_scoring_forwards(recipe.importance, len(dense), depth) for depth in depths]
     scored = recipe.importance.windows * sum(walks)
     stages = [Stage("scoring", scored, scored * flops)]
     if recipe.trains:
@@ -113,6 +110,16 @@ def block_flops(dense: Stack, length: int) -> int:
     matrices = [ref.shape for block in dense.blocks for ref in block.weights.values()]
     elements = sum(prod(shape) for shape in matrices if len(shape) == 2) // len(dense)
     return 2 * elements * length + 4 * width * length**2
+
+
+def _scoring_forwards(settings: Importance, depth: int, left: int) -> int:
+    """Of a window: the full table and, where candidates are stopped, the model itself up to twice
+    more (see `search.py`), each time beside the dense one if that is compared with.
+    """
+    walks_on = settings.spec.walks_on
+    beside = depth if settings.spec.against == "dense" and left < depth else 0
+    again = 2 if walks_on and not settings.all else 0
+    return block_forwards(left, range(left), walks_on, beside) + again * (left + beside)
 
 
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:
