@@ -85,7 +85,10 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     flops = block_flops(dense, length)
     walks = [_scoring_forwards(recipe.importance, len(dense), depth) for depth in depths]
     scored = recipe.importance.windows * sum(walks)
-    stages = [Stage("scoring", scored, scored * flops)]
+    logits = recipe.importance.windows * sum(
+        scored_tokens(recipe.importance, depth, length) for depth in depths
+    )
+    stages = [Stage("scoring", scored, scored * flops + logits * _head_flops(dense))]
     if recipe.trains:
         windows = recipe.calibration.windows
         walked = windows * sum(_states_forwards(recipe, len(dense), depth) for depth in depths)
@@ -110,6 +113,23 @@ def block_flops(dense: Stack, length: int) -> int:
     matrices = [ref.shape for block in dense.blocks for ref in block.weights.values()]
     elements = sum(prod(shape) for shape in matrices if len(shape) == 2) // len(dense)
     return 2 * elements * length + 4 * width * length**2
+
+
+def scored_tokens(settings: Importance, left: int, length: int) -> int:
+    """Of a window: tokens whose logits are computed, of the candidates and, where they are compared
+    with those of the dense model, of that, as often as the window is walked.
+    """
+    against, tokens = settings.spec.against, length - settings.spec.skipped
+    if against == "current":
+        return 0
+    walks = 1 if settings.all else 3
+    return tokens * (left + (walks if against == "dense" else 0))
+
+
+def _head_flops(dense: Stack) -> int:
+    """Of a token's logits."""
+    config = read_config(dense.config).get_text_config()
+    return int(2 * config.vocab_size * config.hidden_size)
 
 
 def _scoring_forwards(settings: Importance, depth: int, left: int) -> int:

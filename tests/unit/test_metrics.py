@@ -21,6 +21,7 @@ from models import (
 )
 
 from fusegpt_ray.cli import main
+from fusegpt_ray.cost import scored_tokens
 from fusegpt_ray.importance import metrics
 from fusegpt_ray.importance.metrics import METRICS, kl_divergence, token_loss
 from fusegpt_ray.importance.ranking import Ranking
@@ -30,6 +31,7 @@ from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
@@ -171,6 +173,30 @@ def test_block_forwards_are_counted_truly(
     assert found.cost.brute_force == WINDOWS * (beside + depth * passes)
     if metric == "bi":
         assert found.cost.done == found.cost.single_walk
+
+
+@pytest.mark.parametrize("everything", [True, False], ids=["all", "exact"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_tokens_that_pass_the_head_are_known_before(
+    metric: str,
+    everything: bool,
+    checkpoint: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    passed = 0
+    real = Trunk.logits
+
+    def counting(trunk: Trunk, h_BTD: torch.Tensor) -> torch.Tensor:
+        nonlocal passed
+        passed += h_BTD.shape[0] * h_BTD.shape[1]
+        return real(trunk, h_BTD)
+
+    monkeypatch.setattr(Trunk, "logits", counting)
+    workers = engine(checkpoint("llama"))
+    ranked(workers, workers.setup.dense, metric, all=everything)
+    settings = Importance.model_validate({"metric": metric, "all": everything})
+    most = WINDOWS * scored_tokens(settings, DEPTH, LENGTH)
+    assert passed == most if everything else passed <= most
 
 
 @pytest.mark.parametrize("metric", METRICS)
