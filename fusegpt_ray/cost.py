@@ -22,7 +22,7 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
-from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.sections import Evaluation, Importance
 
 RATES: Mapping[str, Mapping[str, float]] = {
     # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
@@ -87,12 +87,12 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     rounds, length = targets[-1].remove, recipe.calibration.length
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
-    # Of a window: the full table and, where candidates are stopped, the model itself up to twice
-    # more (see `search.py`).
-    again = 0 if recipe.importance.all else 2
-    walks = [block_forwards(depth, range(depth)) + again * depth for depth in depths]
+    walks = [_scoring_forwards(recipe.importance, len(dense), depth) for depth in depths]
     scored = recipe.importance.windows * sum(walks)
-    stages = [Stage("scoring", scored, scored * flops)]
+    logits = recipe.importance.windows * sum(
+        scored_tokens(recipe.importance, depth, length) for depth in depths
+    )
+    stages = [Stage("scoring", scored, scored * flops + logits * head_flops(dense, 1))]
     if recipe.trains_groups or recipe.repairs:
         walked = recipe.calibration.windows * sum(
             recipe.trains_groups * _states_forwards(recipe, len(dense), depth)
@@ -157,6 +157,27 @@ def head_flops(dense: Stack, length: int) -> int:
     """Of the logits of one window."""
     config = read_config(dense.config).get_text_config()
     return int(2 * config.hidden_size * config.vocab_size * length)
+
+
+def scored_tokens(settings: Importance, left: int, length: int) -> int:
+    """Of a window: tokens whose logits are computed, of the candidates and, where they are compared
+    with those of the dense model, of that, as often as the window is walked.
+    """
+    against, tokens = settings.spec.against, length - settings.spec.skipped
+    if against == "current":
+        return 0
+    walks = 1 if settings.all else 3
+    return tokens * (left + (walks if against == "dense" else 0))
+
+
+def _scoring_forwards(settings: Importance, depth: int, left: int) -> int:
+    """Of a window: the full table and, where candidates are stopped, the model itself up to twice
+    more (see `search.py`), each time beside the dense one if that is compared with.
+    """
+    walks_on = settings.spec.walks_on
+    beside = depth if settings.spec.against == "dense" and left < depth else 0
+    again = 2 if walks_on and not settings.all else 0
+    return block_forwards(left, range(left), walks_on, beside) + again * (left + beside)
 
 
 def _states_forwards(recipe: Recipe, depth: int, left: int) -> int:

@@ -29,7 +29,8 @@ measured for LLaMA-2-7B on an H200, not compiled."""
 
 def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -> int:
     """What a replica may hold while it scores streamed blocks, activations aside: its trunk, two
-    blocks as they are read and as they are used, and the states of the model and all candidates.
+    blocks as they are read and as they are used, and the states of the model and all candidates
+    (`bi` keeps none of candidates; `kl` keeps the dense model's as well).
 
     While it evaluates, the states are one set of its windows, on the device, in the host's memory
     or in a file (see `model/placement.py`).

@@ -53,8 +53,9 @@ def compress(
 
 
 def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
-    """Macro Influence of every block of the dense model, on all windows: {"metric", "blocks":
-    [{"block", "score"} …], "lowest"} and the protocol (see `Windows.protocol`).
+    """The recipe's metric for every block of the dense model, on all windows: {"metric", "blocks":
+    [{"block", "score"} …], "lowest"} and the protocol (see `Windows.protocol`). "metric" is
+    "macro_influence", "kl", "loss" or "block_influence".
 
     Raises:
         UserError: the recipe cannot be carried out.
@@ -84,7 +85,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
             with explained(model.stack, source.name, workers.dtype):
                 ranking = score_stack(workers, model.stack, windows_WT, full)
     blocks = [{"block": dense, "score": value} for dense, value in ranking.scores.items()]
-    found = {"metric": "macro_influence", "blocks": blocks, "lowest": ranking.lowest}
+    found = {"metric": full.spec.name, "blocks": blocks, "lowest": ranking.lowest}
     return found | drawn.protocol
 
 

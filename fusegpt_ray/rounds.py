@@ -73,7 +73,7 @@ class Rounds:
             number, stack, Ranking.from_record(before[-1].record) if before else None
         )
         donor = ranking.lowest
-        self.show.say(f"  {ranking.in_words()}")
+        self.show.say(f"  {ranking.in_words(self.recipe.importance.spec.title)}")
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
             change = METHODS[self.recipe.method].change(

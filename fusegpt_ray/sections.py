@@ -12,6 +12,7 @@ from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
 from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
+Metric = Literal["mi", "kl", "loss", "bi"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -34,7 +35,7 @@ class MethodSpec(NamedTuple):
     """What is known of a method without its code, which is in `methods/`."""
 
     about: str
-    """For the model card."""
+    """For the model card; `{metric}` stands for the importance metric's title."""
     trains: bool
     """Whether something is trained, so that the calibration windows must fill loss batches."""
     fuses: bool
@@ -45,27 +46,51 @@ class MethodSpec(NamedTuple):
 
 METHOD_SPECS: dict[str, MethodSpec] = {
     "mi": MethodSpec(
-        "blocks with the lowest Macro Influence dropped, nothing trained",
+        "blocks with the lowest {metric} dropped, nothing trained",
         trains=False,
         fuses=False,
     ),
     "mi+linear": MethodSpec(
-        "blocks with the lowest Macro Influence dropped, the block before each changed by a"
-        " least-squares fit, nothing trained",
+        "blocks with the lowest {metric} dropped, the block before each changed by a least-squares"
+        " fit, nothing trained",
         trains=False,
         fuses=False,
         repairs=True,
     ),
     "mi+ft": MethodSpec(
-        "blocks with the lowest Macro Influence dropped, their neighbours fine-tuned",
+        "blocks with the lowest {metric} dropped, their neighbours fine-tuned",
         trains=True,
         fuses=False,
     ),
     "fusegpt": MethodSpec(
-        "blocks with the lowest Macro Influence fused into their neighbours (FuseGPT)",
+        "blocks with the lowest {metric} fused into their neighbours (FuseGPT)",
         trains=True,
         fuses=True,
     ),
+}
+
+
+class MetricSpec(NamedTuple):
+    """What is known of an importance metric without its code (`importance/metrics.py`)."""
+
+    name: str
+    """In the results of `fusegpt score`."""
+    title: str
+    """For people: a block is chosen for having the lowest of it."""
+    against: Literal["current", "dense", "tokens"] = "current"
+    """What the model without a block is compared with: the states of the model with it, those of
+    the dense model, or the tokens that follow."""
+    walks_on: bool = True
+    """Whether the model without a block is walked to its end; else it is compared at that block."""
+    skipped: int = 0
+    """Tokens of a window that have no number."""
+
+
+METRIC_SPECS: dict[str, MetricSpec] = {
+    "mi": MetricSpec("macro_influence", "Macro Influence"),
+    "kl": MetricSpec("kl", "KL divergence from the dense model", "dense"),
+    "loss": MetricSpec("loss", "loss when left out (SLEB)", "tokens", skipped=1),
+    "bi": MetricSpec("block_influence", "Block Influence (ShortGPT)", walks_on=False),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -139,8 +164,14 @@ class Evaluation(Text):
 
 
 class Importance(Section):
-    """How the block to remove is chosen (Macro Influence)."""
+    """How the block to remove is chosen: the one with the lowest score."""
 
+    metric: Metric = "mi"
+    """The score, a mean over tokens. `mi`: Macro Influence, 1 − cosine of the last states with the
+    block and without it. `kl`: KL divergence of the dense model's next tokens to those of the model
+    without the block, in nats. `loss`: cross-entropy of the model without the block, in nats
+    (SLEB). `bi`: Block Influence, 1 − cosine of the states that enter and leave the block, which
+    costs a single walk of the model (ShortGPT)."""
     windows: int = Field(32, ge=1, le=MOST)
     """How many windows score the blocks: the first ones of the calibration."""
     batch: int = Field(4, ge=1, le=MOST)
@@ -154,7 +185,12 @@ class Importance(Section):
     racing: float | None = Field(None, gt=0, lt=1)
     """Probability with which another block than that of the full table may be chosen, to give up
     most blocks after a few windows by paired tests (assumptions: `importance/racing.py`), such as
-    0.05; left out: the choice is exact."""
+    0.05; left out: the choice is exact. `bi` has no use for it."""
+
+    @property
+    def spec(self) -> MetricSpec:
+        """What is known of the metric."""
+        return METRIC_SPECS[self.metric]
 
 
 class Fusion(Section):

@@ -14,9 +14,9 @@ class Stopped:
     """
 
     at_least: float
-    """Its Macro Influence is no lower: what its windows so far add to the mean over all windows."""
+    """Its score is no lower: what its windows so far add to the mean over all windows."""
     mean: float
-    """Over the windows it was walked on: an estimate of its Macro Influence."""
+    """Over the windows it was walked on: an estimate of its score."""
     windows: int
     """That it was walked on."""
 
@@ -27,9 +27,11 @@ class Cost:
 
     done: int
     single_walk: int
-    """Of the full table in a single walk, N (N + 1) / 2 a window."""
+    """Of the full table in a single walk: N (N + 1) / 2 a window, or N where no candidate is walked
+    on; and the dense model's blocks, where it is compared with and walked as well."""
     brute_force: int
-    """Of N + 1 full forward passes, N² a window."""
+    """Of N + 1 full forward passes, N² a window; of one, where no candidate is walked on; and one
+    of the dense model, as above."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Ranking:
     """The outcome of scoring a stack. Blocks are named by their dense numbers."""
 
     scores: dict[int, float]
-    """Macro Influence of the blocks known over `windows` windows, in the stack's order; the lowest
-    of all is among them."""
+    """Of the blocks known over `windows` windows, in the stack's order; the lowest of all is among
+    them."""
     stopped: dict[int, Stopped]
     """All other blocks."""
     windows: int
@@ -61,16 +63,18 @@ class Ranking:
         """Of every block, as well as it is known."""
         return self.scores | {dense: item.mean for dense, item in self.stopped.items()}
 
-    def in_words(self) -> str:
-        """The four blocks of the lowest Macro Influence, `~` before an estimate, and the share of
-        the full table's work that was done.
+    def in_words(self, metric: str) -> str:
+        """The four blocks of the lowest score, `~` before an estimate, and the share of the full
+        table's work that was done.
+
+        `metric`: its `MetricSpec.title`.
         """
         order = sorted(self.estimates.items(), key=lambda item: (item[0] != self.lowest, item[1]))
         lowest = "  ".join(
             f"{dense}: {'~' * (dense in self.stopped)}{score:.4f}" for dense, score in order[:4]
         )
         work = f"{self.cost.done / self.cost.single_walk:.0%} of the full table's work"
-        return f"lowest Macro Influence  {lowest}  →  block {self.lowest} goes ({work})"
+        return f"lowest {metric}  {lowest}  →  block {self.lowest} goes ({work})"
 
     def to_record(self) -> dict[str, Any]:
         """Its part of a round's record in journal and manifest."""

@@ -16,6 +16,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from fusegpt_ray.importance.metrics import METRICS
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
 from fusegpt_ray.importance.sums import Sums
@@ -47,11 +48,14 @@ def score(
     """
     batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
     sizes, depth = [len(batch) for batch in batches], len(stack)
-    known, bytes_read = sums or Sums(), 0
+    spec, known, bytes_read = settings.spec, sums or Sums(), 0
+    dense = _dense_beside(workers, stack) if spec.against == "dense" else None
+    beside = 0 if dense is None else len(dense)
+    length = windows_WT.shape[1] - spec.skipped
 
     def cost(job: Job) -> int:
         batch, positions = job
-        return sizes[batch] * block_forwards(depth, positions)
+        return sizes[batch] * block_forwards(depth, positions, spec.walks_on, beside)
 
     def attempt(batch_size: int) -> Ranking:
         def measure(jobs: list[Job]) -> Iterator[tuple[Job, np.ndarray]]:
@@ -60,17 +64,26 @@ def score(
             # job when they have finished one, the longest first.
             parts = workers.replicas if workers.streams else len(jobs)
             groups = split_evenly(jobs, [cost(job) for job in jobs], parts)
-            tasks = [(stack, [(batches[batch], c) for batch, c in group]) for group in groups]
+            tasks = [
+                (stack, [(batches[batch], c) for batch, c in group], settings.metric, dense)
+                for group in groups
+            ]
             costs = [sum(map(cost, group)) for group in groups]
             for number, (found, read) in workers.map(sweep_batches, tasks, batch_size, costs):
                 bytes_read += read
                 yield from zip(groups[number], found, strict=True)
 
         ask = known.recalled(batch_size, measure)
-        return search(ask, stack.kept, sizes, windows_WT.shape[1], settings, last)
+        return search(ask, stack.kept, sizes, length, settings, last, beside)
 
     ranking, batch_size = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
     return replace(ranking, batch_size=batch_size, bytes_read=bytes_read)
+
+
+def _dense_beside(workers: Workers, stack: Stack) -> Stack | None:
+    """The dense model, unless the stack is just that."""
+    dense = workers.setup.dense
+    return None if stack.blocks == dense.blocks else dense
 
 
 def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[list[Job]]:
@@ -88,11 +101,16 @@ def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[
 
 
 def sweep_batches(
-    runner: Runner, stack: Stack, parts: Sequence[tuple[np.ndarray, tuple[int, ...]]]
+    runner: Runner,
+    stack: Stack,
+    parts: Sequence[tuple[np.ndarray, tuple[int, ...]]],
+    metric: str,
+    dense: Stack | None,
 ) -> tuple[list[np.ndarray], int]:
-    """The task: for each batch of windows and its candidates, sums of 1 − cos, [W, C] float64; and
-    the bytes of blocks that were read for them.
+    """The task: for each batch of windows and its candidates, the metric's sums, [W, C] float64;
+    and the bytes of blocks that were read for them.
     """
     before = runner.weights.bytes_read
-    walked = sweep(runner, stack, [Part(torch.tensor(windows_WT), c) for windows_WT, c in parts])
+    tensors = [Part(torch.tensor(windows_WT), c) for windows_WT, c in parts]
+    walked = sweep(runner, stack, tensors, METRICS[metric], dense)
     return [sums_WC.numpy() for sums_WC in walked], runner.weights.bytes_read - before

@@ -1,9 +1,11 @@
-"""Finds the block of the lowest Macro Influence without walking every candidate over every window.
-No torch: numbers only.
+"""Finds the block of the lowest score without walking every candidate over every window. No torch:
+numbers only.
 
-1 − cos is never negative, so a candidate's sum over some windows is a lower bound of its sum over
-all: once it passes the complete sum of another candidate, it cannot be the lowest, and is stopped.
-The block found is that of the full table, always, ties included.
+No token counts below 0 in any metric, so a candidate's sum over some windows is a lower bound of
+its sum over all: once it passes the complete sum of another candidate, it cannot be the lowest, and
+is stopped. The block found is that of the full table, always, ties included. Where a candidate
+costs nothing beside the full model (a metric that compares at the block itself), the full table is
+what is measured.
 
 Every candidate is walked over the windows in order, a batch at a time; what is chosen is how far it
 goes in each wave:
@@ -19,9 +21,10 @@ goes in each wave:
 
 So scoring takes at most four waves, each of which reads the weights once, and at most 2 N
 block-forwards a window more than the full table in a single walk: each candidate meets each window
-once, the full model at most three times. Waves are the same on any number of replicas, and so are
-all results. The price is the first look, in the first round only, whose single batch keeps one
-replica busy.
+once, the full model at most three times. (Where a metric compares with the dense model, that is
+read and walked beside the full one.) Waves are the same on any number of replicas, and so are all
+results. The price is the first look, in the first round only, whose single batch keeps one replica
+busy.
 
 **Racing** (`importance.racing`, a probability) comes before the plan: all candidates walk 1, 2, 4,
 … batches, and after each such look those that a paired test finds above the leader are given up. It
@@ -45,12 +48,19 @@ from fusegpt_ray.sections import Importance
 Job = tuple[int, tuple[int, ...]]
 """A batch of windows, by number, and the positions of the candidates to walk it."""
 Measure = Callable[[list[Job]], list[np.ndarray]]
-"""1 − cos summed over tokens, float64 [windows of the batch, candidates], for each job."""
+"""The metric summed over tokens, float64 [windows of the batch, candidates], for each job."""
 
 
-def block_forwards(depth: int, positions: Sequence[int]) -> int:
-    """What these candidates cost a window, the full model's walk included."""
-    return depth + sum(depth - 1 - position for position in positions)
+def block_forwards(
+    depth: int, positions: Sequence[int], walks_on: bool = True, beside: int = 0
+) -> int:
+    """What these candidates cost a window, the full model's walk included.
+
+    Args:
+        walks_on: see `MetricSpec`.
+        beside: the depth of another model that is walked as well.
+    """
+    return beside + depth + walks_on * sum(depth - 1 - position for position in positions)
 
 
 def search(
@@ -60,16 +70,20 @@ def search(
     length: int,
     settings: Importance,
     last: Ranking | None = None,
+    beside: int = 0,
 ) -> Ranking:
-    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows of `length`
-    tokens.
+    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows, of which
+    `length` tokens count.
+
+    `beside`: see `block_forwards`.
 
     Raises:
         FloatingPointError: a sum is not finite.
     """
-    found = _Found(measure, kept, batches, length)
+    walks_on = settings.spec.walks_on
+    found = _Found(measure, kept, batches, length, walks_on, beside)
     everything = dict.fromkeys(found.alive, len(batches))
-    if settings.all:
+    if settings.all or not walks_on:
         found.walk(everything)
         return found.ranking()
     if settings.racing is None and last is not None and last.estimates.keys() >= set(kept):
@@ -130,10 +144,17 @@ class _Found:
     """What is known so far. Candidates are named by their positions."""
 
     def __init__(
-        self, measure: Measure, kept: Sequence[int], batches: Sequence[int], length: int
+        self,
+        measure: Measure,
+        kept: Sequence[int],
+        batches: Sequence[int],
+        length: int,
+        walks_on: bool,
+        beside: int,
     ) -> None:
         self.measure, self.kept, self.batches, self.length = measure, kept, batches, length
         self.windows = sum(batches)
+        self._walks_on, self._beside = walks_on, beside
         self.sums: list[list[float]] = [[] for _ in kept]
         """Of each candidate, the sums of the windows it has walked: always the first ones."""
         self.alive = list(range(len(kept)))
@@ -149,12 +170,15 @@ class _Found:
             positions = tuple(p for p in self.alive if self.batches_done[p] <= batch < goals[p])
             if positions:
                 jobs.append((batch, positions))
-                self._cost += windows * block_forwards(len(self.kept), positions)
+                self._cost += windows * self._forwards(positions)
         for (_, positions), sums_WC in zip(jobs, self.measure(jobs) if jobs else [], strict=True):
             self._check(positions, sums_WC)
             for position, sums_W in zip(positions, sums_WC.T, strict=True):
                 self.sums[position] += sums_W.tolist()
                 self.batches_done[position] += 1
+
+    def _forwards(self, positions: Sequence[int]) -> int:
+        return block_forwards(len(self.kept), positions, self._walks_on, self._beside)
 
     def stop(self) -> None:
         """Stop the candidates that can no longer be the lowest."""
@@ -168,7 +192,7 @@ class _Found:
         return len(self.sums[position]) == self.windows
 
     def at_least(self, position: int) -> float:
-        """Macro Influence if it were 0 on the windows still to walk. It is rounded like the
+        """The score if it were 0 on the windows still to walk. It is rounded like the
         complete sum, so it is never above it.
         """
         return math.fsum(self.sums[position]) / (self.windows * self.length)
@@ -189,8 +213,11 @@ class _Found:
             self.kept[p]: Stopped(self.at_least(p), self.mean(p), len(self.sums[p])) for p in others
         }
         depth = len(self.kept)
+        passes = depth if self._walks_on else 1
         cost = Cost(
-            self._cost, self.windows * block_forwards(depth, range(depth)), self.windows * depth**2
+            self._cost,
+            self.windows * self._forwards(range(depth)),
+            self.windows * (self._beside + depth * passes),
         )
         return Ranking(scores, stopped, windows, cost)
 

@@ -18,7 +18,7 @@ Key = tuple[int, int, tuple[int, ...]]
 
 @dataclass
 class Sums:
-    """Sums over tokens of 1 − cos, float64 [windows of the batch, candidates].
+    """Sums over tokens of one metric, float64 [windows of the batch, candidates].
 
     The search is deterministic: begun again, it asks for the same jobs.
     """

@@ -1,4 +1,4 @@
-"""Macro Influence of many candidates in one walk over the model, exactly.
+"""The metric of many candidates in one walk over the model, exactly.
 
 Shapes: W windows, C candidates, T tokens, D hidden size.
 
@@ -6,16 +6,22 @@ The walk carries the full model's states and those of every candidate that is al
 block is read once and used for all. A candidate joins as a copy of the full model's states entering
 its block. In a model of N blocks a window costs N block-forwards and N − 1 − i more for a candidate
 at position i: N (N + 1) / 2 for all of them, about half of N² for N + 1 full forward passes.
+
+A metric that compares at the block itself needs the full model's states only, and walks nobody on.
+One that compares with the dense model walks that first, where it is not the full model itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 
-from fusegpt_ray.importance.metrics import macro_influence
+from fusegpt_ray.importance.metrics import METRICS, Metric
 from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
 from fusegpt_ray.model.runner import Runner, state_bytes
 from fusegpt_ray.model.stack import Stack
@@ -33,9 +39,20 @@ class Part(NamedTuple):
     """In the stack, in any order."""
 
 
-def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
-    """For each part, 1 − cos summed over tokens for every window and candidate: [W, C] float64 on
-    the CPU.
+Walk = Callable[[Sequence[Part]], list[torch.Tensor]]
+
+
+def sweep(
+    runner: Runner,
+    stack: Stack,
+    parts: Sequence[Part],
+    metric: Metric = METRICS["mi"],
+    dense: Stack | None = None,
+) -> list[torch.Tensor]:
+    """For each part, the metric summed over tokens for every window and candidate: [W, C] float64
+    on the CPU.
+
+    `dense`: the dense model, if the metric compares with it and `stack` is not it.
 
     As many parts walk together, in order, as their states fit into memory; one candidate of one
     part passes a block at a time. So the arithmetic of a window depends on the windows of its batch
@@ -43,39 +60,61 @@ def sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Ten
     """
     room = STATES_SHARE * runner.memory_share * free_bytes(runner.device)
     token_bytes = state_bytes(stack, 1, runner.dtype)
+    walk = partial(_walk, runner, stack, metric, dense)
     sums: list[torch.Tensor] = []
     while len(sums) < len(parts):
-        sums += _sweep(runner, stack, _first_that_fit(parts[len(sums) :], token_bytes, room))
+        left = parts[len(sums) :]
+        sets = [_state_sets(part, metric, dense) * part.windows_WT.numel() for part in left]
+        sums += _sweep(walk, left[: _how_many_fit(sets, int(room / token_bytes))])
     return sums
 
 
-def _first_that_fit(parts: Sequence[Part], token_bytes: int, room: float) -> Sequence[Part]:
-    """The first parts whose states take at most `room` bytes, but at least one."""
-    for count, part in enumerate(parts):
-        room -= part.windows_WT.numel() * (1 + len(part.positions)) * token_bytes
-        if room < 0 and count:
-            return parts[:count]
-    return parts
+def _state_sets(part: Part, metric: Metric, dense: Stack | None) -> int:
+    """How many states of each of its tokens are in memory at once."""
+    candidates = len(part.positions) if metric.spec.walks_on else 1
+    return 1 + candidates + (dense is not None)
 
 
-def _sweep(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
+def _how_many_fit(sizes: Sequence[int], room: int) -> int:
+    """How many parts, from the first on, are together no larger than `room`; at least one."""
+    together = list(accumulate(sizes))
+    return max(1, bisect_right(together, room))
+
+
+def _sweep(walk: Walk, parts: Sequence[Part]) -> list[torch.Tensor]:
     """All parts in one walk; each half of them, if memory runs out all the same."""
     try:
-        return _walk(runner, stack, parts)
+        return walk(parts)
     except Exception as error:
         if len(parts) == 1 or not is_out_of_memory(error):
             raise
     empty_cache()
     half = len(parts) // 2
-    return _sweep(runner, stack, parts[:half]) + _sweep(runner, stack, parts[half:])
+    return _sweep(walk, parts[:half]) + _sweep(walk, parts[half:])
 
 
 @torch.no_grad()
-def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
+def _walk(
+    runner: Runner, stack: Stack, metric: Metric, dense: Stack | None, parts: Sequence[Part]
+) -> list[torch.Tensor]:
+    dense_states = None if dense is None else _final_states(runner, dense, parts)
     fulls = [runner.embed(part.windows_WT) for part in parts]
     without: list[dict[int, torch.Tensor]] = [
         {} for _ in parts
     ]  # by position: states [W, T, D] of the model without it
+    sums: list[dict[int, torch.Tensor]] = [{} for _ in parts]  # by position: [W]
+
+    def compare(i: int) -> None:
+        """Measure the candidates of part i, and take them off the walk."""
+        reference = {
+            "current": fulls[i],
+            "dense": fulls[i] if dense_states is None else dense_states[i],
+            "tokens": parts[i].windows_WT,
+        }[metric.spec.against]
+        found = metric.sums(runner.trunk.logits, reference, list(without[i].values()))
+        sums[i] |= zip(without[i], found, strict=True)
+        without[i] = {}
+
     for block, module in runner.weights.walk(stack.blocks):
         position = stack.position(block.dense)
         for i, part in enumerate(parts):
@@ -84,10 +123,22 @@ def _walk(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Ten
             if position in part.positions:
                 without[i][position] = fulls[i]
             fulls[i] = runner.apply(module, block.dense, fulls[i])
+            if not metric.spec.walks_on:
+                compare(i)
         del module  # before the next one is asked for
+    for i in range(len(parts)):
+        compare(i)
     return [
-        torch.stack(
-            [macro_influence(full_WTD, h[position]) for position in part.positions], dim=1
-        ).cpu()
-        for part, full_WTD, h in zip(parts, fulls, without, strict=True)
+        torch.stack([found[position] for position in part.positions], dim=1).cpu()
+        for part, found in zip(parts, sums, strict=True)
     ]
+
+
+def _final_states(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
+    """What leaves the last block, for each part: [W, T, D]."""
+    states = [runner.embed(part.windows_WT) for part in parts]
+    for block, module in runner.weights.walk(stack.blocks):
+        for i, h_WTD in enumerate(states):
+            states[i] = runner.apply(module, block.dense, h_WTD)
+        del module  # before the next one is asked for
+    return states

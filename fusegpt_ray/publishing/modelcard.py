@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fusegpt_ray.sections import METHOD_SPECS
+from fusegpt_ray.sections import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 
@@ -18,6 +18,8 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         auto_class: the class of transformers whose `from_pretrained` loads the model.
     """
     source, removed = manifest["source"], manifest["removed"]
+    metric = METRIC_SPECS[manifest["recipe"]["importance"]["metric"]].title
+    about = METHOD_SPECS[manifest["method"]].about.format(metric=metric)
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     lines = [
         *_front_matter(source),
@@ -25,7 +27,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         "",
         (
             f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
-            f" decoder blocks removed: {METHOD_SPECS[manifest['method']].about}."
+            f" decoder blocks removed: {about}."
         ),
         "",
         "An ordinary checkpoint with fewer layers; no custom code:",

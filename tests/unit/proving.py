@@ -24,7 +24,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 FACTS: dict[str, Any] = {
     "method": "mi",
     "sparsity": 0.4,
-    "recipe": {},
+    "recipe": {"importance": {"metric": "mi"}},
     "removed": [1, 3],
     "rounds": [],
     "perplexity": {},

@@ -24,7 +24,7 @@ IDS = token_windows(2, 9)
 FACTS: dict[str, Any] = {
     "method": "mi",
     "sparsity": 0.4,
-    "recipe": {"sparsity": [0.4], "method": "mi"},
+    "recipe": {"sparsity": [0.4], "method": "mi", "importance": {"metric": "mi"}},
     "removed": REMOVED,
     "rounds": [{"removed": 3}, {"removed": 0}],
     "perplexity": {"held-out": {"dense": 10.5, "dropped": 12.25, "fused": 11.75, "length": 9}},

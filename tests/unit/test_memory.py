@@ -85,4 +85,10 @@ def test_two_rounds_hold_the_trunk_and_one_group(
 
 
 def facts() -> dict[str, object]:
-    return {"method": "fusegpt", "recipe": {}, "removed": [2, 1], "rounds": [], "perplexity": {}}
+    return {
+        "method": "fusegpt",
+        "recipe": {"importance": {"metric": "mi"}},
+        "removed": [2, 1],
+        "rounds": [],
+        "perplexity": {},
+    }

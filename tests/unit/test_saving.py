@@ -151,7 +151,13 @@ def test_what_a_killed_writer_left_goes_and_the_rate_is_told(
     for name in (".model-00001-of-00009.safetensors.0123abcd", ".config.json.89abcdef"):
         (out / name).write_bytes(b"half")
     (out / ".mine").write_text("a user's")
-    facts = {"method": "mi", "recipe": {}, "removed": [2], "rounds": [], "perplexity": {}}
+    facts = {
+        "method": "mi",
+        "recipe": {"importance": {"metric": "mi"}},
+        "removed": [2],
+        "rounds": [],
+        "perplexity": {},
+    }
     source = workers.setup.source
     published = publish(str(out), dense.drop(2), dense, source, SHARD, facts)
     left = {file.name for file in out.iterdir()}

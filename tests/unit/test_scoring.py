@@ -72,11 +72,18 @@ def scored(workers: LocalWorkers, settings: Importance = SETTINGS, **known: Any)
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 9])
-@pytest.mark.parametrize("settings", [SETTINGS, FULL], ids=["exact", "all"])
+@pytest.mark.parametrize(
+    "settings",
+    [SETTINGS, FULL, *(SETTINGS.model_copy(update={"metric": m}) for m in ("kl", "loss", "bi"))],
+    ids=["exact", "all", "kl", "loss", "bi"],
+)
 def test_the_number_of_replicas_changes_no_bit(
     workers: Callable[..., SeveralReplicas], replicas: int, settings: Importance
 ) -> None:
-    assert scored(workers(replicas, streams=True), settings) == scored(workers(), settings)
+    several, one = workers(replicas, streams=True), workers()
+    assert scored(several, settings) == scored(one, settings)
+    later = one.setup.dense.drop(1)
+    assert score(several, later, WINDOWS_WT, settings) == score(one, later, WINDOWS_WT, settings)
 
 
 def test_replicas_that_stream_get_one_task_a_wave_and_others_one_a_batch(

@@ -64,12 +64,12 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """
     found: list[int] = []
 
-    def counting(runner: object, stack: object, parts: list[Part]) -> list[object]:
+    def counting(runner: object, stack: object, parts: list[Part], *how: object) -> list[object]:
         if len(found) == counting.deadly:  # type: ignore[attr-defined]
             counting.deadly = -1  # type: ignore[attr-defined]
             raise KeyboardInterrupt
         found.append(sum(len(part.windows_WT) * len(part.positions) for part in parts))
-        return sweep(runner, stack, parts)
+        return sweep(runner, stack, parts, *how)
 
     counting.deadly = -1  # type: ignore[attr-defined]
     monkeypatch.setattr(scoring, "sweep", counting)

@@ -8,8 +8,9 @@ import ast
 from pathlib import Path
 from typing import get_args
 
+from fusegpt_ray.importance.metrics import METRICS
 from fusegpt_ray.methods import METHODS
-from fusegpt_ray.sections import METHOD_SPECS, Method
+from fusegpt_ray.sections import METHOD_SPECS, METRIC_SPECS, Method, Metric
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("fusegpt_ray", "jobs", "benchmarks")
@@ -41,3 +42,8 @@ def test_no_function_is_too_long() -> None:
 
 def test_every_method_that_a_recipe_may_name_is_there() -> None:
     assert METHODS.keys() == METHOD_SPECS.keys() == {*get_args(Method)}
+
+
+def test_every_metric_that_a_recipe_may_name_is_there() -> None:
+    assert METRICS.keys() == METRIC_SPECS.keys() == {*get_args(Metric)}
+    assert all(METRICS[name].spec is spec for name, spec in METRIC_SPECS.items())
