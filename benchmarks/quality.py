@@ -1,29 +1,37 @@
-"""Perplexity of the dense, the dropped and the fused model, setting by setting, on one trained
-model: what each choice is worth.
+"""Perplexity of the dense, the dropped and the finished model, setting by setting, on one trained
+model: what each choice is worth, for the same work.
 
-    python benchmarks/quality.py MODEL --calibration valid.txt --test test.txt [--settings paper
-    default …] [--json out.json]
+    python benchmarks/quality.py MODEL --calibration valid.txt [more.txt …] --test test.txt
+    [more.txt …] [--settings paper default …] [--seeds 0 1] [--json out.json]
 
-Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows, budget
-and seed; only the recipe's fusion section (or the method) differs. `damage left` is log(fused /
-dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the paper's recipe.
-Seconds are this machine's and noisy: compare them within one run only.
+Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
+seed; several calibration texts are mixed in equal parts. Work is counted, not timed: the FLOPs of
+scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by those of the paper's
+recipe. A setting that heals takes as many tokens as the paper's work has left for it. `damage left`
+is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the
+paper's recipe. Seconds are this machine's and noisy.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import math
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusegpt_ray import Recipe, compress
+from fusegpt_ray.plan import plan
 from fusegpt_ray.report import Display
 
-# The paper's recipe, ours, and one step between them at a time.
+HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8}
+LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
+# The paper's recipe, ours, one step between them at a time; and what healing makes of them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mi": {"method": "mi"},
     "mi+linear": {"method": "mi+linear"},
@@ -34,10 +42,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "paper, LoRA 3e-4": {"fusion": {"preset": "paper", "lora_learning_rate": 3e-4}},
     "paper, normalized_mse": {"fusion": {"preset": "paper", "loss": "normalized_mse"}},
     "paper, dense teacher": {"fusion": {"preset": "paper", "teacher": "dense"}},
-    "default": {"fusion": {"preset": "default"}},
-    "default, terms kept": {"fusion": {"preset": "default", "fold": "at_end"}},
-    "default, linear start": {"fusion": {"preset": "default", "start": "linear"}},
-    "default, mi+ft": {"method": "mi+ft", "fusion": {"preset": "default"}},
+    "default": {},
+    "default, terms kept": {"fusion": {"fold": "at_end"}},
+    "default, linear start": {"fusion": {"start": "linear"}},
+    "default, mi+ft": {"method": "mi+ft"},
+    "dropped, healed": {"method": "mi", "heal": LOW},
+    "dropped, healed (all)": {"method": "mi", "heal": ALL},
+    "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
+    "repaired, healed": {"method": "mi+linear", "heal": LOW},
+    "repaired, healed (all)": {"method": "mi+linear", "heal": ALL},
+    "fused 2, healed": {"fusion": {"epochs": 2}, "heal": LOW},
+    "fused 5, healed": {"fusion": {"epochs": 5}, "heal": LOW},
+    "fused 5, healed (all)": {"fusion": {"epochs": 5}, "heal": ALL},
 }
 
 
@@ -46,13 +62,14 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--calibration", required=True, nargs="+")
     parser.add_argument(
         "--test", required=True, nargs="+", help="held-out texts, in or out of domain"
     )
     parser.add_argument(
         "--settings", nargs="+", default=["mi", "paper", "default"], choices=SETTINGS
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--sparsity", type=float, default=0.25)
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
@@ -61,54 +78,107 @@ def main() -> int:
     arguments = parser.parse_args()
 
     results = {}
-    for name in arguments.settings:
-        print(f"== {name}", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            chosen = SETTINGS[name]
-            recipe = Recipe.parse(
-                {
-                    "model": {"source": arguments.model, "dtype": "float32"},
-                    "sparsity": arguments.sparsity,
-                    "method": chosen.get("method", "fusegpt"),
-                    "calibration": {
-                        "data": arguments.calibration,
-                        "windows": arguments.windows,
-                        "length": arguments.length,
-                        "bos": "never",  # as the paper
-                    },
-                    "evaluation": {Path(text).name: {"data": text} for text in arguments.test},
-                    "importance": {"windows": min(32, arguments.windows)},
-                    "fusion": {"epochs": arguments.epochs, **chosen.get("fusion", {})},
-                    "cluster": {"engine": "local"},
-                    "output": {"uri": folder, "name": "benchmark"},
-                }
-            )
-            (published,) = compress(recipe, Display())
-            results[name] = published.manifest
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    for seed in arguments.seeds:
+        budget = work(parsed(arguments, SETTINGS["paper"], seed, "nowhere"))
+        for name in arguments.settings:
+            print(f"== {name}, seed {seed}", file=sys.stderr)
+            with tempfile.TemporaryDirectory() as folder:
+                recipe = within(budget, arguments, SETTINGS[name], seed, folder)
+                (published,) = compress(recipe, Display())
+                share = work(recipe) / budget
+                results[f"{name}, seed {seed}"] = published.manifest | {"work": share}
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0
+
+
+def parsed(
+    arguments: argparse.Namespace,
+    chosen: Mapping[str, Any],
+    seed: int,
+    folder: str,
+    heal_windows: int | None = None,
+) -> Recipe:
+    """The recipe of a setting; `heal_windows`: how many windows to heal on, if it heals."""
+    texts = [{"data": text} for text in arguments.calibration]
+    recipe = {
+        "model": {"source": arguments.model, "dtype": "float32"},
+        "sparsity": arguments.sparsity,
+        "method": chosen.get("method", "fusegpt"),
+        "seed": seed,
+        "calibration": {
+            "data": texts if len(texts) > 1 else arguments.calibration[0],
+            "windows": arguments.windows,
+            "length": arguments.length,
+            "bos": "never",  # as the paper
+            "seed": seed,
+        },
+        "evaluation": {Path(text).name: {"data": text} for text in arguments.test},
+        "importance": {"windows": min(32, arguments.windows)} | chosen.get("importance", {}),
+        "fusion": {"epochs": arguments.epochs, **chosen.get("fusion", {})},
+        "cluster": {"engine": "local"},
+        "output": {"uri": folder, "name": "benchmark"},
+    }
+    if "heal" in chosen:
+        tokens = (heal_windows or HEAL["batch"]) * arguments.length
+        recipe["heal"] = HEAL | chosen["heal"] | {"tokens": tokens}
+    return Recipe.parse(recipe)
+
+
+def within(
+    budget: float,
+    arguments: argparse.Namespace,
+    chosen: Mapping[str, Any],
+    seed: int,
+    folder: str,
+) -> Recipe:
+    """The recipe of a setting, which heals on as many windows as the work is left for."""
+    setting = chosen, seed, folder
+    recipe = parsed(arguments, *setting)
+    if recipe.heal is None:
+        return recipe
+    step = recipe.heal.batch
+    one, two = (work(parsed(arguments, *setting, n * step)) for n in (1, 2))
+    steps = 1 + int((budget - one) / (two - one))
+    return parsed(arguments, *setting, steps * step)
+
+
+def work(recipe: Recipe) -> float:
+    """FLOPs of all but evaluation."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        found = plan(recipe, Display()).cost
+    return float(sum(stage.flops for stage in found.stages if stage.name != "evaluation"))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and text."""
     lines = [
-        "| setting | removed | text | dense | dropped | fused | damage left | seconds |",
-        "|---|---|---|---|---|---|---|---|",
+        "| setting | work | healed on | removed | text | dense | dropped | fused | finished |"
+        " damage left | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, manifest in results.items():
-        seconds = sum(sum(record["seconds"].values()) for record in manifest["rounds"])
+        healing = manifest.get("healing", {"tokens": 0, "seconds": {}})
+        spent = [*manifest["rounds"], healing]
+        seconds = sum(sum(record["seconds"].values()) for record in spent)
         for text, row in manifest["perplexity"].items():
             left = "–"
-            if "paper" in results:
-                paper = results["paper"]["perplexity"][text]
-                damage = math.log(paper["fused"] / paper["dense"])
-                left = f"{math.log(row['fused'] / row['dense']) / damage:.2f}"
+            if paper := results.get(f"paper, seed {name.rpartition(' ')[2]}"):
+                theirs = paper["perplexity"][text]
+                damage = math.log(theirs["fused"] / theirs["dense"])
+                left = f"{math.log(finished(row) / row['dense']) / damage:.2f}"
             removed = ", ".join(map(str, manifest["removed"]))
-            values = " | ".join(f"{row[key]:.2f}" for key in ("dense", "dropped", "fused"))
-            lines.append(f"| {name} | {removed} | {text} | {values} | {left} | {seconds:.0f} |")
+            numbers = [row["dense"], row["dropped"], row.get("fused", math.nan), finished(row)]
+            values = " | ".join("–" if math.isnan(n) else f"{n:.2f}" for n in numbers)
+            about = f"{name} | {manifest['work']:.2f} | {healing['tokens']:,} | {removed} | {text}"
+            lines.append(f"| {about} | {values} | {left} | {seconds:.0f} |")
     return "\n".join(lines)
+
+
+def finished(row: Mapping[str, float]) -> float:
+    """Of the published model."""
+    return row["healed"] if "healed" in row else row["fused"]
 
 
 if __name__ == "__main__":
