@@ -44,6 +44,8 @@ SLOW = (
     f"{ENGINES}::test_engines_make_the_same_model[local mi-ray mi-close3]",
     f"{ENGINES}::test_the_manifest_is_true[ray mi+ft, 2 workers]",
     f"{ENGINES}::test_the_manifest_is_true[ray mi]",
+    f"{ENGINES}::test_the_manifest_is_true[ray healed, 2 workers]",
+    f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray healed, 2 workers]",
     f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray mi+ft, 2 workers]",
     f"{ENGINES}::test_what_is_published_loads_as_any_checkpoint[ray mi]",
     f"{ENGINES}::test_perplexities_are_those_of_real_models[ray mi]",

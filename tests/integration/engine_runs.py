@@ -28,6 +28,17 @@ class Finished:
 
 LIGHT = {"sparsity": 0.125}
 TWO_WORKERS = {"engine": "ray", "workers": 2}
+HEALED = LIGHT | {
+    "method": "mi",
+    "heal": {
+        "tokens": 512,
+        "batch": 4,
+        "held_out": 4,
+        "looks": 2,
+        "rank": 4,
+        "learning_rate": 0.005,
+    },
+}
 RUNS: dict[str, dict[str, Any]] = {
     "local": {},
     "ray": {"cluster": {"engine": "ray", "replicas": 2}},
@@ -36,6 +47,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ray mi+ft, 2 workers": LIGHT | {"method": "mi+ft", "cluster": TWO_WORKERS | {"zero_stage": 2}},
     "local mi": {"method": "mi"},
     "ray mi": {"method": "mi", "cluster": {"engine": "ray", "replicas": 3}},
+    "local healed": HEALED,
+    "ray healed, 2 workers": HEALED | {"cluster": TWO_WORKERS | {"zero_stage": 3}},
     "local bf16": {},
 }
 """What each run changes in the tests' recipe."""

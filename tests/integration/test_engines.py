@@ -44,6 +44,7 @@ REORDERED = {"rtol": 0, "atol": 1e-4}
         ("local", "ray, 2 workers", REORDERED),
         ("local mi+ft", "ray mi+ft, 2 workers", REORDERED),
         ("local mi", "ray mi", EXACT),
+        ("local healed", "ray healed, 2 workers", REORDERED),
     ],
 )
 def test_engines_make_the_same_model(
@@ -70,6 +71,10 @@ def test_engines_make_the_same_model(
                 assert this[key] == (
                     that[key] and pytest.approx(that[key], rel=1e-4)
                 )  # sums in another order, or none for `mi`
+        if "healing" in manifest:
+            losses = [record["healing"]["held_out"] for record in (manifest, alike)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+            assert min(losses[0]) == losses[0][-1] < losses[0][0]
         weights, others = (load_file(path / "model.safetensors") for path in (folder, same))
         assert weights.keys() == others.keys()
         for name in weights:
