@@ -19,6 +19,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.training.finetune import Trained, train_span
+from fusegpt_ray.training.validation import lowest
 from fusegpt_ray.workers.base import News, Workers
 
 
@@ -80,13 +81,17 @@ class Healer:
                 self.show.epoch(item[0], parts, item[1], "part")
 
         trained = train_span(self.workers, task, news)
-        best = min(trained.held_out)
-        at = trained.held_out.index(best)
-        self.show.say(f"  held-out KL {trained.held_out[0]:.4g} → {best:.4g} nats a token")
+        at = lowest(trained.held_out)
+        first, best = trained.held_out[0], trained.held_out[at]
+        self.show.say(f"  held-out KL {first:.4g} → {best:.4g} nats a token")
         if at < parts:
             which = f"after part {at} of {parts}" if at else "before the first step"
             fix = "a lower heal.learning_rate may do better"
             self.show.say(f"  WARNING: the best state was that {which}, which is kept; {fix}")
+        share = settings.batch // self.recipe.cluster.workers
+        if trained.micro_batch < (asked := self.recipe.cluster.micro_batch or share):
+            fewer = f"{trained.micro_batch} of {asked}"
+            self.show.say(f"  memory ran out, so fewer windows at once: {fewer} in healing")
         return trained
 
     def _record(self, trained: Trained) -> dict[str, Any]:

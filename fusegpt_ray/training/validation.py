@@ -5,7 +5,7 @@ was best on them, which may be the one before the first step.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,9 +29,8 @@ class Validation:
 
     @property
     def best(self) -> int:
-        """The part after which the held-out loss was the lowest; one that is not finite is not."""
-        finite = [loss if math.isfinite(loss) else math.inf for loss in self.losses]
-        return finite.index(min(finite))
+        """The part after which the held-out loss was the lowest."""
+        return lowest(self.losses)
 
     def look(self, stepper: Stepper) -> None:
         """Measure the present state. Called by all workers at once."""
@@ -62,6 +61,12 @@ class Validation:
         """Go back to the best state. Called by all workers at once."""
         if self.best < len(self.losses) - 1:
             stepper.load({**stepper.state(), **self._best})
+
+
+def lowest(losses: Sequence[float]) -> int:
+    """The number of the lowest loss, the first of several; one that is not finite is none."""
+    finite = [loss if math.isfinite(loss) else math.inf for loss in losses]
+    return finite.index(min(finite))
 
 
 def _values(stepper: Stepper) -> dict[str, torch.Tensor]:
