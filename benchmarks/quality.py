@@ -54,6 +54,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fused 2, healed": {"fusion": {"epochs": 2}, "heal": LOW},
     "fused 5, healed": {"fusion": {"epochs": 5}, "heal": LOW},
     "fused 5, healed (all)": {"fusion": {"epochs": 5}, "heal": ALL},
+    "repaired, fused 5, healed (all)": {
+        "fusion": {"epochs": 5, "start": "linear"},
+        "heal": {"train": "all", "learning_rate": 3e-4},
+    },
 }
 
 

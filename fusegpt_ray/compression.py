@@ -143,7 +143,7 @@ class Compression:
         for target in missing:
             healed = self._heal(target, done[: target.remove], journal)
             stages = {"fused": done[target.remove - 1].stack}
-            if healed and not recipe.trains_groups:  # nothing was fused
+            if healed and not (recipe.trains_groups or recipe.repairs):  # dropped is all they are
                 stages = {}
             if healed:
                 stages["healed"] = healed.stack

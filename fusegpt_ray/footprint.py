@@ -90,7 +90,9 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
     held = frozen * dtype.itemsize * parts[2] + learns * (dtype.itemsize + gradients) + state
     if parts[2] < 1:
-        held += 2 * _largest_block(dense, dtype)
+        # What a backward pass needs of the gathered weights is held until then.
+        again = cluster.recompute_activations
+        held += 2 * _largest_block(dense, dtype) if again else frozen * dtype.itemsize
     block = int(KEPT * tokens * dtype.itemsize * widths)
     passing = kept * block
     if cluster.recompute_activations:
@@ -139,7 +141,7 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
         keys.insert(0, "cluster.zero_stage: 3")
     if not recipe.cluster.recompute_activations:
         keys.insert(0, "cluster.recompute_activations")
-    if (recipe.cluster.micro_batch or recipe.heal.batch) > 1:
+    if (recipe.cluster.micro_batch or recipe.heal.batch // recipe.cluster.workers) > 1:
         keys.insert(0, "cluster.micro_batch: 1")
     return (
         f"healing needs about {byte_count(needed)} on each worker, which has {byte_count(room)}; "

@@ -51,7 +51,10 @@ class Healer:
         except Exception as error:
             error.add_note(f"stopped in healing {name}; its {removed} rounds are finished")
             if isinstance(error, FloatingPointError):
-                error.add_note("the same run goes on from them with other values in heal")
+                error.add_note(
+                    "the same run goes on from them with other values in heal, unless one of its "
+                    "models is published already"
+                )
             raise
         stack = rounds[-1].stack.swap(trained.saved.blocks)
         healed = Done(self._record(trained), stack, trained.saved.files)
@@ -83,7 +86,8 @@ class Healer:
         trained = train_span(self.workers, task, news)
         at = lowest(trained.held_out)
         first, best = trained.held_out[0], trained.held_out[at]
-        self.show.say(f"  held-out KL {first:.4g} → {best:.4g} nats a token")
+        what = "loss" if settings.hidden else "KL"
+        self.show.say(f"  held-out {what} {first:.4g} → {best:.4g} nats a token")
         if at < parts:
             which = f"after part {at} of {parts}" if at else "before the first step"
             fix = "a lower heal.learning_rate may do better"

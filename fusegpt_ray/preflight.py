@@ -77,6 +77,9 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
         problem = (
             f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
         )
+        if not recipe.trains_groups:
+            fix = "use all, or leave heal out"
+            raise UserError("heal.train", "lora", problem, fix)
         fix = "use method: mi, which only removes blocks, or a model without experts"
         raise UserError("method", recipe.method, problem, fix)
 

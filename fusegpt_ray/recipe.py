@@ -114,7 +114,7 @@ class Recipe(Section):
             )
         if self.trains_groups:
             _check_whole_batches("calibration.windows", self.calibration.windows, self.fusion.batch)
-        _check_shares(self.cluster, "fusion.batch", self.fusion.batch)
+            _check_shares(self.cluster, "fusion.batch", self.fusion.batch)
         if self.heal:
             batch = self.heal.batch
             _check_whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
@@ -202,7 +202,7 @@ def _check_whole_batches(
         raise UserError(
             key,
             windows,
-            f"not a multiple of {batch_key} = {batch}, which is a dimension of the loss",
+            f"not a multiple of {batch_key} = {batch}, which are the windows of a step",
             f"use {math.ceil(windows / batch) * batch}",
         )
 

@@ -35,6 +35,10 @@ class LowRankLinear(nn.Module):
         weight: torch.Tensor = self.own.weight
         return weight
 
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.own.bias
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         update: torch.Tensor = nn.functional.linear(nn.functional.linear(x, self.A), self.B)
         return self.own(x) + update

@@ -109,8 +109,8 @@ class WholeModel:
             built.append((plain, learned))
         blocks, learns = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.stack.blocks]
-        run = partition.run(run) if partition else run
-        return Span(blocks, Learned(learns), own, recompute, run)
+        around = [partition.run] if partition else []
+        return Span(blocks, Learned(learns), own, recompute, run, *around)
 
     def _learned(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 from fusegpt_ray.sections import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
+HEALED = "; then all blocks trained together to the dense model's next-token distributions"
+
 
 def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
@@ -21,6 +23,8 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     metric = METRIC_SPECS[manifest["recipe"]["importance"]["metric"]].title
     about = METHOD_SPECS[manifest["method"]].about.format(metric=metric)
     revision = f" (revision {source['revision']})" if source["revision"] else ""
+    if "healing" in manifest:
+        about = about.replace(", nothing trained", "") + HEALED
     lines = [
         *_front_matter(source),
         f"# {name}",

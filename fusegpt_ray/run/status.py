@@ -87,7 +87,7 @@ def _run(run: Run) -> dict[str, Any]:
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
         "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1)
-        if rounds and total
+        if rounds and total and len(rounds) < total
         else None,
     }
 

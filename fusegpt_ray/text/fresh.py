@@ -63,7 +63,8 @@ def fresh_windows(
         there, share = n_tokens // width, wanted[number]
         if there <= kept[number] or (there < share + kept[number] and not repeat):
             found = f"has {n_tokens} tokens, which are {there} windows of {length}"
-            raise _too_short(texts, number, windows, length, found, there - kept[number], key)
+            left = there - kept[number]
+            raise _too_short(texts, number, windows, length, found, left, key, fewer)
         picked = _picked(there, share, kept[number], seed_of(seed, number))
         rows = [train_WT[row, length - width :] for row in np.flatnonzero(train_W == number)]
         rows += [held_WT[row, length - width :] for row in np.flatnonzero(held_W == number)]
@@ -103,14 +104,26 @@ def _picked(there: int, wanted: int, kept: int, seed: int) -> list[int]:
 
 
 def _too_short(
-    texts: Texts, number: int, windows: int, length: int, found: str, free: int, key: str
+    texts: Texts,
+    number: int,
+    windows: int,
+    length: int,
+    found: str,
+    free: int,
+    key: str,
+    fewer: int | None,
 ) -> UserError:
     """`free`: how many windows of the text are not held out."""
     name, part = data_keys(texts, key)[number], texts.parts[number]
     if free < 1:
         problem = f"the text {found}, and none of them is left to train on beside those held out"
-        return UserError(name, part.data, problem, f"give more text in {name}")
+        fix = f"give more text in {name}, or lower {key}.held_out"
+        return UserError(name, part.data, problem, fix)
     total = sum(Fraction(each.weight) for each in texts.parts)
+    if fewer:
+        problem = f"the text of {name} {found}; its share of {fewer} is more"
+        fix = f"give more text in {name}, or lower {key}.held_out or {key}.batch"
+        return UserError(f"{key}.tokens", None, problem, fix)
     most = int(free * total / Fraction(part.weight)) * length
     problem = f"the text of {name} {found}; its share is more, and no window is taken twice"
     fix = f"lower it to at most {most}, give more text in {name}, or set {key}.repeat: true"

@@ -203,29 +203,10 @@ def train_and_save(
     """Train, and write this worker's part of the blocks: the losses of the parts and of the
     held-out windows, and what it wrote.
     """
-    config, runner, trainable = task.config, worker.runner, task.trainable
+    config = task.config
     states, held_out = _states(worker, task, states_batch)
-    runner.reload()
-    contexts = runner.trunk.contexts(checkpoints.micro_batch, task.windows_WT.shape[1])
-    runner.offload(trunk=not trainable.uses_head)
-    partitioned = worker.count > 1 and worker.zero_stage == 3
-    span = trainable.build(
-        runner.trunk.meta_blocks,
-        contexts,
-        worker.device,
-        worker.dtype,
-        config.recompute,
-        runner.run_block,
-        Partition(worker.rank, worker.count) if partitioned else None,
-    )
-    with tensor_core_products(worker.device, worker.dtype):
-        first = states.entering_WTD[: checkpoints.micro_batch].to(worker.device)
-        if told := span.rehearse(first):
-            worker.report(f"  {told}")
-    # What one worker reads or writes by itself is no more than all of this in float32, and for a
-    # training checkpoint two moments more.
-    held = (*span.learned.parameters(), *span.learned.buffers())
-    moved = 12 * sum(value.numel() for value in held)
+    first = states.entering_WTD[: checkpoints.micro_batch]
+    span, moved = _span(worker, task, first)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
     size = config.batch // worker.count
@@ -241,7 +222,9 @@ def train_and_save(
 
     validation = None
     if task.held_out_WT is not None:
-        validation = Validation(lambda: on_device(held_out.batches(size), worker.device))
+        validation = Validation(
+            lambda: on_device(held_out.batches(size), worker.device), lambda: worker.meet(moved)
+        )
     with tensor_core_products(worker.device, worker.dtype):
         losses = train(
             stepper,
@@ -256,6 +239,36 @@ def train_and_save(
     saved = _save(worker, task, span, stepper, moved)
     worker.memory.clear()
     return losses, validation.losses if validation else [], saved
+
+
+def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -> tuple[Span, int]:
+    """The span, rehearsed with the states of a micro-batch; and a bound for the bytes that a worker
+    reads or writes by itself between two steps.
+    """
+    runner, trainable = worker.runner, task.trainable
+    runner.reload()
+    contexts = runner.trunk.contexts(*first_BTD.shape[:2])
+    runner.offload(trunk=not trainable.uses_head)
+    partitioned = worker.count > 1 and worker.zero_stage == 3
+    span = trainable.build(
+        runner.trunk.meta_blocks,
+        contexts,
+        worker.device,
+        worker.dtype,
+        task.config.recompute,
+        runner.run_block,
+        Partition(worker.rank, worker.count) if partitioned else None,
+    )
+    # What one worker reads or writes by itself is no more than all of this in float32, and for a
+    # training checkpoint two moments more.
+    held = (*span.learned.parameters(), *span.learned.buffers())
+    moved = 12 * sum(value.numel() for value in held)
+    if partitioned:  # from now on a pass gathers the frozen weights of all workers
+        worker.meet(moved + _bytes_read(task))
+    with tensor_core_products(worker.device, worker.dtype):
+        if told := span.rehearse(first_BTD.to(worker.device)):
+            worker.report(f"  {told}")
+    return span, moved
 
 
 def _save(

@@ -62,6 +62,7 @@ class Span:
         contexts: Sequence[Context],
         recompute: bool = False,
         run: RunBlock = run_block,
+        gathering: Callable[[RunBlock], RunBlock] = lambda run: run,
     ) -> None:
         """
         Args:
@@ -70,9 +71,10 @@ class Span:
             contexts: what each block is called with besides the states.
             recompute: whether a block's activations are computed again for the backward pass.
             run: runs a block (see `model/compiled.py`).
+            gathering: what has to be done around it (see `Partition.run`).
         """
         self.blocks, self.learned, self.contexts = tuple(blocks), learned, contexts
-        self.recompute, self._run = recompute, run
+        self.recompute, self._run, self._gathering = recompute, run, gathering
         self.formed: list[torch.Tensor] = []
         """The weights of this loss batch, with the graph that leads to what learns."""
         self.weights: list[nn.Parameter] = []
@@ -99,14 +101,15 @@ class Span:
                 out_BTD = self(h_BTD)
                 self.release()
             return out_BTD
+        run = self._gathering(self._run)
         for block, context in zip(self.blocks, self.contexts, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # Blocks are in eval mode, so no random state has to be preserved.
                 h_BTD = checkpoint(
-                    self._run, block, h_BTD, context, use_reentrant=False, preserve_rng_state=False
+                    run, block, h_BTD, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                h_BTD = self._run(block, h_BTD, context)
+                h_BTD = run(block, h_BTD, context)
         return h_BTD
 
     def collect(self) -> None:

@@ -21,8 +21,8 @@ class Validation:
 
     batches: Callable[[], Iterable[Batch]]
     """Of the held-out windows, on the device."""
-    told: Callable[[int, float], None] = lambda part, loss: None
-    """Takes each held-out loss; part 0 is the beginning."""
+    meet: Callable[[], None] = lambda: None
+    """Waits for all workers, one of which may still write a checkpoint."""
     losses: list[float] = field(default_factory=list)
     """At the beginning, and after each part."""
     _best: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -34,9 +34,10 @@ class Validation:
 
     def look(self, stepper: Stepper) -> None:
         """Measure the present state. Called by all workers at once."""
+        self.meet()
         self.losses.append(stepper.validate(self.batches()))
-        self.told(len(self.losses) - 1, self.losses[-1])
         if self.best == len(self.losses) - 1:
+            self._best = {}  # before there is a second copy
             self._best = _values(stepper)
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -59,6 +60,7 @@ class Validation:
 
     def end(self, stepper: Stepper) -> None:
         """Go back to the best state. Called by all workers at once."""
+        self.meet()
         if self.best < len(self.losses) - 1:
             stepper.load({**stepper.state(), **self._best})
 

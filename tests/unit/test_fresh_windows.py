@@ -187,7 +187,7 @@ def test_a_text_that_is_held_out_whole(tokens: int, repeat: bool) -> None:
     with pytest.raises(UserError, match="left to train on") as caught:
         fresh([Corpus(0, tokens)], (1,), repeat=repeat)
     assert (caught.value.key, caught.value.value) == ("heal.data", "0.txt")
-    assert caught.value.fix == "give more text in heal.data"
+    assert caught.value.fix == "give more text in heal.data, or lower heal.held_out"
 
 
 def test_a_weight_that_comes_to_nothing() -> None:
