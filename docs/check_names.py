@@ -20,7 +20,7 @@ log = logging.getLogger("mkdocs.hooks.check_names")
 SECTIONS = "model|calibration|evaluation|importance|fusion|heal|cluster|output"
 FILE = re.compile(r"`[^`\s]*?([\w./-]+\.py)(?:::\w+)?[^`]*`")
 TEST = re.compile(r"\btest_\w+(?!\.py)\b")
-KEY = re.compile(rf"`(?:{SECTIONS})\.(?:data\.\d+\.)?([a-z_]+)(?:[:=] ?[^`]*)?`")
+KEY = re.compile(rf"`(?:{SECTIONS})\.(?:data\.\d+\.)?(?!py`)([a-z_]+)(?:[:=] ?[^`]*)?`")
 
 
 def on_pre_build(config: Any) -> None:
