@@ -8,8 +8,8 @@ headers that such a model's files would have, and the hours follow from the rate
 on one GPU (`cost.RATES`). Reading, saving and publishing are not in them, and eight GPUs are taken
 to share the computing evenly. 70B trains single windows, and activations are computed again.
 
-The second table is of healing on eight times the calibration's tokens, with low-rank updates (rank
-64), single windows and activations computed again; on eight GPUs with ZeRO 3.
+The second table is of healing on as many tokens (2.1 million), with low-rank updates (rank 64),
+single windows and activations computed again; on eight GPUs with ZeRO 3.
 """
 
 from __future__ import annotations

@@ -36,8 +36,6 @@ from fusegpt_ray.sections import (
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
-HEAL_TIMES = 8
-"""So many times the calibration's tokens are what a model is healed on, unless the recipe says."""
 S = TypeVar("S", bound=Section)
 
 
@@ -154,7 +152,7 @@ class Recipe(Section):
         """How many windows a model is healed on, in whole loss batches, if the text has as many."""
         assert self.heal
         length = self.calibration.length
-        tokens = self.heal.tokens or HEAL_TIMES * self.calibration.windows * length
+        tokens = self.heal.tokens or self.calibration.windows * length
         return tokens // length // self.heal.batch * self.heal.batch
 
     @property

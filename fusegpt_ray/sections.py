@@ -245,8 +245,8 @@ class Heal(Texts):
     data: Uri | tuple[WeightedText, ...] | None = None  # type: ignore[assignment]
     """Texts as in `calibration`; left out: the calibration's."""
     tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
-    """How many tokens of text each published model is trained on, each token once; left out: eight
-    times the calibration's, or fewer where the text has no more."""
+    """How many tokens of text each published model is trained on, each token once; left out: as
+    many as the calibration has, or fewer where the text has no more."""
     repeat: bool = False
     """Whether a text with fewer than `tokens` is passed several times, instead of refused."""
     train: Literal["lora", "all"] = "lora"
@@ -292,12 +292,12 @@ class Cluster(Section):
     """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0.
     """
     workers: int = Field(1, ge=1, le=MOST)
-    """Data-parallel training workers of a group; divides `fusion.batch`."""
+    """Data-parallel training workers; divides `fusion.batch`, and `heal.batch` if that is used."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     """DeepSpeed ZeRO stage of the training workers."""
     micro_batch: int | None = Field(None, ge=1, le=MOST)
-    """Windows that pass a worker's group at once: fewer take less memory; left out: its whole share
-    of the loss batch. Divides that share, `fusion.batch` / `workers`."""
+    """Windows that pass a worker's blocks at once: fewer take less memory; left out: its whole
+    share of the loss batch. Divides that share, `fusion.batch` (or `heal.batch`) / `workers`."""
     recompute_activations: bool = False
     """Each block's activations are computed again in the backward pass: less memory, a third more
     work."""
@@ -305,8 +305,8 @@ class Cluster(Section):
     """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for
     them."""
     checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
-    """Fine-tuning keeps what it has learned after the first epoch that ends so many minutes after
-    the last training checkpoint; 0: after every epoch. A killed run goes on from there."""
+    """Training keeps what it has learned after the first epoch (in healing: at the first look) that
+    comes so many minutes after the last training checkpoint; 0: after every one. A killed run goes on from there."""
     compile: Literal["auto", True, False] = "auto"
     """Whether blocks are compiled by torch: a third faster on a GPU, after some ten seconds.
     `auto`: on GPUs. Where a block cannot be compiled, it is run as it is."""

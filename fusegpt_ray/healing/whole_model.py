@@ -29,7 +29,7 @@ from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.masters import Masters
 from fusegpt_ray.training.partition import Partition
-from fusegpt_ray.training.span import Learned, Span
+from fusegpt_ray.training.span import ITSELF, Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
 
@@ -180,6 +180,7 @@ def _plain_tensors(block: Block, plain: nn.Module, learned: nn.Module) -> dict[s
     for path, module in learned.named_modules():
         if not isinstance(module, Masters):
             continue
+        path = "" if path == ITSELF else path
         values = {key: value.detach() for key, value in module.named_parameters(recurse=False)}
         layer = plain.get_submodule(path)
         if isinstance(layer, LowRankLinear):

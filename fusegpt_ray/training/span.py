@@ -27,6 +27,10 @@ Weights = dict[str, torch.Tensor]
 """Of a block, by parameter name, in the dtype of the arithmetic."""
 
 
+ITSELF = "_block"
+"""What learns of a block's own parameters, which belong to no layer in it, has this path."""
+
+
 class Learned(nn.Module):
     """All that learns in a span. Called, it forms the weights of each block."""
 
@@ -44,9 +48,9 @@ class Learned(nn.Module):
     def forward(self) -> list[Weights]:
         return [
             {
-                f"{path}.{key}": value
+                f"{path}.{key}".lstrip("."): value
                 for path in paths
-                for key, value in block.get_submodule(path)().items()
+                for key, value in block.get_submodule(path or ITSELF)().items()
             }
             for block, paths in zip(self.blocks, self._paths, strict=True)
         ]
@@ -196,7 +200,7 @@ def _tree(modules: Mapping[str, nn.Module]) -> nn.Module:
     root = nn.Module()
     for path, module in sorted(modules.items()):
         parent = root
-        *parents, name = path.split(".")
+        *parents, name = (path or ITSELF).split(".")
         for step in parents:
             if not hasattr(parent, step):
                 parent.add_module(step, nn.Module())

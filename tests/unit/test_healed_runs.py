@@ -177,8 +177,9 @@ def test_a_dropped_model_is_healed_without_rounds_of_training(desk: Desk) -> Non
 
 
 def test_left_out_the_tokens_are_what_the_text_has(desk: Desk) -> None:
-    """Of 200 tokens, 16 windows: four are held out. Eight times the calibration would be 64."""
+    """Of 200 tokens, 16 windows: four are held out, where the calibration has 16."""
     given = changes(desk)
+    given["calibration"] = desk.recipe()["calibration"] | {"windows": 16}
     del given["heal"]["tokens"]
     (item,) = compress(recipe(desk, sparsity=0.2, method="mi", **given), Watching())
     assert item.manifest["healing"]["tokens"] == 12 * LENGTH

@@ -24,14 +24,16 @@ from infirmary import (
 )
 from models import SUPPORTED
 from safetensors.torch import load_file
+from torch import nn
 
-from fusegpt_ray.model.recorder import run_block
+from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Cluster
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import Trained
+from fusegpt_ray.training.masters import Masters
 from fusegpt_ray.training.microbatch import accumulate
-from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.span import Learned, Span
 
 CPU = torch.device("cpu")
 # Float32 through a few blocks, where only the order of additions differs.
@@ -177,3 +179,28 @@ def test_the_dropped_block_is_the_only_one_missing(infirmary: Infirmary) -> None
     trained = infirmary.heal()
     assert [*trained.saved.blocks] == [n for n in infirmary.dense.kept if n != DROPPED]
     assert all(math.isfinite(loss) for loss in trained.losses)
+
+
+class Scaled(nn.Module):
+    """A block with a parameter that belongs to no layer in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(3), requires_grad=False)
+
+    def forward(self, h_BTD: torch.Tensor) -> torch.Tensor:
+        return self.gain * h_BTD
+
+
+def test_a_parameter_of_the_block_itself_learns() -> None:
+    learned = Learned([{"": Masters({"gain": torch.tensor([1.0, 2.0, 3.0])}, torch.float32)}])
+    span = Span([Scaled()], learned, [Context((), {})])
+    span.form(learned)
+    h_BTD = torch.full((1, 2, 3), 5.0)
+    out = span(h_BTD)
+    assert torch.equal(out, torch.tensor([1.0, 2.0, 3.0]) * h_BTD)
+    out.sum().backward()
+    span.collect()
+    span.root().backward()
+    (gain,) = learned.parameters()
+    assert torch.equal(gain.grad, torch.full((3,), 10.0))
