@@ -306,7 +306,8 @@ class Cluster(Section):
     them."""
     checkpoint_minutes: float = Field(5, ge=0, allow_inf_nan=False)
     """Training keeps what it has learned after the first epoch (in healing: at the first look) that
-    comes so many minutes after the last training checkpoint; 0: after every one. A killed run goes on from there."""
+    comes so many minutes after the last training checkpoint; 0: after every one. A killed run goes
+    on from there."""
     compile: Literal["auto", True, False] = "auto"
     """Whether blocks are compiled by torch: a third faster on a GPU, after some ten seconds.
     `auto`: on GPUs. Where a block cannot be compiled, it is run as it is."""
