@@ -25,8 +25,10 @@ from fusegpt_ray.distributed import cluster, training_job
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Importance
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask, train_span
+from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.workers.base import News, Setup
 from fusegpt_ray.workers.local import LocalWorkers
@@ -61,6 +63,10 @@ class Disturbed:
     by: signal.Signals
     mark: Path
     """A file that says that it has happened."""
+    uses_head = False
+
+    def loss(self, trunk: Trunk) -> Loss:
+        return self.group.loss(trunk)
 
     def build(self, *arguments: Any) -> Span:
         span, steps = self.group.build(*arguments), 0

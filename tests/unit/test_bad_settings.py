@@ -35,7 +35,7 @@ SETTINGS = [
     overridden("fusion.los=batch_kl", "'batch_kl'", "unknown key", "did you mean fusion.loss"),
     overridden("model.nonsense=1", "1", "unknown key", "dtype"),
     overridden("calibration.lenght=8", "8", "unknown key", "did you mean calibration.length"),
-    overridden("importance.metric=bi", "'bi'", "unknown key", "windows"),
+    overridden("importance.metrics=bi", "'bi'", "unknown key", "did you mean importance.metric"),
     overridden("cluster.gpus=1", "1", "unknown key", "gpus_per_replica"),
     overridden("output.url=here", "'here'", "unknown key", "did you mean output.uri"),
     overridden(
