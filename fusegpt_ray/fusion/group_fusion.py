@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
-from fusegpt_ray.store.writer import Entry, write_safetensors
+from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.partition import Partition
@@ -192,10 +191,7 @@ class GroupFusion:
         self, uri: str, neighbour: Block, learned: nn.Module, files: dict[str, FileRecord]
     ) -> Block:
         def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
-            entries = [
-                Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-                for name, value in tensors.items()
-            ]
+            entries = entries_of(tensors)
             self.fence()
             files[file], refs = write_safetensors(file, entries)
             return refs

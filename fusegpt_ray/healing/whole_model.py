@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.fence import Fence, nobody_else
-from fusegpt_ray.store.writer import Entry, write_safetensors
+from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import Loss
@@ -152,10 +151,7 @@ class WholeModel:
         blocks = zip(self.stack.blocks, span.blocks, span.learned.blocks, strict=True)
         for block, plain, learned in list(blocks)[part::parts]:
             tensors = _plain_tensors(block, plain, learned)
-            entries = [
-                Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-                for name, value in tensors.items()
-            ]
+            entries = entries_of(tensors)
             self.fence()
             uri = storage.join(self.folder, f"block-{block.dense:03d}.safetensors")
             saved.files[uri], refs = write_safetensors(uri, entries)

@@ -8,9 +8,10 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,14 @@ class Entry:
     @property
     def bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entries_of(tensors: Mapping[str, torch.Tensor]) -> list[Entry]:
+    """Tensors that are there, on any device, each copied to the host when its turn comes."""
+    return [
+        Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
+        for name, value in tensors.items()
+    ]
 
 
 def layout(

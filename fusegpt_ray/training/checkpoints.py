@@ -16,7 +16,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import safetensors.torch
@@ -24,7 +23,7 @@ import torch
 
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
-from fusegpt_ray.store.writer import Entry, write_safetensors
+from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.stepper import Stepper
 from fusegpt_ray.training.validation import Validation
 
@@ -139,10 +138,7 @@ class Checkpoints:
         """
         self.fence()
         state = stepper.state() | (validation.state() if validation else {})
-        entries = [
-            Entry(name, value.dtype, tuple(value.shape), partial(torch.Tensor.cpu, value))
-            for name, value in state.items()
-        ]
+        entries = entries_of(state)
         file, _ = write_safetensors(self._uri(len(losses), stepper.worker), entries)
         # Once the rows are here, so are all files.
         rows = stepper.gather([file.size, *bytes.fromhex(file.sha256)])
