@@ -137,7 +137,9 @@ class Compression:
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
             judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
-        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
+        rounds = Rounds(
+            recipe, workers, journal, model.stack, windows_WT, show, self.plan.removable
+        )
         done = rounds.up_to([target.remove for target in missing])
         published = {}
         for target in missing:

@@ -130,9 +130,11 @@ def matrix_flops(dense: Stack, length: int) -> int:
 
 
 def attention_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`."""
+    """See `block_flops`; none where no block attends, as in state space models."""
     config = read_config(dense.config).get_text_config()
-    heads = config.num_attention_heads
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
     width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 4 * width * length**2
 

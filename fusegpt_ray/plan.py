@@ -21,7 +21,7 @@ from fusegpt_ray.preflight import (
     check_repair,
     plan_targets,
 )
-from fusegpt_ray.publishing.rehearsal import rehearse
+from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
@@ -49,6 +49,8 @@ class Plan:
     """The models to publish, the lightest compression first."""
     leading: Mapping[str, int | None]
     """The token that each window begins with, if any, by the recipe key of its text."""
+    removable: Removable = ANY
+    """The blocks that may go."""
 
     @property
     def setup(self) -> Setup:
@@ -85,8 +87,8 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     check_repair(recipe, structure)
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
-    rehearse(model.stack, structure, [target.remove for target in targets])
-    return Plan(recipe, model, tuple(targets), leading)
+    removable = rehearse(model.stack, structure, [target.remove for target in targets])
+    return Plan(recipe, model, tuple(targets), leading, removable)
 
 
 def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Structure]:

@@ -35,14 +35,16 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
         UserError: there is none, or more than one.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
-        name
+    lists = [
+        (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
-        and len({type(block) for block in module}) == 1
         and not re.search(r"vision|visual|image|audio|encoder\b", name)
     ]
+    # Blocks of one class, if there are any; a few models have a class for each kind of block.
+    found = [name for name, blocks in lists if len({type(block) for block in blocks}) == 1]
+    found = found or [name for name, _ in lists]
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if len(outermost) != 1:
         what = (
@@ -51,8 +53,8 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
             else "no decoder blocks found"
         )
         fix = (
-            "use a decoder-only model whose blocks are all of one class (LLaMA, LLaVA, Mistral,"
-            " Qwen, Gemma, OPT, GPT-2 …)"
+            "use a decoder-only model whose blocks lie in one list (LLaMA, LLaVA, Mistral, Qwen,"
+            " Gemma, OPT, GPT-2 …)"
         )
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]

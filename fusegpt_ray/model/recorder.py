@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 
@@ -54,7 +54,8 @@ class Recorder(nn.Module):
         self.h_BTD: torch.Tensor | None = None
         self.context: Context | None = None
         self.inject: torch.Tensor | None = None
-        self.returns_tuple = False
+        self.also: tuple[Any, ...] | None = None
+        """What follows the states in the tuple that is returned; None: they are no tuple."""
         self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -70,7 +71,7 @@ class Recorder(nn.Module):
         self.h_BTD, self.context = args[0], Context(args[1:], kwargs)
         self.calls += 1
         out = args[0] if self.inject is None else self.inject
-        return (out,) if self.returns_tuple else out
+        return out if self.also is None else (out, *self.also)
 
 
 class Recorded:
@@ -117,6 +118,11 @@ class Recorded:
                 return f"calls block {number} {recorder.calls} times"
             if number and recorder.h_BTD is not self.recorders[number - 1].h_BTD:
                 return f"changes the hidden states between blocks {number - 1} and {number}"
+            context = recorder.context
+            if context and any(
+                leaf is _MORE for leaf in tree_leaves((context.args, context.kwargs))
+            ):
+                return f"hands block {number} more of what an earlier block returns than its states"
         return ""
 
     def _learn_returns(self, ids_BT: torch.Tensor) -> None:
@@ -126,10 +132,19 @@ class Recorded:
         first = self.recorders[0]
         stopped_at(first, lambda: self.model(input_ids=ids_BT[:1], use_cache=False))
         assert first.h_BTD is not None and first.context is not None
-        as_tuple = isinstance(empty_call(self.blocks[0], first.h_BTD, first.context)(), tuple)
-        for recorder in self.recorders:
-            recorder.returns_tuple = as_tuple
+        returned = empty_call(self.blocks[0], first.h_BTD, first.context)()
+        if isinstance(returned, tuple):
+            also = tuple(item if item is None else _MORE for item in returned[1:])
+            for recorder in self.recorders:
+                recorder.also = also
         self._knows_returns = True
+
+
+class _More:
+    """Stands for what a block returns besides the states, such as attention weights."""
+
+
+_MORE = _More()
 
 
 class _Stop(Exception):

@@ -33,7 +33,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("moe_intermediate_size", "expert_ffn_hidden_size", "ffn_hidden_size"), 16),
     **dict.fromkeys(("shared_expert_intermediate_size", "shared_intermediate_size"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "num_layers", "n_layers"), DEPTH),
-    **dict.fromkeys(("decoder_layers", "encoder_layers", "depth"), DEPTH),
+    **dict.fromkeys(("decoder_layers", "encoder_layers", "depth", "layers"), DEPTH),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
@@ -56,7 +56,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("image_size", "patch_size", "spatial_patch_size"), 8),
-    **dict.fromkeys(("projection_dim", "out_hidden_size", "projector_hidden_size"), 32),
+    **dict.fromkeys(("projection_dim", "out_hidden_size", "text_hidden_size"), 32),
     **dict.fromkeys(("initializer_range",), 0.02),
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -68,10 +68,14 @@ SIZES: dict[str, Any] = {
 
 OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1, 4]},
-    "BitNetConfig": {},
+    "CodeGenConfig": {"rotary_dim": 4},
+    "Gemma3nTextConfig": {"layer_types": ["sliding_attention", "full_attention"] * 3}
+    | {"num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * DEPTH},
+    "GPTJConfig": {"rotary_dim": 4},
     "DeepseekV2Config": {"first_k_dense_replace": 1},
     "DeepseekV3Config": {"first_k_dense_replace": 1, "n_group": 2},
     "FalconH1Config": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
+    "Emu3TextConfig": {"pad_token_id": 0},
     "Glm4MoeConfig": {"first_k_dense_replace": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 8},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -84,7 +88,7 @@ OWN: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"] * 3,
     },
-    "Zamba2Config": {"hybrid_layer_ids": [1, 4]},
+    "Zamba2Config": {"layer_types": ["mamba", "hybrid", "mamba"] * 2},
     "ZambaConfig": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
 }
 """What single configuration classes need."""
@@ -120,12 +124,31 @@ def _tiny(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
             values[key] = FIRST_SPECIAL + number % (VOCAB - FIRST_SPECIAL)
         elif key in DECODERS:
             values[key] = True
+        elif isinstance(value, dict) and "mrope_section" in value:
+            values[key] = value | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
     for key in config_class.sub_configs:
         part = getattr(usual, key, None)
         if isinstance(part, tf.PretrainedConfig):
             values[key] = _tiny(type(part)).to_dict()
+    if "kv_lora_rank" in values:  # heads are made from one latent vector: none is shared
+        values["num_key_value_heads"] = values["num_attention_heads"]
     values |= OWN.get(config_class.__name__, {})
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except (ValueError, TypeError, KeyError):
+        # Its lists of the blocks' kinds do not follow the depth by themselves.
+        return config_class(**_cut(usual) | values)
+
+
+def _cut(usual: tf.PretrainedConfig) -> dict[str, Any]:
+    """The lists that are as long as the usual model is deep, cut to the first kinds."""
+    depth = getattr(usual, "num_hidden_layers", None)
+    lists = usual.to_dict().items()
+    return {
+        key: value[:DEPTH]
+        for key, value in lists
+        if isinstance(value, list) and len(value) == depth and depth > DEPTH
+    }
 
 
 def save_class(name: str, folder: Path) -> Path:

@@ -2,6 +2,9 @@
 became of each into docs/models.md. `make sweep` runs this file.
 
     python tests/sweep/sweep.py [--jobs 2] [--only NAME …] [--out docs/models.md]
+        [--kept FILE]
+
+With `--kept`, outcomes are kept in a file, and a sweep that was stopped goes on from it.
 
 Each class has a process of its own, so that one that hangs or crashes costs nothing but its row.
 """
@@ -9,6 +12,7 @@ Each class has a process of its own, so that one that hangs or crashes costs not
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import os
 import sys
@@ -24,10 +28,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-import torch
-import transformers as tf
-from classes import all_classes
-from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome, try_class
+import torch  # noqa: E402 - after the environment is set, which is read once
+import transformers as tf  # noqa: E402
+from classes import all_classes  # noqa: E402
+from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome, try_class  # noqa: E402
 
 SECONDS = 240
 """A class that takes longer fails."""
@@ -42,7 +46,8 @@ Every causal language model and every image-text-to-text model of transformers {
   *fused*, `method: fusegpt` ran, too, and what it published loads plainly.
 - **refused**: with a message and exit code 2, before any weight is read and anything is written.
 - **FAILS**: what is left to do.
-- **not built**: no small model could be made from the configuration class alone.
+- **not built**: no small model could be made from the configuration class alone, or it does not
+  run by itself.
 
 {counts}
 """
@@ -55,17 +60,31 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", nargs="*", default=[], help="classes; nothing is written then")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
+    parser.add_argument("--kept", type=Path, help="a JSON file of outcomes")
     arguments = parser.parse_args()
     names = arguments.only or [*all_classes()]
+    outcomes = _read(arguments.kept)
+    left = [name for name in names if name not in outcomes]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        outcomes = {}
-        for name, found in zip(names, pool.map(_in_a_process, names), strict=True):
+        for name, found in zip(left, pool.map(_in_a_process, left), strict=True):
             outcomes[name] = found
             said = "; ".join(f"{key} {each.kind} {each.why}" for key, each in found.items())
             print(f"{len(outcomes)}/{len(names)} {name}: {said}", flush=True)
+            if arguments.kept:
+                arguments.kept.write_text(json.dumps(outcomes, default=Outcome.to_json, indent=1))
+    outcomes = {name: outcomes[name] for name in names}
     if not arguments.only:
         arguments.out.write_text("\n".join(_table(outcomes)) + "\n")
     return int(any(each.kind == FAILS for found in outcomes.values() for each in found.values()))
+
+
+def _read(kept: Path | None) -> dict[str, dict[str, Outcome]]:
+    if kept is None or not kept.exists():
+        return {}
+    return {
+        name: {method: Outcome(**each) for method, each in found.items()}
+        for name, found in json.loads(kept.read_text()).items()
+    }
 
 
 def _in_a_process(name: str) -> dict[str, Outcome]:

@@ -49,6 +49,8 @@ def try_class(name: str, folder: Path) -> dict[str, Outcome]:
         # Of whatever kind: a configuration of small numbers need not be one of the class's.
         return {"mi": Outcome(NOT_BUILT, _said(error))}
     dropped = try_method(name, model, folder, "mi")
+    if dropped.kind == REFUSED and (problem := _does_not_run(name, model)):
+        return {"mi": Outcome(NOT_BUILT, problem)}
     if dropped.kind != EXACT:
         return {"mi": dropped}
     return {"mi": dropped, "fusegpt": try_method(name, model, folder, "fusegpt")}
@@ -72,6 +74,19 @@ def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
     if not problem and method == "mi":
         problem = _differs(name, model, Path(result.uri))
     return Outcome(FAILS, problem) if problem else Outcome(EXACT)
+
+
+@torch.no_grad()
+def _does_not_run(name: str, folder: Path) -> str:
+    """What the dense model itself says of tokens if it was built of numbers that do not fit."""
+    model, _ = _load(name, folder)
+    try:
+        model(input_ids=torch.full((1, LENGTH), len(SPECIAL)), use_cache=False)
+    except Exception as error:
+        # Of whatever kind; one that wants more than tokens is refused for good.
+        wants_more = "required positional" in str(error) or "have to specify" in str(error)
+        return "" if wants_more else _said(error)
+    return ""
 
 
 def _recipe(model: Path, folder: Path, out: Path, method: str) -> dict[str, Any]:
