@@ -41,8 +41,8 @@ class Outcome:
         return asdict(self)
 
 
-def try_class(name: str, folder: Path) -> dict[str, Outcome]:
-    """By method, what becomes of a tiny checkpoint of the class `name`."""
+def try_class(name: str, folder: Path, fuse: bool = True) -> dict[str, Outcome]:
+    """By method, what becomes of a tiny checkpoint of the class `name`; `fuse`: try that, too."""
     try:
         model = save_class(name, folder / "model")
     except Exception as error:
@@ -51,7 +51,7 @@ def try_class(name: str, folder: Path) -> dict[str, Outcome]:
     dropped = try_method(name, model, folder, "mi")
     if dropped.kind == REFUSED and (problem := _does_not_run(name, model)):
         return {"mi": Outcome(NOT_BUILT, problem)}
-    if dropped.kind != EXACT:
+    if dropped.kind != EXACT or not fuse:
         return {"mi": dropped}
     return {"mi": dropped, "fusegpt": try_method(name, model, folder, "fusegpt")}
 

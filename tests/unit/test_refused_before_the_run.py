@@ -10,7 +10,7 @@ import pytest
 import transformers as tf
 from desk import Desk
 from mistakes import Bad, check, table
-from models import COMMON, DEPTH, GROUPED, VOCAB
+from models import COMMON, GROUPED, VOCAB
 
 Make = Callable[[], tf.PretrainedConfig]
 
@@ -31,11 +31,6 @@ def refused(name: str, make: Make, problem: str, fix: str, evaluate: bool = Fals
     return Bad(name, spoil, key, "", problem, fix)
 
 
-def _inverse_gpt2() -> tf.GPT2Config:
-    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
-    return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
-
-
 def _gemma4() -> tf.PretrainedConfig:
     """Every block is also given an embedding of its own of each token."""
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
@@ -53,17 +48,9 @@ def _gpt_oss() -> tf.PretrainedConfig:
     return tf.GptOssConfig(**GROUPED, **experts, head_dim=8)
 
 
-NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth"
+SAME = "same at every depth"
 TOKENS, ORDER = "depends on the tokens", "runs block after block"
 CASES: list[tuple[str, Make, str, str, bool]] = [
-    ("by-its-number", _inverse_gpt2, rf"{NUMBER} has another attn.scaling", SAME, False),
-    (
-        "by-its-number-2",
-        lambda: tf.DiffLlamaConfig(**GROUPED),
-        rf"{NUMBER}.*lambda_init",
-        SAME,
-        False,
-    ),
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
     ("embeddings-of-its-own", _gemma4, TOKENS, ORDER, False),
     ("experts", _gpt_oss, "of GptOssForCausalLM are linear layers", "method: mi", False),
