@@ -40,7 +40,7 @@ class Context:
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
     """One block's output hidden states [B, T, D]."""
     out = block(h_BTD, *context.args, **context.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 class Recorder(nn.Module):
@@ -133,7 +133,7 @@ class Recorded:
         stopped_at(first, lambda: self.model(input_ids=ids_BT[:1], use_cache=False))
         assert first.h_BTD is not None and first.context is not None
         returned = empty_call(self.blocks[0], first.h_BTD, first.context)()
-        if isinstance(returned, tuple):
+        if isinstance(returned, tuple | list):
             also = tuple(item if item is None else _MORE for item in returned[1:])
             for recorder in self.recorders:
                 recorder.also = also

@@ -62,11 +62,12 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         _fill_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
-        contexts = _contexts(recorded, zeros)
+        _pass(recorded, zeros)
         if problem := recorded.not_in_a_row():
             raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
-        others = _contexts(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
-    for number, (first, second) in enumerate(zip(contexts, others, strict=True)):
+        contexts = recorded.contexts
+        _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
+    for number, (first, second) in enumerate(zip(contexts, recorded.contexts, strict=True)):
         if not same(first, second):
             problem = f"block {number} is called with something that depends on the tokens"
             raise UserError(KEY, name, f"{problem}, such as embeddings of its own", _FIX)
@@ -76,14 +77,13 @@ def observe(raw: Mapping[str, Any]) -> Structure:
 
 
 @torch.no_grad()
-def _contexts(recorded: Recorded, ids_BT: torch.Tensor) -> list[Context]:
+def _pass(recorded: Recorded, ids_BT: torch.Tensor) -> None:
     """One pass up to the head, whose product would need memory as large as its weight."""
     head = recorded.head
     if head is None:
         recorded(ids_BT)
     else:
         stopped_at(head, lambda: recorded(ids_BT), before=True)
-    return recorded.contexts
 
 
 def _fill_without_memory(model: nn.Module) -> None:

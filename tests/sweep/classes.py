@@ -26,7 +26,7 @@ FIRST_SPECIAL = 101
 """Tokens of a text lie below it; images and the like have those from here on."""
 
 SIZES: dict[str, Any] = {
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCAB),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim"), 32),
     **dict.fromkeys(("embed_dim", "embedding_size", "lru_width", "emb_dim", "model_dim"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "d_ff", "decoder_ffn_dim"), 48),
@@ -56,7 +56,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("chunk_size", "mamba_chunk_size"), 8),
     **dict.fromkeys(("mamba_dt_rank", "time_step_rank", "hidden_size_per_layer_input"), 8),
     **dict.fromkeys(("image_size", "patch_size", "spatial_patch_size"), 8),
-    **dict.fromkeys(("projection_dim", "out_hidden_size", "text_hidden_size"), 32),
+    **dict.fromkeys(
+        ("projection_dim", "out_hidden_size", "text_hidden_size", "adapter_in_dim"), 32
+    ),
     **dict.fromkeys(("initializer_range",), 0.02),
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -66,6 +68,9 @@ SIZES: dict[str, Any] = {
 }
 """By name of the field; None where the class's own value stays."""
 
+MROPE = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+"""Rotary embeddings of three axes, for heads of 8."""
+_WITH_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | MROPE}
 OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1, 4]},
     "CodeGenConfig": {"rotary_dim": 4},
@@ -88,6 +93,9 @@ OWN: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"] * 3,
     },
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
+    **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig"), _WITH_MROPE),
+    **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig"), _WITH_MROPE),
     "Zamba2Config": {"layer_types": ["mamba", "hybrid", "mamba"] * 2},
     "ZambaConfig": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
 }
@@ -97,24 +105,19 @@ DECODERS = ("is_decoder",)
 """Switches that make a decoder of an encoder's class."""
 
 
-def all_classes() -> dict[str, str]:
-    """By the name of each class, its model type: every one that the auto classes for causal
-    language models and for images with text know.
+def all_classes() -> list[str]:
+    """The names of all classes that the auto classes for causal language models and for images with
+    text know.
     """
-    found: dict[str, str] = {}
+    found: set[str] = set()
     for names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
-        for kind, classes in names.items():
-            for name in [classes] if isinstance(classes, str) else classes:
-                found.setdefault(name, kind)
-    return dict(sorted(found.items()))
+        for classes in names.values():
+            found |= {classes} if isinstance(classes, str) else {*classes}
+    return sorted(found)
 
 
-def tiny_config(kind: str) -> tf.PretrainedConfig:
-    """A small configuration of a model type."""
-    return _tiny(tf.CONFIG_MAPPING[kind])
-
-
-def _tiny(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
+def tiny_config(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
+    """A small configuration of a class."""
     usual = config_class()
     values: dict[str, Any] = {}
     for number, (key, value) in enumerate(usual.to_dict().items()):
@@ -125,11 +128,11 @@ def _tiny(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
         elif key in DECODERS:
             values[key] = True
         elif isinstance(value, dict) and "mrope_section" in value:
-            values[key] = value | {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
+            values[key] = value | MROPE
     for key in config_class.sub_configs:
         part = getattr(usual, key, None)
         if isinstance(part, tf.PretrainedConfig):
-            values[key] = _tiny(type(part)).to_dict()
+            values[key] = tiny_config(type(part)).to_dict()
     if "kv_lora_rank" in values:  # heads are made from one latent vector: none is shared
         values["num_key_value_heads"] = values["num_attention_heads"]
     values |= OWN.get(config_class.__name__, {})
@@ -154,7 +157,7 @@ def _cut(usual: tf.PretrainedConfig) -> dict[str, Any]:
 def save_class(name: str, folder: Path) -> Path:
     """Write a tiny random checkpoint of the class `name`, with a tokenizer."""
     torch.manual_seed(0)
-    config = tiny_config(all_classes()[name])
+    config = tiny_config(getattr(tf, name).config_class)
     model = getattr(tf, name)._from_config(config, dtype=torch.float32)
     if sum(value.numel() for value in model.parameters()) > 50_000_000:
         raise ValueError(f"{sum(v.numel() for v in model.parameters()):,} parameters")

@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
     parser.add_argument("--kept", type=Path, help="a JSON file of outcomes")
     arguments = parser.parse_args()
-    names = arguments.only or [*all_classes()]
+    names = arguments.only or all_classes()
     outcomes = _read(arguments.kept)
     left = [name for name in names if name not in outcomes]
     with ThreadPoolExecutor(arguments.jobs) as pool:

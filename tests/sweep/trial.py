@@ -49,7 +49,7 @@ def try_class(name: str, folder: Path, fuse: bool = True) -> dict[str, Outcome]:
         # Of whatever kind: a configuration of small numbers need not be one of the class's.
         return {"mi": Outcome(NOT_BUILT, _said(error))}
     dropped = try_method(name, model, folder, "mi")
-    if dropped.kind == REFUSED and (problem := _does_not_run(name, model)):
+    if dropped.kind in (REFUSED, FAILS) and (problem := _does_not_run(name, model)):
         return {"mi": Outcome(NOT_BUILT, problem)}
     if dropped.kind != EXACT or not fuse:
         return {"mi": dropped}
@@ -145,7 +145,8 @@ def _differs(name: str, dense: Path, folder: Path) -> str:
         return "the dense model's logits are not finite, or all the same: nothing is compared"
     if not torch.equal(found, wanted):
         return f"logits differ by {(found - wanted).abs().max().item():.3g}"
-    return _generates_otherwise(published, ids[:1])
+    said = _generates_otherwise(published, ids[:1])
+    return said if said and not _generates_otherwise(_load(name, dense)[0], ids[:1]) else ""
 
 
 def _generates_otherwise(model: tf.PreTrainedModel, ids: torch.Tensor) -> str:
@@ -171,4 +172,4 @@ def _blocks(model: nn.Module, depth: int) -> nn.ModuleList:
 
 def _hands_on(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
     entered = args[0] if args else kwargs["hidden_states"]
-    return (entered, *out[1:]) if isinstance(out, tuple) else entered
+    return type(out)((entered, *out[1:])) if isinstance(out, tuple | list) else entered
