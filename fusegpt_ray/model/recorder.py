@@ -170,13 +170,24 @@ def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = Fals
 def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
     """A call of a copy of a block on the meta device: it returns shapes only.
 
-    In bfloat16, for which every kernel has a meta version.
+    In bfloat16, for which nearly every kernel has a meta version; in float32 where a block insists.
     """
-    given = tree_map_only(torch.Tensor, _as_meta, (h_BTD, context.args, context.kwargs))
+
+    def call() -> Any:
+        try:
+            return _empty(block, h_BTD, context, torch.bfloat16)()
+        except RuntimeError:
+            return _empty(block, h_BTD, context, torch.float32)()
+
+    return call
+
+
+def _empty(
+    block: nn.Module, h_BTD: torch.Tensor, context: Context, dtype: torch.dtype
+) -> Callable[[], Any]:
+    def as_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
+
+    given = tree_map_only(torch.Tensor, as_meta, (h_BTD, context.args, context.kwargs))
     states, args, kwargs = given
-    return partial(copy.deepcopy(block).to("meta", torch.bfloat16), states, *args, **kwargs)
-
-
-def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
-    dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to("meta", dtype)
+    return partial(copy.deepcopy(block).to("meta", dtype), states, *args, **kwargs)

@@ -66,13 +66,16 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         if problem := recorded.not_in_a_row():
             raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
         contexts = recorded.contexts
+        h_BTD = recorded.recorders[0].h_BTD
+        assert h_BTD is not None
+        if h_BTD.shape[:-1] != zeros.shape:
+            problem = f"calls its blocks with states of shape {list(h_BTD.shape)} for 2 × {TOKENS}"
+            raise UserError(KEY, name, f"its forward pass {problem} tokens", _FIX)
         _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
     for number, (first, second) in enumerate(zip(contexts, recorded.contexts, strict=True)):
         if not same(first, second):
             problem = f"block {number} is called with something that depends on the tokens"
             raise UserError(KEY, name, f"{problem}, such as embeddings of its own", _FIX)
-    h_BTD = recorded.recorders[0].h_BTD
-    assert h_BTD is not None
     return Structure(name, recorded.blocks, contexts, h_BTD, trunk)
 
 

@@ -14,15 +14,15 @@ import torch
 import transformers as tf
 from models import randomize
 from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-VOCAB, DEPTH = 131, 6
+VOCAB, DEPTH = 290, 6
 SPECIAL = ("<pad>", "<s>", "</s>")
-FIRST_SPECIAL = 101
+FIRST_SPECIAL = 260
 """Tokens of a text lie below it; images and the like have those from here on."""
 
 SIZES: dict[str, Any] = {
@@ -96,6 +96,8 @@ OWN: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
     **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig"), _WITH_MROPE),
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig"), _WITH_MROPE),
+    **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig"), _WITH_MROPE),
+    "Qwen2_5OmniTextConfig": _WITH_MROPE,
     "Zamba2Config": {"layer_types": ["mamba", "hybrid", "mamba"] * 2},
     "ZambaConfig": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
 }
@@ -163,24 +165,24 @@ def save_class(name: str, folder: Path) -> Path:
         raise ValueError(f"{sum(v.numel() for v in model.parameters()):,} parameters")
     randomize(model)
     model.save_pretrained(folder)
-    add_words(folder)
+    add_tokenizer(folder)
     return folder
 
 
-def add_words(folder: Path) -> None:
-    """A tokenizer beside a model: the word w17 is token 17."""
-    words = [*SPECIAL, *(f"w{number}" for number in range(len(SPECIAL), FIRST_SPECIAL))]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def add_tokenizer(folder: Path) -> None:
+    """A tokenizer beside a model: a token a byte, in a form that every tokenizer class reads."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
     tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
-def words(count: int) -> str:
-    """A random text in these words, ten a line."""
+def random_text(letters: int) -> str:
+    """Random letters in lines."""
     drawn = torch.randint(
-        len(SPECIAL), FIRST_SPECIAL, (count,), generator=torch.Generator().manual_seed(1)
-    ).tolist()
-    lines = (drawn[first : first + 10] for first in range(0, count, 10))
-    return "\n".join(" ".join(f"w{number}" for number in line) for line in lines)
+        ord("a"), ord("z"), (letters,), generator=torch.Generator().manual_seed(1)
+    )
+    text = "".join(map(chr, drawn.tolist()))
+    return "\n".join(text[first : first + 30] for first in range(0, letters, 30))

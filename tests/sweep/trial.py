@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from classes import FIRST_SPECIAL, SPECIAL, save_class, words
+from classes import FIRST_SPECIAL, SPECIAL, random_text, save_class
 from rich.console import Console
 from torch import nn
 
@@ -58,7 +58,7 @@ def try_class(name: str, folder: Path, fuse: bool = True) -> dict[str, Outcome]:
 
 def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
     """Publish the model without two of its blocks, and look at what comes out."""
-    (folder / "text.txt").write_text(words(300))
+    (folder / "text.txt").write_text(random_text(300))
     out = folder / f"out-{method}"
     said = io.StringIO()
     try:
