@@ -93,15 +93,17 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_search(recipe, dense, depths))
     else:
         stages.append(_scoring(recipe.importance, dense, depths, length))
+    # Where groups are trained, the gaps are repaired once more alone, to compare with.
+    repairs = [target.remove for target in targets] if recipe.evaluation else []
+    repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
     if recipe.trains_groups or recipe.repairs:
-        walked = recipe.calibration.windows * sum(
-            recipe.trains_groups * _states_forwards(recipe, len(dense), depth)
-            + recipe.repairs * depth
-            for depth in depths
+        walked = recipe.calibration.windows * (
+            recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
+            + sum(sum(depths[:count]) for count in repairs)
         )
         stages.append(Stage("states", walked, walked * flops))
     if recipe.repairs:
-        stages.append(Stage("repair", 0, rounds * _repair_flops(recipe, dense)))
+        stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
