@@ -55,7 +55,7 @@ class Compression:
         show.say(workers.description)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
-        windows = calibration_windows(workers, recipe, leading["calibration"])
+        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
@@ -65,7 +65,7 @@ class Compression:
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
-            healing = healing_windows(workers, recipe, leading["calibration"])
+            healing = healing_windows(workers, recipe, leading["calibration"], show)
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
+from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.text_sections import Texts
 from fusegpt_ray.workers.base import Workers
 
 
-def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
+def calibration_windows(
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
+) -> Windows:
     """Of the calibration texts, drawn at random.
 
     Args:
@@ -20,7 +26,7 @@ def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    streams = mixture.streams(workers.tokens, text, key)
+    streams = _streams(workers, recipe, text, leading, key, show, text.windows)
     return mixture.calibration_windows(streams, text, leading, key)
 
 
@@ -36,7 +42,7 @@ def evaluation_windows(
 
 
 def healing_windows(
-    workers: Workers, recipe: Recipe, leading: int | None
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
 ) -> tuple[Windows, Windows]:
     """To heal on, and held-out ones to choose the best state by.
 
@@ -46,8 +52,9 @@ def healing_windows(
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
     texts = heal if heal.data else calibration
+    amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        mixture.streams(workers.tokens, texts, "heal"),
+        _streams(workers, recipe, texts, leading, "heal", show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -57,4 +64,25 @@ def healing_windows(
         leading,
         "heal",
         fewer=heal.batch if heal.tokens is None else None,
+    )
+
+
+def _streams(
+    workers: Workers,
+    recipe: Recipe,
+    texts: Texts,
+    leading: int | None,
+    key: str,
+    show: Display,
+    *windows: int,
+) -> list[Stream]:
+    """Of each text; `windows` of them all are drawn, be it in several sets."""
+    tokens = mixture.generated_tokens(texts, recipe.calibration.length, *windows)
+    return mixture.streams(
+        workers.tokens,
+        texts,
+        key,
+        lambda part, name: generated_stream(
+            workers, recipe, part, tokens[part], leading, name, show
+        ),
     )
