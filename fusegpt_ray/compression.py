@@ -55,13 +55,14 @@ class Compression:
         show.say(workers.description)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
-        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
                 workers, held, held.length or text.length, leading[key], f"{key}.data"
             )
+        # After those that are only read: the dense model may have to write some of it.
+        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:

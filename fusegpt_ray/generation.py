@@ -39,7 +39,7 @@ from fusegpt_ray.text_sections import GeneratedText, Text
 from fusegpt_ray.workers.base import Workers
 
 ROWS = 16
-"""Prompts of a part. They are continued at once, where the memory allows."""
+"""Prompts of a part."""
 PROMPTS = 100_000
 """Of more prompts, the first so many are taken."""
 
@@ -65,6 +65,12 @@ def generated_stream(
             replica's memory, or (when tokens are drawn) its numbers overflow or it writes nothing.
     """
     setup, length = workers.setup, recipe.calibration.length
+    tokenizer = setup.source.tokenizer()
+    if text.prompts is None:
+        prompts = [np.array([tokenizer.bos_token_id], dtype=np.int32)]
+    else:
+        prompts = _prompts(text.prompts, tokenizer, length, leading, key)
+        random.Random(recipe.calibration.seed).shuffle(prompts)
     needed, room = generating_bytes(setup.dense, workers.dtype, length), workers.device_bytes
     if needed > room:
         problem = (
@@ -73,12 +79,6 @@ def generated_stream(
         )
         fix = "give text that was written elsewhere in data, or use replicas with more memory"
         raise UserError(f"{key}.generate", text.generate, problem, fix)
-    tokenizer = setup.source.tokenizer()
-    if text.prompts is None:
-        prompts = [np.array([tokenizer.bos_token_id], dtype=np.int32)]
-    else:
-        prompts = _prompts(text.prompts, tokenizer, length, leading, key)
-        random.Random(recipe.calibration.seed).shuffle(prompts)
     shaped_by = {
         "model": model_identity(setup.dense),
         "arithmetic": str(workers.dtype).removeprefix("torch."),
@@ -138,6 +138,8 @@ class _Written:
     show: Display
     sizes: list[int] = field(default_factory=list)
     """Tokens of each part that is known to be there."""
+    rows: int = ROWS
+    """Prompts that are continued at once, as far as the memory allows."""
 
     def __post_init__(self) -> None:
         self.id = checksum(self.shaped_by)
@@ -191,7 +193,7 @@ class _Written:
                 self.show.part(len(done), len(numbers))
 
         with explained(setup.dense, setup.source.name, self.workers.dtype):
-            find_batch_size(attempt, ROWS, ROWS, "writing text")
+            _, self.rows = find_batch_size(attempt, self.rows, ROWS, "writing text")
         return done
 
     def _prompts_of(self, number: int) -> list[np.ndarray]:

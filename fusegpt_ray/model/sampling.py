@@ -40,9 +40,6 @@ def continuations(
     Raises:
         FloatingPointError: the model's logits are not finite.
     """
-    model = runner.trunk.with_blocks(
-        [module for _, module in runner.weights.walk(runner.stack.blocks)]
-    )
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -56,6 +53,8 @@ def continuations(
     gpus = [runner.device] if runner.device.type == "cuda" else []
     written = []
     with torch.random.fork_rng(gpus), deterministic_where_possible():
+        blocks = [module for _, module in runner.weights.walk(runner.stack.blocks)]
+        model = runner.trunk.with_blocks(blocks)
         torch.manual_seed(seed)
         for first in range(0, len(prompts), runner.batch_size):
             ids_BT, mask_BT = _padded(prompts[first : first + runner.batch_size])
