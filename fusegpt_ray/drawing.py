@@ -10,7 +10,7 @@ from fusegpt_ray.text import mixture, windows
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.text_sections import Texts
+from fusegpt_ray.text_sections import GeneratedText, Texts
 from fusegpt_ray.workers.base import Workers
 
 
@@ -26,7 +26,7 @@ def calibration_windows(
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    streams = _streams(workers, recipe, text, leading, key, show, text.windows)
+    streams = _streams(workers, recipe, text, key, show, text.windows)
     return mixture.calibration_windows(streams, text, leading, key)
 
 
@@ -54,7 +54,7 @@ def healing_windows(
     texts = heal if heal.data else calibration
     amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        _streams(workers, recipe, texts, leading, "heal", show, *amounts),
+        _streams(workers, recipe, texts, "heal", show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -68,21 +68,12 @@ def healing_windows(
 
 
 def _streams(
-    workers: Workers,
-    recipe: Recipe,
-    texts: Texts,
-    leading: int | None,
-    key: str,
-    show: Display,
-    *windows: int,
+    workers: Workers, recipe: Recipe, texts: Texts, key: str, show: Display, *windows: int
 ) -> list[Stream]:
-    """Of each text; `windows` of them all are drawn, be it in several sets."""
+    """Of each text; so many windows of them all are drawn, in one or several sets."""
     tokens = mixture.generated_tokens(texts, recipe.calibration.length, *windows)
-    return mixture.streams(
-        workers.tokens,
-        texts,
-        key,
-        lambda part, name: generated_stream(
-            workers, recipe, part, tokens[part], leading, name, show
-        ),
-    )
+
+    def generated(text: GeneratedText, name: str) -> Stream:
+        return generated_stream(workers, recipe, text, tokens[text], name, show)
+
+    return mixture.streams(workers.tokens, texts, key, generated)

@@ -13,6 +13,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -31,8 +32,7 @@ from fusegpt_ray.run.identity import model_identity
 from fusegpt_ray.run.outputs import GENERATED
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened, sealed
-from fusegpt_ray.store.threads import at_once
-from fusegpt_ray.text.calibration import Stream, tokenize
+from fusegpt_ray.text.calibration import Stream, leading_token, tokenize
 from fusegpt_ray.text.corpus import items, sources
 from fusegpt_ray.text.mixture import seed_of
 from fusegpt_ray.text_sections import GeneratedText, Text
@@ -49,7 +49,6 @@ def generated_stream(
     recipe: Recipe,
     text: GeneratedText,
     tokens: int,
-    leading: int | None,
     key: str,
     show: Display,
 ) -> Stream:
@@ -57,40 +56,20 @@ def generated_stream(
     written when they are drawn.
 
     Args:
-        leading: the token that stands before a prompt, if any.
         key: of the text.
 
     Raises:
-        UserError: the prompts cannot be read, or the model cannot write: it does not fit into a
-            replica's memory, or (when tokens are drawn) its numbers overflow or it writes nothing.
+        UserError: the prompts cannot be read; when tokens are drawn: the model does not fit into a
+            replica's memory, its numbers overflow, or it writes nothing.
     """
-    setup, length = workers.setup, recipe.calibration.length
-    tokenizer = setup.source.tokenizer()
+    tokenizer = workers.setup.source.tokenizer()
     if text.prompts is None:
         prompts = [np.array([tokenizer.bos_token_id], dtype=np.int32)]
     else:
-        prompts = _prompts(text.prompts, tokenizer, length, leading, key)
+        prompts = _prompts(text.prompts, tokenizer, recipe.calibration.length, key)
         random.Random(recipe.calibration.seed).shuffle(prompts)
-    needed, room = generating_bytes(setup.dense, workers.dtype, length), workers.device_bytes
-    if needed > room:
-        problem = (
-            f"to write text, a replica needs {byte_count(needed)} for the whole model, and has "
-            f"{byte_count(room)}"
-        )
-        fix = "give text that was written elsewhere in data, or use replicas with more memory"
-        raise UserError(f"{key}.generate", text.generate, problem, fix)
-    shaped_by = {
-        "model": model_identity(setup.dense),
-        "arithmetic": str(workers.dtype).removeprefix("torch."),
-        "prompts": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in prompts],
-        "ends": _ends(workers, tokenizer),
-        "rows": ROWS,
-        "length": length,
-        "temperature": text.temperature,
-        "top_p": text.top_p,
-        "seed": recipe.calibration.seed,
-    }
-    return _Written(workers, prompts, shaped_by, tokens, recipe.output.uri, key, text, show).stream
+    ends = _ends(workers, tokenizer)
+    return _Written(workers, recipe, text, tokens, key, show, prompts, ends).stream
 
 
 def check_beginning(text: GeneratedText, tokenizer: Any, key: str) -> None:
@@ -103,10 +82,11 @@ def check_beginning(text: GeneratedText, tokenizer: Any, key: str) -> None:
         raise UserError(f"{key}.generate", True, problem, "name a file of prompts")
 
 
-def _prompts(
-    text: Text, tokenizer: Any, length: int, leading: int | None, key: str
-) -> list[np.ndarray]:
-    """Token ids of each, int32 [tokens]. A long one is cut, so that half a window stays."""
+def _prompts(text: Text, tokenizer: Any, length: int, key: str) -> list[np.ndarray]:
+    """Token ids of each, int32 [tokens], behind the token that the tokenizer puts before a text, if
+    it does. A long one is cut, so that half a window stays.
+    """
+    leading = leading_token("auto", tokenizer, key)
     begin = np.array([] if leading is None else [leading], dtype=np.int32)
     found = (item for source in sources(text, key) for item in items(source))
     tokens = (tokenize(item, tokenizer) for item in islice(found, PROMPTS))
@@ -128,23 +108,46 @@ class _Written:
     """One text, as far as it is written."""
 
     workers: Workers
-    prompts: Sequence[np.ndarray]
-    shaped_by: dict[str, Any]
+    recipe: Recipe
+    text: GeneratedText
     tokens: int
     """That are wanted of it."""
-    uri: str
     key: str
-    text: GeneratedText
     show: Display
+    prompts: Sequence[np.ndarray]
+    ends: Sequence[int]
     sizes: list[int] = field(default_factory=list)
     """Tokens of each part that is known to be there."""
     rows: int = ROWS
     """Prompts that are continued at once, as far as the memory allows."""
 
-    def __post_init__(self) -> None:
-        self.id = checksum(self.shaped_by)
-        name = GENERATED.format(self.id[:16])
-        self.folder = storage.join(storage.absolute(self.uri), name)
+    @cached_property
+    def id(self) -> str:
+        """Changes with all that shapes the text."""
+        return checksum(
+            {
+                "model": model_identity(self.workers.setup.dense),
+                "arithmetic": str(self.workers.dtype).removeprefix("torch."),
+                "prompts": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in self.prompts],
+                "ends": self.ends,
+                "rows": ROWS,
+                "length": self.length,
+                "temperature": self.text.temperature,
+                "top_p": self.text.top_p,
+                "seed": self.recipe.calibration.seed,
+            }
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.recipe.calibration.length
+
+    @property
+    def folder(self) -> str:
+        """Where its parts lie."""
+        output = storage.absolute(self.recipe.output.uri)
+        return storage.join(output, GENERATED.format(self.id[:16]))
 
     def stream(self) -> Iterator[np.ndarray]:
         """Its tokens, int32 [tokens] a part; see `Stream`."""
@@ -161,25 +164,26 @@ class _Written:
         """See that as many parts are there as the tokens need."""
         while (missing := self.tokens - sum(self.sizes)) > 0:
             known = len(self.sizes)
-            most = ROWS * (self.shaped_by["length"] - min(map(len, self.prompts)))
+            most = ROWS * (self.length - min(map(len, self.prompts)))
             each = sum(self.sizes) / known if known else most
             numbers = range(known, known + math.ceil(missing / each))
-            there = zip(numbers, at_once(self._read, numbers), strict=True)
+            there = ((number, self._read(number)) for number in numbers)
             parts = {number: part for number, part in there if part is not None}
             if absent := [number for number in numbers if number not in parts]:
                 parts |= self._generate(absent)
             self.sizes += [len(parts[number]) for number in numbers]
-            if all(np.isin(part, self.shaped_by["ends"]).all() for part in parts.values()):
+            if all(np.isin(part, self.ends).all() for part in parts.values()):
                 problem = "the model ends its text at once, whatever it is to continue"
                 fix = "give other prompts, or text in data"
                 raise UserError(f"{self.key}.generate", self.text.generate, problem, fix)
 
     def _generate(self, numbers: Sequence[int]) -> dict[int, np.ndarray]:
         """Let the replicas write these parts, and keep each as soon as it is there."""
-        setup, how = self.workers.setup, self.shaped_by
+        setup = self.workers.setup
+        self._check_memory()
         again = "" if not self.sizes else ", as texts ended early"
         self.show.stage(f"the dense model writes {self.text.label}{again}", len(numbers))
-        settings = (how["length"], how["temperature"], how["top_p"], how["ends"])
+        settings = (self.length, self.text.temperature, self.text.top_p, self.ends)
         done: dict[int, np.ndarray] = {}
 
         def attempt(rows: int) -> None:
@@ -195,6 +199,17 @@ class _Written:
         with explained(setup.dense, setup.source.name, self.workers.dtype):
             _, self.rows = find_batch_size(attempt, self.rows, ROWS, "writing text")
         return done
+
+    def _check_memory(self) -> None:
+        workers = self.workers
+        needed = generating_bytes(workers.setup.dense, workers.dtype, self.length)
+        if needed > (room := workers.device_bytes):
+            problem = (
+                f"to write text, a replica needs {byte_count(needed)} for the whole model, and has "
+                f"{byte_count(room)}"
+            )
+            fix = "give text that was written elsewhere in data, or use replicas with more memory"
+            raise UserError(f"{self.key}.generate", self.text.generate, problem, fix)
 
     def _prompts_of(self, number: int) -> list[np.ndarray]:
         """Those after the last part's; after the last prompt comes the first."""

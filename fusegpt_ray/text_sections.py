@@ -128,17 +128,18 @@ class GeneratedText(Section):
 
 def _as_meant(value: Any) -> Any:
     """Validates the kind of text that was meant: pydantic would complain of both."""
-    if isinstance(value, WeightedText | GeneratedText) or not isinstance(value, Mapping):
-        return value if isinstance(value, GeneratedText) else WeightedText.model_validate(value)
-    if "generate" not in value:
-        own = GeneratedText.model_fields.keys() - WeightedText.model_fields.keys()
-        if key := next((key for key in value if key in own), None):
-            fix = f"leave {key} out, or name prompts in generate instead of a text in data"
-            raise UserError("", shown(value), f"{key} is of text that the model writes", fix)
-        return WeightedText.model_validate(value)
-    if "data" in value:
-        raise UserError("", shown(value), "both data and generate", "list them as two texts")
-    return GeneratedText.model_validate(value)
+    if isinstance(value, GeneratedText):
+        return value
+    given = value if isinstance(value, Mapping) else {}
+    if "generate" in given:
+        if "data" in given:
+            raise UserError("", shown(value), "both data and generate", "list them as two texts")
+        return GeneratedText.model_validate(value)
+    own = GeneratedText.model_fields.keys() - WeightedText.model_fields.keys()
+    if key := next((key for key in given if key in own), None):
+        fix = f"leave {key} out, or name prompts in generate instead of a text in data"
+        raise UserError("", shown(value), f"{key} is of text that the model writes", fix)
+    return WeightedText.model_validate(value)
 
 
 TextPart = Annotated[WeightedText | GeneratedText, BeforeValidator(_as_meant)]

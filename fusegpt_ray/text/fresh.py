@@ -117,7 +117,7 @@ def _too_short(
     name, part = data_keys(texts, key)[number], texts.parts[number]
     more = f"give more text in {name}"
     if isinstance(part, GeneratedText):
-        more = f"raise {name}.tokens"
+        more = f"raise the tokens of the {part.label}"
     if free < 1:
         problem = f"the text {found}, and none of them is left to train on beside those held out"
         return UserError(name, part.label, problem, f"{more}, or lower {key}.held_out")

@@ -236,6 +236,6 @@ def test_too_few_tokens_for_healing(desk: Desk) -> None:
     planned = plan(recipe, Watching())
     with (
         LocalWorkers(planned.setup) as workers,
-        pytest.raises(UserError, match=r"raise heal\.data\.0\.tokens"),
+        pytest.raises(UserError, match="raise the tokens of the text generated from"),
     ):
         healing_windows(workers, recipe, None, Watching())
