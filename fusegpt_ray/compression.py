@@ -59,17 +59,18 @@ class Compression:
         show.say(workers.description)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
-        windows = calibration_windows(workers, recipe, leading["calibration"])
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
                 workers, held, held.length or text.length, leading[key], f"{key}.data"
             )
+        # After those that are only read: the dense model may have to write some of it.
+        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
-            healing = healing_windows(workers, recipe, leading["calibration"])
+            healing = healing_windows(workers, recipe, leading["calibration"], show)
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")
