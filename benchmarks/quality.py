@@ -2,14 +2,14 @@
 model: what each choice is worth, for the same work.
 
     python benchmarks/quality.py MODEL --calibration valid.txt [more.txt …] --test test.txt
-    [more.txt …] [--settings paper default …] [--seeds 0 1] [--json out.json]
+    [more.txt …] [--weights 3 1] [--settings paper default …] [--seeds 0 1] [--json out.json]
 
 Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
-seed; several calibration texts are mixed in equal parts. Work is counted, not timed: the FLOPs of
-scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by those of the paper's
-recipe. A setting that heals takes as many tokens as the paper's work has left for it. `damage left`
-is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the
-paper's recipe. Seconds are this machine's and noisy.
+seed; several calibration texts are mixed by `--weights`, else in equal parts. Work is counted, not
+timed: the FLOPs of scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by
+those of the paper's recipe. A setting that heals takes as many tokens as the paper's work has left
+for it. `damage left` is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1
+is better than the paper's recipe. Seconds are this machine's and noisy.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.report import Display
+from fusegpt_ray.text.protocol import stages
 
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8}
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
@@ -67,6 +68,7 @@ def main() -> int:
     )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True, nargs="+")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the calibration texts")
     parser.add_argument(
         "--test", required=True, nargs="+", help="held-out texts, in or out of domain"
     )
@@ -105,7 +107,9 @@ def parsed(
     heal_windows: int | None = None,
 ) -> Recipe:
     """The recipe of a setting; `heal_windows`: how many windows to heal on, if it heals."""
-    texts = [{"data": text} for text in arguments.calibration]
+    weights = arguments.weights or [1.0] * len(arguments.calibration)
+    pairs = zip(arguments.calibration, weights, strict=True)
+    texts = [{"data": text, "weight": weight} for text, weight in pairs]
     recipe = {
         "model": {"source": arguments.model, "dtype": "float32"},
         "sparsity": arguments.sparsity,
@@ -158,9 +162,9 @@ def work(recipe: Recipe) -> float:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and text."""
     lines = [
-        "| setting | work | healed on | removed | text | dense | dropped | fused | finished |"
-        " damage left | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | work | healed on | removed | text | dense | dropped | repaired | fused |"
+        " finished | damage left | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, manifest in results.items():
         healing = manifest.get("healing", {"tokens": 0, "seconds": {}})
@@ -173,7 +177,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 damage = math.log(theirs["fused"] / theirs["dense"])
                 left = f"{math.log(finished(row) / row['dense']) / damage:.2f}"
             removed = ", ".join(map(str, manifest["removed"]))
-            numbers = [row["dense"], row["dropped"], row.get("fused", math.nan), finished(row)]
+            before = ("dense", "dropped", "repaired", "fused")
+            numbers = [*(row.get(stage, math.nan) for stage in before), finished(row)]
             values = " | ".join("–" if math.isnan(n) else f"{n:.2f}" for n in numbers)
             about = f"{name} | {manifest['work']:.2f} | {healing['tokens']:,} | {removed} | {text}"
             lines.append(f"| {about} | {values} | {left} | {seconds:.0f} |")
@@ -181,8 +186,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def finished(row: Mapping[str, float]) -> float:
-    """Of the published model."""
-    return row["healed"] if "healed" in row else row["fused"]
+    """Of the published model: the last of its stages."""
+    return float(row[stages([row])[-1]])
 
 
 if __name__ == "__main__":

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -105,13 +106,38 @@ def deterministic_or_not(call: Callable[[], R]) -> R:
 
 
 @contextmanager
+def deterministic_where_possible() -> Iterator[None]:
+    """What has no deterministic kernel is run as it is, silently: for results that are kept."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*does not have a deterministic implementation")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+
+
+@contextmanager
 def tensor_core_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Float32 matrix products with inputs of TensorFloat32, where the arithmetic's dtype rounds
     their results more than that anyway.
     """
+    rounds_more = device.type == "cuda" and dtype.itemsize == 2
+    with _products("high" if rounds_more else torch.get_float32_matmul_precision()):
+        yield
+
+
+def full_products() -> AbstractContextManager[None]:
+    """Float32 matrix products in full, inside of `tensor_core_products` too."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda" and dtype.itemsize == 2:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -6,104 +6,47 @@ Shapes: W windows, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
 
-from fusegpt_ray.model.compiled import RunBlock
-from fusegpt_ray.model.device import tensor_core_products
+from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
-from fusegpt_ray.model.recorder import Context
-from fusegpt_ray.model.stack import Block
-from fusegpt_ray.model.trunk import Trunk
-from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
-from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.states import States, StatesSource, own_windows
-from fusegpt_ray.training.stepper import Batch, TorchStepper, TrainingConfig
+from fusegpt_ray.training.states import States, own_windows
+from fusegpt_ray.training.stepper import Batch, TorchStepper
+from fusegpt_ray.training.task import HELD_OUT, SavedBlocks, TrainingTask
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
 
 
 @dataclass(frozen=True)
-class SavedBlocks:
-    """Trained blocks on disk."""
+class Outcome:
+    """Of one worker."""
 
-    blocks: dict[int, Block]
-    """By dense number."""
-    files: dict[str, FileRecord]
-    """What was written, by URI."""
-
-    @classmethod
-    def merged(cls, parts: Sequence[SavedBlocks]) -> Self:
-        """What several workers saved, in the blocks' order."""
-        blocks = {number: block for part in parts for number, block in part.blocks.items()}
-        files = {uri: file for part in parts for uri, file in part.files.items()}
-        return cls(dict(sorted(blocks.items())), dict(sorted(files.items())))
-
-
-class Trainable(Protocol):
-    """What is trained: it builds the span on a worker, says what learns in it, and saves it."""
-
-    def build(
-        self,
-        meta_blocks: Sequence[nn.Module],
-        contexts: Sequence[Context],
-        device: torch.device,
-        dtype: torch.dtype,
-        recompute: bool,
-        run: RunBlock,
-        partition: Partition | None,
-    ) -> Span:
-        """
-        Args:
-            meta_blocks: of the dense model, by block number (see `Trunk`); so are the contexts.
-            partition: keeps frozen weights in parts, on several workers with ZeRO 3.
-        """
-
-    @property
-    def uses_head(self) -> bool:
-        """Whether the loss needs the model's norm and head, which are then kept on the device."""
-
-    def loss(self, trunk: Trunk) -> Loss:
-        """What is trained to."""
-
-    def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
-        """What learns: {"params", "lr"} for each learning rate."""
-
-    def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
-        """Write one part of the span's blocks; all parts together are the span."""
+    losses: list[float]
+    held_out: list[float]
+    saved: SavedBlocks
+    bytes_read: int
+    """Of blocks, to compute states on the way."""
 
 
 @dataclass(frozen=True)
-class TrainingTask:
-    """All that a worker needs to know to train a span."""
+class Learned:
+    """What one worker has in its memory after a training."""
 
-    trainable: Trainable
-    source: StatesSource
-    windows_WT: np.ndarray
-    config: TrainingConfig
-    identity: Mapping[str, Any]
-    """Names what is trained: a training checkpoint of another identity is not used."""
-    folder: str
-    """Where its training checkpoints lie."""
-    fence: Callable[[], None]
-    """Called before every write: it raises where another run writes here."""
-    held_out_WT: np.ndarray | None = None
-    """What is saved is the state with the lowest loss on these windows, whole loss batches of them;
-    None: the last state."""
-    what: str = "fine-tuning the group"
-    """For messages."""
-    rate_key: str = "fusion.learning_rate"
-    """The recipe's key of the learning rate, for messages."""
+    losses: list[float]
+    held_out: list[float]
+    span: Span
+    stepper: Any
+    moved: int
+    """A bound for the bytes that a worker reads or writes by itself between two steps."""
 
 
 @dataclass(frozen=True)
@@ -151,16 +94,17 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
         task.fence,
     )
 
-    def steps(micro_batch: int) -> list[tuple[list[float], list[float], SavedBlocks]]:
+    def steps(micro_batch: int) -> list[Outcome]:
         kept = checkpoints.with_micro_batch(micro_batch)
         return workers.spmd(train_and_save, task, states_batch, kept, news=news)
 
     results, micro_batch = find_batch_size(steps, checkpoints.micro_batch, share, task.what)
     return Trained(
-        SavedBlocks.merged([saved for *_, saved in results]),
-        *results[0][:2],
+        SavedBlocks.merged([outcome.saved for outcome in results]),
+        results[0].losses,
+        results[0].held_out,
         states_batch,
-        read,
+        read + sum(outcome.bytes_read for outcome in results),
         micro_batch,
         states_done - began,
         checkpoints.seconds + time.monotonic() - states_done,
@@ -168,53 +112,77 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
 
 
 def ensure_states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> int:
-    """Compute the states of this worker's windows, unless it has them. Returns the bytes of blocks
-    that were read for them.
+    """Compute the states that this worker's training begins with, unless it has them. Returns the
+    bytes of blocks that were read for them.
     """
     before = worker.runner.weights.bytes_read
-    _states(worker, task, batch_size)
+    worker.runner.reload()
+    for part in task.first_states:
+        _states(worker, task, batch_size, part)
     return worker.runner.weights.bytes_read - before
 
 
-def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> tuple[States, States]:
-    """Those of the windows that this worker trains on, and of its held-out ones."""
-    key = ("states", *sorted(task.identity.items()), batch_size)
-    if key not in worker.memory:
-        worker.memory.clear()  # of the last task
-        worker.runner.reload()
-        trained_WT = _own(worker, task, task.windows_WT)
-        held_WT = (
-            trained_WT[:0] if task.held_out_WT is None else _own(worker, task, task.held_out_WT)
-        )
+def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int, part: int) -> States:
+    """Those of the windows that this worker trains on in one part of a pass, or of its held-out
+    ones. They are kept for the other passes; of a single pass only until the next part begins.
+    """
+    config, memory = task.config, worker.memory
+    this = ("states", *sorted(task.identity.items()), batch_size)
+    key = (*this, part)
+    if key not in memory:
+        ends = config.epochs == 1 and part != HELD_OUT
+        for old in list(memory):
+            if old[:-1] != this or (ends and old[-1] != HELD_OUT):
+                del memory[old]
+        windows_WT, of = (task.windows_WT, (part, config.parts))
+        if part == HELD_OUT:
+            assert task.held_out_WT is not None
+            windows_WT, of = task.held_out_WT, (1, 1)
+        own = own_windows(len(windows_WT), config.batch, worker.count, worker.rank, *of)
         runner = worker.runner.with_batch_size(batch_size)
-        both = States(*task.source.walk(runner, torch.cat([trained_WT, held_WT])))
-        worker.memory[key] = both.split(len(trained_WT))
-    return worker.memory[key]
-
-
-def _own(worker: TrainingWorker, task: TrainingTask, windows_WT: np.ndarray) -> torch.Tensor:
-    numbers = own_windows(len(windows_WT), task.config.batch, worker.count, worker.rank)
-    return torch.from_numpy(windows_WT[numbers])
+        with full_products():
+            memory[key] = States(*task.source.walk(runner, torch.from_numpy(windows_WT[own])))
+    return memory[key]
 
 
 def train_and_save(
     worker: TrainingWorker, task: TrainingTask, states_batch: int, checkpoints: Checkpoints
-) -> tuple[list[float], list[float], SavedBlocks]:
-    """Train, and write this worker's part of the blocks: the losses of the parts and of the
-    held-out windows, and what it wrote.
+) -> Outcome:
+    """Train, and write this worker's part of the blocks."""
+    before = worker.runner.weights.bytes_read
+    learned = learn(worker, task, states_batch, checkpoints.micro_batch, checkpoints)
+    saved = _save(worker, task, learned)
+    worker.memory.clear()
+    read = worker.runner.weights.bytes_read - before
+    return Outcome(learned.losses, learned.held_out, saved, read)
+
+
+def learn(
+    worker: TrainingWorker,
+    task: TrainingTask,
+    states_batch: int,
+    micro_batch: int,
+    checkpoints: Checkpoints | None = None,
+) -> Learned:
+    """Train without saving what was learned.
+
+    Args:
+        states_batch, micro_batch: windows that pass a block at once to compute states, and the
+            worker's span.
+        checkpoints: None: a training that is begun again if it is stopped.
     """
-    config = task.config
-    states, held_out = _states(worker, task, states_batch)
-    first = states.entering_WTD[: checkpoints.micro_batch]
-    span, moved = _span(worker, task, first)
+    config, size = task.config, task.config.batch // worker.count
+    worker.runner.reload()
+    begins = [_states(worker, task, states_batch, part) for part in task.first_states]
+    span, moved = _span(worker, task, begins[0].entering_WTD[:micro_batch])
     worker.meet(moved + _bytes_read(task))
-    stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
-    size = config.batch // worker.count
+    stepper = _stepper(worker, task, span, micro_batch, moved)
 
     def part(number: int) -> Iterable[Batch]:
-        worker.meet(moved)  # the first worker may still be writing the last checkpoint's record
-        in_pass = 1 + (number - 1) % config.parts
-        return on_device(states.batches(size, in_pass, config.parts), worker.device)
+        states = _states(worker, task, states_batch, 1 + (number - 1) % config.parts)
+        # The others may still compute theirs, or the first one write a checkpoint's record.
+        worker.meet(moved + _bytes_read(task))
+        return on_device(states.batches(size), worker.device)
 
     def done(number: int, loss: float) -> None:
         if worker.rank == 0:
@@ -223,7 +191,7 @@ def train_and_save(
     validation = None
     if task.held_out_WT is not None:
         validation = Validation(
-            lambda: on_device(held_out.batches(size), worker.device), lambda: worker.meet(moved)
+            lambda: on_device(begins[0].batches(size), worker.device), lambda: worker.meet(moved)
         )
     with tensor_core_products(worker.device, worker.dtype):
         losses = train(
@@ -236,9 +204,7 @@ def train_and_save(
             validation,
             task.rate_key,
         )
-    saved = _save(worker, task, span, stepper, moved)
-    worker.memory.clear()
-    return losses, validation.losses if validation else [], saved
+    return Learned(losses, validation.losses if validation else [], span, stepper, moved)
 
 
 def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -> tuple[Span, int]:
@@ -271,16 +237,20 @@ def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -
     return span, moved
 
 
-def _save(
-    worker: TrainingWorker, task: TrainingTask, span: Span, stepper: Any, moved: int
-) -> SavedBlocks:
+def _save(worker: TrainingWorker, task: TrainingTask, learned: Learned) -> SavedBlocks:
+    """Each worker writes a block at the same time, and no more blocks than that are whole."""
+    span, stepper = learned.span, learned.stepper
     if isinstance(stepper, TorchStepper):
         return task.trainable.save(span, 0, 1)
-    with stepper.whole():
-        saved = task.trainable.save(span, worker.rank, worker.count)
-        worker.meet(moved)  # nobody leaves while others need its part of the parameters
+    saved, count = list[SavedBlocks](), len(span.blocks)
+    for first in range(0, count, worker.count):
+        with stepper.whole(span.learned.blocks[first : first + worker.count]):
+            if (own := first + worker.rank) < count:
+                saved.append(task.trainable.save(span, own, count))
+            # Nobody leaves while others need its part of the parameters.
+            worker.meet(learned.moved)
     stepper.close()
-    return saved
+    return SavedBlocks.merged(saved)
 
 
 def _stepper(

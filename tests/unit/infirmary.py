@@ -41,6 +41,8 @@ class Infirmary:
     out: Path
     said: list[str] = field(default_factory=list)
     heard: list[int] = field(default_factory=list)
+    states: list[dict[int, int]] = field(default_factory=list)
+    """At the end of each part, the windows whose states are there, by part (0: held-out ones)."""
 
     def __post_init__(self) -> None:
         self.dense = open_stack(self.folder)
@@ -52,17 +54,23 @@ class Infirmary:
         return WholeModel(self.stack, self.dense, heal, 0, str(self.out / "blocks"))
 
     def heal(
-        self, stop: int | None = None, cluster: dict[str, Any] | None = None, **settings: Any
+        self,
+        stop: int | None = None,
+        cluster: dict[str, Any] | None = None,
+        windows_WT: torch.Tensor = TRAINED,
+        **settings: Any,
     ) -> Trained:
         """As one start of a run; `stop`: the part after which it is killed."""
         asked = Cluster(engine="local", **{"checkpoint_minutes": 0} | (cluster or {}))
-        self.said, self.heard = [], []
+        self.said, self.heard, self.states = [], [], []
 
         def news(item: News) -> None:
             if isinstance(item, str):
                 self.said.append(item)
                 return
             self.heard.append(item[0])
+            kept = here._memory.items()
+            self.states.append({part: len(states.entering_WTD) for (*_, part), states in kept})
             if item[0] == stop:
                 raise Stopped
 
@@ -70,7 +78,8 @@ class Infirmary:
         place = str(self.out / "checkpoints")
         with LocalWorkers(Setup(source, self.dense, asked, "float32", Importance(batch=4))) as here:
             held = HELD.numpy()
-            task = self.job(**settings).task(TRAINED.numpy(), held, asked, {"of": "these"}, place)
+            job, these = self.job(**settings), windows_WT.numpy()
+            task = job.task(these, held, asked, {"of": "these"}, place)
             return train_span(here, task, news)
 
     def forget(self) -> None:

@@ -58,15 +58,19 @@ def test_what_can_go_is_known_before_the_run(name: str) -> None:
     assert why in found.why
 
 
+def saved(desk: Desk, config: tf.PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    randomize(model)
+    (desk.model / "model.safetensors").unlink()
+    model.save_pretrained(desk.model)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_no_other_block_goes(name: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """Nor does the proof find anything: what is published is what was scored."""
     make, expected, why, removed = CASES[name]
-    torch.manual_seed(0)
-    model = tf.AutoModelForCausalLM.from_config(make())
-    randomize(model)
-    (desk.model / "model.safetensors").unlink()
-    model.save_pretrained(desk.model)
+    saved(desk, make())
     assert main(["compress", desk.write(method="mi")]) == 0
     said = " ".join(capsys.readouterr().err.split())
     assert ("only the blocks 0, 1, 2, 3 can go" in said) == (expected.blocks is not None)
@@ -79,6 +83,16 @@ def test_no_other_block_goes(name: str, desk: Desk, capsys: pytest.CaptureFixtur
         scored = {int(dense) for dense in record["scores"] | record["stopped"]}
         assert len(scored) == (1 if expected.from_the_end else DEPTH - number - bool(why))
         assert scored <= set(expected.blocks or range(DEPTH))
+
+
+def test_a_tournament_is_refused(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ways to choose blocks know nothing of those that cannot go."""
+    saved(desk, diffllama())
+    changes = {"search": {}, "heal": {"tokens": 96, "batch": 4, "validation": 4}}
+    assert main(["compress", desk.write(method="mi", **changes)]) == 2
+    said = capsys.readouterr().err
+    assert "search = " in said and "only the last blocks can go" in said
+    assert not desk.out.exists()
 
 
 def test_the_candidates_of_a_round() -> None:
