@@ -144,7 +144,8 @@ def attention_flops(dense: Stack, length: int) -> int:
     heads = getattr(config, "num_attention_heads", None)
     if not heads:
         return 0
-    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    head_dim = config.to_dict().get("head_dim")  # the usual one, where blocks have others
+    width: int = heads * (head_dim or config.hidden_size // heads)
     return 4 * width * length**2
 
 

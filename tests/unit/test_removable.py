@@ -88,7 +88,7 @@ def test_no_other_block_goes(name: str, desk: Desk, capsys: pytest.CaptureFixtur
 def test_a_tournament_is_refused(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     """Its ways to choose blocks know nothing of those that cannot go."""
     saved(desk, diffllama())
-    changes = {"search": {}, "heal": {"tokens": 96, "batch": 4, "validation": 4}}
+    changes = {"search": {}, "heal": {"tokens": 96, "batch": 4}}
     assert main(["compress", desk.write(method="mi", **changes)]) == 2
     said = capsys.readouterr().err
     assert "search = " in said and "only the last blocks can go" in said
