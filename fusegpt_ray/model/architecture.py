@@ -44,7 +44,7 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
     ]
     # Blocks of one class, if there are any; a few models have a class for each kind of block.
     found = [name for name, blocks in lists if len({type(block) for block in blocks}) == 1]
-    found = found or [name for name, _ in lists]
+    found = found or [name for name, blocks in lists if len(blocks)]
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if len(outermost) != 1:
         what = (
