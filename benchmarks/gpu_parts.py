@@ -70,6 +70,7 @@ class Lab:
         recipe = Recipe.parse(
             {
                 "model": {"source": folder},
+                "preset": "rounds",
                 "calibration": {"data": "none"},
                 "output": {"uri": folder, "name": "none"},
             }

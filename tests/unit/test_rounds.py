@@ -37,7 +37,7 @@ from fusegpt_ray.training.span import Span
 
 @pytest.mark.parametrize("workshop", SUPPORTED, indirect=True)
 def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) -> None:
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     assert list(job.span) == [0, 1, 2, 3]
     entering, leaving = workshop.states(job)
     student = workshop.student(job)
@@ -171,7 +171,7 @@ def test_folding_each_round_keeps_no_terms(workshop: Workshop) -> None:
 
 
 def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> None:
-    job = workshop.job(2, fuse=False, preset="default", fold="at_end", **FAST)
+    job = workshop.job(2, fuse=False, preset="rounds", fold="at_end", **FAST)
     student = workshop.student(job)
     assert {name.rsplit(".", 1)[-1] for name in learned(student)} == {"A", "B", "weight"}
     means = workshop.train(job, student)
