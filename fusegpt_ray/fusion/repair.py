@@ -196,7 +196,7 @@ def solve(
     layer; and, of a block that keeps its terms, those of the frozen layer under them, which change
     by as much. Nothing changes where λ is infinite.
     """
-    layer, device = runner.trunk.meta_blocks[block.dense].get_submodule(name), runner.device
+    layer, device = runner.trunk.meta_blocks[block.dense].module.get_submodule(name), runner.device
     bias = getattr(layer, "bias", None) is not None
     fit, ridge, left = best_fit(fitted, held_out, way == "linear" and bias, device)
     if math.isinf(ridge):

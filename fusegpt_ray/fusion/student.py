@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
 from fusegpt_ray.model.stack import Block, Refs
-from fusegpt_ray.model.trunk import in_arithmetic, load_block
+from fusegpt_ray.model.empty import EmptyBlock, in_arithmetic
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.masters import Masters
 

@@ -17,7 +17,8 @@ from fusegpt_ray.healing.low_rank import LowRankLinear, folded, start
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.model.trunk import Trunk, load_block
+from fusegpt_ray.model.empty import EmptyBlock, load_block
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
@@ -90,7 +91,7 @@ class WholeModel:
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,

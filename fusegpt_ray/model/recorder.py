@@ -155,11 +155,16 @@ def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = Fals
 def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
     """A call of a copy of a block on the meta device: it returns shapes only.
 
-    In bfloat16, for which every kernel has a meta version.
+    In bfloat16, for which every kernel has a meta version; of experts, those that do not depend on
+    which token goes to which.
     """
     given = tree_map_only(torch.Tensor, _as_meta, (h_BTD, context.args, context.kwargs))
     states, args, kwargs = given
-    return partial(copy.deepcopy(block).to("meta", torch.bfloat16), states, *args, **kwargs)
+    empty = copy.deepcopy(block).to("meta", torch.bfloat16)
+    for module in empty.modules():
+        if hasattr(module, "is_transposed"):  # what `use_experts_implementation` gives to experts
+            module.config._experts_implementation = "batched_mm"
+    return partial(empty, states, *args, **kwargs)
 
 
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
