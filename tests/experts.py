@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import transformers as tf
+from models import DEPTH, GROUPED, SLIDING, randomize
 from safetensors.torch import save_file
-
-from models import COMMON, DEPTH, GROUPED, SLIDING, randomize
 
 ALL: dict[str, Any] = GROUPED | {"tie_word_embeddings": False}
 ROUTED: dict[str, Any] = ALL | {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -50,9 +49,7 @@ EXPERTS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "phimoe": lambda: tf.PhimoeConfig(**ALL, num_local_experts=4),
     "olmoe": lambda: tf.OlmoeConfig(**ALL, num_experts=4, num_experts_per_tok=2),
     "flex_olmo": lambda: tf.FlexOlmoConfig(**ALL, num_experts=4, num_experts_per_tok=2),
-    "granitemoe": lambda: tf.GraniteMoeConfig(
-        **ALL, num_local_experts=4, num_experts_per_tok=2
-    ),
+    "granitemoe": lambda: tf.GraniteMoeConfig(**ALL, num_local_experts=4, num_experts_per_tok=2),
     "granitemoeshared": lambda: tf.GraniteMoeSharedConfig(
         **ALL, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16
     ),
@@ -72,44 +69,87 @@ EXPERTS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     ),
     "deepseek_v3": lambda: tf.DeepseekV3Config(**ROUTED | {"num_key_value_heads": 4}, **LATENT),
     "glm4_moe": lambda: tf.Glm4MoeConfig(
-        **ROUTED, head_dim=8, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
-        n_group=1, topk_group=1,
+        **ROUTED,
+        head_dim=8,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
     ),
     "ernie4_5_moe": lambda: tf.Ernie4_5_MoeConfig(
-        **ALL, moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_intermediate_size=16,
-        moe_layer_start_index=1, moe_layer_end_index=DEPTH - 1,
+        **ALL,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_num_shared_experts=1,
+        moe_intermediate_size=16,
+        moe_layer_start_index=1,
+        moe_layer_end_index=DEPTH - 1,
     ),
     "dots1": lambda: tf.Dots1Config(
-        **ROUTED, head_dim=8, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1,
-        n_group=1, topk_group=1,
+        **ROUTED,
+        head_dim=8,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
     ),
     "minimax": lambda: tf.MiniMaxConfig(
-        **ALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, block_size=8,
+        **ALL,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        block_size=8,
         layer_types=["full_attention" if i % 2 else "linear_attention" for i in range(DEPTH)],
     ),
     "hunyuan_v1_moe": lambda: tf.HunYuanMoEV1Config(
         **ALL, num_experts=4, moe_topk=[2] * DEPTH, head_dim=8
     ),
     "exaone_moe": lambda: tf.ExaoneMoeConfig(
-        **ROUTED, num_experts=4, num_shared_experts=1, first_k_dense_replace=1,
-        n_group=1, topk_group=1, sliding_window=SLIDING, head_dim=8,
+        **ROUTED,
+        num_experts=4,
+        num_shared_experts=1,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+        sliding_window=SLIDING,
+        head_dim=8,
         layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(DEPTH)],
     ),
     "afmoe": lambda: tf.AfmoeConfig(
-        **ROUTED, num_experts=4, num_shared_experts=1, num_dense_layers=1, head_dim=8,
+        **ROUTED,
+        num_experts=4,
+        num_shared_experts=1,
+        num_dense_layers=1,
+        head_dim=8,
         sliding_window=SLIDING,
         layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(DEPTH)],
     ),
     "jamba": lambda: tf.JambaConfig(
-        **ALL, num_experts=4, num_experts_per_tok=2, attn_layer_period=2, attn_layer_offset=1,
-        expert_layer_period=2, expert_layer_offset=1, mamba_d_state=8,
+        **ALL,
+        num_experts=4,
+        num_experts_per_tok=2,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=1,
+        mamba_d_state=8,
     ),
     "cohere2_moe": lambda: tf.Cohere2MoeConfig(
-        **GROUPED, num_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=SLIDING,
+        **GROUPED,
+        num_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=SLIDING,
         layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(DEPTH)],
     ),
     "gpt_oss": lambda: tf.GptOssConfig(
-        **ALL, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=SLIDING,
+        **ALL,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=SLIDING,
         layer_types=["full_attention" if i % 2 else "sliding_attention" for i in range(DEPTH)],
     ),
 }

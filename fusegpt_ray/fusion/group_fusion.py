@@ -4,7 +4,7 @@ saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from fusegpt_ray.fusion.student import (
     terms_of,
 )
 from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.model.trunk import Trunk
@@ -135,7 +136,7 @@ class GroupFusion:
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,
@@ -145,7 +146,7 @@ class GroupFusion:
     ) -> Span:
         """Reads the group's blocks only. Of these, each worker holds all (the effective weights are
         formed of them)."""
-        config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
+        config, donors = self.fusion_config(dtype), DonorCache(meta_blocks, device, dtype)
         built = [
             build_block(
                 meta_blocks[block.dense], block, self.fused, config, device, donors, self.donor
@@ -154,7 +155,7 @@ class GroupFusion:
         ]
         blocks, learned = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.neighbours]
-        return Span(blocks, Learned(learned), own, recompute, run)
+        return Span(blocks, Learned(learned), own, recompute, run, meta_blocks=meta_blocks)
 
     uses_head = False
 
@@ -183,23 +184,28 @@ class GroupFusion:
         for neighbour, learned in pairs[part::parts]:
             name = f"without-{self.donor:03d}-block-{neighbour.dense:03d}"
             saved.blocks[neighbour.dense] = self._save(
-                storage.join(self.folder, name), neighbour, learned, saved.files
+                storage.join(self.folder, name), neighbour, learned, span.meta_blocks, saved.files
             )
         return saved
 
     def _save(
-        self, uri: str, neighbour: Block, learned: nn.Module, files: dict[str, FileRecord]
+        self,
+        uri: str,
+        neighbour: Block,
+        learned: nn.Module,
+        meta_blocks: Sequence[EmptyBlock],
+        files: dict[str, FileRecord],
     ) -> Block:
-        def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+        def write(file: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRef]:
             entries = entries_of(tensors)
             self.fence()
             files[file], refs = write_safetensors(file, entries)
             return refs
 
         donor = self.fused
-        folded = folded_tensors(learned, neighbour, donor)
-        assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
-        weights = {**neighbour.weights, **write(f"{uri}.safetensors", folded)}
+        folded = folded_tensors(learned, neighbour, donor, meta_blocks)
+        stored = meta_blocks[neighbour.dense].stored(folded, neighbour.weights)
+        weights = {**neighbour.weights, **write(f"{uri}.safetensors", stored)}
         terms = None
         if self.settings.fold == "at_end":
             refs = write(f"{uri}.learned.safetensors", learned_tensors(learned))

@@ -62,7 +62,7 @@ class EmptyBlock:
 
     def sources(self, refs: Refs, wanted: Collection[str]) -> list[str]:
         """The stored tensors that these parameters are made of."""
-        keys = {name: (name,) for name in refs}
+        keys: dict[str, tuple[str, ...]] = {name: (name,) for name in refs}
         for conversion in self.conversions(refs):
             keys |= dict.fromkeys(conversion.makes, conversion.keys)
         return list(dict.fromkeys(key for name in wanted for key in keys[name]))
@@ -76,8 +76,10 @@ class EmptyBlock:
             if not left.keys() & conversion.makes.keys():
                 continue
             others = conversion.makes.keys() - left.keys()
-            made = {**self.read(refs, others), **{key: left.pop(key) for key in conversion.makes
-                                                  if key in left}}
+            made = {
+                **self.read(refs, others),
+                **{key: left.pop(key) for key in conversion.makes if key in left},
+            }
             whole = {f"{self.path}.{name}": value for name, value in made.items()}
             found = self._own(self.names.revert(conversion.pattern, whole))
             assert found.keys() == {*conversion.keys}, (sorted(found), conversion.keys)
@@ -98,9 +100,7 @@ class EmptyBlock:
             assert pattern is not None
             yield Conversion(pattern, tuple(keys), self.parameters(empty))
 
-    def filled(
-        self, parameters: Tensors, device: torch.device, dtype: torch.dtype
-    ) -> nn.Module:
+    def filled(self, parameters: Tensors, device: torch.device, dtype: torch.dtype) -> nn.Module:
         """A block of its own with these parameters: themselves where they are on `device` in
         `dtype` already.
         """
@@ -114,9 +114,7 @@ class EmptyBlock:
 
 def empty_blocks(names: Names, path: str, blocks: Collection[nn.Module]) -> list[EmptyBlock]:
     """The blocks of the ModuleList at `path`, by number."""
-    return [
-        EmptyBlock(block, f"{path}.{number}", names) for number, block in enumerate(blocks)
-    ]
+    return [EmptyBlock(block, f"{path}.{number}", names) for number, block in enumerate(blocks)]
 
 
 def load_block(

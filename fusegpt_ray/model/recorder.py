@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -162,9 +162,16 @@ def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Calla
     states, args, kwargs = given
     empty = copy.deepcopy(block).to("meta", torch.bfloat16)
     for module in empty.modules():
-        if hasattr(module, "is_transposed"):  # what `use_experts_implementation` gives to experts
+        if has_experts(module):
             module.config._experts_implementation = "batched_mm"
     return partial(empty, states, *args, **kwargs)
+
+
+def has_experts(module: nn.Module) -> TypeGuard[Any]:
+    """Whether it holds a mixture's experts as transformers keeps them: weights of all in one tensor
+    (what its decorator `use_experts_implementation` gives to such a class).
+    """
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
