@@ -16,7 +16,7 @@ from fusegpt_ray.fusion.compensation import (
     needed_tokens,
     needed_windows,
 )
-from fusegpt_ray.fusion.student import linear_layers
+from fusegpt_ray.fusion.student import all_layers
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
@@ -68,19 +68,19 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
     Raises:
         UserError: the method fuses or trains linear layers, and most of a block lies elsewhere.
     """
-    block = structure.blocks[0]
-    sizes = {name: value.numel() for name, value in block.named_parameters()}
-    linear = {f"{name}.weight" for name, _ in linear_layers(block)}
-    share = sum(sizes[name] for name in linear) / sum(sizes.values())
+    blocks = structure.blocks
+    linear = sum(layer.weight.numel() for block in blocks for layer in all_layers(block).values())
+    share = linear / sum(value.numel() for block in blocks for value in block.parameters())
     low_rank = recipe.heal is not None and recipe.heal.train == "lora"
     if (recipe.trains_groups or low_rank) and share < 0.5:
         problem = (
-            f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
+            f"only {share:.0%} of the blocks of {structure.name} are linear layers, or experts as"
+            " transformers usually keeps them"
         )
         if not recipe.trains_groups:
             fix = "use all, or leave heal out"
             raise UserError("heal.train", "lora", problem, fix)
-        fix = "use method: mi, which only removes blocks, or a model without experts"
+        fix = "use method: mi, which only removes blocks"
         raise UserError("method", recipe.method, problem, fix)
 
 

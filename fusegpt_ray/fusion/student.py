@@ -245,6 +245,16 @@ def expert_layers(block: nn.Module) -> dict[str, dict[str, Experts]]:
     return found
 
 
+def all_layers(block: nn.Module) -> dict[str, Linear | Experts]:
+    """All that is fused in a block, by the name of the weight."""
+    layers: dict[str, Linear | Experts] = {
+        f"{path}.weight": layer for path, layer in linear_layers(block)
+    }
+    for path, experts in expert_layers(block).items():
+        layers |= {f"{path}.{key}": layer for key, layer in experts.items()}
+    return layers
+
+
 def is_coefficient(name: str) -> bool:
     """Whether a parameter of a student is one of C0, D0, c0, C1, …"""
     last = name.rsplit(".", 1)[-1]
