@@ -3,9 +3,9 @@
     W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,   b' = b + Σ_k c_k ⊙ b_k
 
 Shapes: O outputs, I inputs, R rank, E experts. A and D are [R, I], B and C [O, R]; weights are [O,
-I], but [I, O] in GPT-2's Conv1D. The layers of a mixture's experts are one tensor [E, O, I] (in some
-models [E, I, O]); then each of the above has E in front, and the formula holds for each expert e by
-itself: W'_e = W_e + B_e·A_e + Σ_k (C_ke·D_ke) ⊙ W_ke.
+I], but [I, O] in GPT-2's Conv1D. A mixture has one tensor of all experts' weights, [E, O, I] or, in
+some models, [E, I, O]. Then each of the above has E in front, and the formula holds for each expert
+e by itself: W'_e = W_e + B_e·A_e + Σ_k (C_ke·D_ke) ⊙ W_ke.
 
 Notable:
 - W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor,
@@ -38,13 +38,6 @@ class Experts(NamedTuple):
     bias: torch.Tensor | None
     """[E, O]."""
     transposed: bool
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """E, O and I."""
-        experts, *sides = self.weight.shape
-        outputs, inputs = sides[::-1] if self.transposed else sides
-        return experts, outputs, inputs
 
 
 class FusedLinear(nn.Module):
