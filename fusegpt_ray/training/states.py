@@ -1,5 +1,5 @@
 """The states that a span is trained on: computed once by the worker that trains on them, and kept
-there for all epochs.
+there for all epochs, or for its part of a single pass.
 
 Shapes: W windows, T tokens, D hidden size.
 """
@@ -56,26 +56,21 @@ class States:
     entering_WTD: torch.Tensor
     leaving_WTD: torch.Tensor
 
-    def batches(self, size: int, part: int = 1, parts: int = 1) -> Iterator[Batch]:
-        """Consecutive batches of `size` windows: of all of them, or of one of several parts of
-        about as many batches. A smaller remainder would change the loss, so there must be none.
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Consecutive batches of `size` windows. A smaller remainder would change the loss, so
+        there must be none.
         """
         assert len(self.entering_WTD) == len(self.leaving_WTD), "states of the same windows"
         assert len(self.entering_WTD) % size == 0, (len(self.entering_WTD), size)
-        count = len(self.entering_WTD) // size
-        batches = slice(count * (part - 1) // parts, count * part // parts)
-        entering, leaving = self.entering_WTD.split(size), self.leaving_WTD.split(size)
-        return zip(entering[batches], leaving[batches], strict=True)
-
-    def split(self, windows: int) -> tuple[States, States]:
-        """Those of the first so many windows, and the rest."""
-        entering, leaving = self.entering_WTD, self.leaving_WTD
-        rest = States(entering[windows:], leaving[windows:])
-        return States(entering[:windows], leaving[:windows]), rest
+        return zip(self.entering_WTD.split(size), self.leaving_WTD.split(size), strict=True)
 
 
-def own_windows(windows: int, batch: int, workers: int, rank: int) -> np.ndarray:
-    """The numbers of the windows that a worker trains on: its rows of every loss batch, in
-    order.
+def own_windows(
+    windows: int, batch: int, workers: int, rank: int, part: int = 1, parts: int = 1
+) -> np.ndarray:
+    """The numbers of the windows that a worker trains on in one of several parts of about as many
+    loss batches: its rows of every loss batch, in order.
     """
-    return np.arange(windows).reshape(-1, workers, batch // workers)[:, rank].reshape(-1)
+    batches = np.arange(windows).reshape(-1, workers, batch // workers)
+    first, end = (len(batches) * number // parts for number in (part - 1, part))
+    return batches[first:end, rank].reshape(-1)
