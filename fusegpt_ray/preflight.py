@@ -87,13 +87,21 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
 def check_repair(recipe: Recipe, structure: Structure) -> None:
     """
     Raises:
-        UserError: the calibration windows have too few tokens for the repair's least squares.
+        UserError: no block ends in a linear layer that could be changed, or the calibration windows
+            have too few tokens for the repair's least squares.
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
     if way == "none":
         return
     layers = last_linears(structure.calls).values()
-    needed = max((needed_tokens(way, layer) for layer in layers), default=1)
+    if not layers:
+        problem = (
+            f"it changes the linear layer that a block ends in, and no block of {structure.name}"
+            " ends in one; a mixture's experts are many"
+        )
+        fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
+        raise UserError("fusion.start", way, problem, fix)
+    needed = max(needed_tokens(way, layer) for layer in layers)
     fitted = fitted_windows(text.windows, batch) * text.length
     if fitted < needed:
         problem = (

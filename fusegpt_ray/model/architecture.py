@@ -86,23 +86,20 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     depth = len(model.get_submodule(path))
     names = Names.of(model)
     in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
+    ignored = _ignored(model)
     trunk: dict[str, TensorRef] = {}
     blocks: dict[int, dict[str, TensorRef]] = {}
     prefixes: set[str] = set()
     converted: dict[str, TensorRef] = {}
     seen: set[str] = set()
-    buffers = {name for name, _ in model.named_buffers()}
-    ignored = re.compile(
-        "|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())])
-    )
     extra: list[str] = []
     left: list[str] = []
     for name, ref in tensors.items():
         place = names.place(name)
         inside, target = place.inside, names.expected.get(place.inside)
-        _check(name, ref, target, place.pattern is None)
+        _check(name, ref, target, place)
         match = in_block.fullmatch(inside)
-        if target is None and inside not in buffers and not ignored.search(inside):
+        if target is None and not ignored.search(inside):
             extra.append(name)
         elif target is None and match and int(match[1]) >= depth:
             left.append(name)  # a layer beyond the last that the class knows of and does not run
@@ -121,23 +118,29 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
         ref.name for number in blocks if number >= depth for ref in blocks[number].values()
     ):
         mismatch.refuse_beyond(beyond[0], len(blocks), depth)
-    seen |= _converted(names, converted)
-    # Either of two tied tensors may be the one that is stored.
-    ties = model.all_tied_weights_keys.items()
-    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
-    parameters = (name for name, value in names.expected.items() if isinstance(value, nn.Parameter))
-    missing = [name for name in parameters if name not in there]
+    missing = _missing(model, names, seen | _made(names, converted))
     if missing or extra:
         mismatch.refuse(tensors, names.expected, names.inside, missing, extra)
     if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
-        raise UserError(
-            KEY,
-            f"{len(blocks)} blocks",
-            f"config.json says {depth}",
-            "use the config.json of these weights",
-        )
+        found, problem = f"{len(blocks)} blocks", f"config.json says {depth}"
+        raise UserError(KEY, found, problem, "use the config.json of these weights")
     stack_blocks = tuple(Block(number, blocks[number]) for number in range(depth))
     return Stack(dict(raw), prefixes.pop(), trunk, stack_blocks, tuple(left))
+
+
+def _ignored(model: transformers.PreTrainedModel) -> re.Pattern[str]:
+    """Names of tensors that may be in a checkpoint and are no parameters of the model's."""
+    buffers = (f"^{re.escape(name)}$" for name, _ in model.named_buffers())
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    return re.compile("|".join([*_OLD_BUFFERS, *known, *buffers]))
+
+
+def _missing(model: transformers.PreTrainedModel, names: Names, seen: set[str]) -> list[str]:
+    """The parameters that are not there. Either of two tied ones may be the one that is stored."""
+    ties = model.all_tied_weights_keys.items()
+    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
+    parameters = (name for name, value in names.expected.items() if isinstance(value, nn.Parameter))
+    return [name for name in parameters if name not in there]
 
 
 def _key(names: Names, name: str, place: Place, path: str, number: int) -> str:
@@ -154,16 +157,21 @@ def _key(names: Names, name: str, place: Place, path: str, number: int) -> str:
     return found[1]
 
 
-def _converted(names: Names, refs: Mapping[str, TensorRef]) -> set[str]:
+def _made(names: Names, refs: Mapping[str, TensorRef]) -> set[str]:
     """The model's tensors that are made of these.
 
     Raises:
         UserError: they are not what the class expects.
     """
-    empty = {name: torch.empty(ref.shape, device="meta") for name, ref in refs.items()}
-    problem = "transformers cannot rearrange its tensors"
-    with reading_users_file(KEY, min(refs, default=""), problem, _RESAVE):
-        made = names.convert(empty)
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, ref in refs.items():
+        empty = torch.empty(ref.shape, device="meta")
+        groups.setdefault(names.inside(name), {})[name] = empty
+    made: dict[str, torch.Tensor] = {}
+    for inside, empties in groups.items():
+        problem = f"cannot be made of the {len(empties)} tensors that the checkpoint has for it"
+        with reading_users_file(KEY, inside, problem, "download the checkpoint again"):
+            made |= names.convert(empties)
     for name, value in made.items():
         target = names.expected.get(name)
         if target is None or target.shape != value.shape:
@@ -173,9 +181,8 @@ def _converted(names: Names, refs: Mapping[str, TensorRef]) -> set[str]:
     return {*made}
 
 
-def _check(name: str, ref: TensorRef, target: torch.Tensor | None, same_shape: bool) -> None:
-    """`same_shape`: it is the target as it is.
-
+def _check(name: str, ref: TensorRef, target: torch.Tensor | None, place: Place) -> None:
+    """
     Raises:
         UserError: a tensor does not hold what the model has there.
     """
@@ -189,7 +196,7 @@ def _check(name: str, ref: TensorRef, target: torch.Tensor | None, same_shape: b
             problem,
             f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}",
         )
-    if same_shape and tuple(target.shape) != ref.shape:
+    if place.pattern is None and tuple(target.shape) != ref.shape:
         if ref.begin == ref.end and target.numel():
             mismatch.refuse_empty(name, ref.shape, target.shape)
         problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"

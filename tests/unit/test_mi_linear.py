@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from desk import LENGTH, Desk
+from experts import save_split
 from models import load_model
 from safetensors.torch import load_file
 from torch import nn
@@ -52,6 +53,21 @@ def perplexity(folder: str | Path, desk: Desk) -> float:
     logits = load_model(Path(folder))(input_ids=rows).logits[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     return float(loss.exp())
+
+
+def test_blocks_that_end_in_experts_are_not_repaired(desk: Desk) -> None:
+    """Told before the work: what experts write is no single layer's. With a shared expert that is
+    called last, there is one.
+    """
+    (desk.model / "model.safetensors").unlink()
+    save_split("mixtral", desk.model)
+    with pytest.raises(UserError, match="no block of MixtralForCausalLM ends in one"):
+        plan(recipe(desk), Display())
+    save_split("deepseek_v3", desk.model)
+    text = desk.recipe()["calibration"] | {"windows": 16}
+    published = compress(recipe(desk, calibration=text))[-1]
+    (record,) = published.manifest["rounds"]
+    assert record["repair"]["layer"] == "mlp.shared_experts.down_proj"
 
 
 @pytest.mark.parametrize("start", [None, "matrix", "scale"])
