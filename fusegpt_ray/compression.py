@@ -10,8 +10,9 @@ from typing import Any
 
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
-from fusegpt_ray.footprint import healing_shortage, shortage
+from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.heal import Healer
+from fusegpt_ray.importance.removals import Removal
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
@@ -26,6 +27,7 @@ from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Workers
 
 
@@ -127,17 +129,19 @@ class Compression:
         show.calibration(self.windows.protocol)
         if recipe.trains:
             room, last = workers.device_bytes, self.plan.rounds
-            most = len(model.stack) - targets[0].remove
+            least, most = (len(model.stack) - end.remove for end in (targets[-1], targets[0]))
             for lack in (
                 shortage(recipe, model.stack, workers.dtype, last, room),
                 healing_shortage(recipe, model.stack, workers.dtype, most, room),
+                search_shortage(recipe, model.stack, workers.dtype, least, room),
             ):
                 if lack:
                     show.say(lack)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
             judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
-        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
+        order, searched = self._search(journal)
+        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show, order)
         done = rounds.up_to([target.remove for target in missing])
         published = {}
         for target in missing:
@@ -156,13 +160,35 @@ class Compression:
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
-                    self._facts(target, done[: target.remove], healed),
+                    searched | self._facts(target, done[: target.remove], healed),
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published
+
+    def _search(self, journal: Journal) -> tuple[Removal | None, dict[str, Any]]:
+        """The blocks to remove, in order, and what the manifest tells of their choice; None and
+        nothing if each round chooses.
+        """
+        if self.plan.recipe.search is None:
+            return None, {}
+        assert self.healing is not None
+        dense = self.plan.model.stack
+        healed, held_out = self.healing
+        found = Tournament(
+            self.plan.recipe,
+            self.workers,
+            journal,
+            dense,
+            self.windows.tokens_WT,
+            healed.tokens_WT,
+            held_out.tokens_WT,
+            self.show,
+        )
+        removed, record = found.removal(self.plan.rounds)
+        return removed, {"search": record}
 
     def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
         """The healed model, if the recipe asks for it."""

@@ -156,6 +156,21 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
     )
 
 
+def search_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int, room: int) -> str:
+    """As `healing_shortage`, for a trial of the tournament, which one replica heals alone."""
+    if recipe.search is None:
+        return ""
+    alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
+    needed = healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
+    if needed <= room:
+        return ""
+    return (
+        f"search heals each set of blocks on one replica, which needs about {byte_count(needed)} "
+        f"of {byte_count(room)} even with a single window at once; leave out search, or use "
+        "heal.train: lora and cluster.recompute_activations"
+    )
+
+
 def trained_elements(recipe: Recipe, dense: Stack, donors: int) -> int:
     """Of a group: the two factors of each neighbour's own update, and of each donor's."""
     settings = recipe.fusion

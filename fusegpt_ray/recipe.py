@@ -20,8 +20,6 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.sections import (
-    METHOD_SPECS,
-    PRESETS,
     Calibration,
     Cluster,
     Evaluation,
@@ -31,8 +29,10 @@ from fusegpt_ray.sections import (
     Method,
     Model,
     Output,
+    Search,
     Seed,
 )
+from fusegpt_ray.specs import METHOD_SPECS, PRESETS
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
@@ -60,6 +60,8 @@ class Recipe(Section):
     """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model.
     """
     importance: Importance = Importance()
+    search: Search | None = None
+    """A tournament that chooses the blocks; left out: each round chooses by `importance`."""
     fusion: Fusion = Fusion()
     heal: Heal | None = None
     """Whole-model training after the last round; left out: none."""
@@ -124,6 +126,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.search is None:
+            return self
+        names = list(self.search.candidates)
+        if len(set(names)) < max(2, len(names)):
+            problem = "a tournament is between at least two different ways"
+            raise UserError("search.candidates", names, problem, "list two or more, each once")
+        if self.heal is None:
+            problem = "the sets are compared after a short healing, and the recipe has no heal"
+            raise UserError("search", "given", problem, "add heal: {}, or leave out search")
+        return self
+
+    @model_validator(mode="after")
     def _check_start(self) -> Self:
         start, spec = self.fusion.start, METHOD_SPECS[self.method]
         if spec.repairs == (start == "none") and not spec.trains:
@@ -154,6 +169,17 @@ class Recipe(Section):
         length = self.calibration.length
         tokens = self.heal.tokens or self.calibration.windows * length
         return tokens // length // self.heal.batch * self.heal.batch
+
+    @property
+    def trial_windows(self) -> int:
+        """How many windows each set of blocks is healed on in the tournament, in whole loss
+        batches: at least one, and no more than a model is.
+        """
+        assert self.heal and self.search
+        batch, healed = self.heal.batch, self.healing_windows
+        tokens = self.search.tokens
+        windows = tokens // self.calibration.length if tokens else healed // 8
+        return min(max(1, windows // batch) * batch, healed)
 
     @property
     def repairs(self) -> bool:

@@ -91,8 +91,10 @@ class Display(_Live):
             self.say(f"warning: calibration: {warning}")
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        """`blocks`: how many are scored; 0 where it is known already which one goes."""
         self._round_began = time.monotonic()
-        self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
+        scoring = f": scoring {blocks} blocks" if blocks else ""
+        self.stage(f"round {number}/{rounds}{scoring}")
 
     def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
         self._note = f" ({what} {number}/{epochs}, loss {loss:.4g})"

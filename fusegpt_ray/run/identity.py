@@ -69,9 +69,10 @@ def _mark(uri: str) -> str:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
-    shaping = recipe.model_dump(
-        mode="json", exclude={"cluster", "output", "evaluation", "sparsity", "heal"}
-    )
+    outside = {"cluster", "output", "evaluation", "sparsity"}
+    if recipe.search is None:
+        outside.add("heal")  # it comes after the rounds
+    shaping = recipe.model_dump(mode="json", exclude=outside)
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 

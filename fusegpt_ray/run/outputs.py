@@ -27,7 +27,7 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|lease)-\d+"
+_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|search|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")

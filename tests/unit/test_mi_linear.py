@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import added, repair
+from fusegpt_ray.fusion.compensation import last_linears
 from fusegpt_ray.model import recorder
 from fusegpt_ray.model import runner as runner_module
+from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.publishing.publish import Published
@@ -64,10 +67,11 @@ def test_blocks_that_end_in_experts_are_not_repaired(desk: Desk) -> None:
     with pytest.raises(UserError, match="no block of MixtralForCausalLM ends in one"):
         plan(recipe(desk), Display())
     save_split("deepseek_v3", desk.model)
-    text = desk.recipe()["calibration"] | {"windows": 16}
-    published = compress(recipe(desk, calibration=text))[-1]
-    (record,) = published.manifest["rounds"]
-    assert record["repair"]["layer"] == "mlp.shared_experts.down_proj"
+    plan(recipe(desk), Display())
+    structure = observe(json.loads((desk.model / "config.json").read_text()))
+    layers, blocks = last_linears(structure.calls), structure.blocks
+    assert layers[0] is blocks[0].get_submodule("mlp.down_proj")
+    assert layers[1] is blocks[1].get_submodule("mlp.shared_experts.down_proj")
 
 
 @pytest.mark.parametrize("start", [None, "matrix", "scale"])
