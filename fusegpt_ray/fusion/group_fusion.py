@@ -16,12 +16,14 @@ from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.student import (
     DonorCache,
     FusionConfig,
+    all_layers,
     build_block,
     folded_tensors,
     is_coefficient,
     learned_tensors,
     terms_of,
 )
+from fusegpt_ray.model.architecture import build_meta_blocks
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context, run_block
@@ -88,6 +90,27 @@ class GroupFusion:
     def fused(self) -> Block | None:
         """What is fused into the neighbours."""
         return self.donor_block if self.fuse else None
+
+    def other_kinds(self) -> list[str]:
+        """What to say of neighbours that cannot take in all of the donor's layers."""
+        shapes = _shapes(self.donor_block)
+        others = [block.dense for block in self.neighbours if _shapes(block) != shapes]
+        if not (self.fuse and others):
+            return []
+        empty = build_meta_blocks(self.dense.config)
+        given = all_layers(empty[self.donor].module)
+        said = []
+        for dense in others:
+            own = all_layers(empty[dense].module)
+            alike = sum(
+                name in given and given[name].weight.shape == layer.weight.shape
+                for name, layer in own.items()
+            )
+            said.append(
+                f"block {dense} is of another kind than block {self.donor}: {alike} of its"
+                f" {len(own)} layers take in that block's"
+            )
+        return said
 
     @property
     def source(self) -> StatesSource:
@@ -211,3 +234,7 @@ class GroupFusion:
             refs = write(f"{uri}.learned.safetensors", learned_tensors(learned))
             terms = Terms(*terms_of(neighbour, donor), refs)
         return Block(neighbour.dense, weights, terms)
+
+
+def _shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    return {name: ref.shape for name, ref in block.weights.items()}

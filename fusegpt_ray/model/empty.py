@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fusegpt_ray.model.names import Names, Place, Tensors
+from fusegpt_ray.model.names import Names, Tensors
 from fusegpt_ray.model.stack import Refs
 from fusegpt_ray.store.checkpoint import read_tensors
 
@@ -89,15 +89,13 @@ class EmptyBlock:
 
     def conversions(self, refs: Refs) -> Iterator[Conversion]:
         """What is done with tensors of these shapes before they are the block's parameters."""
-        groups: dict[Place, list[str]] = {}
+        groups: dict[str, tuple[str, list[str]]] = {}
         for key in refs if self.names.converters else ():
             place = self.names.renamed_place(f"{self.path}.{key}")
             if place.pattern is not None:
-                groups.setdefault(Place(place.inside), []).append(key)
-        for keys in groups.values():
+                groups.setdefault(place.inside, (place.pattern, []))[1].append(key)
+        for pattern, keys in groups.values():
             empty = {key: torch.empty(refs[key].shape, device="meta") for key in keys}
-            pattern = self.names.renamed_place(f"{self.path}.{keys[0]}").pattern
-            assert pattern is not None
             yield Conversion(pattern, tuple(keys), self.parameters(empty))
 
     def filled(self, parameters: Tensors, device: torch.device, dtype: torch.dtype) -> nn.Module:

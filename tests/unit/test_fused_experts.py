@@ -182,6 +182,9 @@ def test_a_dense_block_takes_no_experts(tmp_path: Path) -> None:
     """Of a donor of another kind, only the layers of the same name and shape are fused."""
     dense = open_stack(save_split("deepseek_v3", tmp_path))
     job = GroupFusion(dense, dense, 1, settings(), True, 0, str(tmp_path / "out"))
+    assert job.other_kinds() == [
+        "block 0 is of another kind than block 1: 4 of its 7 layers take in that block's"
+    ]
     runner = Runner(dense, CPU, torch.float32, 8)
     trunk = runner.trunk
     span = job.build(trunk.meta_blocks, trunk.contexts(BATCH, 7), CPU, torch.float32)
