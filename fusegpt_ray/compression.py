@@ -11,11 +11,13 @@ from typing import Any
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
+from fusegpt_ray.fusion.repair import repaired_only
 from fusegpt_ray.heal import Healer
 from fusegpt_ray.importance.removals import Removal
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.preflight import Target, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
@@ -57,17 +59,18 @@ class Compression:
         show.say(workers.description)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
-        windows = calibration_windows(workers, recipe, leading["calibration"])
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
                 workers, held, held.length or text.length, leading[key], f"{key}.data"
             )
+        # After those that are only read: the dense model may have to write some of it.
+        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
-            healing = healing_windows(workers, recipe, leading["calibration"])
+            healing = healing_windows(workers, recipe, leading["calibration"], show)
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")
@@ -146,11 +149,7 @@ class Compression:
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.remove], journal)
-            stages = {"fused": done[target.remove - 1].stack}
-            if healed and not (recipe.trains_groups or recipe.repairs):  # dropped is all they are
-                stages = {}
-            if healed:
-                stages["healed"] = healed.stack
+            stages = self._stages(done[: target.remove], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             stack = [*stages.values()][-1]
             with journal.creating():
@@ -167,6 +166,30 @@ class Compression:
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published
+
+    def _stages(
+        self, rounds: Sequence[Done], healed: Done | None, journal: Journal
+    ) -> dict[str, Stack]:
+        """The model on its way, by what `text.protocol.STAGES` calls it."""
+        recipe, last = self.plan.recipe, rounds[-1]
+        stages = {"healed": healed.stack} if healed else {}
+        if not recipe.trains_groups and recipe.repairs:
+            return {"repaired": last.stack, **stages}
+        if healed and not recipe.trains_groups:  # dropped is all that it was
+            return stages
+        stages = {"fused": last.stack, **stages}
+        if recipe.repairs and self.held_out:
+            self.show.stage("repairing the gaps alone, to compare with")
+            removed = [done.record["removed"] for done in rounds]
+            folder = storage.join(journal.blocks_folder, "repaired")
+            way = recipe.fusion.start
+            assert way != "none"
+            dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
+            stack = repaired_only(
+                self.workers, dense, removed, way, windows_WT, folder, journal.fence
+            )
+            stages = {"repaired": stack, **stages}
+        return stages
 
     def _search(self, journal: Journal) -> tuple[Removal | None, dict[str, Any]]:
         """The blocks to remove, in order, and what the manifest tells of their choice; None and

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
@@ -23,6 +24,8 @@ from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
 from fusegpt_ray.sections import Evaluation, Importance
+from fusegpt_ray.text.mixture import generated_tokens
+from fusegpt_ray.text_sections import GeneratedText
 
 RATES: Mapping[str, Mapping[str, float]] = {
     # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
@@ -35,12 +38,14 @@ RATES: Mapping[str, Mapping[str, float]] = {
         "search": 565e12,
         "evaluation": 390e12,
         "repair": 30e12,
+        "generating": 7e12,
     },
 }
 """FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
 windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, healing
 and search as fine-tuning. An H100 multiplies as fast. Not measured: a repair's products in float64,
-taken to reach half of what the maker says."""
+taken to reach half of what the maker says; and generating, where a step of 16 texts is taken to
+last 30 ms, most of which goes by between its kernels."""
 
 
 @dataclass(frozen=True)
@@ -89,19 +94,23 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
     stages = []
+    if generated := _generated_tokens(recipe):
+        stages.append(_generating(generated, length, dense))
     if recipe.search:
         stages.append(_search(recipe, dense, depths))
     else:
         stages.append(_scoring(recipe.importance, dense, depths, length))
+    # Where groups are trained, the gaps are repaired once more alone, to compare with.
+    repairs = [target.remove for target in targets] if recipe.evaluation else []
+    repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
     if recipe.trains_groups or recipe.repairs:
-        walked = recipe.calibration.windows * sum(
-            recipe.trains_groups * _states_forwards(recipe, len(dense), depth)
-            + recipe.repairs * depth
-            for depth in depths
+        walked = recipe.calibration.windows * (
+            recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
+            + sum(sum(depths[:count]) for count in repairs)
         )
         stages.append(Stage("states", walked, walked * flops))
     if recipe.repairs:
-        stages.append(Stage("repair", 0, rounds * _repair_flops(recipe, dense)))
+        stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
@@ -168,6 +177,29 @@ def scored_tokens(settings: Importance, left: int, length: int) -> int:
         return 0
     walks = 1 if settings.all else 3
     return tokens * (left + (walks if against == "dense" else 0))
+
+
+def _generated_tokens(recipe: Recipe) -> int:
+    """Of all texts that the dense model writes. One in two sections is written once."""
+    calibration, heal = recipe.calibration, recipe.heal
+    wanted = [generated_tokens(calibration, calibration.length, calibration.windows)]
+    if heal:
+        texts = heal if heal.data else calibration
+        windows = (recipe.healing_windows, heal.held_out)
+        wanted.append(generated_tokens(texts, calibration.length, *windows))
+    most: dict[GeneratedText, int] = {}
+    for part, tokens in ((part, n) for section in wanted for part, n in section.items()):
+        same = part.model_copy(update={"weight": 1.0, "tokens": None})
+        most[same] = max(tokens, most.get(same, 0))
+    return sum(most.values())
+
+
+def _generating(tokens: int, length: int, dense: Stack) -> Stage:
+    """As if the text were walked once in windows."""
+    windows = ceil(tokens / length)
+    walked = windows * len(dense)
+    flops = walked * block_flops(dense, length) + windows * head_flops(dense, length)
+    return Stage("generating", walked, flops)
 
 
 def _scoring_forwards(settings: Importance, depth: int, left: int) -> int:

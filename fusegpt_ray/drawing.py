@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
+from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.text_sections import GeneratedText, Texts
 from fusegpt_ray.workers.base import Workers
 
 
-def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
+def calibration_windows(
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
+) -> Windows:
     """Of the calibration texts, drawn at random.
 
     Args:
@@ -20,7 +26,7 @@ def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    streams = mixture.streams(workers.tokens, text, key)
+    streams = _streams(workers, recipe, text, key, show, text.windows)
     return mixture.calibration_windows(streams, text, leading, key)
 
 
@@ -36,7 +42,7 @@ def evaluation_windows(
 
 
 def healing_windows(
-    workers: Workers, recipe: Recipe, leading: int | None
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
 ) -> tuple[Windows, Windows]:
     """To heal on, and held-out ones to choose the best state by.
 
@@ -46,8 +52,9 @@ def healing_windows(
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
     texts = heal if heal.data else calibration
+    amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        mixture.streams(workers.tokens, texts, "heal"),
+        _streams(workers, recipe, texts, "heal", show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -58,3 +65,15 @@ def healing_windows(
         "heal",
         fewer=heal.batch if heal.tokens is None else None,
     )
+
+
+def _streams(
+    workers: Workers, recipe: Recipe, texts: Texts, key: str, show: Display, *windows: int
+) -> list[Stream]:
+    """Of each text; so many windows of them all are drawn, in one or several sets."""
+    tokens = mixture.generated_tokens(texts, recipe.calibration.length, *windows)
+
+    def generated(text: GeneratedText, name: str) -> Stream:
+        return generated_stream(workers, recipe, text, tokens[text], name, show)
+
+    return mixture.streams(workers.tokens, texts, key, generated)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
@@ -294,15 +294,17 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    model = root
+    """Of all kinds of sections that may be there."""
+    models = [root]
     for part in path:  # a name of a text, or a number in a list of them, leads to no other section
-        if part in model.model_fields:
-            model = _section_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [found for field in fields for found in _sections_in(field.annotation)] or models
+    return [*dict.fromkeys(key for model in models for key in model.model_fields)]
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, be it in a mapping or a list."""
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key may hold, be it in a mapping or a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

@@ -109,6 +109,13 @@ class Display(_Live):
         ):
             self.say(f"  {what} {number}/{epochs}  loss {loss:.4g}")
 
+    def part(self, number: int, parts: int) -> None:
+        """So many of the equal parts of what is being done are done."""
+        self._note = f" ({number}/{parts})"
+        self._bar.update(self._task, completed=number, total=parts, note=f"{number}/{parts}")
+        if not self.console.is_terminal and number % max(1, parts // 5) == 0:
+            self.say(f"  {number}/{parts}")
+
     def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
         self._round_seconds.append(time.monotonic() - self._round_began)
         left = (rounds - number) * sum(self._round_seconds) / len(self._round_seconds)

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
-from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
+from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
@@ -157,7 +157,7 @@ class Heal(Texts):
     """Healing: after the last round all blocks are trained together, so that the model's next-token
     distributions are again those of the dense model."""
 
-    data: Uri | tuple[WeightedText, ...] | None = None  # type: ignore[assignment]
+    data: Uri | tuple[TextPart, ...] | None = None  # type: ignore[assignment]
     """Texts as in `calibration`; left out: the calibration's."""
     tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
     """How many tokens of text each published model is trained on, each token once; left out: as

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
-from fusegpt_ray.text_sections import Text
+from fusegpt_ray.text_sections import GeneratedText, Text
 
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""
@@ -26,11 +26,31 @@ class Drawn:
     """Of the whole text, where windows were drawn from it at random and may overlap."""
     distinct: int | None = None
     """How many different windows there are, where they are cycled through."""
+    generated: Mapping[str, Any] | None = None
+    """Of a text that the dense model wrote: from which prompts, how, and how much."""
+
+    @classmethod
+    def of(cls, text: Text | GeneratedText, n_tokens: int, **facts: Any) -> Self:
+        """`n_tokens`: of the whole text."""
+        if isinstance(text, Text):
+            return cls(text.label, **facts)
+        prompts = text.prompts
+        how = {
+            "prompts": prompts.label if prompts else None,
+            "tokens": n_tokens,
+            "temperature": text.temperature,
+            "top_p": text.top_p,
+        }
+        return cls(text.label, generated=how, **facts)
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
-        "warning"; or "repeated".
+        "warning"; or "repeated"; also "generated", if it is.
         """
+        origin = {"generated": dict(self.generated)} if self.generated else {}
+        return origin | self._amounts(windows, length, bos)
+
+    def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         if self.distinct is not None and windows > self.distinct:
             return {"repeated": round(windows / self.distinct, 3)}
         if self.text_tokens is None:
@@ -71,7 +91,8 @@ class Windows:
         """For manifests and `--json`: {"data", "windows", "length", "bos"}; of random windows also
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
-        average).
+        average); of a text that the dense model wrote "generated": {"prompts" (None: without),
+        "tokens" (of the whole text), "temperature", "top_p"}.
 
         Of a mixture, these further ones stand in "parts", with the "data" and "windows" of each.
         """
@@ -87,7 +108,13 @@ class Windows:
 
 
 def random_windows(
-    stream: Stream, text: Text, windows: int, length: int, seed: int, bos: int | None, key: str
+    stream: Stream,
+    text: Text | GeneratedText,
+    windows: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    key: str,
 ) -> Windows:
     """At random places of one text, so that they may overlap.
 
@@ -104,7 +131,8 @@ def random_windows(
             yield tokens
 
     tokens_WT = sample_windows(watched, windows, length, seed, key, bos)
-    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text), n_tokens))
+    drawn = Drawn.of(text, n_tokens, text_tokens=n_tokens)
+    return Windows.of(tokens_WT, bos is not None, drawn)
 
 
 def evaluation_windows(
@@ -120,9 +148,4 @@ def evaluation_windows(
         UserError: see `consecutive_windows`.
     """
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
-    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text)))
-
-
-def name_of(text: Text) -> str:
-    """A dataset has parts; a file is what it is."""
-    return f"{text.data} ({text.config}, {text.split})" if text.config else text.data
+    return Windows.of(tokens_WT, bos is not None, Drawn(text.label))

@@ -238,14 +238,19 @@ def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -
 
 
 def _save(worker: TrainingWorker, task: TrainingTask, learned: Learned) -> SavedBlocks:
+    """Each worker writes a block at the same time, and no more blocks than that are whole."""
     span, stepper = learned.span, learned.stepper
     if isinstance(stepper, TorchStepper):
         return task.trainable.save(span, 0, 1)
-    with stepper.whole():
-        saved = task.trainable.save(span, worker.rank, worker.count)
-        worker.meet(learned.moved)  # nobody leaves while others need its part of the parameters
+    saved, count = list[SavedBlocks](), len(span.blocks)
+    for first in range(0, count, worker.count):
+        with stepper.whole(span.learned.blocks[first : first + worker.count]):
+            if (own := first + worker.rank) < count:
+                saved.append(task.trainable.save(span, own, count))
+            # Nobody leaves while others need its part of the parameters.
+            worker.meet(learned.moved)
     stepper.close()
-    return saved
+    return SavedBlocks.merged(saved)
 
 
 def _stepper(

@@ -44,7 +44,8 @@ def run(desk: Desk, name: str, save: Save, **changes: Any) -> Path:
     (desk.model / "model.safetensors").unlink()
     save(name, desk.model, torch.bfloat16)
     assert main(["compress", desk.write(**changes)]) == 0
-    return desk.out / "demo-p40"
+    (published,) = desk.out.glob("demo-p*")
+    return published
 
 
 def kept_tensors(desk: Desk, published: Path) -> dict[str, torch.Tensor]:
@@ -86,7 +87,11 @@ LEARNING = {
     "mixtral": (save_split, {"method": "fusegpt"}),
     "deepseek_v3": (save_split, {"method": "fusegpt"}),
     "gpt_oss": (save_split, {"method": "mi", "heal": HEALED | {"train": "lora"}}),
-    "granitemoeshared": (save_split, {"method": "mi", "heal": HEALED | {"train": "all"}}),
+    "granitemoeshared": (
+        save_split,
+        # Without the two weak blocks alone there would be nothing to heal.
+        {"method": "mi", "sparsity": 0.6, "heal": HEALED | {"train": "all"}},
+    ),
     "qwen2_moe": (save_merged, {"method": "mi", "heal": HEALED | {"train": "lora"}}),
 }
 
@@ -104,6 +109,6 @@ def test_what_was_trained_is_published_as_the_model_was(name: str, desk: Desk) -
     routers = [key for key in dense if re.search(r"\.(router|gate|shared_expert_gate)\.", key)]
     same = [torch.equal(found[key], dense[key]) for key in routers]
     # Only where all weights are trained are these, too.
-    assert not any(same) if name == "granitemoeshared" else same and all(same)
+    assert same and all(same) == (name != "granitemoeshared")
     experts = [key for key in dense if "experts." in key or "_linear.weight" in key]
     assert any(not torch.equal(found[key], dense[key]) for key in experts)
