@@ -152,7 +152,8 @@ def test_old_terms_go_on_learning_and_are_saved_again(workshop: Workshop) -> Non
     twice = stack.drop(3).swap(job.save(student).blocks)
     terms = twice.blocks[0].terms
     assert terms.base == workshop.dense.blocks[0].weights
-    assert terms.donors == (workshop.dense.blocks[2].weights, stack.blocks[2].weights)
+    (second,) = (block for block in stack.blocks if block.dense == 3)
+    assert terms.donors == (workshop.dense.blocks[2], Block(3, second.weights))
     names = {name.rsplit(".", 1)[-1] for name in terms.learned} - {"weight"}
     assert names == {"A", "B", "C0", "D0", "C1", "D1"}
     assert len(twice.blocks[-1].terms.donors) == 1
