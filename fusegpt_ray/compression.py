@@ -183,7 +183,7 @@ class Compression:
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
             way = recipe.fusion.start
-            assert way != "none"
+            assert way != "auto" and way != "none"
             dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
             stack = repaired_only(
                 self.workers, dense, removed, way, windows_WT, folder, journal.fence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,6 +85,24 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
         raise UserError("method", recipe.method, problem, fix)
 
 
+def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None]) -> Recipe:
+    """The recipe with `fusion.start: auto` decided."""
+    if recipe.fusion.start != "auto":
+        return recipe
+
+    def starting(way: str) -> Recipe:
+        fusion = recipe.fusion.model_copy(update={"start": way})
+        return recipe.model_copy(update={"fusion": fusion})
+
+    linear = starting("linear")
+    try:
+        check_repair(linear, structure)
+    except UserError as error:
+        say(f"groups are trained without a start in closed form: {error.problem}")
+        return starting("none")
+    return linear
+
+
 def check_repair(recipe: Recipe, structure: Structure) -> None:
     """
     Raises:
@@ -91,6 +110,7 @@ def check_repair(recipe: Recipe, structure: Structure) -> None:
             have too few tokens for the repair's least squares.
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
+    assert way != "auto", "it is decided"
     if way == "none":
         return
     layers = last_linears(structure.calls).values()

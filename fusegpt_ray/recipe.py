@@ -78,13 +78,14 @@ class Recipe(Section):
     def _apply_preset(cls, data: Any) -> Any:
         if not isinstance(data, Mapping) or not isinstance(data.get("fusion") or {}, Mapping):
             return data
-        given = dict(PRESETS.get(str(data.get("preset", "best")), {}))
-        fusion = {**given.pop("fusion", {}), **(data.get("fusion") or {})}
+        preset = dict(PRESETS.get(str(data.get("preset", "best")), {}))
+        fusion = dict(preset.pop("fusion", {}))
         spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
-        if spec is not None and spec.repairs:
-            fusion = {"start": "linear", **fusion}
-        whole = given if spec is not None and spec.fuses else {}
-        return {**whole, **data, "fusion": fusion}
+        if spec is not None and not spec.trains:  # a start, then, is all there is
+            fusion["start"] = "linear" if spec.repairs else "none"
+        if spec is None or not spec.fuses:
+            preset = {}
+        return {**preset, **data, "fusion": {**fusion, **(data.get("fusion") or {})}}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -147,6 +148,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_start(self) -> Self:
         start, spec = self.fusion.start, METHOD_SPECS[self.method]
+        if start == "auto" and not spec.trains:
+            problem, fix = "it may come to none, and this method has no other step", "choose one"
+            raise UserError("fusion.start", start, problem, fix)
         if spec.repairs == (start == "none") and not spec.trains:
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"

@@ -114,18 +114,19 @@ class Fusion(Section):
     (method.md).
     """
 
-    start: Literal["none", "linear", "matrix", "scale"] = "none"
+    start: Literal["auto", "none", "linear", "matrix", "scale"] = "auto"
     """How the block before the gap is repaired, in closed form, before the group is trained, or
     instead (method `mi+linear`, which takes `linear` if this is left out). `linear`: its last
     linear layer takes over what the removed block added, as a function of the layer's inputs.
-    `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number."""
+    `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number. `auto`:
+    `linear`, or `none` where the model has no such layer or the windows too few tokens."""
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)
     """Rank r of the fusion coefficients C·D."""
     lora_rank: int = Field(128, ge=1, le=MOST)
     """Rank of the low-rank update B·A on the neighbours' own weights."""
-    epochs: int = Field(5, ge=1, le=MOST)
+    epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the calibration windows for each removed block."""
     batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""
@@ -135,9 +136,9 @@ class Fusion(Section):
     teacher: Literal["current", "dense"] = "dense"
     """`current`: the group as it was before this round (paper). `dense`: the dense model at the
     same depth; errors do not pile up."""
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for the fusion coefficients C, D and c."""
-    lora_learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    lora_learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for everything else that learns: LoRA and norm weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""

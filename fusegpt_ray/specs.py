@@ -69,6 +69,7 @@ METRIC_SPECS: dict[str, MetricSpec] = {
 }
 
 _GROUPS: dict[str, Any] = {
+    "start": "none",
     "loss": "normalized_mse",
     "teacher": "dense",
     "learning_rate": 1e-3,
@@ -91,12 +92,22 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "lora_learning_rate": 9.65e-6,
             "trained_dtype": "model",
             "fold": "at_end",
+            "start": "none",
             "epochs": 20,
         }
     },
     "rounds": {"fusion": {**_GROUPS, "epochs": 20}},
     # Most of the work goes where it is worth most (docs/quality.md): into healing.
-    "best": {"fusion": {**_GROUPS, "epochs": 5}, "heal": {}},
+    "best": {
+        "fusion": {
+            **_GROUPS,
+            "start": "auto",
+            "epochs": 2,
+            "learning_rate": 3e-4,
+            "lora_learning_rate": 2e-4,
+        },
+        "heal": {},
+    },
 }
 """By name, what each fills in: keys of `fusion` that the recipe leaves out; where the
 method fuses, other sections, too."""

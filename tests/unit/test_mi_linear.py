@@ -178,6 +178,24 @@ def test_a_start_makes_the_first_loss_smaller(desk: Desk) -> None:
     assert losses["linear"] < 0.95 * losses["none"]
 
 
+@pytest.mark.parametrize(("windows", "start"), [(12, "linear"), (4, "none")])
+def test_auto_is_a_start_where_there_are_enough_tokens(
+    windows: int, start: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"data": str(desk.folder / "calibration.txt"), "windows": windows, "length": LENGTH}
+    keys = fusion(desk, start="auto")
+    asked = recipe(desk, method="fusegpt", calibration=text, fusion=keys)
+    assert plan(asked, Display()).recipe.fusion.start == start
+    assert ("without a start in closed form" in capsys.readouterr().err) == (start == "none")
+
+
+def test_auto_is_no_start_for_a_mixture_of_experts(desk: Desk) -> None:
+    (desk.model / "model.safetensors").unlink()
+    save_split("mixtral", desk.model)
+    asked = recipe(desk, method="fusegpt", fusion=fusion(desk, start="auto"))
+    assert plan(asked, Display()).recipe.fusion.start == "none"
+
+
 @pytest.mark.parametrize(
     ("name", "way", "length", "windows", "needed"),
     [

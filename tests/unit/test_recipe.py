@@ -32,8 +32,8 @@ def test_defaults() -> None:
     assert r.importance.windows == 32
     f = r.fusion
     # method.md: 7 neighbours, r = 128 for both, batches of 8, Adam's betas and eps.
-    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 5, 8)
-    assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 1e-3)
+    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 2, 8)
+    assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 3e-4)
     assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == (
         "ray",
         1,
@@ -52,25 +52,28 @@ PAPER = {
     "trained_dtype": "model",
     "fold": "at_end",
     "epochs": 20,
+    "start": "none",
 }
-OURS = {
+ROUNDS = {
     "loss": "normalized_mse",
     "teacher": "dense",
+    "start": "none",
     "learning_rate": 1e-3,
     "lora_learning_rate": 3e-4,
     "trained_dtype": "float32",
     "fold": "each_round",
-    "epochs": 5,
+    "epochs": 20,
 }
+BEST = ROUNDS | {"start": "auto", "learning_rate": 3e-4, "lora_learning_rate": 2e-4, "epochs": 2}
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, OURS),
-        ({"fusion": None}, OURS),
-        ({"preset": "best"}, OURS),
-        ({"preset": "rounds"}, OURS | {"epochs": 20}),
+        ({}, BEST),
+        ({"fusion": None}, BEST),
+        ({"preset": "best"}, BEST),
+        ({"preset": "rounds"}, ROUNDS),
         ({"preset": "paper"}, PAPER),
         # What the recipe says itself counts.
         (
@@ -81,13 +84,20 @@ OURS = {
             {"preset": "paper", "fusion": {"teacher": "dense", "fold": "each_round"}},
             PAPER | {"teacher": "dense", "fold": "each_round"},
         ),
-        ({"fusion": {"learning_rate": 0.5}}, OURS | {"learning_rate": 0.5}),
-        ({"fusion": {"trained_dtype": "model"}}, OURS | {"trained_dtype": "model"}),
+        ({"fusion": {"learning_rate": 0.5}}, BEST | {"learning_rate": 0.5}),
+        ({"fusion": {"trained_dtype": "model"}}, BEST | {"trained_dtype": "model"}),
     ],
 )
 def test_presets_fill_in_what_is_left_out(given: dict[str, Any], expected: dict[str, Any]) -> None:
     got = Recipe.parse(SMALLEST | given).fusion
     assert {key: getattr(got, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "start"), [("mi", "none"), ("mi+linear", "linear"), ("mi+ft", "auto")]
+)
+def test_only_what_trains_may_start_as_the_preset_says(method: str, start: str) -> None:
+    assert Recipe.parse(SMALLEST | {"method": method}).fusion.start == start
 
 
 @pytest.mark.parametrize(
