@@ -150,8 +150,10 @@ def within(
     if recipe.heal is None:
         return recipe
     step = recipe.heal.batch
-    one, two = (work(parsed(arguments, *setting, n * step)) for n in (1, 2))
-    steps = 1 + int((budget - one) / (two - one))
+    # So many that a trial of a search is no longer bounded by them.
+    one, two = (work(parsed(arguments, *setting, n * step)) for n in (1000, 1001))
+    steps = 1000 + int((budget - one) / (two - one))
+    assert steps > 0, "the work before healing is more than all of the paper's"
     return parsed(arguments, *setting, steps * step)
 
 
