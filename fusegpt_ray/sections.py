@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, Field
 
+from fusegpt_ray.samples import Counting
 from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
 from fusegpt_ray.uris import refuse_ambiguous
 
@@ -179,6 +180,9 @@ class Importance(Section):
     cannot be the lowest: small saves work as long as batch × `calibration.length` tokens keep the
     device busy. Fixed by the recipe, never by the cluster: sums are the same on any. Bounds the
     memory of activations in scoring, evaluation and the states for fine-tuning."""
+    tokens: Counting = "all"
+    """Which tokens of samples with images count in the score: `all` of them, those of `text`, or
+    those of an `image` alone. Padding never counts."""
     all: bool = False
     """Score every block on all windows, though the choice is the same: for tables of all scores
     (`fusegpt score` always does)."""

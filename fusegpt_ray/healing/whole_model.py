@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,6 +17,7 @@ from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.trunk import Trunk, load_block
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
@@ -50,8 +50,8 @@ class WholeModel:
 
     def task(
         self,
-        windows_WT: np.ndarray,
-        held_out_WT: np.ndarray,
+        windows: Batch,
+        held_out: Batch,
         cluster: Cluster,
         identity: Mapping[str, Any],
         checkpoints: str,
@@ -67,7 +67,7 @@ class WholeModel:
             loss="logits_kl",
             batch=settings.batch,
             epochs=1,
-            parts=min(settings.looks, len(windows_WT) // settings.batch),
+            parts=min(settings.looks, len(windows) // settings.batch),
             warmup=settings.warmup,
             betas=settings.betas,
             eps=settings.eps,
@@ -78,12 +78,12 @@ class WholeModel:
         return TrainingTask(
             self,
             StatesSource(self.stack, 0, self.dense, len(self.dense)),
-            windows_WT,
+            windows,
             config,
             identity,
             checkpoints,
             self.fence,
-            held_out_WT,
+            held_out,
             "healing",
             "heal.learning_rate",
         )
@@ -108,8 +108,9 @@ class WholeModel:
             built.append((plain, learned))
         blocks, learns = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.stack.blocks]
-        around = [partition.run] if partition else []
-        return Span(blocks, Learned(learns), own, recompute, run, *around)
+        around = {"gathering": partition.run} if partition else {}
+        numbers = [block.dense for block in self.stack.blocks]
+        return Span(blocks, Learned(learns), own, recompute, run, **around, numbers=numbers)
 
     def _learned(
         self,

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -18,9 +17,13 @@ from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.device import tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.recorder import Context
+from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch as Windows
+from fusegpt_ray.samples import joined
 from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.losses import Loss
@@ -28,7 +31,7 @@ from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, StatesSource, own_windows
-from fusegpt_ray.training.stepper import Batch, TorchStepper, TrainingConfig
+from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
 
@@ -89,7 +92,7 @@ class TrainingTask:
 
     trainable: Trainable
     source: StatesSource
-    windows_WT: np.ndarray
+    windows: Windows
     config: TrainingConfig
     identity: Mapping[str, Any]
     """Names what is trained: a training checkpoint of another identity is not used."""
@@ -97,7 +100,7 @@ class TrainingTask:
     """Where its training checkpoints lie."""
     fence: Callable[[], None]
     """Called before every write: it raises where another run writes here."""
-    held_out_WT: np.ndarray | None = None
+    held_out: Windows | None = None
     """What is saved is the state with the lowest loss on these windows, whole loss batches of them;
     None: the last state."""
     what: str = "fine-tuning the group"
@@ -182,19 +185,29 @@ def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> tupl
     if key not in worker.memory:
         worker.memory.clear()  # of the last task
         worker.runner.reload()
-        trained_WT = _own(worker, task, task.windows_WT)
-        held_WT = (
-            trained_WT[:0] if task.held_out_WT is None else _own(worker, task, task.held_out_WT)
-        )
         runner = worker.runner.with_batch_size(batch_size)
-        both = States(*task.source.walk(runner, torch.cat([trained_WT, held_WT])))
-        worker.memory[key] = both.split(len(trained_WT))
+        trained, weights_WT = _own(worker, task, task.windows)
+        held, held_weights_WT = trained[:0], None
+        if task.held_out is not None:
+            held, held_weights_WT = _own(worker, task, task.held_out)
+        rows = as_rows(joined(trained, held))
+        owns = runner.enter(rows)[1] if runner.by_sample(rows) else None
+        states = States(*task.source.walk(runner, rows), owns=owns)
+        first, rest = states.split(len(trained))
+        worker.memory[key] = (
+            replace(first, weights_WT=weights_WT),
+            replace(rest, weights_WT=held_weights_WT),
+        )
     return worker.memory[key]
 
 
-def _own(worker: TrainingWorker, task: TrainingTask, windows_WT: np.ndarray) -> torch.Tensor:
-    numbers = own_windows(len(windows_WT), task.config.batch, worker.count, worker.rank)
-    return torch.from_numpy(windows_WT[numbers])
+def _own(
+    worker: TrainingWorker, task: TrainingTask, windows: Windows
+) -> tuple[Windows, torch.Tensor | None]:
+    """This worker's part of the windows, and the weights of their tokens in the loss."""
+    numbers = own_windows(len(windows), task.config.batch, worker.count, worker.rank)
+    weights_WT = token_weights(windows)
+    return windows[numbers], None if weights_WT is None else weights_WT[numbers]
 
 
 def train_and_save(
@@ -205,7 +218,7 @@ def train_and_save(
     """
     config = task.config
     states, held_out = _states(worker, task, states_batch)
-    first = states.entering_WTD[: checkpoints.micro_batch]
+    first = next(states.batches(config.batch // worker.count)).rows(slice(checkpoints.micro_batch))
     span, moved = _span(worker, task, first)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
@@ -221,7 +234,7 @@ def train_and_save(
             worker.report((number, loss))
 
     validation = None
-    if task.held_out_WT is not None:
+    if task.held_out is not None:
         validation = Validation(
             lambda: on_device(held_out.batches(size), worker.device), lambda: worker.meet(moved)
         )
@@ -241,13 +254,13 @@ def train_and_save(
     return losses, validation.losses if validation else [], saved
 
 
-def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -> tuple[Span, int]:
-    """The span, rehearsed with the states of a micro-batch; and a bound for the bytes that a worker
+def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Span, int]:
+    """The span, rehearsed with the first micro-batch; and a bound for the bytes that a worker
     reads or writes by itself between two steps.
     """
     runner, trainable = worker.runner, task.trainable
     runner.reload()
-    contexts = runner.trunk.contexts(*first_BTD.shape[:2])
+    contexts = runner.trunk.contexts(*first.entering_bTD.shape[:2])
     runner.offload(trunk=not trainable.uses_head)
     partitioned = worker.count > 1 and worker.zero_stage == 3
     span = trainable.build(
@@ -266,7 +279,7 @@ def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -
     if partitioned:  # from now on a pass gathers the frozen weights of all workers
         worker.meet(moved + _bytes_read(task))
     with tensor_core_products(worker.device, worker.dtype):
-        if told := span.rehearse(first_BTD.to(worker.device)):
+        if told := span.rehearse(first.entering_bTD.to(worker.device), first.owns):
             worker.report(f"  {told}")
     return span, moved
 
@@ -289,7 +302,7 @@ def _stepper(
     """Plain torch's, or DeepSpeed's where the worker belongs to a process group."""
     groups, config = task.trainable.parameter_groups(span), task.config
     loss = task.trainable.loss(worker.runner.trunk)
-    steps = config.epochs * len(task.windows_WT) // config.batch
+    steps = config.epochs * len(task.windows) // config.batch
     if worker.zero_stage is None:
         return TorchStepper.make(span, groups, config, steps, worker.device, micro_batch, loss)
     from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
