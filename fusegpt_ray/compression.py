@@ -60,7 +60,7 @@ class Compression:
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
-                workers, held, held.length or text.length, leading[key], f"{key}.data"
+                workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
             )
         healing = None
         texts = [windows, *held_out.values()]

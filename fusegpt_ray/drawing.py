@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
+from fusegpt_ray.text.calibration import PACKED, Stream
+from fusegpt_ray.text.documents import APART
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import Workers
 
 
@@ -20,19 +26,28 @@ def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    streams = mixture.streams(workers.tokens, text, key)
+    streams = mixture.streams(_reader(workers, text.pack), text, key)
     return mixture.calibration_windows(streams, text, leading, key)
 
 
 def evaluation_windows(
-    workers: Workers, text: Evaluation, length: int, leading: int | None, key: str
+    workers: Workers,
+    text: Evaluation,
+    length: int,
+    leading: int | None,
+    key: str,
+    pack: bool = True,
 ) -> Windows:
     """Of a held-out text, one after another.
+
+    `pack`: where the text itself does not tell.
 
     Raises:
         UserError: the text cannot be used.
     """
-    return windows.evaluation_windows(workers.tokens(text, key), text, length, leading, key)
+    packed = pack if text.pack is None else text.pack
+    stream = _reader(workers, packed)(text, key)
+    return windows.evaluation_windows(stream, text, length, leading, key, packed)
 
 
 def healing_windows(
@@ -47,7 +62,7 @@ def healing_windows(
     assert heal is not None
     texts = heal if heal.data else calibration
     return fresh_windows(
-        mixture.streams(workers.tokens, texts, "heal"),
+        mixture.streams(_reader(workers, calibration.pack), texts, "heal"),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -57,4 +72,9 @@ def healing_windows(
         leading,
         "heal",
         fewer=heal.batch if heal.tokens is None else None,
+        pack=calibration.pack,
     )
+
+
+def _reader(workers: Workers, pack: bool) -> Callable[[Text, str], Stream]:
+    return partial(workers.tokens, reading=PACKED if pack else APART)

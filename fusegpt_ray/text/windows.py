@@ -8,7 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from fusegpt_ray.samples import lengths
 from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.text import documents
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
 from fusegpt_ray.text_sections import Text
 
@@ -26,11 +28,17 @@ class Drawn:
     """Of the whole text, where windows were drawn from it at random and may overlap."""
     distinct: int | None = None
     """How many different windows there are, where they are cycled through."""
+    documents: int | None = None
+    """Of the whole text, where each window is one of them."""
+    cut: int = 0
+    """Of the documents taken, those that were longer than a window."""
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
-        "warning"; or "repeated".
+        "warning"; or "repeated"; or "documents" and "cut".
         """
+        if self.documents is not None:
+            return {"documents": self.documents, "cut": self.cut}
         if self.distinct is not None and windows > self.distinct:
             return {"repeated": round(windows / self.distinct, 3)}
         if self.text_tokens is None:
@@ -67,17 +75,25 @@ class Windows:
         return Windows(self.tokens_WT[:windows], self.bos, self.texts, self.text_W[:windows])
 
     @property
+    def tokens(self) -> int:
+        """Of all windows, without padding."""
+        return sum(lengths(self.tokens_WT))
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """For manifests and `--json`: {"data", "windows", "length", "bos"}; of random windows also
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
-        average).
+        average); of padded ones "tokens"; of documents "documents" (how many the text has) and
+        "cut" (how many of those taken are longer than a window).
 
         Of a mixture, these further ones stand in "parts", with the "data" and "windows" of each.
         """
         windows, length = map(int, self.tokens_WT.shape)
         data = " + ".join(text.data for text in self.texts)
         about = {"data": data, "windows": windows, "length": length, "bos": self.bos}
+        if (tokens := self.tokens) < windows * length:
+            about["tokens"] = tokens
         counts = np.bincount(self.text_W, minlength=len(self.texts)).tolist()
         parts = [
             {"data": text.data, "windows": count, **text.facts(count, length, self.bos)}
@@ -107,18 +123,39 @@ def random_windows(
     return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text), n_tokens))
 
 
+def random_documents(
+    stream: Stream, text: Text, windows: int, length: int, seed: int, bos: int | None, key: str
+) -> Windows:
+    """So many documents of one text, each a window.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    found, there = documents.drawn(stream, windows, seed)
+    documents.enough(found, windows, key)
+    tokens_WT, cut = documents.as_windows(found, length, bos)
+    source = Drawn(name_of(text), documents=there, cut=cut)
+    return Windows.of(tokens_WT, bos is not None, source)
+
+
 def evaluation_windows(
     stream: Stream,
     text: Evaluation,
     length: int,
     bos: int | None,
     key: str,
+    pack: bool = True,
 ) -> Windows:
-    """Consecutive ones.
+    """Consecutive ones; without `pack` the first documents.
 
     Raises:
-        UserError: see `consecutive_windows`.
+        UserError: see `consecutive_windows`; or there is no document.
     """
+    if not pack:
+        found = documents.first(stream, text.windows, key)
+        tokens_WT, cut = documents.as_windows(found, length, bos)
+        source = Drawn(name_of(text), documents=len(found), cut=cut)
+        return Windows.of(tokens_WT, bos is not None, source)
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
     return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text)))
 
