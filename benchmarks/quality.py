@@ -2,14 +2,14 @@
 model: what each choice is worth, for the same work.
 
     python benchmarks/quality.py MODEL --calibration valid.txt [more.txt …] --test test.txt
-    [more.txt …] [--settings paper default …] [--seeds 0 1] [--json out.json]
+    [more.txt …] [--weights 3 1] [--settings paper default …] [--seeds 0 1] [--json out.json]
 
 Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
-seed; several calibration texts are mixed in equal parts. Work is counted, not timed: the FLOPs of
-scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by those of the paper's
-recipe. A setting that heals takes as many tokens as the paper's work has left for it. `damage left`
-is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the
-paper's recipe. Seconds are this machine's and noisy.
+seed; several calibration texts are mixed by `--weights`, else in equal parts. Work is counted, not
+timed: the FLOPs of scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by
+those of the paper's recipe. A setting that heals takes as many tokens as the paper's work has left
+for it. `damage left` is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1
+is better than the paper's recipe. Seconds are this machine's and noisy.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main() -> int:
     )
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True, nargs="+")
+    parser.add_argument("--weights", nargs="+", type=float, help="of the calibration texts")
     parser.add_argument(
         "--test", required=True, nargs="+", help="held-out texts, in or out of domain"
     )
@@ -105,7 +106,9 @@ def parsed(
     heal_windows: int | None = None,
 ) -> Recipe:
     """The recipe of a setting; `heal_windows`: how many windows to heal on, if it heals."""
-    texts = [{"data": text} for text in arguments.calibration]
+    weights = arguments.weights or [1.0] * len(arguments.calibration)
+    pairs = zip(arguments.calibration, weights, strict=True)
+    texts = [{"data": text, "weight": weight} for text, weight in pairs]
     recipe = {
         "model": {"source": arguments.model, "dtype": "float32"},
         "sparsity": arguments.sparsity,

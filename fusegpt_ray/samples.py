@@ -78,18 +78,6 @@ def cut(windows: Batch, ends: Iterable[int]) -> list[Batch]:
     return [windows[a:b] for a, b in pairwise([0, *ends, len(windows)])]
 
 
-def joined(first: Batch, second: Batch) -> Batch:
-    """The windows of both, which are of one kind and length."""
-    if not isinstance(first, Samples) or not isinstance(second, Samples):
-        return np.concatenate([tokens_of(first), tokens_of(second)])
-    return Samples(
-        np.concatenate([first.tokens_WT, second.tokens_WT]),
-        np.concatenate([first.targets_WT, second.targets_WT]),
-        np.concatenate([first.images_WT, second.images_WT]),
-        first.inputs + second.inputs,
-    )
-
-
 def counting(windows: Batch, which: Counting = "all") -> np.ndarray | None:
     """Which tokens count in a mean over tokens, bool [W, T]; None: all of them."""
     counted_WT = tokens_of(windows) != PADDING

@@ -7,7 +7,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -109,9 +109,20 @@ def tensor_core_products(device: torch.device, dtype: torch.dtype) -> Iterator[N
     """Float32 matrix products with inputs of TensorFloat32, where the arithmetic's dtype rounds
     their results more than that anyway.
     """
+    rounds_more = device.type == "cuda" and dtype.itemsize == 2
+    with _products("high" if rounds_more else torch.get_float32_matmul_precision()):
+        yield
+
+
+def full_products() -> AbstractContextManager[None]:
+    """Float32 matrix products in full, inside of `tensor_core_products` too."""
+    return _products("highest")
+
+
+@contextmanager
+def _products(precision: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
-    if device.type == "cuda" and dtype.itemsize == 2:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:

@@ -51,6 +51,7 @@ class Weights:
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
         self._host: dict[Hashable, dict[str, torch.Tensor]] = {}  # copies of what is kept
+        self._away = False  # since `offload`
         # On a CPU files are read into the tensors that are computed with.
         self._staging = Staging(device, dtype) if device.type == "cuda" else None
 
@@ -90,8 +91,10 @@ class Weights:
     def offload(self) -> None:
         """Move the blocks that are kept from the GPU to pinned memory of the host, where they fit.
 
-        Weights never change, so the copies stay: each block is copied to the host once.
+        Weights never change, so the copies stay: each block is copied to the host once. A walk
+        brings each block back for its turn.
         """
+        self._away = True
         free = free_bytes(torch.device("cpu"))
         for key, module in list(self._kept.items()):
             copies = self._host.get(key)
@@ -109,6 +112,7 @@ class Weights:
 
     def reload(self) -> None:
         """Bring the blocks back to the GPU that `offload` has moved away."""
+        self._away = False
         for module in self._kept.values():
             for _, tensor in _tensors(module):
                 tensor.data = tensor.data.to(self.device, non_blocking=True)
@@ -120,9 +124,21 @@ class Weights:
             del self._kept[key]
             self._host.pop(key, None)
         for key, block in zip(wanted, blocks, strict=True):
-            if key not in self._kept:
-                self._kept[key] = self._read(block)
-            yield block, self._kept[key]
+            module = self._kept.get(key)
+            if module is None:
+                module = self._read(block)
+                if not self._away:
+                    self._kept[key] = module
+                yield block, module
+            elif self._away:
+                for _, tensor in _tensors(module):
+                    tensor.data = tensor.data.to(self.device, non_blocking=True)
+                yield block, module
+                for name, tensor in _tensors(module):
+                    tensor.data = self._host[key][name]
+            else:
+                yield block, module
+            del module
 
     def _read(self, block: Block) -> nn.Module:
         self.bytes_read += stored_bytes([block])

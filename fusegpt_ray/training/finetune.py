@@ -7,21 +7,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
 
 from fusegpt_ray.model.compiled import RunBlock
-from fusegpt_ray.model.device import tensor_core_products
+from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.samples import Batch as Windows
-from fusegpt_ray.samples import joined
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.checkpoints import Checkpoints
@@ -34,6 +33,9 @@ from fusegpt_ray.training.states import States, StatesSource, own_windows
 from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
+
+HELD_OUT = 0
+"""Stands for the held-out windows where a part of a pass is asked for."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,25 @@ class TrainingTask:
     rate_key: str = "fusion.learning_rate"
     """The recipe's key of the learning rate, for messages."""
 
+    @property
+    def first_states(self) -> list[int]:
+        """The parts whose states are computed before the training (see `_states`). Of a pass in
+        several parts, each part's follow when it begins.
+        """
+        held_out = [] if self.held_out is None else [HELD_OUT]
+        return held_out if held_out and self.config.parts > 1 else [*held_out, 1]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one worker."""
+
+    losses: list[float]
+    held_out: list[float]
+    saved: SavedBlocks
+    bytes_read: int
+    """Of blocks, to compute states on the way."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -154,16 +175,17 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
         task.fence,
     )
 
-    def steps(micro_batch: int) -> list[tuple[list[float], list[float], SavedBlocks]]:
+    def steps(micro_batch: int) -> list[Outcome]:
         kept = checkpoints.with_micro_batch(micro_batch)
         return workers.spmd(train_and_save, task, states_batch, kept, news=news)
 
     results, micro_batch = find_batch_size(steps, checkpoints.micro_batch, share, task.what)
     return Trained(
-        SavedBlocks.merged([saved for *_, saved in results]),
-        *results[0][:2],
+        SavedBlocks.merged([outcome.saved for outcome in results]),
+        results[0].losses,
+        results[0].held_out,
         states_batch,
-        read,
+        read + sum(outcome.bytes_read for outcome in results),
         micro_batch,
         states_done - began,
         checkpoints.seconds + time.monotonic() - states_done,
@@ -171,63 +193,60 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
 
 
 def ensure_states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> int:
-    """Compute the states of this worker's windows, unless it has them. Returns the bytes of blocks
-    that were read for them.
+    """Compute the states that this worker's training begins with, unless it has them. Returns the
+    bytes of blocks that were read for them.
     """
     before = worker.runner.weights.bytes_read
-    _states(worker, task, batch_size)
+    worker.runner.reload()
+    for part in task.first_states:
+        _states(worker, task, batch_size, part)
     return worker.runner.weights.bytes_read - before
 
 
-def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int) -> tuple[States, States]:
-    """Those of the windows that this worker trains on, and of its held-out ones."""
-    key = ("states", *sorted(task.identity.items()), batch_size)
-    if key not in worker.memory:
-        worker.memory.clear()  # of the last task
-        worker.runner.reload()
-        runner = worker.runner.with_batch_size(batch_size)
-        trained, weights_WT = _own(worker, task, task.windows)
-        held, held_weights_WT = trained[:0], None
-        if task.held_out is not None:
-            held, held_weights_WT = _own(worker, task, task.held_out)
-        rows = as_rows(joined(trained, held))
-        owns = runner.enter(rows)[1] if runner.by_sample(rows) else None
-        states = States(*task.source.walk(runner, rows), owns=owns)
-        first, rest = states.split(len(trained))
-        worker.memory[key] = (
-            replace(first, weights_WT=weights_WT),
-            replace(rest, weights_WT=held_weights_WT),
-        )
-    return worker.memory[key]
-
-
-def _own(
-    worker: TrainingWorker, task: TrainingTask, windows: Windows
-) -> tuple[Windows, torch.Tensor | None]:
-    """This worker's part of the windows, and the weights of their tokens in the loss."""
-    numbers = own_windows(len(windows), task.config.batch, worker.count, worker.rank)
-    weights_WT = token_weights(windows)
-    return windows[numbers], None if weights_WT is None else weights_WT[numbers]
+def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int, part: int) -> States:
+    """Those of the windows that this worker trains on in one part of a pass, or of its held-out
+    ones. They are kept for the other passes; of a single pass only until the next part begins.
+    """
+    config, memory = task.config, worker.memory
+    this = ("states", *sorted(task.identity.items()), batch_size)
+    key = (*this, part)
+    if key not in memory:
+        ends = config.epochs == 1 and part != HELD_OUT
+        for old in list(memory):
+            if old[:-1] != this or (ends and old[-1] != HELD_OUT):
+                del memory[old]
+        windows, of = (task.windows, (part, config.parts))
+        if part == HELD_OUT:
+            assert task.held_out is not None
+            windows, of = task.held_out, (1, 1)
+        own = own_windows(len(windows), config.batch, worker.count, worker.rank, *of)
+        weights_WT = token_weights(windows)
+        own_weights_WT = None if weights_WT is None else weights_WT[own]
+        runner, rows = worker.runner.with_batch_size(batch_size), as_rows(windows[own])
+        with full_products():
+            owns = runner.enter(rows)[1] if runner.by_sample(rows) else None
+            memory[key] = States(*task.source.walk(runner, rows), own_weights_WT, owns)
+    return memory[key]
 
 
 def train_and_save(
     worker: TrainingWorker, task: TrainingTask, states_batch: int, checkpoints: Checkpoints
-) -> tuple[list[float], list[float], SavedBlocks]:
-    """Train, and write this worker's part of the blocks: the losses of the parts and of the
-    held-out windows, and what it wrote.
-    """
-    config = task.config
-    states, held_out = _states(worker, task, states_batch)
-    first = next(states.batches(config.batch // worker.count)).rows(slice(checkpoints.micro_batch))
+) -> Outcome:
+    """Train, and write this worker's part of the blocks."""
+    config, size = task.config, task.config.batch // worker.count
+    before = worker.runner.weights.bytes_read
+    worker.runner.reload()
+    begins = [_states(worker, task, states_batch, part) for part in task.first_states]
+    first = next(begins[0].batches(size)).rows(slice(checkpoints.micro_batch))
     span, moved = _span(worker, task, first)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
-    size = config.batch // worker.count
 
     def part(number: int) -> Iterable[Batch]:
-        worker.meet(moved)  # the first worker may still be writing the last checkpoint's record
-        in_pass = 1 + (number - 1) % config.parts
-        return on_device(states.batches(size, in_pass, config.parts), worker.device)
+        states = _states(worker, task, states_batch, 1 + (number - 1) % config.parts)
+        # The others may still compute theirs, or the first one write a checkpoint's record.
+        worker.meet(moved + _bytes_read(task))
+        return on_device(states.batches(size), worker.device)
 
     def done(number: int, loss: float) -> None:
         if worker.rank == 0:
@@ -236,7 +255,7 @@ def train_and_save(
     validation = None
     if task.held_out is not None:
         validation = Validation(
-            lambda: on_device(held_out.batches(size), worker.device), lambda: worker.meet(moved)
+            lambda: on_device(begins[0].batches(size), worker.device), lambda: worker.meet(moved)
         )
     with tensor_core_products(worker.device, worker.dtype):
         losses = train(
@@ -251,7 +270,8 @@ def train_and_save(
         )
     saved = _save(worker, task, span, stepper, moved)
     worker.memory.clear()
-    return losses, validation.losses if validation else [], saved
+    read = worker.runner.weights.bytes_read - before
+    return Outcome(losses, validation.losses if validation else [], saved, read)
 
 
 def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Span, int]:

@@ -1,5 +1,5 @@
 """The states that a span is trained on: computed once by the worker that trains on them, and kept
-there for all epochs.
+there for all epochs, or for its part of a single pass.
 
 Shapes: W windows, T tokens, D hidden size.
 """
@@ -60,28 +60,22 @@ class States:
     """See `Batch`; so are the contexts of each window's own."""
     owns: Owns | None = None
 
-    def batches(self, size: int, part: int = 1, parts: int = 1) -> Iterator[Batch]:
-        """Consecutive batches of `size` windows: of all of them, or of one of several parts of
-        about as many batches. A smaller remainder would change the loss, so there must be none.
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Consecutive batches of `size` windows. A smaller remainder would change the loss, so
+        there must be none.
         """
         assert len(self.entering_WTD) == len(self.leaving_WTD), "states of the same windows"
         assert len(self.entering_WTD) % size == 0, (len(self.entering_WTD), size)
-        count = len(self.entering_WTD) // size
-        first, end = (size * (count * number // parts) for number in (part - 1, part))
-        return self._all.rows(slice(first, end)).split(size)
-
-    @property
-    def _all(self) -> Batch:
-        return Batch(self.entering_WTD, self.leaving_WTD, self.weights_WT, self.owns)
-
-    def split(self, windows: int) -> tuple[States, States]:
-        """Those of the first so many windows, and the rest."""
-        first, rest = (self._all.rows(part) for part in (slice(windows), slice(windows, None)))
-        return States(*first), States(*rest)
+        whole = Batch(self.entering_WTD, self.leaving_WTD, self.weights_WT, self.owns)
+        return whole.split(size)
 
 
-def own_windows(windows: int, batch: int, workers: int, rank: int) -> np.ndarray:
-    """The numbers of the windows that a worker trains on: its rows of every loss batch, in
-    order.
+def own_windows(
+    windows: int, batch: int, workers: int, rank: int, part: int = 1, parts: int = 1
+) -> np.ndarray:
+    """The numbers of the windows that a worker trains on in one of several parts of about as many
+    loss batches: its rows of every loss batch, in order.
     """
-    return np.arange(windows).reshape(-1, workers, batch // workers)[:, rank].reshape(-1)
+    batches = np.arange(windows).reshape(-1, workers, batch // workers)
+    first, end = (len(batches) * number // parts for number in (part - 1, part))
+    return batches[first:end, rank].reshape(-1)

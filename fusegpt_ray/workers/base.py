@@ -97,7 +97,7 @@ class TrainingWorker:
     bytes that one of them reads or writes by itself on the way."""
     timeout: float = math.inf
     """Seconds that a worker may be silent before the others give it up."""
-    memory: dict[Hashable, Any] = field(default_factory=dict)
+    memory: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
     """What one task leaves for the next. A process that is lost loses it."""
 
     @property

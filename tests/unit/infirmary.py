@@ -41,6 +41,8 @@ class Infirmary:
     out: Path
     said: list[str] = field(default_factory=list)
     heard: list[int] = field(default_factory=list)
+    states: list[dict[int, int]] = field(default_factory=list)
+    """At the end of each part, the windows whose states are there, by part (0: held-out ones)."""
 
     def __post_init__(self) -> None:
         self.dense = open_stack(self.folder)
@@ -56,13 +58,15 @@ class Infirmary:
     ) -> Trained:
         """As one start of a run; `stop`: the part after which it is killed."""
         asked = Cluster(engine="local", **{"checkpoint_minutes": 0} | (cluster or {}))
-        self.said, self.heard = [], []
+        self.said, self.heard, self.states = [], [], []
 
         def news(item: News) -> None:
             if isinstance(item, str):
                 self.said.append(item)
                 return
             self.heard.append(item[0])
+            kept = here._memory.items()
+            self.states.append({part: len(states.entering_WTD) for (*_, part), states in kept})
             if item[0] == stop:
                 raise Stopped
 

@@ -13,10 +13,12 @@ from infirmary import (
     BATCH,
     DROPPED,
     HELD,
+    HELD_OUT,
     LENGTH,
     PARTS,
     STEPS,
     TRAINED,
+    WINDOWS,
     Infirmary,
     Stopped,
     kl,
@@ -169,6 +171,12 @@ def test_stopped_after_any_part_it_ends_with_the_same_bytes(
         assert result(infirmary.heal(**settings)) == result(undisturbed)
         assert infirmary.said == [f"  going on after part {after} of {PARTS}"]
         assert infirmary.heard == [*range(after + 1, PARTS + 1)]
+
+
+def test_states_are_kept_for_one_part_at_a_time(infirmary: Infirmary) -> None:
+    infirmary.heal()
+    share = WINDOWS // PARTS
+    assert infirmary.states == [{0: HELD_OUT, part: share} for part in range(1, PARTS + 1)]
 
 
 def test_a_rate_that_diverges_names_its_key(infirmary: Infirmary) -> None:
