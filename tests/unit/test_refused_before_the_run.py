@@ -36,7 +36,7 @@ def _inverse_gpt2() -> tf.GPT2Config:
     return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
 
 
-def _gemma4(**changes: int) -> tf.PretrainedConfig:
+def _gemma4(**changes: object) -> tf.PretrainedConfig:
     """Every block is also given an embedding of its own of each token."""
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
     own |= {"head_dim": 8, "global_head_dim": 8, "sliding_window": 8}
@@ -45,7 +45,7 @@ def _gemma4(**changes: int) -> tf.PretrainedConfig:
 
 def _sharing() -> tf.PretrainedConfig:
     """The last blocks take keys and values of others."""
-    return _gemma4(num_kv_shared_layers=2)
+    return _gemma4(num_kv_shared_layers=2, layer_types=["full_attention"] * DEPTH)
 
 
 def _minicpm3() -> tf.PretrainedConfig:
