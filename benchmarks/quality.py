@@ -28,6 +28,7 @@ from typing import Any
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.report import Display
+from fusegpt_ray.text.protocol import stages
 
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8}
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
@@ -161,9 +162,9 @@ def work(recipe: Recipe) -> float:
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A Markdown table, one row a setting and text."""
     lines = [
-        "| setting | work | healed on | removed | text | dense | dropped | fused | finished |"
-        " damage left | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| setting | work | healed on | removed | text | dense | dropped | repaired | fused |"
+        " finished | damage left | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, manifest in results.items():
         healing = manifest.get("healing", {"tokens": 0, "seconds": {}})
@@ -176,7 +177,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
                 damage = math.log(theirs["fused"] / theirs["dense"])
                 left = f"{math.log(finished(row) / row['dense']) / damage:.2f}"
             removed = ", ".join(map(str, manifest["removed"]))
-            numbers = [row["dense"], row["dropped"], row.get("fused", math.nan), finished(row)]
+            before = ("dense", "dropped", "repaired", "fused")
+            numbers = [*(row.get(stage, math.nan) for stage in before), finished(row)]
             values = " | ".join("–" if math.isnan(n) else f"{n:.2f}" for n in numbers)
             about = f"{name} | {manifest['work']:.2f} | {healing['tokens']:,} | {removed} | {text}"
             lines.append(f"| {about} | {values} | {left} | {seconds:.0f} |")
@@ -184,8 +186,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def finished(row: Mapping[str, float]) -> float:
-    """Of the published model."""
-    return row["healed"] if "healed" in row else row["fused"]
+    """Of the published model: the last of its stages."""
+    return float(row[stages([row])[-1]])
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 log = logging.getLogger("mkdocs.hooks.check_names")
-SECTIONS = "model|calibration|evaluation|importance|fusion|heal|cluster|output"
+SECTIONS = "model|calibration|evaluation|importance|search|fusion|heal|cluster|output"
 FILE = re.compile(r"`[^`\s]*?([\w./-]+\.py)(?:::\w+)?[^`]*`")
 TEST = re.compile(r"\btest_\w+(?!\.py)\b")
 KEY = re.compile(rf"`(?:{SECTIONS})\.(?:data\.\d+\.)?(?!py`)([a-z_]+)(?:[:=] ?[^`]*)?`")

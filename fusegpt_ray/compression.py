@@ -10,11 +10,14 @@ from typing import Any
 
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
-from fusegpt_ray.footprint import healing_shortage, shortage
+from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
+from fusegpt_ray.fusion.repair import repaired_only
 from fusegpt_ray.heal import Healer
+from fusegpt_ray.importance.removals import Removal
 from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.preflight import Target, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
@@ -26,6 +29,7 @@ from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Workers
 
 
@@ -55,17 +59,18 @@ class Compression:
         show.say(workers.description)
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
-        windows = calibration_windows(workers, recipe, leading["calibration"])
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
                 workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
             )
+        # After those that are only read: the dense model may have to write some of it.
+        windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
-            healing = healing_windows(workers, recipe, leading["calibration"])
+            healing = healing_windows(workers, recipe, leading["calibration"], show)
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")
@@ -127,26 +132,24 @@ class Compression:
         show.calibration(self.windows.protocol)
         if recipe.trains:
             room, last = workers.device_bytes, self.plan.rounds
-            most = len(model.stack) - targets[0].remove
+            least, most = (len(model.stack) - end.remove for end in (targets[-1], targets[0]))
             for lack in (
                 shortage(recipe, model.stack, workers.dtype, last, room),
                 healing_shortage(recipe, model.stack, workers.dtype, most, room),
+                search_shortage(recipe, model.stack, workers.dtype, least, room),
             ):
                 if lack:
                     show.say(lack)
         show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
             judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
-        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show)
+        order, searched = self._search(journal)
+        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show, order)
         done = rounds.up_to([target.remove for target in missing])
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.remove], journal)
-            stages = {"fused": done[target.remove - 1].stack}
-            if healed and not (recipe.trains_groups or recipe.repairs):  # dropped is all they are
-                stages = {}
-            if healed:
-                stages["healed"] = healed.stack
+            stages = self._stages(done[: target.remove], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             stack = [*stages.values()][-1]
             with journal.creating():
@@ -156,13 +159,59 @@ class Compression:
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
-                    self._facts(target, done[: target.remove], healed),
+                    searched | self._facts(target, done[: target.remove], healed),
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published
+
+    def _stages(
+        self, rounds: Sequence[Done], healed: Done | None, journal: Journal
+    ) -> dict[str, Stack]:
+        """The model on its way, by what `text.protocol.STAGES` calls it."""
+        recipe, last = self.plan.recipe, rounds[-1]
+        stages = {"healed": healed.stack} if healed else {}
+        if not recipe.trains_groups and recipe.repairs:
+            return {"repaired": last.stack, **stages}
+        if healed and not recipe.trains_groups:  # dropped is all that it was
+            return stages
+        stages = {"fused": last.stack, **stages}
+        if recipe.repairs and self.held_out:
+            self.show.stage("repairing the gaps alone, to compare with")
+            removed = [done.record["removed"] for done in rounds]
+            folder = storage.join(journal.blocks_folder, "repaired")
+            way = recipe.fusion.start
+            assert way != "none"
+            dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
+            stack = repaired_only(
+                self.workers, dense, removed, way, windows_WT, folder, journal.fence
+            )
+            stages = {"repaired": stack, **stages}
+        return stages
+
+    def _search(self, journal: Journal) -> tuple[Removal | None, dict[str, Any]]:
+        """The blocks to remove, in order, and what the manifest tells of their choice; None and
+        nothing if each round chooses.
+        """
+        if self.plan.recipe.search is None:
+            return None, {}
+        assert self.healing is not None
+        dense = self.plan.model.stack
+        healed, held_out = self.healing
+        found = Tournament(
+            self.plan.recipe,
+            self.workers,
+            journal,
+            dense,
+            self.windows.tokens_WT,
+            healed.tokens_WT,
+            held_out.tokens_WT,
+            self.show,
+        )
+        removed, record = found.removal(self.plan.rounds)
+        return removed, {"search": record}
 
     def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
         """The healed model, if the recipe asks for it."""

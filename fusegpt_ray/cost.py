@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from fusegpt_ray.footprint import elements, matrices
 from fusegpt_ray.fusion.least_squares import GRID
@@ -23,6 +23,8 @@ from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
 from fusegpt_ray.sections import Evaluation, Importance
+from fusegpt_ray.text.mixture import generated_tokens
+from fusegpt_ray.text_sections import GeneratedText
 
 RATES: Mapping[str, Mapping[str, float]] = {
     # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
@@ -32,14 +34,17 @@ RATES: Mapping[str, Mapping[str, float]] = {
         "states": 390e12,
         "fine-tuning": 565e12,
         "healing": 565e12,
+        "search": 565e12,
         "evaluation": 390e12,
         "repair": 30e12,
+        "generating": 7e12,
     },
 }
 """FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
-windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, and
-healing as fine-tuning. An H100 multiplies as fast. Not measured: a repair's products in float64,
-taken to reach half of what the maker says."""
+windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, healing
+and search as fine-tuning. An H100 multiplies as fast. Not measured: a repair's products in float64,
+taken to reach half of what the maker says; and generating, where a step of 16 texts is taken to
+last 30 ms, most of which goes by between its kernels."""
 
 
 @dataclass(frozen=True)
@@ -87,25 +92,29 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     rounds, length = targets[-1].remove, recipe.calibration.length
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
-    walks = [_scoring_forwards(recipe.importance, len(dense), depth) for depth in depths]
-    scored = recipe.importance.windows * sum(walks)
-    logits = recipe.importance.windows * sum(
-        scored_tokens(recipe.importance, depth, length) for depth in depths
-    )
-    stages = [Stage("scoring", scored, scored * flops + logits * head_flops(dense, 1))]
+    stages = []
+    if generated := _generated_tokens(recipe):
+        stages.append(_generating(generated, length, dense))
+    if recipe.search:
+        stages.append(_search(recipe, dense, depths))
+    else:
+        stages.append(_scoring(recipe.importance, dense, depths, length))
+    # Where groups are trained, the gaps are repaired once more alone, to compare with.
+    repairs = [target.remove for target in targets] if recipe.evaluation else []
+    repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
     if recipe.trains_groups or recipe.repairs:
-        walked = recipe.calibration.windows * sum(
-            recipe.trains_groups * _states_forwards(recipe, len(dense), depth)
-            + recipe.repairs * depth
-            for depth in depths
+        walked = recipe.calibration.windows * (
+            recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
+            + sum(sum(depths[:count]) for count in repairs)
         )
         stages.append(Stage("states", walked, walked * flops))
     if recipe.repairs:
-        stages.append(Stage("repair", 0, rounds * _repair_flops(recipe, dense)))
+        stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
-    if recipe.heal:
-        stages.append(_healing(recipe, dense, targets))
+    if heal := recipe.heal:
+        kept = [len(dense) - target.remove for target in targets]
+        stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
@@ -170,6 +179,29 @@ def scored_tokens(settings: Importance, left: int, length: int) -> int:
     return tokens * (left + (walks if against == "dense" else 0))
 
 
+def _generated_tokens(recipe: Recipe) -> int:
+    """Of all texts that the dense model writes. One in two sections is written once."""
+    calibration, heal = recipe.calibration, recipe.heal
+    wanted = [generated_tokens(calibration, calibration.length, calibration.windows)]
+    if heal:
+        texts = heal if heal.data else calibration
+        windows = (recipe.healing_windows, heal.held_out)
+        wanted.append(generated_tokens(texts, calibration.length, *windows))
+    most: dict[GeneratedText, int] = {}
+    for part, tokens in ((part, n) for section in wanted for part, n in section.items()):
+        same = part.model_copy(update={"weight": 1.0, "tokens": None})
+        most[same] = max(tokens, most.get(same, 0))
+    return sum(most.values())
+
+
+def _generating(tokens: int, length: int, dense: Stack) -> Stage:
+    """As if the text were walked once in windows."""
+    windows = ceil(tokens / length)
+    walked = windows * len(dense)
+    flops = walked * block_flops(dense, length) + windows * head_flops(dense, length)
+    return Stage("generating", walked, flops)
+
+
 def _scoring_forwards(settings: Importance, depth: int, left: int) -> int:
     """Of a window: the full table and, where candidates are stopped, the model itself up to twice
     more (see `search.py`), each time beside the dense one if that is compared with.
@@ -216,17 +248,46 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
     return Stage("fine-tuning", done, done * flops + products)
 
 
-def _healing(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Stage:
-    """The teacher once over all windows; each model there and back over those that it is trained
-    on, and there over the held-out ones at each look.
+def _scoring(
+    settings: Importance, dense: Stack, depths: Sequence[int], length: int, name: str = "scoring"
+) -> Stage:
+    """In a round for each of these depths."""
+    walks = [_scoring_forwards(settings, len(dense), depth) for depth in depths]
+    scored = settings.windows * sum(walks)
+    logits = settings.windows * sum(scored_tokens(settings, depth, length) for depth in depths)
+    return Stage(name, scored, scored * block_flops(dense, length) + logits * head_flops(dense, 1))
+
+
+def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:
+    """Every set found by itself, and healed for a while."""
+    settings, search, length = recipe.importance, recipe.search, recipe.calibration.length
+    assert search is not None
+    kept = [len(dense) - len(depths)] * len(search.candidates)
+    parts = [_healing(recipe, dense, kept, recipe.trial_windows, looks=1)]
+    for way in search.candidates:
+        if way == "run":
+            walked = settings.windows * len(dense)
+            parts.append(Stage(way, walked, walked * block_flops(dense, length)))
+            continue
+        change = {"all": True} if way == "spaced" else {"metric": way}
+        parts.append(_scoring(settings.model_copy(update=change), dense, depths, length))
+    forwards = sum(part.block_forwards for part in parts)
+    return Stage("search", forwards, sum(part.flops for part in parts))
+
+
+def _healing(
+    recipe: Recipe, dense: Stack, depths: Sequence[int], windows: int, looks: int
+) -> Stage:
+    """Of models of so many blocks: the teacher once over all windows; each model there and back
+    over those that it is trained on, and there over the held-out ones at each look.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
-    windows, looked = recipe.healing_windows, heal.held_out * (heal.looks + 1)
+    looked = heal.held_out * (looks + 1)
     passes = 3 + recipe.cluster.recompute_activations
     block, head = block_flops(dense, length), head_flops(dense, length)
     done = flops = 0
-    for kept in (len(dense) - target.remove for target in targets):
+    for kept in depths:
         walked = (windows + heal.held_out) * len(dense) + looked * kept
         done += walked + passes * windows * kept
         flops += walked * block + 2 * looked * head

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
+from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
-from fusegpt_ray.text.calibration import PACKED, Stream
+from fusegpt_ray.text.calibration import PACKED, Reading, Stream
 from fusegpt_ray.text.documents import APART
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.text_sections import Text
+from fusegpt_ray.text_sections import GeneratedText, Texts
 from fusegpt_ray.workers.base import Workers
 
 
-def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -> Windows:
+def calibration_windows(
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
+) -> Windows:
     """Of the calibration texts, drawn at random.
 
     Args:
@@ -26,7 +29,7 @@ def calibration_windows(workers: Workers, recipe: Recipe, leading: int | None) -
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    streams = mixture.streams(_reader(workers, text.pack), text, key)
+    streams = _streams(workers, recipe, text, key, show, text.windows)
     return mixture.calibration_windows(streams, text, leading, key)
 
 
@@ -46,12 +49,12 @@ def evaluation_windows(
         UserError: the text cannot be used.
     """
     packed = pack if text.pack is None else text.pack
-    stream = _reader(workers, packed)(text, key)
+    stream = workers.tokens(text, key, _reading(packed))
     return windows.evaluation_windows(stream, text, length, leading, key, packed)
 
 
 def healing_windows(
-    workers: Workers, recipe: Recipe, leading: int | None
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display
 ) -> tuple[Windows, Windows]:
     """To heal on, and held-out ones to choose the best state by.
 
@@ -61,8 +64,9 @@ def healing_windows(
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
     texts = heal if heal.data else calibration
+    amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        mixture.streams(_reader(workers, calibration.pack), texts, "heal"),
+        _streams(workers, recipe, texts, "heal", show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -76,5 +80,18 @@ def healing_windows(
     )
 
 
-def _reader(workers: Workers, pack: bool) -> Callable[[Text, str], Stream]:
-    return partial(workers.tokens, reading=PACKED if pack else APART)
+def _reading(pack: bool) -> Reading:
+    return PACKED if pack else APART
+
+
+def _streams(
+    workers: Workers, recipe: Recipe, texts: Texts, key: str, show: Display, *windows: int
+) -> list[Stream]:
+    """Of each text; so many windows of them all are drawn, in one or several sets."""
+    tokens = mixture.generated_tokens(texts, recipe.calibration.length, *windows)
+
+    def generated(text: GeneratedText, name: str) -> Stream:
+        return generated_stream(workers, recipe, text, tokens[text], name, show)
+
+    read = partial(workers.tokens, reading=_reading(recipe.calibration.pack))
+    return mixture.streams(read, texts, key, generated)

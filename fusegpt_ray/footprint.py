@@ -112,6 +112,18 @@ def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int =
     return training_bytes(recipe, dense, dtype, rounds) + _in(dtype, dense.trunk) + states
 
 
+def generating_bytes(dense: Stack, dtype: torch.dtype, length: int) -> int:
+    """What a replica holds while the model writes one text of `length` tokens: all of its weights,
+    and the keys and values of all blocks.
+    """
+    config = read_config(dense.config).get_text_config()
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width * length
+    weights = _in(dtype, dense.trunk) + sum(_in(dtype, block.weights) for block in dense.blocks)
+    return weights + len(dense) * kept * dtype.itemsize
+
+
 def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room: int) -> str:
     """What to tell of a training worker whose device has `room` bytes, if that is not enough for
     the last of so many rounds; else nothing.
@@ -146,6 +158,21 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
     return (
         f"healing needs about {byte_count(needed)} on each worker, which has {byte_count(room)}; "
         f"less is needed with {' or '.join(keys)}"
+    )
+
+
+def search_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int, room: int) -> str:
+    """As `healing_shortage`, for a trial of the tournament, which one replica heals alone."""
+    if recipe.search is None:
+        return ""
+    alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
+    needed = healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
+    if needed <= room:
+        return ""
+    return (
+        f"search heals each set of blocks on one replica, which needs about {byte_count(needed)} "
+        f"of {byte_count(room)} even with a single window at once; leave out search, or use "
+        "heal.train: lora and cluster.recompute_activations"
     )
 
 

@@ -76,7 +76,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         )
         with open_workers(setup, show) as workers:
             show.stage("tokenising")
-            drawn = calibration_windows(workers, recipe, leading).first(full.windows)
+            drawn = calibration_windows(workers, recipe, leading, show).first(full.windows)
             windows_WT = drawn.tokens_WT
             check_tokens(source, model.stack, windows_WT)
             compare_source(workers, source, model.stack, windows_WT, show)

@@ -10,6 +10,7 @@ from typing import Any
 
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import blaming
+from fusegpt_ray.generation import check_beginning
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
@@ -26,7 +27,8 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
 from fusegpt_ray.text.calibration import leading_token
-from fusegpt_ray.text.mixture import shares
+from fusegpt_ray.text.mixture import data_keys, shares
+from fusegpt_ray.text_sections import GeneratedText
 from fusegpt_ray.workers.base import Setup
 
 
@@ -130,8 +132,13 @@ def leading_tokens(recipe: Recipe, tokenizer: Any) -> dict[str, int | None]:
     nothing has the calibration text's.
 
     Raises:
-        UserError: see `calibration.leading_token`.
+        UserError: see `calibration.leading_token`, `check_beginning`.
     """
+    for section, texts in (("calibration", recipe.calibration), ("heal", recipe.heal)):
+        if texts and texts.data:
+            for part, key in zip(texts.parts, data_keys(texts, section), strict=True):
+                if isinstance(part, GeneratedText):
+                    check_beginning(part, tokenizer, key)
     calibration = leading_token(recipe.calibration.bos, tokenizer, "calibration.bos")
     leading = {"calibration": calibration}
     for name, text in recipe.evaluation.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar, get_args
 
@@ -20,8 +20,6 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.sections import (
-    METHOD_SPECS,
-    PRESETS,
     Calibration,
     Cluster,
     Evaluation,
@@ -31,9 +29,11 @@ from fusegpt_ray.sections import (
     Method,
     Model,
     Output,
+    Search,
     Seed,
 )
-from fusegpt_ray.text_sections import Section
+from fusegpt_ray.specs import METHOD_SPECS, PRESETS
+from fusegpt_ray.text_sections import GeneratedText, Section
 from fusegpt_ray.uris import shown
 
 S = TypeVar("S", bound=Section)
@@ -60,6 +60,8 @@ class Recipe(Section):
     """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model.
     """
     importance: Importance = Importance()
+    search: Search | None = None
+    """A tournament that chooses the blocks; left out: each round chooses by `importance`."""
     fusion: Fusion = Fusion()
     heal: Heal | None = None
     """Whole-model training after the last round; left out: none."""
@@ -124,12 +126,34 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_search(self) -> Self:
+        if self.search is None:
+            return self
+        names = list(self.search.candidates)
+        if len(set(names)) < max(2, len(names)):
+            problem = "a tournament is between at least two different ways"
+            raise UserError("search.candidates", names, problem, "list two or more, each once")
+        if self.heal is None:
+            problem = "the sets are compared after a short healing, and the recipe has no heal"
+            raise UserError("search", "given", problem, "add heal: {}, or leave out search")
+        return self
+
+    @model_validator(mode="after")
     def _check_start(self) -> Self:
         start, spec = self.fusion.start, METHOD_SPECS[self.method]
         if spec.repairs == (start == "none") and not spec.trains:
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"
             raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        healing = self.heal.parts if self.heal and self.heal.data else ()
+        texts = (*self.calibration.parts, *healing)
+        if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
+            problem = "text that the dense model writes has no documents"
+            raise UserError("calibration.pack", False, problem, "leave one of the two out")
         return self
 
     @property
@@ -154,6 +178,17 @@ class Recipe(Section):
         length = self.calibration.length
         tokens = self.heal.tokens or self.calibration.windows * length
         return tokens // length // self.heal.batch * self.heal.batch
+
+    @property
+    def trial_windows(self) -> int:
+        """How many windows each set of blocks is healed on in the tournament, in whole loss
+        batches: at least one, and no more than a model is.
+        """
+        assert self.heal and self.search
+        batch, healed = self.heal.batch, self.healing_windows
+        tokens = self.search.tokens
+        windows = tokens // self.calibration.length if tokens else healed // 8
+        return min(max(1, windows // batch) * batch, healed)
 
     @property
     def repairs(self) -> bool:
@@ -268,15 +303,17 @@ def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserEr
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    model = root
+    """Of all kinds of sections that may be there."""
+    models = [root]
     for part in path:  # a name of a text, or a number in a list of them, leads to no other section
-        if part in model.model_fields:
-            model = _section_in(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [found for field in fields for found in _sections_in(field.annotation)] or models
+    return [*dict.fromkeys(key for model in models for key in model.model_fields)]
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a key holds, be it in a mapping or a list."""
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key may hold, be it in a mapping or a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_section_in, get_args(annotation))), None)
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)

@@ -91,8 +91,10 @@ class Display(_Live):
             self.say(f"warning: calibration: {warning}")
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        """`blocks`: how many are scored; 0 where it is known already which one goes."""
         self._round_began = time.monotonic()
-        self.stage(f"round {number}/{rounds}: scoring {blocks} blocks")
+        scoring = f": scoring {blocks} blocks" if blocks else ""
+        self.stage(f"round {number}/{rounds}{scoring}")
 
     def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
         self._note = f" ({what} {number}/{epochs}, loss {loss:.4g})"
@@ -106,6 +108,13 @@ class Display(_Live):
             number in (1, epochs) or number % max(1, epochs // 5) == 0
         ):
             self.say(f"  {what} {number}/{epochs}  loss {loss:.4g}")
+
+    def part(self, number: int, parts: int) -> None:
+        """So many of the equal parts of what is being done are done."""
+        self._note = f" ({number}/{parts})"
+        self._bar.update(self._task, completed=number, total=parts, note=f"{number}/{parts}")
+        if not self.console.is_terminal and number % max(1, parts // 5) == 0:
+            self.say(f"  {number}/{parts}")
 
     def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
         self._round_seconds.append(time.monotonic() - self._round_began)

@@ -36,6 +36,8 @@ class Rounds:
     dense: Stack
     windows: Batch
     show: Display
+    order: Sequence[int] | None = None
+    """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
 
     def up_to(self, wanted: list[int]) -> list[Done]:
         """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are
@@ -51,7 +53,8 @@ class Rounds:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
-            self.show.round_begins(number, total, len(self.dense) - len(done))
+            scored = 0 if self.order else len(self.dense) - len(done)
+            self.show.round_begins(number, total, scored)
             try:
                 done.append(self._round(number, done))
             except Exception as error:
@@ -68,11 +71,13 @@ class Rounds:
 
     def _round(self, number: int, before: list[Done]) -> Done:
         stack = before[-1].stack if before else self.dense
-        score_seconds, ranking = self._score(
-            number, stack, Ranking.from_record(before[-1].record) if before else None
-        )
-        donor = ranking.lowest
-        self.show.say(f"  {ranking.in_words(self.recipe.importance.spec.title)}")
+        score_seconds, ranking = 0.0, None
+        if self.order is None:
+            score_seconds, ranking = self._score(
+                number, stack, Ranking.from_record(before[-1].record) if before else None
+            )
+            self.show.say(f"  {ranking.in_words(self.recipe.importance.spec.title)}")
+        donor = ranking.lowest if ranking else self._next(before)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
             change = METHODS[self.recipe.method].change(
@@ -94,7 +99,7 @@ class Rounds:
         losses = list(change.losses)
         record = {
             "removed": donor,
-            **ranking.to_record(),
+            **(ranking.to_record() if ranking else {}),
             "group": list(change.group),
             **({"repair": dict(change.repair)} if change.repair else {}),
             "states_batch_size": change.states_batch_size,
@@ -111,11 +116,18 @@ class Rounds:
         }
         if self.workers.streams:
             whole = stored_bytes(stack.blocks)
-            scored, walked = (n / whole for n in (ranking.bytes_read, change.states_bytes_read))
+            scored = (ranking.bytes_read if ranking else 0) / whole
+            walked = change.states_bytes_read / whole
             self.show.say(f"  weights read {scored:.3g} times to score, {walked:.3g} for states")
         if less := fewer_at_once(self.recipe, [record]):
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, change.stack, change.files)
+
+    def _next(self, before: Sequence[Done]) -> int:
+        assert self.order is not None
+        gone = [done.record["removed"] for done in before]
+        assert gone == list(self.order[: len(gone)]), (gone, self.order)
+        return self.order[len(gone)]
 
     def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
         """Seconds and ranking; what a killed attempt noted of it is not measured again."""

@@ -4,16 +4,18 @@ against each other. No torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from fusegpt_ray.samples import Counting
-from fusegpt_ray.text_sections import Section, Text, Texts, Uri, WeightedText
+from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
+from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
 Metric = Literal["mi", "kl", "loss", "bi"]
+Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -30,93 +32,6 @@ def _unambiguous(uri: str) -> str:
 
 Place = Annotated[Uri, AfterValidator(_unambiguous)]
 """A URI that is written to."""
-
-
-class MethodSpec(NamedTuple):
-    """What is known of a method without its code, which is in `methods/`."""
-
-    about: str
-    """For the model card; `{metric}` stands for the importance metric's title."""
-    trains: bool
-    """Whether something is trained, so that the calibration windows must fill loss batches."""
-    fuses: bool
-    """Whether its neighbours learn terms of the removed block's weights."""
-    repairs: bool = False
-    """Whether it is nothing without a repair in closed form (`fusion.start`)."""
-
-
-METHOD_SPECS: dict[str, MethodSpec] = {
-    "mi": MethodSpec(
-        "blocks with the lowest {metric} dropped, nothing trained",
-        trains=False,
-        fuses=False,
-    ),
-    "mi+linear": MethodSpec(
-        "blocks with the lowest {metric} dropped, the block before each changed by a least-squares"
-        " fit, nothing trained",
-        trains=False,
-        fuses=False,
-        repairs=True,
-    ),
-    "mi+ft": MethodSpec(
-        "blocks with the lowest {metric} dropped, their neighbours fine-tuned",
-        trains=True,
-        fuses=False,
-    ),
-    "fusegpt": MethodSpec(
-        "blocks with the lowest {metric} fused into their neighbours (FuseGPT)",
-        trains=True,
-        fuses=True,
-    ),
-}
-
-
-class MetricSpec(NamedTuple):
-    """What is known of an importance metric without its code (`importance/metrics.py`)."""
-
-    name: str
-    """In the results of `fusegpt score`."""
-    title: str
-    """For people: a block is chosen for having the lowest of it."""
-    against: Literal["current", "dense", "tokens"] = "current"
-    """What the model without a block is compared with: the states of the model with it, those of
-    the dense model, or the tokens that follow."""
-    walks_on: bool = True
-    """Whether the model without a block is walked to its end; else it is compared at that block."""
-    skipped: int = 0
-    """Tokens of a window that have no number."""
-
-
-METRIC_SPECS: dict[str, MetricSpec] = {
-    "mi": MetricSpec("macro_influence", "Macro Influence"),
-    "kl": MetricSpec("kl", "KL divergence from the dense model", "dense"),
-    "loss": MetricSpec("loss", "loss when left out (SLEB)", "tokens", skipped=1),
-    "bi": MetricSpec("block_influence", "Block Influence (ShortGPT)", walks_on=False),
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    # method.md, the paper's public code, row by row.
-    "paper": {
-        "loss": "batch_kl",
-        "teacher": "current",
-        "learning_rate": 1e-3,
-        "lora_learning_rate": 9.65e-6,
-        "trained_dtype": "model",
-        "fold": "at_end",
-    },
-    # Where the paper's recipe loses quality (benchmarks/quality.py measures each): a teacher that
-    # degrades with the model, a loss blind to shifts common to the batch, a LoRA rate that moves
-    # nothing, bf16 masters. Its terms pile up as well: each round's step would take longer, and
-    # more memory, than the last one's.
-    "default": {
-        "loss": "normalized_mse",
-        "teacher": "dense",
-        "learning_rate": 1e-3,
-        "lora_learning_rate": 3e-4,
-        "trained_dtype": "float32",
-        "fold": "each_round",
-    },
-}
 
 
 class Model(Section):
@@ -254,7 +169,7 @@ class Heal(Texts):
     """Healing: after the last round all blocks are trained together, so that the model's next-token
     distributions are again those of the dense model."""
 
-    data: Uri | tuple[WeightedText, ...] | None = None  # type: ignore[assignment]
+    data: Uri | tuple[TextPart, ...] | None = None  # type: ignore[assignment]
     """Texts as in `calibration`; left out: the calibration's."""
     tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
     """How many tokens of text each published model is trained on, each token once; left out: as
@@ -288,6 +203,20 @@ class Heal(Texts):
     def rate(self) -> float:
         """The learning rate, given or by default."""
         return self.learning_rate or {"lora": 2e-4, "all": 2e-5}[self.train]
+
+
+class Search(Section):
+    """A tournament before the rounds: several sets of blocks are dropped, each model that is left
+    is healed for a while, and the rounds remove the blocks of the best. Which set does least harm
+    is not which heals best.
+    """
+
+    candidates: tuple[Candidate, ...] = ("mi", "kl", "loss", "bi", "run", "spaced")
+    """How the sets are found. `mi`, `kl`, `loss`, `bi`: one block after another by that metric.
+    `run`: the consecutive blocks that change states least. `spaced`: by `importance.metric`, no two
+    blocks side by side."""
+    tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
+    """How many tokens each is healed on, as `heal` says; left out: an eighth of the healing's."""
 
 
 class Cluster(Section):

@@ -6,11 +6,12 @@ Of the other sections, `sections.py` tells. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -54,6 +55,11 @@ class Text(Section):
     column: str = "text"
     """The column that holds the text, in all of these but plain text."""
 
+    @property
+    def label(self) -> str:
+        """For people: a dataset has parts; a file is what it is."""
+        return f"{self.data} ({self.config}, {self.split})" if self.config else self.data
+
 
 class WeightedText(Text):
     """One of several texts: an element of the list that `data` may be."""
@@ -70,14 +76,82 @@ class WeightedText(Text):
         return value
 
 
-_ONE, _SEVERAL = TypeAdapter[str](Uri), TypeAdapter(tuple[WeightedText, ...])
+class GeneratedText(Section):
+    """One of several texts, which the dense model writes itself: it continues prompts by sampling,
+    each to the end of a window. The prompts are no part of the text.
+    """
+
+    generate: Literal[True] | Uri
+    """The prompts, each a line of plain text or a row of a table: named as `data` is. `true`: none;
+    the beginning-of-sequence token is what is continued."""
+    config: str | None = None
+    """Of the prompts; see `Text`."""
+    split: str = "train"
+    """Of the prompts; see `Text`."""
+    revision: str | None = None
+    """Of the prompts; see `Text`."""
+    column: str = "text"
+    """Of the prompts; see `Text`."""
+    tokens: int | None = Field(None, ge=1, le=10**10)
+    """How many the model writes; left out: as many as the windows drawn from the text have, and
+    those of one more."""
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """The logits are divided by it before a token is sampled."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """A token is sampled from the most probable ones that have this much probability together."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """As of any text of a list."""
+
+    @field_validator("generate", mode="before")
+    @classmethod
+    def _check_as_meant(cls, value: Any) -> Any:
+        """As that of `Texts`."""
+        if value is False or value is None:
+            fix = "name a file of prompts, or say true to have none"
+            raise UserError("", value, "names no prompts", fix)
+        return value if value is True else _ONE.validate_python(value)
+
+    @property
+    def prompts(self) -> Text | None:
+        """Where the prompts come from, if there are any."""
+        if self.generate is True:
+            return None
+        keys = ("config", "split", "revision", "column")
+        return Text(data=self.generate, **{key: getattr(self, key) for key in keys})
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        prompts = self.prompts
+        return f"text generated {f'from {prompts.label}' if prompts else 'without prompts'}"
+
+
+def _as_meant(value: Any) -> Any:
+    """Validates the kind of text that was meant: pydantic would complain of both."""
+    if isinstance(value, GeneratedText):
+        return value
+    given = value if isinstance(value, Mapping) else {}
+    if "generate" in given:
+        if "data" in given:
+            raise UserError("", shown(value), "both data and generate", "list them as two texts")
+        return GeneratedText.model_validate(value)
+    own = GeneratedText.model_fields.keys() - WeightedText.model_fields.keys()
+    if key := next((key for key in given if key in own), None):
+        fix = f"leave {key} out, or name prompts in generate instead of a text in data"
+        raise UserError("", shown(value), f"{key} is of text that the model writes", fix)
+    return WeightedText.model_validate(value)
+
+
+TextPart = Annotated[WeightedText | GeneratedText, BeforeValidator(_as_meant)]
+_ONE, _SEVERAL = TypeAdapter[str](Uri), TypeAdapter(tuple[TextPart, ...])
 
 
 class Texts(Text):
     """Where text comes from: one text, or a mixture of several."""
 
-    data: Uri | tuple[WeightedText, ...]  # type: ignore[assignment]
-    """One text, as elsewhere; or a list of several, each with the keys of a text and a `weight`."""
+    data: Uri | tuple[TextPart, ...]  # type: ignore[assignment]
+    """One text, as elsewhere; or a list of several, each with a `weight` and either the keys of a
+    text or those of one that the dense model writes (`GeneratedText`)."""
 
     @field_validator("data", mode="before")
     @classmethod
@@ -97,7 +171,8 @@ class Texts(Text):
         for number, text in enumerate(texts):
             if (first := texts.index(text)) < number:
                 problem = f"texts {first} and {number} of the list (from 0) are the same"
-                raise UserError("", text["data"], problem, "list it once, with the sum of weights")
+                value = text.get("data") or text["generate"]
+                raise UserError("", value, problem, "list it once, with the sum of weights")
         return parts
 
     @field_validator("config", "split", "revision", "column")
@@ -116,7 +191,7 @@ class Texts(Text):
         return value
 
     @property
-    def parts(self) -> tuple[WeightedText, ...]:
+    def parts(self) -> tuple[WeightedText | GeneratedText, ...]:
         """The texts of the mixture; a single text is one of weight 1."""
         if isinstance(self.data, tuple):
             return self.data

@@ -31,12 +31,12 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import entries_of, write_safetensors
-from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
+from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -177,6 +177,26 @@ class Repair:
             under = write(f"{file.removesuffix('.safetensors')}.base.safetensors", base)
             terms = Terms({**terms.base, **under}, terms.donors, terms.learned)
         return Block(block.dense, weights, terms), files
+
+
+def repaired_only(
+    workers: Workers,
+    stack: Stack,
+    removed: Sequence[int],
+    way: Way,
+    windows_WT: np.ndarray,
+    folder: str,
+    fence: Fence = nobody_else,
+) -> Stack:
+    """The stack without these blocks, each gap repaired in the order in which they go, nothing
+    trained. Errors and arguments are those of `Repair`.
+    """
+    for donor in removed:
+        block = Repair(stack, donor, way, folder, fence).on(workers, windows_WT).block
+        stack = stack.drop(donor)
+        if block:
+            stack = stack.swap({block.dense: block})
+    return stack
 
 
 def in_order(found: Iterator[tuple[int, Any]]) -> Iterator[Any]:

@@ -24,13 +24,13 @@ from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.distillation import LogitsKL
-from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.masters import Masters
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import ITSELF, Learned, Span
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
+from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
@@ -102,6 +103,20 @@ def deterministic_or_not(call: Callable[[], R]) -> R:
     _LOG.warning("the bits may differ from run to run on this GPU: %s", reason)
     torch.use_deterministic_algorithms(True, warn_only=True)
     return call()
+
+
+@contextmanager
+def deterministic_where_possible() -> Iterator[None]:
+    """What has no deterministic kernel is run as it is, silently: for results that are kept."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(before, warn_only=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*does not have a deterministic implementation")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
 @contextmanager

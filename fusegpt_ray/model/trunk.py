@@ -9,11 +9,12 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.architecture import find_blocks
@@ -37,6 +38,7 @@ class Trunk:
         self, stack: Stack, device: torch.device, dtype: torch.dtype, read: Read = read_tensors
     ) -> None:
         self.device, self.dtype = device, dtype
+        self._config = stack.config
         self.model = build_skeleton(stack.config)
         self._recorded = Recorded(self.model, find_blocks(self.model))
         names = Names.of(self.model)
@@ -127,6 +129,15 @@ class Trunk:
             return self._forward(torch.zeros(h_BTD.shape[:2], dtype=torch.int64))
         finally:
             last.inject = None
+
+    def with_blocks(self, blocks: Sequence[nn.Module]) -> PreTrainedModel:
+        """The whole model as transformers has it, for what it does itself, such as `generate`. Its
+        weights are the trunk's and the blocks' own, not copies.
+        """
+        model = build_skeleton(self._config)
+        model.set_submodule(find_blocks(model), nn.ModuleList(blocks))
+        _assign(model, self.model.state_dict(), self.device, self.dtype)
+        return model.to(self.device)
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         ids_BT = ids_BT.to(self.device)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from fusegpt_ray.sections import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 HEALED = "; then all blocks trained together to the dense model's next-token distributions"
@@ -20,8 +20,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         auto_class: the class of transformers whose `from_pretrained` loads the model.
     """
     source, removed = manifest["source"], manifest["removed"]
-    metric = METRIC_SPECS[manifest["recipe"]["importance"]["metric"]].title
-    about = METHOD_SPECS[manifest["method"]].about.format(metric=metric)
+    about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     if "healing" in manifest:
         about = about.replace(", nothing trained", "") + HEALED
@@ -47,6 +46,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
     ]
+    lines += _search(manifest)
     if less := manifest.get("fewer_at_once"):
         lines.append(
             "Fewer windows at once than the recipe says, beyond rounding with the same result:"
@@ -72,6 +72,34 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
 def _front_matter(source: Mapping[str, Any]) -> list[str]:
     base = [f"base_model: {source['name']}"] if source["on_hub"] else []
     return ["---", "library_name: transformers", "tags: [fusegpt, depth-pruning]", *base, "---"]
+
+
+def _which(manifest: Mapping[str, Any]) -> str:
+    """The blocks that went, in a few words."""
+    if "search" in manifest:
+        sets = len(manifest["search"]["tried"])
+        return f"blocks chosen of {sets} sets by healing each for a while"
+    title = METRIC_SPECS[manifest["recipe"]["importance"]["metric"]].title
+    return f"blocks with the lowest {title}"
+
+
+def _search(manifest: Mapping[str, Any]) -> list[str]:
+    """A table of the sets that were tried, if there was a search."""
+    if "search" not in manifest:
+        return []
+    search = manifest["search"]
+    healed = f"after {search['tokens']:,} tokens of healing"
+    return [
+        "",
+        f"| blocks tried | found by | held-out loss | {healed} |",
+        "|---|---|---|---|",
+        *(
+            f"| {', '.join(map(str, tried['removed']))} | {', '.join(tried['ways'])} |"
+            f" {tried['held_out'][0]:.4g} | {tried['held_out'][-1]:.4g} |"
+            for tried in search["tried"]
+        ),
+        "",
+    ]
 
 
 def _between(manifest: Mapping[str, Any]) -> list[str]:

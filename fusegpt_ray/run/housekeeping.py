@@ -117,6 +117,12 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
             )
         elif run := folder.run:
             yield Leftover(folder.uri, folder.size, *_run(run, age, unfinished))
+        elif folder.generated:
+            needed = next((run for run in runs.values() if not _run(run, age, unfinished)[1]), None)
+            what = "a text that a dense model wrote"
+            if needed:
+                what += f", perhaps for the run {needed.name}"
+            yield Leftover(folder.uri, folder.size, what, not needed and folder.silent() >= age)
         elif folder.name.endswith(".part") and PULLING in folder.files and "://" not in folder.uri:
             busy = _locked(folder.uri) or folder.silent() < age
             yield Leftover(

@@ -31,18 +31,26 @@ def identity(
     object store is asked for its own, and the hub's cache tells those of what it downloaded.
     `hardware`: see `Workers.hardware`.
     """
-    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
-        dense.trunk.values()
-    )
-    uris = sorted({ref.file for ref in refs})
-    files = dict(zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(_mark, uris), strict=True))
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
         "hardware": dict(hardware),
         "windows_sha256": windows_sha256,
-        "model": {"config": dict(dense.config), "files": files},
+        "model": model_identity(dense),
     }
+
+
+def model_identity(dense: Stack) -> dict[str, Any]:
+    """What changes with a model: {"config", "files": what changes with each one's bytes, by name}.
+
+    Reads as `identity` does.
+    """
+    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
+        dense.trunk.values()
+    )
+    uris = sorted({ref.file for ref in refs})
+    files = dict(zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(_mark, uris), strict=True))
+    return {"config": dict(dense.config), "files": files}
 
 
 def healing_identity(recipe: Recipe, *windows_sha256: str) -> dict[str, Any]:
@@ -69,9 +77,10 @@ def _mark(uri: str) -> str:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
-    shaping = recipe.model_dump(
-        mode="json", exclude={"cluster", "output", "evaluation", "sparsity", "heal"}
-    )
+    outside = {"cluster", "output", "evaluation", "sparsity"}
+    if recipe.search is None:
+        outside.add("heal")  # it comes after the rounds
+    shaping = recipe.model_dump(mode="json", exclude=outside)
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 

@@ -27,9 +27,12 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|lease)-\d+"
+_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|search|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
+GENERATED = "generated-{}"
+"""The folder of a text that a dense model wrote, by what shaped it; see `generation.py`."""
+GENERATED_FILE = re.compile(r"\.?part-\d{6}\.json(\.[0-9a-f]{8})?")
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
 
@@ -74,6 +77,12 @@ class Folder:
             and not self.finished
             and any(MODEL_FILE.fullmatch(name) for name in self.files)
         )
+
+    @property
+    def generated(self) -> bool:
+        """It is a text that a dense model wrote."""
+        named = re.fullmatch(GENERATED.format("[0-9a-f]{16}"), self.name)
+        return bool(named and self.files) and all(map(GENERATED_FILE.fullmatch, self.files))
 
     @property
     def run(self) -> Run | None:
@@ -163,7 +172,7 @@ class Outputs:
 
     uri: str
     folders: tuple[Folder, ...]
-    """Finished and half models, runs, and half-pulled folders."""
+    """Finished and half models, runs, generated texts, and half-pulled folders."""
     files: Mapping[str, File]
 
     @classmethod
@@ -191,7 +200,12 @@ class Outputs:
             for entry in entries
             if entry["type"] == "directory"
         )
-        ours = [name for name in names if MODEL.fullmatch(name) or name.endswith((".run", ".part"))]
+        text = GENERATED.format("")
+        ours = [
+            name
+            for name in names
+            if MODEL.fullmatch(name) or name.endswith((".run", ".part")) or name.startswith(text)
+        ]
         found = [entry for entry in entries if entry["type"] == "file"]
         # A file is listed as if it lay in itself.
         files = {

@@ -22,7 +22,7 @@ from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.retry import Trouble, cleaned, trouble, with_retries
 from fusegpt_ray.text.formats import Source, beside, check_column, file_format, names_a_file
-from fusegpt_ray.text.rows import check_is_text, loading, opened, rows
+from fusegpt_ray.text.rows import check_is_text, lines, loading, opened, rows
 from fusegpt_ray.text_sections import Text
 
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -98,6 +98,22 @@ def pieces(source: Source, piece_bytes: int) -> Iterator[str]:
             size += atom_size
         if size:
             yield "".join(held)
+
+
+def items(source: Source) -> Iterator[str]:
+    """The source's texts one by one: each row of a table, each line of plain text, but blank ones.
+
+    Raises:
+        UserError: as `pieces`.
+    """
+    with explained(source.key, source.uri):
+        if source.format != "text":
+            yield from (row for row in rows(source) if row.strip())
+            return
+        with opened(source) as file:
+            for _, line in lines(file, source):
+                if line.strip():
+                    yield line.rstrip("\r\n")
 
 
 def _atoms(source: Source, limit: int) -> Iterator[str]:

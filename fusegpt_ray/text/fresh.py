@@ -17,8 +17,8 @@ from fusegpt_ray.samples import PADDING
 from fusegpt_ray.text.calibration import Stream, blank_windows, counted, fill
 from fusegpt_ray.text.documents import put, telling
 from fusegpt_ray.text.mixture import apportioned, data_keys, interleaved, seed_of, shares
-from fusegpt_ray.text.windows import Drawn, Windows, name_of
-from fusegpt_ray.text_sections import Texts
+from fusegpt_ray.text.windows import Drawn, Windows
+from fusegpt_ray.text_sections import GeneratedText, Texts
 
 
 def fresh_windows(
@@ -72,9 +72,9 @@ def fresh_windows(
         rows = [train_WT[row] for row in np.flatnonzero(train_W == number)]
         rows += [held_WT[row] for row in np.flatnonzero(held_W == number)]
         roll.fill(rows, picked, name)
-        source = name_of(texts.parts[number])
-        trained.append(Drawn(source, distinct=there - kept[number]))
-        held.append(Drawn(source))
+        part = texts.parts[number]
+        trained.append(Drawn.of(part, roll.tokens, distinct=there - kept[number]))
+        held.append(Drawn.of(part, roll.tokens))
     begins = bos is not None
     return (
         Windows(train_WT, begins, tuple(trained), train_W),
@@ -104,7 +104,8 @@ class _Documents:
 
     def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
         self.stream, self.bos = stream, bos
-        self.windows = sum(1 for _ in telling(stream))
+        sizes = [len(tokens) for tokens in telling(stream)]
+        self.windows, self.tokens = len(sizes), sum(sizes)
         self.found = f"has {self.windows} documents of two tokens or more"
 
     @staticmethod
@@ -157,16 +158,18 @@ def _too_short(
 ) -> UserError:
     """`free`: how many windows of the text are not held out."""
     name, part = data_keys(texts, key)[number], texts.parts[number]
+    more = f"give more text in {name}"
+    if isinstance(part, GeneratedText):
+        more = f"raise the tokens of the {part.label}"
     if free < 1:
         problem = f"the text {found}, and none of them is left to train on beside those held out"
-        fix = f"give more text in {name}, or lower {key}.held_out"
-        return UserError(name, part.data, problem, fix)
+        return UserError(name, part.label, problem, f"{more}, or lower {key}.held_out")
     total = sum(Fraction(each.weight) for each in texts.parts)
     if fewer:
         problem = f"the text of {name} {found}; its share of {fewer} is more"
-        fix = f"give more text in {name}, or lower {key}.held_out or {key}.batch"
+        fix = f"{more}, or lower {key}.held_out or {key}.batch"
         return UserError(f"{key}.tokens", None, problem, fix)
     most = int(free * total / Fraction(part.weight)) * length
     problem = f"the text of {name} {found}; its share is more, and no window is taken twice"
-    fix = f"lower it to at most {most}, give more text in {name}, or set {key}.repeat: true"
+    fix = f"lower it to at most {most}, {more}, or set {key}.repeat: true"
     return UserError(f"{key}.tokens", windows * length, problem, fix)

@@ -20,7 +20,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.windows import Drawn, Windows, random_documents, random_windows
-from fusegpt_ray.text_sections import Text, Texts, WeightedText
+from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 
 
 def data_keys(texts: Texts, key: str) -> list[str]:
@@ -32,18 +32,32 @@ def data_keys(texts: Texts, key: str) -> list[str]:
     return [f"{key}.data.{number}" for number in range(len(texts.parts))]
 
 
-def streams(tokens: Callable[[Text, str], Stream], texts: Texts, key: str) -> list[Stream]:
-    """The stream of each text of the section `key`. `tokens`: see `Workers.tokens`.
+Part = WeightedText | GeneratedText
+
+
+def streams(
+    tokens: Callable[[Text, str], Stream],
+    texts: Texts,
+    key: str,
+    generated: Callable[[GeneratedText, str], Stream] | None = None,
+) -> list[Stream]:
+    """The stream of each text of the section `key`. `tokens`: see `Workers.tokens`; `generated`: as
+    this, for texts that the dense model writes.
 
     Raises:
         UserError: see `corpus.sources`.
     """
-    return [
-        tokens(part, name) for part, name in zip(texts.parts, data_keys(texts, key), strict=True)
-    ]
+    found = []
+    for part, name in zip(texts.parts, data_keys(texts, key), strict=True):
+        if isinstance(part, GeneratedText):
+            assert generated, "the dense model is at hand"
+            found.append(generated(part, name))
+        else:
+            found.append(tokens(part, name))
+    return found
 
 
-def apportioned(parts: Sequence[WeightedText], windows: int) -> list[int]:
+def apportioned(parts: Sequence[Part], windows: int) -> list[int]:
     """How many of the windows each text gets, by weight and largest remainder."""
     total = sum(Fraction(part.weight) for part in parts)
     quotas = [windows * Fraction(part.weight) / total for part in parts]
@@ -71,6 +85,19 @@ def shares(texts: Texts, windows: int, key: str, amount: str) -> list[int]:
                 f"raise it, or {key}.{amount}, or leave the text out",
             )
     return counts
+
+
+def generated_tokens(texts: Texts, length: int, *windows: int) -> dict[GeneratedText, int]:
+    """How many tokens the dense model writes of each of the texts that it writes, where sets of so
+    many windows of `length` tokens are drawn from the mixture: what the recipe says, else what its
+    share of all of them takes and one window more.
+    """
+    sets = [apportioned(texts.parts, each) for each in windows]
+    return {
+        part: part.tokens or (sum(counts[number] for counts in sets) + 1) * length
+        for number, part in enumerate(texts.parts)
+        if isinstance(part, GeneratedText)
+    }
 
 
 def seed_of(seed: int, purpose: int | str) -> int:

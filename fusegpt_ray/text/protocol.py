@@ -10,6 +10,7 @@ from typing import Any
 STAGES = {
     "dense": "the model as it was given",
     "dropped": "the same blocks removed, nothing fused or trained",
+    "repaired": "the gaps repaired in closed form, nothing trained",
     "fused": "after the rounds",
     "healed": "after whole-model training",
 }

@@ -97,7 +97,7 @@ def _row(source: Source, where: str, record: dict[str, Any]) -> Row:
 
 def _json_lines(source: Source) -> Iterator[Row]:
     with opened(source) as file:
-        for where, line in _lines(file, source):
+        for where, line in lines(file, source):
             if line.strip():
                 yield _row(source, where, _json_object(_parsed(line, where, source), where, source))
 
@@ -105,7 +105,7 @@ def _json_lines(source: Source) -> Iterator[Row]:
 def _json(source: Source) -> Iterator[Row]:
     """JSON Lines; or one array of objects, which is held."""
     with opened(source) as file:
-        line = next((line for _, line in _lines(file, source) if line.strip()), "")
+        line = next((line for _, line in lines(file, source) if line.strip()), "")
         if not line.lstrip().startswith("["):
             yield from _json_lines(source)
             return
@@ -140,8 +140,8 @@ def _separated(source: Source) -> Iterator[Row]:
     """
     csv.field_size_limit(ROW)
     with opened(source) as file:
-        lines = (line for _, line in _lines(file, source))
-        cells = csv.reader(lines, strict=True, delimiter="\t" if source.format == "tsv" else ",")
+        texts = (line for _, line in lines(file, source))
+        cells = csv.reader(texts, strict=True, delimiter="\t" if source.format == "tsv" else ",")
         try:
             yield from _under_header(source, ((cells.line_num, row) for row in cells if row))
         except csv.Error as error:
@@ -165,7 +165,7 @@ def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Ite
         yield Row(f"line {number}", header, row[at])
 
 
-def _lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[str, str]]:
+def lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[str, str]]:
     """Each line and what to call it."""
     number = 0
     while line := file.readline(ROW + 1):

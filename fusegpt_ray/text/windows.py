@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from fusegpt_ray.samples import lengths
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import documents
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
-from fusegpt_ray.text_sections import Text
+from fusegpt_ray.text_sections import GeneratedText, Text
 
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""
@@ -32,11 +32,31 @@ class Drawn:
     """Of the whole text, where each window is one of them."""
     cut: int = 0
     """Of the documents taken, those that were longer than a window."""
+    generated: Mapping[str, Any] | None = None
+    """Of a text that the dense model wrote: from which prompts, how, and how much."""
+
+    @classmethod
+    def of(cls, text: Text | GeneratedText, n_tokens: int, **facts: Any) -> Self:
+        """`n_tokens`: of the whole text."""
+        if isinstance(text, Text):
+            return cls(text.label, **facts)
+        prompts = text.prompts
+        how = {
+            "prompts": prompts.label if prompts else None,
+            "tokens": n_tokens,
+            "temperature": text.temperature,
+            "top_p": text.top_p,
+        }
+        return cls(text.label, generated=how, **facts)
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
-        "warning"; or "repeated"; or "documents" and "cut".
+        "warning"; or "repeated"; or "documents" and "cut"; also "generated", if it is.
         """
+        origin = {"generated": dict(self.generated)} if self.generated else {}
+        return origin | self._amounts(windows, length, bos)
+
+    def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         if self.documents is not None:
             return {"documents": self.documents, "cut": self.cut}
         if self.distinct is not None and windows > self.distinct:
@@ -85,7 +105,9 @@ class Windows:
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
         average); of padded ones "tokens"; of documents "documents" (how many the text has) and
-        "cut" (how many of those taken are longer than a window).
+        "cut" (how many of those taken are longer than a window); of a text that the dense model
+        wrote "generated": {"prompts" (None: without), "tokens" (of the whole text), "temperature",
+        "top_p"}.
 
         Of a mixture, these further ones stand in "parts", with the "data" and "windows" of each.
         """
@@ -103,7 +125,13 @@ class Windows:
 
 
 def random_windows(
-    stream: Stream, text: Text, windows: int, length: int, seed: int, bos: int | None, key: str
+    stream: Stream,
+    text: Text | GeneratedText,
+    windows: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    key: str,
 ) -> Windows:
     """At random places of one text, so that they may overlap.
 
@@ -120,11 +148,18 @@ def random_windows(
             yield tokens
 
     tokens_WT = sample_windows(watched, windows, length, seed, key, bos)
-    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text), n_tokens))
+    drawn = Drawn.of(text, n_tokens, text_tokens=n_tokens)
+    return Windows.of(tokens_WT, bos is not None, drawn)
 
 
 def random_documents(
-    stream: Stream, text: Text, windows: int, length: int, seed: int, bos: int | None, key: str
+    stream: Stream,
+    text: Text | GeneratedText,
+    windows: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    key: str,
 ) -> Windows:
     """So many documents of one text, each a window.
 
@@ -134,7 +169,7 @@ def random_documents(
     found, there = documents.drawn(stream, windows, seed)
     documents.enough(found, windows, key)
     tokens_WT, cut = documents.as_windows(found, length, bos)
-    source = Drawn(name_of(text), documents=there, cut=cut)
+    source = Drawn(text.label, documents=there, cut=cut)
     return Windows.of(tokens_WT, bos is not None, source)
 
 
@@ -154,12 +189,7 @@ def evaluation_windows(
     if not pack:
         found = documents.first(stream, text.windows, key)
         tokens_WT, cut = documents.as_windows(found, length, bos)
-        source = Drawn(name_of(text), documents=len(found), cut=cut)
+        source = Drawn(text.label, documents=len(found), cut=cut)
         return Windows.of(tokens_WT, bos is not None, source)
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
-    return Windows.of(tokens_WT, bos is not None, Drawn(name_of(text)))
-
-
-def name_of(text: Text) -> str:
-    """A dataset has parts; a file is what it is."""
-    return f"{text.data} ({text.config}, {text.split})" if text.config else text.data
+    return Windows.of(tokens_WT, bos is not None, Drawn(text.label))

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import distributed_c10d
 
 from fusegpt_ray.training.batch import Batch
@@ -148,15 +149,16 @@ class DeepSpeedStepper:
         groups = self.engine.basic_optimizer.param_groups
         return [value for group in groups for value in group["params"]]
 
-    def whole(self) -> AbstractContextManager[Any]:
-        """With ZeRO 3 each worker holds a part of every parameter; inside the context, all of
-        it.
+    def whole(self, modules: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """With ZeRO 3 each worker holds a part of every parameter; inside the context, all of those
+        of these modules. Called by all workers at once.
         """
         if self.engine.zero_optimization_stage() < 3:
             return nullcontext()
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(self.span.learned.parameters()))
+        parameters = [value for module in modules for value in module.parameters()]
+        return deepspeed.zero.GatheredParameters(parameters)
 
     def close(self) -> None:
         """Let go of what DeepSpeed holds."""

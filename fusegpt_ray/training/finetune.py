@@ -6,117 +6,24 @@ Shapes: W windows, T tokens.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
-import torch
-from torch import nn
-
-from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
-from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.rows import as_rows
-from fusegpt_ray.model.stack import Block
-from fusegpt_ray.model.trunk import Trunk
-from fusegpt_ray.samples import Batch as Windows
-from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
-from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.states import States, StatesSource, own_windows
-from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
+from fusegpt_ray.training.states import States, own_windows
+from fusegpt_ray.training.stepper import TorchStepper
+from fusegpt_ray.training.task import HELD_OUT, SavedBlocks, TrainingTask
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
-
-HELD_OUT = 0
-"""Stands for the held-out windows where a part of a pass is asked for."""
-
-
-@dataclass(frozen=True)
-class SavedBlocks:
-    """Trained blocks on disk."""
-
-    blocks: dict[int, Block]
-    """By dense number."""
-    files: dict[str, FileRecord]
-    """What was written, by URI."""
-
-    @classmethod
-    def merged(cls, parts: Sequence[SavedBlocks]) -> Self:
-        """What several workers saved, in the blocks' order."""
-        blocks = {number: block for part in parts for number, block in part.blocks.items()}
-        files = {uri: file for part in parts for uri, file in part.files.items()}
-        return cls(dict(sorted(blocks.items())), dict(sorted(files.items())))
-
-
-class Trainable(Protocol):
-    """What is trained: it builds the span on a worker, says what learns in it, and saves it."""
-
-    def build(
-        self,
-        meta_blocks: Sequence[nn.Module],
-        contexts: Sequence[Context],
-        device: torch.device,
-        dtype: torch.dtype,
-        recompute: bool,
-        run: RunBlock,
-        partition: Partition | None,
-    ) -> Span:
-        """
-        Args:
-            meta_blocks: of the dense model, by block number (see `Trunk`); so are the contexts.
-            partition: keeps frozen weights in parts, on several workers with ZeRO 3.
-        """
-
-    @property
-    def uses_head(self) -> bool:
-        """Whether the loss needs the model's norm and head, which are then kept on the device."""
-
-    def loss(self, trunk: Trunk) -> Loss:
-        """What is trained to."""
-
-    def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
-        """What learns: {"params", "lr"} for each learning rate."""
-
-    def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
-        """Write one part of the span's blocks; all parts together are the span."""
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """All that a worker needs to know to train a span."""
-
-    trainable: Trainable
-    source: StatesSource
-    windows: Windows
-    config: TrainingConfig
-    identity: Mapping[str, Any]
-    """Names what is trained: a training checkpoint of another identity is not used."""
-    folder: str
-    """Where its training checkpoints lie."""
-    fence: Callable[[], None]
-    """Called before every write: it raises where another run writes here."""
-    held_out: Windows | None = None
-    """What is saved is the state with the lowest loss on these windows, whole loss batches of them;
-    None: the last state."""
-    what: str = "fine-tuning the group"
-    """For messages."""
-    rate_key: str = "fusion.learning_rate"
-    """The recipe's key of the learning rate, for messages."""
-
-    @property
-    def first_states(self) -> list[int]:
-        """The parts whose states are computed before the training (see `_states`). Of a pass in
-        several parts, each part's follow when it begins.
-        """
-        held_out = [] if self.held_out is None else [HELD_OUT]
-        return held_out if held_out and self.config.parts > 1 else [*held_out, 1]
 
 
 @dataclass(frozen=True)
@@ -128,6 +35,18 @@ class Outcome:
     saved: SavedBlocks
     bytes_read: int
     """Of blocks, to compute states on the way."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one worker has in its memory after a training."""
+
+    losses: list[float]
+    held_out: list[float]
+    span: Span
+    stepper: Any
+    moved: int
+    """A bound for the bytes that a worker reads or writes by itself between two steps."""
 
 
 @dataclass(frozen=True)
@@ -233,14 +152,35 @@ def train_and_save(
     worker: TrainingWorker, task: TrainingTask, states_batch: int, checkpoints: Checkpoints
 ) -> Outcome:
     """Train, and write this worker's part of the blocks."""
-    config, size = task.config, task.config.batch // worker.count
     before = worker.runner.weights.bytes_read
+    learned = learn(worker, task, states_batch, checkpoints.micro_batch, checkpoints)
+    saved = _save(worker, task, learned)
+    worker.memory.clear()
+    read = worker.runner.weights.bytes_read - before
+    return Outcome(learned.losses, learned.held_out, saved, read)
+
+
+def learn(
+    worker: TrainingWorker,
+    task: TrainingTask,
+    states_batch: int,
+    micro_batch: int,
+    checkpoints: Checkpoints | None = None,
+) -> Learned:
+    """Train without saving what was learned.
+
+    Args:
+        states_batch, micro_batch: windows that pass a block at once to compute states, and the
+            worker's span.
+        checkpoints: None: a training that is begun again if it is stopped.
+    """
+    config, size = task.config, task.config.batch // worker.count
     worker.runner.reload()
     begins = [_states(worker, task, states_batch, part) for part in task.first_states]
-    first = next(begins[0].batches(size)).rows(slice(checkpoints.micro_batch))
+    first = next(begins[0].batches(size)).rows(slice(micro_batch))
     span, moved = _span(worker, task, first)
     worker.meet(moved + _bytes_read(task))
-    stepper = _stepper(worker, task, span, checkpoints.micro_batch, moved)
+    stepper = _stepper(worker, task, span, micro_batch, moved)
 
     def part(number: int) -> Iterable[Batch]:
         states = _states(worker, task, states_batch, 1 + (number - 1) % config.parts)
@@ -268,10 +208,7 @@ def train_and_save(
             validation,
             task.rate_key,
         )
-    saved = _save(worker, task, span, stepper, moved)
-    worker.memory.clear()
-    read = worker.runner.weights.bytes_read - before
-    return Outcome(losses, validation.losses if validation else [], saved, read)
+    return Learned(losses, validation.losses if validation else [], span, stepper, moved)
 
 
 def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Span, int]:
@@ -304,16 +241,20 @@ def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Spa
     return span, moved
 
 
-def _save(
-    worker: TrainingWorker, task: TrainingTask, span: Span, stepper: Any, moved: int
-) -> SavedBlocks:
+def _save(worker: TrainingWorker, task: TrainingTask, learned: Learned) -> SavedBlocks:
+    """Each worker writes a block at the same time, and no more blocks than that are whole."""
+    span, stepper = learned.span, learned.stepper
     if isinstance(stepper, TorchStepper):
         return task.trainable.save(span, 0, 1)
-    with stepper.whole():
-        saved = task.trainable.save(span, worker.rank, worker.count)
-        worker.meet(moved)  # nobody leaves while others need its part of the parameters
+    saved, count = list[SavedBlocks](), len(span.blocks)
+    for first in range(0, count, worker.count):
+        with stepper.whole(span.learned.blocks[first : first + worker.count]):
+            if (own := first + worker.rank) < count:
+                saved.append(task.trainable.save(span, own, count))
+            # Nobody leaves while others need its part of the parameters.
+            worker.meet(learned.moved)
     stepper.close()
-    return saved
+    return SavedBlocks.merged(saved)
 
 
 def _stepper(

@@ -38,6 +38,7 @@ HEALED = LIGHT | {
         "rank": 4,
         "learning_rate": 0.005,
     },
+    "search": {"candidates": ["mi", "run", "spaced"], "tokens": 256},
 }
 RUNS: dict[str, dict[str, Any]] = {
     "local": {},
@@ -48,7 +49,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "local mi": {"method": "mi"},
     "ray mi": {"method": "mi", "cluster": {"engine": "ray", "replicas": 3}},
     "local healed": HEALED,
-    "ray healed, 2 workers": HEALED | {"cluster": TWO_WORKERS | {"zero_stage": 3}},
+    "ray healed, 2 workers": HEALED | {"cluster": TWO_WORKERS | {"zero_stage": 3, "replicas": 2}},
     "local bf16": {},
 }
 """What each run changes in the tests' recipe."""

@@ -19,12 +19,13 @@ from models import open_stack, token_windows
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.sections import PRESETS, Cluster, Fusion
+from fusegpt_ray.sections import Cluster, Fusion
+from fusegpt_ray.specs import PRESETS
 from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
-from fusegpt_ray.training.finetune import TrainingTask
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, own_windows
 from fusegpt_ray.training.stepper import TorchStepper
+from fusegpt_ray.training.task import TrainingTask
 from fusegpt_ray.workers.base import TrainingWorker
 
 CPU = torch.device("cpu")

@@ -18,7 +18,8 @@ from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.checkpoints import Checkpoints
-from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask, train_and_save
+from fusegpt_ray.training.finetune import Outcome, train_and_save
+from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 from fusegpt_ray.workers.base import News, TrainingWorker
 
 pytestmark = pytest.mark.integration
@@ -57,9 +58,7 @@ def task_of(folder: Path, out: str, mode: Mode, workers: int) -> TrainingTask:
     return model.task(ids_WT[:WINDOWS], ids_WT[WINDOWS:], cluster, {"of": "test"}, place)
 
 
-def heal(
-    folder: Path, out: str, mode: Mode, rank: int, workers: int
-) -> tuple[list[float], list[float], SavedBlocks]:
+def heal(folder: Path, out: str, mode: Mode, rank: int, workers: int) -> Outcome:
     """As one worker of so many."""
     task = task_of(folder, out, mode, workers)
     runner = Runner(open_stack(folder), CPU, torch.float32, BATCH)
@@ -77,8 +76,8 @@ def heal(
 def heal_in_deepspeed(rank: int, workers: int, folder: Path, out: Path) -> None:
     with process_group(rank, workers, out):
         for number, mode in enumerate(MODES):
-            losses, held_out, saved = heal(folder, f"{out}/{number}", mode, rank, workers)
-            torch.save((losses, held_out, saved), out / f"{number}-{rank}.pt")
+            outcome = heal(folder, f"{out}/{number}", mode, rank, workers)
+            torch.save(outcome, out / f"{number}-{rank}.pt")
 
 
 def weights(saved: SavedBlocks) -> dict[str, torch.Tensor]:
@@ -99,8 +98,9 @@ def two_workers(
 
     def found(number: int) -> Healed:
         parts = [torch.load(out / f"{number}-{rank}.pt", weights_only=False) for rank in (0, 1)]
-        assert parts[0][:2] == parts[1][:2]
-        return (*parts[0][:2], weights(SavedBlocks.merged([part[2] for part in parts])))
+        losses, held_out = parts[0].losses, parts[0].held_out
+        assert (losses, held_out) == (parts[1].losses, parts[1].held_out)
+        return losses, held_out, weights(SavedBlocks.merged([part.saved for part in parts]))
 
     return found
 
@@ -115,11 +115,11 @@ def test_two_workers_heal_as_one_process(
     mode: Any = MODES[number]
     losses, held_out, found = two_workers(number)
     alone = heal(checkpoint("llama"), str(tmp_path), mode, 0, 1)
-    assert losses == pytest.approx(alone[0], rel=1e-4)
-    assert held_out == pytest.approx(alone[1], rel=1e-4)
+    assert losses == pytest.approx(alone.losses, rel=1e-4)
+    assert held_out == pytest.approx(alone.held_out, rel=1e-4)
     best = held_out.index(min(held_out))
     assert best == (PARTS if mode[2] == BEST_AT_THE_END else 1)
-    expected = weights(alone[2])
+    expected = weights(alone.saved)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         # Adam's steps are of the rate's size, also of a gradient that is little but rounding.

@@ -26,10 +26,12 @@ from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.trunk import Trunk
-from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Importance
-from fusegpt_ray.training.finetune import SavedBlocks, TrainingTask, train_span
+from fusegpt_ray.sections import Cluster, Fusion, Importance
+from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 from fusegpt_ray.workers.base import News, Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

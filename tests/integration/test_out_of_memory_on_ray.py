@@ -20,9 +20,11 @@ from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Importance
-from fusegpt_ray.training.finetune import SavedBlocks, train_span
+from fusegpt_ray.sections import Cluster, Fusion, Importance
+from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.training.span import Span
+from fusegpt_ray.training.task import SavedBlocks
 from fusegpt_ray.workers.base import Setup
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]

@@ -54,7 +54,11 @@ class Infirmary:
         return WholeModel(self.stack, self.dense, heal, 0, str(self.out / "blocks"))
 
     def heal(
-        self, stop: int | None = None, cluster: dict[str, Any] | None = None, **settings: Any
+        self,
+        stop: int | None = None,
+        cluster: dict[str, Any] | None = None,
+        windows_WT: torch.Tensor = TRAINED,
+        **settings: Any,
     ) -> Trained:
         """As one start of a run; `stop`: the part after which it is killed."""
         asked = Cluster(engine="local", **{"checkpoint_minutes": 0} | (cluster or {}))
@@ -74,7 +78,8 @@ class Infirmary:
         place = str(self.out / "checkpoints")
         with LocalWorkers(Setup(source, self.dense, asked, "float32", Importance(batch=4))) as here:
             held = HELD.numpy()
-            task = self.job(**settings).task(TRAINED.numpy(), held, asked, {"of": "these"}, place)
+            job, these = self.job(**settings), windows_WT.numpy()
+            task = job.task(these, held, asked, {"of": "these"}, place)
             return train_span(here, task, news)
 
     def forget(self) -> None:

@@ -36,7 +36,8 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import METRIC_SPECS, Importance
+from fusegpt_ray.sections import Importance
+from fusegpt_ray.specs import METRIC_SPECS
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -85,8 +85,8 @@ def test_the_published_model_is_the_dense_one_with_one_layer_changed(
     assert 0 < told["left"] < 1 and told["layer"] == "mlp.down_proj"
     # What was measured is what plain transformers measures of what was published.
     found = published.manifest["perplexity"]["heldout"]
-    assert found["fused"] == pytest.approx(perplexity(published.uri, desk), rel=1e-4)
-    assert found["fused"] != pytest.approx(found["dropped"], rel=1e-3)
+    assert found["repaired"] == pytest.approx(perplexity(published.uri, desk), rel=1e-4)
+    assert found["repaired"] != pytest.approx(found["dropped"], rel=1e-3)
 
 
 class Killed(BaseException):
@@ -129,11 +129,16 @@ def test_fine_tuning_starts_from_the_repaired_block(
 ) -> None:
     """At rates that move nothing, two rounds with a start are the two repairs."""
     still = {"learning_rate": 1e-12, "lora_learning_rate": 1e-12, "fold": fold, "start": "linear"}
-    trained = recipe(desk, method=method, sparsity=0.4, fusion=fusion(desk, **still), evaluation={})
+    trained = recipe(desk, method=method, sparsity=0.4, fusion=fusion(desk, **still))
     (started,) = compress(trained, Display())
     other = {"uri": str(desk.out), "name": "repaired"}
     (repaired,) = compress(recipe(desk, sparsity=0.4, output=other), Display())
     assert started.manifest["removed"] == repaired.manifest["removed"]
+    rows = [item.manifest["perplexity"]["heldout"] for item in (started, repaired)]
+    assert rows[0]["repaired"] == pytest.approx(rows[1]["repaired"], rel=1e-6)
+    assert "fused" not in rows[1] and rows[0]["fused"] == pytest.approx(
+        rows[0]["repaired"], rel=1e-4
+    )
     one, two = weights(started), weights(repaired)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-5)

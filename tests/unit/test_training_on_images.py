@@ -25,7 +25,8 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing.publish import publish
 from fusegpt_ray.samples import Samples
-from fusegpt_ray.sections import PRESETS, Cluster, Fusion, Heal, Importance
+from fusegpt_ray.sections import Cluster, Fusion, Heal, Importance
+from fusegpt_ray.specs import PRESETS
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.losses import normalized_mse

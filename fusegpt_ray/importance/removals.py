@@ -1,0 +1,123 @@
+"""Sets of blocks that could be removed, found without training anything: by each metric greedily,
+as the best run of consecutive blocks, or with none beside another.
+
+Shapes: W windows, B windows of a batch, T tokens, D hidden size, N blocks, K blocks to remove.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fusegpt_ray.importance.metrics import macro_influence
+from fusegpt_ray.importance.ranking import Ranking, lowest
+from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.rows import as_rows, as_tensor
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.samples import Batch, Counting, counting, cut
+from fusegpt_ray.sections import Importance
+from fusegpt_ray.specs import METRIC_SPECS
+from fusegpt_ray.workers.base import Workers
+
+Removal = tuple[int, ...]
+"""Dense numbers of blocks, in the order in which they go."""
+
+
+def removal(
+    way: str,
+    workers: Workers,
+    dense: Stack,
+    windows: Batch,
+    settings: Importance,
+    count: int,
+) -> Removal | None:
+    """So many blocks to remove, or None where there is no such set.
+
+    Args:
+        way: one of `sections.Candidate`. A metric: the block of the lowest score goes, and the rest
+            is scored again. `run`: see `run_distances`. `spaced`: as the recipe's metric, but no
+            block beside one that went.
+
+    Raises:
+        FloatingPointError: a sum is not finite.
+        MemoryError: not even a single window fits.
+    """
+    if way == "run":
+        return _run(workers, dense, windows, settings, count)
+    if way == "spaced":
+        settings = settings.model_copy(update={"all": True, "racing": None})
+        return _greedy(workers, dense, windows, settings, count, _apart)
+    assert way in METRIC_SPECS, way
+    settings = settings.model_copy(update={"metric": way})
+    return _greedy(workers, dense, windows, settings, count, _any)
+
+
+Choose = Callable[[Ranking, Sequence[int]], int | None]
+"""The next block to remove, after those."""
+
+
+def _any(ranking: Ranking, gone: Sequence[int]) -> int | None:
+    return ranking.lowest
+
+
+def _apart(ranking: Ranking, gone: Sequence[int]) -> int | None:
+    near = {number + step for number in gone for step in (-1, 1)}
+    free = {number: value for number, value in ranking.scores.items() if number not in near}
+    return lowest(free) if free else None
+
+
+def _greedy(
+    workers: Workers,
+    dense: Stack,
+    windows: Batch,
+    settings: Importance,
+    count: int,
+    choose: Choose,
+) -> Removal | None:
+    stack, gone, last = dense, list[int](), None
+    while len(gone) < count:
+        last = score(workers, stack, windows, settings, last)
+        number = choose(last, gone)
+        if number is None:
+            return None
+        gone.append(number)
+        stack = stack.drop(number)
+    return tuple(gone)
+
+
+def _run(
+    workers: Workers, dense: Stack, windows: Batch, settings: Importance, count: int
+) -> Removal:
+    batches = cut(windows, range(settings.batch, len(windows), settings.batch))
+    tasks = [(dense, batch, count, settings.tokens) for batch in batches]
+
+    def attempt(batch_size: int) -> np.ndarray:
+        found = dict(workers.map(run_distances, tasks, batch_size))
+        return np.sum([found[number] for number in range(len(tasks))], axis=0)
+
+    sums, _ = find_batch_size(attempt, settings.batch, settings.batch, "finding a run of blocks")
+    if not np.isfinite(sums).all():
+        raise FloatingPointError("the distance between two blocks' states is not finite")
+    first = int(np.argmin(sums))
+    return dense.kept[first : first + count]
+
+
+def run_distances(
+    runner: Runner, stack: Stack, windows: Batch, count: int, tokens: Counting = "all"
+) -> np.ndarray:
+    """1 − cos between the states that enter each run of `count` blocks and those that leave it,
+    summed over tokens: [N − K + 1] float64, by the run's first position. (Gromov et al., arXiv
+    2403.17887, compare the angle of the last token; this is Block Influence of a run.)
+    """
+    sums, states = list[float](), deque[torch.Tensor](maxlen=count + 1)
+    counted_BT = as_tensor(counting(windows, tokens))
+    for h_BTD in runner.walk(stack, as_rows(windows)):
+        states.append(h_BTD.clone())  # the walk writes over it
+        if len(states) > count:
+            sums.append(macro_influence(states[-1], states[0], counted_BT).sum().item())
+    return np.array(sums)

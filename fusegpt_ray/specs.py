@@ -1,0 +1,93 @@
+"""What is known of methods, metrics and presets without their code: names, words for people, and
+what each asks of a recipe. No torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+
+class MethodSpec(NamedTuple):
+    """What is known of a method without its code, which is in `methods/`."""
+
+    about: str
+    """For the model card; `{blocks}` stands for which blocks go."""
+    trains: bool
+    """Whether something is trained, so that the calibration windows must fill loss batches."""
+    fuses: bool
+    """Whether its neighbours learn terms of the removed block's weights."""
+    repairs: bool = False
+    """Whether it is nothing without a repair in closed form (`fusion.start`)."""
+
+
+METHOD_SPECS: dict[str, MethodSpec] = {
+    "mi": MethodSpec(
+        "{blocks} dropped, nothing trained",
+        trains=False,
+        fuses=False,
+    ),
+    "mi+linear": MethodSpec(
+        "{blocks} dropped, the block before each changed by a least-squares fit, nothing trained",
+        trains=False,
+        fuses=False,
+        repairs=True,
+    ),
+    "mi+ft": MethodSpec(
+        "{blocks} dropped, their neighbours fine-tuned",
+        trains=True,
+        fuses=False,
+    ),
+    "fusegpt": MethodSpec(
+        "{blocks} fused into their neighbours (FuseGPT)",
+        trains=True,
+        fuses=True,
+    ),
+}
+
+
+class MetricSpec(NamedTuple):
+    """What is known of an importance metric without its code (`importance/metrics.py`)."""
+
+    name: str
+    """In the results of `fusegpt score`."""
+    title: str
+    """For people: a block is chosen for having the lowest of it."""
+    against: Literal["current", "dense", "tokens"] = "current"
+    """What the model without a block is compared with: the states of the model with it, those of
+    the dense model, or the tokens that follow."""
+    walks_on: bool = True
+    """Whether the model without a block is walked to its end; else it is compared at that block."""
+    skipped: int = 0
+    """Tokens of a window that have no number."""
+
+
+METRIC_SPECS: dict[str, MetricSpec] = {
+    "mi": MetricSpec("macro_influence", "Macro Influence"),
+    "kl": MetricSpec("kl", "KL divergence from the dense model", "dense"),
+    "loss": MetricSpec("loss", "loss when left out (SLEB)", "tokens", skipped=1),
+    "bi": MetricSpec("block_influence", "Block Influence (ShortGPT)", walks_on=False),
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # method.md, the paper's public code, row by row.
+    "paper": {
+        "loss": "batch_kl",
+        "teacher": "current",
+        "learning_rate": 1e-3,
+        "lora_learning_rate": 9.65e-6,
+        "trained_dtype": "model",
+        "fold": "at_end",
+    },
+    # Where the paper's recipe loses quality (benchmarks/quality.py measures each): a teacher that
+    # degrades with the model, a loss blind to shifts common to the batch, a LoRA rate that moves
+    # nothing, bf16 masters. Its terms pile up as well: each round's step would take longer, and
+    # more memory, than the last one's.
+    "default": {
+        "loss": "normalized_mse",
+        "teacher": "dense",
+        "learning_rate": 1e-3,
+        "lora_learning_rate": 3e-4,
+        "trained_dtype": "float32",
+        "fold": "each_round",
+    },
+}

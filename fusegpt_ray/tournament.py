@@ -1,0 +1,155 @@
+"""A tournament of sets of blocks to remove: each is dropped, what is left is healed for a while on
+a replica, several side by side, and the lowest held-out loss wins.
+
+Shapes: W windows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusegpt_ray.healing.trial import trial
+from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.importance.removals import Removal, removal
+from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.workers.base import Workers
+
+
+@dataclass
+class Entrant:
+    """One set of blocks."""
+
+    ways: list[str]
+    """That lead to it, of `search.candidates`."""
+    removed: Removal
+    held_out: list[float] | None = None
+    """Loss before and after its healing, once that is done."""
+    micro_batch: int | None = None
+    """Windows that passed its blocks at once."""
+
+    def in_words(self) -> str:
+        assert self.held_out
+        first, last = self.held_out[0], self.held_out[-1]
+        blocks = ", ".join(map(str, self.removed))
+        return f"{' = '.join(self.ways)}: blocks {blocks}; held-out loss {first:.4g} → {last:.4g}"
+
+
+@dataclass
+class Tournament:
+    """The tournament of one run."""
+
+    recipe: Recipe
+    workers: Workers
+    journal: Journal
+    dense: Stack
+    windows_WT: np.ndarray
+    """Of the calibration text, to find the sets with."""
+    healed_WT: np.ndarray
+    held_out_WT: np.ndarray
+    """See `heal.Healer`."""
+    show: Display
+
+    def removal(self, count: int) -> tuple[Removal, dict[str, Any]]:
+        """So many blocks in the order in which to remove them; and what the manifest tells. What
+        the journal has is not tried again.
+
+        Raises:
+            FloatingPointError: a sum or a loss is not finite.
+            MemoryError: not even a single window fits.
+        """
+        noted = self.journal.kept("search", 0, self.show.say) or []
+        entrants = [Entrant(**{**item, "removed": tuple(item["removed"])}) for item in noted]
+        with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
+            entrants = entrants or self._entrants(count)
+            self._try(entrants)
+        best = min(entrants, key=_loss)
+        self.show.say(f"  chosen: {' = '.join(best.ways)}")
+        record = {
+            "tokens": self._trial_WT.size,
+            "tried": [vars(entrant).copy() for entrant in entrants],
+        }
+        return best.removed, record
+
+    @property
+    def _trial_WT(self) -> np.ndarray:
+        return self.healed_WT[: self.recipe.trial_windows]
+
+    def _entrants(self, count: int) -> list[Entrant]:
+        """Different sets, the ways that lead to the same one together."""
+        recipe, found = self.recipe, list[Entrant]()
+        assert recipe.search
+        windows_WT = self.windows_WT[: recipe.importance.windows]
+        for way in recipe.search.candidates:
+            self.show.stage(f"search: {count} blocks by {way}")
+            removed = removal(way, self.workers, self.dense, windows_WT, recipe.importance, count)
+            if removed is None:
+                self.show.say(f"  no {count} of {len(self.dense)} blocks are {way}: left out")
+                continue
+            same = (entrant for entrant in found if set(entrant.removed) == set(removed))
+            if entrant := next(same, None):
+                entrant.ways.append(way)
+            else:
+                found.append(Entrant([way], removed))
+        self._keep(found)
+        return found
+
+    def _try(self, entrants: Sequence[Entrant]) -> None:
+        """Heal those that are not yet healed; each is noted as soon as it is."""
+        heal, cluster = self.recipe.heal, self.recipe.cluster
+        assert heal is not None
+        once = heal.model_copy(update={"looks": 1})
+        total = len(entrants)
+        self.show.stage(
+            f"search: healing {total} models on {self._trial_WT.size:,} tokens each", total
+        )
+
+        def attempt(micro_batch: int) -> None:
+            left = [entrant for entrant in entrants if entrant.micro_batch != micro_batch]
+            tasks = [
+                (
+                    WholeModel(
+                        _without(self.dense, entrant.removed),
+                        self.dense,
+                        once,
+                        self.recipe.seed,
+                        self.journal.folder,  # nothing is written there
+                    ),
+                    self._trial_WT,
+                    self.held_out_WT,
+                    cluster,
+                )
+                for entrant in left
+            ]
+            costs = [math.inf] * len(tasks)
+            for number, held_out in self.workers.map(trial, tasks, micro_batch, costs):
+                left[number].held_out, left[number].micro_batch = held_out, micro_batch
+                self._keep(entrants)
+                self.show.say(f"  {left[number].in_words()}")
+
+        asked = cluster.micro_batch or heal.batch
+        before = [entrant.micro_batch for entrant in entrants if entrant.micro_batch]
+        find_batch_size(attempt, min([asked, *before]), heal.batch, "a trial of search")
+
+    def _keep(self, entrants: Sequence[Entrant]) -> None:
+        self.journal.keep("search", 0, [vars(entrant) for entrant in entrants])
+
+
+def _loss(entrant: Entrant) -> float:
+    assert entrant.held_out
+    return min(entrant.held_out)
+
+
+def _without(stack: Stack, removed: Removal) -> Stack:
+    for number in removed:
+        stack = stack.drop(number)
+    return stack
