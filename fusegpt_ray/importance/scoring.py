@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.metrics import METRICS
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
@@ -46,6 +47,7 @@ def score(
     Raises:
         FloatingPointError: a sum is not finite.
         MemoryError: not even a single window fits.
+        UserError: none of the tokens counts.
     """
     batches = cut(windows, range(settings.batch, len(windows), settings.batch))
     sizes, depth = [len(batch) for batch in batches], len(stack)
@@ -53,6 +55,9 @@ def score(
     dense = _dense_beside(workers, stack) if spec.against == "dense" else None
     beside = 0 if dense is None else len(dense)
     counted = lengths(windows, settings.tokens, spec.skipped)
+    if not sum(counted):
+        problem = "the calibration has no such tokens"
+        raise UserError("importance.tokens", settings.tokens, problem, "use all")
 
     def cost(job: Job) -> int:
         batch, positions = job

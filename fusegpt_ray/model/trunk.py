@@ -106,7 +106,7 @@ class Trunk:
         self._forward(ids_1n, logits_to_keep=1, **given)
         if problem := self._recorded.not_in_a_row():
             name = type(self.model).__name__
-            fix = "calibrate it on text alone: leave calibration.images out"
+            fix = "calibrate it on text alone"
             raise UserError(KEY, name, f"with images, its forward pass {problem}", fix)
         h_1nD = self._recorded.recorders[0].h_BTD
         assert h_1nD is not None
