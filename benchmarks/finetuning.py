@@ -155,7 +155,8 @@ class Group:
                     "bos": "never",  # as the paper
                 },
                 "importance": {"windows": min(32, arguments.windows)},
-                "fusion": {"preset": "paper", "rank": arguments.rank, "lora_rank": arguments.rank},
+                "preset": "paper",
+                "fusion": {"rank": arguments.rank, "lora_rank": arguments.rank},
                 "cluster": {"engine": "local"},
                 "output": {"uri": tempfile.gettempdir(), "name": "none"},  # nothing is written
             }

@@ -2,7 +2,7 @@
 
 Notable:
 - an unknown key is an error that names the nearest valid key;
-- `fusion.preset` fills in only the keys that the recipe leaves out;
+- `preset` fills in only what the recipe leaves out;
 - what depends on the model (its depth, its positions) is checked later, in `preflight.py`, but
   still before weights are read.
 """
@@ -29,6 +29,7 @@ from fusegpt_ray.sections import (
     Method,
     Model,
     Output,
+    Preset,
     Search,
     Seed,
 )
@@ -50,6 +51,10 @@ class Recipe(Section):
     sparsity: Annotated[tuple[float, ...], BeforeValidator(_one_or_many)] = (0.25,)
     """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
     run."""
+    preset: Preset = "best"
+    """Fills in what the recipe leaves out of `fusion`, and with method `fusegpt` also `heal`.
+    `best`: short rounds, then healing, as measured best here. `rounds`: longer ones, and no
+    healing. `paper`: as published, and no healing."""
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
@@ -71,14 +76,15 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("fusion") or {}, Mapping):
-            fusion = dict(data.get("fusion") or {})
-            preset = PRESETS.get(str(fusion.get("preset", "default")), {})
-            spec = METHOD_SPECS.get(str(data.get("method")))
-            if spec is not None and spec.repairs:
-                preset = {"start": "linear", **preset}
-            return {**data, "fusion": {**preset, **fusion}}
-        return data
+        if not isinstance(data, Mapping) or not isinstance(data.get("fusion") or {}, Mapping):
+            return data
+        given = dict(PRESETS.get(str(data.get("preset", "best")), {}))
+        fusion = {**given.pop("fusion", {}), **(data.get("fusion") or {})}
+        spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
+        if spec is not None and spec.repairs:
+            fusion = {"start": "linear", **fusion}
+        whole = given if spec is not None and spec.fuses else {}
+        return {**whole, **data, "fusion": fusion}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

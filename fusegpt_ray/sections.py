@@ -14,6 +14,7 @@ from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
+Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
 Bos = Literal["auto", "always", "never"]
@@ -125,9 +126,6 @@ class Fusion(Section):
     (method.md).
     """
 
-    preset: Literal["default", "paper"] = "default"
-    """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default`
-    as measured best here."""
     start: Literal["none", "linear", "matrix", "scale"] = "none"
     """How the block before the gap is repaired, in closed form, before the group is trained, or
     instead (method `mi+linear`, which takes `linear` if this is left out). `linear`: its last
@@ -139,7 +137,7 @@ class Fusion(Section):
     """Rank r of the fusion coefficients C·D."""
     lora_rank: int = Field(128, ge=1, le=MOST)
     """Rank of the low-rank update B·A on the neighbours' own weights."""
-    epochs: int = Field(20, ge=1, le=MOST)
+    epochs: int = Field(5, ge=1, le=MOST)
     """Passes over the calibration windows for each removed block."""
     batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""

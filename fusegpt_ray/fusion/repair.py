@@ -29,14 +29,14 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Refs, Stack, Terms
 from fusegpt_ray.samples import Batch, cut
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
+from fusegpt_ray.store.checkpoint import TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.workers.base import Workers
 
 Changed = dict[str, np.ndarray]
-"""A layer's new tensors in float32, by name in the block."""
+"""A layer's new tensors in float32, as the block stores them."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,8 @@ def solve(
     layer; and, of a block that keeps its terms, those of the frozen layer under them, which change
     by as much. Nothing changes where λ is infinite.
     """
-    layer, device = runner.trunk.meta_blocks[block.dense].get_submodule(name), runner.device
+    empty, device = runner.trunk.meta_blocks[block.dense], runner.device
+    layer = empty.module.get_submodule(name)
     bias = getattr(layer, "bias", None) is not None
     fit, ridge, left = best_fit(fitted, held_out, way == "linear" and bias, device)
     if math.isinf(ridge):
@@ -225,20 +226,20 @@ def solve(
     keys = [f"{name}.weight", f"{name}.bias"][: 1 + bias]
 
     def stored(refs: Refs) -> list[torch.Tensor]:
-        found = read_tensors({key: refs[key] for key in keys})
+        found = empty.read(refs, keys)
         weight, *rest = (found[key].to(device, torch.float64) for key in keys)
         return [weight.T if isinstance(layer, Conv1D) else weight, *rest]
 
     own = stored(block.weights)
     added = change(way, fit, *own)
 
-    def changed(tensors: list[torch.Tensor]) -> Changed:
+    def changed(tensors: list[torch.Tensor], refs: Refs) -> Changed:
         new = [value + more for value, more in zip(tensors, added, strict=True)]
         new[0] = new[0].T if isinstance(layer, Conv1D) else new[0]
+        parameters = {key: value.float().cpu() for key, value in zip(keys, new, strict=True)}
         return {
-            key: value.float().contiguous().cpu().numpy()
-            for key, value in zip(keys, new, strict=True)
+            key: value.contiguous().numpy() for key, value in empty.stored(parameters, refs).items()
         }
 
-    base = changed(stored(block.terms.base)) if block.terms else {}
-    return (ridge, left), changed(own), base
+    base = changed(stored(block.terms.base), block.terms.base) if block.terms else {}
+    return (ridge, left), changed(own, block.weights), base

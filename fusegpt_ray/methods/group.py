@@ -35,6 +35,8 @@ def train_group(round: Round, fuse: bool) -> Change:
     verb = "fusing" if fuse else "fine-tuning"
     what = f"{verb} blocks {group[0]}–{group[-1]} without {round.donor}"
     round.show.stage(f"round {round.number}: {what}", settings.epochs)
+    for line in fusion.other_kinds():
+        round.show.say(f"  {line}")
 
     def news(item: News) -> None:
         if isinstance(item, str):

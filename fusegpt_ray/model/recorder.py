@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -167,11 +167,23 @@ def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = Fals
 def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
     """A call of a copy of a block on the meta device: it returns shapes only.
 
-    In bfloat16, for which every kernel has a meta version.
+    In bfloat16, for which every kernel has a meta version; of experts, those that do not depend on
+    which token goes to which.
     """
     given = tree_map_only(torch.Tensor, _as_meta, (h_BTD, context.args, context.kwargs))
     states, args, kwargs = given
-    return partial(copy.deepcopy(block).to("meta", torch.bfloat16), states, *args, **kwargs)
+    empty = copy.deepcopy(block).to("meta", torch.bfloat16)
+    for module in empty.modules():
+        if has_experts(module):
+            module.config._experts_implementation = "batched_mm"
+    return partial(empty, states, *args, **kwargs)
+
+
+def has_experts(module: nn.Module) -> TypeGuard[Any]:
+    """Whether it holds a mixture's experts as transformers keeps them: weights of all in one tensor
+    (what its decorator `use_experts_implementation` gives to such a class).
+    """
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
 
 
 def _as_meta(tensor: torch.Tensor) -> torch.Tensor:

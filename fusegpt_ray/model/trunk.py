@@ -1,4 +1,4 @@
-"""Runs the trunk (embeddings, final norm, head) of a model without its blocks, and one block alone.
+"""Runs the trunk (embeddings, final norm, head) of a model without its blocks.
 
 What a block is called with (masks, rotary embeddings, differing by layer) is recorded from the
 model's own forward pass.
@@ -8,7 +8,6 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.empty import assign, empty_blocks, in_arithmetic
 from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
@@ -40,21 +40,17 @@ class Trunk:
         self.device, self.dtype = device, dtype
         self._config = stack.config
         self.model = build_skeleton(stack.config)
-        self._recorded = Recorded(self.model, find_blocks(self.model))
-        names = Names.of(self.model)
-        weights = {names.inside(name): tensor for name, tensor in read(stack.trunk).items()}
-        _assign(self.model, weights, device, dtype)
+        names, path = Names.of(self.model), find_blocks(self.model)
+        self._recorded = Recorded(self.model, path)
+        self.meta_blocks = empty_blocks(names, path, self._recorded.blocks)
+        """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
+        assign(self.model, names.convert(read(stack.trunk)), device, dtype)
         # As from_pretrained does it: what is tied is decided by the tensors that are there, too.
         missing = {name for name, value in self.model.named_parameters() if value.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self.model.to(device)
         self._contexts: dict[tuple[int, int], list[Context]] = {}
         self._by_sample: bool | None = None
-
-    @property
-    def meta_blocks(self) -> list[nn.Module]:
-        """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
-        return self._recorded.blocks
 
     @torch.no_grad()
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -136,46 +132,9 @@ class Trunk:
         """
         model = build_skeleton(self._config)
         model.set_submodule(find_blocks(model), nn.ModuleList(blocks))
-        _assign(model, self.model.state_dict(), self.device, self.dtype)
+        assign(model, self.model.state_dict(), self.device, self.dtype)
         return model.to(self.device)
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         ids_BT = ids_BT.to(self.device)
         return deterministic_or_not(lambda: self._recorded(ids_BT, **options)).logits
-
-
-def in_arithmetic(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in the dtype to compute in; what is not floating stays as it is."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def load_block(
-    meta_block: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """A block of its own with these weights: `meta_block` is `Trunk.meta_blocks[dense]`.
-
-    Weights that are on `device` in `dtype` already are not copied.
-    """
-    block = copy.deepcopy(meta_block)  # of empty tensors: a millisecond
-    _assign(block, weights, device, dtype)
-    return block.to(device)
-
-
-def _assign(
-    module: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Put weights on `device` in place of meta parameters: themselves where they are there in the
-    right dtype.
-    """
-    known = {
-        name: in_arithmetic(tensor.to(device), dtype)  # cast there, where it takes no time
-        for name, tensor in weights.items()
-    }
-    module.load_state_dict(known, strict=False, assign=True)
-    module.requires_grad_(False)

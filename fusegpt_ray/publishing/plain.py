@@ -23,11 +23,11 @@ import transformers
 
 from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.config import auto_class, read_config
+from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.rows import Rows, one_sample
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.model.trunk import in_arithmetic
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import SINGLE

@@ -25,12 +25,12 @@ from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.empty import load_block
 from fusegpt_ray.model.finite import finite
 from fusegpt_ray.model.rows import Rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, compare_plain, mean_kl
 from fusegpt_ray.publishing.ties import tied
 from fusegpt_ray.store import storage

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusegpt_ray.model.compiled import CompiledBlock, RunBlock
 from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, moved, run_block
 from fusegpt_ray.model.rows import Own, Owns, each
@@ -68,6 +69,7 @@ class Span:
         recompute: bool = False,
         run: RunBlock = run_block,
         gathering: Callable[[RunBlock], RunBlock] = lambda run: run,
+        meta_blocks: Sequence[EmptyBlock] = (),
         numbers: Sequence[int] = (),
     ) -> None:
         """
@@ -78,11 +80,12 @@ class Span:
             recompute: whether a block's activations are computed again for the backward pass.
             run: runs a block (see `model/compiled.py`).
             gathering: what has to be done around it (see `Partition.run`).
+            meta_blocks: of the dense model, which tell how blocks are saved.
             numbers: the blocks' dense numbers, for windows with contexts of their own.
         """
         self.blocks, self.learned, self.contexts = tuple(blocks), learned, contexts
         self.recompute, self._run, self._gathering = recompute, run, gathering
-        self._numbers = numbers
+        self.meta_blocks, self._numbers = meta_blocks, numbers
         self.formed: list[torch.Tensor] = []
         """The weights of this loss batch, with the graph that leads to what learns."""
         self.weights: list[nn.Parameter] = []

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
-from torch import nn
 
 from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.trunk import Trunk
@@ -50,7 +50,7 @@ class Trainable(Protocol):
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,

@@ -68,7 +68,7 @@ def test_compiling_does_not_grow_with_depth_or_rounds(workshop: Workshop, kinds:
 
 
 def test_compiled_blocks_learn_the_same(workshop: Workshop) -> None:
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     def gradients(run: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -128,7 +128,7 @@ def test_what_cannot_be_compiled_backwards_is_found_before_the_first_step(
     def plain(graph: Any, _: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     entering, _ = workshop.states(job)
     span, expected = workshop.student(job), workshop.student(job)
     span._run = CompiledBlock(aot_autograd(fw_compiler=plain, bw_compiler=fails))

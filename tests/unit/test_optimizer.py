@@ -30,7 +30,7 @@ class Group:
 
 
 def settings(**values: object) -> Fusion:
-    return Fusion(**(PRESETS["paper"] | {"preset": "paper"} | values))
+    return Fusion(**(PRESETS["paper"]["fusion"] | values))
 
 
 def make_optimizer(group: Group, settings: Fusion) -> torch.optim.Adam:

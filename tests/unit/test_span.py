@@ -21,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 def shaken(workshop: Workshop) -> tuple[Span, torch.Tensor, torch.Tensor]:
     """A span away from its start, where half of what learns is zero, and a loss batch."""
-    job = workshop.job(2, preset="default", trained_dtype="float32", **FAST)
+    job = workshop.job(2, preset="rounds", trained_dtype="float32", **FAST)
     span = workshop.student(job)
     with torch.no_grad():
         for value in span.learned.parameters():

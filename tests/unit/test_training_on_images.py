@@ -88,7 +88,7 @@ def test_healing_has_the_gradients_of_the_real_model(
 
 
 def tuned(folder: Path, given: Samples, out: Path, **values: Any) -> tuple[Trained, GroupFusion]:
-    settings = PRESETS["default"] | {
+    settings = PRESETS["rounds"]["fusion"] | {
         "group_size": 3,
         "rank": 4,
         "lora_rank": 4,
