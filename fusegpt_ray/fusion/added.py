@@ -66,7 +66,7 @@ def gather(
             for begin in range(first, end, runner.batch_size):
                 rows = slice(begin, min(begin + runner.batch_size, end))
                 counted_BT = None if counted_WT is None else counted_WT[rows].to(runner.device)
-                yield _batch(layer, run, after, way, h_WTD[rows].to(runner.device), counted_BT)
+                yield _batch(layer, run, after, way, counted_BT, h_WTD[rows].to(runner.device))
 
         ends = [0, *accumulate(pieces)]
         return name, [Moments.of(batches(*piece)) for piece in pairwise(ends)], read
@@ -83,8 +83,8 @@ def _batch(
     run: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
     way: Way,
-    h_BTD: torch.Tensor,
     counted_BT: torch.Tensor | None,
+    h_BTD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is fitted to what, of the tokens of one batch that count (all, if not told). The
     difference of the states is taken in float64.
