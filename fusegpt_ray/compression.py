@@ -63,7 +63,7 @@ class Compression:
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
-                workers, held, held.length or text.length, leading[key], f"{key}.data"
+                workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
             )
         # After those that are only read: the dense model may have to write some of it.
         windows = calibration_windows(workers, recipe, leading["calibration"], show)

@@ -34,7 +34,7 @@ from fusegpt_ray.sections import (
     Seed,
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
-from fusegpt_ray.text_sections import Section
+from fusegpt_ray.text_sections import GeneratedText, Section
 from fusegpt_ray.uris import shown
 
 S = TypeVar("S", bound=Section)
@@ -155,6 +155,15 @@ class Recipe(Section):
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"
             raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        healing = self.heal.parts if self.heal and self.heal.data else ()
+        texts = (*self.calibration.parts, *healing)
+        if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
+            problem = "text that the dense model writes has no documents"
+            raise UserError("calibration.pack", False, problem, "leave one of the two out")
         return self
 
     @property

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from fusegpt_ray.samples import Counting
 from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
@@ -54,6 +55,12 @@ class Calibration(Texts):
     """How many windows fine-tuning uses; scoring uses the first `importance.windows` of them."""
     length: int = Field(2048, ge=2, le=MOST)
     """Tokens a window, the beginning-of-sequence token among them where there is one."""
+    pack: bool = True
+    """Whether rows are joined, so that a window may hold the end of one and the beginning of
+    others. `false`: each row (of plain text: each file) is a window of its own, also in `heal` and
+    `evaluation`: cut at `length` where it is longer, padded where it is shorter. Padding never
+    counts. A row may then be a conversation, a list of messages, to which the model's chat
+    template is applied."""
     bos: Bos = "auto"
     """Whether each window begins with the tokenizer's beginning-of-sequence token, also in
     `evaluation`. `auto`: if the tokenizer itself puts it before a text; a model trained with it is
@@ -73,6 +80,8 @@ class Evaluation(Text):
     """`datasets` only: the split."""
     length: int | None = Field(None, ge=2, le=MOST)
     """Tokens a window; left out: `calibration.length`."""
+    pack: bool | None = None
+    """Left out: `calibration.pack`."""
     bos: Bos | None = None
     """Left out: `calibration.bos`."""
     windows: int | None = Field(None, ge=1, le=MOST)
@@ -95,6 +104,9 @@ class Importance(Section):
     cannot be the lowest: small saves work as long as batch × `calibration.length` tokens keep the
     device busy. Fixed by the recipe, never by the cluster: sums are the same on any. Bounds the
     memory of activations in scoring, evaluation and the states for fine-tuning."""
+    tokens: Counting = "all"
+    """Which tokens of samples with images count in the score: `all` of them, those of `text`, or
+    those of an `image` alone. Padding never counts."""
     all: bool = False
     """Score every block on all windows, though the choice is the same: for tables of all scores
     (`fusegpt score` always does)."""

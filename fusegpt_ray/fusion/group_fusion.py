@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,6 +28,7 @@ from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
@@ -126,9 +126,7 @@ class GroupFusion:
         end = self.dense.position(after[0].dense) if after else len(self.dense)
         return StatesSource(self.stack, start, self.dense, end)
 
-    def task(
-        self, windows_WT: np.ndarray, cluster: Cluster, origin: str, checkpoints: str
-    ) -> TrainingTask:
+    def task(self, windows: Batch, cluster: Cluster, origin: str, checkpoints: str) -> TrainingTask:
         """The training of this group.
 
         Args:
@@ -147,9 +145,7 @@ class GroupFusion:
             checkpoint_minutes=cluster.checkpoint_minutes,
         )
         identity = {"after": origin, "donor": self.donor}
-        return TrainingTask(
-            self, self.source, windows_WT, config, identity, checkpoints, self.fence
-        )
+        return TrainingTask(self, self.source, windows, config, identity, checkpoints, self.fence)
 
     def fusion_config(self, dtype: torch.dtype) -> FusionConfig:
         """`dtype`: of the arithmetic."""
@@ -178,7 +174,16 @@ class GroupFusion:
         ]
         blocks, learned = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.neighbours]
-        return Span(blocks, Learned(learned), own, recompute, run, meta_blocks=meta_blocks)
+        numbers = [block.dense for block in self.neighbours]
+        return Span(
+            blocks,
+            Learned(learned),
+            own,
+            recompute,
+            run,
+            meta_blocks=meta_blocks,
+            numbers=numbers,
+        )
 
     uses_head = False
 

@@ -27,6 +27,7 @@ from fusegpt_ray.fusion.least_squares import Moments, best_fit
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Refs, Stack, Terms
+from fusegpt_ray.samples import Batch, cut
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
@@ -95,7 +96,7 @@ class Repair:
         """The block before the gap."""
         return self.stack.blocks[self.stack.position(self.donor) - 1]
 
-    def on(self, workers: Workers, windows_WT: np.ndarray) -> Repaired:
+    def on(self, workers: Workers, windows: Batch) -> Repaired:
         """The repaired block, fitted to these windows but the last piece of them, on which λ is
         chosen (see `compensation.split`).
 
@@ -104,16 +105,16 @@ class Repair:
             MemoryError: not even a single window fits.
         """
         began = time.monotonic()
-        found = self._on(workers, windows_WT)
+        found = self._on(workers, windows)
         return replace(found, seconds=round(time.monotonic() - began, 3))
 
-    def _on(self, workers: Workers, windows_WT: np.ndarray) -> Repaired:
+    def _on(self, workers: Workers, windows: Batch) -> Repaired:
         nothing = Repaired(self.donor, self.way, 0.0)
         if not self.stack.position(self.donor):
             problem = f"no block is left before block {self.donor}"
             return replace(nothing, problem=problem)
         batch = workers.setup.importance.batch
-        attempt = partial(self._moments, workers, windows_WT, split(len(windows_WT), batch))
+        attempt = partial(self._moments, workers, windows, split(len(windows), batch))
         what = "finding what the removed block adds"
         (layer, sums, read), size = find_batch_size(attempt, batch, batch, what)
         nothing = replace(nothing, batch_size=size, bytes_read=read)
@@ -131,7 +132,7 @@ class Repair:
         return replace(nothing, block=block, files=files, layer=layer, ridge=ridge, left=left)
 
     def _moments(
-        self, workers: Workers, windows_WT: np.ndarray, pieces: list[int], batch_size: int
+        self, workers: Workers, windows: Batch, pieces: list[int], batch_size: int
     ) -> tuple[str | None, list[Moments], int]:
         """The name of the layer, if there is one, with the sums to fit and those that are held out;
         and the bytes of blocks that were read.
@@ -140,7 +141,7 @@ class Repair:
         groups = min(workers.replicas, len(pieces)) if workers.streams else len(pieces)
         shares = [list(map(int, part)) for part in np.array_split(pieces, groups)]
         ends = np.cumsum([sum(share) for share in shares])
-        parts = np.split(windows_WT, ends[:-1])
+        parts = cut(windows, map(int, ends[:-1]))
         position = self.stack.position(self.donor)
         tasks = [
             (self.stack, position, self.way, part, share)

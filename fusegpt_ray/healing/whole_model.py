@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,6 +19,7 @@ from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
@@ -51,8 +51,8 @@ class WholeModel:
 
     def task(
         self,
-        windows_WT: np.ndarray,
-        held_out_WT: np.ndarray,
+        windows: Batch,
+        held_out: Batch,
         cluster: Cluster,
         identity: Mapping[str, Any],
         checkpoints: str,
@@ -68,7 +68,7 @@ class WholeModel:
             loss="logits_kl",
             batch=settings.batch,
             epochs=1,
-            parts=min(settings.looks, len(windows_WT) // settings.batch),
+            parts=min(settings.looks, len(windows) // settings.batch),
             warmup=settings.warmup,
             betas=settings.betas,
             eps=settings.eps,
@@ -79,12 +79,12 @@ class WholeModel:
         return TrainingTask(
             self,
             StatesSource(self.stack, 0, self.dense, len(self.dense)),
-            windows_WT,
+            windows,
             config,
             identity,
             checkpoints,
             self.fence,
-            held_out_WT,
+            held_out,
             "healing",
             "heal.learning_rate",
         )
@@ -110,7 +110,17 @@ class WholeModel:
         blocks, learns = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.stack.blocks]
         around = {"gathering": partition.run} if partition else {}
-        return Span(blocks, Learned(learns), own, recompute, run, **around, meta_blocks=meta_blocks)
+        numbers = [block.dense for block in self.stack.blocks]
+        return Span(
+            blocks,
+            Learned(learns),
+            own,
+            recompute,
+            run,
+            **around,
+            meta_blocks=meta_blocks,
+            numbers=numbers,
+        )
 
     def _learned(
         self,

@@ -44,7 +44,7 @@ def train_group(round: Round, fuse: bool) -> Change:
         else:
             round.show.epoch(item[0], settings.epochs, item[1])
 
-    task = fusion.task(round.windows_WT, round.recipe.cluster, origin, round.checkpoints)
+    task = fusion.task(round.windows, round.recipe.cluster, origin, round.checkpoints)
     trained = train_span(round.workers, task, news)
     change = Change(
         round.stack.drop(round.donor).swap(trained.saved.blocks),

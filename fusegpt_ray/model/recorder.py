@@ -7,7 +7,7 @@ Shapes: B rows, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeGuard
@@ -28,13 +28,25 @@ class Context:
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device | str) -> Context:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device)
+        return moved([self], device)[0]
 
-        return Context(
-            tree_map_only(torch.Tensor, move, self.args),
-            tree_map_only(torch.Tensor, move, self.kwargs),
+
+def moved(contexts: Sequence[Context], device: torch.device | str) -> list[Context]:
+    """Several contexts on the device. Tensors that they share are shared there, too."""
+    known: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.to(device)
+        return known[id(tensor)]
+
+    return [
+        Context(
+            tree_map_only(torch.Tensor, move, context.args),
+            tree_map_only(torch.Tensor, move, context.kwargs),
         )
+        for context in contexts
+    ]
 
 
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:

@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.architecture import find_blocks
-from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.device import deterministic_or_not
-from fusegpt_ray.model.empty import assign, empty_blocks
+from fusegpt_ray.model.empty import assign, empty_blocks, in_arithmetic
 from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
+from fusegpt_ray.model.structure import TOKENS, same
 from fusegpt_ray.store.checkpoint import read_tensors
 
 Read = Callable[[Refs], Mapping[str, torch.Tensor]]
@@ -48,11 +50,12 @@ class Trunk:
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self.model.to(device)
         self._contexts: dict[tuple[int, int], list[Context]] = {}
+        self._by_sample: bool | None = None
 
     @torch.no_grad()
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] entering the first block."""
-        self._forward(ids_BT, logits_to_keep=1)
+        """Hidden states [B, T, D] entering the first block. Those of padding are any token's."""
+        self._forward(ids_BT.clamp(min=0), logits_to_keep=1)
         h_BTD = self._recorded.recorders[0].h_BTD
         assert h_BTD is not None
         return h_BTD
@@ -66,6 +69,48 @@ class Trunk:
             self._forward(torch.zeros(rows, length, dtype=torch.int64), logits_to_keep=1)
             self._contexts[rows, length] = self._recorded.contexts
         return self._contexts[rows, length]
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether blocks are called with something that depends on the tokens themselves, so that
+        `contexts` is not what they are called with.
+        """
+        if self._by_sample is None:
+            passes = []
+            for first in (0, 1):
+                ids_1n = torch.arange(first, first + TOKENS)[None] % self._vocabulary
+                passes.append(self.enter(ids_1n, {})[1])
+            self._by_sample = not all(map(same, *passes))
+        return self._by_sample
+
+    @torch.no_grad()
+    def enter(
+        self, ids_1n: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Context]]:
+        """For one sample without padding, the states [1, n, D] that enter the first block, and by
+        dense block number what each block is called with.
+
+        Args:
+            inputs: what else the model's class takes, such as pixels.
+
+        Raises:
+            UserError: with such inputs, the class does not call block after block.
+        """
+        given = {
+            name: in_arithmetic(value.to(self.device), self.dtype) for name, value in inputs.items()
+        }
+        self._forward(ids_1n, logits_to_keep=1, **given)
+        if problem := self._recorded.not_in_a_row():
+            name = type(self.model).__name__
+            fix = "calibrate it on text alone"
+            raise UserError(KEY, name, f"with images, its forward pass {problem}", fix)
+        h_1nD = self._recorded.recorders[0].h_BTD
+        assert h_1nD is not None
+        return h_1nD, self._recorded.contexts
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:

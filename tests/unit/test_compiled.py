@@ -20,6 +20,7 @@ from fusegpt_ray.model.compiled import CompiledBlock, block_function, compiles
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 
@@ -74,7 +75,7 @@ def test_compiled_blocks_learn_the_same(workshop: Workshop) -> None:
         span = workshop.student(job)
         span._run = run
         span.form(span.learned)
-        accumulate(span, entering, leaving, normalized_mse, 2, False)
+        accumulate(span, Batch(entering, leaving), normalized_mse, 2, False)
         span.root().backward()
         return {name: value.grad for name, value in span.learned.named_parameters()}
 
@@ -145,7 +146,7 @@ def test_memory_that_runs_out_is_no_reason_not_to_compile(workshop: Workshop) ->
     block = workshop.runner.weights.of(workshop.dense.blocks[0])
     context = workshop.runner.trunk.contexts(BATCH, LENGTH)[0]
     with pytest.raises(torch._dynamo.exc.TorchDynamoException) as caught:
-        run(block, workshop.runner.embed(IDS[:BATCH]), context)
+        run(block, workshop.runner.enter(IDS[:BATCH])[0], context)
     assert is_out_of_memory(caught.value)
     assert not run.gave_up
 

@@ -39,6 +39,7 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.workers import local
@@ -64,7 +65,7 @@ def test_flops_of_a_block_are_those_that_torch_counts(
 ) -> None:
     dense = open_stack(checkpoint(name))
     runner = Runner(dense, CPU, torch.float32, 1)
-    h_1TD, counted = runner.embed(token_windows(1, LENGTH)), 0
+    h_1TD, counted = runner.enter(token_windows(1, LENGTH))[0], 0
     runner.trunk.contexts(1, LENGTH)  # what all blocks share, such as rotary angles
     for block in dense.blocks:
         module = runner.weights.of(block)
@@ -292,7 +293,7 @@ def test_flops_of_healing_are_those_that_torch_counts(
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
-        accumulate(span, *batch, job.loss(runner.trunk), None, False)
+        accumulate(span, Batch(*batch), job.loss(runner.trunk), None, False)
     found, expected = counter.get_total_flops(), 4 * healing_flops(asked, dense, len(dense) - 1)
     if recompute:  # torch leaves out what comes after a block's last saved tensor
         assert 0.9 * expected < found < expected

@@ -36,10 +36,16 @@ def _inverse_gpt2() -> tf.GPT2Config:
     return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
 
 
-def _gemma4() -> tf.PretrainedConfig:
+def _gemma4(**changes: object) -> tf.PretrainedConfig:
     """Every block is also given an embedding of its own of each token."""
     own = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
-    return tf.Gemma4TextConfig(**GROUPED, **own, head_dim=8, global_head_dim=8, sliding_window=8)
+    own |= {"head_dim": 8, "global_head_dim": 8, "sliding_window": 8}
+    return tf.Gemma4TextConfig(**GROUPED, **own | changes)
+
+
+def _sharing() -> tf.PretrainedConfig:
+    """The last blocks take keys and values of others."""
+    return _gemma4(num_kv_shared_layers=2, layer_types=["full_attention"] * DEPTH)
 
 
 def _minicpm3() -> tf.PretrainedConfig:
@@ -54,7 +60,6 @@ def _gpt_oss() -> tf.PretrainedConfig:
 
 
 NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth"
-TOKENS, ORDER = "depends on the tokens", "runs block after block"
 CASES: list[tuple[str, Make, str, str, bool]] = [
     ("by-its-number", _inverse_gpt2, rf"{NUMBER} has another attn.scaling", SAME, False),
     (
@@ -65,9 +70,9 @@ CASES: list[tuple[str, Make, str, str, bool]] = [
         False,
     ),
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
-    ("embeddings-of-its-own", _gemma4, TOKENS, ORDER, False),
+    ("embeddings-of-its-own", _gemma4, "cannot be built|depends on the depth", SAME, False),
+    ("keys-of-others-evaluated", _sharing, "between blocks", "runs block after block", True),
     ("experts", _gpt_oss, "of GptOssForCausalLM are linear layers", "method: mi", False),
-    ("embeddings-of-its-own-evaluated", _gemma4, TOKENS, ORDER, True),
 ]
 
 

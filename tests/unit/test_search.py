@@ -44,8 +44,9 @@ class Walks:
         self, last: Ranking | None = None, kept: list[int] | None = None, **importance: object
     ) -> Ranking:
         kept = kept or list(range(self.table_WN.shape[1]))
+        lengths = [LENGTH] * len(self.table_WN)
         return search(
-            self, kept, list(map(len, self.parts)), LENGTH, Importance(**importance), last
+            self, kept, list(map(len, self.parts)), lengths, Importance(**importance), last
         )
 
 
