@@ -2,7 +2,7 @@
 
     python benchmarks/budget.py [--sparsity 0.25]
 
-1024 windows of 2048 tokens, 20 epochs, scores on 32 windows, bfloat16, `preset: default`. Nothing
+1024 windows of 2048 tokens, 20 epochs, scores on 32 windows, bfloat16, `preset: rounds`. Nothing
 is run: the work and the memory are those of `fusegpt_ray/cost.py` and `footprint.py`, from the
 headers that such a model's files would have, and the hours follow from the rates that were measured
 on one GPU (`cost.RATES`). Reading, saving and publishing are not in them, and eight GPUs are taken
@@ -98,6 +98,7 @@ def paper_budget(
     return Recipe.parse(
         {
             "model": {"source": "none"},
+            "preset": "rounds",
             "sparsity": sparsity,
             "calibration": {"data": "none"},
             "cluster": cluster,

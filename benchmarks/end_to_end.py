@@ -6,7 +6,7 @@ saved model and its perplexity.
 
 - **plain**: `plain.py`, the paper's method without the package: brute-force scoring, plain loops,
   everything in memory;
-- **paper**: `fusegpt compress` with `fusion.preset: paper`; **default**: as it is; **default,
+- **paper**: `fusegpt compress` with `preset: paper`; **rounds**: with `preset: rounds`; **rounds,
   half**: with half of the epochs.
 
 Each is a process of its own, one after the other, `--repeats` times; ratios are taken within a
@@ -42,8 +42,8 @@ from fusegpt_ray.text.calibration import consecutive_windows, sample_windows
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "paper": {"preset": "paper"},
-    "default": {"preset": "default"},
-    "default, half": {"preset": "default"},
+    "rounds": {"preset": "rounds"},
+    "rounds, half": {"preset": "rounds"},
 }
 PHASES = ("score", "states", "finetune")
 
@@ -189,8 +189,8 @@ def _ours(arguments: argparse.Namespace) -> dict[str, Any]:
             "bos": "never",  # as the paper
         },
         "importance": {"windows": min(32, arguments.windows)},
+        **WAYS[arguments.only],
         "fusion": {
-            **WAYS[arguments.only],
             "epochs": epochs,
             "rank": arguments.rank,
             "lora_rank": arguments.rank,

@@ -1,8 +1,7 @@
 """Fine-tuning one group: our loop beside plain loops written here without the package, the same
 loss curve from all of them.
 
-    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--windows 32]
-    [--length 256] [--epochs 5] [--json out]
+    python benchmarks/finetuning.py MODEL --data valid.txt [--donors 3 8 12] [--epochs 5]
 
 - **ours**: `GroupFusion`, `TorchStepper`, `train`; the states entering the group and the
   teacher's are computed once a group;
@@ -10,8 +9,7 @@ loss curve from all of them.
   every forward pass, softmax and kl_div, Adam and CosineAnnealingLR; states computed once, as the
   paper's public code does;
 - **plain, collecting**: with `gc.collect()` after every step, as the paper's public code does;
-- **ours, compiled**: the student under `torch.compile` (with `--compile`: compiling takes a while,
-  in the first turn);
+- **ours, compiled**: the student under `torch.compile` (with `--compile`; the first turn is slow);
 - **plain, states anew**: with the states entering the group and the teacher's computed again for
   every batch of every epoch.
 
@@ -155,7 +153,8 @@ class Group:
                     "bos": "never",  # as the paper
                 },
                 "importance": {"windows": min(32, arguments.windows)},
-                "fusion": {"preset": "paper", "rank": arguments.rank, "lora_rank": arguments.rank},
+                "preset": "paper",
+                "fusion": dict.fromkeys(("rank", "lora_rank"), arguments.rank),
                 "cluster": {"engine": "local"},
                 "output": {"uri": tempfile.gettempdir(), "name": "none"},  # nothing is written
             }

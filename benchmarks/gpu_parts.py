@@ -70,6 +70,7 @@ class Lab:
         recipe = Recipe.parse(
             {
                 "model": {"source": folder},
+                "preset": "rounds",
                 "calibration": {"data": "none"},
                 "output": {"uri": folder, "name": "none"},
             }
@@ -94,7 +95,7 @@ class Lab:
         settings = self.recipe.fusion.model_copy(update={"fold": fold})
         stack, middle = self.dense.drop(1), self.shape.blocks // 2
         if terms > 1:
-            donor = stack.blocks[stack.position(middle)].weights
+            donor = stack.blocks[stack.position(middle)]
             fused = {
                 block.dense: replace(
                     block, terms=Terms(block.weights, (donor,) * (terms - 1), learned={})

@@ -223,6 +223,7 @@ def _settings(folder: Path, model: str, depth: int, output: str) -> dict[str, An
     """The recipe of a run."""
     return {
         "model": {"source": str(folder / model)},
+        "preset": "rounds",
         "sparsity": (REMOVED - 0.5) / depth,
         "calibration": {
             "data": str(folder / "text.txt"),

@@ -2,7 +2,7 @@
 model: what each choice is worth, for the same work.
 
     python benchmarks/quality.py MODEL --calibration valid.txt [more.txt …] --test test.txt
-    [more.txt …] [--weights 3 1] [--settings paper default …] [--seeds 0 1] [--json out.json]
+    [more.txt …] [--weights 3 1] [--settings paper rounds …] [--seeds 0 1] [--json out.json]
 
 Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
 seed; several calibration texts are mixed by `--weights`, else in equal parts. Work is counted, not
@@ -38,15 +38,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "mi+linear": {"method": "mi+linear"},
     "mi+matrix": {"method": "mi+linear", "fusion": {"start": "matrix"}},
     "mi+scale": {"method": "mi+linear", "fusion": {"start": "scale"}},
-    "mi+ft": {"method": "mi+ft", "fusion": {"preset": "paper"}},
-    "paper": {"fusion": {"preset": "paper"}},
-    "paper, LoRA 3e-4": {"fusion": {"preset": "paper", "lora_learning_rate": 3e-4}},
-    "paper, normalized_mse": {"fusion": {"preset": "paper", "loss": "normalized_mse"}},
-    "paper, dense teacher": {"fusion": {"preset": "paper", "teacher": "dense"}},
-    "default": {},
-    "default, terms kept": {"fusion": {"fold": "at_end"}},
-    "default, linear start": {"fusion": {"start": "linear"}},
-    "default, mi+ft": {"method": "mi+ft"},
+    "mi+ft": {"method": "mi+ft", "preset": "paper"},
+    "paper": {"preset": "paper"},
+    "paper, LoRA 3e-4": {"preset": "paper", "fusion": {"lora_learning_rate": 3e-4}},
+    "paper, normalized_mse": {"preset": "paper", "fusion": {"loss": "normalized_mse"}},
+    "paper, dense teacher": {"preset": "paper", "fusion": {"teacher": "dense"}},
+    "rounds": {},
+    "rounds, terms kept": {"fusion": {"fold": "at_end"}},
+    "rounds, linear start": {"fusion": {"start": "linear"}},
+    "rounds, mi+ft": {"method": "mi+ft"},
     "dropped, healed": {"method": "mi", "heal": LOW},
     "dropped, healed (all)": {"method": "mi", "heal": ALL},
     "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
@@ -73,7 +73,7 @@ def main() -> int:
         "--test", required=True, nargs="+", help="held-out texts, in or out of domain"
     )
     parser.add_argument(
-        "--settings", nargs="+", default=["mi", "paper", "default"], choices=SETTINGS
+        "--settings", nargs="+", default=["mi", "paper", "rounds"], choices=SETTINGS
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--sparsity", type=float, default=0.25)
@@ -114,6 +114,7 @@ def parsed(
         "model": {"source": arguments.model, "dtype": "float32"},
         "sparsity": arguments.sparsity,
         "method": chosen.get("method", "fusegpt"),
+        "preset": chosen.get("preset", "rounds"),
         "seed": seed,
         "calibration": {
             "data": texts if len(texts) > 1 else arguments.calibration[0],
@@ -128,6 +129,8 @@ def parsed(
         "cluster": {"engine": "local"},
         "output": {"uri": folder, "name": "benchmark"},
     }
+    if "search" in chosen:
+        recipe["search"] = chosen["search"]
     if "heal" in chosen:
         tokens = (heal_windows or HEAL["batch"]) * arguments.length
         recipe["heal"] = HEAL | chosen["heal"] | {"tokens": tokens}
@@ -147,8 +150,10 @@ def within(
     if recipe.heal is None:
         return recipe
     step = recipe.heal.batch
-    one, two = (work(parsed(arguments, *setting, n * step)) for n in (1, 2))
-    steps = 1 + int((budget - one) / (two - one))
+    # So many that a trial of a search is no longer bounded by them.
+    one, two = (work(parsed(arguments, *setting, n * step)) for n in (1000, 1001))
+    steps = 1000 + int((budget - one) / (two - one))
+    assert steps > 0, "the work before healing is more than all of the paper's"
     return parsed(arguments, *setting, steps * step)
 
 

@@ -65,7 +65,7 @@ def race(
                 measure,
                 range(table_WN.shape[1]),
                 list(map(len, batches)),
-                arguments.length,
+                [arguments.length] * len(table_WN),
                 settings,
             )
             work[name].append(found[name].cost.done / found[name].cost.brute_force)

@@ -101,6 +101,7 @@ def losses(arguments: argparse.Namespace, dtype: str, rounded: bool, seed: int) 
     recipe = Recipe.parse(
         {
             "model": {"source": arguments.model, "dtype": dtype},
+            "preset": "rounds",
             "calibration": {
                 "data": arguments.data,
                 "windows": arguments.windows,

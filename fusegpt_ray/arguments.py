@@ -62,6 +62,8 @@ def _add_evaluate(verbs: _Verbs) -> None:
     bos = (
         "whether each window begins with a beginning-of-sequence token; auto: as the tokenizer does"
     )
+    apart = "each row, or file of plain text, is a window of its own"
+    verb.add_argument("--apart", action="store_true", help=apart)
     verb.add_argument("--bos", default="auto", choices=["auto", "always", "never"], help=bos)
     verb.add_argument("--revision", help="hub models only: branch, tag or commit")
     verb.add_argument(

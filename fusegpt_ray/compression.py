@@ -63,7 +63,7 @@ class Compression:
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             held_out[name] = evaluation_windows(
-                workers, held, held.length or text.length, leading[key], f"{key}.data"
+                workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
             )
         # After those that are only read: the dense model may have to write some of it.
         windows = calibration_windows(workers, recipe, leading["calibration"], show)
@@ -184,7 +184,7 @@ class Compression:
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
             way = recipe.fusion.start
-            assert way != "none"
+            assert way != "auto" and way != "none"
             dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
             stack = repaired_only(
                 self.workers, dense, removed, way, windows_WT, folder, journal.fence

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
-from fusegpt_ray.footprint import elements, matrices
+from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.importance.search import block_forwards
+from fusegpt_ray.matrices import matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
@@ -125,17 +126,15 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
 
 
 def block_flops(dense: Stack, length: int) -> int:
-    """Of the average block, for one window of `length` tokens: its matrices, and the attention of
-    all tokens to all.
+    """Of the average block, for one window of `length` tokens: its matrices (of experts those that
+    a token passes), and the attention of all tokens to all.
     """
     return matrix_flops(dense, length) + attention_flops(dense, length)
 
 
 def matrix_flops(dense: Stack, length: int) -> int:
     """See `block_flops`."""
-    matrices = [ref.shape for block in dense.blocks for ref in block.weights.values()]
-    elements = sum(prod(shape) for shape in matrices if len(shape) == 2) // len(dense)
-    return 2 * elements * length
+    return int(2 * length * matrices(dense, dense.blocks).active_elements / len(dense))
 
 
 def attention_flops(dense: Stack, length: int) -> int:
@@ -158,7 +157,8 @@ def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
     matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
     update = 0
     if heal.train == "lora":
-        update = 2 * heal.rank * sum(map(sum, matrices(dense))) * length
+        one = matrices(dense, dense.blocks)
+        update = int(2 * heal.rank * one.active_sides / len(dense) * length)
     # Frozen matrices have no gradients of their own.
     back = 3 * (attention + update) + (2 if update else 3) * matrix
     again = (matrix + attention + update) * recipe.cluster.recompute_activations
@@ -225,7 +225,7 @@ def _repair_flops(recipe: Recipe, dense: Stack) -> int:
     as the longest side of a block's matrices, which is at most too many.
     """
     outputs = int(read_config(dense.config).get_text_config().hidden_size)
-    longest = max(map(max, matrices(dense)))
+    longest = matrices(dense, dense.blocks).longest
     features = {"linear": longest, "matrix": outputs, "scale": 1}[recipe.fusion.start]
     rows = recipe.calibration.windows * recipe.calibration.length
     fits = len(GRID) * (features**3 // 3 + 4 * features**2 * outputs)
@@ -247,7 +247,7 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
         donors = number if settings.fold == "at_end" else 1
         formed = 3 * windows // share * min(settings.group_size, depth - 1)
         ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-        products += formed * 2 * ranks * sum(map(prod, matrices(dense)))
+        products += formed * 2 * ranks * matrices(dense, dense.blocks).elements // len(dense)
     return Stage("fine-tuning", done, done * flops + products)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
-from fusegpt_ray.text.calibration import Stream
+from fusegpt_ray.text.calibration import PACKED, Reading, Stream
+from fusegpt_ray.text.documents import APART
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.text_sections import GeneratedText, Texts
@@ -31,14 +34,23 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    workers: Workers, text: Evaluation, length: int, leading: int | None, key: str
+    workers: Workers,
+    text: Evaluation,
+    length: int,
+    leading: int | None,
+    key: str,
+    pack: bool = True,
 ) -> Windows:
     """Of a held-out text, one after another.
+
+    `pack`: where the text itself does not tell.
 
     Raises:
         UserError: the text cannot be used.
     """
-    return windows.evaluation_windows(workers.tokens(text, key), text, length, leading, key)
+    packed = pack if text.pack is None else text.pack
+    stream = workers.tokens(text, key, _reading(packed))
+    return windows.evaluation_windows(stream, text, length, leading, key, packed)
 
 
 def healing_windows(
@@ -64,7 +76,12 @@ def healing_windows(
         leading,
         "heal",
         fewer=heal.batch if heal.tokens is None else None,
+        pack=calibration.pack,
     )
+
+
+def _reading(pack: bool) -> Reading:
+    return PACKED if pack else APART
 
 
 def _streams(
@@ -76,4 +93,5 @@ def _streams(
     def generated(text: GeneratedText, name: str) -> Stream:
         return generated_stream(workers, recipe, text, tokens[text], name, show)
 
-    return mixture.streams(workers.tokens, texts, key, generated)
+    read = partial(workers.tokens, reading=_reading(recipe.calibration.pack))
+    return mixture.streams(read, texts, key, generated)

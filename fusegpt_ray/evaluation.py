@@ -14,11 +14,13 @@ import torch
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.perplexity import perplexity as perplexity_of
 from fusegpt_ray.model.perplexity import window_losses
+from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
+from fusegpt_ray.samples import Batch, cut, predicted, tokens_of
 from fusegpt_ray.workers.base import Workers
 
 R = TypeVar("R")
@@ -26,36 +28,38 @@ TASKS_EACH = 4
 """Tasks for each replica, so that fast ones do more than slow ones."""
 
 
-def perplexity(workers: Workers, stack: Stack, windows_WT: np.ndarray) -> float:
+def perplexity(workers: Workers, stack: Stack, windows: Batch) -> float:
     """Of the stack as a model, over these windows (see `model/perplexity.py`).
 
     Raises:
         FloatingPointError: it is not finite.
     """
 
+    counted_WS = predicted(windows)
+    every = tokens_of(windows).shape[1] - 1
+    targets = [every] * len(windows) if counted_WS is None else counted_WS.sum(axis=1).tolist()
+
     def attempt(batch_size: int) -> float:
         pieces = workers.replicas * (1 if workers.streams else TASKS_EACH)
-        parts = _split(windows_WT, batch_size, pieces)
+        parts = _split(windows, batch_size, pieces)
         tasks = [(stack, part) for part in parts]
         losses = dict(workers.map(_losses, tasks, batch_size))
         in_order = [losses[number] for number in range(len(parts))]
-        return perplexity_of(torch.from_numpy(np.concatenate(in_order)))
+        return perplexity_of(torch.from_numpy(np.concatenate(in_order)), targets)
 
     return _fitting(workers, attempt, "evaluation")
 
 
-def compare_source(workers: Workers, windows_WT: np.ndarray) -> Plain:
+def compare_source(workers: Workers, windows: Batch) -> Plain:
     """The streamed walk of the dense model beside plain `from_pretrained` of its source."""
     setup = workers.setup
-    task = (setup.source.folder, setup.dense, windows_WT[:1])
+    task = (setup.source.folder, setup.dense, windows[:1])
     return _on_one(workers, _compare, task, "comparing with from_pretrained")
 
 
-def prove(
-    workers: Workers, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray
-) -> Proof:
+def prove(workers: Workers, published: Stack, folder: str, stack: Stack, windows: Batch) -> Proof:
     """That the published model in `folder` computes what the stack does (see `proof.prove`)."""
-    task = (published, folder, stack, windows_WT[:WINDOWS])
+    task = (published, folder, stack, windows[:WINDOWS])
     return _on_one(workers, _prove, task, "the proof")
 
 
@@ -72,23 +76,22 @@ def _fitting(workers: Workers, attempt: Callable[[int], R], what: str) -> R:
     return find_batch_size(attempt, batch, batch, what)[0]
 
 
-def _losses(runner: Runner, stack: Stack, windows_WT: np.ndarray) -> np.ndarray:
-    return window_losses(runner.for_trunk_of(stack), stack, torch.tensor(windows_WT)).numpy()
+def _losses(runner: Runner, stack: Stack, windows: Batch) -> np.ndarray:
+    there, targets_WS = runner.for_trunk_of(stack), as_tensor(predicted(windows))
+    return window_losses(there, stack, as_rows(windows), targets_WS).numpy()
 
 
-def _compare(runner: Runner, folder: str, dense: Stack, windows_WT: np.ndarray) -> Plain:
-    return compare_plain(folder, dense, runner, torch.tensor(windows_WT))
+def _compare(runner: Runner, folder: str, dense: Stack, windows: Batch) -> Plain:
+    return compare_plain(folder, dense, runner, as_rows(windows))
 
 
-def _prove(
-    runner: Runner, published: Stack, folder: str, stack: Stack, windows_WT: np.ndarray
-) -> Proof:
+def _prove(runner: Runner, published: Stack, folder: str, stack: Stack, windows: Batch) -> Proof:
     there = runner.for_trunk_of(published)
-    return prove_here(published, folder, stack, runner, there, torch.tensor(windows_WT))
+    return prove_here(published, folder, stack, runner, there, as_rows(windows))
 
 
-def _split(windows_WT: np.ndarray, batch_size: int, pieces: int) -> list[np.ndarray]:
+def _split(windows: Batch, batch_size: int, pieces: int) -> list[Batch]:
     """About so many pieces of consecutive windows, in whole batches, as even as those allow."""
-    batches = -(-len(windows_WT) // batch_size)
+    batches = -(-len(windows) // batch_size)
     cuts = [batch_size * (batches * i // pieces) for i in range(1, pieces)]
-    return [part for part in np.split(windows_WT, cuts) if len(part)]
+    return [part for part in cut(windows, cuts) if len(part)]

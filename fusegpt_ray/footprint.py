@@ -10,6 +10,7 @@ from math import prod
 
 import torch
 
+from fusegpt_ray.matrices import Matrices, largest_block, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
@@ -62,7 +63,7 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
     the group, or of one and the states between them, if the others are computed again.
     """
     group, tokens = recipe.fusion.group_size, _micro_batch(recipe) * recipe.calibration.length
-    kept = int(KEPT * tokens * dtype.itemsize * sum(map(sum, matrices(dense))))
+    kept = int(KEPT * tokens * dtype.itemsize * _largest_matrices(dense).active_sides)
     if recipe.cluster.recompute_activations:
         return kept + group * state_bytes(dense, tokens, dtype)
     return kept * group
@@ -82,9 +83,10 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     micro_batch = cluster.micro_batch or heal.batch // cluster.workers
     tokens = micro_batch * recipe.calibration.length
     weights = kept * sum(elements(block.weights) for block in dense.blocks) // len(dense)
-    widths = sum(map(sum, matrices(dense)))
+    all_matrices = matrices(dense, dense.blocks)
     low_rank = heal.train == "lora"
-    learns, frozen = (kept * heal.rank * widths, weights) if low_rank else (weights, 0)
+    updates = kept * heal.rank * all_matrices.sides // len(dense)
+    learns, frozen = (updates, weights) if low_rank else (weights, 0)
     parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     state = 4 * learns * (2 * parts[0] + parts[1] + parts[2])  # Adam's moments, gradients, masters
     gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
@@ -93,10 +95,15 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
         # What a backward pass needs of the gathered weights is held until then.
         again = cluster.recompute_activations
         held += 2 * _largest_block(dense, dtype) if again else frozen * dtype.itemsize
-    block = int(KEPT * tokens * dtype.itemsize * widths)
+    largest = _largest_matrices(dense)
+    block = int(KEPT * tokens * dtype.itemsize * largest.active_sides)
+    # Experts with their updates are formed anew for each call (see `low_rank.py`).
+    block += low_rank * largest.expert_elements * dtype.itemsize
     passing = kept * block
     if cluster.recompute_activations:
         passing = block + kept * state_bytes(dense, tokens, dtype)
+    # The gradient by what was formed.
+    passing += low_rank * largest.expert_elements * dtype.itemsize
     vocabulary = read_config(dense.config).get_text_config().vocab_size
     logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
     return int(held) + passing + logits + _in(dtype, dense.trunk)
@@ -180,16 +187,15 @@ def trained_elements(recipe: Recipe, dense: Stack, donors: int) -> int:
     """Of a group: the two factors of each neighbour's own update, and of each donor's."""
     settings = recipe.fusion
     ranks = settings.lora_rank + donors * settings.rank * recipe.fuses
-    return settings.group_size * ranks * sum(map(sum, matrices(dense)))
-
-
-def matrices(dense: Stack) -> list[tuple[int, ...]]:
-    """The shapes of the first block's matrices, which are its linear layers'."""
-    return [ref.shape for ref in dense.blocks[0].weights.values() if len(ref.shape) == 2]
+    return settings.group_size * ranks * _largest_matrices(dense).sides
 
 
 def elements(refs: Refs) -> int:
     return sum(prod(ref.shape) for ref in refs.values())
+
+
+def _largest_matrices(dense: Stack) -> Matrices:
+    return matrices(dense, [largest_block(dense)])
 
 
 def _micro_batch(recipe: Recipe) -> int:

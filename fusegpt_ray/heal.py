@@ -74,7 +74,7 @@ class Healer:
             {"healing": key},
             storage.join(folder, "checkpoints"),
         )
-        tokens, parts = self.windows.tokens_WT.size, task.config.parts
+        tokens, parts = self.windows.tokens, task.config.parts
         self.show.stage(f"healing {name} on {tokens:,} tokens", parts)
 
         def news(item: News) -> None:
@@ -102,7 +102,7 @@ class Healer:
         """For the manifest."""
         return {
             "data": self.windows.protocol,
-            "tokens": int(self.windows.tokens_WT.size),
+            "tokens": self.windows.tokens,
             "losses": trained.losses,
             "held_out": trained.held_out,
             "states_batch_size": trained.states_batch_size,

@@ -21,6 +21,7 @@ from fusegpt_ray.preflight import (
     check_output,
     check_repair,
     plan_targets,
+    with_start,
 )
 from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
 from fusegpt_ray.recipe import Recipe
@@ -83,6 +84,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     """
     shares(recipe.calibration, recipe.calibration.windows, "calibration", "windows")
     source, structure = find_model(recipe.model, window_lengths(recipe))
+    recipe = with_start(recipe, structure, show.say)
     targets = plan_targets(recipe, len(structure.blocks))
     check_output(recipe, targets, restart)
     check_method(recipe, structure)

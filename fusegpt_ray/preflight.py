@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from fusegpt_ray.fusion.compensation import (
     needed_tokens,
     needed_windows,
 )
-from fusegpt_ray.fusion.student import linear_layers
+from fusegpt_ray.fusion.student import all_layers
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
@@ -68,32 +69,59 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
     Raises:
         UserError: the method fuses or trains linear layers, and most of a block lies elsewhere.
     """
-    block = structure.blocks[0]
-    sizes = {name: value.numel() for name, value in block.named_parameters()}
-    linear = {f"{name}.weight" for name, _ in linear_layers(block)}
-    share = sum(sizes[name] for name in linear) / sum(sizes.values())
+    blocks = structure.blocks
+    linear = sum(layer.weight.numel() for block in blocks for layer in all_layers(block).values())
+    share = linear / sum(value.numel() for block in blocks for value in block.parameters())
     low_rank = recipe.heal is not None and recipe.heal.train == "lora"
     if (recipe.trains_groups or low_rank) and share < 0.5:
         problem = (
-            f"only {share:.0%} of a block of {structure.name} are linear layers (experts are not)"
+            f"only {share:.0%} of the blocks of {structure.name} are linear layers, or experts as"
+            " transformers usually keeps them"
         )
         if not recipe.trains_groups:
             fix = "use all, or leave heal out"
             raise UserError("heal.train", "lora", problem, fix)
-        fix = "use method: mi, which only removes blocks, or a model without experts"
+        fix = "use method: mi, which only removes blocks"
         raise UserError("method", recipe.method, problem, fix)
+
+
+def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None]) -> Recipe:
+    """The recipe with `fusion.start: auto` decided."""
+    if recipe.fusion.start != "auto":
+        return recipe
+
+    def starting(way: str) -> Recipe:
+        fusion = recipe.fusion.model_copy(update={"start": way})
+        return recipe.model_copy(update={"fusion": fusion})
+
+    linear = starting("linear")
+    try:
+        check_repair(linear, structure)
+    except UserError as error:
+        say(f"groups are trained without a start in closed form: {error.problem}")
+        return starting("none")
+    return linear
 
 
 def check_repair(recipe: Recipe, structure: Structure) -> None:
     """
     Raises:
-        UserError: the calibration windows have too few tokens for the repair's least squares.
+        UserError: no block ends in a linear layer that could be changed, or the calibration windows
+            have too few tokens for the repair's least squares.
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
+    assert way != "auto", "it is decided"
     if way == "none":
         return
     layers = last_linears(structure.calls).values()
-    needed = max((needed_tokens(way, layer) for layer in layers), default=1)
+    if not layers:
+        problem = (
+            f"it changes the linear layer that a block ends in, and no block of {structure.name}"
+            " ends in one; a mixture's experts are many"
+        )
+        fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
+        raise UserError("fusion.start", way, problem, fix)
+    needed = max(needed_tokens(way, layer) for layer in layers)
     fitted = fitted_windows(text.windows, batch) * text.length
     if fitted < needed:
         problem = (

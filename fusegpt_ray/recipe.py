@@ -2,7 +2,7 @@
 
 Notable:
 - an unknown key is an error that names the nearest valid key;
-- `fusion.preset` fills in only the keys that the recipe leaves out;
+- `preset` fills in only what the recipe leaves out;
 - what depends on the model (its depth, its positions) is checked later, in `preflight.py`, but
   still before weights are read.
 """
@@ -29,11 +29,12 @@ from fusegpt_ray.sections import (
     Method,
     Model,
     Output,
+    Preset,
     Search,
     Seed,
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
-from fusegpt_ray.text_sections import Section
+from fusegpt_ray.text_sections import GeneratedText, Section
 from fusegpt_ray.uris import shown
 
 S = TypeVar("S", bound=Section)
@@ -50,6 +51,10 @@ class Recipe(Section):
     sparsity: Annotated[tuple[float, ...], BeforeValidator(_one_or_many)] = (0.25,)
     """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
     run."""
+    preset: Preset = "best"
+    """Fills in what the recipe leaves out of `fusion`, and with method `fusegpt` also `heal`.
+    `best`: short rounds, then healing, as measured best here. `rounds`: longer ones, and no
+    healing. `paper`: as published, and no healing."""
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
@@ -71,14 +76,16 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and isinstance(data.get("fusion") or {}, Mapping):
-            fusion = dict(data.get("fusion") or {})
-            preset = PRESETS.get(str(fusion.get("preset", "default")), {})
-            spec = METHOD_SPECS.get(str(data.get("method")))
-            if spec is not None and spec.repairs:
-                preset = {"start": "linear", **preset}
-            return {**data, "fusion": {**preset, **fusion}}
-        return data
+        if not isinstance(data, Mapping) or not isinstance(data.get("fusion") or {}, Mapping):
+            return data
+        preset = dict(PRESETS.get(str(data.get("preset", "best")), {}))
+        fusion = dict(preset.pop("fusion", {}))
+        spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
+        if spec is not None and not spec.trains:  # a start, then, is all there is
+            fusion["start"] = "linear" if spec.repairs else "none"
+        if spec is None or not spec.fuses:
+            preset = {}
+        return {**preset, **data, "fusion": {**fusion, **(data.get("fusion") or {})}}
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -141,10 +148,22 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check_start(self) -> Self:
         start, spec = self.fusion.start, METHOD_SPECS[self.method]
+        if start == "auto" and not spec.trains:
+            problem, fix = "it may come to none, and this method has no other step", "choose one"
+            raise UserError("fusion.start", start, problem, fix)
         if spec.repairs == (start == "none") and not spec.trains:
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"
             raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_documents(self) -> Self:
+        healing = self.heal.parts if self.heal and self.heal.data else ()
+        texts = (*self.calibration.parts, *healing)
+        if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
+            problem = "text that the dense model writes has no documents"
+            raise UserError("calibration.pack", False, problem, "leave one of the two out")
         return self
 
     @property

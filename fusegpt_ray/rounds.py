@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
@@ -21,6 +19,7 @@ from fusegpt_ray.publishing.rehearsal import ANY, Removable
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.workers.base import Workers
 
@@ -36,7 +35,7 @@ class Rounds:
     workers: Workers
     journal: Journal
     dense: Stack
-    windows_WT: np.ndarray
+    windows: Batch
     show: Display
     order: Sequence[int] | None = None
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
@@ -92,7 +91,7 @@ class Rounds:
                     stack,
                     self.dense,
                     donor,
-                    self.windows_WT,
+                    self.windows,
                     origin[:16],
                     self.journal.round_folder(number),
                     self.journal.checkpoints_folder(number),
@@ -148,11 +147,11 @@ class Rounds:
 
         sums.changed = keep
         with self._explained(trained=number > 1):
-            windows_WT = self.windows_WT[: self.recipe.importance.windows]
+            windows = self.windows[: self.recipe.importance.windows]
             settings = self.recipe.importance
             choose = METHODS[self.recipe.method].choose
             candidates = self.removable.among(stack.kept)
-            ranking = choose(self.workers, stack, windows_WT, settings, last, sums, candidates)
+            ranking = choose(self.workers, stack, windows, settings, last, sums, candidates)
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)

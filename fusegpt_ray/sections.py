@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from fusegpt_ray.samples import Counting
 from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
+Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
 Bos = Literal["auto", "always", "never"]
@@ -53,6 +55,12 @@ class Calibration(Texts):
     """How many windows fine-tuning uses; scoring uses the first `importance.windows` of them."""
     length: int = Field(2048, ge=2, le=MOST)
     """Tokens a window, the beginning-of-sequence token among them where there is one."""
+    pack: bool = True
+    """Whether rows are joined, so that a window may hold the end of one and the beginning of
+    others. `false`: each row (of plain text: each file) is a window of its own, also in `heal` and
+    `evaluation`: cut at `length` where it is longer, padded where it is shorter. Padding never
+    counts. A row may then be a conversation, a list of messages, to which the model's chat
+    template is applied."""
     bos: Bos = "auto"
     """Whether each window begins with the tokenizer's beginning-of-sequence token, also in
     `evaluation`. `auto`: if the tokenizer itself puts it before a text; a model trained with it is
@@ -72,6 +80,8 @@ class Evaluation(Text):
     """`datasets` only: the split."""
     length: int | None = Field(None, ge=2, le=MOST)
     """Tokens a window; left out: `calibration.length`."""
+    pack: bool | None = None
+    """Left out: `calibration.pack`."""
     bos: Bos | None = None
     """Left out: `calibration.bos`."""
     windows: int | None = Field(None, ge=1, le=MOST)
@@ -94,6 +104,9 @@ class Importance(Section):
     cannot be the lowest: small saves work as long as batch × `calibration.length` tokens keep the
     device busy. Fixed by the recipe, never by the cluster: sums are the same on any. Bounds the
     memory of activations in scoring, evaluation and the states for fine-tuning."""
+    tokens: Counting = "all"
+    """Which tokens of samples with images count in the score: `all` of them, those of `text`, or
+    those of an `image` alone. Padding never counts."""
     all: bool = False
     """Score every block on all windows, though the choice is the same: for tables of all scores
     (`fusegpt score` always does)."""
@@ -113,21 +126,19 @@ class Fusion(Section):
     (method.md).
     """
 
-    preset: Literal["default", "paper"] = "default"
-    """Fills in the keys of this section that the recipe leaves out: `paper` as published, `default`
-    as measured best here."""
-    start: Literal["none", "linear", "matrix", "scale"] = "none"
+    start: Literal["auto", "none", "linear", "matrix", "scale"] = "auto"
     """How the block before the gap is repaired, in closed form, before the group is trained, or
     instead (method `mi+linear`, which takes `linear` if this is left out). `linear`: its last
     linear layer takes over what the removed block added, as a function of the layer's inputs.
-    `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number."""
+    `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number. `auto`:
+    `linear`, or `none` where the model has no such layer or the windows too few tokens."""
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)
     """Rank r of the fusion coefficients C·D."""
     lora_rank: int = Field(128, ge=1, le=MOST)
     """Rank of the low-rank update B·A on the neighbours' own weights."""
-    epochs: int = Field(20, ge=1, le=MOST)
+    epochs: int = Field(2, ge=1, le=MOST)
     """Passes over the calibration windows for each removed block."""
     batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""
@@ -137,9 +148,9 @@ class Fusion(Section):
     teacher: Literal["current", "dense"] = "dense"
     """`current`: the group as it was before this round (paper). `dense`: the dense model at the
     same depth; errors do not pile up."""
-    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for the fusion coefficients C, D and c."""
-    lora_learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
+    lora_learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for everything else that learns: LoRA and norm weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""

@@ -68,26 +68,46 @@ METRIC_SPECS: dict[str, MetricSpec] = {
     "bi": MetricSpec("block_influence", "Block Influence (ShortGPT)", walks_on=False),
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
+_GROUPS: dict[str, Any] = {
+    "start": "none",
+    "loss": "normalized_mse",
+    "teacher": "dense",
+    "learning_rate": 1e-3,
+    "lora_learning_rate": 3e-4,
+    "trained_dtype": "float32",
+    "fold": "each_round",
+}
+"""Where the paper's recipe loses quality (benchmarks/quality.py measures each): a teacher that
+degrades with the model, a loss blind to shifts common to the batch, a LoRA rate that moves nothing,
+bf16 masters. Its terms pile up as well: each round's step would take longer, and more memory, than
+the last one's."""
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # method.md, the paper's public code, row by row.
     "paper": {
-        "loss": "batch_kl",
-        "teacher": "current",
-        "learning_rate": 1e-3,
-        "lora_learning_rate": 9.65e-6,
-        "trained_dtype": "model",
-        "fold": "at_end",
+        "fusion": {
+            "loss": "batch_kl",
+            "teacher": "current",
+            "learning_rate": 1e-3,
+            "lora_learning_rate": 9.65e-6,
+            "trained_dtype": "model",
+            "fold": "at_end",
+            "start": "none",
+            "epochs": 20,
+        }
     },
-    # Where the paper's recipe loses quality (benchmarks/quality.py measures each): a teacher that
-    # degrades with the model, a loss blind to shifts common to the batch, a LoRA rate that moves
-    # nothing, bf16 masters. Its terms pile up as well: each round's step would take longer, and
-    # more memory, than the last one's.
-    "default": {
-        "loss": "normalized_mse",
-        "teacher": "dense",
-        "learning_rate": 1e-3,
-        "lora_learning_rate": 3e-4,
-        "trained_dtype": "float32",
-        "fold": "each_round",
+    "rounds": {"fusion": {**_GROUPS, "epochs": 20}},
+    # Most of the work goes where it is worth most (docs/quality.md): into healing.
+    "best": {
+        "fusion": {
+            **_GROUPS,
+            "start": "auto",
+            "epochs": 2,
+            "learning_rate": 3e-4,
+            "lora_learning_rate": 2e-4,
+        },
+        "heal": {},
     },
 }
+"""By name, what each fills in: keys of `fusion` that the recipe leaves out; where the
+method fuses, other sections, too."""

@@ -23,6 +23,7 @@ WORDS = [
     for b in ("ba", "de", "fi", "go", "lu", "ma")
 ]
 SETTINGS: dict[str, Any] = {
+    "preset": "rounds",
     "sparsity": [0.125, 0.25],  # one and two of the eight blocks
     "calibration": {"windows": 16, "length": 24},
     "evaluation": {"heldout": {"length": 32}},

@@ -141,13 +141,11 @@ MODELS: dict[str, Tiny] = {
 SUPPORTED = [name for name in MODELS if name not in ("llama-tied", "llama-sharded")]
 """One of each architecture."""
 
-OTHERS = {"mixtral": lambda: tf.MixtralConfig(**GROUPED, num_local_experts=4)}
-
 
 def save_tiny(name: str, folder: Path) -> Path:
     """Write the checkpoint of a tiny random model as transformers writes it."""
     torch.manual_seed(len(name))
-    config = MODELS[name].config() if name in MODELS else OTHERS[name]()
+    config = MODELS[name].config()
     auto = tf.AutoModelForImageTextToText if name == "llava" else tf.AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
     randomize(model)

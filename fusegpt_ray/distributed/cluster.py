@@ -24,6 +24,7 @@ from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.store import storage
+from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup
 
@@ -108,9 +109,11 @@ class RayWorkers:
             "zero_stage": self.setup.cluster.zero_stage,
         }
 
-    def tokens(self, text_of: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
-        piece_bytes = self.setup.piece_mb * 1_000_000
-        return text.token_stream(text_of, piece_bytes, self.setup.source.tokenizer(), key)
+    def tokens(
+        self, text_of: Text, key: str, reading: Reading = PACKED
+    ) -> Callable[[], Iterator[np.ndarray]]:
+        piece_bytes, tokenizer = self.setup.piece_mb * 1_000_000, self.setup.source.tokenizer()
+        return text.token_stream(text_of, piece_bytes, tokenizer, key, reading)
 
     def map(
         self,

@@ -22,8 +22,8 @@ import numpy as np
 import ray.data
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.text.calibration import tokenize
-from fusegpt_ray.text.corpus import pieces, sources
+from fusegpt_ray.text.calibration import PACKED, Reading
+from fusegpt_ray.text.corpus import sources
 from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
 
 
 def token_stream(
-    text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
+    text: Text,
+    piece_bytes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    reading: Reading = PACKED,
 ) -> Callable[[], Iterator[np.ndarray]]:
     """As `calibration.token_stream`: a function that yields the tokens of each piece, int32
     [tokens], in order.
@@ -42,12 +46,12 @@ def token_stream(
         UserError: as `corpus.sources`, at once; as `corpus.pieces` on any node, while the tokens
         are drawn.
     """
-    found = sources(text, key)
+    found = sources(text, key, reading.pieces)
 
     def cut(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
         numbers = count()
         try:
-            for piece in pieces(found[row["source"]], piece_bytes):
+            for piece in reading.pieces(found[row["source"]], piece_bytes):
                 yield {"source": row["source"], "piece": next(numbers), "text": piece, "error": b""}
         except UserError as error:
             yield {
@@ -58,7 +62,13 @@ def token_stream(
             }
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "text": "", "tokens": tokenize(row["text"], tokenizer)}
+        if row["error"]:
+            return {**row, "tokens": np.zeros(0, dtype=np.int32)}
+        try:
+            return {**row, "text": "", "tokens": reading.tokenize(row["text"], tokenizer, key)}
+        except UserError as error:
+            nothing = np.zeros(0, dtype=np.int32)
+            return {**row, "text": "", "tokens": nothing, "error": pickle.dumps(error)}
 
     def stream() -> Iterator[np.ndarray]:
         with ray.data.DataContext.current(_context(piece_bytes)):

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.compensation import Way, features, last_linear
 from fusegpt_ray.fusion.least_squares import Moments
 from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.recorder import run_block
+from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.samples import Batch, counting
 
 OFF = 0.05
 """By how much, relatively, an output may miss what was added to it: bfloat16 is off by 0.01, a norm
@@ -27,7 +30,7 @@ behind the layer by 1."""
 
 
 def gather(
-    runner: Runner, stack: Stack, donor: int, way: Way, windows_WT: np.ndarray, pieces: list[int]
+    runner: Runner, stack: Stack, donor: int, way: Way, windows: Batch, pieces: list[int]
 ) -> tuple[str | None, list[Moments], int]:
     """The task: for each piece (so many windows, in order) the moments of what is fitted; first the
     name of the layer, or None if there is none, and last the bytes of blocks that were read.
@@ -35,9 +38,14 @@ def gather(
     `donor`: position of the block to remove. All windows walk together to the block before it; then
     they pass both, a batch at a time. So a window's part depends on its batch alone.
     """
-    before, windows = runner.weights.bytes_read, torch.tensor(windows_WT)
-    (h_WTD,) = runner.empty_states(windows)
-    for _ in runner.walk(stack, windows, donor - 1, h_WTD):
+    before, rows = runner.weights.bytes_read, as_rows(windows)
+    if runner.by_sample(rows):
+        problem = "the model's blocks are called with what depends on the sample"
+        fix = "leave fusion.start out, and use another method than mi+linear"
+        raise UserError("fusion.start", way, problem, fix)
+    counted_WT = as_tensor(counting(windows))
+    (h_WTD,) = runner.empty_states(rows)
+    for _ in runner.walk(stack, rows, donor - 1, h_WTD):
         pass
     last, removed = stack.blocks[donor - 1 : donor + 1]
     modules = [runner.weights.of(block) for block in (last, removed)]
@@ -54,11 +62,14 @@ def gather(
 
         layer = modules[0].get_submodule(name)
 
-        def batches(part_WTD: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-            for h_BTD in part_WTD.split(runner.batch_size):
-                yield _batch(layer, run, after, way, h_BTD.to(runner.device))
+        def batches(first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for begin in range(first, end, runner.batch_size):
+                rows = slice(begin, min(begin + runner.batch_size, end))
+                counted_BT = None if counted_WT is None else counted_WT[rows].to(runner.device)
+                yield _batch(layer, run, after, way, counted_BT, h_WTD[rows].to(runner.device))
 
-        return name, [Moments.of(batches(part)) for part in h_WTD.split(pieces)], read
+        ends = [0, *accumulate(pieces)]
+        return name, [Moments.of(batches(*piece)) for piece in pairwise(ends)], read
 
 
 def _run(runner: Runner, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
@@ -72,9 +83,12 @@ def _batch(
     run: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
     way: Way,
+    counted_BT: torch.Tensor | None,
     h_BTD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is fitted to what, of one batch. The difference of the states is taken in float64."""
+    """What is fitted to what, of the tokens of one batch that count (all, if not told). The
+    difference of the states is taken in float64.
+    """
     seen: list[torch.Tensor] = []
 
     def keep(_: nn.Module, given: Sequence[Any], out: torch.Tensor) -> None:
@@ -86,8 +100,10 @@ def _batch(
     finally:
         hook.remove()
     delta_BTD = after(out_BTD).double() - out_BTD.double()
-    h_nI, m_nD = (value.flatten(0, -2) for value in seen)
-    return features(way, h_nI, m_nD, delta_BTD.flatten(0, -2))
+    found = [value.flatten(0, -2) for value in (*seen, delta_BTD)]
+    if counted_BT is not None:
+        found = [value[counted_BT.flatten()] for value in found]
+    return features(way, *found)
 
 
 def is_added(layer: nn.Module, run: Callable[[], torch.Tensor]) -> bool:

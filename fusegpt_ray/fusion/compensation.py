@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.least_squares import Fit
 from fusegpt_ray.fusion.linear import Linear
-from fusegpt_ray.fusion.student import linear_layers
+from fusegpt_ray.fusion.student import expert_layers, linear_layers
 from fusegpt_ray.model.recorder import Context, empty_call
 
 Way = Literal["linear", "matrix", "scale"]
@@ -98,6 +98,7 @@ def sizes(layer: Linear) -> tuple[int, int]:
 
 def last_linear(block: nn.Module, run: Callable[[], object]) -> str | None:
     """The linear layer with as many outputs as the hidden size that a block calls last, and once.
+    None where experts are called after it: what they write is no single layer's.
 
     Args:
         run: calls the block, or a copy that is made in it, and returns what that returns.
@@ -109,7 +110,10 @@ def last_linear(block: nn.Module, run: Callable[[], object]) -> str | None:
         return lambda *_: called.append(name)
 
     layers = dict(linear_layers(block))
-    hooks = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
+    watched: dict[str, nn.Module] = {**layers} | {
+        path: block.get_submodule(path) for path in expert_layers(block)
+    }
+    hooks = [module.register_forward_hook(note(path)) for path, module in watched.items()]
     try:
         out = run()
     finally:
@@ -117,8 +121,11 @@ def last_linear(block: nn.Module, run: Callable[[], object]) -> str | None:
             hook.remove()
     h_BTD = out[0] if isinstance(out, tuple) else out
     assert isinstance(h_BTD, torch.Tensor)
-    fitting = [name for name in called if sizes(layers[name])[0] == h_BTD.shape[-1]]
-    return fitting[-1] if fitting and fitting.count(fitting[-1]) == 1 else None
+    fitting = [
+        path for path in called if path not in layers or sizes(layers[path])[0] == h_BTD.shape[-1]
+    ]
+    last = fitting[-1] if fitting else ""
+    return last if last in layers and fitting.count(last) == 1 else None
 
 
 def last_linears(calls: Sequence[tuple[nn.Module, torch.Tensor, Context]]) -> Mapping[int, Linear]:

@@ -4,11 +4,10 @@ saved.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,16 +15,20 @@ from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.student import (
     DonorCache,
     FusionConfig,
+    all_layers,
     build_block,
     folded_tensors,
     is_coefficient,
     learned_tensors,
     terms_of,
 )
+from fusegpt_ray.model.architecture import build_meta_blocks
 from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
@@ -88,6 +91,27 @@ class GroupFusion:
         """What is fused into the neighbours."""
         return self.donor_block if self.fuse else None
 
+    def other_kinds(self) -> list[str]:
+        """What to say of neighbours that cannot take in all of the donor's layers."""
+        shapes = _shapes(self.donor_block)
+        others = [block.dense for block in self.neighbours if _shapes(block) != shapes]
+        if not (self.fuse and others):
+            return []
+        empty = build_meta_blocks(self.dense.config)
+        given = all_layers(empty[self.donor].module)
+        said = []
+        for dense in others:
+            own = all_layers(empty[dense].module)
+            alike = sum(
+                name in given and given[name].weight.shape == layer.weight.shape
+                for name, layer in own.items()
+            )
+            said.append(
+                f"block {dense} is of another kind than block {self.donor}: {alike} of its"
+                f" {len(own)} layers take in that block's"
+            )
+        return said
+
     @property
     def source(self) -> StatesSource:
         """The states to train on.
@@ -102,9 +126,7 @@ class GroupFusion:
         end = self.dense.position(after[0].dense) if after else len(self.dense)
         return StatesSource(self.stack, start, self.dense, end)
 
-    def task(
-        self, windows_WT: np.ndarray, cluster: Cluster, origin: str, checkpoints: str
-    ) -> TrainingTask:
+    def task(self, windows: Batch, cluster: Cluster, origin: str, checkpoints: str) -> TrainingTask:
         """The training of this group.
 
         Args:
@@ -123,9 +145,7 @@ class GroupFusion:
             checkpoint_minutes=cluster.checkpoint_minutes,
         )
         identity = {"after": origin, "donor": self.donor}
-        return TrainingTask(
-            self, self.source, windows_WT, config, identity, checkpoints, self.fence
-        )
+        return TrainingTask(self, self.source, windows, config, identity, checkpoints, self.fence)
 
     def fusion_config(self, dtype: torch.dtype) -> FusionConfig:
         """`dtype`: of the arithmetic."""
@@ -135,7 +155,7 @@ class GroupFusion:
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,
@@ -145,7 +165,7 @@ class GroupFusion:
     ) -> Span:
         """Reads the group's blocks only. Of these, each worker holds all (the effective weights are
         formed of them)."""
-        config, donors = self.fusion_config(dtype), DonorCache(device, dtype)
+        config, donors = self.fusion_config(dtype), DonorCache(meta_blocks, device, dtype)
         built = [
             build_block(
                 meta_blocks[block.dense], block, self.fused, config, device, donors, self.donor
@@ -154,7 +174,16 @@ class GroupFusion:
         ]
         blocks, learned = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.neighbours]
-        return Span(blocks, Learned(learned), own, recompute, run)
+        numbers = [block.dense for block in self.neighbours]
+        return Span(
+            blocks,
+            Learned(learned),
+            own,
+            recompute,
+            run,
+            meta_blocks=meta_blocks,
+            numbers=numbers,
+        )
 
     uses_head = False
 
@@ -183,25 +212,34 @@ class GroupFusion:
         for neighbour, learned in pairs[part::parts]:
             name = f"without-{self.donor:03d}-block-{neighbour.dense:03d}"
             saved.blocks[neighbour.dense] = self._save(
-                storage.join(self.folder, name), neighbour, learned, saved.files
+                storage.join(self.folder, name), neighbour, learned, span.meta_blocks, saved.files
             )
         return saved
 
     def _save(
-        self, uri: str, neighbour: Block, learned: nn.Module, files: dict[str, FileRecord]
+        self,
+        uri: str,
+        neighbour: Block,
+        learned: nn.Module,
+        meta_blocks: Sequence[EmptyBlock],
+        files: dict[str, FileRecord],
     ) -> Block:
-        def write(file: str, tensors: dict[str, torch.Tensor]) -> dict[str, TensorRef]:
+        def write(file: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorRef]:
             entries = entries_of(tensors)
             self.fence()
             files[file], refs = write_safetensors(file, entries)
             return refs
 
         donor = self.fused
-        folded = folded_tensors(learned, neighbour, donor)
-        assert set(folded) <= set(neighbour.weights), sorted(set(folded) - set(neighbour.weights))
-        weights = {**neighbour.weights, **write(f"{uri}.safetensors", folded)}
+        folded = folded_tensors(learned, neighbour, donor, meta_blocks)
+        stored = meta_blocks[neighbour.dense].stored(folded, neighbour.weights)
+        weights = {**neighbour.weights, **write(f"{uri}.safetensors", stored)}
         terms = None
         if self.settings.fold == "at_end":
             refs = write(f"{uri}.learned.safetensors", learned_tensors(learned))
             terms = Terms(*terms_of(neighbour, donor), refs)
         return Block(neighbour.dense, weights, terms)
+
+
+def _shapes(block: Block) -> dict[str, tuple[int, ...]]:
+    return {name: ref.shape for name, ref in block.weights.items()}

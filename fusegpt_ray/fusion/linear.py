@@ -2,8 +2,10 @@
 
     W' = W + B·A + Σ_k (C_k·D_k) ⊙ W_k,   b' = b + Σ_k c_k ⊙ b_k
 
-Shapes: O outputs, I inputs, R rank. A and D are [R, I], B and C [O, R]; weights are [O, I], but [I,
-O] in GPT-2's Conv1D.
+Shapes: O outputs, I inputs, R rank, E experts. A and D are [R, I], B and C [O, R]; weights are [O,
+I], but [I, O] in GPT-2's Conv1D. A mixture has one tensor of all experts' weights, [E, O, I] or, in
+some models, [E, I, O]. Then each of the above has E in front, and the formula holds for each expert
+e by itself: W'_e = W_e + B_e·A_e + Σ_k (C_ke·D_ke) ⊙ W_ke.
 
 Notable:
 - W and the donors' W_k are buffers: frozen, shared between layers where they are the same tensor,
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -26,6 +28,16 @@ from transformers.pytorch_utils import Conv1D
 Linear: TypeAlias = nn.Linear | Conv1D
 Frozen: TypeAlias = tuple[torch.Tensor, torch.Tensor | None]
 """A weight and a bias, if there is one."""
+
+
+class Experts(NamedTuple):
+    """A linear layer of each expert of a mixture."""
+
+    weight: torch.Tensor
+    """[E, O, I], or [E, I, O] where it is transposed."""
+    bias: torch.Tensor | None
+    """[E, O]."""
+    transposed: bool
 
 
 class FusedLinear(nn.Module):
@@ -39,12 +51,12 @@ class FusedLinear(nn.Module):
     bias: torch.Tensor | None
     A: torch.Tensor
     B: torch.Tensor
-    product = staticmethod(torch.mm)
-    """Of two factors: [O, R] and [R, I] → [O, I]."""
+    product = staticmethod(torch.matmul)
+    """Of two factors: [O, R] and [R, I] → [O, I]; of experts each by itself."""
 
     def __init__(
         self,
-        own: Linear,
+        own: Linear | Experts,
         donors: Sequence[Frozen | None],
         rank: int,
         lora_rank: int,
@@ -57,9 +69,10 @@ class FusedLinear(nn.Module):
         learns.
         """
         super().__init__()
-        self.transposed = isinstance(own, Conv1D)
+        self.transposed = own.transposed if isinstance(own, Experts) else isinstance(own, Conv1D)
+        self.of_experts = isinstance(own, Experts)
         self.terms = len(donors)
-        outputs, inputs = own.weight.shape[::-1] if self.transposed else own.weight.shape
+        *experts, outputs, inputs = (own.weight.mT if self.transposed else own.weight).shape
 
         def learn(name: str, value: torch.Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value.to(own.weight.device, dtype)))
@@ -68,18 +81,22 @@ class FusedLinear(nn.Module):
         self.register_buffer(
             "bias", None if own.bias is None else own.bias.detach(), persistent=False
         )
-        learn("B", torch.zeros(outputs, lora_rank))
-        learn("A", kaiming(lora_rank, inputs, generator))
+        learn("B", torch.zeros(*experts, outputs, lora_rank))
+        learn("A", kaiming(lora_rank, inputs, generator, *experts))
         for k, donor in enumerate(donors):
             if donor is None:
                 continue
             weight, bias = donor
             self.register_buffer(f"donor_weight{k}", weight, persistent=False)
-            learn(f"C{k}", torch.zeros(outputs, rank))
-            learn(f"D{k}", kaiming(rank, inputs, generator))
+            learn(f"C{k}", torch.zeros(*experts, outputs, rank))
+            learn(f"D{k}", kaiming(rank, inputs, generator, *experts))
             if bias is not None:
                 self.register_buffer(f"donor_bias{k}", bias, persistent=False)
                 learn(f"c{k}", torch.zeros(bias.shape))
+
+    def names(self, path: str) -> tuple[str, str]:
+        """What a block calls its weight and its bias, by its path among what learns."""
+        return (path, bias_of(path)) if self.of_experts else (f"{path}.weight", f"{path}.bias")
 
     def forward(self) -> dict[str, torch.Tensor]:
         """The effective weight and bias, in the frozen weight's dtype."""
@@ -95,7 +112,7 @@ class FusedLinear(nn.Module):
 
         `frozen`: the layer's own and its donors' weights and biases, if not those it holds.
         """
-        held, *donors = frozen or self._frozen()
+        held, *donors = frozen or self.frozen()
         assert held is not None
         own, bias = held
         device = self.weight.device
@@ -113,7 +130,9 @@ class FusedLinear(nn.Module):
                 bias = bias + getattr(self, f"c{k}") * donor_bias.to(device)
         return weight, bias
 
-    def _frozen(self) -> list[Frozen | None]:
+    def frozen(self) -> list[Frozen | None]:
+        """The weight and bias of the layer itself and of each donor that gives one."""
+
         def donor(k: int) -> Frozen | None:
             weight = getattr(self, f"donor_weight{k}", None)
             return None if weight is None else (weight, getattr(self, f"donor_bias{k}", None))
@@ -121,11 +140,32 @@ class FusedLinear(nn.Module):
         return [(self.weight, self.bias), *map(donor, range(self.terms))]
 
     def _laid_out(self, product_OI: torch.Tensor) -> torch.Tensor:
-        return product_OI.T if self.transposed else product_OI
+        return product_OI.mT if self.transposed else product_OI
 
 
-def kaiming(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+class FusedExperts(nn.ModuleDict):
+    """The fused layers of a mixture's experts, by the names of their weights."""
+
+    def forward(self) -> dict[str, torch.Tensor]:
+        """Their effective weights and biases, by name in the module that holds the experts."""
+        return {
+            key if kind == "weight" else bias_of(key): value
+            for key, layer in self.items()
+            for kind, value in layer().items()
+        }
+
+
+def bias_of(weight: str) -> str:
+    """What experts' biases are called, beside their weights."""
+    return f"{weight}_bias"
+
+
+def kaiming(
+    rows: int, columns: int, generator: torch.Generator, experts: int | None = None
+) -> torch.Tensor:
     """Kaiming uniform with a = √5, as nn.Linear starts; on the CPU in float32, so that every device
-    starts the same.
+    starts the same. For each of so many experts, if there are any.
     """
+    if experts is not None:
+        return torch.stack([kaiming(rows, columns, generator) for _ in range(experts)])
     return nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)

@@ -27,15 +27,16 @@ from fusegpt_ray.fusion.least_squares import Moments, best_fit
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Refs, Stack, Terms
+from fusegpt_ray.samples import Batch, cut
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
+from fusegpt_ray.store.checkpoint import TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.store.writer import Entry, write_safetensors
 from fusegpt_ray.workers.base import Workers
 
 Changed = dict[str, np.ndarray]
-"""A layer's new tensors in float32, by name in the block."""
+"""A layer's new tensors in float32, as the block stores them."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Repair:
         """The block before the gap."""
         return self.stack.blocks[self.stack.position(self.donor) - 1]
 
-    def on(self, workers: Workers, windows_WT: np.ndarray) -> Repaired:
+    def on(self, workers: Workers, windows: Batch) -> Repaired:
         """The repaired block, fitted to these windows but the last piece of them, on which λ is
         chosen (see `compensation.split`).
 
@@ -104,16 +105,16 @@ class Repair:
             MemoryError: not even a single window fits.
         """
         began = time.monotonic()
-        found = self._on(workers, windows_WT)
+        found = self._on(workers, windows)
         return replace(found, seconds=round(time.monotonic() - began, 3))
 
-    def _on(self, workers: Workers, windows_WT: np.ndarray) -> Repaired:
+    def _on(self, workers: Workers, windows: Batch) -> Repaired:
         nothing = Repaired(self.donor, self.way, 0.0)
         if not self.stack.position(self.donor):
             problem = f"no block is left before block {self.donor}"
             return replace(nothing, problem=problem)
         batch = workers.setup.importance.batch
-        attempt = partial(self._moments, workers, windows_WT, split(len(windows_WT), batch))
+        attempt = partial(self._moments, workers, windows, split(len(windows), batch))
         what = "finding what the removed block adds"
         (layer, sums, read), size = find_batch_size(attempt, batch, batch, what)
         nothing = replace(nothing, batch_size=size, bytes_read=read)
@@ -131,7 +132,7 @@ class Repair:
         return replace(nothing, block=block, files=files, layer=layer, ridge=ridge, left=left)
 
     def _moments(
-        self, workers: Workers, windows_WT: np.ndarray, pieces: list[int], batch_size: int
+        self, workers: Workers, windows: Batch, pieces: list[int], batch_size: int
     ) -> tuple[str | None, list[Moments], int]:
         """The name of the layer, if there is one, with the sums to fit and those that are held out;
         and the bytes of blocks that were read.
@@ -140,7 +141,7 @@ class Repair:
         groups = min(workers.replicas, len(pieces)) if workers.streams else len(pieces)
         shares = [list(map(int, part)) for part in np.array_split(pieces, groups)]
         ends = np.cumsum([sum(share) for share in shares])
-        parts = np.split(windows_WT, ends[:-1])
+        parts = cut(windows, map(int, ends[:-1]))
         position = self.stack.position(self.donor)
         tasks = [
             (self.stack, position, self.way, part, share)
@@ -216,7 +217,8 @@ def solve(
     layer; and, of a block that keeps its terms, those of the frozen layer under them, which change
     by as much. Nothing changes where λ is infinite.
     """
-    layer, device = runner.trunk.meta_blocks[block.dense].get_submodule(name), runner.device
+    empty, device = runner.trunk.meta_blocks[block.dense], runner.device
+    layer = empty.module.get_submodule(name)
     bias = getattr(layer, "bias", None) is not None
     fit, ridge, left = best_fit(fitted, held_out, way == "linear" and bias, device)
     if math.isinf(ridge):
@@ -224,20 +226,20 @@ def solve(
     keys = [f"{name}.weight", f"{name}.bias"][: 1 + bias]
 
     def stored(refs: Refs) -> list[torch.Tensor]:
-        found = read_tensors({key: refs[key] for key in keys})
+        found = empty.read(refs, keys)
         weight, *rest = (found[key].to(device, torch.float64) for key in keys)
         return [weight.T if isinstance(layer, Conv1D) else weight, *rest]
 
     own = stored(block.weights)
     added = change(way, fit, *own)
 
-    def changed(tensors: list[torch.Tensor]) -> Changed:
+    def changed(tensors: list[torch.Tensor], refs: Refs) -> Changed:
         new = [value + more for value, more in zip(tensors, added, strict=True)]
         new[0] = new[0].T if isinstance(layer, Conv1D) else new[0]
+        parameters = {key: value.float().cpu() for key, value in zip(keys, new, strict=True)}
         return {
-            key: value.float().contiguous().cpu().numpy()
-            for key, value in zip(keys, new, strict=True)
+            key: value.contiguous().numpy() for key, value in empty.stored(parameters, refs).items()
         }
 
-    base = changed(stored(block.terms.base)) if block.terms else {}
-    return (ridge, left), changed(own), base
+    base = changed(stored(block.terms.base), block.terms.base) if block.terms else {}
+    return (ridge, left), changed(own, block.weights), base

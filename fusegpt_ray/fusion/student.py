@@ -8,6 +8,7 @@ order in which things are built.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,22 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fusegpt_ray.fusion.linear import Frozen, FusedLinear, Linear
+from fusegpt_ray.fusion.linear import (
+    Experts,
+    Frozen,
+    FusedExperts,
+    FusedLinear,
+    Linear,
+    bias_of,
+)
+from fusegpt_ray.model.empty import EmptyBlock, in_arithmetic
+from fusegpt_ray.model.recorder import has_experts
 from fusegpt_ray.model.stack import Block, Refs
-from fusegpt_ray.model.trunk import in_arithmetic, load_block
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.masters import Masters
+
+_ROUTER = re.compile(r"(^|\.)(router|gate|shared_expert_gate)(\.|$)")
+"""What the layers are called that decide which experts a token goes to, and with what weight."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +45,19 @@ class FusionConfig:
     trained_dtype: torch.dtype
 
 
-def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Refs, ...]]:
-    """A neighbour's frozen weights and its donors' in order, `donor` last. A donor that was itself
+def terms_of(neighbour: Block, donor: Block | None) -> tuple[Refs, tuple[Block, ...]]:
+    """A neighbour's frozen weights and its donors in order, `donor` last. A donor that was itself
     fused counts as plain weights.
     """
     base = neighbour.terms.base if neighbour.terms else neighbour.weights
     donors = neighbour.terms.donors if neighbour.terms else ()
-    return base, (*donors, donor.weights) if donor is not None else donors
+    if donor is not None:
+        donors = (*donors, Block(donor.dense, donor.weights))
+    return base, donors
 
 
 def build_block(
-    meta_block: nn.Module,
+    meta_block: EmptyBlock,
     neighbour: Block,
     donor: Block | None,
     config: FusionConfig,
@@ -52,26 +66,34 @@ def build_block(
     label: object,
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """One neighbour as a plain block, and what learns in it by layer: LoRA, fused terms and norm
-    weights.
-
-    What it learned before is kept.
+    weights. What it learned before is kept. A router stays as it is.
 
     Args:
         donor: the block to fuse into it.
         label: seeds what learns, beside the neighbour's number.
     """
-    base, donor_refs = terms_of(neighbour, donor)
-    stored = read_tensors(base)
-    block = load_block(meta_block, stored, device, config.compute_dtype)
-    learned: dict[str, nn.Module] = {}
-    for name, own in linear_layers(block):
-        learned[name] = FusedLinear(
+    base, donor_blocks = terms_of(neighbour, donor)
+    stored = meta_block.read(base)
+    block = meta_block.filled(stored, device, config.compute_dtype)
+    held = [donors.get(one) for one in donor_blocks]
+
+    def fused(name: str, own: Linear | Experts, weight: str, bias: str) -> FusedLinear:
+        return FusedLinear(
             own,
-            [_layer(name, like(name, base, refs), donors.get(refs)) for refs in donor_refs],
+            [_given(tensors, weight, bias, own) for tensors in held],
             config.rank,
             config.lora_rank,
             config.trained_dtype,
             seeded(config.seed, label, neighbour.dense, name),
+        )
+
+    learned: dict[str, nn.Module] = {}
+    for name, own in linear_layers(block):
+        learned[name] = fused(name, own, f"{name}.weight", f"{name}.bias")
+    for path, layers in expert_layers(block).items():
+        names = {key: f"{path}.{key}" for key in layers}
+        learned[path] = FusedExperts(
+            {key: fused(name, layers[key], name, bias_of(name)) for key, name in names.items()}
         )
     for name, norm in block.named_modules():
         if is_norm(norm) and (keys := [key for key, _ in norm.named_parameters(recurse=False)]):
@@ -86,26 +108,24 @@ def build_block(
 @torch.no_grad()
 def _load(learned: Mapping[str, nn.Module], values: Mapping[str, torch.Tensor]) -> None:
     """Go on from what was learned before; terms that are new keep their start."""
-    for name, value in values.items():
-        path, _, key = name.rpartition(".")
-        learned[path].get_parameter(key).copy_(value)
+    for path, module in learned.items():
+        for key, parameter in module.named_parameters():
+            if (value := values.get(f"{path}.{key}")) is not None:
+                parameter.copy_(value)
 
 
-def like(name: str, base: Refs, donor: Refs) -> tuple[str, ...]:
-    """The tensors of the linear layer `name` that a donor can give to the one in `base`.
+def _given(
+    donor: Mapping[str, torch.Tensor], weight: str, bias: str, own: Linear | Experts
+) -> Frozen | None:
+    """The layer that a donor gives to the one of the same name.
 
     None where its own is missing or of another shape. The blocks of a hybrid model differ in kind
-    (attention in some, a recurrence in others), and only layers alike can be fused.
+    (attention in some, a recurrence in others; experts in some, none in others), and only layers
+    alike can be fused.
     """
-    weight, bias = f"{name}.weight", f"{name}.bias"
-    if weight not in donor or donor[weight].shape != base[weight].shape:
-        return ()
-    return (weight, bias) if bias in base and bias in donor else (weight,)
-
-
-def _layer(name: str, keys: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> Frozen | None:
-    bias = f"{name}.bias"
-    return (tensors[f"{name}.weight"], tensors[bias] if bias in keys else None) if keys else None
+    if weight not in donor or donor[weight].shape != own.weight.shape:
+        return None
+    return donor[weight], None if own.bias is None else donor.get(bias)
 
 
 class DonorCache:
@@ -113,14 +133,17 @@ class DonorCache:
     it.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+    def __init__(
+        self, meta_blocks: Sequence[EmptyBlock], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.meta_blocks, self.device, self.dtype = meta_blocks, device, dtype
         self._blocks: dict[tuple[object, ...], dict[str, torch.Tensor]] = {}
 
-    def get(self, refs: Refs) -> Mapping[str, torch.Tensor]:
-        key = tuple(refs[name] for name in sorted(refs))
+    def get(self, donor: Block) -> Mapping[str, torch.Tensor]:
+        """Its parameters."""
+        key = tuple(donor.weights[name] for name in sorted(donor.weights))
         if key not in self._blocks:
-            stored = read_tensors(refs)
+            stored = self.meta_blocks[donor.dense].read(donor.weights)
             self._blocks[key] = {
                 name: in_arithmetic(value.to(self.device), self.dtype)
                 for name, value in stored.items()
@@ -135,7 +158,10 @@ def learned_tensors(learned: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def folded_tensors(
-    learned: nn.Module, neighbour: Block, donor: Block | None
+    learned: nn.Module,
+    neighbour: Block,
+    donor: Block | None,
+    meta_blocks: Sequence[EmptyBlock],
 ) -> dict[str, torch.Tensor]:
     """The plain weights of all that fine-tuning changed, what was learned folded in, on the CPU.
 
@@ -144,42 +170,89 @@ def folded_tensors(
     weights' precision. `donor`: of this round, if it is fused.
     """
     base, donors = terms_of(neighbour, donor)
+    blocks = [Block(neighbour.dense, base), *donors]
     out = {}
-    for name, module in learned.named_modules():
+    for path, module in learned.named_modules():
         if isinstance(module, FusedLinear):
-            stored = _stored_layers(name, base, donors, module.weight.dtype)
+            names = module.names(path)
+            stored = _stored_layers(module, names, blocks, meta_blocks)
             weight, bias = module.effective(stored)
-            out[f"{name}.weight"] = weight.cpu()
+            out[names[0]] = weight.cpu()
             if bias is not None:
-                out[f"{name}.bias"] = bias.cpu()
+                out[names[1]] = bias.cpu()
         elif isinstance(module, Masters):
             out |= {
-                f"{name}.{key}": value.detach().cpu()
+                f"{path}.{key}": value.detach().cpu()
                 for key, value in module.named_parameters(recurse=False)
             }
     return out
 
 
 def _stored_layers(
-    name: str, base: Refs, donors: Sequence[Refs], held: torch.dtype
+    layer: FusedLinear,
+    names: tuple[str, str],
+    blocks: Sequence[Block],
+    meta_blocks: Sequence[EmptyBlock],
 ) -> list[Frozen | None] | None:
-    """A layer's weight and bias as they are stored, in `base` and in each donor.
+    """A layer's weight and bias as they are stored, in the block itself and in each donor.
 
-    Nothing if those held in the dtype `held` are no less exact.
+    Nothing if those that the layer holds are no less exact.
     """
-    blocks = [(refs, like(name, base, refs)) for refs in (base, *donors)]
-    stored = [refs[key] for refs, keys in blocks for key in keys]
+    held = layer.weight.dtype
+    wanted = [
+        None if frozen is None else [*names[: 1 + (frozen[1] is not None)]]
+        for frozen in layer.frozen()
+    ]
+    empty = [meta_blocks[block.dense] for block in blocks]
+    stored = [
+        block.weights[key]
+        for one, block, keys in zip(empty, blocks, wanted, strict=True)
+        if keys
+        for key in one.sources(block.weights, keys)
+    ]
     if all(torch.promote_types(ref.dtype, held) == held for ref in stored):
         return None
+    found = [
+        one.read(block.weights, keys) if keys else None
+        for one, block, keys in zip(empty, blocks, wanted, strict=True)
+    ]
     return [
-        _layer(name, keys, read_tensors({key: refs[key] for key in keys})) for refs, keys in blocks
+        None if tensors is None else (tensors[names[0]], tensors.get(names[1])) for tensors in found
     ]
 
 
 def linear_layers(block: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """All but those that are part of a router (see `expert_layers`)."""
+    routed = bool(expert_layers(block))
     for name, module in block.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and not (routed and _ROUTER.search(name)):
             yield name, module
+
+
+def expert_layers(block: nn.Module) -> dict[str, dict[str, Experts]]:
+    """The linear layers of a block's experts: by the path of the module that holds them and the
+    name of their weights in it.
+    """
+    found = {}
+    for path, module in block.named_modules():
+        if has_experts(module):
+            layers = {
+                key: Experts(value, getattr(module, bias_of(key), None), module.is_transposed)
+                for key, value in module.named_parameters(recurse=False)
+                if value.dim() == 3
+            }
+            found[path] = layers
+    return found
+
+
+def all_layers(block: nn.Module) -> dict[str, Linear | Experts]:
+    """All that is fused in a block, by the name of the weight."""
+    layers: dict[str, Linear | Experts] = {
+        f"{path}.weight": layer for path, layer in linear_layers(block)
+    }
+    for path, experts in expert_layers(block).items():
+        layers |= {f"{path}.{key}": layer for key, layer in experts.items()}
+    return layers
 
 
 def is_coefficient(name: str) -> bool:

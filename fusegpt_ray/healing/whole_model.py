@@ -8,19 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from fusegpt_ray.fusion.student import is_norm, linear_layers, seeded
-from fusegpt_ray.healing.low_rank import LowRankLinear, folded, start
+from fusegpt_ray.fusion.linear import Experts, Linear
+from fusegpt_ray.fusion.student import expert_layers, is_norm, linear_layers, seeded
+from fusegpt_ray.healing.low_rank import LowRankExperts, LowRankLinear, start
 from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.model.trunk import Trunk, load_block
+from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster, Heal
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.distillation import LogitsKL
@@ -50,8 +51,8 @@ class WholeModel:
 
     def task(
         self,
-        windows_WT: np.ndarray,
-        held_out_WT: np.ndarray,
+        windows: Batch,
+        held_out: Batch,
         cluster: Cluster,
         identity: Mapping[str, Any],
         checkpoints: str,
@@ -67,7 +68,7 @@ class WholeModel:
             loss="logits_kl",
             batch=settings.batch,
             epochs=1,
-            parts=min(settings.looks, len(windows_WT) // settings.batch),
+            parts=min(settings.looks, len(windows) // settings.batch),
             warmup=settings.warmup,
             betas=settings.betas,
             eps=settings.eps,
@@ -78,19 +79,19 @@ class WholeModel:
         return TrainingTask(
             self,
             StatesSource(self.stack, 0, self.dense, len(self.dense)),
-            windows_WT,
+            windows,
             config,
             identity,
             checkpoints,
             self.fence,
-            held_out_WT,
+            held_out,
             "healing",
             "heal.learning_rate",
         )
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,
@@ -100,16 +101,26 @@ class WholeModel:
     ) -> Span:
         built = []
         for block in self.stack.blocks:
-            stored = read_tensors(block.weights)
-            plain = load_block(meta_blocks[block.dense], stored, device, dtype)
+            stored = meta_blocks[block.dense].read(block.weights)
+            plain = meta_blocks[block.dense].filled(stored, device, dtype)
             learned = self._learned(plain, block, stored, device, dtype)
             if partition:
                 partition.keep(plain)
             built.append((plain, learned))
         blocks, learns = zip(*built, strict=True)
         own = [contexts[block.dense].to(device) for block in self.stack.blocks]
-        around = [partition.run] if partition else []
-        return Span(blocks, Learned(learns), own, recompute, run, *around)
+        around = {"gathering": partition.run} if partition else {}
+        numbers = [block.dense for block in self.stack.blocks]
+        return Span(
+            blocks,
+            Learned(learns),
+            own,
+            recompute,
+            run,
+            **around,
+            meta_blocks=meta_blocks,
+            numbers=numbers,
+        )
 
     def _learned(
         self,
@@ -120,16 +131,29 @@ class WholeModel:
         dtype: torch.dtype,
     ) -> dict[str, nn.Module]:
         """What learns in a block, by layer. The block loses these weights, or has low-rank layers
-        put in.
+        put in; of those, a router has none.
         """
         learned: dict[str, nn.Module] = {}
         low_rank = self.settings.train == "lora"
         layers = dict(linear_layers(plain)) if low_rank else {}
+        experts = expert_layers(plain) if low_rank else {}
+
+        def begin(path: str, layer: Linear | Experts) -> dict[str, torch.Tensor]:
+            generator = seeded(self.seed, "heal", block.dense, path)
+            return start(layer, self.settings.rank, generator)
+
         for path, module in list(plain.named_modules()):
             if layer := layers.get(path):
-                generator = seeded(self.seed, "heal", block.dense, path)
-                learned[path] = Masters(start(layer, self.settings.rank, generator), dtype)
+                learned[path] = Masters(begin(path, layer), dtype)
                 plain.set_submodule(path, LowRankLinear(layer))
+            elif own := experts.get(path):
+                updates = {
+                    f"{key}_{name}": value
+                    for key, one in own.items()
+                    for name, value in begin(f"{path}.{key}", one).items()
+                }
+                learned[path] = Masters(updates, dtype)
+                plain.set_submodule(path, LowRankExperts(module, own))
             elif not low_rank or is_norm(module):
                 values = _floating(path, module, stored)
                 masters = {key: value.to(device, torch.float32) for key, value in values.items()}
@@ -150,8 +174,9 @@ class WholeModel:
         saved = SavedBlocks({}, {})
         blocks = zip(self.stack.blocks, span.blocks, span.learned.blocks, strict=True)
         for block, plain, learned in list(blocks)[part::parts]:
-            tensors = _plain_tensors(block, plain, learned)
-            entries = entries_of(tensors)
+            empty = span.meta_blocks[block.dense]
+            tensors = _plain_tensors(block, plain, learned, empty)
+            entries = entries_of(empty.stored(tensors, block.weights))
             self.fence()
             uri = storage.join(self.folder, f"block-{block.dense:03d}.safetensors")
             saved.files[uri], refs = write_safetensors(uri, entries)
@@ -168,7 +193,9 @@ def _floating(
 
 
 @torch.no_grad()
-def _plain_tensors(block: Block, plain: nn.Module, learned: nn.Module) -> dict[str, torch.Tensor]:
+def _plain_tensors(
+    block: Block, plain: nn.Module, learned: nn.Module, empty: EmptyBlock
+) -> dict[str, torch.Tensor]:
     """The plain weights of all that healing changed. Low-rank updates are added to the weights as
     they are stored, not as the arithmetic rounded them.
     """
@@ -179,10 +206,10 @@ def _plain_tensors(block: Block, plain: nn.Module, learned: nn.Module) -> dict[s
         path = "" if path == ITSELF else path
         values = {key: value.detach() for key, value in module.named_parameters(recurse=False)}
         layer = plain.get_submodule(path)
-        if isinstance(layer, LowRankLinear):
-            name = f"{path}.weight"
-            weight = read_tensors({name: block.weights[name]})[name].to(values["A"].device)
-            values = {"weight": folded(layer.own, weight, values)}
+        if isinstance(layer, LowRankLinear | LowRankExperts):
+            names = {key: f"{path}.{key}" for key in layer.keys}
+            stored = empty.read(block.weights, names.values())
+            weights = {key: stored[name] for key, name in names.items()}
+            values = layer.folded(weights, values)
         tensors |= {f"{path}.{key}".lstrip("."): value for key, value in values.items()}
-    assert set(tensors) <= set(block.weights), sorted(set(tensors) - set(block.weights))
     return tensors

@@ -16,8 +16,10 @@ from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.samples import Batch, Counting, counting, cut
 from fusegpt_ray.sections import Importance
 from fusegpt_ray.specs import METRIC_SPECS
 from fusegpt_ray.workers.base import Workers
@@ -30,7 +32,7 @@ def removal(
     way: str,
     workers: Workers,
     dense: Stack,
-    windows_WT: np.ndarray,
+    windows: Batch,
     settings: Importance,
     count: int,
 ) -> Removal | None:
@@ -46,13 +48,13 @@ def removal(
         MemoryError: not even a single window fits.
     """
     if way == "run":
-        return _run(workers, dense, windows_WT, settings, count)
+        return _run(workers, dense, windows, settings, count)
     if way == "spaced":
         settings = settings.model_copy(update={"all": True, "racing": None})
-        return _greedy(workers, dense, windows_WT, settings, count, _apart)
+        return _greedy(workers, dense, windows, settings, count, _apart)
     assert way in METRIC_SPECS, way
     settings = settings.model_copy(update={"metric": way})
-    return _greedy(workers, dense, windows_WT, settings, count, _any)
+    return _greedy(workers, dense, windows, settings, count, _any)
 
 
 Choose = Callable[[Ranking, Sequence[int]], int | None]
@@ -72,14 +74,14 @@ def _apart(ranking: Ranking, gone: Sequence[int]) -> int | None:
 def _greedy(
     workers: Workers,
     dense: Stack,
-    windows_WT: np.ndarray,
+    windows: Batch,
     settings: Importance,
     count: int,
     choose: Choose,
 ) -> Removal | None:
     stack, gone, last = dense, list[int](), None
     while len(gone) < count:
-        last = score(workers, stack, windows_WT, settings, last)
+        last = score(workers, stack, windows, settings, last)
         number = choose(last, gone)
         if number is None:
             return None
@@ -89,10 +91,10 @@ def _greedy(
 
 
 def _run(
-    workers: Workers, dense: Stack, windows_WT: np.ndarray, settings: Importance, count: int
+    workers: Workers, dense: Stack, windows: Batch, settings: Importance, count: int
 ) -> Removal:
-    batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
-    tasks = [(dense, batch, count) for batch in batches]
+    batches = cut(windows, range(settings.batch, len(windows), settings.batch))
+    tasks = [(dense, batch, count, settings.tokens) for batch in batches]
 
     def attempt(batch_size: int) -> np.ndarray:
         found = dict(workers.map(run_distances, tasks, batch_size))
@@ -105,14 +107,17 @@ def _run(
     return dense.kept[first : first + count]
 
 
-def run_distances(runner: Runner, stack: Stack, windows_BT: np.ndarray, count: int) -> np.ndarray:
+def run_distances(
+    runner: Runner, stack: Stack, windows: Batch, count: int, tokens: Counting = "all"
+) -> np.ndarray:
     """1 − cos between the states that enter each run of `count` blocks and those that leave it,
     summed over tokens: [N − K + 1] float64, by the run's first position. (Gromov et al., arXiv
     2403.17887, compare the angle of the last token; this is Block Influence of a run.)
     """
     sums, states = list[float](), deque[torch.Tensor](maxlen=count + 1)
-    for h_BTD in runner.walk(stack, torch.from_numpy(windows_BT)):
+    counted_BT = as_tensor(counting(windows, tokens))
+    for h_BTD in runner.walk(stack, as_rows(windows)):
         states.append(h_BTD.clone())  # the walk writes over it
         if len(states) > count:
-            sums.append(macro_influence(states[-1], states[0]).sum().item())
+            sums.append(macro_influence(states[-1], states[0], counted_BT).sum().item())
     return np.array(sums)

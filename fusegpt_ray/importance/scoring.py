@@ -14,16 +14,18 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.metrics import METRICS
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.search import Job, block_forwards, search
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.samples import Batch, counting, cut, lengths
 from fusegpt_ray.sections import Importance
 from fusegpt_ray.workers.base import Workers
 
@@ -31,7 +33,7 @@ from fusegpt_ray.workers.base import Workers
 def score(
     workers: Workers,
     stack: Stack,
-    windows_WT: np.ndarray,
+    windows: Batch,
     settings: Importance,
     last: Ranking | None = None,
     sums: Sums | None = None,
@@ -47,13 +49,17 @@ def score(
     Raises:
         FloatingPointError: a sum is not finite.
         MemoryError: not even a single window fits.
+        UserError: none of the tokens counts.
     """
-    batches = np.split(windows_WT, range(settings.batch, len(windows_WT), settings.batch))
+    batches = cut(windows, range(settings.batch, len(windows), settings.batch))
     sizes, depth = [len(batch) for batch in batches], len(stack)
     spec, known, bytes_read = settings.spec, sums or Sums(), 0
     dense = _dense_beside(workers, stack) if spec.against == "dense" else None
     beside = 0 if dense is None else len(dense)
-    length = windows_WT.shape[1] - spec.skipped
+    counted = lengths(windows, settings.tokens, spec.skipped)
+    if not sum(counted):
+        problem = "the calibration has no such tokens"
+        raise UserError("importance.tokens", settings.tokens, problem, "use all")
 
     def cost(job: Job) -> int:
         batch, positions = job
@@ -67,7 +73,7 @@ def score(
             parts = workers.replicas if workers.streams else len(jobs)
             groups = split_evenly(jobs, [cost(job) for job in jobs], parts)
             tasks = [
-                (stack, [(batches[batch], c) for batch, c in group], settings.metric, dense)
+                (stack, [(batches[batch], c) for batch, c in group], settings, dense)
                 for group in groups
             ]
             costs = [sum(map(cost, group)) for group in groups]
@@ -76,7 +82,7 @@ def score(
                 yield from zip(groups[number], found, strict=True)
 
         ask = known.recalled(batch_size, measure)
-        return search(ask, stack.kept, sizes, length, settings, last, beside, candidates)
+        return search(ask, stack.kept, sizes, counted, settings, last, beside, candidates)
 
     ranking, batch_size = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
     return replace(ranking, batch_size=batch_size, bytes_read=bytes_read)
@@ -105,14 +111,14 @@ def split_evenly(jobs: Sequence[Job], costs: Sequence[int], parts: int) -> list[
 def sweep_batches(
     runner: Runner,
     stack: Stack,
-    parts: Sequence[tuple[np.ndarray, tuple[int, ...]]],
-    metric: str,
+    parts: Sequence[tuple[Batch, tuple[int, ...]]],
+    settings: Importance,
     dense: Stack | None,
 ) -> tuple[list[np.ndarray], int]:
     """The task: for each batch of windows and its candidates, the metric's sums, [W, C] float64;
     and the bytes of blocks that were read for them.
     """
     before = runner.weights.bytes_read
-    tensors = [Part(torch.tensor(windows_WT), c) for windows_WT, c in parts]
-    walked = sweep(runner, stack, tensors, METRICS[metric], dense)
+    tensors = [Part(as_rows(w), c, as_tensor(counting(w, settings.tokens))) for w, c in parts]
+    walked = sweep(runner, stack, tensors, METRICS[settings.metric], dense)
     return [sums_WC.numpy() for sums_WC in walked], runner.weights.bytes_read - before

@@ -38,6 +38,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -67,16 +68,16 @@ def search(
     measure: Measure,
     kept: Sequence[int],
     batches: Sequence[int],
-    length: int,
+    lengths: Sequence[int],
     settings: Importance,
     last: Ranking | None = None,
     beside: int = 0,
     candidates: Collection[int] | None = None,
 ) -> Ranking:
-    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows, of which
-    `length` tokens count.
+    """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows.
 
     Args:
+        lengths: of each window, how many of its tokens count.
         beside: see `block_forwards`.
         candidates: those of the blocks that may go; None: all.
 
@@ -84,7 +85,7 @@ def search(
         FloatingPointError: a sum is not finite.
     """
     walks_on = settings.spec.walks_on
-    found = _Found(measure, kept, batches, length, walks_on, beside)
+    found = _Found(measure, kept, batches, lengths, walks_on, beside)
     if candidates is not None:
         found.candidates = [p for p, dense in enumerate(kept) if dense in candidates]
         found.alive = [*found.candidates]
@@ -155,12 +156,14 @@ class _Found:
         measure: Measure,
         kept: Sequence[int],
         batches: Sequence[int],
-        length: int,
+        lengths: Sequence[int],
         walks_on: bool,
         beside: int,
     ) -> None:
-        self.measure, self.kept, self.batches, self.length = measure, kept, batches, length
+        self.measure, self.kept, self.batches = measure, kept, batches
         self.windows = sum(batches)
+        self.tokens = [0, *accumulate(lengths)]
+        """That count in the first so many windows."""
         self._walks_on, self._beside = walks_on, beside
         self.sums: list[list[float]] = [[] for _ in kept]
         """Of each candidate, the sums of the windows it has walked: always the first ones."""
@@ -203,10 +206,11 @@ class _Found:
         """The score if it were 0 on the windows still to walk. It is rounded like the
         complete sum, so it is never above it.
         """
-        return math.fsum(self.sums[position]) / (self.windows * self.length)
+        return math.fsum(self.sums[position]) / self.tokens[-1]
 
     def mean(self, position: int) -> float:
-        return math.fsum(self.sums[position]) / (len(self.sums[position]) * self.length)
+        sums = self.sums[position]
+        return math.fsum(sums) / self.tokens[len(sums)]
 
     @property
     def means(self) -> dict[int, float]:

@@ -23,6 +23,7 @@ import torch
 
 from fusegpt_ray.importance.metrics import METRICS, Metric
 from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
+from fusegpt_ray.model.rows import Rows, ids_of
 from fusegpt_ray.model.runner import Runner, state_bytes
 from fusegpt_ray.model.stack import Stack
 
@@ -34,9 +35,11 @@ STATES_SHARE = 0.7
 class Part(NamedTuple):
     """A batch of windows, and the candidates to leave out for it."""
 
-    windows_WT: torch.Tensor
+    windows: Rows
     positions: tuple[int, ...]
     """In the stack, in any order."""
+    counted_WT: torch.Tensor | None = None
+    """Which tokens count, bool; None: all of them."""
 
 
 Walk = Callable[[Sequence[Part]], list[torch.Tensor]]
@@ -64,7 +67,7 @@ def sweep(
     sums: list[torch.Tensor] = []
     while len(sums) < len(parts):
         left = parts[len(sums) :]
-        sets = [_state_sets(part, metric, dense) * part.windows_WT.numel() for part in left]
+        sets = [_state_sets(part, metric, dense) * part.windows.numel() for part in left]
         sums += _sweep(walk, left[: _how_many_fit(sets, int(room / token_bytes))])
     return sums
 
@@ -98,7 +101,8 @@ def _walk(
     runner: Runner, stack: Stack, metric: Metric, dense: Stack | None, parts: Sequence[Part]
 ) -> list[torch.Tensor]:
     dense_states = None if dense is None else _final_states(runner, dense, parts)
-    fulls = [runner.embed(part.windows_WT) for part in parts]
+    entered = [runner.enter(part.windows) for part in parts]
+    fulls, samples = map(list, zip(*entered, strict=True))
     without: list[dict[int, torch.Tensor]] = [
         {} for _ in parts
     ]  # by position: states [W, T, D] of the model without it
@@ -109,9 +113,10 @@ def _walk(
         reference = {
             "current": fulls[i],
             "dense": fulls[i] if dense_states is None else dense_states[i],
-            "tokens": parts[i].windows_WT,
+            "tokens": ids_of(parts[i].windows),
         }[metric.spec.against]
-        found = metric.sums(runner.trunk.logits, reference, list(without[i].values()))
+        others = list(without[i].values())
+        found = metric.sums(runner.trunk.logits, reference, others, parts[i].counted_WT)
         sums[i] |= zip(without[i], found, strict=True)
         without[i] = {}
 
@@ -119,10 +124,10 @@ def _walk(
         position = stack.position(block.dense)
         for i, part in enumerate(parts):
             for other, h_WTD in without[i].items():
-                without[i][other] = runner.apply(module, block.dense, h_WTD)
+                without[i][other] = runner.apply(module, block.dense, h_WTD, samples[i])
             if position in part.positions:
                 without[i][position] = fulls[i]
-            fulls[i] = runner.apply(module, block.dense, fulls[i])
+            fulls[i] = runner.apply(module, block.dense, fulls[i], samples[i])
             if not metric.spec.walks_on:
                 compare(i)
         del module  # before the next one is asked for
@@ -136,9 +141,10 @@ def _walk(
 
 def _final_states(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[torch.Tensor]:
     """What leaves the last block, for each part: [W, T, D]."""
-    states = [runner.embed(part.windows_WT) for part in parts]
+    entered = [runner.enter(part.windows) for part in parts]
+    states = [h_WTD for h_WTD, _ in entered]
     for block, module in runner.weights.walk(stack.blocks):
-        for i, h_WTD in enumerate(states):
-            states[i] = runner.apply(module, block.dense, h_WTD)
+        for i, (_, samples) in enumerate(entered):
+            states[i] = runner.apply(module, block.dense, states[i], samples)
         del module  # before the next one is asked for
     return states

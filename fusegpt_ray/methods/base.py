@@ -6,19 +6,18 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Importance
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.workers.base import Workers
 
 Choose = Callable[
-    [Workers, Stack, np.ndarray, Importance, Ranking | None, Sums, Collection[int] | None], Ranking
+    [Workers, Stack, Batch, Importance, Ranking | None, Sums, Collection[int] | None], Ranking
 ]
 """Ranks a stack's blocks on windows [W, T]; see `importance.scoring.score` for the last three
 arguments: the last round's ranking, what a killed attempt has measured, and the candidates."""
@@ -37,7 +36,7 @@ class Round:
     dense: Stack
     donor: int
     """Dense number of the block to remove."""
-    windows_WT: np.ndarray
+    windows: Batch
     """Of the calibration text."""
     origin: str
     """Names what `stack` was made from. It differs wherever a weight of the stack could differ."""

@@ -35,6 +35,8 @@ def train_group(round: Round, fuse: bool) -> Change:
     verb = "fusing" if fuse else "fine-tuning"
     what = f"{verb} blocks {group[0]}–{group[-1]} without {round.donor}"
     round.show.stage(f"round {round.number}: {what}", settings.epochs)
+    for line in fusion.other_kinds():
+        round.show.say(f"  {line}")
 
     def news(item: News) -> None:
         if isinstance(item, str):
@@ -42,7 +44,7 @@ def train_group(round: Round, fuse: bool) -> Change:
         else:
             round.show.epoch(item[0], settings.epochs, item[1])
 
-    task = fusion.task(round.windows_WT, round.recipe.cluster, origin, round.checkpoints)
+    task = fusion.task(round.windows, round.recipe.cluster, origin, round.checkpoints)
     trained = train_span(round.workers, task, news)
     change = Change(
         round.stack.drop(round.donor).swap(trained.saved.blocks),

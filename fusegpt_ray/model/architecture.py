@@ -15,17 +15,22 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model import mismatch
 from fusegpt_ray.model.config import KEY, build_skeleton
-from fusegpt_ray.model.names import Names
+from fusegpt_ray.model.empty import EmptyBlock, empty_blocks
+from fusegpt_ray.model.names import Names, Place
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import TensorRef
 
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Computed nowadays, and ignored by transformers where an old checkpoint still has them."""
+_LAYER = GradientCheckpointingLayer
+"""What transformers makes all decoder blocks of; those of a hybrid may be of several classes."""
+_RESAVE = "re-save the checkpoint with save_pretrained"
 
 
 def find_blocks(model: transformers.PreTrainedModel) -> str:
@@ -35,16 +40,14 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
         UserError: there is none, or more than one.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    lists = [
-        (name, module)
+    found = [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and len(module) == depth
+        and 0 < len(module) == depth
+        and (len({*map(type, module)}) == 1 or all(isinstance(block, _LAYER) for block in module))
         and not re.search(r"vision|visual|image|audio|encoder\b", name)
     ]
-    # Blocks of one class, if there are any; a few models have a class for each kind of block.
-    found = [name for name, blocks in lists if len({type(block) for block in blocks}) == 1]
-    found = found or [name for name, blocks in lists if len(blocks)]
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if len(outermost) != 1:
         what = (
@@ -60,12 +63,13 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
     return outermost[0]
 
 
-def build_meta_blocks(raw: Mapping[str, Any]) -> list[nn.Module]:
+def build_meta_blocks(raw: Mapping[str, Any]) -> list[EmptyBlock]:
     """The dense model's blocks without weights, by dense number, for whoever needs no trunk (see
     `load_block`).
     """
     model = build_skeleton(raw)
-    return list(model.get_submodule(find_blocks(model)))
+    path = find_blocks(model)
+    return empty_blocks(Names.of(model), path, [*model.get_submodule(path).children()])
 
 
 def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Stack:
@@ -82,55 +86,102 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     depth = len(model.get_submodule(path))
     names = Names.of(model)
     in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.(.+)")
+    ignored = _ignored(model)
     trunk: dict[str, TensorRef] = {}
     blocks: dict[int, dict[str, TensorRef]] = {}
     prefixes: set[str] = set()
+    converted: dict[str, TensorRef] = {}
     seen: set[str] = set()
-    buffers = {name for name, _ in model.named_buffers()}
-    ignored = re.compile(
-        "|".join([*_OLD_BUFFERS, *(model._keys_to_ignore_on_load_unexpected or ())])
-    )
     extra: list[str] = []
     left: list[str] = []
     for name, ref in tensors.items():
-        inside = names.inside(name)
-        target = names.expected.get(inside)
-        _check(name, ref, target)
+        place = names.place(name)
+        inside, target = place.inside, names.expected.get(place.inside)
+        _check(name, ref, target, place)
         match = in_block.fullmatch(inside)
-        if target is None and inside not in buffers and not ignored.search(inside):
+        if target is None and not ignored.search(inside):
             extra.append(name)
         elif target is None and match and int(match[1]) >= depth:
             left.append(name)  # a layer beyond the last that the class knows of and does not run
             continue
         seen.add(inside)
+        if target is not None and place.pattern is not None:
+            converted[name] = ref
         if match is None:
             trunk[name] = ref
             continue
-        prefixes.add(names.prefix(name, path, int(match[1]), match[2]))
-        blocks.setdefault(int(match[1]), {})[match[2]] = ref
+        number, tail = int(match[1]), match[2]
+        prefixes.add(names.prefix(name, path, number, tail))
+        key = tail if place.pattern is None else _key(names, name, place, path, number)
+        blocks.setdefault(number, {})[key] = ref
     if beyond := sorted(
         ref.name for number in blocks if number >= depth for ref in blocks[number].values()
     ):
         mismatch.refuse_beyond(beyond[0], len(blocks), depth)
-    # Either of two tied tensors may be the one that is stored.
-    ties = model.all_tied_weights_keys.items()
-    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
-    parameters = (name for name, value in names.expected.items() if isinstance(value, nn.Parameter))
-    missing = [name for name in parameters if name not in there]
+    missing = _missing(model, names, seen | _made(names, converted))
     if missing or extra:
         mismatch.refuse(tensors, names.expected, names.inside, missing, extra)
     if sorted(blocks) != list(range(depth)) or len(prefixes) != 1:
-        raise UserError(
-            KEY,
-            f"{len(blocks)} blocks",
-            f"config.json says {depth}",
-            "use the config.json of these weights",
-        )
+        found, problem = f"{len(blocks)} blocks", f"config.json says {depth}"
+        raise UserError(KEY, found, problem, "use the config.json of these weights")
     stack_blocks = tuple(Block(number, blocks[number]) for number in range(depth))
     return Stack(dict(raw), prefixes.pop(), trunk, stack_blocks, tuple(left))
 
 
-def _check(name: str, ref: TensorRef, target: torch.Tensor | None) -> None:
+def _ignored(model: transformers.PreTrainedModel) -> re.Pattern[str]:
+    """Names of tensors that may be in a checkpoint and are no parameters of the model's."""
+    buffers = (f"^{re.escape(name)}$" for name, _ in model.named_buffers())
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    return re.compile("|".join([*_OLD_BUFFERS, *known, *buffers]))
+
+
+def _missing(model: transformers.PreTrainedModel, names: Names, seen: set[str]) -> list[str]:
+    """The parameters that are not there. Either of two tied ones may be the one that is stored."""
+    ties = model.all_tied_weights_keys.items()
+    there = seen | {name for tie in ties if not seen.isdisjoint(tie) for name in tie}
+    parameters = (name for name, value in names.expected.items() if isinstance(value, nn.Parameter))
+    return [name for name in parameters if name not in there]
+
+
+def _key(names: Names, name: str, place: Place, path: str, number: int) -> str:
+    """What a block calls a tensor that is converted (see `empty.py`).
+
+    Raises:
+        UserError: its name does not tell.
+    """
+    within = rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.{number}\.(.+)"
+    found = re.search(within, names.renamed(name))
+    if found is None or names.renamed_place(f"{path}.{number}.{found[1]}") != place:
+        problem = f"transformers makes {place.inside} of it, by rules that cannot be followed"
+        raise UserError(KEY, name, problem, _RESAVE)
+    return found[1]
+
+
+def _made(names: Names, refs: Mapping[str, TensorRef]) -> set[str]:
+    """The model's tensors that are made of these.
+
+    Raises:
+        UserError: they are not what the class expects.
+    """
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name, ref in refs.items():
+        empty = torch.empty(ref.shape, device="meta")
+        groups.setdefault(names.inside(name), {})[name] = empty
+    made: dict[str, torch.Tensor] = {}
+    for inside, empties in groups.items():
+        problem = f"cannot be made of the {len(empties)} tensors that the checkpoint has for it"
+        with reading_users_file(KEY, inside, problem, "download the checkpoint again"):
+            made |= names.convert(empties)
+    for name, value in made.items():
+        target = names.expected.get(name)
+        if target is None or target.shape != value.shape:
+            shape = "missing" if target is None else list(target.shape)
+            problem = f"shape {list(value.shape)} in the checkpoint, {shape} by config.json"
+            raise UserError(KEY, name, problem, "use the config.json that belongs to the weights")
+    return {*made}
+
+
+def _check(name: str, ref: TensorRef, target: torch.Tensor | None, place: Place) -> None:
     """
     Raises:
         UserError: a tensor does not hold what the model has there.
@@ -145,7 +196,7 @@ def _check(name: str, ref: TensorRef, target: torch.Tensor | None) -> None:
             problem,
             f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}",
         )
-    if tuple(target.shape) != ref.shape:
+    if place.pattern is None and tuple(target.shape) != ref.shape:
         if ref.begin == ref.end and target.numel():
             mismatch.refuse_empty(name, ref.shape, target.shape)
         problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"

@@ -1,60 +1,129 @@
-"""From a checkpoint's tensor names to the model's, by transformers' own rules: those that
-`from_pretrained` uses.
+"""From a checkpoint's tensors to the model's, by transformers' own rules: those that
+`from_pretrained` uses. It renames tensors, and makes others of some: one of all experts' of a
+block, say.
 """
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.config import KEY
 
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of a checkpoint belongs in the model."""
+
+    inside: str
+    """The tensor that it is, or that is made of it; the first one, if it is several."""
+    pattern: str | None = None
+    """Of the converter that makes it; None where it stays what it is."""
+
 
 @dataclass(frozen=True)
 class Names:
-    """From a checkpoint's tensor names to the model's, as transformers itself goes."""
+    """From a checkpoint's tensors to the model's, as transformers itself goes."""
 
     expected: dict[str, torch.Tensor]
     """The model's tensors, empty, by name."""
     renamings: list[Any]
     converters: list[WeightConverter]
     base: str
+    config: transformers.PretrainedConfig
 
     @classmethod
     def of(cls, model: transformers.PreTrainedModel) -> Names:
+        """`model` has its blocks."""
         steps = get_model_conversion_mapping(model)
         converters = [step for step in steps if isinstance(step, WeightConverter)]
         renamings = [step for step in steps if not isinstance(step, WeightConverter)]
         expected = dict(model.state_dict(keep_vars=True))
-        return cls(expected, renamings, converters, model.base_model_prefix)
+        return cls(expected, renamings, converters, model.base_model_prefix, model.config)
+
+    def place(self, name: str) -> Place:
+        """Of a tensor that a checkpoint calls so."""
+        return self._place(name, self.renamings)
+
+    def renamed_place(self, name: str) -> Place:
+        """Of a tensor that is called so once it is renamed, and not yet converted."""
+        return self._place(name, [])
 
     def inside(self, name: str) -> str:
+        """See `Place`."""
+        return self.place(name).inside
+
+    def _place(self, name: str, renamings: list[Any]) -> Place:
+        found = rename_source_key(name, renamings, self.converters, self.base, self.expected)
+        if found[0] not in self.expected and name in self.expected:
+            found = rename_source_key(name, [], [], self.base, self.expected)
+        return Place(*found)
+
+    def renamed(self, name: str) -> str:
+        """What a tensor is called before it is converted."""
+        renamed: str = apply_renamings(name, self.renamings)
+        return name if self.inside(name) == name else renamed
+
+    def convert(self, tensors: Tensors, place: Callable[[str], Place] | None = None) -> Tensors:
+        """The model's tensors of a checkpoint's, by transformers' own operations: nothing is
+        computed with their values. What is only renamed is not copied.
+
+        Args:
+            place: where each belongs by its name; `Names.place`, if not given.
         """
-        Raises:
-            UserError: transformers does more than rename the tensor.
-        """
-        found, converted = rename_source_key(
-            name, self.renamings, self.converters, self.base, self.expected
-        )
-        if converted is not None:
-            fix = (
-                "use a model whose checkpoint holds its weights as the model uses them (not a"
-                " mixture of experts)"
-            )
-            raise UserError(
-                KEY,
-                name,
-                "transformers rearranges this tensor on loading, which fusing cannot follow yet",
-                fix,
-            )
-        return found
+        made: dict[str, torch.Tensor] = {}
+        steps: dict[str, WeightConverter] = {}
+        for name in sorted(tensors, key=dot_natural_key):  # so experts are in order
+            where = (place or self.place)(name)
+            if where.pattern is None:
+                made[where.inside] = tensors[name]
+                continue
+            if where.inside not in steps:
+                steps[where.inside] = copy.deepcopy(self.converter(where.pattern))
+            steps[where.inside].add_tensor(where.inside, name, where.pattern, tensors[name])
+        for inside, step in steps.items():
+            made |= self._run(step, inside)
+        return made
+
+    def revert(self, pattern: str, made: Tensors) -> Tensors:
+        """The tensors of which a converter has made these; named as they are once renamed."""
+        step = self.converter(pattern).reverse_transform()
+        inside = ""
+        for name in sorted(made, key=dot_natural_key):
+            inside, matched = step.rename_source_key(name)
+            assert matched is not None, (name, step)
+            step.add_tensor(inside, name, matched, made[name])
+        return self._run(step, inside)
+
+    def converter(self, pattern: str) -> WeightConverter:
+        """The last one that has it, as in transformers."""
+        return next(step for step in self.converters[::-1] if pattern in step.source_patterns)
+
+    def _run(self, step: WeightConverter, inside: str) -> dict[str, torch.Tensor]:
+        made = step.convert(inside, model=self, config=self.config)
+        return {
+            name: value[0] if isinstance(value, list) else value for name, value in made.items()
+        }
+
+    def get_parameter(self, name: str) -> torch.Tensor:
+        """For operations, which take these names for the model."""
+        return self.expected[name]
 
     def prefix(self, name: str, path: str, number: int, tail: str) -> str:
         """What stands on disk before the block's number: with another number there, it is that

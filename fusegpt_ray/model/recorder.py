@@ -7,10 +7,10 @@ Shapes: B rows, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -28,13 +28,25 @@ class Context:
     kwargs: dict[str, Any]
 
     def to(self, device: torch.device | str) -> Context:
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device)
+        return moved([self], device)[0]
 
-        return Context(
-            tree_map_only(torch.Tensor, move, self.args),
-            tree_map_only(torch.Tensor, move, self.kwargs),
+
+def moved(contexts: Sequence[Context], device: torch.device | str) -> list[Context]:
+    """Several contexts on the device. Tensors that they share are shared there, too."""
+    known: dict[int, torch.Tensor] = {}
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in known:
+            known[id(tensor)] = tensor.to(device)
+        return known[id(tensor)]
+
+    return [
+        Context(
+            tree_map_only(torch.Tensor, move, context.args),
+            tree_map_only(torch.Tensor, move, context.kwargs),
         )
+        for context in contexts
+    ]
 
 
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
@@ -170,7 +182,8 @@ def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = Fals
 def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
     """A call of a copy of a block on the meta device: it returns shapes only.
 
-    In bfloat16, for which nearly every kernel has a meta version; in float32 where a block insists.
+    In bfloat16, for which nearly every kernel has a meta version, or in float32 where a block
+    insists; of experts, those that do not depend on which token goes to which.
     """
 
     def call() -> Any:
@@ -190,4 +203,15 @@ def _empty(
 
     given = tree_map_only(torch.Tensor, as_meta, (h_BTD, context.args, context.kwargs))
     states, args, kwargs = given
-    return partial(copy.deepcopy(block).to("meta", dtype), states, *args, **kwargs)
+    empty = copy.deepcopy(block).to("meta", dtype)
+    for module in empty.modules():
+        if has_experts(module):
+            module.config._experts_implementation = "batched_mm"
+    return partial(empty, states, *args, **kwargs)
+
+
+def has_experts(module: nn.Module) -> TypeGuard[Any]:
+    """Whether it holds a mixture's experts as transformers keeps them: weights of all in one tensor
+    (what its decorator `use_experts_implementation` gives to such a class).
+    """
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate")

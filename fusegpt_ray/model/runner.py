@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import partial
+from itertools import count
 from typing import Literal, Self
 
 import torch
@@ -21,9 +23,11 @@ from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.placement import empty_states, transform
 from fusegpt_ray.model.recorder import Context, run_block
+from fusegpt_ray.model.rows import Own, Owns, Rows, each, ids_of, one_sample
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.model.weights import Weights, fits
+from fusegpt_ray.samples import Samples
 from fusegpt_ray.store.checkpoint import read_tensors
 
 
@@ -107,30 +111,69 @@ class Runner:
             self.trunk.model.to(self.device)
             self.weights.reload()
 
-    def empty_states(self, windows_WT: torch.Tensor, sets: int = 1) -> list[torch.Tensor]:
+    def empty_states(self, windows: Rows, sets: int = 1) -> list[torch.Tensor]:
         """Room for so many sets of these windows' states [W, T, D], where there is any."""
-        shape = (*windows_WT.shape, _hidden_size(self.stack))
+        shape = (*windows.shape, _hidden_size(self.stack))
         return empty_states(
             shape, self.dtype, self.device, sets, self.memory_share, self.host_share
         )
 
-    @torch.no_grad()
-    def embed(self, windows_WT: torch.Tensor) -> torch.Tensor:
-        """States [W, T, D] entering the first block."""
-        return torch.cat([self.trunk.embed(part) for part in windows_WT.split(self.batch_size)])
+    def by_sample(self, windows: Rows) -> bool:
+        """Whether each of the windows passes the blocks alone (see `rows.py`)."""
+        return isinstance(windows, Samples) or self.trunk.by_sample
 
     @torch.no_grad()
-    def apply(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> torch.Tensor:
-        """States [W, T, D] after the block, which was number `dense` of the dense model."""
-        parts = [self._after(module, dense, part) for part in h_WTD.split(self.batch_size)]
+    def enter(self, windows: Rows) -> tuple[torch.Tensor, Owns | None]:
+        """States [W, T, D] entering the first block, on the device; and what the blocks are called
+        with for each window, where that is not the same for all.
+        """
+        if isinstance(windows, Samples) or self.by_sample(windows):
+            shape = (*windows.shape, _hidden_size(self.stack))
+            h_WTD = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            return h_WTD, self._enter_each(windows, h_WTD)
+        parts = [self.trunk.embed(part) for part in windows.split(self.batch_size)]
+        return torch.cat(parts), None
+
+    def _enter_each(self, windows: Rows, into_WTD: torch.Tensor) -> Owns:
+        owns = []
+        for number in range(len(windows)):
+            h_1nD, contexts = self.trunk.enter(*one_sample(windows, number))
+            owns.append(Own.of(h_1nD.shape[1], contexts))
+            into_WTD[number, : h_1nD.shape[1]] = h_1nD[0]
+            into_WTD[number, h_1nD.shape[1] :] = 0
+        return owns
+
+    @torch.no_grad()
+    def apply(
+        self, module: nn.Module, dense: int, h_WTD: torch.Tensor, owns: Owns | None = None
+    ) -> torch.Tensor:
+        """States [W, T, D] after the block, which was number `dense` of the dense model.
+
+        `owns`: as `enter` gave them.
+        """
+        size = self.batch_size
+        parts = [
+            self._after(module, dense, part, owns and owns[row : row + size])
+            for row, part in zip(count(step=size), h_WTD.split(size), strict=False)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _after(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+    def _after(
+        self, module: nn.Module, dense: int, h_BTD: torch.Tensor, owns: Owns | None = None
+    ) -> torch.Tensor:
+        if owns is not None:
+            return each(partial(self._after_one, module, dense), h_BTD, owns)
         # Compiling takes seconds, so fewer windows than usual pass the block as it is.
         whole = len(h_BTD) == self.batch_size
         run = self.run_block if self.compiled and whole else run_block
         context = self.context(dense, h_BTD)
         return deterministic_or_not(lambda: run(module, h_BTD, context))
+
+    def _after_one(
+        self, module: nn.Module, dense: int, h_1nD: torch.Tensor, own: Own
+    ) -> torch.Tensor:
+        context = own.contexts[dense].to(self.device)
+        return deterministic_or_not(lambda: run_block(module, h_1nD, context))
 
     def context(self, dense: int, h_BTD: torch.Tensor) -> Context:
         """What block `dense` is called with beside these states."""
@@ -141,7 +184,7 @@ class Runner:
     def walk(
         self,
         stack: Stack,
-        windows_WT: torch.Tensor,
+        windows: Rows,
         stop: int | None = None,
         into_WTD: torch.Tensor | None = None,
     ) -> Iterator[torch.Tensor]:
@@ -151,23 +194,33 @@ class Runner:
         It is the same tensor every time, `into_WTD` if that is given, in which each step replaces
         the states of the one before: on the device, or in the host's memory.
         """
-        h_WTD = self.empty_states(windows_WT)[0] if into_WTD is None else into_WTD
-        transform(self.trunk.embed, windows_WT, h_WTD, self.batch_size, self.device)
+        h_WTD = self.empty_states(windows)[0] if into_WTD is None else into_WTD
+        owns = None
+        if isinstance(windows, Samples) or self.by_sample(windows):
+            owns = self._enter_each(windows, h_WTD)
+        else:
+            transform(self.trunk.embed, windows, h_WTD, self.batch_size, self.device)
         yield h_WTD
         for block, module in self.weights.walk(stack.blocks[:stop]):
-            self._advance(module, block.dense, h_WTD)
+            self._advance(module, block.dense, h_WTD, owns)
             del module  # so that its memory is free when the next one is asked for
             yield h_WTD
 
-    def _advance(self, module: nn.Module, dense: int, h_WTD: torch.Tensor) -> None:
+    def _advance(
+        self, module: nn.Module, dense: int, h_WTD: torch.Tensor, owns: Owns | None
+    ) -> None:
         """The states become those after the block.
 
         Raises:
             UserError: it returns them in another dtype, so that they would be rounded.
         """
 
+        first = count(step=self.batch_size)  # batches are asked for in order
+
         def after(h_BTD: torch.Tensor) -> torch.Tensor:
-            out_BTD = self._after(module, dense, h_BTD)
+            begin = next(first)
+            own = owns and owns[begin : begin + len(h_BTD)]
+            out_BTD = self._after(module, dense, h_BTD, own)
             if out_BTD.dtype != h_BTD.dtype:
                 problem = f"block {dense} returns {out_BTD.dtype} for states in {h_BTD.dtype}"
                 name = str(out_BTD.dtype).removeprefix("torch.")
@@ -177,15 +230,25 @@ class Runner:
         transform(after, h_WTD, h_WTD, self.batch_size, self.device)
 
     @torch.no_grad()
-    def token_losses(self, h_WTD: torch.Tensor, windows_WT: torch.Tensor) -> torch.Tensor:
+    def token_losses(
+        self,
+        h_WTD: torch.Tensor,
+        windows: Rows,
+        targets_WS: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Mean cross-entropy in nats of predicting tokens 1 … T−1 of each window from the states
         that leave the last block: [W] float64.
+
+        `targets_WS`: which of these T−1 tokens count, bool; None: all of them.
         """
         means = []
-        for h_1TD, ids_1T in zip(h_WTD.split(1), windows_WT.split(1), strict=True):
+        ids_WT = ids_of(windows).clamp(min=0)
+        for row, (h_1TD, ids_1T) in enumerate(zip(h_WTD.split(1), ids_WT.split(1), strict=True)):
             logits_TV = self.trunk.logits(h_1TD)[0, :-1].float()  # one window's logits at a time
             loss_T = nn.functional.cross_entropy(
                 logits_TV, ids_1T[0, 1:].to(self.device), reduction="none"
             )
+            if targets_WS is not None:
+                loss_T = loss_T[targets_WS[row].to(loss_T.device)]
             means.append(loss_T.double().mean().cpu())
         return torch.stack(means)

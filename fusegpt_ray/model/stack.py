@@ -33,8 +33,8 @@ class Terms:
 
     base: Refs
     """The block's own weights, frozen, as in the dense model."""
-    donors: tuple[Refs, ...]
-    """The weights of the blocks fused into it, in order."""
+    donors: tuple[Block, ...]
+    """The blocks fused into it, in order, as plain weights."""
     learned: Refs
     """A, B, C, D, c and norm weights, by parameter name of the student block."""
 
@@ -42,7 +42,7 @@ class Terms:
 @dataclass(frozen=True)
 class Block:
     """One decoder block: plain weights by the name within the block (`self_attn.q_proj.weight`,
-    …).
+    …; see `empty.py`).
     """
 
     dense: int
@@ -55,7 +55,7 @@ class Block:
         if self.terms is not None:
             data["terms"] = {
                 "base": _refs_to_json(self.terms.base),
-                "donors": [_refs_to_json(donor) for donor in self.terms.donors],
+                "donors": [donor.to_json() for donor in self.terms.donors],
                 "learned": _refs_to_json(self.terms.learned),
             }
         return data
@@ -69,7 +69,7 @@ class Block:
             terms
             and Terms(
                 _refs_from_json(terms["base"]),
-                tuple(_refs_from_json(donor) for donor in terms["donors"]),
+                tuple(map(cls.from_json, terms["donors"])),
                 _refs_from_json(terms["learned"]),
             ),
         )

@@ -14,7 +14,7 @@ from itertools import cycle
 
 import torch
 
-from fusegpt_ray.model.trunk import in_arithmetic
+from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.store.checkpoint import Seen, TensorRef, in_order
 from fusegpt_ray.store.ranges import Range, Reader, memory_of
 

@@ -1,7 +1,7 @@
 """What an architecture does with its blocks, found on an empty model: before any weight is read.
 
 A checkpoint can be walked block by block only if its class calls every block once, in order, each
-with the hidden states of the one before and otherwise with what does not depend on the tokens.
+with the hidden states of the one before and otherwise with what no other block has changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
-from fusegpt_ray.model.recorder import Context, Recorded, stopped_at
+from fusegpt_ray.model.recorder import Context, Recorded, empty_call, stopped_at
 
 TOKENS = 8
 """Tokens a row of the passes through an empty model."""
@@ -68,15 +68,32 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         contexts = recorded.contexts
         h_BTD = recorded.recorders[0].h_BTD
         assert h_BTD is not None
-        if h_BTD.shape[:-1] != zeros.shape:
-            problem = f"calls its blocks with states of shape {list(h_BTD.shape)} for 2 × {TOKENS}"
-            raise UserError(KEY, name, f"its forward pass {problem} tokens", _FIX)
+        if h_BTD.dim() != 3 or h_BTD.shape[:2] != zeros.shape:
+            problem = f"what passes from block to block is {list(h_BTD.shape)}, not hidden states"
+            raise UserError(KEY, name, problem, _FIX)
         _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
-    for number, (first, second) in enumerate(zip(contexts, recorded.contexts, strict=True)):
-        if not same(first, second):
-            problem = f"block {number} is called with something that depends on the tokens"
-            raise UserError(KEY, name, f"{problem}, such as embeddings of its own", _FIX)
+        if not all(map(same, contexts, recorded.contexts)):
+            _check_alone(name, recorded.blocks, h_BTD, contexts)
     return Structure(name, recorded.blocks, contexts, h_BTD, trunk)
+
+
+def _check_alone(
+    name: str, blocks: list[nn.Module], h_BTD: torch.Tensor, contexts: list[Context]
+) -> None:
+    """Blocks that are called with what depends on the tokens (see `rows.py`) may take in it what
+    only the blocks before them have put there.
+
+    Raises:
+        UserError: a block does not run without the others, or does not return states.
+    """
+    for number, (block, context) in enumerate(zip(blocks, contexts, strict=True)):
+        problem = f"block {number} cannot be run without those before it"
+        with reading_users_file(KEY, name, problem, _FIX):
+            out = empty_call(block, h_BTD, context)()
+        out_BTD = out[0] if isinstance(out, tuple | list) else out
+        if out_BTD.shape != h_BTD.shape:
+            problem = f"block {number} makes {list(out_BTD.shape)} of {list(h_BTD.shape)}"
+            raise UserError(KEY, name, problem, _FIX)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Runs the trunk (embeddings, final norm, head) of a model without its blocks, and one block alone.
+"""Runs the trunk (embeddings, final norm, head) of a model without its blocks.
 
 What a block is called with (masks, rotary embeddings, differing by layer) is recorded from the
 model's own forward pass.
@@ -8,7 +8,6 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.architecture import find_blocks
-from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.empty import assign, empty_blocks, in_arithmetic
 from fusegpt_ray.model.names import Names
 from fusegpt_ray.model.recorder import Context, Recorded
 from fusegpt_ray.model.stack import Refs, Stack
+from fusegpt_ray.model.structure import TOKENS, same
 from fusegpt_ray.store.checkpoint import read_tensors
 
 Read = Callable[[Refs], Mapping[str, torch.Tensor]]
@@ -38,25 +40,22 @@ class Trunk:
         self.device, self.dtype = device, dtype
         self._config = stack.config
         self.model = build_skeleton(stack.config)
-        self._recorded = Recorded(self.model, find_blocks(self.model))
-        names = Names.of(self.model)
-        weights = {names.inside(name): tensor for name, tensor in read(stack.trunk).items()}
-        _assign(self.model, weights, device, dtype)
+        names, path = Names.of(self.model), find_blocks(self.model)
+        self._recorded = Recorded(self.model, path)
+        self.meta_blocks = empty_blocks(names, path, self._recorded.blocks)
+        """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
+        assign(self.model, names.convert(read(stack.trunk)), device, dtype)
         # As from_pretrained does it: what is tied is decided by the tensors that are there, too.
         missing = {name for name, value in self.model.named_parameters() if value.is_meta}
         self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
         self.model.to(device)
         self._contexts: dict[tuple[int, int], list[Context]] = {}
-
-    @property
-    def meta_blocks(self) -> list[nn.Module]:
-        """The dense model's blocks, by dense number, without weights, for `load_block` to fill."""
-        return self._recorded.blocks
+        self._by_sample: bool | None = None
 
     @torch.no_grad()
     def embed(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, T, D] entering the first block."""
-        self._forward(ids_BT, logits_to_keep=1)
+        """Hidden states [B, T, D] entering the first block. Those of padding are any token's."""
+        self._forward(ids_BT.clamp(min=0), logits_to_keep=1)
         h_BTD = self._recorded.recorders[0].h_BTD
         assert h_BTD is not None
         return h_BTD
@@ -70,6 +69,48 @@ class Trunk:
             self._forward(torch.zeros(rows, length, dtype=torch.int64), logits_to_keep=1)
             self._contexts[rows, length] = self._recorded.contexts
         return self._contexts[rows, length]
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether blocks are called with something that depends on the tokens themselves, so that
+        `contexts` is not what they are called with.
+        """
+        if self._by_sample is None:
+            passes = []
+            for first in (0, 1):
+                ids_1n = torch.arange(first, first + TOKENS)[None] % self._vocabulary
+                passes.append(self.enter(ids_1n, {})[1])
+            self._by_sample = not all(map(same, *passes))
+        return self._by_sample
+
+    @torch.no_grad()
+    def enter(
+        self, ids_1n: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, list[Context]]:
+        """For one sample without padding, the states [1, n, D] that enter the first block, and by
+        dense block number what each block is called with.
+
+        Args:
+            inputs: what else the model's class takes, such as pixels.
+
+        Raises:
+            UserError: with such inputs, the class does not call block after block.
+        """
+        given = {
+            name: in_arithmetic(value.to(self.device), self.dtype) for name, value in inputs.items()
+        }
+        self._forward(ids_1n, logits_to_keep=1, **given)
+        if problem := self._recorded.not_in_a_row():
+            name = type(self.model).__name__
+            fix = "calibrate it on text alone"
+            raise UserError(KEY, name, f"with images, its forward pass {problem}", fix)
+        h_1nD = self._recorded.recorders[0].h_BTD
+        assert h_1nD is not None
+        return h_1nD, self._recorded.contexts
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self.model.config.get_text_config().vocab_size)
 
     @torch.no_grad()
     def logits(self, h_BTD: torch.Tensor) -> torch.Tensor:
@@ -91,46 +132,9 @@ class Trunk:
         """
         model = build_skeleton(self._config)
         model.set_submodule(find_blocks(model), nn.ModuleList(blocks))
-        _assign(model, self.model.state_dict(), self.device, self.dtype)
+        assign(model, self.model.state_dict(), self.device, self.dtype)
         return model.to(self.device)
 
     def _forward(self, ids_BT: torch.Tensor, **options: Any) -> torch.Tensor:
         ids_BT = ids_BT.to(self.device)
         return deterministic_or_not(lambda: self._recorded(ids_BT, **options)).logits
-
-
-def in_arithmetic(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A weight in the dtype to compute in; what is not floating stays as it is."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def load_block(
-    meta_block: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """A block of its own with these weights: `meta_block` is `Trunk.meta_blocks[dense]`.
-
-    Weights that are on `device` in `dtype` already are not copied.
-    """
-    block = copy.deepcopy(meta_block)  # of empty tensors: a millisecond
-    _assign(block, weights, device, dtype)
-    return block.to(device)
-
-
-def _assign(
-    module: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Put weights on `device` in place of meta parameters: themselves where they are there in the
-    right dtype.
-    """
-    known = {
-        name: in_arithmetic(tensor.to(device), dtype)  # cast there, where it takes no time
-        for name, tensor in weights.items()
-    }
-    module.load_state_dict(known, strict=False, assign=True)
-    module.requires_grad_(False)

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.empty import EmptyBlock, load_block
 from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
 from fusegpt_ray.model.stack import Block, Refs, Stack
 from fusegpt_ray.model.staging import Staging
-from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.store.checkpoint import Reading, read_tensors
 
 RESIDENT_SHARE = 0.4
@@ -32,7 +32,7 @@ class Weights:
     def __init__(
         self,
         dense: Stack,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         device: torch.device,
         dtype: torch.dtype,
         keep: bool,

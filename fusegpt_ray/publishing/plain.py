@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,9 @@ import transformers
 
 from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.config import auto_class, read_config
+from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.model.memory import is_out_of_memory
+from fusegpt_ray.model.rows import Rows, one_sample
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.publishing.shrink import model_entries, shrink_config
@@ -55,14 +57,15 @@ class Plain:
 
 
 @torch.no_grad()
-def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.Tensor) -> Plain:
+def compare_plain(folder: str, stack: Stack, runner: Runner, windows: Rows) -> Plain:
     """`stack` is all of the checkpoint in `folder`; `runner` runs it. Memory that runs out is
     raised.
     """
-    windows_WT = windows_WT[:, :TOKENS]
+    if isinstance(windows, torch.Tensor):  # an image cannot be cut
+        windows = windows[:, :TOKENS]
     small = sum(ref.end - ref.begin for ref in _refs(stack)) <= SMALL_BYTES
     part = stack if small else one_of_each_kind(stack)
-    for h_WTD in runner.walk(part, windows_WT):  # noqa: B007 - the last states are wanted
+    for h_WTD in runner.walk(part, windows):  # noqa: B007 - the last states are wanted
         pass
     with _local(folder, stack, part) as place:
         try:
@@ -82,9 +85,10 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
                 None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}"
             )
     model.eval().to(runner.device)
+    samples = [one_sample(windows, number) for number in range(len(windows))]
     pairs = (
-        (_logits(model, ids_1T.to(runner.device)), runner.trunk.logits(h_1TD))
-        for ids_1T, h_1TD in zip(windows_WT.split(1), h_WTD.split(1), strict=True)
+        (_logits(model, *sample), runner.trunk.logits(h_1TD[:, : sample[0].shape[1]]))
+        for sample, h_1TD in zip(samples, h_WTD.split(1), strict=True)
     )
     kl = mean_kl(pairs)
     tolerance = KL_TOLERANCE[runner.dtype]
@@ -94,8 +98,12 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows_WT: torch.T
     return Plain(kl)
 
 
-def _logits(model: Any, ids_1T: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=ids_1T, use_cache=False).logits
+def _logits(model: Any, ids_1n: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    given = {
+        name: in_arithmetic(value.to(model.device), model.dtype) for name, value in inputs.items()
+    }
+    ids_1n = ids_1n.to(model.device)
+    logits: torch.Tensor = model(input_ids=ids_1n, use_cache=False, **given).logits
     return logits
 
 

@@ -25,11 +25,12 @@ from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.config import build_skeleton
+from fusegpt_ray.model.empty import load_block
 from fusegpt_ray.model.finite import finite
+from fusegpt_ray.model.rows import Rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block, Stack
-from fusegpt_ray.model.trunk import load_block
 from fusegpt_ray.publishing.plain import KL_TOLERANCE, compare_plain, mean_kl
 from fusegpt_ray.publishing.ties import tied
 from fusegpt_ray.store import storage
@@ -216,7 +217,7 @@ def prove(
     stack: Stack,
     here: Runner,
     there: Runner,
-    windows_WT: torch.Tensor,
+    windows: Rows,
 ) -> Proof:
     """Compare the published model with the stack; `here` runs the stack, `there` the published one,
     on the same device.
@@ -225,9 +226,9 @@ def prove(
         ProofError: a block's states or the logits are not the stack's; the message names the block
         or the number.
     """
-    windows_WT = windows_WT[:WINDOWS]
-    states, kl = compare(published, stack, here, there, windows_WT)
-    plain = compare_plain(folder, published, there, windows_WT)
+    windows = windows[:WINDOWS]
+    states, kl = compare(published, stack, here, there, windows)
+    plain = compare_plain(folder, published, there, windows)
     if plain.kl is None or plain.problem:
         raise ProofError(f"{folder}: {plain.problem}")
     return Proof(states, kl, plain.kl)
@@ -235,16 +236,16 @@ def prove(
 
 @torch.no_grad()
 def compare(
-    published: Stack, stack: Stack, here: Runner, there: Runner, windows_WT: torch.Tensor
+    published: Stack, stack: Stack, here: Runner, there: Runner, windows: Rows
 ) -> tuple[float, float]:
     """Walk both models together, a block of each in memory: the largest difference, and the KL."""
     if len(published) != len(stack):
         raise ProofError(f"the published model has {len(published)} blocks, the stack {len(stack)}")
-    ours, theirs = here.embed(windows_WT), there.embed(windows_WT)
+    (ours, own), (theirs, their_own) = here.enter(windows), there.enter(windows)
     largest = _difference(theirs, ours, here.dtype, "its embedding")
     for position, (block, found) in enumerate(zip(stack.blocks, published.blocks, strict=True)):
-        ours = here.apply(_rounded(here, block, found), block.dense, ours)
-        theirs = there.apply(there.weights.of(found), found.dense, theirs)
+        ours = here.apply(_rounded(here, block, found), block.dense, ours, own)
+        theirs = there.apply(there.weights.of(found), found.dense, theirs, their_own)
         what = f"its block {position} (block {block.dense} of the dense model)"
         largest = max(largest, _difference(theirs, ours, here.dtype, what))
     rows = zip(theirs.split(1), ours.split(1), strict=True)

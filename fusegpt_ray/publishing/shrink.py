@@ -23,6 +23,12 @@ _BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
 """What a list or a table of block numbers may be called, such as `full_attn_idxs` and
 `mlp_only_layers`."""
 
+_FIRST = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index")
+"""What a setting may be called that gives the first block with experts: those before it are
+dense."""
+_LAST = "moe_layer_end_index"
+"""Of the last block with experts."""
+
 
 def shrink_config(stack: Stack) -> dict[str, Any]:
     """The dense model's config.json with the stack's depth, and every setting of a block in step.
@@ -74,6 +80,9 @@ def _depth_names(text: PretrainedConfig) -> tuple[str, set[str]]:
 
 def _shrunk(key: str, value: Any, kept: Sequence[int], depth: int) -> Any:
     """The value for the kept blocks; None where it is not one of a block's."""
+    if type(value) is int and (_FIRST.fullmatch(key) or key == _LAST):
+        first = value + (key == _LAST)
+        return sum(number < first for number in kept) - (key == _LAST)
     numbered = bool(_BLOCK_NUMBERS.fullmatch(key)) and bool(value)
     if isinstance(value, dict) and numbered and all(_is_number(name, depth) for name in value):
         moved = {str(old): str(new) for new, old in enumerate(kept)}  # as JSON has them

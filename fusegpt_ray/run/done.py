@@ -45,7 +45,11 @@ def _files(stack: Stack) -> set[str]:
         if block.terms:
             refs += [
                 ref
-                for part in (block.terms.base, block.terms.learned, *block.terms.donors)
+                for part in (
+                    block.terms.base,
+                    block.terms.learned,
+                    *(donor.weights for donor in block.terms.donors),
+                )
                 for ref in part.values()
             ]
     return {ref.file for ref in refs}

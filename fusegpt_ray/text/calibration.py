@@ -16,14 +16,14 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Bos
 from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text.formats import beside, of_all
+from fusegpt_ray.text.formats import Source, beside, of_all
 from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
@@ -65,8 +65,29 @@ def leading_token(bos: Bos, tokenizer: PreTrainedTokenizerBase, key: str) -> int
     return token if token is not None and tokenizer("x")["input_ids"][:1] == [token] else None
 
 
+class Reading(NamedTuple):
+    """How a text becomes tokens, a piece at a time."""
+
+    pieces: Callable[[Source, int], Iterator[str]]
+    """Of a source, of at most so many bytes where it is cut."""
+    tokenize: Callable[[str, PreTrainedTokenizerBase, str], np.ndarray]
+    """Token ids of a piece, int32 [tokens]; the last argument is the text's key, for messages."""
+
+
+def _of_piece(piece: str, tokenizer: PreTrainedTokenizerBase, key: str) -> np.ndarray:
+    return tokenize(piece, tokenizer)
+
+
+PACKED = Reading(pieces, _of_piece)
+"""Rows joined by blank lines."""
+
+
 def token_stream(
-    text: Text, piece_bytes: int, tokenizer: PreTrainedTokenizerBase, key: str
+    text: Text,
+    piece_bytes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    reading: Reading = PACKED,
 ) -> Callable[[], Iterator[np.ndarray]]:
     """A function that reads the text from its beginning and yields the tokens of each piece, int32
     [tokens].
@@ -74,9 +95,11 @@ def token_stream(
     Raises:
         UserError: as `sources`, at once; as `pieces`, while the tokens are drawn.
     """
-    found = sources(text, key)
+    found = sources(text, key, reading.pieces)
     return lambda: (
-        tokenize(piece, tokenizer) for source in found for piece in pieces(source, piece_bytes)
+        reading.tokenize(piece, tokenizer, key)
+        for source in found
+        for piece in reading.pieces(source, piece_bytes)
     )
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import glob
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from fsspec.implementations.local import LocalFileSystem
@@ -28,19 +28,23 @@ from fusegpt_ray.text_sections import Text
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
-def sources(text: Text, key: str) -> list[Source]:
+def sources(
+    text: Text, key: str, cut: Callable[[Source, int], Iterator[str]] | None = None
+) -> list[Source]:
     """The files, in the order of their names, or the dataset that `text.data` means.
 
     A file, a glob or a local folder wins over a dataset of that name; a local folder is read as
     `load_dataset(folder)` reads it. Of files only the beginning of the first is read, of a dataset
     only its description.
 
+    `cut`: how it will be read, if not as `pieces`.
+
     Raises:
         UserError: nothing is there, or what is there cannot be read or has no such column,
         configuration or split.
     """
     data = text.data
-    with _explained(key, data):
+    with explained(key, data):
         fs, path = storage.filesystem(data)
         if with_retries(data, lambda: fs.isdir(path)):
             if not isinstance(fs, LocalFileSystem):
@@ -67,7 +71,7 @@ def sources(text: Text, key: str) -> list[Source]:
         )
     uris = [fs.unstrip_protocol(name) for name in paths]
     found = [Source(uri, file_format(uri, key), text, key) for uri in uris]
-    next(pieces(found[0], 1 << 16), None)
+    next((cut or pieces)(found[0], 1 << 16), None)
     return found
 
 
@@ -84,7 +88,7 @@ def pieces(source: Source, piece_bytes: int) -> Iterator[str]:
     """
     held: list[str] = []
     size = 0
-    with _explained(source.key, source.uri):
+    with explained(source.key, source.uri):
         for atom in _atoms(source, piece_bytes):
             atom_size = len(atom.encode())
             if size and size + atom_size > piece_bytes:
@@ -102,7 +106,7 @@ def items(source: Source) -> Iterator[str]:
     Raises:
         UserError: as `pieces`.
     """
-    with _explained(source.key, source.uri):
+    with explained(source.key, source.uri):
         if source.format != "text":
             yield from (row for row in rows(source) if row.strip())
             return
@@ -170,7 +174,7 @@ def _dataset(uri: str, text: Text, key: str) -> Source:
 
 
 @contextmanager
-def _explained(key: str, value: str) -> Iterator[None]:
+def explained(key: str, value: str) -> Iterator[None]:
     """Makes what a reader says of a bad file a UserError."""
     fix = "check the path, the permissions and the file"
     with reading_users_file(key, value, "cannot be read", fix):

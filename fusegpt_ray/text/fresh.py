@@ -13,7 +13,9 @@ from fractions import Fraction
 import numpy as np
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.samples import PADDING
 from fusegpt_ray.text.calibration import Stream, blank_windows, counted, fill
+from fusegpt_ray.text.documents import put, telling
 from fusegpt_ray.text.mixture import apportioned, data_keys, interleaved, seed_of, shares
 from fusegpt_ray.text.windows import Drawn, Windows
 from fusegpt_ray.text_sections import GeneratedText, Texts
@@ -30,6 +32,7 @@ def fresh_windows(
     bos: int | None,
     key: str,
     fewer: int | None = None,
+    pack: bool = True,
 ) -> tuple[Windows, Windows]:
     """(To train on, held out): no token of a text is in two windows, unless `repeat`, which lets
     the windows to train on be cycled through, each time in another order. None that is held out is
@@ -44,39 +47,79 @@ def fresh_windows(
         key: of the section, whose keys `data`, `tokens` and `repeat` stand in messages.
         fewer: where the texts have less, take what they have, in multiples of this, instead of
             refusing them.
+        pack: whether a window is so many tokens; else it is a document.
 
     Raises:
         UserError: a text has fewer windows than its share, or gets none to train on.
     """
     kept = apportioned(texts.parts, held_out)
-    lengths = [counted(stream) for stream in streams]
-    width = length if bos is None else length - 1
+    cut = _Packed if pack else _Documents
+    rolls = [cut(stream, length, bos) for stream in streams]
     if fewer and not repeat:
-        free = [n_tokens // width - held for (n_tokens, _), held in zip(lengths, kept, strict=True)]
+        free = [roll.windows - held for roll, held in zip(rolls, kept, strict=True)]
         windows = _most(texts, windows, free, fewer)
     wanted = shares(texts, windows, key, "tokens")
     train_W, held_W = (interleaved(counts, seed_of(seed, "order")) for counts in (wanted, kept))
-    train_WT, held_WT = (blank_windows(n, length, bos) for n in (windows, held_out))
+    train_WT, held_WT = (cut.blank(n, length, bos) for n in (windows, held_out))
     trained, held = [], []
     for number, name in enumerate(data_keys(texts, key)):
-        n_tokens, again = lengths[number]
-        there, share = n_tokens // width, wanted[number]
+        roll, share = rolls[number], wanted[number]
+        there = roll.windows
         if there <= kept[number] or (there < share + kept[number] and not repeat):
-            found = f"has {n_tokens} tokens, which are {there} windows of {length}"
             left = there - kept[number]
-            raise _too_short(texts, number, windows, length, found, left, key, fewer)
+            raise _too_short(texts, number, windows, length, roll.found, left, key, fewer)
         picked = _picked(there, share, kept[number], seed_of(seed, number))
-        rows = [train_WT[row, length - width :] for row in np.flatnonzero(train_W == number)]
-        rows += [held_WT[row, length - width :] for row in np.flatnonzero(held_W == number)]
-        fill(rows, [window * width for window in picked], again, n_tokens, name)
+        rows = [train_WT[row] for row in np.flatnonzero(train_W == number)]
+        rows += [held_WT[row] for row in np.flatnonzero(held_W == number)]
+        roll.fill(rows, picked, name)
         part = texts.parts[number]
-        trained.append(Drawn.of(part, n_tokens, distinct=there - kept[number]))
-        held.append(Drawn.of(part, n_tokens))
+        trained.append(Drawn.of(part, roll.tokens, distinct=there - kept[number]))
+        held.append(Drawn.of(part, roll.tokens))
     begins = bos is not None
     return (
         Windows(train_WT, begins, tuple(trained), train_W),
         Windows(held_WT, begins, tuple(held), held_W),
     )
+
+
+class _Packed:
+    """A text as consecutive windows."""
+
+    blank = staticmethod(blank_windows)
+
+    def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
+        self.tokens, self.again = counted(stream)
+        self.width = length if bos is None else length - 1
+        self.windows = self.tokens // self.width
+        self.found = f"has {self.tokens} tokens, which are {self.windows} windows of {length}"
+
+    def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
+        """Write the windows of these numbers into the rows."""
+        starts = [number * self.width for number in numbers]
+        fill([row[-self.width :] for row in rows], starts, self.again, self.tokens, key)
+
+
+class _Documents:
+    """A text as documents, each a window."""
+
+    def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
+        self.stream, self.bos = stream, bos
+        sizes = [len(tokens) for tokens in telling(stream)]
+        self.windows, self.tokens = len(sizes), sum(sizes)
+        self.found = f"has {self.windows} documents of two tokens or more"
+
+    @staticmethod
+    def blank(windows: int, length: int, bos: int | None) -> np.ndarray:
+        return np.full((windows, length), PADDING, dtype=np.int64)
+
+    def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
+        """As `_Packed.fill`; the text is read and tokenised once more."""
+        places: dict[int, list[np.ndarray]] = {}
+        for row, number in zip(rows, numbers, strict=True):
+            places.setdefault(number, []).append(row)
+        for number, tokens in enumerate(telling(self.stream)):
+            for row in places.get(number, ()):
+                put(tokens, row, self.bos)
 
 
 def _most(texts: Texts, windows: int, free: Sequence[int], step: int) -> int:

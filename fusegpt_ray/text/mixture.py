@@ -19,7 +19,7 @@ import numpy as np
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
-from fusegpt_ray.text.windows import Drawn, Windows, random_windows
+from fusegpt_ray.text.windows import Drawn, Windows, random_documents, random_windows
 from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 
 
@@ -138,9 +138,10 @@ def calibration_windows(
     text_W = interleaved(counts, seed_of(text.seed, "order"))
     tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
     drawn: list[Drawn] = []
+    draw = random_windows if text.pack else random_documents
     for number, (stream, name) in enumerate(zip(streams, data_keys(text, key), strict=True)):
         part, seed = text.parts[number], seed_of(text.seed, number)
-        windows = random_windows(stream, part, counts[number], text.length, seed, bos, name)
+        windows = draw(stream, part, counts[number], text.length, seed, bos, name)
         tokens_WT[text_W == number] = windows.tokens_WT
         drawn += windows.texts
     return Windows(tokens_WT, bos is not None, tuple(drawn), text_W)

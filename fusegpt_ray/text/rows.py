@@ -25,12 +25,21 @@ ROW = 1 << 26
 """Characters of the longest row, and of the longest line of JSON Lines, which is held as one."""
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
     where: str
     """Such as "line 5"."""
     columns: Sequence[str]
     value: object
     """What the recipe's column holds."""
+
+
+def values(source: Source) -> Iterator[Row]:
+    """The rows of a table, in order.
+
+    Raises:
+        UserError: it cannot be read, or the column is missing.
+    """
+    yield from _READERS[source.format](source)
 
 
 def rows(source: Source) -> Iterator[str]:
@@ -40,10 +49,12 @@ def rows(source: Source) -> Iterator[str]:
         UserError: the column is missing, a row has no text in it, or none has any but white space.
     """
     row, blank = None, True
-    for row in _READERS[source.format](source):
+    for row in values(source):
         if not isinstance(row.value, str):
             problem = f"{row.where} of {source.uri} has no text there but {row.value!r:.80}"
             fix = "name a column of text, or remove the row"
+            if isinstance(row.value, list):
+                fix = "set calibration.pack: false for conversations, or name a column of text"
             raise UserError(beside(source.key, "column"), source.text.column, problem, fix)
         if len(row.value) > ROW:
             fix = "divide it into several rows, or give plain text, whose lines may have any length"
@@ -79,19 +90,19 @@ def _decompressed(raw: BinaryIO, uri: str) -> Any:
     return compr[name](raw, mode="rb") if name else raw
 
 
-def _row(source: Source, where: str, record: dict[str, Any]) -> _Row:
+def _row(source: Source, where: str, record: dict[str, Any]) -> Row:
     check_column(source, f"{where} of {source.uri}", record)
-    return _Row(where, list(record), record[source.text.column])
+    return Row(where, list(record), record[source.text.column])
 
 
-def _json_lines(source: Source) -> Iterator[_Row]:
+def _json_lines(source: Source) -> Iterator[Row]:
     with opened(source) as file:
         for where, line in lines(file, source):
             if line.strip():
                 yield _row(source, where, _json_object(_parsed(line, where, source), where, source))
 
 
-def _json(source: Source) -> Iterator[_Row]:
+def _json(source: Source) -> Iterator[Row]:
     """JSON Lines; or one array of objects, which is held."""
     with opened(source) as file:
         line = next((line for _, line in lines(file, source) if line.strip()), "")
@@ -123,7 +134,7 @@ def _json_object(value: Any, where: str, source: Source) -> dict[str, Any]:
 _JSON = "write one JSON object a line (JSON Lines)"
 
 
-def _separated(source: Source) -> Iterator[_Row]:
+def _separated(source: Source) -> Iterator[Row]:
     """CSV or TSV with a header. A cell is the text that it is, also where it is empty or says NA:
     `datasets` takes these for missing.
     """
@@ -139,7 +150,7 @@ def _separated(source: Source) -> Iterator[_Row]:
             raise UserError(source.key, source.uri, problem, fix) from error
 
 
-def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Iterator[_Row]:
+def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Iterator[Row]:
     """The rows below the first, with the number of the line at which each ends."""
     _, header = next(table, (0, None))
     if header is None:
@@ -151,7 +162,7 @@ def _under_header(source: Source, table: Iterator[tuple[int, list[str]]]) -> Ite
             problem = f"line {number} has {len(row)} fields, the header {len(header)}"
             fix = 'quote fields that hold the separator, as "a, b"'
             raise UserError(source.key, source.uri, problem, fix)
-        yield _Row(f"line {number}", header, row[at])
+        yield Row(f"line {number}", header, row[at])
 
 
 def lines(file: io.TextIOWrapper, source: Source) -> Iterator[tuple[str, str]]:
@@ -177,7 +188,7 @@ def check_is_text(line: str, source: Source) -> None:
         raise UserError(source.key, source.uri, problem, "give files of text, in UTF-8")
 
 
-def _parquet(source: Source) -> Iterator[_Row]:
+def _parquet(source: Source) -> Iterator[Row]:
     import pyarrow.parquet
 
     with storage.reading(source.uri) as raw:
@@ -192,7 +203,7 @@ def _parquet(source: Source) -> Iterator[_Row]:
         )
 
 
-def _arrow(source: Source) -> Iterator[_Row]:
+def _arrow(source: Source) -> Iterator[Row]:
     """Of either kind: a stream, as `datasets` writes it, or a file."""
     import pyarrow
 
@@ -214,7 +225,7 @@ def _arrow(source: Source) -> Iterator[_Row]:
         yield from _numbered(values(), table.schema.names)
 
 
-def _dataset(source: Source) -> Iterator[_Row]:
+def _dataset(source: Source) -> Iterator[Row]:
     import datasets
 
     text = source.text
@@ -227,8 +238,8 @@ def _dataset(source: Source) -> Iterator[_Row]:
     yield from _numbered((record[text.column] for record in column), names)
 
 
-def _numbered(values: Iterable[object], columns: Sequence[str]) -> Iterator[_Row]:
-    return (_Row(f"row {number}", columns, value) for number, value in enumerate(values, 1))
+def _numbered(values: Iterable[object], columns: Sequence[str]) -> Iterator[Row]:
+    return (Row(f"row {number}", columns, value) for number, value in enumerate(values, 1))
 
 
 @contextmanager

@@ -8,7 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from fusegpt_ray.samples import lengths
 from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.text import documents
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
 from fusegpt_ray.text_sections import GeneratedText, Text
 
@@ -26,6 +28,10 @@ class Drawn:
     """Of the whole text, where windows were drawn from it at random and may overlap."""
     distinct: int | None = None
     """How many different windows there are, where they are cycled through."""
+    documents: int | None = None
+    """Of the whole text, where each window is one of them."""
+    cut: int = 0
+    """Of the documents taken, those that were longer than a window."""
     generated: Mapping[str, Any] | None = None
     """Of a text that the dense model wrote: from which prompts, how, and how much."""
 
@@ -45,12 +51,14 @@ class Drawn:
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
-        "warning"; or "repeated"; also "generated", if it is.
+        "warning"; or "repeated"; or "documents" and "cut"; also "generated", if it is.
         """
         origin = {"generated": dict(self.generated)} if self.generated else {}
         return origin | self._amounts(windows, length, bos)
 
     def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
+        if self.documents is not None:
+            return {"documents": self.documents, "cut": self.cut}
         if self.distinct is not None and windows > self.distinct:
             return {"repeated": round(windows / self.distinct, 3)}
         if self.text_tokens is None:
@@ -87,18 +95,27 @@ class Windows:
         return Windows(self.tokens_WT[:windows], self.bos, self.texts, self.text_W[:windows])
 
     @property
+    def tokens(self) -> int:
+        """Of all windows, without padding."""
+        return sum(lengths(self.tokens_WT))
+
+    @property
     def protocol(self) -> dict[str, Any]:
         """For manifests and `--json`: {"data", "windows", "length", "bos"}; of random windows also
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
-        average); of a text that the dense model wrote "generated": {"prompts" (None: without),
-        "tokens" (of the whole text), "temperature", "top_p"}.
+        average); of padded ones "tokens"; of documents "documents" (how many the text has) and
+        "cut" (how many of those taken are longer than a window); of a text that the dense model
+        wrote "generated": {"prompts" (None: without), "tokens" (of the whole text), "temperature",
+        "top_p"}.
 
         Of a mixture, these further ones stand in "parts", with the "data" and "windows" of each.
         """
         windows, length = map(int, self.tokens_WT.shape)
         data = " + ".join(text.data for text in self.texts)
         about = {"data": data, "windows": windows, "length": length, "bos": self.bos}
+        if (tokens := self.tokens) < windows * length:
+            about["tokens"] = tokens
         counts = np.bincount(self.text_W, minlength=len(self.texts)).tolist()
         parts = [
             {"data": text.data, "windows": count, **text.facts(count, length, self.bos)}
@@ -135,17 +152,44 @@ def random_windows(
     return Windows.of(tokens_WT, bos is not None, drawn)
 
 
+def random_documents(
+    stream: Stream,
+    text: Text | GeneratedText,
+    windows: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    key: str,
+) -> Windows:
+    """So many documents of one text, each a window.
+
+    Raises:
+        UserError: there are fewer.
+    """
+    found, there = documents.drawn(stream, windows, seed)
+    documents.enough(found, windows, key)
+    tokens_WT, cut = documents.as_windows(found, length, bos)
+    source = Drawn(text.label, documents=there, cut=cut)
+    return Windows.of(tokens_WT, bos is not None, source)
+
+
 def evaluation_windows(
     stream: Stream,
     text: Evaluation,
     length: int,
     bos: int | None,
     key: str,
+    pack: bool = True,
 ) -> Windows:
-    """Consecutive ones.
+    """Consecutive ones; without `pack` the first documents.
 
     Raises:
-        UserError: see `consecutive_windows`.
+        UserError: see `consecutive_windows`; or there is no document.
     """
+    if not pack:
+        found = documents.first(stream, text.windows, key)
+        tokens_WT, cut = documents.as_windows(found, length, bos)
+        source = Drawn(text.label, documents=len(found), cut=cut)
+        return Windows.of(tokens_WT, bos is not None, source)
     tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
     return Windows.of(tokens_WT, bos is not None, Drawn(text.label))

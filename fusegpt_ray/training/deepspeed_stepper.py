@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
@@ -32,7 +33,7 @@ from fusegpt_ray.training.optimizer import (
     training_state,
 )
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.stepper import Batch, TrainingConfig
+from fusegpt_ray.training.stepper import TrainingConfig
 from fusegpt_ray.workers.base import TrainingWorker
 
 
@@ -94,7 +95,7 @@ class DeepSpeedStepper:
     def step(self, batch: Batch) -> torch.Tensor:
         shared = dist.get_world_size() > 1
         self.span.form(self.engine)
-        loss = accumulate(self.span, *batch, self.loss, self.micro_batch, shared)
+        loss = accumulate(self.span, batch, self.loss, self.micro_batch, shared)
         self.engine.backward(self.span.root())
         self.engine.step()
         return loss

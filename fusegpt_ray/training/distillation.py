@@ -36,13 +36,17 @@ class LogitsKL:
     chunk: int = CHUNK
 
     def __call__(
-        self, student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
+        self,
+        student_bTD: torch.Tensor,
+        teacher_bTD: torch.Tensor,
+        shared: bool,
+        weights_bT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `losses.Loss`; a mean over rows."""
-        kl: torch.Tensor = _KL.apply(student_bTD, teacher_bTD, self.head, self.chunk)
+        kl: torch.Tensor = _KL.apply(student_bTD, teacher_bTD, weights_bT, self.head, self.chunk)
         if not self.hidden:
             return kl
-        return kl + self.hidden * normalized_mse(student_bTD, teacher_bTD, shared)
+        return kl + self.hidden * normalized_mse(student_bTD, teacher_bTD, shared, weights_bT)
 
 
 class _KL(torch.autograd.Function):
@@ -52,7 +56,12 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, head: Head, chunk: int
+        ctx: Any,
+        student_bTD: torch.Tensor,
+        teacher_bTD: torch.Tensor,
+        weights_bT: torch.Tensor | None,
+        head: Head,
+        chunk: int,
     ) -> torch.Tensor:
         tokens = student_bTD[..., 0].numel()
         total = torch.zeros((), dtype=torch.float64, device=student_bTD.device)
@@ -64,9 +73,15 @@ class _KL(torch.autograd.Function):
             log_q = logits_ntV.detach().float().log_softmax(-1)
             log_p = head(teacher_bTD[at]).float().log_softmax(-1)
             p = log_p.exp()
-            total += (p * (log_p - log_q)).sum(-1).double().sum()
+            terms_nt = (p * (log_p - log_q)).sum(-1).double()
+            if weights_bT is not None:
+                terms_nt *= weights_bT[at]
+            total += terms_nt.sum()
             if grad_bTD is not None:
-                by_logits = (log_q.exp_() - p).div_(tokens).to(logits_ntV.dtype)
+                by_logits = (log_q.exp_() - p).div_(tokens)
+                if weights_bT is not None:
+                    by_logits *= weights_bT[at][..., None]
+                by_logits = by_logits.to(logits_ntV.dtype)
                 logits_ntV.backward(by_logits)  # the head is frozen: it reaches the states only
                 assert h_ntD.grad is not None
                 grad_bTD[at] = h_ntD.grad
@@ -74,8 +89,8 @@ class _KL(torch.autograd.Function):
         return (total / tokens).float()
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        return ctx.grad_bTD * grads[0].to(ctx.grad_bTD.dtype), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.grad_bTD * grads[0].to(ctx.grad_bTD.dtype), None, None, None, None
 
 
 def _chunks(h_bTD: torch.Tensor, tokens: int) -> Iterator[tuple[slice, slice]]:

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.rows import as_rows
+from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, own_windows
-from fusegpt_ray.training.stepper import Batch, TorchStepper
+from fusegpt_ray.training.stepper import TorchStepper
 from fusegpt_ray.training.task import HELD_OUT, SavedBlocks, TrainingTask
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
@@ -134,14 +134,17 @@ def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int, part: i
         for old in list(memory):
             if old[:-1] != this or (ends and old[-1] != HELD_OUT):
                 del memory[old]
-        windows_WT, of = (task.windows_WT, (part, config.parts))
+        windows, of = (task.windows, (part, config.parts))
         if part == HELD_OUT:
-            assert task.held_out_WT is not None
-            windows_WT, of = task.held_out_WT, (1, 1)
-        own = own_windows(len(windows_WT), config.batch, worker.count, worker.rank, *of)
-        runner = worker.runner.with_batch_size(batch_size)
+            assert task.held_out is not None
+            windows, of = task.held_out, (1, 1)
+        own = own_windows(len(windows), config.batch, worker.count, worker.rank, *of)
+        weights_WT = token_weights(windows)
+        own_weights_WT = None if weights_WT is None else weights_WT[own]
+        runner, rows = worker.runner.with_batch_size(batch_size), as_rows(windows[own])
         with full_products():
-            memory[key] = States(*task.source.walk(runner, torch.from_numpy(windows_WT[own])))
+            owns = runner.enter(rows)[1] if runner.by_sample(rows) else None
+            memory[key] = States(*task.source.walk(runner, rows), own_weights_WT, owns)
     return memory[key]
 
 
@@ -174,7 +177,8 @@ def learn(
     config, size = task.config, task.config.batch // worker.count
     worker.runner.reload()
     begins = [_states(worker, task, states_batch, part) for part in task.first_states]
-    span, moved = _span(worker, task, begins[0].entering_WTD[:micro_batch])
+    first = next(begins[0].batches(size)).rows(slice(micro_batch))
+    span, moved = _span(worker, task, first)
     worker.meet(moved + _bytes_read(task))
     stepper = _stepper(worker, task, span, micro_batch, moved)
 
@@ -189,7 +193,7 @@ def learn(
             worker.report((number, loss))
 
     validation = None
-    if task.held_out_WT is not None:
+    if task.held_out is not None:
         validation = Validation(
             lambda: on_device(begins[0].batches(size), worker.device), lambda: worker.meet(moved)
         )
@@ -207,13 +211,13 @@ def learn(
     return Learned(losses, validation.losses if validation else [], span, stepper, moved)
 
 
-def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -> tuple[Span, int]:
-    """The span, rehearsed with the states of a micro-batch; and a bound for the bytes that a worker
+def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Span, int]:
+    """The span, rehearsed with the first micro-batch; and a bound for the bytes that a worker
     reads or writes by itself between two steps.
     """
     runner, trainable = worker.runner, task.trainable
     runner.reload()
-    contexts = runner.trunk.contexts(*first_BTD.shape[:2])
+    contexts = runner.trunk.contexts(*first.entering_bTD.shape[:2])
     runner.offload(trunk=not trainable.uses_head)
     partitioned = worker.count > 1 and worker.zero_stage == 3
     span = trainable.build(
@@ -232,7 +236,7 @@ def _span(worker: TrainingWorker, task: TrainingTask, first_BTD: torch.Tensor) -
     if partitioned:  # from now on a pass gathers the frozen weights of all workers
         worker.meet(moved + _bytes_read(task))
     with tensor_core_products(worker.device, worker.dtype):
-        if told := span.rehearse(first_BTD.to(worker.device)):
+        if told := span.rehearse(first.entering_bTD.to(worker.device), first.owns):
             worker.report(f"  {told}")
     return span, moved
 
@@ -259,7 +263,7 @@ def _stepper(
     """Plain torch's, or DeepSpeed's where the worker belongs to a process group."""
     groups, config = task.trainable.parameter_groups(span), task.config
     loss = task.trainable.loss(worker.runner.trunk)
-    steps = config.epochs * len(task.windows_WT) // config.batch
+    steps = config.epochs * len(task.windows) // config.batch
     if worker.zero_stage is None:
         return TorchStepper.make(span, groups, config, steps, worker.device, micro_batch, loss)
     from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.checkpoints import Checkpoints, Log
-from fusegpt_ray.training.stepper import Batch, Stepper
+from fusegpt_ray.training.stepper import Stepper
 from fusegpt_ray.training.validation import Validation
 
 

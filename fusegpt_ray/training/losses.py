@@ -9,6 +9,7 @@ all-reduces of [T, D], instead of gathering the batch's states.
 The states of a beginning-of-sequence token stay in the loss, for all later tokens attend to them.
 They are often hundreds of times larger than others, and outweigh none: `normalized_mse` divides
 each token's by its own size; for `batch_kl` they are the same in every window, and so add nothing.
+Padding is no part of any loss: its weight is 0 (see `batch.token_weights`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+_NOWHERE = -1e30
+"""A state whose share of a softmax is 0; an infinity would make a place without tokens NaN."""
+
 
 class Loss(Protocol):
     """Of a student's states by its teacher's."""
 
     def __call__(
-        self, student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
+        self,
+        student_bTD: torch.Tensor,
+        teacher_bTD: torch.Tensor,
+        shared: bool,
+        weights_bT: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """A scalar. `shared`: the batch is split over the workers of the default process group, and
-        the mean over workers is the loss."""
+        """A scalar.
+
+        Args:
+            shared: the batch is split over the workers of the default process group, and the mean
+                over workers is the loss.
+            weights_bT: of each token; None: 1.
+        """
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -57,22 +70,40 @@ class _LogSumExp(torch.autograd.Function):
         return (h_bTD - out_TD).exp() * grad_TD, None
 
 
-def batch_kl(student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool) -> torch.Tensor:
+def batch_kl(
+    student_bTD: torch.Tensor,
+    teacher_bTD: torch.Tensor,
+    shared: bool,
+    weights_bT: torch.Tensor | None = None,
+) -> torch.Tensor:
     """KL(P‖Q), P and Q softmaxes over the batch of teacher's and student's states; summed, divided
     by B (paper's code).
 
     With `shared`, the workers of the default process group each hold b = B / workers rows, and the
     mean over workers of what they return is the loss (data-parallel training averages gradients, so
     its gradient is the loss's too).
+
+    At each place of the windows, the softmaxes are over those that have a token there. As this is a
+    sum over tokens, padding is left out of it and the weights are no factors.
     """
     student, teacher = student_bTD.float(), teacher_bTD.float()
+    padding_bT1 = None if weights_bT is None else weights_bT[..., None] == 0
+    if padding_bT1 is not None:
+        student = student.masked_fill(padding_bT1, _NOWHERE)
+        teacher = teacher.masked_fill(padding_bT1, _NOWHERE)
     log_q = student - _LogSumExp.apply(student, shared)
     log_p = teacher - _LogSumExp.apply(teacher, shared)
-    return (log_p.exp() * (log_p - log_q)).sum() / student.shape[0]
+    terms_bTD = log_p.exp() * (log_p - log_q)
+    if padding_bT1 is not None:
+        terms_bTD = terms_bTD.masked_fill(padding_bT1, 0)
+    return terms_bTD.sum() / student.shape[0]
 
 
 def normalized_mse(
-    student_bTD: torch.Tensor, teacher_bTD: torch.Tensor, shared: bool
+    student_bTD: torch.Tensor,
+    teacher_bTD: torch.Tensor,
+    shared: bool,
+    weights_bT: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean squared error between the states, each divided by its root mean square over D, as the
     next norm will see them.
@@ -81,7 +112,10 @@ def normalized_mse(
     def normalize(h: torch.Tensor) -> torch.Tensor:
         return h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
 
-    return (normalize(student_bTD.float()) - normalize(teacher_bTD.float())).pow(2).mean()
+    error_bTD = (normalize(student_bTD.float()) - normalize(teacher_bTD.float())).pow(2)
+    if weights_bT is None:
+        return error_bTD.mean()
+    return (error_bTD.mean(dim=-1) * weights_bT).mean()
 
 
 LOSSES: dict[str, Loss] = {"batch_kl": batch_kl, "normalized_mse": normalized_mse}

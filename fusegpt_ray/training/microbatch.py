@@ -15,14 +15,14 @@ from collections.abc import Iterable
 
 import torch
 
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import Loss, is_mean_over_rows
 from fusegpt_ray.training.span import Span
 
 
 def accumulate(
     span: Span,
-    entering_bTD: torch.Tensor,
-    leaving_bTD: torch.Tensor,
+    batch: Batch,
     loss: Loss,
     micro_batch: int | None,
     shared: bool,
@@ -32,23 +32,25 @@ def accumulate(
 
     `loss` and `shared`: see `losses.py`.
     """
-    size = micro_batch or len(entering_bTD)
-    assert len(entering_bTD) % size == 0, (len(entering_bTD), size)
-    parts = entering_bTD.split(size)
+    windows = len(batch.entering_bTD)
+    size = micro_batch or windows
+    assert windows % size == 0, (windows, size)
+    parts = list(batch.split(size))
     if len(parts) == 1 or is_mean_over_rows(loss):
-        total = torch.zeros((), device=entering_bTD.device)
-        for part, teacher in zip(parts, leaving_bTD.split(size), strict=True):
-            value = loss(span(part), teacher, shared) / len(parts)
+        total = torch.zeros((), device=batch.entering_bTD.device)
+        for part in parts:
+            out_bTD = span(part.entering_bTD, part.owns)
+            value = loss(out_bTD, part.leaving_bTD, shared, part.weights_bT) / len(parts)
             value.backward()
             span.collect()
             total += value.detach()
         return total
     with torch.no_grad():
-        out_bTD = torch.cat([span(part) for part in parts])
-    value = loss(out_bTD.requires_grad_(), leaving_bTD, shared)
+        out_bTD = torch.cat([span(part.entering_bTD, part.owns) for part in parts])
+    value = loss(out_bTD.requires_grad_(), batch.leaving_bTD, shared, batch.weights_bT)
     (grad_bTD,) = torch.autograd.grad(value, out_bTD)
     for part, grad in zip(parts, grad_bTD.split(size), strict=True):
-        span(part).backward(grad)
+        span(part.entering_bTD, part.owns).backward(grad)
         span.collect()
     return value.detach()
 
@@ -56,18 +58,16 @@ def accumulate(
 @torch.no_grad()
 def mean_loss(
     span: Span,
-    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    batches: Iterable[Batch],
     loss: Loss,
     micro_batch: int | None,
     shared: bool,
 ) -> torch.Tensor:
-    """The mean loss of some batches, (entering, leaving) each, by the weights that the span has
-    formed. They are let go of.
-    """
+    """The mean loss of some batches by the weights that the span has formed. They are let go of."""
     found = []
-    for entering_bTD, leaving_bTD in batches:
-        size = micro_batch or len(entering_bTD)
-        out_bTD = torch.cat([span(part) for part in entering_bTD.split(size)])
-        found.append(loss(out_bTD, leaving_bTD, shared))
+    for batch in batches:
+        parts = batch.split(micro_batch or len(batch.entering_bTD))
+        out_bTD = torch.cat([span(part.entering_bTD, part.owns) for part in parts])
+        found.append(loss(out_bTD, batch.leaving_bTD, shared, batch.weights_bT))
     span.release()
     return torch.stack(found).mean()

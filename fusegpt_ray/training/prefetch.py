@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fusegpt_ray.model.device import copying_stream
-from fusegpt_ray.training.stepper import Batch
+from fusegpt_ray.training.batch import Batch
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
@@ -21,8 +21,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
     ahead: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            entering, leaving = (states.to(device, non_blocking=True) for states in batch)
-            following = (entering, leaving), stream.record_event()
+            following = batch.on(device), stream.record_event()
         if ahead:
             yield _arrived(*ahead)
         ahead = following
@@ -33,6 +32,6 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
 def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     current = torch.cuda.current_stream()
     current.wait_event(copied)
-    for states in batch:
-        states.record_stream(current)  # the copying stream must not use this memory before us
+    for tensor in batch.tensors:
+        tensor.record_stream(current)  # the copying stream must not use this memory before us
     return batch

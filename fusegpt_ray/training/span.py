@@ -20,8 +20,10 @@ from torch.utils.checkpoint import checkpoint
 
 from fusegpt_ray.model.compiled import CompiledBlock, RunBlock
 from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.memory import is_out_of_memory
-from fusegpt_ray.model.recorder import Context, run_block
+from fusegpt_ray.model.recorder import Context, moved, run_block
+from fusegpt_ray.model.rows import Own, Owns, each
 
 Weights = dict[str, torch.Tensor]
 """Of a block, by parameter name, in the dtype of the arithmetic."""
@@ -67,6 +69,8 @@ class Span:
         recompute: bool = False,
         run: RunBlock = run_block,
         gathering: Callable[[RunBlock], RunBlock] = lambda run: run,
+        meta_blocks: Sequence[EmptyBlock] = (),
+        numbers: Sequence[int] = (),
     ) -> None:
         """
         Args:
@@ -76,9 +80,12 @@ class Span:
             recompute: whether a block's activations are computed again for the backward pass.
             run: runs a block (see `model/compiled.py`).
             gathering: what has to be done around it (see `Partition.run`).
+            meta_blocks: of the dense model, which tell how blocks are saved.
+            numbers: the blocks' dense numbers, for windows with contexts of their own.
         """
         self.blocks, self.learned, self.contexts = tuple(blocks), learned, contexts
         self.recompute, self._run, self._gathering = recompute, run, gathering
+        self.meta_blocks, self._numbers = meta_blocks, numbers
         self.formed: list[torch.Tensor] = []
         """The weights of this loss batch, with the graph that leads to what learns."""
         self.weights: list[nn.Parameter] = []
@@ -95,18 +102,31 @@ class Span:
             leaf.data = value.detach()
         self._gradients = [None] * len(self.weights)
 
-    def __call__(self, h_BTD: torch.Tensor) -> torch.Tensor:
+    def __call__(self, h_BTD: torch.Tensor, owns: Owns | None = None) -> torch.Tensor:
         """States entering the first block → states leaving the last, with the weights of the loss
         batch; between two of them with those of this moment.
+
+        `owns`: see `Batch`.
         """
         if not self.formed:
             with torch.no_grad():
                 self.form(self.learned)
-                out_BTD = self(h_BTD)
+                out_BTD = self(h_BTD, owns)
                 self.release()
             return out_BTD
-        run = self._gathering(self._run)
-        for block, context in zip(self.blocks, self.contexts, strict=True):
+        if owns is not None:
+            return each(self._one, h_BTD, owns)
+        return self._through(self._run, h_BTD, self.contexts)
+
+    def _one(self, h_1nD: torch.Tensor, own: Own) -> torch.Tensor:
+        contexts = moved([own.contexts[number] for number in self._numbers], h_1nD.device)
+        return self._through(run_block, h_1nD, contexts)  # of any length: not compiled
+
+    def _through(
+        self, run: RunBlock, h_BTD: torch.Tensor, contexts: Sequence[Context]
+    ) -> torch.Tensor:
+        run = self._gathering(run)
+        for block, context in zip(self.blocks, contexts, strict=True):
             if self.recompute and torch.is_grad_enabled():
                 # Blocks are in eval mode, so no random state has to be preserved.
                 h_BTD = checkpoint(
@@ -136,30 +156,31 @@ class Span:
         self.release()
         return root
 
-    def rehearse(self, h_BTD: torch.Tensor) -> str:
+    def rehearse(self, h_BTD: torch.Tensor, owns: Owns | None = None) -> str:
         """A pass there and back on a GPU before the first step: what has to be compiled is compiled
         now. What cannot be, or has no deterministic kernel, is found out while no other worker
         waits. Returns what there is to tell, or nothing.
 
         Args:
             h_BTD: states of a micro-batch, of any values.
+            owns: see `Batch`.
         """
         told = ""
         if h_BTD.device.type == "cuda" or isinstance(self._run, CompiledBlock):
             try:
-                deterministic_or_not(lambda: self._there_and_back(h_BTD))
+                deterministic_or_not(lambda: self._there_and_back(h_BTD, owns))
             except Exception as error:
                 if not isinstance(self._run, CompiledBlock) or is_out_of_memory(error):
                     raise
                 self._run.give_up(error)
-                self._there_and_back(h_BTD)
+                self._there_and_back(h_BTD, owns)
             if isinstance(self._run, CompiledBlock):
                 told = self._run.gave_up
         return told
 
-    def _there_and_back(self, h_BTD: torch.Tensor) -> None:
+    def _there_and_back(self, h_BTD: torch.Tensor, owns: Owns | None) -> None:
         self.form(self.learned)
-        self(h_BTD).sum().backward()
+        self(h_BTD, owns).sum().backward()
         self.release()
 
     def _make_leaves(self, weights: Sequence[Weights]) -> list[nn.Parameter]:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from fusegpt_ray.model.rows import Owns, Rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.training.stepper import Batch
+from fusegpt_ray.training.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -29,20 +30,20 @@ class StatesSource:
     """The states entering this position of `teacher` (or leaving its last block) are the aim."""
 
     @torch.no_grad()
-    def walk(self, runner: Runner, windows_WT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def walk(self, runner: Runner, windows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """States entering the span and the teacher's leaving it, [W, T, D] each.
 
         One walk serves both where the blocks before the span are the teacher's. Else each stack is
         walked once. The two sets of states are all that is held of them, and lie wherever there is
         room (see `placement.py`).
         """
-        entering_WTD, leaving_WTD = runner.empty_states(windows_WT, sets=2)
+        entering_WTD, leaving_WTD = runner.empty_states(windows, sets=2)
         shared = self.stack.blocks[: self.start] == self.teacher.blocks[: self.start]
         assert self.start <= self.stop or not shared, (self.start, self.stop)
         if not shared:
-            for _ in runner.walk(self.stack, windows_WT, self.start, entering_WTD):
+            for _ in runner.walk(self.stack, windows, self.start, entering_WTD):
                 pass
-        teacher = runner.walk(self.teacher, windows_WT, self.stop, leaving_WTD)
+        teacher = runner.walk(self.teacher, windows, self.stop, leaving_WTD)
         for position, h_WTD in enumerate(teacher):
             if shared and position == self.start:
                 entering_WTD.copy_(h_WTD)
@@ -55,6 +56,9 @@ class States:
 
     entering_WTD: torch.Tensor
     leaving_WTD: torch.Tensor
+    weights_WT: torch.Tensor | None = None
+    """See `Batch`; so are the contexts of each window's own."""
+    owns: Owns | None = None
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Consecutive batches of `size` windows. A smaller remainder would change the loss, so
@@ -62,7 +66,8 @@ class States:
         """
         assert len(self.entering_WTD) == len(self.leaving_WTD), "states of the same windows"
         assert len(self.entering_WTD) % size == 0, (len(self.entering_WTD), size)
-        return zip(self.entering_WTD.split(size), self.leaving_WTD.split(size), strict=True)
+        whole = Batch(self.entering_WTD, self.leaving_WTD, self.weights_WT, self.owns)
+        return whole.split(size)
 
 
 def own_windows(

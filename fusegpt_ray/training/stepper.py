@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
@@ -21,10 +22,6 @@ from fusegpt_ray.training.optimizer import (
     training_state,
 )
 from fusegpt_ray.training.span import Span
-
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""States entering the span and the teacher's states leaving it, [b, T, D] each, on the worker's
-device."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class TorchStepper:
 
     def step(self, batch: Batch) -> torch.Tensor:
         self.span.form(self.span.learned)
-        loss = accumulate(self.span, *batch, self.loss, self.micro_batch, shared=False)
+        loss = accumulate(self.span, batch, self.loss, self.micro_batch, shared=False)
         self.span.root().backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
-import numpy as np
 import torch
-from torch import nn
 
 from fusegpt_ray.model.compiled import RunBlock
+from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
@@ -50,7 +50,7 @@ class Trainable(Protocol):
 
     def build(
         self,
-        meta_blocks: Sequence[nn.Module],
+        meta_blocks: Sequence[EmptyBlock],
         contexts: Sequence[Context],
         device: torch.device,
         dtype: torch.dtype,
@@ -84,7 +84,7 @@ class TrainingTask:
 
     trainable: Trainable
     source: StatesSource
-    windows_WT: np.ndarray
+    windows: Batch
     config: TrainingConfig
     identity: Mapping[str, Any]
     """Names what is trained: a training checkpoint of another identity is not used."""
@@ -92,7 +92,7 @@ class TrainingTask:
     """Where its training checkpoints lie."""
     fence: Callable[[], None]
     """Called before every write: it raises where another run writes here."""
-    held_out_WT: np.ndarray | None = None
+    held_out: Batch | None = None
     """What is saved is the state with the lowest loss on these windows, whole loss batches of them;
     None: the last state."""
     what: str = "fine-tuning the group"
@@ -105,5 +105,5 @@ class TrainingTask:
         """The parts whose states are computed before the training (see `_states`). Of a pass in
         several parts, each part's follow when it begins.
         """
-        held_out = [] if self.held_out_WT is None else [HELD_OUT]
+        held_out = [] if self.held_out is None else [HELD_OUT]
         return held_out if held_out and self.config.parts > 1 else [*held_out, 1]

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusegpt_ray.training.stepper import Batch, Stepper
+from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.stepper import Stepper
 
 _BEST = "best."
 

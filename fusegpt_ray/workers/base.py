@@ -24,6 +24,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Cluster, Dtype, Importance
 from fusegpt_ray.store import storage
+from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text_sections import Text
 
 R = TypeVar("R")
@@ -146,7 +147,9 @@ class Workers(Protocol):
         trace: TracebackType | None,
     ) -> None: ...
 
-    def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
+    def tokens(
+        self, text: Text, key: str, reading: Reading = PACKED
+    ) -> Callable[[], Iterator[np.ndarray]]:
         """The text's tokens, piece by piece, from the beginning at each call (see
         `text/calibration.py`). `key` is the recipe key of the text, for messages.
         """

@@ -16,7 +16,7 @@ from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.text import calibration
+from fusegpt_ray.text.calibration import PACKED, Reading, token_stream
 from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker
 
@@ -87,9 +87,11 @@ class LocalWorkers:
     def training_setup(self) -> Mapping[str, str | int]:
         return {"engine": "local", "device": self.device.type}
 
-    def tokens(self, text: Text, key: str) -> Callable[[], Iterator[np.ndarray]]:
-        piece_bytes = self.setup.piece_mb * 1_000_000
-        return calibration.token_stream(text, piece_bytes, self.setup.source.tokenizer(), key)
+    def tokens(
+        self, text: Text, key: str, reading: Reading = PACKED
+    ) -> Callable[[], Iterator[np.ndarray]]:
+        piece_bytes, tokenizer = self.setup.piece_mb * 1_000_000, self.setup.source.tokenizer()
+        return token_stream(text, piece_bytes, tokenizer, key, reading)
 
     def map(
         self,

@@ -25,7 +25,8 @@ RECIPE: dict[str, Any] = {
     },
     "evaluation": {"wikitext2": {"data": "s3://bucket/text.jsonl", "column": "text", "windows": 5}},
     "importance": {"windows": 32, "batch": 4, "racing": 0.05},
-    "fusion": {"preset": "paper", "rank": 16, "betas": [0.9, 0.95], "learning_rate": 1e-3},
+    "preset": "paper",
+    "fusion": {"rank": 16, "betas": [0.9, 0.95], "learning_rate": 1e-3},
     "cluster": {"engine": "local", "workers": 2, "micro_batch": 1},
     "output": {"uri": "s3://bucket/models", "name": "llama", "shard_gb": 5.0},
 }

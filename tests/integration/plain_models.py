@@ -76,7 +76,7 @@ def fused_in_memory(recipe: Recipe, manifest: dict[str, Any], folder: Path) -> t
         )
         for block, learned in zip(job.neighbours, span.learned.blocks, strict=True):
             model.model.layers[block.dense].load_state_dict(
-                folded_tensors(learned, block, fused), strict=False
+                folded_tensors(learned, block, fused, runner.trunk.meta_blocks), strict=False
             )
         stack = stack.drop(donor).swap(job.save(span).blocks)
     return without_blocks(model, "llama", manifest["kept"])

@@ -92,6 +92,7 @@ def _does_not_run(name: str, folder: Path) -> str:
 def _recipe(model: Path, folder: Path, out: Path, method: str) -> dict[str, Any]:
     return {
         "model": {"source": str(model)},
+        "preset": "rounds",
         "method": method,
         "sparsity": 0.3,
         "calibration": {"data": str(folder / "text.txt"), "windows": 4, "length": LENGTH},

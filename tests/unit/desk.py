@@ -76,6 +76,7 @@ class Desk:
         """The recipe, with whole sections or keys replaced."""
         return {
             "model": {"source": str(self.model)},
+            "preset": "rounds",
             "sparsity": 0.4,
             "calibration": {
                 "data": str(self.folder / "calibration.txt"),

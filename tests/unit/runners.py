@@ -10,7 +10,11 @@ import torch
 from models import token_windows
 
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.sections import Importance
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 CPU = torch.device("cpu")
 IDS = token_windows(5, 11)
@@ -19,6 +23,12 @@ Tensors = dict[str, torch.Tensor]
 
 def make_runner(stack: Stack, dtype: torch.dtype = torch.float32, rows: int = 16) -> Runner:
     return Runner(stack, CPU, dtype, rows)
+
+
+def local_workers(folder: Path, importance: Importance) -> LocalWorkers:
+    """One process that computes with the model in a folder."""
+    source = Source.find(str(folder), None)
+    return LocalWorkers(Setup(source, source.stack(), importance=importance))
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def test_states_and_logits_are_the_real_models_to_the_bit(
         len(kept) + 1
     )
     assert torch.equal(runner.trunk.logits(got[-1]), real(input_ids=IDS).logits)
-    assert torch.equal(runner.embed(IDS), expected[0])
+    assert torch.equal(runner.enter(IDS)[0], expected[0])
 
 
 @pytest.mark.parametrize("name", SUPPORTED)
@@ -90,7 +90,7 @@ def test_layers_of_different_kinds_get_contexts_of_their_own(
         runner = make_runner(stack)
         contexts = runner.trunk.contexts(len(IDS), IDS.shape[1])
         own, borrowed = (
-            runner.apply(runner.weights.of(stack.blocks[0]), dense, runner.embed(IDS))
+            runner.apply(runner.weights.of(stack.blocks[0]), dense, runner.enter(IDS)[0])
             for dense in (0, 1 if name == "gemma3" else 4)
         )
         assert len(contexts) == DEPTH

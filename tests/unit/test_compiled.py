@@ -20,6 +20,7 @@ from fusegpt_ray.model.compiled import CompiledBlock, block_function, compiles
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 
@@ -67,14 +68,14 @@ def test_compiling_does_not_grow_with_depth_or_rounds(workshop: Workshop, kinds:
 
 
 def test_compiled_blocks_learn_the_same(workshop: Workshop) -> None:
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     def gradients(run: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         span = workshop.student(job)
         span._run = run
         span.form(span.learned)
-        accumulate(span, entering, leaving, normalized_mse, 2, False)
+        accumulate(span, Batch(entering, leaving), normalized_mse, 2, False)
         span.root().backward()
         return {name: value.grad for name, value in span.learned.named_parameters()}
 
@@ -127,7 +128,7 @@ def test_what_cannot_be_compiled_backwards_is_found_before_the_first_step(
     def plain(graph: Any, _: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     entering, _ = workshop.states(job)
     span, expected = workshop.student(job), workshop.student(job)
     span._run = CompiledBlock(aot_autograd(fw_compiler=plain, bw_compiler=fails))
@@ -145,7 +146,7 @@ def test_memory_that_runs_out_is_no_reason_not_to_compile(workshop: Workshop) ->
     block = workshop.runner.weights.of(workshop.dense.blocks[0])
     context = workshop.runner.trunk.contexts(BATCH, LENGTH)[0]
     with pytest.raises(torch._dynamo.exc.TorchDynamoException) as caught:
-        run(block, workshop.runner.embed(IDS[:BATCH]), context)
+        run(block, workshop.runner.enter(IDS[:BATCH])[0], context)
     assert is_out_of_memory(caught.value)
     assert not run.gave_up
 

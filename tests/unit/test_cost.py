@@ -13,29 +13,33 @@ import pytest
 import torch
 from desk import LENGTH as WORDS
 from desk import Desk
+from experts import save_merged, save_split
 from models import open_stack, token_windows
 from random_stack import empty_stack
 from safetensors.torch import load_file
 from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count, healing_flops
+from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count, healing_flops, matrix_flops
 from fusegpt_ray.footprint import (
     activation_bytes,
     healing_bytes,
     replica_bytes,
     shortage,
+    trained_elements,
     training_bytes,
     worker_bytes,
 )
+from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model import runner as runner_module
-from fusegpt_ray.model.recorder import run_block
+from fusegpt_ray.model.recorder import has_experts, run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.workers import local
@@ -61,7 +65,7 @@ def test_flops_of_a_block_are_those_that_torch_counts(
 ) -> None:
     dense = open_stack(checkpoint(name))
     runner = Runner(dense, CPU, torch.float32, 1)
-    h_1TD, counted = runner.embed(token_windows(1, LENGTH)), 0
+    h_1TD, counted = runner.enter(token_windows(1, LENGTH))[0], 0
     runner.trunk.contexts(1, LENGTH)  # what all blocks share, such as rotary angles
     for block in dense.blocks:
         module = runner.weights.of(block)
@@ -73,6 +77,59 @@ def test_flops_of_a_block_are_those_that_torch_counts(
             h_1TD = runner.apply(module, block.dense, h_1TD)
         counted += counter.get_total_flops()
     assert counted == len(dense) * block_flops(dense, LENGTH)
+
+
+@pytest.mark.parametrize("layout", [save_split, save_merged])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_flops_count_the_experts_that_a_token_passes(
+    name: str, layout: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    dense = open_stack(layout(name, tmp_path))
+    runner = Runner(dense, CPU, torch.float32, 1)
+    h_1TD, counted = runner.embed(token_windows(1, LENGTH)), 0
+    for block in dense.blocks:
+        module = runner.weights.of(block)
+        for experts in filter(has_experts, module.modules()):
+            experts.config._experts_implementation = "eager"  # in products that are counted
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            runner.apply(module, block.dense, h_1TD)
+        # What attention computes by itself is counted without experts above.
+        counted += sum(
+            flops
+            for op, flops in counter.get_flop_counts()["Global"].items()
+            if op is not torch.ops.aten.bmm
+        )
+    assert counted // len(dense) == matrix_flops(dense, LENGTH)
+
+
+@pytest.mark.parametrize("layout", [save_split, save_merged])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_what_learns_in_experts_is_counted(
+    name: str, layout: Callable[[str, Path], Path], desk: Desk, tmp_path: Path
+) -> None:
+    folder = tmp_path / "experts"
+    folder.mkdir()
+    dense = open_stack(layout(name, folder))
+    asked = recipe(desk)
+    job = GroupFusion(dense, dense, 2, asked.fusion, True, 0, "nowhere")
+    runner = Runner(dense, CPU, torch.float32, 4)
+    contexts = runner.trunk.contexts(4, WORDS)
+    span = job.build(runner.trunk.meta_blocks, contexts, CPU, torch.float32)
+    factors = [
+        value.numel()
+        for name, value in span.learned.named_parameters()
+        if name.rpartition(".")[2] in ("A", "B", "C0", "D0")
+    ]
+    routers = sum(
+        (asked.fusion.rank + asked.fusion.lora_rank) * sum(value.shape)
+        for block in span.blocks
+        for path, value in block.named_parameters()
+        if ("router" in path and value.dim() == 2) or path == "mlp.gate.weight"
+    )
+    assert sum(factors) + routers == trained_elements(asked, dense, 1)
 
 
 def test_block_forwards_are_those_of_a_real_run(
@@ -236,7 +293,7 @@ def test_flops_of_healing_are_those_that_torch_counts(
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
-        accumulate(span, *batch, job.loss(runner.trunk), None, False)
+        accumulate(span, Batch(*batch), job.loss(runner.trunk), None, False)
     found, expected = counter.get_total_flops(), 4 * healing_flops(asked, dense, len(dense) - 1)
     if recompute:  # torch leaves out what comes after a block's last saved tensor
         assert 0.9 * expected < found < expected

@@ -31,6 +31,7 @@ from torch import nn
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Cluster
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import Trained
 from fusegpt_ray.training.masters import Masters
@@ -66,7 +67,7 @@ def test_loss_and_gradients_are_those_of_the_real_models(infirmary: Infirmary, c
     """Every parameter of every block, through the real norm, head and soft caps."""
     span, runner, batch = built(infirmary, train="all")
     span.form(span.learned)
-    loss = accumulate(span, *batch, LogitsKL(runner.trunk.head, chunk=chunk), 2, False)
+    loss = accumulate(span, Batch(*batch), LogitsKL(runner.trunk.head, chunk=chunk), 2, False)
     span.root().backward()
 
     student, teacher = infirmary.plain()

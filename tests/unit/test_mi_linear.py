@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from typing import Any
 import pytest
 import torch
 from desk import LENGTH, Desk
+from experts import save_split
 from models import load_model
 from safetensors.torch import load_file
 from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import added, repair
+from fusegpt_ray.fusion.compensation import last_linears
 from fusegpt_ray.model import recorder
 from fusegpt_ray.model import runner as runner_module
+from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.publishing.publish import Published
@@ -52,6 +56,22 @@ def perplexity(folder: str | Path, desk: Desk) -> float:
     logits = load_model(Path(folder))(input_ids=rows).logits[:, :-1]
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
     return float(loss.exp())
+
+
+def test_blocks_that_end_in_experts_are_not_repaired(desk: Desk) -> None:
+    """Told before the work: what experts write is no single layer's. With a shared expert that is
+    called last, there is one.
+    """
+    (desk.model / "model.safetensors").unlink()
+    save_split("mixtral", desk.model)
+    with pytest.raises(UserError, match="no block of MixtralForCausalLM ends in one"):
+        plan(recipe(desk), Display())
+    save_split("deepseek_v3", desk.model)
+    plan(recipe(desk), Display())
+    structure = observe(json.loads((desk.model / "config.json").read_text()))
+    layers, blocks = last_linears(structure.calls), structure.blocks
+    assert layers[0] is blocks[0].get_submodule("mlp.down_proj")
+    assert layers[1] is blocks[1].get_submodule("mlp.shared_experts.down_proj")
 
 
 @pytest.mark.parametrize("start", [None, "matrix", "scale"])
@@ -156,6 +176,24 @@ def test_a_start_makes_the_first_loss_smaller(desk: Desk) -> None:
         losses[start] = record["loss_first"]
         assert ("repair" in record) == (start == "linear")
     assert losses["linear"] < 0.95 * losses["none"]
+
+
+@pytest.mark.parametrize(("windows", "start"), [(12, "linear"), (4, "none")])
+def test_auto_is_a_start_where_there_are_enough_tokens(
+    windows: int, start: str, desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = {"data": str(desk.folder / "calibration.txt"), "windows": windows, "length": LENGTH}
+    keys = fusion(desk, start="auto")
+    asked = recipe(desk, method="fusegpt", calibration=text, fusion=keys)
+    assert plan(asked, Display()).recipe.fusion.start == start
+    assert ("without a start in closed form" in capsys.readouterr().err) == (start == "none")
+
+
+def test_auto_is_no_start_for_a_mixture_of_experts(desk: Desk) -> None:
+    (desk.model / "model.safetensors").unlink()
+    save_split("mixtral", desk.model)
+    asked = recipe(desk, method="fusegpt", fusion=fusion(desk, start="auto"))
+    assert plan(asked, Display()).recipe.fusion.start == "none"
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class Group:
 
 
 def settings(**values: object) -> Fusion:
-    return Fusion(**(PRESETS["paper"] | {"preset": "paper"} | values))
+    return Fusion(**(PRESETS["paper"]["fusion"] | values))
 
 
 def make_optimizer(group: Group, settings: Fusion) -> torch.optim.Adam:
@@ -88,7 +88,8 @@ def test_both_rates_follow_the_cosine_to_zero() -> None:
 
 def test_batches_are_consecutive_and_whole() -> None:
     entering, leaving = torch.arange(6.0), torch.arange(6.0) * 10
-    pairs = [(x.tolist(), y.tolist()) for x, y in States(entering, leaving).batches(2)]
+    batches = States(entering, leaving).batches(2)
+    pairs = [(batch.entering_bTD.tolist(), batch.leaving_bTD.tolist()) for batch in batches]
     assert pairs == [([0, 1], [0, 10]), ([2, 3], [20, 30]), ([4, 5], [40, 50])]
     with pytest.raises(AssertionError):
         States(entering, leaving).batches(4)

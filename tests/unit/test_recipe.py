@@ -31,9 +31,9 @@ def test_defaults() -> None:
     ) == (1024, 2048, 0, "text")
     assert r.importance.windows == 32
     f = r.fusion
-    # method.md: 7 neighbours, r = 128 for both, 20 epochs, batches of 8, Adam's betas and eps.
-    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 20, 8)
-    assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 1e-3)
+    # method.md: 7 neighbours, r = 128 for both, batches of 8, Adam's betas and eps.
+    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 2, 8)
+    assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 3e-4)
     assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == (
         "ray",
         1,
@@ -51,57 +51,90 @@ PAPER = {
     "lora_learning_rate": 9.65e-6,
     "trained_dtype": "model",
     "fold": "at_end",
+    "epochs": 20,
+    "start": "none",
 }
-OURS = {
+ROUNDS = {
     "loss": "normalized_mse",
     "teacher": "dense",
+    "start": "none",
     "learning_rate": 1e-3,
     "lora_learning_rate": 3e-4,
     "trained_dtype": "float32",
     "fold": "each_round",
+    "epochs": 20,
 }
+BEST = ROUNDS | {"start": "auto", "learning_rate": 3e-4, "lora_learning_rate": 2e-4, "epochs": 2}
 
 
 @pytest.mark.parametrize(
-    ("fusion", "expected"),
+    ("given", "expected"),
     [
-        ({}, OURS),
-        (None, OURS),
-        ({"preset": "default"}, OURS),
+        ({}, BEST),
+        ({"fusion": None}, BEST),
+        ({"preset": "best"}, BEST),
+        ({"preset": "rounds"}, ROUNDS),
         ({"preset": "paper"}, PAPER),
-        # What the recipe says itself counts, in any order of the keys.
-        ({"loss": "normalized_mse", "preset": "paper"}, PAPER | {"loss": "normalized_mse"}),
+        # What the recipe says itself counts.
         (
-            {"preset": "paper", "teacher": "dense", "fold": "each_round"},
+            {"preset": "paper", "fusion": {"loss": "normalized_mse"}},
+            PAPER | {"loss": "normalized_mse"},
+        ),
+        (
+            {"preset": "paper", "fusion": {"teacher": "dense", "fold": "each_round"}},
             PAPER | {"teacher": "dense", "fold": "each_round"},
         ),
-        ({"preset": "paper", "lora_learning_rate": 3e-4}, PAPER | {"lora_learning_rate": 3e-4}),
-        ({"learning_rate": 0.5}, OURS | {"learning_rate": 0.5}),
-        ({"trained_dtype": "model"}, OURS | {"trained_dtype": "model"}),
+        ({"fusion": {"learning_rate": 0.5}}, BEST | {"learning_rate": 0.5}),
+        ({"fusion": {"trained_dtype": "model"}}, BEST | {"trained_dtype": "model"}),
     ],
 )
-def test_presets_fill_in_what_is_left_out(
-    fusion: dict[str, Any] | None, expected: dict[str, Any]
-) -> None:
-    got = Recipe.parse(SMALLEST | {"fusion": fusion}).fusion
+def test_presets_fill_in_what_is_left_out(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    got = Recipe.parse(SMALLEST | given).fusion
     assert {key: getattr(got, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("method", "start"), [("mi", "none"), ("mi+linear", "linear"), ("mi+ft", "auto")]
+)
+def test_only_what_trains_may_start_as_the_preset_says(method: str, start: str) -> None:
+    assert Recipe.parse(SMALLEST | {"method": method}).fusion.start == start
+
+
+@pytest.mark.parametrize(
+    ("given", "heals"),
+    [
+        ({}, True),
+        ({"heal": {"rank": 8}}, True),
+        ({"heal": None}, False),
+        ({"preset": "rounds"}, False),
+        ({"preset": "paper"}, False),
+        ({"preset": "paper", "heal": {}}, True),
+        ({"method": "mi"}, False),
+        ({"method": "mi", "heal": {}}, True),
+        ({"method": "mi+ft"}, False),
+    ],
+)
+def test_the_best_preset_heals_what_is_fused(given: dict[str, Any], heals: bool) -> None:
+    """Other methods are what their names say, unless healing is asked for."""
+    assert (Recipe.parse(SMALLEST | given).heal is not None) == heals
 
 
 def test_presets_hold_for_recipes_from_files_and_overrides(tmp_path: Path) -> None:
     file = written(tmp_path, yaml.safe_dump(SMALLEST))
-    assert Recipe.load(file, ["fusion.preset=paper"]).fusion.loss == "batch_kl"
+    assert Recipe.load(file, ["preset=paper"]).fusion.loss == "batch_kl"
     assert (
-        Recipe.load(file, ["fusion.preset=paper", "fusion.loss=normalized_mse"]).fusion.loss
+        Recipe.load(file, ["preset=paper", "fusion.loss=normalized_mse"]).fusion.loss
         == "normalized_mse"
     )
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["best", "rounds", "paper"])
 def test_json_and_back_changes_nothing(preset: str) -> None:
     r = recipe(
         sparsity=[0.2, 0.25, 0.3],
         evaluation={"wiki": {"data": "wikitext", "config": "wikitext-2-raw-v1", "length": 512}},
-        fusion={"preset": preset, "betas": [0.8, 0.9]},
+        preset=preset,
+        fusion={"betas": [0.8, 0.9]},
         cluster={"workers": 2, "object_store_gb": 2.5},
     )
     again = Recipe.parse(json.loads(json.dumps(r.model_dump(mode="json"))))

@@ -26,7 +26,7 @@ from fusegpt_ray.recipe import Recipe
             "fusion.learningrate",
             "did you mean fusion.learning_rate",
         ),
-        ({"fusion": {"preset": "paper", "epoch": 3}}, "fusion.epoch", "did you mean fusion.epochs"),
+        ({"preset": "paper", "fusion": {"epoch": 3}}, "fusion.epoch", "did you mean fusion.epochs"),
         ({"calibration": {"lenght": 3}}, "calibration.lenght", "did you mean calibration.length"),
         (
             {"evaluation": {"wiki": {"data": "x", "colum": "y"}}},
@@ -118,10 +118,10 @@ def test_missing_keys(key: str) -> None:
         ({"importance": {"batch": 0}}, "importance.batch"),
         ({"importance": {"racing": 1}}, "importance.racing"),
         ({"importance": {"racing": math.nan}}, "importance.racing"),
-        ({"fusion": {"preset": "papers"}}, "fusion.preset"),
-        ({"fusion": {"preset": None}}, "fusion.preset"),
-        ({"fusion": {"preset": ["paper"]}}, "fusion.preset"),
-        ({"fusion": {"preset": {}}}, "fusion.preset"),
+        ({"preset": "papers"}, "preset"),
+        ({"preset": None}, "preset"),
+        ({"preset": ["paper"]}, "preset"),
+        ({"preset": {}}, "preset"),
         ({"fusion": "paper"}, "fusion"),
         ({"fusion": {"batch": 1}}, "fusion.batch"),
         ({"fusion": {"rank": 0}}, "fusion.rank"),
@@ -263,6 +263,7 @@ def test_a_micro_batch_divides_a_workers_share(workers: int, micro: int, good: b
 def test_workers_share_a_loss_batch_equally(batch: int, workers: int, good: bool) -> None:
     data = merged(
         {
+            "preset": "rounds",
             "calibration": {"windows": 48},
             "fusion": {"batch": batch},
             "cluster": {"workers": workers},

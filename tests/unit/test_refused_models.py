@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from models import DEPTH, open_stack, rewrite, save_tiny
+from experts import save_split
+from models import DEPTH, open_stack, rewrite
 from runners import Tensors, config_of
 
 from fusegpt_ray.errors import UserError
@@ -126,9 +127,18 @@ def test_custom_code_is_never_run(checkpoint: Callable[[str], Path], tmp_path: P
     assert not (tmp_path / "sprung").exists()
 
 
-def test_mixtures_of_experts_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="mixture of experts"):
-        open_stack(save_tiny("mixtral", tmp_path))
+@pytest.mark.parametrize("missing", ["w1", "w2"])
+def test_a_mixture_without_one_of_its_experts_is_refused(missing: str, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+
+    def without(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        part = f".2.block_sparse_moe.experts.1.{missing}"
+        return {name: value for name, value in tensors.items() if part not in name}
+
+    folder = rewrite(save_split("mixtral", tmp_path / "whole"), tmp_path / "part", without)
+    with pytest.raises(UserError, match=r"experts") as caught:
+        open_stack(folder)
+    assert "layers.2" in f"{caught.value}"
 
 
 SMALL = {

@@ -42,7 +42,7 @@ def but(*missing: int) -> list[int]:
     ],
 )
 def test_teachers(kept: list[int], donor: int, group: list[int], current: int, dense: int) -> None:
-    for preset, expected in (("paper", current), ("default", dense)):
+    for preset, expected in (("paper", current), ("rounds", dense)):
         job = GroupFusion(
             bare_stack(kept), bare_stack(range(12)), donor, settings(preset), True, 0, ""
         )

@@ -27,6 +27,7 @@ from workshop import (  # noqa: F401 - fixtures
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.optimizer import make_optimizer
@@ -37,7 +38,7 @@ from fusegpt_ray.training.span import Span
 
 @pytest.mark.parametrize("workshop", SUPPORTED, indirect=True)
 def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) -> None:
-    job = workshop.job(2, preset="default", **FAST)
+    job = workshop.job(2, preset="rounds", **FAST)
     assert list(job.span) == [0, 1, 2, 3]
     entering, leaving = workshop.states(job)
     student = workshop.student(job)
@@ -50,7 +51,8 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     assert means[-1] < means[0]
     # Everything that learns is reached by the loss, once B and C are no longer zero.
     student.form(student.learned)
-    accumulate(student, entering[:BATCH], leaving[:BATCH], normalized_mse, None, False)
+    batch = Batch(entering[:BATCH], leaving[:BATCH])
+    accumulate(student, batch, normalized_mse, None, False)
     student.root().backward()
     untouched = [
         name
@@ -152,7 +154,8 @@ def test_old_terms_go_on_learning_and_are_saved_again(workshop: Workshop) -> Non
     twice = stack.drop(3).swap(job.save(student).blocks)
     terms = twice.blocks[0].terms
     assert terms.base == workshop.dense.blocks[0].weights
-    assert terms.donors == (workshop.dense.blocks[2].weights, stack.blocks[2].weights)
+    (second,) = (block for block in stack.blocks if block.dense == 3)
+    assert terms.donors == (workshop.dense.blocks[2], Block(3, second.weights))
     names = {name.rsplit(".", 1)[-1] for name in terms.learned} - {"weight"}
     assert names == {"A", "B", "C0", "D0", "C1", "D1"}
     assert len(twice.blocks[-1].terms.donors) == 1
@@ -171,7 +174,7 @@ def test_folding_each_round_keeps_no_terms(workshop: Workshop) -> None:
 
 
 def test_fine_tuning_without_fusing_has_no_coefficients(workshop: Workshop) -> None:
-    job = workshop.job(2, fuse=False, preset="default", fold="at_end", **FAST)
+    job = workshop.job(2, fuse=False, preset="rounds", fold="at_end", **FAST)
     student = workshop.student(job)
     assert {name.rsplit(".", 1)[-1] for name in learned(student)} == {"A", "B", "weight"}
     means = workshop.train(job, student)

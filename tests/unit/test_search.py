@@ -48,8 +48,9 @@ class Walks:
         **importance: object,
     ) -> Ranking:
         kept = kept or list(range(self.table_WN.shape[1]))
+        lengths = [LENGTH] * len(self.table_WN)
         sizes, settings = list(map(len, self.parts)), Importance(**importance)
-        return search(self, kept, sizes, LENGTH, settings, last, candidates=candidates)
+        return search(self, kept, sizes, lengths, settings, last, candidates=candidates)
 
 
 def whole_table(table_WN: np.ndarray) -> dict[int, float]:

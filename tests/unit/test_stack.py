@@ -43,7 +43,7 @@ def test_stacks_are_json_and_back(checkpoint: Callable[[str], Path]) -> None:
     fused = Block(
         0,
         b.weights,
-        Terms(a.weights, (b.weights, a.weights), {"x.C0": b.weights["mlp.up_proj.weight"]}),
+        Terms(a.weights, (b, a), {"x.C0": b.weights["mlp.up_proj.weight"]}),
     )
     stack = dense.drop(1).swap({0: fused})
     assert stack.kept == (0, 2, 3, 4)
@@ -87,5 +87,5 @@ def test_a_trunk_holds_no_blocks(checkpoint: Callable[[str], Path]) -> None:
     assert {
         parameter.device.type
         for meta_block in trunk.meta_blocks
-        for parameter in meta_block.parameters()
+        for parameter in meta_block.module.parameters()
     } == {"meta"}

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import any_tensors, assert_same
 
 from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.empty import load_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.staging import Staging
-from fusegpt_ray.model.trunk import Trunk, load_block
+from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.store import ranges
 from fusegpt_ray.store.checkpoint import SINGLE, TensorRef, read_index, read_tensors
 from fusegpt_ray.store.ranges import EndedEarly

@@ -125,7 +125,7 @@ def test_a_window_depends_on_its_batch_alone(share: float, batch_size: int, stac
     runner = make_runner(stack, batch_size, share)
     alone = []
     for part in IDS.split(batch_size):
-        h_BTD = runner.embed(part)
+        h_BTD = runner.enter(part)[0]
         alone.append([h_BTD])
         for block in stack.blocks:
             h_BTD = runner.apply(runner.weights.of(block), block.dense, h_BTD)

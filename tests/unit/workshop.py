@@ -32,14 +32,13 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 def settings(preset: str = "paper", **values: Any) -> Fusion:
     small = {
-        "preset": preset,
         "group_size": 3,
         "rank": 4,
         "lora_rank": 3,
         "batch": BATCH,
         "epochs": 5,
     }
-    return Fusion(**(PRESETS[preset] | small | values))
+    return Fusion(**(PRESETS[preset]["fusion"] | small | values))
 
 
 Weights = dict[str, torch.Tensor]

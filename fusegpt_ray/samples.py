@@ -1,0 +1,104 @@
+"""Windows that are more than rows of tokens of one length: padded ones, and those with images.
+
+A window that is text alone is a row of an array. A shorter one ends in `PADDING`: behind the text,
+where no causal block looks at it, so that it changes nothing and only has to be left out of every
+mean. Windows with images are `Samples`, which can be taken and cut as such an array can.
+
+Shapes: W windows, T tokens. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+PADDING = -1
+"""In place of a token, behind the last one of a window."""
+Counting = Literal["all", "text", "image"]
+"""Which tokens count in a score."""
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Conversations with images, tokenised and processed."""
+
+    tokens_WT: np.ndarray
+    """int64 [W, T], an image's placeholders among them."""
+    targets_WT: np.ndarray
+    """bool [W, T]: the tokens of answers, whose perplexity is measured."""
+    images_WT: np.ndarray
+    """bool [W, T]: the placeholders that an image's embeddings replace."""
+    inputs: tuple[Mapping[str, np.ndarray], ...]
+    """What else the model is called with for each sample alone, by name: pixels, their grids, the
+    kinds of its tokens; without any padding."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        windows, length = self.tokens_WT.shape
+        return windows, length
+
+    def numel(self) -> int:
+        """Tokens, padding among them."""
+        return int(self.tokens_WT.size)
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Samples:
+        numbers = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
+        arrays = (self.tokens_WT[rows], self.targets_WT[rows], self.images_WT[rows])
+        return Samples(*arrays, tuple(self.inputs[number] for number in numbers))
+
+    def split(self, size: int) -> list[Samples]:
+        """Consecutive parts of `size` samples; the last may be smaller."""
+        return cut(self, range(size, len(self), size))  # type: ignore[return-value]
+
+    def tobytes(self) -> bytes:
+        """All that there is, for a checksum."""
+        arrays = [self.tokens_WT, self.targets_WT, self.images_WT]
+        arrays += [given[name] for given in self.inputs for name in sorted(given)]
+        return b"".join(array.tobytes() for array in arrays)
+
+
+Batch = np.ndarray | Samples
+"""Windows: int64 [W, T], or samples with images."""
+
+
+def tokens_of(windows: Batch) -> np.ndarray:
+    """int64 [W, T]."""
+    return windows.tokens_WT if isinstance(windows, Samples) else windows
+
+
+def cut(windows: Batch, ends: Iterable[int]) -> list[Batch]:
+    """Consecutive parts that end before each of these windows, and the rest."""
+    return [windows[a:b] for a, b in pairwise([0, *ends, len(windows)])]
+
+
+def counting(windows: Batch, which: Counting = "all") -> np.ndarray | None:
+    """Which tokens count in a mean over tokens, bool [W, T]; None: all of them."""
+    counted_WT = tokens_of(windows) != PADDING
+    if which != "all":
+        no_image_WT = np.zeros_like(counted_WT)
+        image_WT = windows.images_WT if isinstance(windows, Samples) else no_image_WT
+        counted_WT &= image_WT if which == "image" else ~image_WT
+    return None if counted_WT.all() else counted_WT
+
+
+def predicted(windows: Batch) -> np.ndarray | None:
+    """Which of tokens 1 … T−1 are targets, bool [W, T − 1]; None: all of them."""
+    if isinstance(windows, Samples):
+        return windows.targets_WT[:, 1:]
+    counted_WT = counting(windows)
+    return None if counted_WT is None else counted_WT[:, 1:]
+
+
+def lengths(windows: Batch, which: Counting = "all", skipped: int = 0) -> list[int]:
+    """Tokens of each window that count, but for the first `skipped` of its places."""
+    counted_WT = counting(windows, which)
+    if counted_WT is None:
+        return [tokens_of(windows).shape[1] - skipped] * len(windows)
+    return [int(number) for number in counted_WT[:, skipped:].sum(axis=1)]

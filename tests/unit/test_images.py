@@ -1,0 +1,105 @@
+"""Samples with images: what is computed block by block is what the model's own class computes of
+each sample alone, and what is removed, trained and measured follows from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import DEPTH, open_stack, without_blocks
+from pictures import ANSWER, SEEING, load_seeing, passes, samples, save_seeing
+from runners import local_workers
+
+from fusegpt_ray import evaluation
+from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.samples import Counting, Samples
+from fusegpt_ray.sections import Importance
+
+CPU = torch.device("cpu")
+Folders = Callable[[str], Path]
+
+
+@pytest.fixture(name="seeing", scope="session")
+def _seeing(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    root = tmp_path_factory.mktemp("seeing")
+
+    def get(name: str) -> Path:
+        folder = root / name
+        return folder if folder.exists() else save_seeing(name, folder)
+
+    return get
+
+
+def walked(folder: Path, given: Samples) -> torch.Tensor:
+    runner = Runner(open_stack(folder), CPU, torch.float32, batch_size=3)
+    for h_WTD in runner.walk(runner.stack, given):  # noqa: B007 - the last states are wanted
+        pass
+    return h_WTD
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_walk_is_the_classs_own_pass(name: str, seeing: Folders) -> None:
+    """To the last bit, with positions and masks around each sample's own image; and other pixels
+    give other states.
+    """
+    folder, given = seeing(name), samples(name)
+    found = walked(folder, given)
+    for row, (states, _) in enumerate(passes(load_seeing(folder), given)):
+        assert torch.equal(found[row, : len(states)], states)
+        assert not found[row, len(states) :].any()
+    other = [{**inputs, "pixel_values": inputs["pixel_values"] + 1} for inputs in given.inputs]
+    changed = walked(folder, replace(given, inputs=tuple(other)))
+    assert (changed[:, -ANSWER:] - found[:, -ANSWER:])[0].abs().max() > 1e-3
+
+
+def by_hand(folder: Path, given: Samples, tokens: Counting) -> list[float]:
+    """The Macro Influence of each block, by whole passes of the real model without it."""
+    model = load_seeing(folder)
+    full, scores = passes(model, given), []
+    for out in range(DEPTH):
+        short = without_blocks(model, "llava", [b for b in range(DEPTH) if b != out])
+        terms: list[float] = []
+        for row, ((a, _), (b, _)) in enumerate(zip(full, passes(short, given), strict=True)):
+            influence = 1 - torch.cosine_similarity(a.double(), b.double(), dim=-1).numpy()
+            image = given.images_WT[row, : len(a)]
+            which = {"all": image | ~image, "text": ~image, "image": image}[tokens]
+            terms += influence[which].tolist()
+        scores.append(sum(terms) / len(terms))
+    return scores
+
+
+@pytest.mark.parametrize("tokens", ["all", "text", "image"])
+@pytest.mark.parametrize("name", SEEING)
+def test_scores_are_those_of_whole_passes(name: str, tokens: Counting, seeing: Folders) -> None:
+    folder, given = seeing(name), samples(name)
+    settings = Importance(all=True, windows=len(given), batch=2, tokens=tokens)
+    with local_workers(folder, settings) as workers:
+        found = score(workers, open_stack(folder), given, settings)
+    expected = by_hand(folder, given, tokens)
+    assert list(found.scores.values()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_which_tokens_count_is_not_all_the_same(seeing: Folders) -> None:
+    ways: tuple[Counting, ...] = ("all", "text", "image")
+    found = [by_hand(seeing("llava"), samples("llava"), tokens) for tokens in ways]
+    assert all(abs(a - b) > 1e-3 for a, b in zip(found[1], found[2], strict=True))
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_a_perplexity_is_that_of_the_answers(name: str, seeing: Folders) -> None:
+    folder, given = seeing(name), samples(name)
+    losses: list[float] = []
+    for row, (_, logits) in enumerate(passes(load_seeing(folder), given)):
+        ids = torch.tensor(given.tokens_WT[row, : len(logits)])
+        loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+        losses += loss[-ANSWER:].tolist()
+    with local_workers(folder, Importance(batch=3)) as workers:
+        found = evaluation.perplexity(workers, open_stack(folder), given)
+        assert evaluation.compare_source(workers, given).problem == ""
+    assert found == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
