@@ -98,9 +98,8 @@ class _Attempt:
     """Takes blocks out of the empty model and looks at what its class builds then."""
 
     def __init__(self, dense: Stack, structure: Structure) -> None:
-        self.dense, self.structure = dense, structure
-        self._operations = [_operations(*call) for call in structure.calls]
-        self._built: dict[str, _Built] = {}
+        self.dense, self.structure = dense, _Observed(structure)
+        self._shallower: dict[str, _Shallower] = {}
         """By config.json, which is often the same whichever of several blocks is gone."""
 
     def first_problem(self, sets: Iterable[Sequence[int]]) -> str:
@@ -112,61 +111,70 @@ class _Attempt:
         short = self.dense
         for number in dropped:
             short = short.drop(number)
+        name, known = self.structure.found.name, self._shallower
         try:
             what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
-            with reading_users_file(KEY, self.structure.name, what, _FIX):
+            with reading_users_file(KEY, name, what, _FIX):
                 config = shrink_config(short)
-                known = json.dumps(config, sort_keys=True, default=str)
-                if known not in self._built:
-                    self._built[known] = _Built.of(config)
+                key = json.dumps(config, sort_keys=True, default=str)
+                if key not in known:
+                    known[key] = _Shallower(self.structure, _Observed(observe(config)))
+                return known[key].difference(short.kept)
         except UserError as error:
             return error.problem
-        return _difference(self.structure, self._operations, self._built[known], short.kept)
 
 
-@dataclass(frozen=True)
-class _Built:
-    """What the class of a config.json builds."""
+class _Observed:
+    """A structure, and what its blocks compute."""
 
-    structure: Structure
-    operations: list[Any]
-    """By block."""
-
-    @classmethod
-    def of(cls, config: dict[str, Any]) -> _Built:
-        structure = observe(config)
-        return cls(structure, [_operations(*call) for call in structure.calls])
+    def __init__(self, found: Structure) -> None:
+        self.found = found
+        self.operations = [_operations(*call) for call in found.calls]
+        """By block."""
 
 
-def _difference(
-    dense: Structure, operations: Sequence[Any], built: _Built, kept: Sequence[int]
-) -> str:
-    """What is not as it would be published, or nothing; `operations`: of the dense blocks."""
-    short = built.structure
-    if len(short.blocks) != len(kept):
-        return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
-    for name in sorted(dense.trunk.keys() | short.trunk.keys()):
-        old, new = dense.trunk.get(name), short.trunk.get(name)
-        if old != new:
-            return (
-                f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with"
-                " fewer blocks"
-            )
-    for position, number in enumerate(kept):
-        context, moved = dense.contexts[number], short.contexts[position]
+class _Shallower:
+    """What the class of a shallower model's config.json builds, beside the dense model."""
+
+    def __init__(self, dense: _Observed, short: _Observed) -> None:
+        self.dense, self.short = dense, short
+        self._moved: dict[tuple[int, int], str] = {}
+
+    def difference(self, kept: Sequence[int]) -> str:
+        """What is not as it would be published with the blocks `kept`, or nothing."""
+        dense, short = self.dense.found, self.short.found
+        if len(short.blocks) != len(kept):
+            return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
+        for name in sorted(dense.trunk.keys() | short.trunk.keys()):
+            old, new = dense.trunk.get(name), short.trunk.get(name)
+            if old != new:
+                return (
+                    f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with"
+                    " fewer blocks"
+                )
+        for move in zip(kept, range(len(kept)), strict=True):
+            if move not in self._moved:
+                self._moved[move] = self._difference_of(*move)
+            if problem := self._moved[move]:
+                return problem
+        return ""
+
+    def _difference_of(self, number: int, position: int) -> str:
+        """What the block is at its new place that it was not, or nothing."""
+        dense, short = self.dense.found, self.short.found
         if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
             return f"block {number} would become block {position}, where it {problem}"
-        if not same(context, moved):
+        if not same(dense.contexts[number], short.contexts[position]):
             return (
                 f"block {number} would become block {position}, and be called with other masks"
                 " there"
             )
-        if operations[number] != built.operations[position]:
+        if self.dense.operations[number] != self.short.operations[position]:
             return (
                 f"what block {number} computes depends on its number; it would become block"
                 f" {position}"
             )
-    return ""
+        return ""
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:
