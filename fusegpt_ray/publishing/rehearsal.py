@@ -68,7 +68,9 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
         UserError: what would be published is not what the class of its config.json builds,
             whatever goes.
     """
-    attempt = _Attempt(dense, structure)
+    what = "what its blocks compute cannot be seen without values"
+    with reading_users_file(KEY, structure.name, what, _FIX):
+        attempt = _Attempt(dense, structure)
     fewest, most, depth = min(removals), max(removals), len(dense)
     if not (why := attempt.first_problem(_sets(range(depth), fewest, most))):
         return ANY

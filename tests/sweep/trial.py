@@ -70,9 +70,12 @@ def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
         return Outcome(REFUSED, f"{error.problem}. Fix: {error.fix}")
     except Exception as error:  # the outcome that the sweep is there to find
         return Outcome(FAILS, _said(error))
-    problem = _loads_plainly(name, model, Path(result.uri))
-    if not problem and method == "mi":
-        problem = _differs(name, model, Path(result.uri))
+    try:
+        problem = _loads_plainly(name, model, Path(result.uri))
+        if not problem and method == "mi":
+            problem = _differs(name, model, Path(result.uri))
+    except Exception as error:  # of whatever kind: the class itself cannot use what was published
+        problem = _said(error)
     return Outcome(FAILS, problem) if problem else Outcome(EXACT)
 
 
@@ -155,7 +158,10 @@ def _generates_otherwise(model: tf.PreTrainedModel, ids: torch.Tensor) -> str:
     if not model.can_generate():
         return ""
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    try:
+        cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
+    except Exception as error:  # of whatever kind; the dense model may do no better
+        return f"does not generate: {_said(error)}"
     return "" if torch.equal(cached, plain) else "generates other tokens with a cache than without"
 
 
