@@ -62,9 +62,9 @@ class Compression:
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
-            held_out[name] = evaluation_windows(
-                workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
-            )
+            length = held.length or text.length
+            more = (f"{key}.data", text.pack, text.images)
+            held_out[name] = evaluation_windows(workers, held, length, leading[key], *more)
         # After those that are only read: the dense model may have to write some of it.
         windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
