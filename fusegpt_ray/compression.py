@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
@@ -185,6 +187,7 @@ class Compression:
             way = recipe.fusion.start
             assert way != "auto" and way != "none"
             dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
+            assert isinstance(windows_WT, np.ndarray), "`check_repair` refuses images"
             stack = repaired_only(
                 self.workers, dense, removed, way, windows_WT, folder, journal.fence
             )

@@ -63,7 +63,7 @@ class Drawn:
     def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         if self.documents is not None:
             return {"documents": self.documents, "cut": self.cut}
-        facts = {}
+        facts: dict[str, Any] = {}
         if self.conversations is not None:
             facts = {"conversations": self.conversations, "left_out": self.left_out}
         if self.distinct is not None and windows > self.distinct:
@@ -71,7 +71,7 @@ class Drawn:
         if self.text_tokens is None:
             return facts
         seen = windows * (length - bos) / self.text_tokens
-        facts = {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
+        facts |= {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
         if seen <= OFTEN:
             return facts
         what = f"{windows} windows of {length} tokens from a text of {self.text_tokens} tokens"
