@@ -209,7 +209,10 @@ class Source:
         from transformers import AutoProcessor
 
         problem = "its processor, which the images need, does not load"
-        fix = "put the files of the model's processor beside its weights (preprocessor_config.json)"
+        fix = (
+            "put the files of the model's processor beside its weights (preprocessor_config.json),"
+            " and install what it asks for, such as torchvision"
+        )
         found = self._loaded(AutoProcessor, key, problem, fix)
         if not hasattr(found, "image_processor"):  # of text alone, it is the tokenizer
             raise UserError(key, self.name, "it has no processor, which the images need", fix)

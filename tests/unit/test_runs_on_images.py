@@ -9,19 +9,19 @@ from typing import Any
 import pytest
 import torch
 from albums import album, save_llava, write_lines
+from desk import add_tokenizer
 from models import DEPTH, save_tiny
 from pictures import load_seeing, save_seeing
+from PIL import Image
 from test_training_on_images import digests
-from texts import copy_tokenizer
 from transformers import AutoProcessor
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress, evaluate, score
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Evaluation
-from PIL import Image
+from fusegpt_ray.sections import Cluster, Evaluation
 
-LENGTH = 24
+LENGTH = 36
 
 
 @pytest.fixture(name="model", scope="session")
@@ -111,7 +111,7 @@ def test_a_run_on_images(method: str, model: Path, tmp_path: Path) -> None:
 def test_the_commands_measure_with_images(model: Path, tmp_path: Path) -> None:
     given = asked(model, tmp_path)
     data = Evaluation(**given["evaluation"]["chats"], length=LENGTH, images=True)
-    found = evaluate(str(model), data)
+    found = evaluate(str(model), data, cluster=Cluster(engine="local"))
     assert found["perplexity"] == pytest.approx(
         answers_perplexity(model, tmp_path / "held"), rel=1e-4
     )
@@ -139,14 +139,12 @@ def test_a_model_that_does_not_see_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_without_a_processor_is_refused(tmp_path: Path) -> None:
     folder = save_seeing("llava", tmp_path / "bare")
-    copy_tokenizer(folder)
+    add_tokenizer(folder)
     error = refused(asked(folder, tmp_path))
     assert error.key == "model.source" and "processor" in error.problem
 
 
-def test_pillow_is_asked_for(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pillow_is_asked_for(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fusegpt_ray.text.images.find_spec", lambda _: None)
     error = refused(asked(model, tmp_path))
     assert error.key == "calibration.images" and "fusegpt-ray[vision]" in error.fix
