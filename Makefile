@@ -1,9 +1,10 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
 #   make test         style, types, imports, and the tests of every promise in docs/reliability.md
-# Two more take longer:
+# Three more take longer:
 #   make test-all     the same with every test, the slow ones among them (tests/slow.py)
 #   make chaos        breaks readers and runs for three quarters of an hour
+#   make sweep        tries every class of transformers, and writes docs/models.md: a quarter of an hour
 # One builds the documentation:
 #   make docs         the site in site/, every warning an error
 # All make .venv first, with the torch that constraints.txt pins; TORCH=… CONSTRAINTS=… take another.
@@ -13,7 +14,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all style chaos docs install clean
+.PHONY: quickstart test test-all style chaos sweep docs install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
@@ -37,6 +38,9 @@ chaos: install
 	$(BIN)/python tests/chaos/fuzz.py
 	$(BIN)/python tests/chaos/kills.py
 	$(BIN)/python tests/chaos/races.py
+
+sweep: install
+	$(BIN)/python tests/sweep/sweep.py
 
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -146,7 +146,8 @@ class Compression:
         with explained(model.stack, model.source.name, workers.dtype):
             judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
         order, searched = self._search(journal)
-        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show, order)
+        removable = self.plan.removable
+        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show, order, removable)
         done = rounds.up_to([target.remove for target in missing])
         published = {}
         for target in missing:

@@ -138,10 +138,13 @@ def matrix_flops(dense: Stack, length: int) -> int:
 
 
 def attention_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`."""
+    """See `block_flops`; none where no block attends, as in state space models."""
     config = read_config(dense.config).get_text_config()
-    heads = config.num_attention_heads
-    width: int = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0
+    head_dim = config.to_dict().get("head_dim")  # the usual one, where blocks have others
+    width: int = heads * (head_dim or config.hidden_size // heads)
     return 4 * width * length**2
 
 

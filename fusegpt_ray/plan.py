@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusegpt_ray.cost import Cost, cost
-from fusegpt_ray.errors import blaming
+from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
@@ -24,7 +24,7 @@ from fusegpt_ray.preflight import (
     plan_targets,
     with_start,
 )
-from fusegpt_ray.publishing.rehearsal import rehearse
+from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
@@ -53,6 +53,8 @@ class Plan:
     """The models to publish, the lightest compression first."""
     leading: Mapping[str, int | None]
     """The token that each window begins with, if any, by the recipe key of its text."""
+    removable: Removable = ANY
+    """The blocks that may go."""
 
     @property
     def setup(self) -> Setup:
@@ -91,8 +93,15 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     check_repair(recipe, structure)
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
-    rehearse(model.stack, structure, [target.remove for target in targets])
-    return Plan(recipe, model, tuple(targets), leading)
+    removable = rehearse(model.stack, structure, [target.remove for target in targets])
+    if recipe.search and removable != ANY:
+        raise UserError(
+            "search",
+            list(recipe.search.candidates),
+            f"a tournament needs a model of which any block can go; {removable.in_words()}",
+            "leave search out",
+        )
+    return Plan(recipe, model, tuple(targets), leading, removable)
 
 
 def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Structure]:

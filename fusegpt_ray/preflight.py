@@ -54,7 +54,7 @@ def check_model(source: Source, lengths: dict[str, int]) -> Structure:
     structure = observe(raw)
     positions = getattr(read_config(raw).get_text_config(), "max_position_embeddings", None)
     for key, length in lengths.items():
-        if positions and length > positions:
+        if positions and 0 < positions < length:  # some classes say -1 for any number
             raise UserError(
                 key,
                 length,

@@ -15,6 +15,7 @@ from fusegpt_ray.methods.base import Round
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
+from fusegpt_ray.publishing.rehearsal import ANY, Removable
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
@@ -38,6 +39,8 @@ class Rounds:
     show: Display
     order: Sequence[int] | None = None
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
+    removable: Removable = ANY
+    """The blocks that scoring chooses among."""
 
     def up_to(self, wanted: list[int]) -> list[Done]:
         """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are
@@ -147,7 +150,8 @@ class Rounds:
             windows = self.windows[: self.recipe.importance.windows]
             settings = self.recipe.importance
             choose = METHODS[self.recipe.method].choose
-            ranking = choose(self.workers, stack, windows, settings, last, sums)
+            candidates = self.removable.among(stack.kept)
+            ranking = choose(self.workers, stack, windows, settings, last, sums, candidates)
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)

@@ -12,14 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 
+from fusegpt_ray.specs import Counting
+
 PADDING = -1
 """In place of a token, behind the last one of a window."""
-Counting = Literal["all", "text", "image"]
-"""Which tokens count in a score."""
 
 
 @dataclass(frozen=True, eq=False)

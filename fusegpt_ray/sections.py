@@ -8,8 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fusegpt_ray.samples import Counting
-from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
+from fusegpt_ray.specs import METRIC_SPECS, Counting, MetricSpec
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
@@ -144,7 +143,7 @@ class Fusion(Section):
     """Rank r of the fusion coefficients C·D."""
     lora_rank: int = Field(128, ge=1, le=MOST)
     """Rank of the low-rank update B·A on the neighbours' own weights."""
-    epochs: int = Field(2, ge=1, le=MOST)
+    epochs: int = Field(1, ge=1, le=MOST)
     """Passes over the calibration windows for each removed block."""
     batch: int = Field(8, ge=2, le=MOST)
     """Windows a loss batch (a dimension of the loss, whatever the number of workers)."""

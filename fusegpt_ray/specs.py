@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+Counting = Literal["all", "text", "image"]
+"""Which tokens count in a score."""
+
 
 class MethodSpec(NamedTuple):
     """What is known of a method without its code, which is in `methods/`."""
@@ -102,7 +105,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "fusion": {
             **_GROUPS,
             "start": "auto",
-            "epochs": 2,
+            "epochs": 1,
             "learning_rate": 3e-4,
             "lora_learning_rate": 2e-4,
         },

@@ -10,7 +10,7 @@ result.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,12 +37,14 @@ def score(
     settings: Importance,
     last: Ranking | None = None,
     sums: Sums | None = None,
+    candidates: Collection[int] | None = None,
 ) -> Ranking:
     """Find the block to remove.
 
     Args:
         last: the last round's ranking, which saves a wave (see `search.py`).
         sums: what a killed attempt has measured. New measurements are added to it.
+        candidates: dense numbers of the blocks that may go; None: all.
 
     Raises:
         FloatingPointError: a sum is not finite.
@@ -80,7 +82,7 @@ def score(
                 yield from zip(groups[number], found, strict=True)
 
         ask = known.recalled(batch_size, measure)
-        return search(ask, stack.kept, sizes, counted, settings, last, beside)
+        return search(ask, stack.kept, sizes, counted, settings, last, beside, candidates)
 
     ranking, batch_size = find_batch_size(attempt, settings.batch, settings.batch, "scoring")
     return replace(ranking, batch_size=batch_size, bytes_read=bytes_read)

@@ -37,7 +37,7 @@ choice is given up with at most that probability, as far as the test's assumptio
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -72,24 +72,30 @@ def search(
     settings: Importance,
     last: Ranking | None = None,
     beside: int = 0,
+    candidates: Collection[int] | None = None,
 ) -> Ranking:
     """Rank the blocks `kept` (dense numbers, in order) on batches of so many windows.
 
     Args:
         lengths: of each window, how many of its tokens count.
         beside: see `block_forwards`.
+        candidates: those of the blocks that may go; None: all.
 
     Raises:
         FloatingPointError: a sum is not finite.
     """
     walks_on = settings.spec.walks_on
     found = _Found(measure, kept, batches, lengths, walks_on, beside)
+    if candidates is not None:
+        found.candidates = [p for p, dense in enumerate(kept) if dense in candidates]
+        found.alive = [*found.candidates]
+    among = {kept[position] for position in found.candidates}
     everything = dict.fromkeys(found.alive, len(batches))
     if settings.all or not walks_on:
         found.walk(everything)
         return found.ranking()
-    if settings.racing is None and last is not None and last.estimates.keys() >= set(kept):
-        means = [last.estimates[dense] for dense in kept]
+    if settings.racing is None and last is not None and last.estimates.keys() >= among:
+        means = {p: last.estimates[kept[p]] for p in found.candidates}
     else:
         found.walk(dict.fromkeys(found.alive, 1))
         if settings.racing is not None:
@@ -119,18 +125,18 @@ def _race(found: _Found, error: float) -> None:
                 found.sums[position],
                 found.sums[leader],
                 found.windows,
-                error / (len(found.kept) - 1) / len(looks),
+                error / (len(found.candidates) - 1) / len(looks),
             ):
                 found.alive.remove(position)
         if len(found.alive) == 1:
             return
 
 
-def _goals(found: _Found, means: Sequence[float]) -> dict[int, int]:
+def _goals(found: _Found, means: Mapping[int, float]) -> dict[int, int]:
     """How many batches each candidate should have walked in all, to be complete (the leader) or to
     be stopped.
 
-    `means`: of every candidate, as far as known.
+    `means`: of every candidate by position, as far as known.
     """
     aim = min(means[position] for position in found.alive)
     goals = {}
@@ -161,7 +167,8 @@ class _Found:
         self._walks_on, self._beside = walks_on, beside
         self.sums: list[list[float]] = [[] for _ in kept]
         """Of each candidate, the sums of the windows it has walked: always the first ones."""
-        self.alive = list(range(len(kept)))
+        self.candidates = list(range(len(kept)))
+        self.alive = [*self.candidates]
         self.batches_done = [0] * len(kept)
         self._cost = 0
 
@@ -206,22 +213,22 @@ class _Found:
         return math.fsum(sums) / self.tokens[len(sums)]
 
     @property
-    def means(self) -> list[float]:
-        return [self.mean(position) for position in range(len(self.kept))]
+    def means(self) -> dict[int, float]:
+        return {position: self.mean(position) for position in self.candidates}
 
     def ranking(self) -> Ranking:
         (windows,) = {len(self.sums[position]) for position in self.alive}
-        known = [p for p in range(len(self.kept)) if p in self.alive or self.complete(p)]
+        known = [p for p in self.candidates if p in self.alive or self.complete(p)]
         scores = {self.kept[p]: self.mean(p) for p in known}
-        others = [p for p in range(len(self.kept)) if p not in known]
+        others = [p for p in self.candidates if p not in known]
         stopped = {
             self.kept[p]: Stopped(self.at_least(p), self.mean(p), len(self.sums[p])) for p in others
         }
         depth = len(self.kept)
-        passes = depth if self._walks_on else 1
+        passes = len(self.candidates) if self._walks_on else 1
         cost = Cost(
             self._cost,
-            self.windows * self._forwards(range(depth)),
+            self.windows * self._forwards(self.candidates),
             self.windows * (self._beside + depth * passes),
         )
         return Ranking(scores, stopped, windows, cost)

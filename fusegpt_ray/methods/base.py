@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,9 +16,11 @@ from fusegpt_ray.sections import Importance
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.workers.base import Workers
 
-Choose = Callable[[Workers, Stack, Batch, Importance, Ranking | None, Sums], Ranking]
-"""Ranks a stack's blocks on windows [W, T]; see `importance.scoring.score` for the last two
-arguments, the last round's ranking and what a killed attempt has measured."""
+Choose = Callable[
+    [Workers, Stack, Batch, Importance, Ranking | None, Sums, Collection[int] | None], Ranking
+]
+"""Ranks a stack's blocks on windows [W, T]; see `importance.scoring.score` for the last three
+arguments: the last round's ranking, what a killed attempt has measured, and the candidates."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
-        and len(module) == depth
+        and 0 < len(module) == depth
         and (len({*map(type, module)}) == 1 or all(isinstance(block, _LAYER) for block in module))
         and not re.search(r"vision|visual|image|audio|encoder\b", name)
     ]
@@ -56,8 +56,8 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
             else "no decoder blocks found"
         )
         fix = (
-            "use a decoder-only model whose blocks are all of one class (LLaMA, LLaVA, Mistral,"
-            " Qwen, Gemma, OPT, GPT-2 …)"
+            "use a decoder-only model whose blocks lie in one list (LLaMA, LLaVA, Mistral, Qwen,"
+            " Gemma, OPT, GPT-2 …)"
         )
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 
@@ -52,7 +52,7 @@ def moved(contexts: Sequence[Context], device: torch.device | str) -> list[Conte
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
     """One block's output hidden states [B, T, D]."""
     out = block(h_BTD, *context.args, **context.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    return out[0] if isinstance(out, tuple | list) else out
 
 
 class Recorder(nn.Module):
@@ -66,7 +66,8 @@ class Recorder(nn.Module):
         self.h_BTD: torch.Tensor | None = None
         self.context: Context | None = None
         self.inject: torch.Tensor | None = None
-        self.returns_tuple = False
+        self.also: tuple[Any, ...] | None = None
+        """What follows the states in the tuple that is returned; None: they are no tuple."""
         self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -82,7 +83,7 @@ class Recorder(nn.Module):
         self.h_BTD, self.context = args[0], Context(args[1:], kwargs)
         self.calls += 1
         out = args[0] if self.inject is None else self.inject
-        return (out,) if self.returns_tuple else out
+        return out if self.also is None else (out, *self.also)
 
 
 class Recorded:
@@ -129,6 +130,11 @@ class Recorded:
                 return f"calls block {number} {recorder.calls} times"
             if number and recorder.h_BTD is not self.recorders[number - 1].h_BTD:
                 return f"changes the hidden states between blocks {number - 1} and {number}"
+            context = recorder.context
+            if context and any(
+                leaf is _MORE for leaf in tree_leaves((context.args, context.kwargs))
+            ):
+                return f"hands block {number} more of what an earlier block returns than its states"
         return ""
 
     def _learn_returns(self, ids_BT: torch.Tensor) -> None:
@@ -138,10 +144,19 @@ class Recorded:
         first = self.recorders[0]
         stopped_at(first, lambda: self.model(input_ids=ids_BT[:1], use_cache=False))
         assert first.h_BTD is not None and first.context is not None
-        as_tuple = isinstance(empty_call(self.blocks[0], first.h_BTD, first.context)(), tuple)
-        for recorder in self.recorders:
-            recorder.returns_tuple = as_tuple
+        returned = empty_call(self.blocks[0], first.h_BTD, first.context)()
+        if isinstance(returned, tuple | list):
+            also = tuple(item if item is None else _MORE for item in returned[1:])
+            for recorder in self.recorders:
+                recorder.also = also
         self._knows_returns = True
+
+
+class _More:
+    """Stands for what a block returns besides the states, such as attention weights."""
+
+
+_MORE = _More()
 
 
 class _Stop(Exception):
@@ -167,12 +182,28 @@ def stopped_at(module: nn.Module, run: Callable[[], object], before: bool = Fals
 def empty_call(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> Callable[[], Any]:
     """A call of a copy of a block on the meta device: it returns shapes only.
 
-    In bfloat16, for which every kernel has a meta version; of experts, those that do not depend on
-    which token goes to which.
+    In bfloat16, for which nearly every kernel has a meta version, or in float32 where a block
+    insists; of experts, those that do not depend on which token goes to which.
     """
-    given = tree_map_only(torch.Tensor, _as_meta, (h_BTD, context.args, context.kwargs))
+
+    def call() -> Any:
+        try:
+            return _empty(block, h_BTD, context, torch.bfloat16)()
+        except RuntimeError:
+            return _empty(block, h_BTD, context, torch.float32)()
+
+    return call
+
+
+def _empty(
+    block: nn.Module, h_BTD: torch.Tensor, context: Context, dtype: torch.dtype
+) -> Callable[[], Any]:
+    def as_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta", dtype if tensor.is_floating_point() else tensor.dtype)
+
+    given = tree_map_only(torch.Tensor, as_meta, (h_BTD, context.args, context.kwargs))
     states, args, kwargs = given
-    empty = copy.deepcopy(block).to("meta", torch.bfloat16)
+    empty = copy.deepcopy(block).to("meta", dtype)
     for module in empty.modules():
         if has_experts(module):
             module.config._experts_implementation = "batched_mm"
@@ -184,8 +215,3 @@ def has_experts(module: nn.Module) -> TypeGuard[Any]:
     (what its decorator `use_experts_implementation` gives to such a class).
     """
     return hasattr(module, "is_transposed") and hasattr(module, "has_gate")
-
-
-def _as_meta(tensor: torch.Tensor) -> torch.Tensor:
-    dtype = torch.bfloat16 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to("meta", dtype)

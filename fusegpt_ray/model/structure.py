@@ -62,13 +62,17 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         _fill_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
-        contexts = _contexts(recorded, zeros)
+        _pass(recorded, zeros)
         if problem := recorded.not_in_a_row():
             raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
+        contexts = recorded.contexts
         h_BTD = recorded.recorders[0].h_BTD
         assert h_BTD is not None
-        others = _contexts(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
-        if not all(map(same, contexts, others)):
+        if h_BTD.dim() != 3 or h_BTD.shape[:2] != zeros.shape:
+            problem = f"what passes from block to block is {list(h_BTD.shape)}, not hidden states"
+            raise UserError(KEY, name, problem, _FIX)
+        _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
+        if not all(map(same, contexts, recorded.contexts)):
             _check_alone(name, recorded.blocks, h_BTD, contexts)
     return Structure(name, recorded.blocks, contexts, h_BTD, trunk)
 
@@ -86,21 +90,20 @@ def _check_alone(
         problem = f"block {number} cannot be run without those before it"
         with reading_users_file(KEY, name, problem, _FIX):
             out = empty_call(block, h_BTD, context)()
-        out_BTD = out[0] if isinstance(out, tuple) else out
-        if h_BTD.dim() != 3 or out_BTD.shape != h_BTD.shape:
-            problem = f"what passes from block to block is {list(h_BTD.shape)}, not hidden states"
+        out_BTD = out[0] if isinstance(out, tuple | list) else out
+        if out_BTD.shape != h_BTD.shape:
+            problem = f"block {number} makes {list(out_BTD.shape)} of {list(h_BTD.shape)}"
             raise UserError(KEY, name, problem, _FIX)
 
 
 @torch.no_grad()
-def _contexts(recorded: Recorded, ids_BT: torch.Tensor) -> list[Context]:
+def _pass(recorded: Recorded, ids_BT: torch.Tensor) -> None:
     """One pass up to the head, whose product would need memory as large as its weight."""
     head = recorded.head
     if head is None:
         recorded(ids_BT)
     else:
         stopped_at(head, lambda: recorded(ids_BT), before=True)
-    return recorded.contexts
 
 
 def _fill_without_memory(model: nn.Module) -> None:

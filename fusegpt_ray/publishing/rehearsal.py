@@ -9,7 +9,9 @@ on the meta device, with their numbers, and by the plain values and buffers that
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import json
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,32 +29,120 @@ from fusegpt_ray.publishing.shrink import shrink_config
 _FIX = "use an architecture whose blocks are the same at every depth"
 
 
-def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> None:
+@dataclass(frozen=True)
+class Removable:
+    """Which blocks of a dense model may go."""
+
+    blocks: tuple[int, ...] | None = None
+    """Their dense numbers; None: all."""
+    from_the_end: bool = False
+    """Only the last one that is left, each time."""
+    why: str = ""
+    """Others may not."""
+
+    def among(self, kept: Sequence[int]) -> tuple[int, ...] | None:
+        """The candidates of a round, by dense number; None: all of the blocks `kept`."""
+        if self.from_the_end:
+            return tuple(kept[-1:])
+        return None if self.blocks is None else tuple(n for n in kept if n in self.blocks)
+
+    def in_words(self) -> str:
+        """For whoever watches the run."""
+        if self.from_the_end:
+            return f"only the last blocks can go, in this order: otherwise {self.why}"
+        assert self.blocks is not None
+        numbers = ", ".join(map(str, self.blocks))
+        return f"only the blocks {numbers} can go: otherwise {self.why}"
+
+
+ANY = Removable()
+
+
+def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> Removable:
     """Try models with so many blocks removed; `structure` is the dense model's.
 
+    Where any blocks can go, some sets of many are all that is tried. Otherwise each candidate is
+    taken out alone, then sets of those that can go, and at last blocks from the end on.
+
     Raises:
-        UserError: what would be published is not what the class of its config.json builds.
+        UserError: what would be published is not what the class of its config.json builds,
+            whatever goes.
     """
+    attempt = _Attempt(dense, structure)
     fewest, most, depth = min(removals), max(removals), len(dense)
-    spread = (1 + index * (depth - 1) // most for index in range(most))
-    operations = [_operations(*call) for call in structure.calls]
-    # Left out are such blocks that many others move, and by different numbers of places.
-    for dropped in (range(fewest), [*spread]):
-        short = dense
+    if not (why := attempt.first_problem(_sets(range(depth), fewest, most))):
+        return ANY
+    can_go = [number for number in range(depth) if not attempt.problem([number])]
+    # Blocks that can go alone need not be able to go together.
+    if len(can_go) >= most and not attempt.first_problem(_sets(can_go, fewest, most)):
+        return Removable(tuple(can_go), why=why)
+    ends = [range(depth - count, depth) for count in sorted({1, fewest, most})]
+    if not attempt.first_problem(ends):
+        return Removable(from_the_end=True, why=why)
+    if can_go:
+        why += f" (alone, {len(can_go)} of its blocks can go; together, {most} cannot)"
+    raise UserError(KEY, structure.name, why, _FIX)
+
+
+def _sets(numbers: Sequence[int], fewest: int, most: int) -> list[list[int]]:
+    """Blocks to leave out together: the first ones, so that many others move; some spread over all,
+    so that others move by different numbers of places; and the last ones, which may be of a kind of
+    their own.
+    """
+    last = len(numbers) - 1
+    spread = {numbers[min(1 + index * last // most, last)] for index in range(most)}
+    return [[*numbers[:fewest]], sorted(spread), [*numbers[-fewest:]]]
+
+
+class _Attempt:
+    """Takes blocks out of the empty model and looks at what its class builds then."""
+
+    def __init__(self, dense: Stack, structure: Structure) -> None:
+        self.dense, self.structure = dense, structure
+        self._operations = [_operations(*call) for call in structure.calls]
+        self._built: dict[str, _Built] = {}
+        """By config.json, which is often the same whichever of several blocks is gone."""
+
+    def first_problem(self, sets: Iterable[Sequence[int]]) -> str:
+        """Of the first set that has one, or nothing."""
+        return next((problem for dropped in sets if (problem := self.problem(dropped))), "")
+
+    def problem(self, dropped: Sequence[int]) -> str:
+        """What is not as it would be published without these blocks, or nothing."""
+        short = self.dense
         for number in dropped:
             short = short.drop(number)
-        what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
-        with reading_users_file(KEY, structure.name, what, _FIX):
-            built = observe(shrink_config(short))
-            problem = _difference(structure, operations, built, short.kept)
-        if problem:
-            raise UserError(KEY, structure.name, problem, _FIX)
+        try:
+            what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
+            with reading_users_file(KEY, self.structure.name, what, _FIX):
+                config = shrink_config(short)
+                known = json.dumps(config, sort_keys=True, default=str)
+                if known not in self._built:
+                    self._built[known] = _Built.of(config)
+        except UserError as error:
+            return error.problem
+        return _difference(self.structure, self._operations, self._built[known], short.kept)
+
+
+@dataclass(frozen=True)
+class _Built:
+    """What the class of a config.json builds."""
+
+    structure: Structure
+    operations: list[Any]
+    """By block."""
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> _Built:
+        structure = observe(config)
+        return cls(structure, [_operations(*call) for call in structure.calls])
 
 
 def _difference(
-    dense: Structure, operations: Sequence[Any], short: Structure, kept: Sequence[int]
+    dense: Structure, operations: Sequence[Any], built: _Built, kept: Sequence[int]
 ) -> str:
     """What is not as it would be published, or nothing; `operations`: of the dense blocks."""
+    short = built.structure
     if len(short.blocks) != len(kept):
         return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
     for name in sorted(dense.trunk.keys() | short.trunk.keys()):
@@ -71,7 +161,7 @@ def _difference(
                 f"block {number} would become block {position}, and be called with other masks"
                 " there"
             )
-        if operations[number] != _operations(*short.calls[position]):
+        if operations[number] != built.operations[position]:
             return (
                 f"what block {number} computes depends on its number; it would become block"
                 f" {position}"

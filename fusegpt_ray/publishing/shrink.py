@@ -85,7 +85,7 @@ def _shrunk(key: str, value: Any, kept: Sequence[int], depth: int) -> Any:
         return sum(number < first for number in kept) - (key == _LAST)
     numbered = bool(_BLOCK_NUMBERS.fullmatch(key)) and bool(value)
     if isinstance(value, dict) and numbered and all(_is_number(name, depth) for name in value):
-        moved = {str(old): new for new, old in enumerate(kept)}
+        moved = {str(old): str(new) for new, old in enumerate(kept)}  # as JSON has them
         return {moved[str(name)]: item for name, item in value.items() if str(name) in moved}
     if not isinstance(value, list | tuple):
         return None

@@ -86,7 +86,7 @@ def test_flops_count_the_experts_that_a_token_passes(
 ) -> None:
     dense = open_stack(layout(name, tmp_path))
     runner = Runner(dense, CPU, torch.float32, 1)
-    h_1TD, counted = runner.embed(token_windows(1, LENGTH)), 0
+    h_1TD, counted = runner.trunk.embed(token_windows(1, LENGTH)), 0
     for block in dense.blocks:
         module = runner.weights.of(block)
         for experts in filter(has_experts, module.modules()):
@@ -173,10 +173,10 @@ def count_block_forwards(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counted["walked"] += len(h_BTD)
         return run_block(module, h_BTD, context)
 
-    def counted_span(span: Span, h_bTD: torch.Tensor) -> torch.Tensor:
+    def counted_span(span: Span, h_bTD: torch.Tensor, owns: Any = None) -> torch.Tensor:
         times = 3 if torch.is_grad_enabled() else 1
         counted["trained"] += times * len(h_bTD) * len(span.blocks)
-        return call(span, h_bTD)
+        return call(span, h_bTD, owns)
 
     monkeypatch.setattr(runner_module, "run_block", counted_block)
     monkeypatch.setattr(Span, "__call__", counted_span)

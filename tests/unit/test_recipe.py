@@ -32,7 +32,7 @@ def test_defaults() -> None:
     assert r.importance.windows == 32
     f = r.fusion
     # method.md: 7 neighbours, r = 128 for both, batches of 8, Adam's betas and eps.
-    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 2, 8)
+    assert (f.group_size, f.rank, f.lora_rank, f.epochs, f.batch) == (7, 128, 128, 1, 8)
     assert (f.betas, f.eps, f.learning_rate) == ((0.9, 0.95), 1e-8, 3e-4)
     assert (r.cluster.engine, r.cluster.workers, r.cluster.replicas, r.cluster.cache_gb) == (
         "ray",
@@ -64,7 +64,7 @@ ROUNDS = {
     "fold": "each_round",
     "epochs": 20,
 }
-BEST = ROUNDS | {"start": "auto", "learning_rate": 3e-4, "lora_learning_rate": 2e-4, "epochs": 2}
+BEST = ROUNDS | {"start": "auto", "learning_rate": 3e-4, "lora_learning_rate": 2e-4, "epochs": 1}
 
 
 @pytest.mark.parametrize(

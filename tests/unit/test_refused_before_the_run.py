@@ -27,13 +27,8 @@ def refused(name: str, make: Make, problem: str, fix: str, evaluate: bool = Fals
         text = ["--data", str(desk.heldout), "--length", "12"]
         return ["evaluate", str(desk.model), *text] if evaluate else None
 
-    key = "MODEL" if evaluate else "method" if "linear layers" in problem else "model.source"
+    key = "MODEL" if evaluate else "model.source"
     return Bad(name, spoil, key, "", problem, fix)
-
-
-def _inverse_gpt2() -> tf.GPT2Config:
-    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
-    return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
 
 
 def _gemma4(**changes: object) -> tf.PretrainedConfig:
@@ -54,25 +49,11 @@ def _minicpm3() -> tf.PretrainedConfig:
     return tf.MiniCPM3Config(**COMMON, **low, intermediate_size=48, v_head_dim=8, scale_depth=1.4)
 
 
-def _gpt_oss() -> tf.PretrainedConfig:
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return tf.GptOssConfig(**GROUPED, **experts, head_dim=8)
-
-
-NUMBER, SAME = r"block \d would become block \d, where it", "same at every depth"
+SAME = "same at every depth"
 CASES: list[tuple[str, Make, str, str, bool]] = [
-    ("by-its-number", _inverse_gpt2, rf"{NUMBER} has another attn.scaling", SAME, False),
-    (
-        "by-its-number-2",
-        lambda: tf.DiffLlamaConfig(**GROUPED),
-        rf"{NUMBER}.*lambda_init",
-        SAME,
-        False,
-    ),
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
     ("embeddings-of-its-own", _gemma4, "cannot be built|depends on the depth", SAME, False),
     ("keys-of-others-evaluated", _sharing, "between blocks", "runs block after block", True),
-    ("experts", _gpt_oss, "of GptOssForCausalLM are linear layers", "method: mi", False),
 ]
 
 

@@ -41,13 +41,16 @@ class Walks:
         return [self.parts[batch][:, list(positions)] for batch, positions in jobs]
 
     def search(
-        self, last: Ranking | None = None, kept: list[int] | None = None, **importance: object
+        self,
+        last: Ranking | None = None,
+        kept: list[int] | None = None,
+        candidates: list[int] | None = None,
+        **importance: object,
     ) -> Ranking:
         kept = kept or list(range(self.table_WN.shape[1]))
         lengths = [LENGTH] * len(self.table_WN)
-        return search(
-            self, kept, list(map(len, self.parts)), lengths, Importance(**importance), last
-        )
+        sizes, settings = list(map(len, self.parts)), Importance(**importance)
+        return search(self, kept, sizes, lengths, settings, last, candidates=candidates)
 
 
 def whole_table(table_WN: np.ndarray) -> dict[int, float]:
@@ -133,6 +136,23 @@ def test_all_walks_everything_once(table_WN: np.ndarray, batch: int) -> None:
     assert found.scores == whole_table(table_WN)
     assert (found.stopped, walks.waves) == ({}, 1)
     assert walks.cost == found.cost.done == found.cost.single_walk
+
+
+@settings(max_examples=200, deadline=None)
+@given(tables(), st.integers(1, 10), st.data())
+def test_only_candidates_are_walked(table_WN: np.ndarray, batch: int, data: st.DataObject) -> None:
+    """And the one found is the lowest of them in the full table."""
+    windows, depth = table_WN.shape
+    blocks = st.lists(st.integers(0, depth - 1), min_size=1, unique=True)
+    candidates = data.draw(blocks)
+    options = data.draw(st.sampled_from([{}, {"all": True}]))
+    walks = Walks(table_WN, batch)
+    found = walks.search(candidates=candidates, **options)
+    table = whole_table(table_WN)
+    assert found.lowest == lowest({dense: table[dense] for dense in sorted(candidates)})
+    assert found.estimates.keys() == {*candidates} == {p for _, p in walks.asked}
+    single = windows * (depth + sum(depth - 1 - position for position in candidates))
+    assert found.cost == Cost(walks.cost, single, windows * depth * len(candidates))
 
 
 @settings(max_examples=50, deadline=None)

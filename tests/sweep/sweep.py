@@ -1,0 +1,139 @@
+"""Tries every causal and image-text-to-text class of the installed transformers and writes what
+became of each into docs/models.md. `make sweep` runs this file.
+
+    python tests/sweep/sweep.py [--jobs 2] [--only NAME …] [--out docs/models.md]
+        [--kept FILE]
+
+With `--kept`, outcomes are kept in a file, and a sweep that was stopped goes on from it.
+
+Each class has a process of its own, so that one that hangs or crashes costs nothing but its row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+os.environ["DS_ACCELERATOR"] = "cpu"
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
+
+import torch  # noqa: E402 - after the environment is set, which is read once
+import transformers as tf  # noqa: E402
+from classes import all_classes  # noqa: E402
+from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome, try_class  # noqa: E402
+
+SECONDS = 240
+"""A class that takes longer fails."""
+HEAD = """# Models
+
+Every causal language model and every image-text-to-text model of transformers {version}, as
+`make sweep` found it on tiny random checkpoints:
+
+- **exact**: two blocks removed by `method: mi`; the published model's logits are those of the dense
+  model that transformers loads, with these blocks handing on what enters them, to the last bit; it
+  generates the same with a cache as without, and the same weights are tied. Where it says
+  *fused*, `method: fusegpt` ran, too, and what it published loads plainly.
+- **refused**: with a message and exit code 2, before any weight is read and anything is written.
+- **FAILS**: what is left to do.
+- **not built**: no small model could be made from the configuration class alone, or it does not
+  run by itself.
+
+{counts}
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[], help="classes; nothing is written then")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
+    parser.add_argument("--kept", type=Path, help="a JSON file of outcomes")
+    arguments = parser.parse_args()
+    names = arguments.only or all_classes()
+    outcomes = _read(arguments.kept)
+    left = [name for name in names if name not in outcomes]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for name, found in zip(left, pool.map(_in_a_process, left), strict=True):
+            outcomes[name] = found
+            said = "; ".join(f"{key} {each.kind} {each.why}" for key, each in found.items())
+            print(f"{len(outcomes)}/{len(names)} {name}: {said}", flush=True)
+            if arguments.kept:
+                arguments.kept.write_text(json.dumps(outcomes, default=Outcome.to_json, indent=1))
+    outcomes = {name: outcomes[name] for name in names}
+    if not arguments.only:
+        arguments.out.write_text("\n".join(_table(outcomes)) + "\n")
+    return int(any(each.kind == FAILS for found in outcomes.values() for each in found.values()))
+
+
+def _read(kept: Path | None) -> dict[str, dict[str, Outcome]]:
+    if kept is None or not kept.exists():
+        return {}
+    return {
+        name: {method: Outcome(**each) for method, each in found.items()}
+        for name, found in json.loads(kept.read_text()).items()
+    }
+
+
+def _in_a_process(name: str) -> dict[str, Outcome]:
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_try, args=(name, theirs))
+    process.start()
+    theirs.close()
+    began = time.monotonic()
+    try:
+        if ours.poll(SECONDS):
+            return ours.recv()
+        return {"mi": Outcome(FAILS, f"not done after {time.monotonic() - began:.0f} s")}
+    except EOFError:
+        process.join()
+        return {"mi": Outcome(FAILS, f"its process died (exit code {process.exitcode})")}
+    finally:
+        process.kill()
+        process.join()
+
+
+def _try(name: str, connection: multiprocessing.connection.Connection) -> None:
+    torch.set_num_threads(1)
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FUSEGPT_CACHE"] = f"{folder}/cache"
+        connection.send(try_class(name, Path(folder)))
+
+
+def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
+    counts = Counter(found["mi"].kind for found in outcomes.values())
+    order = (EXACT, REFUSED, FAILS, NOT_BUILT)
+    counted = ", ".join(f"{counts[kind]} {kind}" for kind in order)
+    fused = sum(f.get("fusegpt", Outcome("")).kind == EXACT for f in outcomes.values())
+    summary = f"{len(outcomes)} classes: {counted}. {fused} are fused."
+    yield HEAD.format(version=tf.__version__, counts=summary)
+    yield "| class | outcome | why, or how fusing goes |\n|---|---|---|"
+    for name, found in outcomes.items():
+        dropped, fusing = found["mi"], found.get("fusegpt")
+        why = dropped.why
+        if fusing:
+            why = "fused" if fusing.kind == EXACT else f"fusegpt {fusing.kind}: {fusing.why}"
+        yield f"| {name} | {dropped.kind} | {_cell(why)} |"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""A dozen classes of the sweep, one of each kind (`make sweep` tries all)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from trial import EXACT, REFUSED, try_class
+
+CLASSES = {
+    "BambaForCausalLM": EXACT,  # attention in some blocks, a state space in others
+    "BartForCausalLM": EXACT,  # the decoder of an encoder-decoder
+    "BloomForCausalLM": EXACT,  # ALiBi, fused query, key and value
+    "DeepseekV4ForCausalLM": REFUSED,  # blocks are given the tokens
+    "DiffLlamaForCausalLM": EXACT,  # a constant of each block comes of its number
+    "FalconMambaForCausalLM": EXACT,  # no attention at all
+    "GPTNeoXJapaneseForCausalLM": EXACT,  # the last block alone has a bias
+    "Gemma3ForConditionalGeneration": EXACT,  # sliding and full attention, images
+    "Gemma4ForCausalLM": REFUSED,  # embeddings of each block's own
+    "GptOssForCausalLM": EXACT,  # experts whose layout on disk is the model's
+    "HYV4ForCausalLM": REFUSED,  # blocks hand on more than states
+    "LlavaForConditionalGeneration": EXACT,
+    "BertLMHeadModel": REFUSED,  # an encoder
+}
+
+FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM")
+"""Fusing blocks of several kinds; elsewhere it is tried by the sweep alone."""
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_exact_or_refused(name: str, tmp_path: Path) -> None:
+    outcomes = try_class(name, tmp_path, fuse=name in FUSED)
+    assert outcomes["mi"].kind == CLASSES[name], outcomes["mi"].why
+    if name in FUSED:
+        assert outcomes["fusegpt"].kind == EXACT, outcomes["fusegpt"].why

@@ -1,0 +1,101 @@
+"""Architectures of which only some blocks can go: those alone are candidates, and it is said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers as tf
+from desk import Desk
+from models import COMMON, DEPTH, GROUPED, VOCAB, randomize
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.model.stack import Block, Stack
+from fusegpt_ray.model.structure import observe
+from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
+
+
+def gpt_neox_japanese() -> tf.PretrainedConfig:
+    """Its last block alone has a bias."""
+    return tf.GPTNeoXJapaneseConfig(**COMMON, intermediate_multiple_size=2)
+
+
+def gpt2_by_number() -> tf.PretrainedConfig:
+    """Each block divides its attention by its own number."""
+    sizes = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": DEPTH, "n_head": 4, "n_positions": 64}
+    return tf.GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)
+
+
+def diffllama() -> tf.PretrainedConfig:
+    """A constant of each block comes of its number."""
+    return tf.DiffLlamaConfig(**GROUPED)
+
+
+NUMBERED = Removable(from_the_end=True)
+CASES = {
+    "llama": (lambda: tf.LlamaConfig(**GROUPED), ANY, "", ()),
+    "gpt-neox-japanese": (
+        gpt_neox_japanese,
+        Removable(tuple(range(DEPTH - 1))),
+        "attention.dense_bias",
+        (),
+    ),
+    "gpt2": (gpt2_by_number, NUMBERED, "attn.scaling", (4, 3)),
+    "diffllama": (diffllama, NUMBERED, "self_attn.lambda_init", (4, 3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_can_go_is_known_before_the_run(name: str) -> None:
+    make, expected, why, _ = CASES[name]
+    config = make()
+    kind = tf.AutoModelForCausalLM._model_mapping[type(config)].__name__
+    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
+    stack = Stack(raw, "", {}, tuple(Block(number, {}) for number in range(DEPTH)))
+    found = rehearse(stack, observe(raw), [1, 2])
+    assert (found.blocks, found.from_the_end) == (expected.blocks, expected.from_the_end)
+    assert why in found.why
+
+
+def saved(desk: Desk, config: tf.PretrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    randomize(model)
+    (desk.model / "model.safetensors").unlink()
+    model.save_pretrained(desk.model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_other_block_goes(name: str, desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does the proof find anything: what is published is what was scored."""
+    make, expected, why, removed = CASES[name]
+    saved(desk, make())
+    assert main(["compress", desk.write(method="mi")]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("only the blocks 0, 1, 2, 3 can go" in said) == (expected.blocks is not None)
+    assert why in said
+    assert ("only the last blocks can go, in this order" in said) == expected.from_the_end
+    (folder,) = desk.out.glob("demo-p*")
+    manifest = json.loads((folder / "fusegpt.json").read_text())
+    assert tuple(manifest["removed"]) == removed or not expected.from_the_end
+    for number, record in enumerate(manifest["rounds"]):
+        scored = {int(dense) for dense in record["scores"] | record["stopped"]}
+        assert len(scored) == (1 if expected.from_the_end else DEPTH - number - bool(why))
+        assert scored <= set(expected.blocks or range(DEPTH))
+
+
+def test_a_tournament_is_refused(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ways to choose blocks know nothing of those that cannot go."""
+    saved(desk, diffllama())
+    changes = {"search": {}, "heal": {"tokens": 96, "batch": 4}}
+    assert main(["compress", desk.write(method="mi", **changes)]) == 2
+    said = capsys.readouterr().err
+    assert "search = " in said and "only the last blocks can go" in said
+    assert not desk.out.exists()
+
+
+def test_the_candidates_of_a_round() -> None:
+    assert ANY.among((0, 1, 3)) is None
+    assert Removable((0, 1, 2)).among((0, 2, 4)) == (0, 2)
+    assert Removable(from_the_end=True).among((0, 2, 4)) == (4,)
