@@ -64,6 +64,8 @@ def _add_evaluate(verbs: _Verbs) -> None:
     )
     apart = "each row, or file of plain text, is a window of its own"
     verb.add_argument("--apart", action="store_true", help=apart)
+    images = "rows are conversations with images; the perplexity is that of the answers"
+    verb.add_argument("--images", action="store_true", help=images)
     verb.add_argument("--bos", default="auto", choices=["auto", "always", "never"], help=bos)
     verb.add_argument("--revision", help="hub models only: branch, tag or commit")
     verb.add_argument(

@@ -86,7 +86,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     text = {"data": arguments.data, "length": arguments.length, "windows": arguments.windows}
     options = {key: vars(arguments)[key] for key in ("config", "split", "column", "bos")}
     text |= {key: value for key, value in options.items() if value}
-    text["pack"] = not arguments.apart
+    text |= {"pack": not arguments.apart, "images": arguments.images}
     try:
         data = Recipe.check(Evaluation, text, "evaluation.data")
         cluster = Recipe.check(

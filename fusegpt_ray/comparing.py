@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from fusegpt_ray import evaluation
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.workers.base import Workers
 
 
 def compare_source(
-    workers: Workers, source: Source, dense: Stack, windows_WT: np.ndarray, show: Display
+    workers: Workers, source: Source, dense: Stack, windows: Batch, show: Display
 ) -> None:
     """
     Raises:
@@ -25,7 +24,7 @@ def compare_source(
     """
     show.stage("comparing with what from_pretrained loads")
     with explained(dense, source.name, workers.dtype):
-        plain = evaluation.compare_source(workers, windows_WT)
+        plain = evaluation.compare_source(workers, windows)
         if plain.kl is not None and math.isnan(plain.kl):
             raise FloatingPointError(plain.problem)
     if plain.problem:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
@@ -62,9 +64,9 @@ class Compression:
         held_out = {}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
-            held_out[name] = evaluation_windows(
-                workers, held, held.length or text.length, leading[key], f"{key}.data", text.pack
-            )
+            length = held.length or text.length
+            more = (f"{key}.data", text.pack, text.images)
+            held_out[name] = evaluation_windows(workers, held, length, leading[key], *more)
         # After those that are only read: the dense model may have to write some of it.
         windows = calibration_windows(workers, recipe, leading["calibration"], show)
         healing = None
@@ -186,6 +188,7 @@ class Compression:
             way = recipe.fusion.start
             assert way != "auto" and way != "none"
             dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
+            assert isinstance(windows_WT, np.ndarray), "`check_repair` refuses images"
             stack = repaired_only(
                 self.workers, dense, removed, way, windows_WT, folder, journal.fence
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from fusegpt_ray.generation import generated_stream
+from fusegpt_ray.pictures import calibration_samples, evaluation_samples, healing_samples
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
@@ -29,6 +30,8 @@ def calibration_windows(
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
+    if text.images:
+        return calibration_samples(workers, recipe)
     streams = _streams(workers, recipe, text, key, show, text.windows)
     return mixture.calibration_windows(streams, text, leading, key)
 
@@ -40,14 +43,17 @@ def evaluation_windows(
     leading: int | None,
     key: str,
     pack: bool = True,
+    images: bool = False,
 ) -> Windows:
     """Of a held-out text, one after another.
 
-    `pack`: where the text itself does not tell.
+    `pack`, `images`: where the text itself does not tell.
 
     Raises:
         UserError: the text cannot be used.
     """
+    if images if text.images is None else text.images:
+        return evaluation_samples(workers, text, length, key)
     packed = pack if text.pack is None else text.pack
     stream = workers.tokens(text, key, _reading(packed))
     return windows.evaluation_windows(stream, text, length, leading, key, packed)
@@ -63,6 +69,8 @@ def healing_windows(
     """
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
+    if calibration.images:
+        return healing_samples(workers, recipe)
     texts = heal if heal.data else calibration
     amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(

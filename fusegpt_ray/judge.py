@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from fusegpt_ray import evaluation
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.calibration import fingerprint
 from fusegpt_ray.text.windows import Windows
@@ -34,7 +33,7 @@ class Judge:
     workers: Workers
     dense: Stack
     held_out: Mapping[str, Windows]
-    windows_WT: np.ndarray
+    windows: Batch
     """Of the calibration text, for a proof without held-out texts."""
     show: Display
     journal: Journal
@@ -56,8 +55,8 @@ class Judge:
             published: the folder's own stack.
         """
         stack = [*stages.values()][-1]
-        windows_WT = next((item.tokens_WT for item in self.held_out.values()), self.windows_WT)
-        proof = evaluation.prove(self.workers, published, folder, stack, windows_WT)
+        windows = next((item.tokens_WT for item in self.held_out.values()), self.windows)
+        proof = evaluation.prove(self.workers, published, folder, stack, windows)
         found = {name: self._perplexities(name, stages, published) for name in self.held_out}
         return {"perplexity": found, "proof": asdict(proof)}
 
@@ -85,12 +84,12 @@ class Judge:
     def _of(self, stack: Stack, windows: Windows) -> float:
         return evaluation.perplexity(self.workers, stack, windows.tokens_WT)
 
-    def _of_dense_blocks(self, stack: Stack, windows_WT: np.ndarray) -> float:
+    def _of_dense_blocks(self, stack: Stack, given: Batch) -> float:
         """The perplexity of a model of unchanged blocks, measured unless the journal has it."""
-        shape = list(windows_WT.shape)
-        windows = fingerprint(windows_WT)
+        shape = list(given.shape)
+        windows = fingerprint(given)
         what = {"run": self.run, "kept": list(stack.kept), "windows": windows, "shape": shape}
         if (key := checksum(what)) not in self._known:
-            self._known[key] = evaluation.perplexity(self.workers, stack, windows_WT)
+            self._known[key] = evaluation.perplexity(self.workers, stack, given)
             self.journal.keep(_NOTE, 0, self._known)
         return self._known[key]

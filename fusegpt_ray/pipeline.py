@@ -15,7 +15,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.plan import find_model, leading_tokens, open_model, plan
-from fusegpt_ray.preflight import check_tokens
+from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -66,6 +66,7 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     with display or Display() as show:
         lengths = {"calibration.length": recipe.calibration.length}
         source, _ = find_model(recipe.model, lengths)
+        check_images(source, ["calibration.images"] if recipe.calibration.images else [])
         model = open_model(source, show)
         leading = leading_tokens(recipe, model.tokenizer)["calibration"]
         setup = Setup(
@@ -100,7 +101,8 @@ def evaluate(
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of any checkpoint over consecutive windows of a text: {"model", "data", "windows",
+    """Perplexity of any checkpoint over consecutive windows of a text, or over the answers of
+    conversations with images: {"model", "data", "windows",
     "length", "bos", "perplexity"}.
 
     Raises:
@@ -114,6 +116,7 @@ def evaluate(
     which = Recipe.check(Model, asked, "model")
     with display or Display() as show:
         source, _ = find_model(which, {f"{key}.length": data.length})
+        check_images(source, [f"{key}.images"] if data.images else [])
         opened = open_model(source, show)
         leading = calibration.leading_token(data.bos or "auto", opened.tokenizer, f"{key}.bos")
         setup = Setup(source, opened.stack, cluster or Cluster(), which.dtype)

@@ -16,6 +16,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
 from fusegpt_ray.preflight import (
     Target,
+    check_images,
     check_method,
     check_model,
     check_output,
@@ -84,6 +85,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     """
     shares(recipe.calibration, recipe.calibration.windows, "calibration", "windows")
     source, structure = find_model(recipe.model, window_lengths(recipe))
+    check_images(source, recipe.keys_of_images)
     recipe = with_start(recipe, structure, show.say)
     targets = plan_targets(recipe, len(structure.blocks))
     check_output(recipe, targets, restart)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from fusegpt_ray.errors import StorageError, UserError, blaming
 from fusegpt_ray.fusion.compensation import (
@@ -25,8 +23,10 @@ from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.run.identity import settings
 from fusegpt_ray.run.journal import ANEW, Journal
+from fusegpt_ray.samples import Batch, tokens_of
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
+from fusegpt_ray.text.images import check_pillow
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,17 @@ def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None])
 def check_repair(recipe: Recipe, structure: Structure) -> None:
     """
     Raises:
-        UserError: no block ends in a linear layer that could be changed, or the calibration windows
-            have too few tokens for the repair's least squares.
+        UserError: no block ends in a linear layer that could be changed, the calibration windows
+            have too few tokens for the repair's least squares, or images.
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
     assert way != "auto", "it is decided"
     if way == "none":
         return
+    if recipe.calibration.images:
+        problem = "repairs in closed form are not made from samples with images"
+        fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
+        raise UserError("fusion.start", way, problem, fix)
     layers = last_linears(structure.calls).values()
     if not layers:
         problem = (
@@ -133,13 +137,36 @@ def check_repair(recipe: Recipe, structure: Structure) -> None:
         raise UserError("calibration.windows", text.windows, problem, f"use at least {windows}")
 
 
-def check_tokens(source: Source, dense: Stack, *texts: np.ndarray) -> None:
+def check_images(source: Source, asked: Sequence[str]) -> None:
+    """
+    Args:
+        asked: the recipe keys that ask for images.
+
+    Raises:
+        UserError: pillow is not installed, the model sees no images, or it has no processor.
+    """
+    for key in asked[:1]:
+        check_pillow(key)
+        if image_token(source) is None:
+            problem = f"{source.name} is a model of text alone"
+            raise UserError(key, True, problem, "use a model that sees, or leave images out")
+        source.processor()
+
+
+def image_token(source: Source) -> int | None:
+    """The placeholder that an image's embeddings replace; None: the model sees no images."""
+    config = read_config(source.config())
+    found = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return next((token for token in found if token is not None), None)
+
+
+def check_tokens(source: Source, dense: Stack, *texts: Batch) -> None:
     """
     Raises:
         UserError: the tokenizer gives tokens that the model has no embedding for.
     """
     known = read_config(dense.config).get_text_config().vocab_size
-    largest = max(int(windows_WT.max()) for windows_WT in texts)
+    largest = max(int(tokens_of(windows).max()) for windows in texts)
     if largest >= known:
         problem = f"its tokenizer gives the token {largest}, its config.json knows {known} tokens"
         raise UserError(

@@ -164,7 +164,24 @@ class Recipe(Section):
         if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
             problem = "text that the dense model writes has no documents"
             raise UserError("calibration.pack", False, problem, "leave one of the two out")
+        if self.calibration.images:
+            for key, section in (("calibration", self.calibration), ("heal", self.heal)):
+                if section and isinstance(section.data, tuple):
+                    problem = "conversations with images are not mixed with other texts"
+                    fix = "name their files by one path or glob, or leave calibration.images out"
+                    raise UserError(f"{key}.data", "a list", problem, fix)
         return self
+
+    @property
+    def keys_of_images(self) -> list[str]:
+        """The keys that ask for images."""
+        keys = ["calibration.images"] if self.calibration.images else []
+        return keys + [f"evaluation.{name}.images" for name in self.evaluation if self.sees(name)]
+
+    def sees(self, name: str) -> bool:
+        """Whether this held-out text has images."""
+        images = self.evaluation[name].images
+        return self.calibration.images if images is None else images
 
     @property
     def trains(self) -> bool:

@@ -60,6 +60,10 @@ class Calibration(Texts):
     `evaluation`: cut at `length` where it is longer, padded where it is shorter. Padding never
     counts. A row may then be a conversation, a list of messages, to which the model's chat
     template is applied."""
+    images: bool = False
+    """Whether rows are conversations with images, each a sample of its own, also in `heal` and
+    `evaluation`: the model's own processor and chat template make it, and one that is longer than
+    `length` is left out. `column`, `pack`, `bos` and `piece_mb` then play no part."""
     bos: Bos = "auto"
     """Whether each window begins with the tokenizer's beginning-of-sequence token, also in
     `evaluation`. `auto`: if the tokenizer itself puts it before a text; a model trained with it is
@@ -81,6 +85,8 @@ class Evaluation(Text):
     """Tokens a window; left out: `calibration.length`."""
     pack: bool | None = None
     """Left out: `calibration.pack`."""
+    images: bool | None = None
+    """Left out: `calibration.images`. The perplexity is that of the answers' tokens."""
     bos: Bos | None = None
     """Left out: `calibration.bos`."""
     windows: int | None = Field(None, ge=1, le=MOST)

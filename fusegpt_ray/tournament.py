@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from fusegpt_ray.healing.trial import trial
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.removals import Removal, removal
@@ -22,6 +20,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.samples import Batch, tokens_of
 from fusegpt_ray.workers.base import Workers
 
 
@@ -52,10 +51,10 @@ class Tournament:
     workers: Workers
     journal: Journal
     dense: Stack
-    windows_WT: np.ndarray
+    windows: Batch
     """Of the calibration text, to find the sets with."""
-    healed_WT: np.ndarray
-    held_out_WT: np.ndarray
+    healed: Batch
+    held_out: Batch
     """See `heal.Healer`."""
     show: Display
 
@@ -75,23 +74,23 @@ class Tournament:
         best = min(entrants, key=_loss)
         self.show.say(f"  chosen: {' = '.join(best.ways)}")
         record = {
-            "tokens": self._trial_WT.size,
+            "tokens": tokens_of(self._trial).size,
             "tried": [vars(entrant).copy() for entrant in entrants],
         }
         return best.removed, record
 
     @property
-    def _trial_WT(self) -> np.ndarray:
-        return self.healed_WT[: self.recipe.trial_windows]
+    def _trial(self) -> Batch:
+        return self.healed[: self.recipe.trial_windows]
 
     def _entrants(self, count: int) -> list[Entrant]:
         """Different sets, the ways that lead to the same one together."""
         recipe, found = self.recipe, list[Entrant]()
         assert recipe.search
-        windows_WT = self.windows_WT[: recipe.importance.windows]
+        windows = self.windows[: recipe.importance.windows]
         for way in recipe.search.candidates:
             self.show.stage(f"search: {count} blocks by {way}")
-            removed = removal(way, self.workers, self.dense, windows_WT, recipe.importance, count)
+            removed = removal(way, self.workers, self.dense, windows, recipe.importance, count)
             if removed is None:
                 self.show.say(f"  no {count} of {len(self.dense)} blocks are {way}: left out")
                 continue
@@ -110,7 +109,7 @@ class Tournament:
         once = heal.model_copy(update={"looks": 1})
         total = len(entrants)
         self.show.stage(
-            f"search: healing {total} models on {self._trial_WT.size:,} tokens each", total
+            f"search: healing {total} models on {tokens_of(self._trial).size:,} tokens each", total
         )
 
         def attempt(micro_batch: int) -> None:
@@ -124,8 +123,8 @@ class Tournament:
                         self.recipe.seed,
                         self.journal.folder,  # nothing is written there
                     ),
-                    self._trial_WT,
-                    self.held_out_WT,
+                    self._trial,
+                    self.held_out,
                     cluster,
                 )
                 for entrant in left

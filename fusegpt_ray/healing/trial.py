@@ -5,11 +5,10 @@ Shapes: W windows, T tokens.
 
 from __future__ import annotations
 
-import numpy as np
-
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.memory import empty_cache
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Cluster
 from fusegpt_ray.training.finetune import learn
 from fusegpt_ray.workers.base import News, TrainingWorker
@@ -18,8 +17,8 @@ from fusegpt_ray.workers.base import News, TrainingWorker
 def trial(
     runner: Runner,
     model: WholeModel,
-    windows_WT: np.ndarray,
-    held_out_WT: np.ndarray,
+    windows: Batch,
+    held_out: Batch,
     cluster: Cluster,
 ) -> list[float]:
     """The task of a replica: the held-out loss before the training and after each part. As many
@@ -29,7 +28,7 @@ def trial(
         FloatingPointError: the loss is not finite.
     """
     worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
-    task = model.task(windows_WT, held_out_WT, cluster, {}, "")
+    task = model.task(windows, held_out, cluster, {}, "")
     try:
         return learn(worker, task, runner.batch_size, runner.batch_size).held_out
     finally:

@@ -198,23 +198,41 @@ class Source:
         fix = "put the model's tokenizer.json beside its weights"
         if "tokenizer.json" in self.small_files:
             fix = "download the tokenizer's files again (tokenizer.json, tokenizer_config.json, …)"
+        return self._loaded(AutoTokenizer, key, "its tokenizer does not load", fix)
+
+    def processor(self, key: str = "model.source") -> Any:
+        """What makes samples of images and text for the checkpoint.
+
+        Raises:
+            UserError: there is none that loads without custom code.
+        """
+        from transformers import AutoProcessor
+
+        problem = "its processor, which the images need, does not load"
+        fix = (
+            "put the files of the model's processor beside its weights (preprocessor_config.json),"
+            " and install what it asks for, such as torchvision"
+        )
+        found = self._loaded(AutoProcessor, key, problem, fix)
+        if not hasattr(found, "image_processor"):  # of text alone, it is the tokenizer
+            raise UserError(key, self.name, "it has no processor, which the images need", fix)
+        return found
+
+    def _loaded(self, auto: Any, key: str, problem: str, fix: str) -> Any:
+        """What this class of transformers loads from the checkpoint's small files."""
         with tempfile.TemporaryDirectory() as folder:
             beginnings = self._copy_small(Path(folder))
             for name, beginning in beginnings.items():
                 if diagnosis.is_placeholder(beginning):
                     diagnosis.refuse_other_kinds(key, self.name, name, beginning)
             try:
-                with reading_users_file(key, self.name, "its tokenizer does not load", fix, folder):
-                    return AutoTokenizer.from_pretrained(
+                with reading_users_file(key, self.name, problem, fix, folder):
+                    return auto.from_pretrained(
                         folder, trust_remote_code=False, local_files_only=True
                     )
             except UserError:
-                for (
-                    name,
-                    beginning,
-                ) in (
-                    beginnings.items()
-                ):  # of others than texts the library says only that they are bad
+                # Of others than texts the library says only that they are bad.
+                for name, beginning in beginnings.items():
                     if name.endswith((".json", ".txt", ".jinja")):
                         diagnosis.refuse_other_kinds(key, self.name, name, beginning)
                 raise

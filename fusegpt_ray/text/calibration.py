@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Bos
 from fusegpt_ray.text.corpus import pieces, sources
 from fusegpt_ray.text.formats import Source, beside, of_all
@@ -216,9 +217,9 @@ def consecutive_windows(
     return texts_WT if bos is None else np.pad(texts_WT, ((0, 0), (1, 0)), constant_values=bos)
 
 
-def fingerprint(windows: np.ndarray) -> str:
+def fingerprint(windows: Batch) -> str:
     """SHA-256 of the windows' bytes, in hex: equal for the same text, tokenizer, length and
-    seed.
+    seed; of samples with images also for the same pixels.
     """
     return hashlib.sha256(windows.tobytes()).hexdigest()
 

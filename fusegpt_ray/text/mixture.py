@@ -17,6 +17,7 @@ from fractions import Fraction
 import numpy as np
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.samples import tokens_of
 from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.windows import Drawn, Windows, random_documents, random_windows
@@ -142,6 +143,6 @@ def calibration_windows(
     for number, (stream, name) in enumerate(zip(streams, data_keys(text, key), strict=True)):
         part, seed = text.parts[number], seed_of(text.seed, number)
         windows = draw(stream, part, counts[number], text.length, seed, bos, name)
-        tokens_WT[text_W == number] = windows.tokens_WT
+        tokens_WT[text_W == number] = tokens_of(windows.tokens_WT)
         drawn += windows.texts
     return Windows(tokens_WT, bos is not None, tuple(drawn), text_W)

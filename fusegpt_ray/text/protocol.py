@@ -46,4 +46,5 @@ def warnings(protocol: Mapping[str, Any]) -> list[str]:
 
 
 def _repeated(protocol: Mapping[str, Any]) -> str:
-    return f", each {protocol['repeated']:g} times" if "repeated" in protocol else ""
+    longer = f", {left} longer left out" if (left := protocol.get("left_out")) else ""
+    return longer + (f", each {protocol['repeated']:g} times" if "repeated" in protocol else "")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -23,6 +23,10 @@ from fusegpt_ray.text.formats import Source, beside, check_column, codec, one_of
 
 ROW = 1 << 26
 """Characters of the longest row, and of the longest line of JSON Lines, which is held as one."""
+
+
+Object = tuple[str, dict[str, Any]]
+"""What to call a row, and all its columns."""
 
 
 class Row(NamedTuple):
@@ -70,6 +74,18 @@ def rows(source: Source) -> Iterator[str]:
         raise UserError(key, source.text.column, problem, fix)
 
 
+def objects(source: Source) -> Iterator[Object]:
+    """Whole rows, in order, each with what to call it; the recipe's column plays no part.
+
+    Raises:
+        UserError: it cannot be read, or is of a format whose cells are text alone.
+    """
+    if source.format not in _OBJECTS:
+        problem = "no conversations with images are read from such a file"
+        raise UserError(source.key, source.uri, problem, "give JSON Lines, JSON or Parquet")
+    yield from _OBJECTS[source.format](source)
+
+
 @contextmanager
 def opened(source: Source) -> Iterator[io.TextIOWrapper]:
     """A file's text, decompressed, without the mark that some programs write before UTF-8."""
@@ -95,14 +111,18 @@ def _row(source: Source, where: str, record: dict[str, Any]) -> Row:
     return Row(where, list(record), record[source.text.column])
 
 
-def _json_lines(source: Source) -> Iterator[Row]:
+def _of_column(objects: Callable[[Source], Iterator[Object]]) -> Callable[[Source], Iterator[Row]]:
+    return lambda source: (_row(source, *found) for found in objects(source))
+
+
+def _json_lines(source: Source) -> Iterator[Object]:
     with opened(source) as file:
         for where, line in lines(file, source):
             if line.strip():
-                yield _row(source, where, _json_object(_parsed(line, where, source), where, source))
+                yield where, _json_object(_parsed(line, where, source), where, source)
 
 
-def _json(source: Source) -> Iterator[Row]:
+def _json(source: Source) -> Iterator[Object]:
     """JSON Lines; or one array of objects, which is held."""
     with opened(source) as file:
         line = next((line for _, line in lines(file, source) if line.strip()), "")
@@ -114,7 +134,8 @@ def _json(source: Source) -> Iterator[Row]:
             problem = f"a JSON array of more than {storage.SMALL} characters"
             raise UserError(source.key, source.uri, problem, _JSON)
         for number, value in enumerate(_parsed(array, "the array", source), 1):
-            yield _row(source, f"item {number}", _json_object(value, f"item {number}", source))
+            where = f"item {number}"
+            yield where, _json_object(value, where, source)
 
 
 def _parsed(text: str, where: str, source: Source) -> Any:
@@ -203,6 +224,16 @@ def _parquet(source: Source) -> Iterator[Row]:
         )
 
 
+def _parquet_objects(source: Source) -> Iterator[Object]:
+    import pyarrow.parquet
+
+    with storage.reading(source.uri) as raw:
+        table = pyarrow.parquet.ParquetFile(_decompressed(raw, source.uri))
+        batches = table.iter_batches(batch_size=8)  # as in `_parquet`
+        found = (record for batch in batches for record in batch.to_pylist())
+        yield from ((f"row {number}", record) for number, record in enumerate(found, 1))
+
+
 def _arrow(source: Source) -> Iterator[Row]:
     """Of either kind: a stream, as `datasets` writes it, or a file."""
     import pyarrow
@@ -259,9 +290,10 @@ def loading(source: Source) -> Iterator[None]:
             raise cast(Exception, error.__cause__ or error) from None
 
 
+_OBJECTS = {"jsonl": _json_lines, "json": _json, "parquet": _parquet_objects}
 _READERS = {
-    "jsonl": _json_lines,
-    "json": _json,
+    "jsonl": _of_column(_json_lines),
+    "json": _of_column(_json),
     "csv": _separated,
     "tsv": _separated,
     "parquet": _parquet,

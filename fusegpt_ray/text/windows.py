@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fusegpt_ray.samples import lengths
+from fusegpt_ray.samples import Batch, lengths
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import documents
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
@@ -30,6 +30,10 @@ class Drawn:
     """How many different windows there are, where they are cycled through."""
     documents: int | None = None
     """Of the whole text, where each window is one of them."""
+    conversations: int | None = None
+    """Of the whole text, where each window is one of them, with its images."""
+    left_out: int = 0
+    """Of the conversations looked at, those that are longer than a window."""
     cut: int = 0
     """Of the documents taken, those that were longer than a window."""
     generated: Mapping[str, Any] | None = None
@@ -59,12 +63,15 @@ class Drawn:
     def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         if self.documents is not None:
             return {"documents": self.documents, "cut": self.cut}
+        facts: dict[str, Any] = {}
+        if self.conversations is not None:
+            facts = {"conversations": self.conversations, "left_out": self.left_out}
         if self.distinct is not None and windows > self.distinct:
-            return {"repeated": round(windows / self.distinct, 3)}
+            return facts | {"repeated": round(windows / self.distinct, 3)}
         if self.text_tokens is None:
-            return {}
+            return facts
         seen = windows * (length - bos) / self.text_tokens
-        facts = {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
+        facts |= {"text_tokens": self.text_tokens, "times_seen": round(seen, 3)}
         if seen <= OFTEN:
             return facts
         what = f"{windows} windows of {length} tokens from a text of {self.text_tokens} tokens"
@@ -76,8 +83,9 @@ class Drawn:
 class Windows:
     """Windows of one text, or of a mixture of several."""
 
-    tokens_WT: np.ndarray
-    """int64 [windows, length]; each with the beginning-of-sequence token in it, if there is one."""
+    tokens_WT: Batch
+    """int64 [windows, length], or samples with images; each with the beginning-of-sequence token in
+    it, if there is one."""
     bos: bool
     """Whether each begins with the beginning-of-sequence token."""
     texts: tuple[Drawn, ...]
@@ -86,7 +94,7 @@ class Windows:
     """int64 [windows]: the number of each one's text."""
 
     @classmethod
-    def of(cls, tokens_WT: np.ndarray, bos: bool, text: Drawn) -> Self:
+    def of(cls, tokens_WT: Batch, bos: bool, text: Drawn) -> Self:
         """Windows of a single text."""
         return cls(tokens_WT, bos, (text,), np.zeros(len(tokens_WT), dtype=np.int64))
 
@@ -105,7 +113,9 @@ class Windows:
         "text_tokens", "times_seen" (how often each token is, on average) and, if need be,
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
         average); of padded ones "tokens"; of documents "documents" (how many the text has) and
-        "cut" (how many of those taken are longer than a window); of a text that the dense model
+        "cut" (how many of those taken are longer than a window); of conversations with images
+        "conversations" (how many the text has) and "left_out" (how many of those looked at are
+        longer than a window); of a text that the dense model
         wrote "generated": {"prompts" (None: without), "tokens" (of the whole text), "temperature",
         "top_p"}.
 

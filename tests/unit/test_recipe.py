@@ -146,7 +146,8 @@ def test_json_and_back_changes_nothing(preset: str) -> None:
 def test_a_single_text_is_written_as_ever() -> None:
     """The recipe as JSON is part of what a run is, and of manifests."""
     text = {"data": "text.txt", "config": None, "split": "train", "revision": None}
-    text |= {"column": "text", "windows": 1024, "length": 2048, "bos": "auto", "seed": 0}
+    text |= {"column": "text", "windows": 1024, "length": 2048, "pack": True}
+    text |= {"images": False, "bos": "auto", "seed": 0}
     assert list(recipe().model_dump(mode="json")["calibration"].items()) == [
         *(text | {"piece_mb": 16}).items()
     ]

@@ -1,0 +1,144 @@
+"""Conversations with images, as files have them, in one form: that of `messages`, each image named
+by an absolute URI or held as bytes.
+
+Two layouts are read, row by row: `messages` with parts of content, and LLaVA's `conversations` of
+"human" and "gpt", in whose text `<image>` stands for an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.store import storage
+from fusegpt_ray.text.corpus import explained, sources
+from fusegpt_ray.text.formats import Source
+from fusegpt_ray.text.rows import objects
+from fusegpt_ray.text_sections import Text
+
+Image = str | bytes
+"""A URI, or the bytes of a file."""
+_PLACEHOLDER = "<image>"
+_ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_NAMES = ("image", "path", "url", "bytes")
+"""Where a part of content may hold its image."""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, whose images stand apart."""
+
+    where: str
+    """For messages, such as "line 5 of chats.jsonl"."""
+    messages: list[dict[str, Any]]
+    """Each {"role", "content"}, the latter a list of {"type": "text", "text"} and
+    {"type": "image"}."""
+    images: tuple[Image, ...]
+    """In the order of their places."""
+
+
+def conversations(text: Text, key: str) -> list[Conversation]:
+    """All conversations of a text, in order; images are not opened.
+
+    Raises:
+        UserError: there is none, or a row holds none.
+    """
+    found = [item for source in sources(text, key, _looked_at) for item in _of(source)]
+    if not found:
+        raise UserError(key, text.data, "there are no rows", "give conversations with images")
+    return found
+
+
+def shuffled(found: Sequence[Conversation], seed: int) -> list[Conversation]:
+    """In an order that follows from the seed and the places alone."""
+    keys = [random.Random(f"{seed} {place}").random() for place in range(len(found))]
+    return [found[place] for place in sorted(range(len(found)), key=keys.__getitem__)]
+
+
+def _looked_at(source: Source, _: int) -> Iterator[str]:
+    return (item.where for item in _of(source))
+
+
+def _of(source: Source) -> Iterator[Conversation]:
+    folder = source.uri.rpartition("/")[0]
+    with explained(source.key, source.uri):
+        for row, record in objects(source):
+            where = f"{row} of {source.uri}"
+            try:
+                messages, images = _read(record)
+            except (KeyError, TypeError, ValueError) as error:
+                problem = f"{where} is no conversation with images ({_said(error)})"
+                fix = (
+                    "give rows of {image, conversations: [{from, value}]} or of {messages: [{role,"
+                    " content: [{type: image, path}, {type: text, text}]}]}"
+                )
+                raise UserError(source.key, source.uri, problem, fix) from error
+            yield Conversation(where, messages, tuple(_placed(image, folder) for image in images))
+
+
+def _said(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _read(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Messages and the images in them, of either layout."""
+    beside = record.get("images") or record.get("image") or []
+    beside = list(beside) if isinstance(beside, list) else [beside]
+    turns = record.get("messages")
+    if turns is None:
+        turns = [
+            {"role": _ROLES[turn["from"]], "content": turn["value"]}
+            for turn in record["conversations"]
+        ]
+    messages, images = [], []
+    for turn in turns:
+        parts, named = _parts(turn["content"], beside)
+        messages.append({"role": turn["role"], "content": parts})
+        images += named
+    if beside:
+        raise ValueError(f"{len(beside)} of its images have no place in its text")
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise ValueError("nobody answers in it")
+    return messages, images
+
+
+def _parts(content: Any, beside: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """Parts of one message, and its images; those that it does not name are taken from
+    `beside`.
+    """
+    if isinstance(content, str):
+        pieces = re.split(rf"({_PLACEHOLDER})\n?", content)
+        content = [
+            {"type": "image"} if piece == _PLACEHOLDER else {"type": "text", "text": piece}
+            for piece in pieces
+            if piece.strip()
+        ]
+    parts, images = [], []
+    for part in content:
+        if part["type"] == "text":
+            parts.append({"type": "text", "text": part["text"]})
+            continue
+        if part["type"] not in ("image", "image_url"):
+            raise ValueError(f"a part of the type {part['type']!r} is neither text nor image")
+        named = [part[name] for name in (*_NAMES, "image_url") if part.get(name)]
+        if not named and not beside:
+            raise ValueError("a place for an image is left without one")
+        images.append(named[0] if named else beside.pop(0))
+        parts.append({"type": "image"})
+    return parts, images
+
+
+def _placed(image: Any, folder: str) -> Image:
+    """An image's bytes or absolute URI; `datasets` writes {"bytes", "path"}, others {"url"}."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path") or image["url"]
+    if isinstance(image, bytes):
+        return image
+    if image.startswith("data:"):
+        return base64.b64decode(image.partition(",")[2])
+    return image if "://" in image or image.startswith("/") else storage.join(folder, image)

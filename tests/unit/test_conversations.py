@@ -1,0 +1,158 @@
+"""Conversations with images, from files and through a model's own processor."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from albums import album, paint, save_llava, write_lines
+from pictures import IMAGE, PATCHES
+from PIL import Image
+from transformers import AutoProcessor
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.text.conversations import conversations, shuffled
+from fusegpt_ray.text.images import Processing
+from fusegpt_ray.text_sections import Text
+
+KEY = "calibration.data"
+
+
+@pytest.fixture(name="model", scope="session")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("llava") / "model")
+
+
+def processing(model: Path, length: int = 40) -> Processing:
+    return Processing(Source.find(str(model), None).processor(), IMAGE, length, KEY)
+
+
+def as_messages(row: dict[str, Any], image: Any) -> dict[str, Any]:
+    """The same in the other layout, with this part for its image."""
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [
+        {
+            "role": roles[turn["from"]],
+            "content": [{"type": "text", "text": turn["value"].removeprefix("<image>\n")}],
+        }
+        for turn in row["conversations"]
+    ]
+    messages[0]["content"].insert(0, {"type": "image", **image})
+    return {"messages": messages}
+
+
+def test_every_layout_gives_the_same_samples(model: Path, tmp_path: Path) -> None:
+    rows = album(tmp_path, 3)
+    raw = [(tmp_path / row["image"]).read_bytes() for row in rows]
+    data = [f"data:image/png;base64,{base64.b64encode(item).decode()}" for item in raw]
+    layouts = {
+        "llava": rows,
+        "path": [as_messages(row, {"path": row["image"]}) for row in rows],
+        "absolute": [as_messages(row, {"image": str(tmp_path / row["image"])}) for row in rows],
+        "url": [as_messages(row, {"url": f"file://{tmp_path}/{row['image']}"}) for row in rows],
+        "data": [
+            as_messages(row, {"type": "image_url", "image_url": {"url": url}})
+            for row, url in zip(rows, data, strict=True)
+        ],
+        "beside": [{**as_messages(row, {}), "images": [row["image"]]} for row in rows],
+    }
+    files = [write_lines(tmp_path / f"{name}.jsonl", given) for name, given in layouts.items()]
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    inside = [
+        {"image": {"bytes": item, "path": None}, "conversations": row["conversations"]}
+        for row, item in zip(rows, raw, strict=True)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(inside), tmp_path / "inside.parquet")
+    files += [tmp_path / "array.json", tmp_path / "inside.parquet"]
+    found = [
+        processing(model).samples(conversations(Text(data=str(file)), KEY), None).tobytes()
+        for file in files
+    ]
+    assert len({*found}) == 1 and len(found) == 8
+
+
+def test_a_sample_is_what_the_processor_makes_and_its_answers_are_the_targets(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = album(tmp_path, 6)
+    file = write_lines(tmp_path / "chats.jsonl", rows)
+    samples = processing(model).samples(conversations(Text(data=str(file)), KEY), None)
+    processor = AutoProcessor.from_pretrained(model)
+    for number, row in enumerate(rows):
+        turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
+        text = f"<s>user : <image> {turns[0]} assistant : {turns[1]} </s> "
+        answers = [f"{turns[1]} </s>"]
+        if len(turns) == 4:
+            text += f"user : {turns[2]} assistant : {turns[3]} </s> "
+            answers.append(f"{turns[3]} </s>")
+        image = Image.open(tmp_path / row["image"])
+        made = processor(text=text, images=image, add_special_tokens=False, return_tensors="np")
+        n = made["input_ids"].shape[1]
+        assert samples.tokens_WT[number, :n].tolist() == made["input_ids"][0].tolist()
+        assert (samples.tokens_WT[number, n:] == -1).all()
+        np.testing.assert_array_equal(samples.inputs[number]["pixel_values"], made["pixel_values"])
+        assert samples.images_WT[number].sum() == PATCHES
+        targets = samples.tokens_WT[number, samples.targets_WT[number]]
+        assert processor.tokenizer.convert_ids_to_tokens(targets) == " ".join(answers).split()
+
+
+def test_longer_ones_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "chats.jsonl", album(tmp_path, 8))
+    found = conversations(Text(data=str(file)), KEY)
+    lengths = [len(processing(model).sample(one).tokens_n) for one in found]
+    limit = sorted(lengths)[4]
+    chosen = processing(model, limit)
+    assert len(chosen.samples(found, None)) == sum(n <= limit for n in lengths)
+    assert chosen.left_out == sum(n > limit for n in lengths) > 0
+    with pytest.raises(UserError, match="all 8 conversations are longer than 4 tokens") as caught:
+        processing(model, 4).samples(found, None)
+    assert caught.value.key == "calibration.length"
+
+
+def test_the_order_follows_from_the_seed(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "chats.jsonl", album(tmp_path, 8))
+    found = conversations(Text(data=str(file)), KEY)
+    first, again, other = (shuffled(found, seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert sorted(map(str, first)) == sorted(map(str, other)) == sorted(map(str, found))
+
+
+TURNS = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "red"}]
+WRONG = {
+    "no conversation": ({"text": "what"}, "it lacks 'conversations'"),
+    "no image": ({"conversations": TURNS}, "a place for an image is left without one"),
+    "no place": ({"image": "0.png", "conversations": TURNS[1:]}, "have no place in its text"),
+    "no answer": ({"image": "0.png", "conversations": TURNS[:1]}, "nobody answers"),
+    "a speaker": ({"conversations": [{"from": "cat", "value": "mew"}]}, "it lacks 'cat'"),
+    "a video": (
+        {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]},
+        "'video' is neither text nor image",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_row_that_is_none_is_named(case: str, tmp_path: Path) -> None:
+    row, problem = WRONG[case]
+    file = write_lines(tmp_path / "chats.jsonl", [row])
+    with pytest.raises(UserError, match=problem) as caught:
+        conversations(Text(data=str(file)), KEY)
+    assert "line 1 of" in caught.value.problem
+
+
+def test_an_image_that_is_missing_or_none_is_named(model: Path, tmp_path: Path) -> None:
+    paint(tmp_path, 1)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for name in ("missing.png", "broken.png"):
+        row = {"image": name, "conversations": TURNS}
+        file = write_lines(tmp_path / "chats.jsonl", [row])
+        with pytest.raises(UserError, match=r"an image of line 1 of .* cannot be read") as caught:
+            processing(model).samples(conversations(Text(data=str(file)), KEY), None)
+        assert str(caught.value.value).endswith(name)
