@@ -68,7 +68,7 @@ def swept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         if len(found) == counting.deadly:  # type: ignore[attr-defined]
             counting.deadly = -1  # type: ignore[attr-defined]
             raise KeyboardInterrupt
-        found.append(sum(len(part.windows_WT) * len(part.positions) for part in parts))
+        found.append(sum(len(part.windows) * len(part.positions) for part in parts))
         return sweep(runner, stack, parts, *how)
 
     counting.deadly = -1  # type: ignore[attr-defined]
