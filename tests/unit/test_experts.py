@@ -23,7 +23,7 @@ from fusegpt_ray.cli import main
 REFUSED = {
     "minimax": "other values in self_attn.slope_rate",  # how fast a block forgets
 }
-# Of Jamba, which has experts in every second block, only some blocks can go (test_removable.py).
+# Of Jamba, which has experts in every second block, only some blocks can go.
 SPLIT = {name: save_split for name in EXPERTS if name not in (*REFUSED, "jamba")}
 MERGED = dict.fromkeys(("mixtral", "granitemoeshared", "deepseek_v3"), save_merged)
 CASES = [*SPLIT.items(), *MERGED.items()]
