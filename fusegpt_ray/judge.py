@@ -69,9 +69,7 @@ class Judge:
         *before, last = stages
         windows = self.held_out[name]
         this = evaluation.perplexity(self.workers, published, windows.tokens_WT)
-        dropped = self.dense
-        for dense in set(self.dense.kept) - set(stages[last].kept):
-            dropped = dropped.drop(dense)
+        dropped = self.dense.drop(*set(self.dense.kept) - set(stages[last].kept))
         plain = this
         if stages[last] != dropped:
             plain = self._of_dense_blocks(dropped, windows.tokens_WT)

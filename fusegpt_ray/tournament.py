@@ -117,7 +117,7 @@ class Tournament:
             tasks = [
                 (
                     WholeModel(
-                        _without(self.dense, entrant.removed),
+                        self.dense.drop(*entrant.removed),
                         self.dense,
                         once,
                         self.recipe.seed,
@@ -146,9 +146,3 @@ class Tournament:
 def _loss(entrant: Entrant) -> float:
     assert entrant.held_out
     return min(entrant.held_out)
-
-
-def _without(stack: Stack, removed: Removal) -> Stack:
-    for number in removed:
-        stack = stack.drop(number)
-    return stack

@@ -104,10 +104,11 @@ class Stack:
     def position(self, dense: int) -> int:
         return self.kept.index(dense)
 
-    def drop(self, dense: int) -> Stack:
-        """Without the block that was number `dense` of the dense model."""
-        assert dense in self.kept, (dense, self.kept)
-        return replace(self, blocks=tuple(block for block in self.blocks if block.dense != dense))
+    def drop(self, *dense: int) -> Stack:
+        """Without the blocks that had these numbers in the dense model."""
+        assert set(dense) <= set(self.kept), (dense, self.kept)
+        left = tuple(block for block in self.blocks if block.dense not in dense)
+        return replace(self, blocks=left)
 
     def swap(self, blocks: Mapping[int, Block]) -> Stack:
         """With the blocks of these dense numbers replaced."""

@@ -110,9 +110,7 @@ class _Attempt:
 
     def problem(self, dropped: Sequence[int]) -> str:
         """What is not as it would be published without these blocks, or nothing."""
-        short = self.dense
-        for number in dropped:
-            short = short.drop(number)
+        short = self.dense.drop(*dropped)
         name, known = self.structure.found.name, self._shallower
         try:
             what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"

@@ -32,10 +32,7 @@ FACTS: dict[str, Any] = {
 
 
 def shortened(dense: Stack) -> Stack:
-    stack = dense
-    for block in set(dense.kept) - set(KEPT):
-        stack = stack.drop(block)
-    return stack
+    return dense.drop(*set(dense.kept) - set(KEPT))
 
 
 @pytest.fixture(name="folder")

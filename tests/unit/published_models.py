@@ -32,10 +32,7 @@ FACTS: dict[str, Any] = {
 
 
 def shortened(dense: Stack) -> Stack:
-    stack = dense
-    for block in REMOVED:
-        stack = stack.drop(block)
-    return stack
+    return dense.drop(*REMOVED)
 
 
 def published(

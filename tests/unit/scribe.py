@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,6 @@ from fusegpt_ray.workers.local import LocalWorkers
 
 TOKENS = 2 * ROWS * LENGTH
 """That are asked for: in texts of less than a window, some of which end early, three parts."""
-
-
-class Backwards(LocalWorkers):
-    """Replicas that are done in the opposite order."""
-
-    def map(
-        self,
-        function: Callable[..., Any],
-        tasks: Sequence[tuple[Any, ...]],
-        batch_size: int,
-        costs: Sequence[float] | None = None,
-    ) -> Iterator[tuple[int, Any]]:
-        for number, found in super().map(function, tasks[::-1], batch_size):
-            yield len(tasks) - 1 - number, found
 
 
 @pytest.fixture(name="desk")

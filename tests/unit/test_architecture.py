@@ -40,9 +40,7 @@ def test_states_and_logits_are_the_real_models_to_the_bit(
     folder = checkpoint(name)
     kept = [i for i in range(DEPTH) if i not in removed]
     real = without_blocks(load_model(folder), name, kept)
-    stack = open_stack(folder)
-    for dense in removed:
-        stack = stack.drop(dense)
+    stack = open_stack(folder).drop(*removed)
     stack = Stack.from_json(
         json.loads(json.dumps(stack.to_json()))
     )  # as it comes back from a journal

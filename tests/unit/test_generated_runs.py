@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from desk import LENGTH, Desk
-from scribe import TOKENS, Backwards, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
+from scribe import TOKENS, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
 from stopped_runs import Watching, contents
 
 from fusegpt_ray import generation

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backwards import Backwards
 from desk import LENGTH, Desk
 from models import load_model, open_stack
 from recipes import mistake, recipe
-from scribe import TOKENS, Backwards, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
+from scribe import TOKENS, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
 from stopped_runs import Watching, contents
 
 from fusegpt_ray.drawing import healing_windows

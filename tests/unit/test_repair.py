@@ -5,12 +5,13 @@ squares.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from backwards import Backwards
 from models import (
     MODELS,
     hidden_states,
@@ -40,21 +41,6 @@ FITTED = WINDOWS * 7 // 8
 IDS = token_windows(WINDOWS, LENGTH)
 LAYERS = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2", "lfm2": "feed_forward.w2"}
 DONOR = 2
-
-
-class Several(LocalWorkers):
-    """As several replicas whose tasks end in another order."""
-
-    replicas = 3
-
-    def map(
-        self,
-        function: Callable[..., Any],
-        tasks: Sequence[tuple[Any, ...]],
-        batch_size: int,
-        costs: Sequence[float] | None = None,
-    ) -> Iterator[tuple[int, Any]]:
-        yield from reversed(list(super().map(function, tasks, batch_size, costs)))
 
 
 def repair(
@@ -152,7 +138,7 @@ def test_replicas_and_their_order_change_no_bit(
     weights: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     one = repair(checkpoint("gpt2"), tmp_path / "one")
-    several = repair(checkpoint("gpt2"), tmp_path / "several", kind=Several, weights=weights)
+    several = repair(checkpoint("gpt2"), tmp_path / "several", kind=Backwards, weights=weights)
     ((_, record),), ((_, other),) = one.files.items(), several.files.items()
     assert record == other
     assert one.to_record() == several.to_record()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backwards import Backwards
 from hypothesis import given
 from hypothesis import strategies as st
 from models import DEPTH, token_windows
@@ -29,7 +30,7 @@ SETTINGS = Importance(windows=7, batch=2)
 FULL = SETTINGS.model_copy(update={"all": True})
 
 
-class SeveralReplicas(LocalWorkers):
+class SeveralReplicas(Backwards):
     """Divides and orders tasks as several replicas would, and computes them in this process."""
 
     def __init__(self, setup: Setup, replicas: int, streams: bool) -> None:
@@ -54,7 +55,7 @@ class SeveralReplicas(LocalWorkers):
         assert costs is not None and len(costs) == len(tasks)
         self.tasks.append(len(tasks))
         self.costs.append(list(costs))
-        yield from reversed(list(super().map(function, tasks, batch_size, costs)))
+        yield from super().map(function, tasks, batch_size, costs)
 
 
 @pytest.fixture

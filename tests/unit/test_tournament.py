@@ -20,7 +20,6 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.removals import removal
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.run.journal import Journal
@@ -113,18 +112,12 @@ def test_the_winner_has_the_lowest_loss_after_the_same_healing(infirmary: Infirm
     assert len(set(sets)) == len(sets) >= 3
     assert sum(len(tried["ways"]) for tried in record["tried"]) == 6
     for tried in record["tried"]:
-        infirmary.stack = without(infirmary.dense, tried["removed"])
+        infirmary.stack = infirmary.dense.drop(*tried["removed"])
         healed = infirmary.heal(windows_WT=TRAINED[:8], **HEAL | {"looks": 1})
         assert tried["held_out"] == healed.held_out
         infirmary.forget()
     best = min(record["tried"], key=lambda tried: min(tried["held_out"]))
     assert chosen == best["removed"]
-
-
-def without(stack: Stack, removed: tuple[int, ...]) -> Stack:
-    for number in removed:
-        stack = stack.drop(number)
-    return stack
 
 
 def changes(desk: Desk) -> dict[str, Any]:
