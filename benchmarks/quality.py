@@ -49,6 +49,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "rounds, mi+ft": {"method": "mi+ft"},
     "dropped, healed": {"method": "mi", "heal": LOW},
     "dropped, healed (all)": {"method": "mi", "heal": ALL},
+    "dropped, healed (all, 2 a step)": {"method": "mi", "heal": ALL | {"batch": 2}},
+    "searched, dropped, healed (all)": {
+        "method": "mi",
+        "search": {"candidates": ["mi", "kl", "run", "spaced"], "tokens": 16384},
+        "heal": ALL,
+    },
+    "best, 2 epochs, healed (all)": {
+        "preset": "best",
+        "fusion": {"epochs": 2},
+        "heal": ALL | {"learning_rate": 3e-4},
+    },
     "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
     "repaired, healed": {"method": "mi+linear", "heal": LOW},
     "repaired, healed (all)": {"method": "mi+linear", "heal": ALL},
