@@ -30,7 +30,7 @@ from fusegpt_ray.workers.base import TrainingWorker
 
 CPU = torch.device("cpu")
 LENGTH = 12
-SMALL = PRESETS["default"] | {
+SMALL = PRESETS["rounds"]["fusion"] | {
     "group_size": 3,
     "rank": 4,
     "lora_rank": 4,

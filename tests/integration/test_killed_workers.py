@@ -45,7 +45,7 @@ WINDOWS, LENGTH, BATCH, EPOCHS, WORKERS, MICRO = 32, 12, 8, 5, 2, 2
 STEPS = WINDOWS // BATCH
 """Of an epoch. A worker forms its span's weights once in each."""
 SETTINGS = Fusion(
-    **PRESETS["default"]
+    **PRESETS["rounds"]["fusion"]
     | {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": EPOCHS, "batch": BATCH}
     | {"learning_rate": 0.01, "lora_learning_rate": 0.005}
 )

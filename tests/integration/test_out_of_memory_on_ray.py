@@ -79,7 +79,7 @@ def test_training_workers_that_run_out_of_memory_start_again_with_less(
     )
     values = {"group_size": 3, "rank": 4, "lora_rank": 4, "epochs": 1, "batch": TRAINED}
     group = GroupFusion(
-        dense, dense, 2, Fusion(**PRESETS["paper"] | values), True, 0, str(tmp_path)
+        dense, dense, 2, Fusion(**PRESETS["paper"]["fusion"] | values), True, 0, str(tmp_path)
     )
     windows_WT = token_windows(TRAINED * 2, LENGTH).numpy()
     task = group.task(windows_WT, cluster, "dense", str(tmp_path / "checkpoints"))

@@ -41,7 +41,7 @@ def make_runner(folder: Path, compiled: bool) -> Runner:
 def trained(folder: Path, out: Path, compiled: bool) -> dict[str, torch.Tensor]:
     """What a group learns in three epochs, its states in pinned memory."""
     runner, dense = make_runner(folder, compiled), open_stack(folder)
-    chosen = settings("default", epochs=3, **FAST)
+    chosen = settings("rounds", epochs=3, **FAST)
     job = GroupFusion(dense, dense, 2, chosen, True, 0, str(out))
     entering, leaving = (h.cpu().pin_memory() for h in job.source.walk(runner, IDS))
     states, contexts = States(entering, leaving), runner.trunk.contexts(BATCH, LENGTH)
