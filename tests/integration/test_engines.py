@@ -157,19 +157,28 @@ def test_the_manifest_is_true(run: Run, material, name: str) -> None:
         check_files(folder, manifest)
 
 
+def check_scores(done: dict[str, Any], left: list[int], recipe: Recipe) -> None:
+    scores = {int(block): score for block, score in done["scores"].items()}
+    assert sorted([*scores, *map(int, done["stopped"])]) == left
+    assert all(item["at_least"] > scores[done["removed"]] for item in done["stopped"].values())
+    assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
+    assert done["removed"] == min(scores, key=lambda block: scores[block])
+    assert done["batch_size"] == recipe.importance.batch
+
+
 def check_rounds(manifest: dict[str, Any], recipe: Recipe) -> None:
     left = list(range(BLOCKS))
+    if recipe.search:
+        best = min(manifest["search"]["tried"], key=lambda tried: min(tried["held_out"]))
+        assert manifest["removed"] == list(best["removed"])[: len(manifest["removed"])]
     for done in manifest["rounds"]:
-        scores = {int(block): score for block, score in done["scores"].items()}
-        assert sorted([*scores, *map(int, done["stopped"])]) == left
-        assert all(item["at_least"] > scores[done["removed"]] for item in done["stopped"].values())
-        assert done["block_forwards"]["brute_force"] == recipe.importance.windows * len(left) ** 2
-        assert done["removed"] == min(scores, key=lambda block: scores[block])
+        assert ("scores" in done) == (recipe.search is None)
+        if recipe.search is None:
+            check_scores(done, left, recipe)
         assert done["seconds"].keys() == {"score", "states", "finetune"}
-        assert done["batch_size"] == recipe.importance.batch
         share = recipe.fusion.batch // recipe.cluster.workers
         assert (done["states_batch_size"], done["micro_batch"]) == (
-            (None, None) if recipe.method == "mi" else (done["batch_size"], share)
+            (None, None) if recipe.method == "mi" else (recipe.importance.batch, share)
         )
         if recipe.method == "mi":
             assert (done["group"], done["loss_first"], done["loss_last"]) == ([], None, None)
