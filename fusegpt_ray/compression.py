@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ class Compression:
         """See `run_id`."""
         return run_id(self.identity, self._healing_identity)
 
-    @property
+    @cached_property
     def _healing_identity(self) -> dict[str, Any] | None:
         if self.healing is None:
             return None

@@ -17,7 +17,7 @@ from math import ceil
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import matrices
+from fusegpt_ray.matrices import attention_heads, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
@@ -139,13 +139,8 @@ def matrix_flops(dense: Stack, length: int) -> int:
 
 def attention_flops(dense: Stack, length: int) -> int:
     """See `block_flops`; none where no block attends, as in state space models."""
-    config = read_config(dense.config).get_text_config()
-    heads = getattr(config, "num_attention_heads", None)
-    if not heads:
-        return 0
-    head_dim = config.to_dict().get("head_dim")  # the usual one, where blocks have others
-    width: int = heads * (head_dim or config.hidden_size // heads)
-    return 4 * width * length**2
+    heads, width = attention_heads(dense)
+    return 4 * heads * width * length**2
 
 
 def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:

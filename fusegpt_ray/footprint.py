@@ -10,7 +10,7 @@ from math import prod
 
 import torch
 
-from fusegpt_ray.matrices import Matrices, largest_block, matrices
+from fusegpt_ray.matrices import Matrices, attention_heads, largest_block, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
@@ -124,8 +124,7 @@ def generating_bytes(dense: Stack, dtype: torch.dtype, length: int) -> int:
     and the keys and values of all blocks.
     """
     config = read_config(dense.config).get_text_config()
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, width = attention_heads(dense)
     kept = 2 * (getattr(config, "num_key_value_heads", None) or heads) * width * length
     weights = _in(dtype, dense.trunk) + sum(_in(dtype, block.weights) for block in dense.blocks)
     return weights + len(dense) * kept * dtype.itemsize

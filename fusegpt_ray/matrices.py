@@ -102,3 +102,16 @@ def _number(config: transformers.PretrainedConfig, names: Sequence[str]) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 0
+
+
+def attention_heads(dense: Stack) -> tuple[int, int]:
+    """How many, and the width of one, as most blocks have them; (0, 0) where none attends, as in
+    state space models.
+    """
+    config = read_config(dense.config).get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    if not heads:
+        return 0, 0
+    # The usual one, where blocks have others.
+    head_dim = config.to_dict().get("head_dim")
+    return heads, head_dim or config.hidden_size // heads

@@ -20,7 +20,6 @@ from fusegpt_ray.preflight import (
     check_method,
     check_model,
     check_output,
-    check_repair,
     plan_targets,
     with_start,
 )
@@ -86,11 +85,10 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     shares(recipe.calibration, recipe.calibration.windows, "calibration", "windows")
     source, structure = find_model(recipe.model, window_lengths(recipe))
     check_images(source, recipe.keys_of_images)
-    recipe = with_start(recipe, structure, show.say)
     targets = plan_targets(recipe, len(structure.blocks))
+    recipe = with_start(recipe, structure, show.say)
     check_output(recipe, targets, restart)
     check_method(recipe, structure)
-    check_repair(recipe, structure)
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
     removable = rehearse(model.stack, structure, [target.remove for target in targets])

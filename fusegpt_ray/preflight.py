@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusegpt_ray.errors import StorageError, UserError, blaming
+from fusegpt_ray.errors import StorageError, UserError, blaming, reading_users_file
 from fusegpt_ray.fusion.compensation import (
     fitted_windows,
     last_linears,
@@ -16,7 +16,7 @@ from fusegpt_ray.fusion.compensation import (
     needed_windows,
 )
 from fusegpt_ray.fusion.student import all_layers
-from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
@@ -86,8 +86,13 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
 
 
 def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None]) -> Recipe:
-    """The recipe with `fusion.start: auto` decided."""
+    """The recipe with `fusion.start: auto` decided, and any other start checked.
+
+    Raises:
+        UserError: see `check_repair`.
+    """
     if recipe.fusion.start != "auto":
+        check_repair(recipe, structure)
         return recipe
 
     def starting(way: str) -> Recipe:
@@ -106,24 +111,29 @@ def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None])
 def check_repair(recipe: Recipe, structure: Structure) -> None:
     """
     Raises:
-        UserError: no block ends in a linear layer that could be changed, the calibration windows
-            have too few tokens for the repair's least squares, or images.
+        UserError: no block ends in a linear layer that could be changed, blocks are called with
+            what depends on the sample, or the calibration windows have too few tokens for the
+            repair's least squares.
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
     assert way != "auto", "it is decided"
     if way == "none":
         return
-    if recipe.calibration.images:
-        problem = "repairs in closed form are not made from samples with images"
-        fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
+    fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
+    if text.images or structure.by_sample:
+        problem = (
+            "repairs in closed form are not made where blocks are called with what depends on the"
+            " sample, as with images"
+        )
         raise UserError("fusion.start", way, problem, fix)
-    layers = last_linears(structure.calls).values()
+    unseen = "what its blocks compute cannot be seen without values"
+    with reading_users_file(KEY, structure.name, unseen, "leave fusion.start out, with method mi"):
+        layers = last_linears(structure.calls).values()
     if not layers:
         problem = (
             f"it changes the linear layer that a block ends in, and no block of {structure.name}"
             " ends in one; a mixture's experts are many"
         )
-        fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
         raise UserError("fusion.start", way, problem, fix)
     needed = max(needed_tokens(way, layer) for layer in layers)
     fitted = fitted_windows(text.windows, batch) * text.length

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.compensation import Way, features, last_linear
 from fusegpt_ray.fusion.least_squares import Moments
 from fusegpt_ray.model.device import deterministic_or_not
@@ -39,10 +38,7 @@ def gather(
     they pass both, a batch at a time. So a window's part depends on its batch alone.
     """
     before, rows = runner.weights.bytes_read, as_rows(windows)
-    if runner.by_sample(rows):
-        problem = "the model's blocks are called with what depends on the sample"
-        fix = "leave fusion.start out, and use another method than mi+linear"
-        raise UserError("fusion.start", way, problem, fix)
+    assert not runner.by_sample(rows), "refused before (see `preflight.check_repair`)"
     counted_WT = as_tensor(counting(windows))
     (h_WTD,) = runner.empty_states(rows)
     for _ in runner.walk(stack, rows, donor - 1, h_WTD):

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from fusegpt_ray.fusion.least_squares import Fit
 from fusegpt_ray.fusion.linear import Linear
 from fusegpt_ray.fusion.student import expert_layers, linear_layers
-from fusegpt_ray.model.recorder import Context, empty_call
+from fusegpt_ray.model.recorder import Context, empty_call, states_of
 
 Way = Literal["linear", "matrix", "scale"]
 PIECES = 8
@@ -119,8 +119,7 @@ def last_linear(block: nn.Module, run: Callable[[], object]) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    h_BTD = out[0] if isinstance(out, tuple) else out
-    assert isinstance(h_BTD, torch.Tensor)
+    h_BTD = states_of(out)
     fitting = [
         path for path in called if path not in layers or sizes(layers[path])[0] == h_BTD.shape[-1]
     ]

@@ -49,10 +49,15 @@ def moved(contexts: Sequence[Context], device: torch.device | str) -> list[Conte
     ]
 
 
+def states_of(returned: Any) -> torch.Tensor:
+    """The hidden states [B, T, D] among what a block returns."""
+    h_BTD: torch.Tensor = returned[0] if isinstance(returned, tuple | list) else returned
+    return h_BTD
+
+
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
     """One block's output hidden states [B, T, D]."""
-    out = block(h_BTD, *context.args, **context.kwargs)
-    return out[0] if isinstance(out, tuple | list) else out
+    return states_of(block(h_BTD, *context.args, **context.kwargs))
 
 
 class Recorder(nn.Module):

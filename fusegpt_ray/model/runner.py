@@ -129,7 +129,7 @@ class Runner:
         """
         if isinstance(windows, Samples) or self.by_sample(windows):
             shape = (*windows.shape, _hidden_size(self.stack))
-            h_WTD = torch.zeros(shape, dtype=self.dtype, device=self.device)
+            h_WTD = torch.empty(shape, dtype=self.dtype, device=self.device)
             return h_WTD, self._enter_each(windows, h_WTD)
         parts = [self.trunk.embed(part) for part in windows.split(self.batch_size)]
         return torch.cat(parts), None
@@ -187,17 +187,22 @@ class Runner:
         windows: Rows,
         stop: int | None = None,
         into_WTD: torch.Tensor | None = None,
+        owning: list[Own] | None = None,
     ) -> Iterator[torch.Tensor]:
         """Yield the states [W, T, D] that enter block 0, 1, …, and at last those that leave the
         last block (or that enter block `stop`).
 
         It is the same tensor every time, `into_WTD` if that is given, in which each step replaces
         the states of the one before: on the device, or in the host's memory.
+
+        `owning` is filled with what `enter` gives beside the states.
         """
         h_WTD = self.empty_states(windows)[0] if into_WTD is None else into_WTD
         owns = None
         if isinstance(windows, Samples) or self.by_sample(windows):
             owns = self._enter_each(windows, h_WTD)
+            if owning is not None:
+                owning[:] = owns
         else:
             transform(self.trunk.embed, windows, h_WTD, self.batch_size, self.device)
         yield h_WTD

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
-from fusegpt_ray.model.recorder import Context, Recorded, empty_call, stopped_at
+from fusegpt_ray.model.recorder import Context, Recorded, empty_call, states_of, stopped_at
 
 TOKENS = 8
 """Tokens a row of the passes through an empty model."""
@@ -39,6 +39,8 @@ class Structure:
     """States as they enter a block."""
     trunk: dict[str, tuple[int, ...]]
     """The shapes of all tensors that are not a block's, by name."""
+    by_sample: bool
+    """Whether blocks are called with what depends on the tokens (see `rows.py`)."""
 
     @property
     def calls(self) -> list[tuple[nn.Module, torch.Tensor, Context]]:
@@ -72,9 +74,9 @@ def observe(raw: Mapping[str, Any]) -> Structure:
             problem = f"what passes from block to block is {list(h_BTD.shape)}, not hidden states"
             raise UserError(KEY, name, problem, _FIX)
         _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
-        if not all(map(same, contexts, recorded.contexts)):
+        if by_sample := not all(map(same, contexts, recorded.contexts)):
             _check_alone(name, recorded.blocks, h_BTD, contexts)
-    return Structure(name, recorded.blocks, contexts, h_BTD, trunk)
+    return Structure(name, recorded.blocks, contexts, h_BTD, trunk, by_sample)
 
 
 def _check_alone(
@@ -90,7 +92,7 @@ def _check_alone(
         problem = f"block {number} cannot be run without those before it"
         with reading_users_file(KEY, name, problem, _FIX):
             out = empty_call(block, h_BTD, context)()
-        out_BTD = out[0] if isinstance(out, tuple | list) else out
+        out_BTD = states_of(out)
         if out_BTD.shape != h_BTD.shape:
             problem = f"block {number} makes {list(out_BTD.shape)} of {list(h_BTD.shape)}"
             raise UserError(KEY, name, problem, _FIX)

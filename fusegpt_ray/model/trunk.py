@@ -103,7 +103,8 @@ class Trunk:
         if problem := self._recorded.not_in_a_row():
             name = type(self.model).__name__
             fix = "calibrate it on text alone"
-            raise UserError(KEY, name, f"with images, its forward pass {problem}", fix)
+            which = "with images, its" if inputs else "its"
+            raise UserError(KEY, name, f"{which} forward pass {problem}", fix)
         h_1nD = self._recorded.recorders[0].h_BTD
         assert h_1nD is not None
         return h_1nD, self._recorded.contexts

@@ -57,6 +57,7 @@ class Weights:
 
     def of(self, block: Block) -> nn.Module:
         """One block, read now unless it is kept."""
+        assert not self._away, "the blocks that are kept are not on the device"
         return self._kept.get(_key(block)) or self._read(block)
 
     def walk(self, blocks: Sequence[Block]) -> Iterator[tuple[Block, nn.Module]]:
@@ -133,9 +134,11 @@ class Weights:
             elif self._away:
                 for _, tensor in _tensors(module):
                     tensor.data = tensor.data.to(self.device, non_blocking=True)
-                yield block, module
-                for name, tensor in _tensors(module):
-                    tensor.data = self._host[key][name]
+                try:
+                    yield block, module
+                finally:  # also where a walk is given up because memory runs out
+                    for name, tensor in _tensors(module):
+                        tensor.data = self._host[key][name]
             else:
                 yield block, module
             del module

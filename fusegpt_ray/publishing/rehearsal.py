@@ -91,9 +91,9 @@ def _sets(numbers: Sequence[int], fewest: int, most: int) -> list[list[int]]:
     so that others move by different numbers of places; and the last ones, which may be of a kind of
     their own.
     """
-    last = len(numbers) - 1
-    spread = {numbers[min(1 + index * last // most, last)] for index in range(most)}
-    return [[*numbers[:fewest]], sorted(spread), [*numbers[-fewest:]]]
+    first = int(len(numbers) > most)  # the first block stays, unless all of these go
+    spread = [numbers[first + index * (len(numbers) - first) // most] for index in range(most)]
+    return [[*numbers[:fewest]], spread, [*numbers[-fewest:]]]
 
 
 class _Attempt:

@@ -12,7 +12,7 @@ from typing import Any
 
 from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
-from fusegpt_ray.model.rows import as_rows
+from fusegpt_ray.model.rows import Own, as_rows
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
@@ -142,9 +142,10 @@ def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int, part: i
         weights_WT = token_weights(windows)
         own_weights_WT = None if weights_WT is None else weights_WT[own]
         runner, rows = worker.runner.with_batch_size(batch_size), as_rows(windows[own])
+        owns: list[Own] = []
         with full_products():
-            owns = runner.enter(rows)[1] if runner.by_sample(rows) else None
-            memory[key] = States(*task.source.walk(runner, rows), own_weights_WT, owns)
+            both = task.source.walk(runner, rows, owns)
+        memory[key] = States(*both, own_weights_WT, owns or None)
     return memory[key]
 
 

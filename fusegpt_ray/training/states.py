@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fusegpt_ray.model.rows import Owns, Rows
+from fusegpt_ray.model.rows import Own, Owns, Rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.training.batch import Batch
@@ -30,12 +30,14 @@ class StatesSource:
     """The states entering this position of `teacher` (or leaving its last block) are the aim."""
 
     @torch.no_grad()
-    def walk(self, runner: Runner, windows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def walk(
+        self, runner: Runner, windows: Rows, owning: list[Own] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """States entering the span and the teacher's leaving it, [W, T, D] each.
 
         One walk serves both where the blocks before the span are the teacher's. Else each stack is
         walked once. The two sets of states are all that is held of them, and lie wherever there is
-        room (see `placement.py`).
+        room (see `placement.py`). `owning`: see `Runner.walk`.
         """
         entering_WTD, leaving_WTD = runner.empty_states(windows, sets=2)
         shared = self.stack.blocks[: self.start] == self.teacher.blocks[: self.start]
@@ -43,7 +45,7 @@ class StatesSource:
         if not shared:
             for _ in runner.walk(self.stack, windows, self.start, entering_WTD):
                 pass
-        teacher = runner.walk(self.teacher, windows, self.stop, leaving_WTD)
+        teacher = runner.walk(self.teacher, windows, self.stop, leaving_WTD, owning)
         for position, h_WTD in enumerate(teacher):
             if shared and position == self.start:
                 entering_WTD.copy_(h_WTD)

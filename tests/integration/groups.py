@@ -18,6 +18,7 @@ import torch.distributed as dist
 from models import open_stack, token_windows
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Cluster, Fusion
 from fusegpt_ray.specs import PRESETS
@@ -114,8 +115,8 @@ class Group:
 
     def states(self) -> States:
         own = own_windows(self.windows, self.task.config.batch, self.workers, self.rank)
-        own_WT = torch.from_numpy(self.task.windows_WT[own])
-        return States(*self.task.source.walk(self.runner, own_WT))
+        rows = as_rows(self.task.windows[own])
+        return States(*self.task.source.walk(self.runner, rows))
 
     def span(self) -> Span:
         trunk = self.runner.trunk

@@ -144,7 +144,7 @@ class Tune:
         except Stopped:
             pass
         else:
-            with stepper.whole():
+            with stepper.whole(span.learned.blocks):
                 saved = group.fusion.save(span, self.rank, self.workers).files
                 dist.barrier()
             files = {uri.rsplit("/", 1)[-1]: record.sha256 for uri, record in saved.items()}

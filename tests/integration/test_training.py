@@ -62,7 +62,7 @@ def learn(group: Group) -> Learned:
     losses = train(stepper, lambda _: states.batches(group.share), EPOCHS, lambda *_: None)
     if isinstance(stepper, TorchStepper):
         return Learned(gradients, weights_of(span), losses)
-    with stepper.whole():
+    with stepper.whole(span.learned.blocks):
         found = Learned(gradients, weights_of(span), losses)
     stepper.close()
     return found
