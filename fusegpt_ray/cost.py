@@ -182,7 +182,7 @@ def _generated_tokens(recipe: Recipe) -> int:
     calibration, heal = recipe.calibration, recipe.heal
     wanted = [generated_tokens(calibration, calibration.length, calibration.windows)]
     if heal:
-        texts = heal if heal.data else calibration
+        texts, _ = recipe.healing_texts
         windows = (recipe.healing_windows, heal.held_out)
         wanted.append(generated_tokens(texts, calibration.length, *windows))
     most: dict[GeneratedText, int] = {}

@@ -71,10 +71,10 @@ def healing_windows(
     assert heal is not None
     if calibration.images:
         return healing_samples(workers, recipe)
-    texts = heal if heal.data else calibration
+    texts, section = recipe.healing_texts
     amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        _streams(workers, recipe, texts, "heal", show, *amounts),
+        _streams(workers, recipe, texts, section, show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -82,7 +82,7 @@ def healing_windows(
         calibration.seed,
         heal.repeat,
         leading,
-        "heal",
+        section,
         fewer=heal.batch if heal.tokens is None else None,
         pack=calibration.pack,
     )

@@ -16,6 +16,7 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.samples import Samples
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text.conversations import conversations, shuffled
+from fusegpt_ray.text.formats import beside
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text.mixture import seed_of
 from fusegpt_ray.text.windows import Drawn, Windows
@@ -43,7 +44,7 @@ def evaluation_samples(workers: Workers, text: Evaluation, length: int, key: str
     Raises:
         UserError: it cannot be used.
     """
-    return _samples(workers, text, length, text.windows, key)
+    return _samples(workers, text, length, text.windows, key, None, beside(key, "length"))
 
 
 def healing_samples(workers: Workers, recipe: Recipe) -> tuple[Windows, Windows]:
@@ -54,7 +55,8 @@ def healing_samples(workers: Workers, recipe: Recipe) -> tuple[Windows, Windows]
     """
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
-    text, key = (heal, "heal.data") if heal.data else (calibration, "calibration.data")
+    text, section = recipe.healing_texts
+    key = f"{section}.data"
     kept, wanted = heal.held_out, recipe.healing_windows
     seed = seed_of(calibration.seed, "healing")
     found = _samples(workers, text, calibration.length, kept + wanted, key, seed)
@@ -79,6 +81,7 @@ def _samples(
     limit: int | None,
     key: str,
     seed: int | None = None,
+    length_key: str = "calibration.length",
 ) -> Windows:
     """At most `limit` samples; in an order of chance, if there is a `seed`."""
     source = workers.setup.source
@@ -86,7 +89,7 @@ def _samples(
     assert placeholder is not None, "`check_images` has looked"
     processor = source.processor()
     read = conversations(text, key)
-    processing = Processing(processor, placeholder, length, key)
+    processing = Processing(processor, placeholder, length, key, length_key)
     samples = processing.samples(read if seed is None else shuffled(read, seed), limit)
     drawn = Drawn(text.label, conversations=len(read), left_out=processing.left_out)
     return Windows.of(samples, _begin(samples, processor.tokenizer.bos_token_id), drawn)

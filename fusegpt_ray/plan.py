@@ -82,7 +82,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     Raises:
         UserError: the recipe cannot be carried out.
     """
-    shares(recipe.calibration, recipe.calibration.windows, "calibration", "windows")
+    shares(recipe.calibration, recipe.calibration.windows, "calibration", "calibration.windows")
     source, structure = find_model(recipe.model, window_lengths(recipe))
     check_images(source, recipe.keys_of_images)
     targets = plan_targets(recipe, len(structure.blocks))

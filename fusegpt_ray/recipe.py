@@ -34,7 +34,7 @@ from fusegpt_ray.sections import (
     Seed,
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
-from fusegpt_ray.text_sections import GeneratedText, Section
+from fusegpt_ray.text_sections import GeneratedText, Section, Texts
 from fusegpt_ray.uris import shown
 
 S = TypeVar("S", bound=Section)
@@ -91,12 +91,8 @@ class Recipe(Section):
     def _check_together(self) -> Self:
         for value in self.sparsity:
             if not (math.isfinite(value) and 0 < value < 1):
-                raise UserError(
-                    "sparsity",
-                    value,
-                    "not between 0 and 1",
-                    "give the fraction to remove, such as 0.25",
-                )
+                fix = "give the fraction to remove, such as 0.25"
+                raise UserError("sparsity", value, "not between 0 and 1", fix)
         percents = [percent(value) for value in self.sparsity]
         if not percents or len(set(percents)) < len(percents):
             raise UserError(
@@ -205,6 +201,12 @@ class Recipe(Section):
         length = self.calibration.length
         tokens = self.heal.tokens or self.calibration.windows * length
         return tokens // length // self.heal.batch * self.heal.batch
+
+    @property
+    def healing_texts(self) -> tuple[Texts, str]:
+        """The texts that healing draws from, and their section."""
+        assert self.heal
+        return (self.heal, "heal") if self.heal.data else (self.calibration, "calibration")
 
     @property
     def trial_windows(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusegpt_ray.healing.trial import trial
@@ -57,6 +57,8 @@ class Tournament:
     held_out: Batch
     """See `heal.Healer`."""
     show: Display
+    looked: list[str] = field(default_factory=list)
+    """The ways by which a set was looked for already."""
 
     def removal(self, count: int) -> tuple[Removal, dict[str, Any]]:
         """So many blocks in the order in which to remove them; and what the manifest tells. What
@@ -66,10 +68,13 @@ class Tournament:
             FloatingPointError: a sum or a loss is not finite.
             MemoryError: not even a single window fits.
         """
-        noted = self.journal.kept("search", 0, self.show.say) or []
-        entrants = [Entrant(**{**item, "removed": tuple(item["removed"])}) for item in noted]
+        noted = self.journal.kept("search", 0, self.show.say) or {"looked": [], "entrants": []}
+        self.looked = noted["looked"]
+        entrants = [
+            Entrant(**{**item, "removed": tuple(item["removed"])}) for item in noted["entrants"]
+        ]
         with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
-            entrants = entrants or self._entrants(count)
+            self._find(entrants, count)
             self._try(entrants)
         best = min(entrants, key=_loss)
         self.show.say(f"  chosen: {' = '.join(best.ways)}")
@@ -83,24 +88,26 @@ class Tournament:
     def _trial(self) -> Batch:
         return self.healed[: self.recipe.trial_windows]
 
-    def _entrants(self, count: int) -> list[Entrant]:
-        """Different sets, the ways that lead to the same one together."""
-        recipe, found = self.recipe, list[Entrant]()
+    def _find(self, found: list[Entrant], count: int) -> None:
+        """Add the sets that are not yet looked for, the ways that lead to the same one together.
+        Each is noted as soon as it is found.
+        """
+        recipe = self.recipe
         assert recipe.search
         windows = self.windows[: recipe.importance.windows]
         for way in recipe.search.candidates:
+            if way in self.looked:
+                continue
             self.show.stage(f"search: {count} blocks by {way}")
             removed = removal(way, self.workers, self.dense, windows, recipe.importance, count)
+            self.looked.append(way)
             if removed is None:
                 self.show.say(f"  no {count} of {len(self.dense)} blocks are {way}: left out")
-                continue
-            same = (entrant for entrant in found if set(entrant.removed) == set(removed))
-            if entrant := next(same, None):
-                entrant.ways.append(way)
+            elif same := [one for one in found if set(one.removed) == set(removed)]:
+                same[0].ways.append(way)
             else:
                 found.append(Entrant([way], removed))
-        self._keep(found)
-        return found
+            self._keep(found)
 
     def _try(self, entrants: Sequence[Entrant]) -> None:
         """Heal those that are not yet healed; each is noted as soon as it is."""
@@ -140,7 +147,8 @@ class Tournament:
         find_batch_size(attempt, min([asked, *before]), heal.batch, "a trial of search")
 
     def _keep(self, entrants: Sequence[Entrant]) -> None:
-        self.journal.keep("search", 0, [vars(entrant) for entrant in entrants])
+        noted = {"looked": self.looked, "entrants": [vars(entrant) for entrant in entrants]}
+        self.journal.keep("search", 0, noted)
 
 
 def _loss(entrant: Entrant) -> float:

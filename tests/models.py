@@ -40,7 +40,7 @@ COMMON: dict[str, Any] = {
 GROUPED: dict[str, Any] = COMMON | {"intermediate_size": 48, "num_key_value_heads": 2}
 
 
-def _llava() -> tf.LlavaConfig:
+def llava() -> tf.LlavaConfig:
     vision = tf.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -107,7 +107,7 @@ MODELS: dict[str, Tiny] = {
         lambda: tf.LlamaConfig(**GROUPED, tie_word_embeddings=False), *LLAMA_LIKE
     ),
     "llava": Tiny(
-        _llava,
+        llava,
         "model.language_model.layers",
         "model.language_model.norm",
         "language_model.model.layers.",

@@ -27,7 +27,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fusegpt_ray.fusion.least_squares import Fit
-from fusegpt_ray.fusion.linear import Linear
+from fusegpt_ray.fusion.linear import Linear, sizes
 from fusegpt_ray.fusion.student import expert_layers, linear_layers
 from fusegpt_ray.model.recorder import Context, empty_call, states_of
 
@@ -88,12 +88,6 @@ def needed_windows(tokens: int, length: int, batch: int, multiple: int) -> int:
         for windows in count(multiple, multiple)
         if length * fitted_windows(windows, batch) >= tokens
     )
-
-
-def sizes(layer: Linear) -> tuple[int, int]:
-    """Outputs and inputs."""
-    rows, columns = layer.weight.shape
-    return (columns, rows) if isinstance(layer, Conv1D) else (rows, columns)
 
 
 def last_linear(block: nn.Module, run: Callable[[], object]) -> str | None:

@@ -40,6 +40,16 @@ class Experts(NamedTuple):
     transposed: bool
 
 
+def is_transposed(own: Linear | Experts) -> bool:
+    """Whether the weight has its inputs first."""
+    return own.transposed if isinstance(own, Experts) else isinstance(own, Conv1D)
+
+
+def sizes(own: Linear | Experts) -> tuple[int, ...]:
+    """(Experts, if any,) outputs and inputs."""
+    return tuple((own.weight.mT if is_transposed(own) else own.weight).shape)
+
+
 class FusedLinear(nn.Module):
     """The weight and bias of a linear layer that takes in the same-named layers of removed blocks,
     and learns a low-rank update of its own.
@@ -69,10 +79,10 @@ class FusedLinear(nn.Module):
         learns.
         """
         super().__init__()
-        self.transposed = own.transposed if isinstance(own, Experts) else isinstance(own, Conv1D)
+        self.transposed = is_transposed(own)
         self.of_experts = isinstance(own, Experts)
         self.terms = len(donors)
-        *experts, outputs, inputs = (own.weight.mT if self.transposed else own.weight).shape
+        *experts, outputs, inputs = sizes(own)
 
         def learn(name: str, value: torch.Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value.to(own.weight.device, dtype)))

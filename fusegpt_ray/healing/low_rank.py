@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
-from fusegpt_ray.fusion.linear import Experts, Linear, kaiming
+from fusegpt_ray.fusion.linear import Experts, Linear, is_transposed, kaiming, sizes
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -92,17 +91,12 @@ class LowRankExperts(nn.Module):
 
 def start(own: Linear | Experts, rank: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """A at random and B zero, in float32 on the layer's device: the layer is what it was."""
-    weight = own.weight.mT if is_transposed(own) else own.weight
-    *experts, outputs, inputs = weight.shape
+    *experts, outputs, inputs = sizes(own)
+    device = own.weight.device
     return {
-        "A": kaiming(rank, inputs, generator, *experts).to(weight.device),
-        "B": torch.zeros(*experts, outputs, rank, device=weight.device),
+        "A": kaiming(rank, inputs, generator, *experts).to(device),
+        "B": torch.zeros(*experts, outputs, rank, device=device),
     }
-
-
-def is_transposed(own: Linear | Experts) -> bool:
-    """Whether the weight has its inputs first."""
-    return own.transposed if isinstance(own, Experts) else isinstance(own, Conv1D)
 
 
 def _folded(weight: torch.Tensor, update: Tensors, mark: str, transposed: bool) -> torch.Tensor:

@@ -92,7 +92,7 @@ def _read(record: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     turns = record.get("messages")
     if turns is None:
         turns = [
-            {"role": _ROLES[turn["from"]], "content": turn["value"]}
+            {"role": _role(turn["from"]), "content": turn["value"]}
             for turn in record["conversations"]
         ]
     messages, images = [], []
@@ -142,3 +142,9 @@ def _placed(image: Any, folder: str) -> Image:
     if image.startswith("data:"):
         return base64.b64decode(image.partition(",")[2])
     return image if "://" in image or image.startswith("/") else storage.join(folder, image)
+
+
+def _role(name: str) -> str:
+    if name not in _ROLES:
+        raise ValueError(f"it has a turn from {name!r}, which is none of {', '.join(_ROLES)}")
+    return _ROLES[name]

@@ -44,7 +44,7 @@ def fresh_windows(
     Args:
         streams: of each text, in the order of the recipe.
         length: tokens a window, `bos` among them if there is one.
-        key: of the section, whose keys `data`, `tokens` and `repeat` stand in messages.
+        key: of the section in which the texts stand; other keys that messages name are of `heal`.
         fewer: where the texts have less, take what they have, in multiples of this, instead of
             refusing them.
         pack: whether a window is so many tokens; else it is a document.
@@ -58,7 +58,7 @@ def fresh_windows(
     if fewer and not repeat:
         free = [roll.windows - held for roll, held in zip(rolls, kept, strict=True)]
         windows = _most(texts, windows, free, fewer)
-    wanted = shares(texts, windows, key, "tokens")
+    wanted = shares(texts, windows, key, "heal.tokens")
     train_W, held_W = (interleaved(counts, seed_of(seed, "order")) for counts in (wanted, kept))
     train_WT, held_WT = (cut.blank(n, length, bos) for n in (windows, held_out))
     trained, held = [], []
@@ -163,13 +163,13 @@ def _too_short(
         more = f"raise the tokens of the {part.label}"
     if free < 1:
         problem = f"the text {found}, and none of them is left to train on beside those held out"
-        return UserError(name, part.label, problem, f"{more}, or lower {key}.held_out")
+        return UserError(name, part.label, problem, f"{more}, or lower heal.held_out")
     total = sum(Fraction(each.weight) for each in texts.parts)
     if fewer:
         problem = f"the text of {name} {found}; its share of {fewer} is more"
-        fix = f"{more}, or lower {key}.held_out or {key}.batch"
-        return UserError(f"{key}.tokens", None, problem, fix)
+        fix = f"{more}, or lower heal.held_out or heal.batch"
+        return UserError("heal.tokens", None, problem, fix)
     most = int(free * total / Fraction(part.weight)) * length
     problem = f"the text of {name} {found}; its share is more, and no window is taken twice"
-    fix = f"lower it to at most {most}, {more}, or set {key}.repeat: true"
-    return UserError(f"{key}.tokens", windows * length, problem, fix)
+    fix = f"lower it to at most {most}, {more}, or set heal.repeat: true"
+    return UserError("heal.tokens", windows * length, problem, fix)

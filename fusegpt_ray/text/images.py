@@ -21,7 +21,6 @@ from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.samples import PADDING, Samples
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.conversations import Conversation, Image
-from fusegpt_ray.text.formats import beside
 
 _MOST = 100_000_000
 """Bytes of the largest image file."""
@@ -53,9 +52,15 @@ def check_pillow(key: str) -> None:
 class Processing:
     """Makes samples for one model."""
 
-    def __init__(self, processor: Any, image_token: int, length: int, key: str) -> None:
+    def __init__(
+        self, processor: Any, image_token: int, length: int, key: str, length_key: str
+    ) -> None:
+        """
+        Args:
+            key, length_key: of the text's data, and of `length`.
+        """
         self.processor, self.image_token = processor, image_token
-        self.length, self.key = length, key
+        self.length, self.key, self.length_key = length, key, length_key
         self.left_out = 0
         """Conversations so far that are longer than `length` tokens."""
 
@@ -66,12 +71,12 @@ class Processing:
         Raises:
             UserError: all are longer, or one cannot be processed.
         """
-        fitting = (sample for one in found if (sample := self._fitting(one)) is not None)
+        fitting = (sample for one in found if (sample := self.sample(one)) is not None)
         made = list(islice(fitting, limit))
         if not made:
             problem = f"all {len(found)} conversations are longer than {self.length} tokens"
             fix = "raise the length, or give shorter conversations or smaller images"
-            raise UserError(beside(self.key, "length"), self.length, problem, fix)
+            raise UserError(self.length_key, self.length, problem, fix)
         tokens_WT = np.full((len(made), self.length), PADDING, dtype=np.int64)
         targets_WT = np.zeros(tokens_WT.shape, dtype=bool)
         for row, sample in enumerate(made):
@@ -80,15 +85,9 @@ class Processing:
         images_WT = tokens_WT == self.image_token
         return Samples(tokens_WT, targets_WT, images_WT, tuple(sample.inputs for sample in made))
 
-    def _fitting(self, conversation: Conversation) -> Sample | None:
-        sample = self.sample(conversation)
-        if len(sample.tokens_n) <= self.length:
-            return sample
-        self.left_out += 1
-        return None
+    def sample(self, conversation: Conversation) -> Sample | None:
+        """None, and counted, if it is longer than `length`.
 
-    def sample(self, conversation: Conversation) -> Sample:
-        """
         Raises:
             UserError: an image is missing or none, or the processor refuses the conversation.
         """
@@ -96,6 +95,9 @@ class Processing:
         images = [self._opened(image, conversation.where) for image in conversation.images]
         whole = self._processed(conversation, messages, images)
         tokens_n = whole["input_ids"][0].astype(np.int64)
+        if len(tokens_n) > self.length:
+            self.left_out += 1
+            return None
         targets_n = np.zeros(len(tokens_n), dtype=bool)
         for number, turn in enumerate(messages):
             if turn["role"] == "assistant":

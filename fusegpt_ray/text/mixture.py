@@ -20,7 +20,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.samples import tokens_of
 from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
-from fusegpt_ray.text.windows import Drawn, Windows, random_documents, random_windows
+from fusegpt_ray.text.windows import Drawn, Windows, random_windows
 from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 
 
@@ -70,8 +70,8 @@ def apportioned(parts: Sequence[Part], windows: int) -> list[int]:
 
 
 def shares(texts: Texts, windows: int, key: str, amount: str) -> list[int]:
-    """As `apportioned`, for the texts of the section `key`, whose key `amount` tells how many
-    windows there are.
+    """As `apportioned`, for the texts of the section `key`. The recipe's key `amount` tells how
+    many windows there are.
 
     Raises:
         UserError: a text gets none.
@@ -83,7 +83,7 @@ def shares(texts: Texts, windows: int, key: str, amount: str) -> list[int]:
                 f"{key}.data.{number}.weight",
                 texts.parts[number].weight,
                 f"the text's share of {windows} windows rounds to none",
-                f"raise it, or {key}.{amount}, or leave the text out",
+                f"raise it, or {amount}, or leave the text out",
             )
     return counts
 
@@ -135,14 +135,14 @@ def calibration_windows(
     Raises:
         UserError: a text gets none, or is shorter than a window; see `sample_windows`.
     """
-    counts = shares(text, text.windows, key, "windows")
+    counts = shares(text, text.windows, key, f"{key}.windows")
     text_W = interleaved(counts, seed_of(text.seed, "order"))
     tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
     drawn: list[Drawn] = []
-    draw = random_windows if text.pack else random_documents
     for number, (stream, name) in enumerate(zip(streams, data_keys(text, key), strict=True)):
         part, seed = text.parts[number], seed_of(text.seed, number)
-        windows = draw(stream, part, counts[number], text.length, seed, bos, name)
+        count = counts[number]
+        windows = random_windows(stream, part, count, text.length, seed, bos, name, text.pack)
         tokens_WT[text_W == number] = tokens_of(windows.tokens_WT)
         drawn += windows.texts
     return Windows(tokens_WT, bos is not None, tuple(drawn), text_W)

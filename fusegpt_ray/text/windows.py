@@ -142,12 +142,18 @@ def random_windows(
     seed: int,
     bos: int | None,
     key: str,
+    pack: bool = True,
 ) -> Windows:
-    """At random places of one text, so that they may overlap.
+    """At random places of one text, so that they may overlap; without `pack` so many documents.
 
     Raises:
-        UserError: see `sample_windows`.
+        UserError: see `sample_windows`; or there are fewer documents.
     """
+    if not pack:
+        found, there = documents.drawn(stream, windows, seed)
+        documents.enough(found, windows, key)
+        tokens_WT, cut = documents.as_windows(found, length, bos)
+        return Windows.of(tokens_WT, bos is not None, Drawn(text.label, documents=there, cut=cut))
     n_tokens = 0
 
     def watched() -> Iterator[np.ndarray]:
@@ -160,27 +166,6 @@ def random_windows(
     tokens_WT = sample_windows(watched, windows, length, seed, key, bos)
     drawn = Drawn.of(text, n_tokens, text_tokens=n_tokens)
     return Windows.of(tokens_WT, bos is not None, drawn)
-
-
-def random_documents(
-    stream: Stream,
-    text: Text | GeneratedText,
-    windows: int,
-    length: int,
-    seed: int,
-    bos: int | None,
-    key: str,
-) -> Windows:
-    """So many documents of one text, each a window.
-
-    Raises:
-        UserError: there are fewer.
-    """
-    found, there = documents.drawn(stream, windows, seed)
-    documents.enough(found, windows, key)
-    tokens_WT, cut = documents.as_windows(found, length, bos)
-    source = Drawn(text.label, documents=there, cut=cut)
-    return Windows.of(tokens_WT, bos is not None, source)
 
 
 def evaluation_windows(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import transformers as tf
-from models import DEPTH, GROUPED, SLIDING, VOCAB, randomize
+from models import DEPTH, GROUPED, SLIDING, VOCAB, llava, randomize
 
 from fusegpt_ray.samples import PADDING, Samples
 
@@ -22,20 +22,6 @@ ANSWER = 6
 """Tokens at a sample's end."""
 SHORTER = 3
 """By how many tokens a sample is shorter than the one before."""
-
-
-def _llava() -> tf.PretrainedConfig:
-    vision = tf.CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-        projection_dim=16,
-    )
-    text = tf.LlamaConfig(**GROUPED, tie_word_embeddings=False)
-    return tf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
 
 
 def _qwen2_vl() -> tf.PretrainedConfig:
@@ -124,7 +110,7 @@ class Seeing(NamedTuple):
 
 
 SEEING = {
-    "llava": Seeing(_llava, _square),
+    "llava": Seeing(llava, _square),
     "qwen2_vl": Seeing(_qwen2_vl, _patches),
     "gemma3": Seeing(_gemma3, _with_kinds),
     "paligemma": Seeing(_paligemma, _with_prefix),

@@ -31,7 +31,9 @@ def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def processing(model: Path, length: int = 40) -> Processing:
-    return Processing(Source.find(str(model), None).processor(), IMAGE, length, KEY)
+    return Processing(
+        Source.find(str(model), None).processor(), IMAGE, length, KEY, "calibration.length"
+    )
 
 
 def as_messages(row: dict[str, Any], image: Any) -> dict[str, Any]:
@@ -130,7 +132,10 @@ WRONG = {
     "no image": ({"conversations": TURNS}, "a place for an image is left without one"),
     "no place": ({"image": "0.png", "conversations": TURNS[1:]}, "have no place in its text"),
     "no answer": ({"image": "0.png", "conversations": TURNS[:1]}, "nobody answers"),
-    "a speaker": ({"conversations": [{"from": "cat", "value": "mew"}]}, "it lacks 'cat'"),
+    "a speaker": (
+        {"conversations": [{"from": "cat", "value": "mew"}]},
+        "a turn from 'cat', which is none of human, gpt, system",
+    ),
     "a video": (
         {"messages": [{"role": "user", "content": [{"type": "video", "path": "a.mp4"}]}]},
         "'video' is neither text nor image",

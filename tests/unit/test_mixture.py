@@ -69,7 +69,7 @@ def numbered(number: int, tokens: int = 1000) -> Stream:
 def test_shares_by_largest_remainder(
     weights: tuple[float, ...], windows: int, counts: list[int]
 ) -> None:
-    assert shares(mixture(*weights), windows, KEY, "windows") == counts
+    assert shares(mixture(*weights), windows, KEY, f"{KEY}.windows") == counts
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 500))
@@ -84,11 +84,11 @@ def test_shares_are_within_one_of_what_is_due(weights: list[float], windows: int
 
 def test_a_share_of_none_is_a_mistake() -> None:
     with pytest.raises(UserError, match="share of 8 windows rounds to none") as caught:
-        shares(mixture(100, 1), 8, KEY, "windows")
+        shares(mixture(100, 1), 8, KEY, f"{KEY}.windows")
     assert (caught.value.key, caught.value.value) == ("calibration.data.1.weight", 1)
     assert "raise it, or calibration.windows" in caught.value.fix
     with pytest.raises(UserError, match=r"raise it, or heal\.tokens"):
-        shares(mixture(100, 1), 8, "heal", "tokens")
+        shares(mixture(100, 1), 8, "heal", "heal.tokens")
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=5), st.integers(0, 99))
