@@ -19,10 +19,12 @@ from random_stack import empty_stack
 from safetensors.torch import load_file
 from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import FalconMambaConfig
 
 from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count, healing_flops, matrix_flops
 from fusegpt_ray.footprint import (
     activation_bytes,
+    generating_bytes,
     healing_bytes,
     replica_bytes,
     shortage,
@@ -32,9 +34,11 @@ from fusegpt_ray.footprint import (
 )
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.matrices import attention_heads
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.recorder import has_experts, run_block
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
@@ -323,3 +327,10 @@ def test_healing_of_large_models_fits_where_it_should(desk: Desk) -> None:
         dense = empty_stack(shape, 2048, torch.bfloat16)
         needed = healing_bytes(asked, dense, torch.bfloat16, len(dense) * 3 // 4)
         assert (needed < 80e9) == fits, (shape, workers, needed)
+
+
+def test_a_model_without_attention_keeps_no_keys_and_values() -> None:
+    config = FalconMambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=50).to_dict()
+    stack = Stack(config, "", {}, ())
+    assert attention_heads(stack) == (0, 0)
+    assert generating_bytes(stack, torch.float32, LENGTH) == 0  # nothing but weights, and none here

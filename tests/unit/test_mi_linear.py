@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
+from fusegpt_ray.preflight import with_start
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -194,6 +196,16 @@ def test_auto_is_no_start_for_a_mixture_of_experts(desk: Desk) -> None:
     save_split("mixtral", desk.model)
     asked = recipe(desk, method="fusegpt", fusion=fusion(desk, start="auto"))
     assert plan(asked, Display()).recipe.fusion.start == "none"
+
+
+def test_auto_is_no_start_where_blocks_are_called_by_sample(desk: Desk) -> None:
+    structure = observe(json.loads((desk.model / "config.json").read_text()))
+    asked = recipe(desk, method="fusegpt", fusion=fusion(desk, start="auto"))
+    said: list[str] = []
+    for by_sample, start in ((False, "linear"), (True, "none")):
+        found = with_start(asked, replace(structure, by_sample=by_sample), said.append)
+        assert found.fusion.start == start
+    assert len(said) == 1 and "what depends on the sample" in said[0]
 
 
 @pytest.mark.parametrize(

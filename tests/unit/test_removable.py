@@ -13,7 +13,7 @@ from models import COMMON, DEPTH, GROUPED, VOCAB, randomize
 from fusegpt_ray.cli import main
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.structure import observe
-from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
+from fusegpt_ray.publishing.rehearsal import ANY, Removable, _sets, rehearse
 
 
 def gpt_neox_japanese() -> tf.PretrainedConfig:
@@ -99,3 +99,12 @@ def test_the_candidates_of_a_round() -> None:
     assert ANY.among((0, 1, 3)) is None
     assert Removable((0, 1, 2)).among((0, 2, 4)) == (0, 2)
     assert Removable(from_the_end=True).among((0, 2, 4)) == (4,)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "fewest", "most"), [(4, 1, 4), (9, 2, 3), (12, 1, 11), (3, 1, 1)]
+)
+def test_as_many_blocks_are_tried_as_a_run_removes(numbers: int, fewest: int, most: int) -> None:
+    first, spread, last = _sets(range(numbers), fewest, most)
+    assert len(first) == len(last) == fewest and len(set(spread)) == most
+    assert spread == sorted(spread) and set(spread) <= set(range(numbers))

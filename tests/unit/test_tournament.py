@@ -164,6 +164,31 @@ def test_a_run_removes_what_won_and_goes_on_after_any_trial(desk: Desk) -> None:
         assert not run_folder(desk).exists()
 
 
+def test_a_set_that_was_found_is_not_looked_for_again(desk: Desk) -> None:
+    """Stopped while the last of three sets is looked for."""
+
+    class Looking(Watching):
+        def __init__(self, last: str | None = None) -> None:
+            super().__init__()
+            self.last, self.looked = last, list[str]()
+
+        def stage(self, text: str, total: int | None = None) -> None:
+            super().stage(text, total)
+            if text.startswith("search: 3 blocks by "):
+                self.looked.append(text.rpartition(" ")[2])
+                if self.looked[-1] == self.last:
+                    raise KeyboardInterrupt
+
+    (_, undisturbed) = compress(recipe(desk, **changes(desk)), Looking())
+    shutil.rmtree(desk.out)
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, **changes(desk)), Looking("spaced"))
+    again = Looking()
+    (_, resumed) = compress(recipe(desk, **changes(desk)), again)
+    assert again.looked == ["spaced"]
+    assert resumed.manifest["search"] == undisturbed.manifest["search"]
+
+
 @pytest.mark.parametrize(
     ("key", "change", "says"),
     [
