@@ -119,7 +119,8 @@ class Display(_Live):
     def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
         self._round_seconds.append(time.monotonic() - self._round_began)
         left = (rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
-        trend = f"loss {losses[0]:.4g} → {losses[-1]:.4g}, " if losses else ""
+        ends = [f"{loss:.4g}" for loss in (*losses[:1], *losses[1:][-1:])]  # of one epoch one
+        trend = f"loss {' → '.join(ends)}, " if ends else ""
         rest = f", about {duration(left)} left" if number < rounds else ""
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
@@ -134,7 +135,7 @@ class Display(_Live):
         """
         found = list(rows)
         shown = stages(row for _, perplexity in found for row in perplexity.values())
-        table = Table("model", "perplexity on", *shown, "damage undone")
+        table = Table("model", "text", *shown, "damage undone", title="perplexity")
         for column in table.columns[2:]:
             column.justify = "right"
         protocols: dict[str, None] = {}  # of several models mostly the same
