@@ -92,7 +92,7 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
     removable = rehearse(model.stack, structure, [target.remove for target in targets])
-    if recipe.search and removable != ANY:
+    if recipe.search and removable.why:
         raise UserError(
             "search",
             list(recipe.search.candidates),
