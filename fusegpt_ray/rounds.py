@@ -11,7 +11,7 @@ from typing import Any
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
-from fusegpt_ray.methods.base import Round
+from fusegpt_ray.methods.base import Question, Round
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
@@ -59,7 +59,7 @@ class Rounds:
             scored = 0 if self.order else len(self.dense) - len(done)
             self.show.round_begins(number, total, scored)
             try:
-                done.append(self._round(number, done))
+                done.append(self._round(number, done, total))
             except Exception as error:
                 where = f" in {self.journal.folder}" if self.journal.saved else ""
                 finished = f"{len(done)} are finished{where}"
@@ -72,14 +72,17 @@ class Rounds:
             self.show.round_ends(number, total, done[-1].record["losses"])
         return done
 
-    def _round(self, number: int, before: list[Done]) -> Done:
+    def _round(self, number: int, before: list[Done], total: int) -> Done:
         stack = before[-1].stack if before else self.dense
         score_seconds, ranking = 0.0, None
         if self.order is None:
             score_seconds, ranking = self._score(
-                number, stack, Ranking.from_record(before[-1].record) if before else None
+                number,
+                stack,
+                Ranking.from_record(before[-1].record) if before else None,
+                total - len(before),
             )
-            self.show.say(f"  {ranking.in_words(self.recipe.importance.spec.title)}")
+            self.show.say(f"  {ranking.in_words(self.recipe.chosen_by)}")
         donor = ranking.lowest if ranking else self._next(before)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
@@ -132,7 +135,9 @@ class Rounds:
         assert gone == list(self.order[: len(gone)]), (gone, self.order)
         return self.order[len(gone)]
 
-    def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
+    def _score(
+        self, number: int, stack: Stack, last: Ranking | None, left: int
+    ) -> tuple[float, Ranking]:
         """Seconds and ranking; what a killed attempt noted of it is not measured again."""
         if noted := self.journal.kept("scores", number, self.show.say):
             return noted["seconds"], Ranking.from_record(noted["ranking"])
@@ -147,11 +152,11 @@ class Rounds:
 
         sums.changed = keep
         with self._explained(trained=number > 1):
-            windows = self.windows[: self.recipe.importance.windows]
-            settings = self.recipe.importance
-            choose = METHODS[self.recipe.method].choose
-            candidates = self.removable.among(stack.kept)
-            ranking = choose(self.workers, stack, windows, settings, last, sums, candidates)
+            settings, seed = self.recipe.importance, self.recipe.seed
+            windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
+            ranking = METHODS[self.recipe.method].choose(
+                Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
+            )
         seconds = round(time.monotonic() - began, 3)
         self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
         self.journal.forget("sums", number)

@@ -10,6 +10,7 @@ import torch
 from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once
@@ -77,7 +78,9 @@ def _mark(uri: str) -> str:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
-    outside = {"cluster", "output", "evaluation", "sparsity"}
+    outside = {"cluster", "output", "evaluation"}
+    if METHOD_SPECS[recipe.method].nested:
+        outside.add("sparsity")
     if recipe.search is None:
         outside.add("heal")  # it comes after the rounds
     shaping = recipe.model_dump(mode="json", exclude=outside)

@@ -25,8 +25,8 @@ from stopped_runs import (  # noqa: F401 - fixtures
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods import METHODS
+from fusegpt_ray.methods.choosing import by_metric
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run.identity import identity
 from fusegpt_ray.run.journal import Done, Journal
@@ -132,7 +132,7 @@ class Counting:
 
     def __call__(self, *arguments: Any) -> Any:
         self.scored += 1
-        return score(*arguments)
+        return by_metric(*arguments)
 
 
 def test_scores_are_not_done_again(
