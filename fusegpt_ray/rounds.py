@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusegpt_ray.importance.ranking import Ranking
@@ -19,7 +19,9 @@ from fusegpt_ray.publishing.rehearsal import ANY, Removable
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import Batch
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.workers.base import Workers
 
@@ -41,6 +43,9 @@ class Rounds:
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
     removable: Removable = ANY
     """The blocks that scoring chooses among."""
+    shared: Shared = field(default_factory=Shared)
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+    """What the dense model's scores depend on, beside `importance`: shared with other runs."""
 
     def up_to(self, wanted: list[int]) -> list[Done]:
         """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are
@@ -151,16 +156,30 @@ class Rounds:
                 kept = time.monotonic()
 
         sums.changed = keep
-        with self._explained(trained=number > 1):
-            settings, seed = self.recipe.importance, self.recipe.seed
-            windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
-            ranking = METHODS[self.recipe.method].choose(
-                Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
-            )
-        seconds = round(time.monotonic() - began, 3)
-        self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
+        settings, seed = self.recipe.importance, self.recipe.seed
+        windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
+        asked = Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
+
+        def measure() -> dict[str, Any]:
+            with self._explained(trained=number > 1):
+                ranking = METHODS[self.recipe.method].choose(asked)
+            seconds = round(time.monotonic() - began, 3)
+            return {"seconds": seconds, "ranking": ranking.to_record()}
+
+        spec = METHOD_SPECS[self.recipe.method]
+        if number == 1 and spec.by_metric:  # the methods that choose so find the same
+            what = {
+                **self.measuring,
+                "choice": spec.choice,
+                "importance": settings.model_dump(mode="json"),
+                "candidates": candidates,
+            }
+            found = self.shared.measured("scores", what, measure, self.show.say)
+        else:
+            found = measure()
+        self.journal.keep("scores", number, found)
         self.journal.forget("sums", number)
-        return seconds, ranking
+        return found["seconds"], Ranking.from_record(found["ranking"])
 
     def _explained(self, trained: bool) -> AbstractContextManager[None]:
         return explained(self.dense, self.recipe.model.source, self.workers.dtype, trained)

@@ -22,29 +22,28 @@ METHOD_VERSION = 4
 def identity(
     recipe: Recipe,
     windows_sha256: str,
-    dense: Stack,
+    model: Mapping[str, Any],
     dtype: torch.dtype,
     hardware: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that shapes the result: parts of the recipe, the data and the model.
 
-    Reads all of a local model's weights once, several files at a time, for their checksums. An
-    object store is asked for its own, and the hub's cache tells those of what it downloaded.
-    `hardware`: see `Workers.hardware`.
+    `model`: see `model_identity`. `hardware`: see `Workers.hardware`.
     """
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
         "hardware": dict(hardware),
         "windows_sha256": windows_sha256,
-        "model": model_identity(dense),
+        "model": dict(model),
     }
 
 
 def model_identity(dense: Stack) -> dict[str, Any]:
     """What changes with a model: {"config", "files": what changes with each one's bytes, by name}.
 
-    Reads as `identity` does.
+    Reads all of a local model's weights once, several files at a time, for their checksums. An
+    object store is asked for its own, and the hub's cache tells those of what it downloaded.
     """
     refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
         dense.trunk.values()

@@ -28,7 +28,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.choosing import by_metric
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.run.identity import identity
+from fusegpt_ray.run.identity import identity, model_identity
 from fusegpt_ray.run.journal import Done, Journal
 
 # --- going on ---
@@ -98,7 +98,7 @@ def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
     attempt.
     """
     journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
-    this = identity(recipe(desk), "0" * 64, dense, torch.float32, {})
+    this = identity(recipe(desk), "0" * 64, model_identity(dense), torch.float32, {})
     with pytest.raises(OSError, match="too large"), full_disk(100):
         journal.begin(this)
     journal.begin(this)
