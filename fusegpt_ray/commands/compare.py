@@ -37,7 +37,7 @@ def compare(
 
         console = Console()
         for item in on_terminal(result):
-            console.print(item, **({"markup": False} if isinstance(item, str) else {}))
+            console.print(item, markup=False)
     for item in result["failed"]:
         where = f"{item['model']}, {item['method']}, {item['sparsity']:.1%}"
         click.echo(f"{click.style('failed:', fg='red')} {where}: {item['problem']}", err=True)
