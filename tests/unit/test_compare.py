@@ -103,7 +103,7 @@ def test_what_cells_have_in_common_is_done_once(
     assert walked.count(5) == alone, "the first round's scores"
     assert measuring.depths.count(5) == 1, "the dense model's perplexity"
     assert len(compared) == 1
-    assert sorted(read) == ["calibration", "evaluation.heldout.data"] or len(read) == len({*read})
+    assert len(read) == 2 and len({*read}) == 2, "each text once"
 
 
 def fails(desk: Desk) -> dict[str, Any]:
@@ -126,8 +126,8 @@ def test_a_failed_cell_is_told_and_the_others_go_on(
     before = published(desk)
     assert main(["compare", str(recipe)]) == 1
     out, _ = capsys.readouterr()
-    assert "too fast" not in out or "failed" in out
-    assert max(map(len, out.splitlines())) <= 80 or "heldout:" in out
+    table, _, _ = out.partition("heldout:")
+    assert "last" in table and max(map(len, table.splitlines())) <= 80
     assert published(desk) == before
 
 
