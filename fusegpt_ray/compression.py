@@ -178,19 +178,7 @@ class Compression:
             ):
                 if lack:
                     show.say(lack)
-        show.stage("evaluating the dense model")
-        with explained(model.stack, model.source.name, workers.dtype):
-            judge = Judge(
-                workers,
-                model.stack,
-                self.held_out,
-                windows_WT,
-                show,
-                journal,
-                self.id,
-                self.shared,
-                self._measuring,
-            )
+        judge = self._judge(journal)
         order, searched = self._search(journal)
         removable = self.plan.removable
         rounds = Rounds(
@@ -226,6 +214,23 @@ class Compression:
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published
+
+    def _judge(self, journal: Journal) -> Judge:
+        """The dense model is measured here, unless that is known."""
+        model, workers, show = self.plan.model, self.workers, self.show
+        show.stage("evaluating the dense model")
+        with explained(model.stack, model.source.name, workers.dtype):
+            return Judge(
+                workers,
+                model.stack,
+                self.held_out,
+                self.windows.tokens_WT,
+                show,
+                journal,
+                self.id,
+                self.shared,
+                self._measuring,
+            )
 
     def _stages(
         self, rounds: Sequence[Done], healed: Done | None, journal: Journal
