@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import click
 from click.shell_completion import shell_complete
 
+from fusegpt_ray.commands.compare import compare
 from fusegpt_ray.commands.compress import compress
 from fusegpt_ray.commands.measure import evaluate, score
 from fusegpt_ray.commands.published import pull, verify
@@ -21,7 +22,7 @@ from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.errors import StorageError, UserError
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
-    "Make models": (compress,),
+    "Make models": (compress, compare),
     "Look into models": (score, evaluate),
     "Use what was published": (pull, verify),
     "Follow runs and tidy up": (status, clean),

@@ -44,6 +44,7 @@ def compress(
         if limits := planned.removable.in_words():
             show.say(limits)
         with open_workers(planned.setup, show) as workers:
+            show.say(workers.description)
             run = Compression.begin(planned, workers, show)
             published = run.publish_all(restart)
         results = [published[target.folder] for target in planned.targets]
