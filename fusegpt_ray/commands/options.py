@@ -35,10 +35,12 @@ def recipe_options(verb: Verb) -> Verb:
     return recipe_argument(set_option(verb))
 
 
-def display(quiet: bool) -> Display:
-    """What a verb shows on the way."""
+def display(quiet: bool) -> Display | None:
+    """What a verb shows on the way; None: as usual."""
+    if not quiet:
+        return None
     from rich.console import Console
 
     from fusegpt_ray.report import Display
 
-    return Display(Console(stderr=True, quiet=True)) if quiet else Display()
+    return Display(Console(stderr=True, quiet=True))
