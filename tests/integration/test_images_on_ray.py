@@ -98,6 +98,7 @@ def published(model: Path, folder: Path, engine: str) -> dict[str, Any]:
         "sparsity": 0.2,
         "method": "fusegpt",
         "fusion": {"group_size": 3, "rank": 4, "lora_rank": 4, "batch": 4, "epochs": 1},
+        "heal": {"batch": 2, "held_out": 2, "looks": 2},
         "calibration": {
             "data": str(write_lines(folder / "seen.jsonl", album(folder, 12))),
             "images": True,
