@@ -25,8 +25,9 @@ from fusegpt_ray.preflight import Target, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
-from fusegpt_ray.run.identity import healing_identity, identity, run_id
+from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
@@ -49,43 +50,76 @@ class Compression:
     """Of the text that healing trains on, and held-out ones; None where nothing is healed."""
     identity: dict[str, Any]
     """What this run may not change and still be resumed."""
+    shared: Shared
+    """With other runs of the same model."""
 
     @classmethod
-    def begin(cls, planned: Plan, workers: Workers, show: Display) -> Compression:
+    def begin(
+        cls, planned: Plan, workers: Workers, show: Display, shared: Shared | None = None
+    ) -> Compression:
         """Draw the windows, and find out which run this is.
+
+        Args:
+            shared: with other runs of the same model on the same workers; None: with nobody.
 
         Raises:
             UserError: a text cannot be used.
         """
-        recipe, model = planned.recipe, planned.model
-        show.say(workers.description)
+        recipe, model, shared = planned.recipe, planned.model, shared or Shared()
         show.stage("tokenising")
         text, leading = recipe.calibration, planned.leading
         held_out = {}
+        drawing = {"calibration": text.model_dump(mode="json"), "leading": dict(leading)}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
             length = held.length or text.length
             more = (f"{key}.data", text.pack, text.images)
-            held_out[name] = evaluation_windows(workers, held, length, leading[key], *more)
+            held_out[name] = shared.once(
+                key,
+                drawing | {"text": held.model_dump(mode="json")},
+                partial(evaluation_windows, workers, held, length, leading[key], *more),
+            )
         # After those that are only read: the dense model may have to write some of it.
-        windows = calibration_windows(workers, recipe, leading["calibration"], show)
+        draw = partial(calibration_windows, workers, recipe, leading["calibration"], show)
+        windows = shared.once("calibration", drawing, draw)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
-            healing = healing_windows(workers, recipe, leading["calibration"], show)
+            healing = shared.once(
+                "heal",
+                drawing | {"heal": recipe.heal.model_dump(mode="json")},
+                partial(healing_windows, workers, recipe, leading["calibration"], show),
+            )
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
         exact = recipe.cluster.deterministic
         hardware = workers.hardware if exact else {}
-        this = identity(recipe, drawn, model.stack, workers.dtype, hardware)
-        return cls(planned, workers, show, windows, held_out, healing, this)
+        files = shared.once("model", {}, partial(model_identity, model.stack))
+        this = identity(recipe, drawn, files, workers.dtype, hardware)
+        return cls(planned, workers, show, windows, held_out, healing, this, shared)
 
     @property
     def id(self) -> str:
         """See `run_id`."""
         return run_id(self.identity, self._healing_identity)
+
+    @property
+    def _measuring(self) -> dict[str, Any]:
+        """What every measurement of the dense model depends on, beside its windows."""
+        parts = ("model", "arithmetic", "hardware")
+        batch = self.plan.recipe.importance.batch
+        return {key: self.identity[key] for key in parts} | {"batch": batch}
+
+    def check(self, restart: bool = False) -> None:
+        """
+        Raises:
+            UserError: another run has the name.
+        """
+        if not restart:
+            Journal.of(self.plan.recipe).check(self.identity)
+        self._published_before()
 
     @cached_property
     def _healing_identity(self) -> dict[str, Any] | None:
@@ -130,7 +164,9 @@ class Compression:
         targets = self.plan.targets
         windows_WT, show = self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
-        compare_source(workers, model.source, model.stack, windows_WT, show)
+        drawn = {"windows": self.identity["windows_sha256"]}
+        compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
+        self.shared.once("source", drawn, compare)
         show.calibration(self.windows.protocol)
         if recipe.trains:
             room, last = workers.device_bytes, self.plan.rounds
@@ -142,12 +178,21 @@ class Compression:
             ):
                 if lack:
                     show.say(lack)
-        show.stage("evaluating the dense model")
-        with explained(model.stack, model.source.name, workers.dtype):
-            judge = Judge(workers, model.stack, self.held_out, windows_WT, show, journal, self.id)
+        judge = self._judge(journal)
         order, searched = self._search(journal)
         removable = self.plan.removable
-        rounds = Rounds(recipe, workers, journal, model.stack, windows_WT, show, order, removable)
+        rounds = Rounds(
+            recipe,
+            workers,
+            journal,
+            model.stack,
+            windows_WT,
+            show,
+            order,
+            removable,
+            self.shared,
+            self._measuring | drawn,
+        )
         done = rounds.up_to([target.remove for target in missing])
         published = {}
         for target in missing:
@@ -169,6 +214,23 @@ class Compression:
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published
+
+    def _judge(self, journal: Journal) -> Judge:
+        """The dense model is measured here, unless that is known."""
+        model, workers, show = self.plan.model, self.workers, self.show
+        show.stage("evaluating the dense model")
+        with explained(model.stack, model.source.name, workers.dtype):
+            return Judge(
+                workers,
+                model.stack,
+                self.held_out,
+                self.windows.tokens_WT,
+                show,
+                journal,
+                self.id,
+                self.shared,
+                self._measuring,
+            )
 
     def _stages(
         self, rounds: Sequence[Done], healed: Done | None, journal: Journal

@@ -24,6 +24,7 @@ from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
 from fusegpt_ray.sections import Evaluation, Importance
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
 
@@ -98,8 +99,12 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_generating(generated, length, dense))
     if recipe.search:
         stages.append(_search(recipe, dense, depths))
-    else:
-        stages.append(_scoring(recipe.importance, dense, depths, length))
+    elif (choice := METHOD_SPECS[recipe.method].choice) == "run":
+        walked = recipe.importance.windows * len(dense)
+        stages.append(Stage("scoring", walked, walked * flops))
+    elif choice != "unseen":
+        scored = depths[:1] if choice == "once" else depths
+        stages.append(_scoring(recipe.importance, dense, scored, length))
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
     repairs = [target.remove for target in targets] if recipe.evaluation else []
     repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]

@@ -5,13 +5,14 @@ others.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fusegpt_ray import evaluation
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import Batch, fingerprint
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
@@ -37,7 +38,10 @@ class Judge:
     show: Display
     journal: Journal
     run: str
-    """Names the run: its model, arithmetic and batches. What another measured does not count."""
+    """Names the run: its model, arithmetic and batches. What another measured does not count…"""
+    shared: Shared = field(default_factory=Shared)
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+    """… unless it is shared: what it was measured with."""
 
     def __post_init__(self) -> None:
         self._known: dict[str, float] = self.journal.kept(_NOTE, 0, self.show.say) or {}
@@ -85,8 +89,13 @@ class Judge:
         """The perplexity of a model of unchanged blocks, measured unless the journal has it."""
         shape = list(given.shape)
         windows = fingerprint(given)
-        what = {"run": self.run, "kept": list(stack.kept), "windows": windows, "shape": shape}
-        if (key := checksum(what)) not in self._known:
-            self._known[key] = evaluation.perplexity(self.workers, stack, given)
+        what = {"kept": list(stack.kept), "windows": windows, "shape": shape}
+        if (key := checksum({"run": self.run, **what})) not in self._known:
+            self._known[key] = self.shared.measured(
+                "perplexity",
+                {**self.measuring, **what},
+                lambda: evaluation.perplexity(self.workers, stack, given),
+                self.show.say,
+            )
             self.journal.keep(_NOTE, 0, self._known)
         return self._known[key]

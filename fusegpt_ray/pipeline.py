@@ -41,9 +41,10 @@ def compress(
         blocks = f"{len(planned.model.stack)} blocks, {planned.rounds} to remove"
         show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
         show.say(planned.cost.in_words())
-        if planned.removable.why:
-            show.say(planned.removable.in_words())
+        if limits := planned.removable.in_words():
+            show.say(limits)
         with open_workers(planned.setup, show) as workers:
+            show.say(workers.description)
             run = Compression.begin(planned, workers, show)
             published = run.publish_all(restart)
         results = [published[target.folder] for target in planned.targets]

@@ -27,6 +27,7 @@ from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.mixture import data_keys, shares
 from fusegpt_ray.text_sections import GeneratedText
@@ -92,13 +93,16 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     model = open_model(source, show)
     leading = leading_tokens(recipe, model.tokenizer)
     removable = rehearse(model.stack, structure, [target.remove for target in targets])
-    if recipe.search and removable != ANY:
+    if recipe.search and removable.why:
         raise UserError(
             "search",
             list(recipe.search.candidates),
             f"a tournament needs a model of which any block can go; {removable.in_words()}",
             "leave search out",
         )
+    if not METHOD_SPECS[recipe.method].nested and removable != ANY:
+        problem = f"a run of blocks needs a model of which any can go; {removable.in_words()}"
+        raise UserError("method", recipe.method, problem, "use method: mi")
     return Plan(recipe, model, tuple(targets), leading, removable)
 
 

@@ -9,14 +9,14 @@ Notable:
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from fusegpt_ray.complaints import explain
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.sections import (
@@ -35,7 +35,6 @@ from fusegpt_ray.sections import (
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
 from fusegpt_ray.text_sections import GeneratedText, Section, Texts
-from fusegpt_ray.uris import shown
 
 S = TypeVar("S", bound=Section)
 
@@ -57,9 +56,11 @@ class Recipe(Section):
     healing. `paper`: as published, and no healing."""
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
-    (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune."""
+    (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune. These
+    choose by `importance`; the others are to compare with, choose as published, and drop only:
+    `shortgpt`, `sleb`, `angular`, and the controls `last` and `random`."""
     seed: Seed = 0
-    """Initial values of everything that learns."""
+    """Initial values of everything that learns, and what method `random` draws."""
     calibration: Calibration
     evaluation: dict[str, Evaluation] = Field(default_factory=dict)
     """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model.
@@ -85,7 +86,11 @@ class Recipe(Section):
             fusion["start"] = "linear" if spec.repairs else "none"
         if spec is None or not spec.fuses:
             preset = {}
-        return {**preset, **data, "fusion": {**fusion, **(data.get("fusion") or {})}}
+        filled = {**preset, **data, "fusion": {**fusion, **(data.get("fusion") or {})}}
+        importance = data.get("importance") or {}
+        if spec is not None and spec.metric and isinstance(importance, Mapping):
+            filled["importance"] = {"metric": spec.metric, **importance}
+        return filled
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -136,6 +141,9 @@ class Recipe(Section):
         if len(set(names)) < max(2, len(names)):
             problem = "a tournament is between at least two different ways"
             raise UserError("search.candidates", names, problem, "list two or more, each once")
+        if not METHOD_SPECS[self.method].by_metric or METHOD_SPECS[self.method].choice == "once":
+            problem = f"method {self.method} chooses the blocks itself"
+            raise UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
             problem = "the sets are compared after a short healing, and the recipe has no heal"
             raise UserError("search", "given", problem, "add heal: {}, or leave out search")
@@ -151,6 +159,18 @@ class Recipe(Section):
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"
             raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> Self:
+        spec, metric = METHOD_SPECS[self.method], self.importance.metric
+        if spec.metric not in (None, metric):
+            problem = f"method {self.method} goes by {spec.metric}"
+            fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
+            raise UserError("importance.metric", metric, problem, fix)
+        if not spec.nested and len(self.sparsity) > 1:
+            problem = f"method {self.method} chooses other blocks for each of them"
+            raise UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
         return self
 
     @model_validator(mode="after")
@@ -178,6 +198,11 @@ class Recipe(Section):
         """Whether this held-out text has images."""
         images = self.evaluation[name].images
         return self.calibration.images if images is None else images
+
+    @property
+    def chosen_by(self) -> str:
+        """What is lowest of the block that goes, for people."""
+        return METHOD_SPECS[self.method].chosen_by or self.importance.spec.title
 
     @property
     def trains(self) -> bool:
@@ -254,7 +279,7 @@ class Recipe(Section):
         try:
             return section.model_validate(data)
         except ValidationError as error:
-            raise _explain(section, error, name) from error
+            raise explain(section, error, "" if section is Recipe else name) from error
 
 
 def _check_whole_batches(
@@ -302,47 +327,3 @@ def blocks_to_remove(dense_blocks: int, sparsity: float) -> int:
     floats overshoot.
     """
     return math.ceil(dense_blocks * sparsity - 1e-9)
-
-
-def _explain(root: type[BaseModel], error: ValidationError, name: str) -> UserError:
-    """Pydantic's first complaint as one message with key, value and fix."""
-    first = error.errors()[0]
-    cause = first.get("ctx", {}).get("error")
-    path = [str(part)[:99] for part in first["loc"]]
-    key = ".".join(path if root is Recipe else [name, *path]) or name
-    if isinstance(cause, UserError):
-        return cause if cause.key else UserError(key, cause.value, cause.problem, cause.fix)
-    if first["type"] == "extra_forbidden":
-        known = _keys_at(root, path[:-1])
-        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-        prefix = "".join(f"{part}." for part in path[:-1])
-        fix = (
-            f"did you mean {prefix}{near[0]}?"
-            if near
-            else f"the keys here are {', '.join(sorted(known))}"
-        )
-        return UserError(
-            key, shown(first["input"]), "unknown key", fix.rstrip("?") if near else fix
-        )
-    if first["type"] == "missing":
-        return UserError(key, None, "missing", f"add {key} to the recipe")
-    return UserError(
-        key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}"
-    )
-
-
-def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
-    """Of all kinds of sections that may be there."""
-    models = [root]
-    for part in path:  # a name of a text, or a number in a list of them, leads to no other section
-        fields = [model.model_fields[part] for model in models if part in model.model_fields]
-        models = [found for field in fields for found in _sections_in(field.annotation)] or models
-    return [*dict.fromkeys(key for model in models for key in model.model_fields)]
-
-
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections that a key may hold, be it in a mapping or a list."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
-from fusegpt_ray.methods.base import Round
+from fusegpt_ray.methods.base import Question, Round
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
@@ -19,7 +19,9 @@ from fusegpt_ray.publishing.rehearsal import ANY, Removable
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import Batch
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.workers.base import Workers
 
@@ -41,6 +43,9 @@ class Rounds:
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
     removable: Removable = ANY
     """The blocks that scoring chooses among."""
+    shared: Shared = field(default_factory=Shared)
+    measuring: Mapping[str, Any] = field(default_factory=dict)
+    """What the dense model's scores depend on, beside `importance`: shared with other runs."""
 
     def up_to(self, wanted: list[int]) -> list[Done]:
         """The rounds up to the last of the numbers `wanted`, in order. Those the journal has are
@@ -59,7 +64,7 @@ class Rounds:
             scored = 0 if self.order else len(self.dense) - len(done)
             self.show.round_begins(number, total, scored)
             try:
-                done.append(self._round(number, done))
+                done.append(self._round(number, done, total))
             except Exception as error:
                 where = f" in {self.journal.folder}" if self.journal.saved else ""
                 finished = f"{len(done)} are finished{where}"
@@ -72,14 +77,17 @@ class Rounds:
             self.show.round_ends(number, total, done[-1].record["losses"])
         return done
 
-    def _round(self, number: int, before: list[Done]) -> Done:
+    def _round(self, number: int, before: list[Done], total: int) -> Done:
         stack = before[-1].stack if before else self.dense
         score_seconds, ranking = 0.0, None
         if self.order is None:
             score_seconds, ranking = self._score(
-                number, stack, Ranking.from_record(before[-1].record) if before else None
+                number,
+                stack,
+                Ranking.from_record(before[-1].record) if before else None,
+                total - len(before),
             )
-            self.show.say(f"  {ranking.in_words(self.recipe.importance.spec.title)}")
+            self.show.say(f"  {ranking.in_words(self.recipe.chosen_by)}")
         donor = ranking.lowest if ranking else self._next(before)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
@@ -132,7 +140,9 @@ class Rounds:
         assert gone == list(self.order[: len(gone)]), (gone, self.order)
         return self.order[len(gone)]
 
-    def _score(self, number: int, stack: Stack, last: Ranking | None) -> tuple[float, Ranking]:
+    def _score(
+        self, number: int, stack: Stack, last: Ranking | None, left: int
+    ) -> tuple[float, Ranking]:
         """Seconds and ranking; what a killed attempt noted of it is not measured again."""
         if noted := self.journal.kept("scores", number, self.show.say):
             return noted["seconds"], Ranking.from_record(noted["ranking"])
@@ -146,16 +156,30 @@ class Rounds:
                 kept = time.monotonic()
 
         sums.changed = keep
-        with self._explained(trained=number > 1):
-            windows = self.windows[: self.recipe.importance.windows]
-            settings = self.recipe.importance
-            choose = METHODS[self.recipe.method].choose
-            candidates = self.removable.among(stack.kept)
-            ranking = choose(self.workers, stack, windows, settings, last, sums, candidates)
-        seconds = round(time.monotonic() - began, 3)
-        self.journal.keep("scores", number, {"seconds": seconds, "ranking": ranking.to_record()})
+        settings, seed = self.recipe.importance, self.recipe.seed
+        windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
+        asked = Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
+
+        def measure() -> dict[str, Any]:
+            with self._explained(trained=number > 1):
+                ranking = METHODS[self.recipe.method].choose(asked)
+            seconds = round(time.monotonic() - began, 3)
+            return {"seconds": seconds, "ranking": ranking.to_record()}
+
+        spec = METHOD_SPECS[self.recipe.method]
+        if number == 1 and spec.by_metric:  # the methods that choose so find the same
+            what = {
+                **self.measuring,
+                "choice": spec.choice,
+                "importance": settings.model_dump(mode="json"),
+                "candidates": candidates,
+            }
+            found = self.shared.measured("scores", what, measure, self.show.say)
+        else:
+            found = measure()
+        self.journal.keep("scores", number, found)
         self.journal.forget("sums", number)
-        return seconds, ranking
+        return found["seconds"], Ranking.from_record(found["ranking"])
 
     def _explained(self, trained: bool) -> AbstractContextManager[None]:
         return explained(self.dense, self.recipe.model.source, self.workers.dtype, trained)

@@ -12,7 +12,9 @@ from fusegpt_ray.specs import METRIC_SPECS, Counting, MetricSpec
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
-Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
+Method = Literal[
+    "mi", "mi+linear", "mi+ft", "fusegpt", "sleb", "shortgpt", "angular", "last", "random"
+]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]

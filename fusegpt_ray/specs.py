@@ -10,6 +10,11 @@ Counting = Literal["all", "text", "image"]
 """Which tokens count in a score."""
 
 
+Choice = Literal["each_round", "once", "run", "unseen"]
+"""How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
+so many consecutive blocks; or without looking at the model."""
+
+
 class MethodSpec(NamedTuple):
     """What is known of a method without its code, which is in `methods/`."""
 
@@ -21,6 +26,21 @@ class MethodSpec(NamedTuple):
     """Whether its neighbours learn terms of the removed block's weights."""
     repairs: bool = False
     """Whether it is nothing without a repair in closed form (`fusion.start`)."""
+    metric: str | None = None
+    """The importance metric that belongs to it; None: any."""
+    choice: Choice = "each_round"
+    chosen_by: str = ""
+    """What is lowest of the block that goes, for people, where it is no importance metric."""
+
+    @property
+    def by_metric(self) -> bool:
+        """Whether an importance metric chooses the blocks."""
+        return self.choice in ("each_round", "once")
+
+    @property
+    def nested(self) -> bool:
+        """Whether the blocks of a lower sparsity are among those of a higher one."""
+        return self.choice != "run"
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -44,6 +64,40 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         "{blocks} fused into their neighbours (FuseGPT)",
         trains=True,
         fuses=True,
+    ),
+    "sleb": MethodSpec(
+        "{blocks} dropped, nothing trained",
+        trains=False,
+        fuses=False,
+        metric="loss",
+    ),
+    "shortgpt": MethodSpec(
+        "{blocks}, all scored once in the dense model, dropped, nothing trained",
+        trains=False,
+        fuses=False,
+        metric="bi",
+        choice="once",
+    ),
+    "angular": MethodSpec(
+        "the consecutive blocks across which states turn least dropped, nothing trained",
+        trains=False,
+        fuses=False,
+        choice="run",
+        chosen_by="angular distance across its run",
+    ),
+    "last": MethodSpec(
+        "the last blocks but the final one dropped, nothing trained",
+        trains=False,
+        fuses=False,
+        choice="unseen",
+        chosen_by="distance from the end",
+    ),
+    "random": MethodSpec(
+        "blocks drawn at random dropped, nothing trained",
+        trains=False,
+        fuses=False,
+        choice="unseen",
+        chosen_by="drawn number",
     ),
 }
 

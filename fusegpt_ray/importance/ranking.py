@@ -67,14 +67,16 @@ class Ranking:
         """The four blocks of the lowest score, `~` before an estimate, and the share of the full
         table's work that was done.
 
-        `metric`: its `MetricSpec.title`.
+        `metric`: its `Recipe.chosen_by`.
         """
         order = sorted(self.estimates.items(), key=lambda item: (item[0] != self.lowest, item[1]))
         lowest = "  ".join(
             f"{dense}: {'~' * (dense in self.stopped)}{score:.4f}" for dense, score in order[:4]
         )
-        work = f"{self.cost.done / self.cost.single_walk:.0%} of the full table's work"
-        return f"lowest {metric}  {lowest}  →  block {self.lowest} goes ({work})"
+        goes = f"lowest {metric}  {lowest}  →  block {self.lowest} goes"
+        if not self.cost.single_walk:
+            return goes
+        return f"{goes} ({self.cost.done / self.cost.single_walk:.0%} of the full table's work)"
 
     def to_record(self) -> dict[str, Any]:
         """Its part of a round's record in journal and manifest."""
@@ -86,6 +88,11 @@ class Ranking:
             "batch_size": self.batch_size,
             "bytes_read": self.bytes_read,
         }
+
+    @classmethod
+    def without_work(cls, scores: Mapping[int, float]) -> Self:
+        """Of scores for which nothing has to be walked."""
+        return cls(dict(scores), {}, 0, Cost(0, 0, 0))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:

@@ -40,15 +40,16 @@ def removal(
 
     Args:
         way: one of `sections.Candidate`. A metric: the block of the lowest score goes, and the rest
-            is scored again. `run`: see `run_distances`. `spaced`: as the recipe's metric, but no
-            block beside one that went.
+            is scored again. `run`: the least of `run_distances`. `spaced`: as the recipe's metric,
+            but no block beside one that went.
 
     Raises:
         FloatingPointError: a sum is not finite.
         MemoryError: not even a single window fits.
     """
     if way == "run":
-        return _run(workers, dense, windows, settings, count)
+        first = int(np.argmin(run_distances(workers, dense, windows, settings, count)))
+        return dense.kept[first : first + count]
     if way == "spaced":
         settings = settings.model_copy(update={"all": True, "racing": None})
         return _greedy(workers, dense, windows, settings, count, _apart)
@@ -90,34 +91,50 @@ def _greedy(
     return tuple(gone)
 
 
-def _run(
-    workers: Workers, dense: Stack, windows: Batch, settings: Importance, count: int
-) -> Removal:
+Distance = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(states entering, states leaving [B, T, D], which tokens count) → of each window [B]."""
+
+
+def run_distances(
+    workers: Workers,
+    dense: Stack,
+    windows: Batch,
+    settings: Importance,
+    count: int,
+    distance: Distance = macro_influence,
+) -> np.ndarray:
+    """How far states are apart that enter and leave each run of `count` consecutive blocks, summed
+    over windows: [N − K + 1] float64, by the run's first position.
+
+    Args:
+        distance: defined at the top of a module. By default 1 − cos, summed over tokens: Block
+            Influence of a run.
+
+    Raises:
+        FloatingPointError: a sum is not finite.
+        MemoryError: not even a single window fits.
+    """
     batches = cut(windows, range(settings.batch, len(windows), settings.batch))
-    tasks = [(dense, batch, count, settings.tokens) for batch in batches]
+    tasks = [(dense, batch, count, settings.tokens, distance) for batch in batches]
 
     def attempt(batch_size: int) -> np.ndarray:
-        found = dict(workers.map(run_distances, tasks, batch_size))
+        found = dict(workers.map(_distances, tasks, batch_size))
         return np.sum([found[number] for number in range(len(tasks))], axis=0)
 
     sums, _ = find_batch_size(attempt, settings.batch, settings.batch, "finding a run of blocks")
     if not np.isfinite(sums).all():
         raise FloatingPointError("the distance between two blocks' states is not finite")
-    first = int(np.argmin(sums))
-    return dense.kept[first : first + count]
+    return sums
 
 
-def run_distances(
-    runner: Runner, stack: Stack, windows: Batch, count: int, tokens: Counting = "all"
+def _distances(
+    runner: Runner, stack: Stack, windows: Batch, count: int, tokens: Counting, distance: Distance
 ) -> np.ndarray:
-    """1 − cos between the states that enter each run of `count` blocks and those that leave it,
-    summed over tokens: [N − K + 1] float64, by the run's first position. (Gromov et al., arXiv
-    2403.17887, compare the angle of the last token; this is Block Influence of a run.)
-    """
+    """The task: see `run_distances`."""
     sums, states = list[float](), deque[torch.Tensor](maxlen=count + 1)
     counted_BT = as_tensor(counting(windows, tokens))
     for h_BTD in runner.walk(stack, as_rows(windows)):
         states.append(h_BTD.clone())  # the walk writes over it
         if len(states) > count:
-            sums.append(macro_influence(states[-1], states[0], counted_BT).sum().item())
+            sums.append(distance(states[0], states[-1], counted_BT).sum().item())
     return np.array(sums)

@@ -1,8 +1,17 @@
-"""The methods by name: what happens to a stack once the block to remove is known."""
+"""The methods by name: how blocks are chosen, and what happens to the stack then."""
 
-from fusegpt_ray.methods import fusegpt, mi, mi_ft, mi_linear
+from fusegpt_ray.methods import (
+    angular,
+    fusegpt,
+    last,
+    mi,
+    mi_ft,
+    mi_linear,
+    random,
+    shortgpt,
+    sleb,
+)
 from fusegpt_ray.methods.base import Method
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (mi.METHOD, mi_linear.METHOD, mi_ft.METHOD, fusegpt.METHOD)
-}
+_MODULES = (mi, mi_linear, mi_ft, fusegpt, sleb, shortgpt, angular, last, random)
+METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}

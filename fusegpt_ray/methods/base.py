@@ -16,11 +16,37 @@ from fusegpt_ray.sections import Importance
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.workers.base import Workers
 
-Choose = Callable[
-    [Workers, Stack, Batch, Importance, Ranking | None, Sums, Collection[int] | None], Ranking
-]
-"""Ranks a stack's blocks on windows [W, T]; see `importance.scoring.score` for the last three
-arguments: the last round's ranking, what a killed attempt has measured, and the candidates."""
+
+@dataclass(frozen=True)
+class Question:
+    """Which block is to go: all that the answer may depend on."""
+
+    workers: Workers
+    stack: Stack
+    """The model before the round."""
+    windows: Batch
+    """Of the calibration text, those that score blocks."""
+    settings: Importance
+    seed: int
+    """The recipe's."""
+    left: int
+    """How many blocks are still to go, in this round and those after it."""
+    last: Ranking | None = None
+    """The last round's answer."""
+    sums: Sums = field(default_factory=Sums)
+    """What a killed attempt has measured."""
+    candidates: Collection[int] | None = None
+    """Dense numbers of the blocks that may go; None: all."""
+
+    @property
+    def free(self) -> list[int]:
+        """Dense numbers of the blocks that may go."""
+        kept, candidates = self.stack.kept, self.candidates
+        return [n for n in kept if candidates is None or n in candidates]
+
+
+Choose = Callable[[Question], Ranking]
+"""Ranks a stack's blocks. The lowest goes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +104,7 @@ class Method:
     then."""
 
     name: str
-    """In the recipe; `sections.METHOD_SPECS` has what is known of it without its code."""
+    """In the recipe; `specs.METHOD_SPECS` has what is known of it without its code."""
     choose: Choose
     """Finds the block to remove."""
     change: Callable[[Round], Change]

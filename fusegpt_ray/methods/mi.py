@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from fusegpt_ray.importance.scoring import score
-from fusegpt_ray.methods.base import Change, Method, Round
+from fusegpt_ray.methods.base import Method
+from fusegpt_ray.methods.choosing import by_metric, drop
 
-
-def _drop(round: Round) -> Change:
-    return Change(round.stack.drop(round.donor))
-
-
-METHOD = Method("mi", score, _drop)
+METHOD = Method("mi", by_metric, drop)

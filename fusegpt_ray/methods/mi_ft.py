@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods.base import Method
+from fusegpt_ray.methods.choosing import by_metric
 from fusegpt_ray.methods.group import train_group
 
-METHOD = Method("mi+ft", score, partial(train_group, fuse=False))
+METHOD = Method("mi+ft", by_metric, partial(train_group, fuse=False))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods.base import Change, Method, Round
+from fusegpt_ray.methods.choosing import by_metric
 from fusegpt_ray.methods.repairing import repaired
 
 
@@ -20,4 +20,4 @@ def _repair(round: Round) -> Change:
     )
 
 
-METHOD = Method("mi+linear", score, _repair)
+METHOD = Method("mi+linear", by_metric, _repair)

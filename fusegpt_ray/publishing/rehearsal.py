@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.model.config import KEY
+from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.recorder import Context, empty_call
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe, same
@@ -39,20 +40,34 @@ class Removable:
     """Only the last one that is left, each time."""
     why: str = ""
     """Others may not."""
+    one_stays: tuple[int, ...] = ()
+    """The last that is left of these is no candidate (see `_tell_the_length`)."""
 
     def among(self, kept: Sequence[int]) -> tuple[int, ...] | None:
         """The candidates of a round, by dense number; None: all of the blocks `kept`."""
         if self.from_the_end:
             return tuple(kept[-1:])
-        return None if self.blocks is None else tuple(n for n in kept if n in self.blocks)
+        left = [number for number in kept if number in self.one_stays]
+        stays = left if len(left) == 1 else []
+        if self.blocks is None and not stays:
+            return None
+        able = kept if self.blocks is None else self.blocks
+        return tuple(number for number in kept if number in able and number not in stays)
 
     def in_words(self) -> str:
-        """For whoever watches the run."""
+        """For whoever watches the run; nothing where any blocks can go."""
+        rule = ""
+        if self.one_stays:
+            numbers = ", ".join(map(str, self.one_stays))
+            rule = f"one of the attention blocks {numbers} stays, as generation with a cache asks"
+        if not self.why:
+            return rule
         if self.from_the_end:
             return f"only the last blocks can go, in this order: otherwise {self.why}"
         assert self.blocks is not None
         numbers = ", ".join(map(str, self.blocks))
-        return f"only the blocks {numbers} can go: otherwise {self.why}"
+        found = f"only the blocks {numbers} can go: otherwise {self.why}"
+        return f"{found}; {rule}" if rule else found
 
 
 ANY = Removable()
@@ -72,18 +87,33 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
     with reading_users_file(KEY, structure.name, what, _FIX):
         attempt = _Attempt(dense, structure)
     fewest, most, depth = min(removals), max(removals), len(dense)
+    telling = _tell_the_length(dense)
+    stay = telling if most >= len(telling) else ()
     if not (why := attempt.first_problem(_sets(range(depth), fewest, most))):
-        return ANY
+        return Removable(one_stays=stay)
     can_go = [number for number in range(depth) if not attempt.problem([number])]
     # Blocks that can go alone need not be able to go together.
-    if len(can_go) >= most and not attempt.first_problem(_sets(can_go, fewest, most)):
-        return Removable(tuple(can_go), why=why)
+    able = len(can_go) - bool(stay and {*stay} <= {*can_go})
+    if able >= most and not attempt.first_problem(_sets(can_go, fewest, most)):
+        return Removable(tuple(can_go), why=why, one_stays=stay)
     ends = [range(depth - count, depth) for count in sorted({1, fewest, most})]
-    if not attempt.first_problem(ends):
+    if not attempt.first_problem(ends) and (not stay or stay[0] < depth - most):
         return Removable(from_the_end=True, why=why)
     if can_go:
         why += f" (alone, {len(can_go)} of its blocks can go; together, {most} cannot)"
     raise UserError(KEY, structure.name, why, _FIX)
+
+
+def _tell_the_length(dense: Stack) -> tuple[int, ...]:
+    """Of a model of several kinds of blocks, those whose part of the cache knows how many tokens
+    it holds; nothing if all blocks or none do.
+
+    transformers asks the first of them for the length before every step of generation, and raises
+    where a configuration has none left.
+    """
+    layers = DynamicCache(config=read_config(dense.config)).layers
+    numbers = tuple(n for n, layer in enumerate(layers) if isinstance(layer, CacheLayerMixin))
+    return numbers if len(numbers) < len(layers) else ()
 
 
 def _sets(numbers: Sequence[int], fewest: int, most: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ import torch
 from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once
@@ -21,29 +22,28 @@ METHOD_VERSION = 4
 def identity(
     recipe: Recipe,
     windows_sha256: str,
-    dense: Stack,
+    model: Mapping[str, Any],
     dtype: torch.dtype,
     hardware: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that shapes the result: parts of the recipe, the data and the model.
 
-    Reads all of a local model's weights once, several files at a time, for their checksums. An
-    object store is asked for its own, and the hub's cache tells those of what it downloaded.
-    `hardware`: see `Workers.hardware`.
+    `model`: see `model_identity`. `hardware`: see `Workers.hardware`.
     """
     return {
         **settings(recipe),
         "arithmetic": str(dtype).removeprefix("torch."),
         "hardware": dict(hardware),
         "windows_sha256": windows_sha256,
-        "model": model_identity(dense),
+        "model": dict(model),
     }
 
 
 def model_identity(dense: Stack) -> dict[str, Any]:
     """What changes with a model: {"config", "files": what changes with each one's bytes, by name}.
 
-    Reads as `identity` does.
+    Reads all of a local model's weights once, several files at a time, for their checksums. An
+    object store is asked for its own, and the hub's cache tells those of what it downloaded.
     """
     refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
         dense.trunk.values()
@@ -77,7 +77,9 @@ def _mark(uri: str) -> str:
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The part of the identity that needs neither data nor model."""
-    outside = {"cluster", "output", "evaluation", "sparsity"}
+    outside = {"cluster", "output", "evaluation"}
+    if METHOD_SPECS[recipe.method].nested:
+        outside.add("sparsity")
     if recipe.search is None:
         outside.add("heal")  # it comes after the rounds
     shaping = recipe.model_dump(mode="json", exclude=outside)

@@ -23,6 +23,7 @@ CLASSES = {
     "GptOssForCausalLM": EXACT,  # experts whose layout on disk is the model's
     "HYV4ForCausalLM": REFUSED,  # blocks hand on more than states
     "LlavaForConditionalGeneration": EXACT,
+    "Qwen3NextForCausalLM": EXACT,  # one block of attention, without which it cannot generate
     "BertLMHeadModel": REFUSED,  # an encoder
 }
 

@@ -76,6 +76,19 @@ def test_compress_leaves_finished_models_and_nothing_else(finished: Finished) ->
         assert (finished.folder(percent) / "tokenizer.json").exists()
 
 
+def test_quiet_json_is_all_that_is_said(
+    checkpoint: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    desk = Desk.make(tmp_path, checkpoint("llama"))
+    recipe = desk.write(method="mi", evaluation={"held-out": {"data": str(desk.heldout)}})
+    assert main(["compress", recipe, "--quiet", "--json"]) == 0
+    stdout, stderr = capsys.readouterr()
+    manifest = json.loads(next(desk.out.glob("*/fusegpt.json")).read_text())
+    (told,) = json.loads(stdout)["models"]
+    assert told["perplexity"] == manifest["perplexity"] and set(told["perplexity"]) == {"held-out"}
+    assert (Path(told["uri"]) / "fusegpt.json").exists() and stderr == ""
+
+
 def test_compress_removes_the_lowest_block_each_round(finished: Finished) -> None:
     manifest = finished.manifest(40)
     scores = macro_influence(load_model(finished.desk.model), windows_of(finished.desk, 4))

@@ -17,7 +17,7 @@ from desk import LENGTH, Desk
 from expected import assert_plain, macro_influence, perplexity, windows_of
 from models import load_model
 
-from fusegpt_ray.cli import main
+from fusegpt_ray.cli import VERBS, main
 
 BEGINNING = [
     "starting the local engine",
@@ -76,24 +76,20 @@ def test_no_library_talks_beside_us(desk: Desk) -> None:
 
 LIGHT = """
 import sys
-from fusegpt_ray.cli import main
+from fusegpt_ray.cli import VERBS, main
 heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy"}
-verbs = ("compress", "score", "evaluate", "pull", "verify", "clean", "status")
+verbs = [verb.name for verbs in VERBS.values() for verb in verbs]
 helps = (["--help"], *([verb, "--help"] for verb in verbs))
 for command in (*helps, ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):
-    try:
-        code = main(command)
-    except SystemExit as stop:
-        code = stop.code
-    print("exit", code, *heavy & set(sys.modules))
+    print("exit", main(command), *heavy & set(sys.modules))
 """
 
 
 def test_help_and_a_wrong_recipe_need_no_heavy_imports(tmp_path: Path) -> None:
     done = run("-c", LIGHT, folder=tmp_path)
-    assert re.findall(r"^exit.*", done.stdout, re.MULTILINE) == ["exit 0"] * 8 + ["exit 2"] * 3, (
-        done
-    )
+    helps = 1 + sum(map(len, VERBS.values()))
+    exits = re.findall(r"^exit.*", done.stdout, re.MULTILINE)
+    assert exits == ["exit 0"] * helps + ["exit 2"] * 3, done
     for word in (
         "compress",
         "score",
@@ -111,6 +107,43 @@ def test_help_and_a_wrong_recipe_need_no_heavy_imports(tmp_path: Path) -> None:
         assert word in done.stdout
 
 
+def test_the_help_groups_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    places = [told.index(f"{title}:") for title in VERBS]
+    assert places == sorted(places)
+    for verbs, begin, end in zip(VERBS.values(), places, [*places[1:], len(told)], strict=True):
+        for verb in verbs:
+            assert re.search(rf"^  {verb.name} +[A-Z]", told[begin:end], re.MULTILINE)
+    assert "..." not in told  # no sentence is cut
+
+
+def test_a_shell_completes_verbs(tmp_path: Path) -> None:
+    words = {"COMP_WORDS": "fusegpt sc", "COMP_CWORD": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_FUSEGPT_COMPLETE": "bash_complete", **words}.items():
+            patch.setenv(name, value)
+        done = run("-m", "fusegpt_ray.cli", folder=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "plain,score\n", "")
+
+
+def test_what_stopped_a_command_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """An end of file is an error of ours, and not Ctrl-C, for which click takes it."""
+    raised: list[BaseException] = [KeyboardInterrupt(), EOFError("cut off")]
+
+    def pull(*arguments: object) -> None:
+        raise raised.pop(0)
+
+    monkeypatch.setattr("fusegpt_ray.publishing.download.pull", pull)
+    assert main(["pull", "model", str(tmp_path / "here")]) == 130
+    stopped = capsys.readouterr()
+    assert stopped == ("", "stopped; the same command goes on with what has arrived\n")
+    assert main(["pull", "model", str(tmp_path / "here")]) == 1
+    assert capsys.readouterr().err.endswith("failed: EOFError: cut off\n")
+
+
 def test_the_installed_command_is_this_one() -> None:
     (command,) = entry_points(group="console_scripts", name="fusegpt")
     assert command.load() is main
@@ -119,10 +152,9 @@ def test_the_installed_command_is_this_one() -> None:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        ([], "COMMAND"),
-        (["scor"], "'scor'"),
+        (["scor"], "Did you mean 'score'"),
         (["compress"], "RECIPE"),
-        (["compress", "recipe.yaml", "--json"], "--json"),
+        (["status", "out", "--quiet"], "--quiet"),
         (["evaluate", "model", "--length", "8"], "--data"),
         (["pull", "s3://bucket/model"], "DIR"),
         (["clean", "out", "--age", "soon"], "'soon'"),
@@ -137,8 +169,7 @@ def test_the_installed_command_is_this_one() -> None:
 def test_a_wrong_command_line_exits_2(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
+    assert main(arguments) == 2
     stdout, stderr = capsys.readouterr()
-    assert (stop.value.code, stdout) == (2, "")
+    assert stdout == ""
     assert named in stderr.splitlines()[-1]

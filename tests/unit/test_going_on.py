@@ -25,10 +25,10 @@ from stopped_runs import (  # noqa: F401 - fixtures
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.methods import METHODS
+from fusegpt_ray.methods.choosing import by_metric
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.run.identity import identity
+from fusegpt_ray.run.identity import identity, model_identity
 from fusegpt_ray.run.journal import Done, Journal
 
 # --- going on ---
@@ -98,7 +98,7 @@ def test_a_record_cut_off_by_a_full_disk_is_no_record(desk: Desk) -> None:
     attempt.
     """
     journal, dense = Journal.of(recipe(desk)), open_stack(desk.model)
-    this = identity(recipe(desk), "0" * 64, dense, torch.float32, {})
+    this = identity(recipe(desk), "0" * 64, model_identity(dense), torch.float32, {})
     with pytest.raises(OSError, match="too large"), full_disk(100):
         journal.begin(this)
     journal.begin(this)
@@ -132,7 +132,7 @@ class Counting:
 
     def __call__(self, *arguments: Any) -> Any:
         self.scored += 1
-        return score(*arguments)
+        return by_metric(*arguments)
 
 
 def test_scores_are_not_done_again(

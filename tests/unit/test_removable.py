@@ -99,6 +99,9 @@ def test_the_candidates_of_a_round() -> None:
     assert ANY.among((0, 1, 3)) is None
     assert Removable((0, 1, 2)).among((0, 2, 4)) == (0, 2)
     assert Removable(from_the_end=True).among((0, 2, 4)) == (4,)
+    assert Removable(one_stays=(1, 3)).among((0, 1, 3)) is None
+    assert Removable(one_stays=(1, 3)).among((0, 2, 3)) == (0, 2)
+    assert Removable((0, 3), one_stays=(1, 3)).among((0, 2, 3)) == (0,)
 
 
 @pytest.mark.parametrize(

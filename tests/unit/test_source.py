@@ -8,13 +8,11 @@ import shutil
 
 import fsspec
 import pytest
-import torch
 from models import save_tiny
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source, hub_sha256
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.run.identity import identity
+from fusegpt_ray.run.identity import model_identity
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -65,19 +63,11 @@ def test_the_checksum_of_a_large_hub_file_is_its_name(cached_hub_model, tmp_path
     for other in (weights, tmp_path / digest, f"s3://models--a--b/blobs/{digest}", tmp_path / "no"):
         assert hub_sha256(str(other)) is None
 
-    recipe = Recipe.parse(
-        {
-            "model": {"source": "some-org/tiny"},
-            "sparsity": 0.4,
-            "calibration": {"data": "x", "length": 8},
-            "output": {"uri": str(tmp_path), "name": "x"},
-        }
-    )
     stacks = [Source.find(name, None).stack() for name in (str(cached_hub_model), "some-org/tiny")]
     weight_reads.clear()
-    there = identity(recipe, "", stacks[1], torch.float32, {})["model"]["files"]
+    there = model_identity(stacks[1])["files"]
     assert weight_reads == []
-    here = identity(recipe, "", stacks[0], torch.float32, {})["model"]["files"]
+    here = model_identity(stacks[0])["files"]
     assert there == here == {"model.safetensors": f"sha256 {digest}"} and weight_reads
 
 

@@ -1,0 +1,44 @@
+"""What several verbs ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from fusegpt_ray.report import Display
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+PUBLISHED = "Folder of a published model, anywhere fsspec reaches."
+
+recipe_argument = click.argument(
+    "recipe", metavar="RECIPE", help="YAML file; see examples/quickstart.yaml."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+quiet_option = click.option(
+    "--quiet", is_flag=True, help="Say nothing on the way; only errors, and what --json prints."
+)
+set_option = click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a field, such as sparsity=0.3; may be given several times.",
+)
+
+
+def recipe_options(verb: Verb) -> Verb:
+    """For a verb that takes a recipe."""
+    return recipe_argument(set_option(verb))
+
+
+def display(quiet: bool) -> Display:
+    """What a verb shows on the way."""
+    from rich.console import Console
+
+    from fusegpt_ray.report import Display
+
+    return Display(Console(stderr=True, quiet=True)) if quiet else Display()

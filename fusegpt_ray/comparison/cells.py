@@ -1,0 +1,192 @@
+"""What a comparison asks for: methods × sparsities × models over one base recipe. No torch.
+
+A run publishes all sparsities of one method on its way. Only where a higher sparsity drops other
+blocks than a lower one has each a run of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from fusegpt_ray.complaints import explain
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe import Recipe, percent
+from fusegpt_ray.recipe_text import read_yaml, set_key
+from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.store import storage
+from fusegpt_ray.text_sections import Section
+
+SECTION = "compare"
+
+
+def _one_or_many(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+class Compare(Section):
+    """The section `compare` of a recipe. Everything beside it is the base of every run."""
+
+    methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+    """Names of methods, or mappings: a `name` of one's own, and the keys of the recipe that differ
+    from the base, such as `{name: "fusegpt, paper", method: fusegpt, preset: paper}`."""
+    sparsities: Annotated[tuple[float, ...] | None, BeforeValidator(_one_or_many)] = None
+    """Left out: the base's `sparsity`."""
+    models: tuple[str | dict[str, Any], ...] | None = Field(None, min_length=1)
+    """Sources, or sections `model` with a `name` of one's own; left out: the base's `model`."""
+    baseline: str | None = None
+    """The name of the method whose damage counts as 1; left out: `mi`, or the first one."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One ordinary run, of one method and model."""
+
+    model: str
+    method: str
+    """As they are called in the tables."""
+    recipe: Recipe
+
+    def folder(self, sparsity: float) -> str:
+        """Where its model of this sparsity will be."""
+        name = f"{self.recipe.output.name}-p{percent(sparsity)}"
+        return storage.join(storage.absolute(self.recipe.output.uri), name)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that is to be compared."""
+
+    name: str
+    uri: str
+    runs: tuple[Run, ...]
+    """Those of one model together."""
+    sparsities: tuple[float, ...]
+    baseline: str
+
+    @property
+    def folder(self) -> str:
+        """Where the tables go."""
+        return storage.join(storage.absolute(self.uri), SECTION, self.name)
+
+    @property
+    def models(self) -> list[str]:
+        return [*dict.fromkeys(run.model for run in self.runs)]
+
+    @property
+    def methods(self) -> list[str]:
+        return [*dict.fromkeys(run.method for run in self.runs)]
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML recipe with a section `compare`; see `Recipe.load`.
+
+        Raises:
+            UserError: a key or value is wrong, also in a single cell.
+        """
+        data = read_yaml(path)
+        for override in overrides:
+            set_key(data, override)
+        return cls.parse(data)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """See `load`."""
+        base = {key: value for key, value in data.items() if key != SECTION}
+        if SECTION not in data:
+            raise UserError(SECTION, None, "missing", "add compare: {methods: [mi, fusegpt]}")
+        try:
+            asked = Compare.model_validate(data[SECTION])
+        except ValidationError as error:
+            raise explain(Compare, error, SECTION) from error
+        methods = _named(asked.methods, "method", f"{SECTION}.methods")
+        sources = asked.models or (base.get("model") or {},)
+        models = _named(sources, "source", f"{SECTION}.models")
+        if asked.sparsities is not None:
+            base["sparsity"] = list(asked.sparsities)
+        runs = [
+            run
+            for model, section in models.items()
+            for name, changes in methods.items()
+            for run in _runs(base, model, section, name, changes, asked.models is not None)
+        ]
+        baseline = asked.baseline or ("mi" if "mi" in methods else next(iter(methods)))
+        if baseline not in methods:
+            fix = f"use one of {', '.join(methods)}"
+            raise UserError(f"{SECTION}.baseline", baseline, "not one of the methods", fix)
+        output = runs[0].recipe.output
+        name = str((base.get("output") or {}).get("name"))
+        sparsities = sorted({value for run in runs for value in run.recipe.sparsity})
+        return cls(name, output.uri, tuple(runs), tuple(sparsities), baseline)
+
+
+def _named(
+    given: Iterable[str | Mapping[str, Any]], short: str, key: str
+) -> dict[str, dict[str, Any]]:
+    """The recipe keys of each item, by its name; a bare string says one key.
+
+    Raises:
+        UserError: two of them have the same name, or would write to the same folder.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for item in given:
+        keys = {short: item} if isinstance(item, str) else dict(item)
+        name = str(keys.pop("name", None) or keys.get(short, "base"))
+        if _slug(name) in map(_slug, found):
+            raise UserError(key, name, "two of them have this name", "give each a name of its own")
+        found[name] = keys
+    return found
+
+
+def _runs(
+    base: Mapping[str, Any],
+    model: str,
+    section: Mapping[str, Any],
+    name: str,
+    changes: Mapping[str, Any],
+    several: bool,
+) -> Iterable[Run]:
+    data = merged(base, {"model": section}) if several else base
+    data = merged(data, changes)
+    output = data.get("output")
+    stem = str(output.get("name", "")) if isinstance(output, dict) else ""
+    parts = [stem, *([_slug(model)] if several else []), _slug(name)]
+    if kept := {"output", "sparsity"} & changes.keys():
+        problem = f"{name}: is the same for all of them"
+        fix = "set it beside compare, or in compare.sparsities"
+        raise UserError(f"{SECTION}.methods.{min(kept)}", changes[min(kept)], problem, fix)
+
+    def parsed(more: Mapping[str, Any], *last: str) -> Run:
+        called = {"output": {"name": "-".join([*parts, *last])}} if stem else {}
+        try:
+            return Run(model, name, Recipe.parse(merged(data, {**called, **more})))
+        except UserError as error:
+            problem = f"{error.problem} (in the cell {name})"
+            raise UserError(error.key, error.value, problem, error.fix) from error
+
+    spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
+    sparsities = _one_or_many(data.get("sparsity", 0.25))
+    if spec is None or spec.nested:
+        return [parsed({})]
+    named = [parsed({"sparsity": value}).recipe.sparsity[0] for value in sparsities]
+    return [parsed({"sparsity": value}, percent(value)) for value in named]
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, mapping by mapping."""
+    both = dict(base)
+    for key, value in changes.items():
+        old = both.get(key)
+        nested = isinstance(old, dict) and isinstance(value, Mapping)
+        both[key] = merged(old, value) if nested else value  # type: ignore[arg-type]
+    return both
+
+
+def _slug(name: str) -> str:
+    """A name as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower() or "cell"

@@ -1,0 +1,169 @@
+"""The tables of a comparison, in the layout of the paper's Tables I to III: a row for each method,
+the dense model first; a column for each sparsity and text. No torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from fusegpt_ray.comparison.cells import Comparison
+from fusegpt_ray.recipe import percent
+from fusegpt_ray.text.protocol import described, stages
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that was to be published."""
+
+    model: str
+    method: str
+    sparsity: float
+    uri: str
+    manifest: Mapping[str, Any] | None
+    """None: it was not."""
+    problem: str = ""
+
+
+def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
+    """{"name", "baseline", "rows": [{"model", "method", "sparsity", "text", "dense", "dropped",
+    "perplexity", "damage_left", "removed", "uri", "protocol"} …], "failed": [{"model", "method",
+    "sparsity", "problem"} …]}.
+
+    "damage_left" is the log-perplexity lost to the dense model, relative to what the baseline lost
+    of the same model at the same sparsity on the same text; None where that lost nothing.
+    """
+    rows = [row for model in models for row in _rows(model)]
+    lost = {
+        (row["model"], row["sparsity"], row["text"]): math.log(row["perplexity"] / row["dense"])
+        for row in rows
+        if row["method"] == comparison.baseline
+    }
+    for row in rows:
+        base = lost.get((row["model"], row["sparsity"], row["text"]), 0.0)
+        own = math.log(row["perplexity"] / row["dense"])
+        row["damage_left"] = own / base if base > 0 else None
+    failed = [
+        {"model": m.model, "method": m.method, "sparsity": m.sparsity, "problem": m.problem}
+        for m in models
+        if m.manifest is None
+    ]
+    about = {"name": comparison.name, "baseline": comparison.baseline}
+    return {**about, "rows": rows, "failed": failed}
+
+
+def _rows(model: Model) -> Iterator[dict[str, Any]]:
+    for text, row in (model.manifest or {}).get("perplexity", {}).items():
+        assert model.manifest is not None
+        yield {
+            "model": model.model,
+            "method": model.method,
+            "sparsity": model.sparsity,
+            "text": text,
+            "dense": row["dense"],
+            "dropped": row["dropped"],
+            "perplexity": row[stages([row])[-1]],
+            "removed": model.manifest["removed"],
+            "uri": model.uri,
+            "protocol": described(row),
+        }
+
+
+def files(result: Mapping[str, Any]) -> dict[str, str]:
+    """The contents of table.md, table.csv and table.json."""
+    text = io.StringIO()
+    columns = ["model", "method", "sparsity", "text", "dense", "dropped", "perplexity"]
+    columns += ["damage_left", "removed", "uri"]
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for row in result["rows"]:
+        writer.writerow({**row, "removed": " ".join(map(str, row["removed"]))})
+    return {
+        "table.md": _markdown(result),
+        "table.csv": text.getvalue(),
+        "table.json": json.dumps(result, indent=1) + "\n",
+    }
+
+
+def _of(rows: Sequence[Row], key: str) -> list[Any]:
+    return [*dict.fromkeys(row[key] for row in rows)]
+
+
+def _markdown(result: Mapping[str, Any]) -> str:
+    lines = [f"# {result['name']}", ""]
+    for model in _of(result["rows"], "model"):
+        rows = [row for row in result["rows"] if row["model"] == model]
+        lines += [f"## {model}", "", "Perplexity:", "", *_grid(rows, "perplexity"), ""]
+        base = result["baseline"]
+        lines += [f"Damage left (log-perplexity lost, relative to {base}):", ""]
+        lines += [*_grid(rows, "damage_left"), ""]
+        lines += [f"{row[0]}: {row[1]}.  " for row in _protocols(rows)]
+    lines += [
+        f"Failed: {item['model']}, {item['method']}, {item['sparsity']:.1%}: {item['problem']}  "
+        for item in result["failed"]
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _protocols(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    return [*dict.fromkeys((row["text"], row["protocol"]) for row in rows)]
+
+
+def _grid(rows: Sequence[Row], key: str) -> list[str]:
+    """One table of Markdown."""
+    columns = [(s, t) for s in sorted(_of(rows, "sparsity")) for t in _of(rows, "text")]
+    dense = {row["text"]: row["dense"] if key == "perplexity" else 0.0 for row in rows}
+    head = [f"{percent(sparsity)} % {text}" for sparsity, text in columns]
+    lines = [f"| method | {' | '.join(head)} |", "|---" + "|---:" * len(columns) + "|"]
+    lines.append(f"| dense | {' | '.join(f'{dense[text]:.2f}' for _, text in columns)} |")
+    for method in _of(rows, "method"):
+        found = {(r["sparsity"], r["text"]): r[key] for r in rows if r["method"] == method}
+        values = (_number(found.get(column)) for column in columns)
+        lines.append(f"| {method} | {' | '.join(values)} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def on_terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
+    """A table for each model and text, of four sparsities at most so that it fits 80 columns."""
+    for model in _of(result["rows"], "model"):
+        of_model = [row for row in result["rows"] if row["model"] == model]
+        for text, protocol in _protocols(of_model):
+            rows = [row for row in of_model if row["text"] == text]
+            sparsities = sorted(_of(rows, "sparsity"))
+            for first in range(0, len(sparsities), 4):
+                yield _table(model, text, rows, sparsities[first : first + 4])
+            yield f"{text}: {protocol}"
+    yield f"in brackets: log-perplexity lost, relative to {result['baseline']}"
+
+
+def _table(model: str, text: str, rows: Sequence[Row], sparsities: Sequence[float]) -> Table:
+    table = Table(title=f"{model}: perplexity on {text}")
+    table.add_column("method")
+    for sparsity in sparsities:
+        table.add_column(f"{percent(sparsity)} %", justify="right", no_wrap=True)
+    table.add_row("dense", *[f"{rows[0]['dense']:.2f} (0.00)"] * len(sparsities))
+    for method in _of(rows, "method"):
+        found = {row["sparsity"]: row for row in rows if row["method"] == method}
+        table.add_row(
+            method,
+            *(
+                f"{found[s]['perplexity']:.2f} ({_number(found[s]['damage_left'])})"
+                if s in found
+                else "failed"
+                for s in sparsities
+            ),
+        )
+    return table

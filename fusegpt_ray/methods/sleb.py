@@ -1,0 +1,17 @@
+"""`sleb`: the block without which the model's loss is the lowest is dropped, again and again (SLEB,
+Song et al., arXiv 2402.09025).
+
+Before each round, with M the model that is left and x the calibration's tokens, the block to go is
+
+    argmin over i of  − 1/(T − 1) Σ_t log p(x_t | x_<t; M without block i),
+
+which is `importance.metric: loss`. That is exact here; windows that cannot change the choice are
+left out (see `importance/search.py`).
+"""
+
+from __future__ import annotations
+
+from fusegpt_ray.methods.base import Method
+from fusegpt_ray.methods.choosing import by_metric, drop
+
+METHOD = Method("sleb", by_metric, drop)

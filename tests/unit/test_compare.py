@@ -1,0 +1,210 @@
+"""`fusegpt compare`: its cells are ordinary runs, what they have in common is done once, and what
+fails or is stopped is done later.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from desk import Desk
+from stopped_runs import Watching, published
+from test_measured_once import Measuring
+
+from fusegpt_ray import evaluation
+from fusegpt_ray.cli import main
+from fusegpt_ray.comparison.cells import Comparison
+from fusegpt_ray.comparison.run import compare
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.importance import scoring
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.text import calibration
+
+METHODS: list[Any] = [
+    "mi",
+    "angular",
+    {"name": "mi+ft, 1 epoch", "method": "mi+ft", "fusion": {"epochs": 1}},
+]
+
+
+def asked(desk: Desk, methods: list[Any] = METHODS, **changes: Any) -> dict[str, Any]:
+    base = desk.recipe(evaluation={"heldout": {"data": str(desk.heldout)}})
+    return base | {"compare": {"methods": methods, "sparsities": [0.2, 0.4]}} | changes
+
+
+def parsed(desk: Desk, *methods: Any) -> Comparison:
+    return Comparison.parse(asked(desk, list(methods) or METHODS))
+
+
+def perplexities(result: dict[str, Any]) -> dict[tuple[str, float], float]:
+    return {(row["method"], row["sparsity"]): row["perplexity"] for row in result["rows"]}
+
+
+def test_cells_are_the_runs_that_they_stand_for(desk: Desk, tmp_path: Path) -> None:
+    asked = parsed(desk)
+    result = compare(asked, Watching())
+    assert result["failed"] == [] and len(result["rows"]) == 6
+    together = published(desk)
+    assert len(together) == 12
+    found = {
+        (row["uri"].rsplit("/", 1)[-1]): (row["dense"], row["perplexity"]) for row in result["rows"]
+    }
+    desk.out.rename(tmp_path / "together")
+    for run in asked.runs:
+        for model in compress(run.recipe, Watching()):
+            row = model.manifest["perplexity"]["heldout"]
+            last = row.get("fused", row["dropped"])
+            assert found[model.uri.rsplit("/", 1)[-1]] == (row["dense"], last)
+    assert published(desk) == together
+
+
+def test_what_cells_have_in_common_is_done_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where the real work is done."""
+    measuring, walked, read = Measuring(), list[int](), list[str]()
+    monkeypatch.setattr("fusegpt_ray.evaluation.perplexity", measuring)
+    sweep, stream = scoring.sweep_batches, calibration.token_stream
+
+    def sweeping(runner: Any, stack: Any, *rest: Any) -> Any:
+        walked.append(len(stack))
+        return sweep(runner, stack, *rest)
+
+    def reading(text: Any, size: int, tokenizer: Any, key: str, *rest: Any) -> Any:
+        read.append(key)
+        return stream(text, size, tokenizer, key, *rest)
+
+    plain, compared = evaluation.compare_source, list[int]()
+
+    def comparing(*arguments: Any) -> Any:
+        compared.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(scoring, "sweep_batches", sweeping)
+    monkeypatch.setattr("fusegpt_ray.workers.local.token_stream", reading)
+    monkeypatch.setattr(evaluation, "compare_source", comparing)
+    compare(parsed(desk, "mi"), Watching())
+    alone = walked.count(5)
+    assert alone and measuring.depths.count(5) == 1 and len(compared) == 1
+
+    for path in (desk.out / "compare").rglob("*.json"):
+        path.unlink()
+    for name in ("mi-p20", "mi-p40"):
+        (desk.out / f"demo-{name}").rename(desk.folder / name)
+    for counted in (walked, read, measuring.depths, compared):
+        counted.clear()
+    compare(parsed(desk), Watching())
+    assert walked.count(5) == alone, "the first round's scores"
+    assert measuring.depths.count(5) == 1, "the dense model's perplexity"
+    assert len(compared) == 1
+    assert len(read) == 2 and len({*read}) == 2, "each text once"
+
+
+def fails(desk: Desk) -> dict[str, Any]:
+    """A method whose groups diverge."""
+    fusion = {"learning_rate": 1e30, "lora_learning_rate": 1e30}
+    return {"name": "too fast", "method": "mi+ft", "fusion": fusion}
+
+
+def test_a_failed_cell_is_told_and_the_others_go_on(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = desk.folder / "compare.yaml"
+    recipe.write_text(yaml.safe_dump(asked(desk, [fails(desk), "mi", "last"])))
+    assert main(["compare", str(recipe), "--quiet", "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert {item["method"] for item in result["failed"]} == {"too fast"}
+    assert all(item["problem"] in err for item in result["failed"])
+    assert {row["method"] for row in result["rows"]} == {"mi", "last"}
+    before = published(desk)
+    assert main(["compare", str(recipe)]) == 1
+    out, _ = capsys.readouterr()
+    table, _, _ = out.partition("heldout:")
+    assert "last" in table and max(map(len, table.splitlines())) <= 80
+    assert published(desk) == before
+
+
+def test_stopped_between_cells_it_does_what_is_missing(desk: Desk, tmp_path: Path) -> None:
+    expected = perplexities(compare(parsed(desk), Watching()))
+    bytes_expected = published(desk)
+    desk.out.rename(tmp_path / "undisturbed")
+
+    class Stopped(Watching):
+        def say(self, text: str) -> None:
+            if "angular" in text and text.startswith("—"):
+                raise KeyboardInterrupt
+            super().say(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(parsed(desk), Stopped())
+    assert {path.name for path in desk.out.glob("demo-*")} == {"demo-mi-p20", "demo-mi-p40"}
+    show = Watching()
+    assert perplexities(compare(parsed(desk), show)) == expected
+    assert published(desk) == bytes_expected
+    assert "evaluating and publishing demo-mi-p20" not in show.said
+
+
+def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:
+    compare(parsed(desk), Watching())
+    folder = desk.out / "compare/demo"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert len(rows) == 6
+    for row in rows:
+        manifest = json.loads((Path(row["uri"]) / "fusegpt.json").read_text())
+        told = manifest["perplexity"]["heldout"]
+        assert float(row["dense"]) == told["dense"]
+        assert float(row["perplexity"]) == told.get("fused", told["dropped"])
+        base = next(
+            float(other["perplexity"])
+            for other in rows
+            if (other["method"], other["sparsity"]) == ("mi", row["sparsity"])
+        )
+        lost = math.log(float(row["perplexity"]) / told["dense"])
+        if base > told["dense"]:
+            assert float(row["damage_left"]) == pytest.approx(lost / math.log(base / told["dense"]))
+    lines = (folder / "table.md").read_text().splitlines()
+    assert "| method | 20 % heldout | 40 % heldout |" in lines
+    assert lines[lines.index("|---|---:|---:|") + 1].startswith("| dense |")
+    assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"methods": []}, "compare.methods"),
+        ({"methods": ["mi", "mi"]}, "compare.methods"),
+        ({"methods": ["mi+ft", {"name": "mi ft", "method": "mi"}]}, "compare.methods"),
+        ({"methods": ["nonsense"]}, "method"),
+        ({"methods": ["mi"], "sparsities": [0.0]}, "sparsity"),
+        ({"methods": ["mi"], "sparsities": [0.9]}, "sparsity"),
+        ({"methods": ["mi"], "baseline": "sleb"}, "compare.baseline"),
+        ({"methods": ["mi"], "models": []}, "compare.models"),
+        ({"methods": ["mi"], "nonsense": 1}, "compare.nonsense"),
+        ({"methods": ["mi", {"method": "mi+ft", "fusion": {"ranks": 1}}]}, "fusion.ranks"),
+    ],
+)
+def test_mistakes_are_found_before_any_work(
+    desk: Desk, section: dict[str, Any], key: str, weight_reads: list[str]
+) -> None:
+    with pytest.raises(UserError) as caught:
+        compare(Comparison.parse(asked(desk) | {"compare": section}), Watching())
+    assert caught.value.key.startswith(key)
+    assert not desk.out.exists() and weight_reads == []
+
+
+def test_several_models_stand_apart(desk: Desk, checkpoint: Callable[[str], Path]) -> None:
+    other = Desk.make(desk.folder / "second", checkpoint("llama-tied"))
+    section = {
+        "methods": ["last"],
+        "models": [str(desk.model), {"name": "b", "source": str(other.model)}],
+    }
+    result = compare(Comparison.parse(asked(desk) | {"compare": section}), Watching())
+    assert [row["model"] for row in result["rows"]] == [str(desk.model), "b"]
+    assert len({row["dense"] for row in result["rows"]}) == 2
