@@ -28,9 +28,9 @@ from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
-from fusegpt_ray.text import calibration
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Workers
@@ -93,7 +93,7 @@ class Compression:
             texts += healing
         check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         show.stage("checking the model's files")
-        drawn = calibration.fingerprint(windows.tokens_WT)
+        drawn = fingerprint(windows.tokens_WT)
         exact = recipe.cluster.deterministic
         hardware = workers.hardware if exact else {}
         files = shared.once("model", {}, partial(model_identity, model.stack))
@@ -125,7 +125,7 @@ class Compression:
     def _healing_identity(self) -> dict[str, Any] | None:
         if self.healing is None:
             return None
-        drawn = (calibration.fingerprint(item.tokens_WT) for item in self.healing)
+        drawn = (fingerprint(item.tokens_WT) for item in self.healing)
         return healing_identity(self.plan.recipe, *drawn)
 
     def publish_all(self, restart: bool) -> dict[str, Published]:

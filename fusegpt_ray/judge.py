@@ -13,9 +13,8 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.samples import Batch
+from fusegpt_ray.samples import Batch, fingerprint
 from fusegpt_ray.store.records import checksum
-from fusegpt_ray.text.calibration import fingerprint
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 

@@ -1,7 +1,6 @@
 """Drawing samples with images, as the recipe asks for them; what `drawing.py` does for text alone.
 
-Which conversations are drawn follows from the seed and their places in the text. All of them are
-held by the driver, images by their names; those that are drawn are processed there, too.
+Which conversations are drawn, `text/album.py` tells; the workers make samples of them.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from fusegpt_ray.preflight import image_token
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.samples import Samples
 from fusegpt_ray.sections import Evaluation
-from fusegpt_ray.text.conversations import conversations, shuffled
 from fusegpt_ray.text.formats import beside
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text.mixture import seed_of
@@ -88,10 +86,9 @@ def _samples(
     placeholder = image_token(source)
     assert placeholder is not None, "`check_images` has looked"
     processor = source.processor()
-    read = conversations(text, key)
-    processing = Processing(processor, placeholder, length, key, length_key)
-    samples = processing.samples(read if seed is None else shuffled(read, seed), limit)
-    drawn = Drawn(text.label, conversations=len(read), left_out=processing.left_out)
+    album = workers.album(text, Processing(processor, placeholder, length, key, length_key))
+    samples, left_out = album.drawn(limit, seed)
+    drawn = Drawn(text.label, conversations=album.there, left_out=left_out)
     return Windows.of(samples, _begin(samples, processor.tokenizer.bos_token_id), drawn)
 
 

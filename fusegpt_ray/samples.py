@@ -2,16 +2,20 @@
 
 A window that is text alone is a row of an array. A shorter one ends in `PADDING`: behind the text,
 where no causal block looks at it, so that it changes nothing and only has to be left out of every
-mean. Windows with images are `Samples`, which can be taken and cut as such an array can.
+mean. Windows with images are `Samples`, which can be taken and cut as such an array can. Their
+pixels may lie elsewhere (`Inputs`), so that to hand samples on is not to copy these.
 
 Shapes: W windows, T tokens. No torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
@@ -21,9 +25,42 @@ PADDING = -1
 """In place of a token, behind the last one of a window."""
 
 
+class Inputs(Protocol):
+    """What else than tokens the model is called with for one sample alone, by name: pixels, their
+    grids, the kinds of its tokens; without any padding.
+    """
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of all of it; known without `load`."""
+
+    def load(self) -> Mapping[str, np.ndarray]:
+        """The arrays, from wherever they lie."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Inputs that lie in this process."""
+
+    arrays: Mapping[str, np.ndarray]
+
+    @cached_property
+    def digest(self) -> bytes:
+        """See `Inputs`."""
+        found = hashlib.sha256()
+        for name, array in sorted(self.arrays.items()):
+            found.update(f"{name} {array.dtype} {array.shape}".encode())
+            found.update(_bytes(array))
+        return found.digest()
+
+    def load(self) -> Mapping[str, np.ndarray]:
+        """See `Inputs`."""
+        return self.arrays
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Conversations with images, tokenised and processed."""
+    """Conversations with images, tokenised and processed; windows of text may be among them."""
 
     tokens_WT: np.ndarray
     """int64 [W, T], an image's placeholders among them."""
@@ -31,9 +68,8 @@ class Samples:
     """bool [W, T]: the tokens of answers, whose perplexity is measured."""
     images_WT: np.ndarray
     """bool [W, T]: the placeholders that an image's embeddings replace."""
-    inputs: tuple[Mapping[str, np.ndarray], ...]
-    """What else the model is called with for each sample alone, by name: pixels, their grids, the
-    kinds of its tokens; without any padding."""
+    inputs: tuple[Inputs, ...]
+    """Of each sample."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,12 +92,6 @@ class Samples:
         """Consecutive parts of `size` samples; the last may be smaller."""
         return cut(self, range(size, len(self), size))  # type: ignore[return-value]
 
-    def tobytes(self) -> bytes:
-        """All that there is, for a checksum."""
-        arrays = [self.tokens_WT, self.targets_WT, self.images_WT]
-        arrays += [given[name] for given in self.inputs for name in sorted(given)]
-        return b"".join(array.tobytes() for array in arrays)
-
 
 Batch = np.ndarray | Samples
 """Windows: int64 [W, T], or samples with images."""
@@ -70,6 +100,29 @@ Batch = np.ndarray | Samples
 def tokens_of(windows: Batch) -> np.ndarray:
     """int64 [W, T]."""
     return windows.tokens_WT if isinstance(windows, Samples) else windows
+
+
+def fingerprint(windows: Batch) -> str:
+    """SHA-256 of the windows' bytes, in hex: equal for the same text, tokenizer, length and
+    seed; of samples with images also for the same pixels.
+    """
+    found = hashlib.sha256()
+    for part in _parts(windows):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(windows: Batch) -> Iterator[memoryview | bytes]:
+    if isinstance(windows, Samples):
+        yield from map(_bytes, (windows.tokens_WT, windows.targets_WT, windows.images_WT))
+        yield from (inputs.digest for inputs in windows.inputs)
+    else:
+        yield _bytes(windows)
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    """Those of the array; a copy only where they do not lie in a row."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def cut(windows: Batch, ends: Iterable[int]) -> list[Batch]:

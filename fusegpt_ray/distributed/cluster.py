@@ -17,14 +17,16 @@ import ray
 import torch
 from ray._private import ray_constants
 
-from fusegpt_ray.distributed import text
+from fusegpt_ray.distributed import images, text
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.store import storage
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
+from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup
 
@@ -114,6 +116,9 @@ class RayWorkers:
     ) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes, tokenizer = self.setup.piece_mb * 1_000_000, self.setup.source.tokenizer()
         return text.token_stream(text_of, piece_bytes, tokenizer, key, reading)
+
+    def album(self, text_of: Text, processing: Processing) -> Album:
+        return images.album(text_of, processing)
 
     def map(
         self,

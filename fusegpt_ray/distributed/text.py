@@ -71,7 +71,8 @@ def token_stream(
             return {**row, "text": "", "tokens": nothing, "error": pickle.dumps(error)}
 
     def stream() -> Iterator[np.ndarray]:
-        with ray.data.DataContext.current(_context(piece_bytes)):
+        # Half a piece: no task gets two large ones.
+        with ray.data.DataContext.current(context(max(1, piece_bytes // 2))):
             rows = ray.data.from_items([{"source": index} for index in range(len(found))])
             rows = rows.flat_map(cut, num_cpus=0.5).map(encode, num_cpus=1)
         source, piece = 0, -1
@@ -86,14 +87,12 @@ def token_stream(
     return stream
 
 
-def _context(piece_bytes: int) -> ray.data.DataContext:
-    """The caller's settings, and ours for these datasets only: ordered, quiet, a large piece in a
-    block of its own.
+def context(block_bytes: int) -> ray.data.DataContext:
+    """The caller's settings, and ours for these datasets only: ordered, quiet, and a block closed
+    when it is larger than so many bytes. Small rows share one; a large one has one of its own.
     """
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    # A block is closed when it is larger than this: small pieces share one, and no task gets two
-    # large ones.
-    context.target_max_block_size = max(1, piece_bytes // 2)
-    return context
+    found = ray.data.DataContext.get_current().copy()
+    found.execution_options.preserve_order = True
+    found.enable_progress_bars = False
+    found.target_max_block_size = block_bytes
+    return found

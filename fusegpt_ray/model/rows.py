@@ -61,7 +61,7 @@ def ids_of(windows: Rows) -> torch.Tensor:
 def one_sample(windows: Rows, number: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The ids [1, n] of one window without padding, and what else the model is called with."""
     ids_T = ids_of(windows)[number]
-    given = windows.inputs[number] if isinstance(windows, Samples) else {}
+    given = windows.inputs[number].load() if isinstance(windows, Samples) else {}
     inputs = {name: torch.tensor(value) for name, value in given.items()}
     return ids_T[ids_T != PADDING][None], inputs
 

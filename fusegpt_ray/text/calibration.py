@@ -13,7 +13,6 @@ Notable:
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -21,7 +20,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Bos
 from fusegpt_ray.text.corpus import pieces, sources
 from fusegpt_ray.text.formats import Source, beside, of_all
@@ -215,13 +213,6 @@ def consecutive_windows(
     n = n_tokens // width if limit is None else min(limit, n_tokens // width)
     texts_WT = np.concatenate(held)[: n * width].astype(np.int64).reshape(n, width)
     return texts_WT if bos is None else np.pad(texts_WT, ((0, 0), (1, 0)), constant_values=bos)
-
-
-def fingerprint(windows: Batch) -> str:
-    """SHA-256 of the windows' bytes, in hex: equal for the same text, tokenizer, length and
-    seed; of samples with images also for the same pixels.
-    """
-    return hashlib.sha256(windows.tobytes()).hexdigest()
 
 
 def _too_short(key: str, length: int, found: int, needed: int) -> UserError:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import base64
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from fusegpt_ray.errors import UserError
@@ -42,29 +43,21 @@ class Conversation:
     """In the order of their places."""
 
 
-def conversations(text: Text, key: str) -> list[Conversation]:
-    """All conversations of a text, in order; images are not opened.
+def conversation_sources(text: Text, key: str) -> list[Source]:
+    """The files or the dataset that hold them.
 
     Raises:
-        UserError: there is none, or a row holds none.
+        UserError: see `corpus.sources`; or the first row holds none.
     """
-    found = [item for source in sources(text, key, _looked_at) for item in _of(source)]
-    if not found:
-        raise UserError(key, text.data, "there are no rows", "give conversations with images")
-    return found
+    return sources(text, key, _looked_at, column=False)
 
 
-def shuffled(found: Sequence[Conversation], seed: int) -> list[Conversation]:
-    """In an order that follows from the seed and the places alone."""
-    keys = [random.Random(f"{seed} {place}").random() for place in range(len(found))]
-    return [found[place] for place in sorted(range(len(found)), key=keys.__getitem__)]
+def conversations(source: Source) -> Iterator[Conversation]:
+    """Of one source, in order; images are not opened.
 
-
-def _looked_at(source: Source, _: int) -> Iterator[str]:
-    return (item.where for item in _of(source))
-
-
-def _of(source: Source) -> Iterator[Conversation]:
+    Raises:
+        UserError: a row holds none.
+    """
     folder = source.uri.rpartition("/")[0]
     with explained(source.key, source.uri):
         for row, record in objects(source):
@@ -79,6 +72,24 @@ def _of(source: Source) -> Iterator[Conversation]:
                 )
                 raise UserError(source.key, source.uri, problem, fix) from error
             yield Conversation(where, messages, tuple(_placed(image, folder) for image in images))
+
+
+def _looked_at(source: Source, _: int) -> Iterator[str]:
+    return (item.where for item in conversations(source))
+
+
+def picked(found: Iterable[Conversation], places: Sequence[int]) -> Iterator[Conversation]:
+    """Those at these places, which ascend; no more is read than up to the last."""
+    wanted, last = set(places), max(places, default=-1)
+    for place, conversation in enumerate(islice(found, last + 1)):
+        if place in wanted:
+            yield conversation
+
+
+def shuffled(there: int, seed: int) -> list[int]:
+    """So many places in an order that follows from the seed and each place alone."""
+    keys = [random.Random(f"{seed} {place}").random() for place in range(there)]
+    return sorted(range(there), key=keys.__getitem__)
 
 
 def _said(error: Exception) -> str:

@@ -29,7 +29,10 @@ _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
 def sources(
-    text: Text, key: str, cut: Callable[[Source, int], Iterator[str]] | None = None
+    text: Text,
+    key: str,
+    cut: Callable[[Source, int], Iterator[str]] | None = None,
+    column: bool = True,
 ) -> list[Source]:
     """The files, in the order of their names, or the dataset that `text.data` means.
 
@@ -37,7 +40,9 @@ def sources(
     `load_dataset(folder)` reads it. Of files only the beginning of the first is read, of a dataset
     only its description.
 
-    `cut`: how it will be read, if not as `pieces`.
+    Args:
+        cut: how it will be read, if not as `pieces`.
+        column: whether the recipe's column is what is read.
 
     Raises:
         UserError: nothing is there, or what is there cannot be read or has no such column,
@@ -57,14 +62,14 @@ def sources(
             if glob.escape(path) != path:
                 problem = "a folder whose name `datasets` would take for a pattern, and read others"
                 raise UserError(key, data, problem, "rename the folder, or give one of its files")
-            return [_dataset(path, text, key)]
+            return [_dataset(path, text, key, column)]
         # A name with brackets is a glob only if there is no file of that name.
         entries = with_retries(
             data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
         )
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")
     if not paths and _DATASET_ID.fullmatch(data) and not names_a_file(data):
-        return [_dataset(data, text, key)]
+        return [_dataset(data, text, key, column)]
     if not paths:
         raise UserError(
             key, data, "no such file", "give the path or glob of your text files, or a dataset's id"
@@ -146,7 +151,7 @@ def _fitting(text: str, limit: int) -> Iterator[str]:
         yield from (line[start : start + step] for start in range(0, len(line), step))
 
 
-def _dataset(uri: str, text: Text, key: str) -> Source:
+def _dataset(uri: str, text: Text, key: str, column: bool) -> Source:
     """The source for `load_dataset`, checked against what the dataset says of itself; its data are
     not read yet.
     """
@@ -168,7 +173,7 @@ def _dataset(uri: str, text: Text, key: str) -> Source:
         raise UserError(
             beside(key, "split"), text.split, f"{uri} has no such split", f"use one of {splits}"
         )
-    if builder.info.features:
+    if column and builder.info.features:
         check_column(source, uri, builder.info.features)
     return source
 

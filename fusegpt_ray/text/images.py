@@ -3,22 +3,22 @@
 Notable:
 - special tokens are those of the chat template, and else those that the tokenizer puts there;
 - the answers' tokens are found by what the processor makes of the conversation up to an answer and
-  to its end: they stand between the places where these part from the whole;
-- images are opened in the driver, one conversation at a time.
+  to its end: they stand between the places where these part from the whole. The same images are
+  processed once for all of this.
 """
 
 from __future__ import annotations
 
+import copy
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.samples import PADDING, Samples
+from fusegpt_ray.samples import PADDING, Held, Inputs, Samples
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.conversations import Conversation, Image
 
@@ -35,8 +35,7 @@ class Sample(NamedTuple):
     """int64 [n]."""
     targets_n: np.ndarray
     """bool [n]: the tokens of answers."""
-    inputs: Mapping[str, np.ndarray]
-    """See `Samples.inputs`."""
+    inputs: Inputs
 
 
 def check_pillow(key: str) -> None:
@@ -59,24 +58,12 @@ class Processing:
         Args:
             key, length_key: of the text's data, and of `length`.
         """
-        self.processor, self.image_token = processor, image_token
+        self.processor, self.image_token = copy.copy(processor), image_token
+        self.processor.image_processor = _Once(processor.image_processor)
         self.length, self.key, self.length_key = length, key, length_key
-        self.left_out = 0
-        """Conversations so far that are longer than `length` tokens."""
 
-    def samples(self, found: Sequence[Conversation], limit: int | None) -> Samples:
-        """The first `limit` conversations (None: all) that are no longer than `length`, padded to
-        it.
-
-        Raises:
-            UserError: all are longer, or one cannot be processed.
-        """
-        fitting = (sample for one in found if (sample := self.sample(one)) is not None)
-        made = list(islice(fitting, limit))
-        if not made:
-            problem = f"all {len(found)} conversations are longer than {self.length} tokens"
-            fix = "raise the length, or give shorter conversations or smaller images"
-            raise UserError(self.length_key, self.length, problem, fix)
+    def assembled(self, made: Sequence[Sample]) -> Samples:
+        """Padded to the length."""
         tokens_WT = np.full((len(made), self.length), PADDING, dtype=np.int64)
         targets_WT = np.zeros(tokens_WT.shape, dtype=bool)
         for row, sample in enumerate(made):
@@ -86,17 +73,17 @@ class Processing:
         return Samples(tokens_WT, targets_WT, images_WT, tuple(sample.inputs for sample in made))
 
     def sample(self, conversation: Conversation) -> Sample | None:
-        """None, and counted, if it is longer than `length`.
+        """None if it is longer than `length`.
 
         Raises:
             UserError: an image is missing or none, or the processor refuses the conversation.
         """
         messages = conversation.messages
+        self.processor.image_processor.forget()
         images = [self._opened(image, conversation.where) for image in conversation.images]
         whole = self._processed(conversation, messages, images)
         tokens_n = whole["input_ids"][0].astype(np.int64)
         if len(tokens_n) > self.length:
-            self.left_out += 1
             return None
         targets_n = np.zeros(len(tokens_n), dtype=bool)
         for number, turn in enumerate(messages):
@@ -105,12 +92,10 @@ class Processing:
                 end = self._upto(tokens_n, conversation, messages[: number + 1], images, False)
                 targets_n[begin:end] = True
         targets_n &= tokens_n != self.image_token
-        inputs = {name: np.asarray(value) for name, value in whole.items()}
-        return Sample(
-            tokens_n,
-            targets_n,
-            {name: value for name, value in inputs.items() if name not in _NOT_GIVEN},
-        )
+        inputs = {
+            name: np.asarray(value) for name, value in whole.items() if name not in _NOT_GIVEN
+        }
+        return Sample(tokens_n, targets_n, Held(inputs))
 
     def _upto(
         self,
@@ -163,3 +148,37 @@ class Processing:
         with reading_users_file(self.key, name, problem, "check the path and the file"):
             data = storage.read(image, _MOST) if isinstance(image, str) else image
             return Pillow.open(io.BytesIO(data)).convert("RGB")
+
+
+class _Once:
+    """An image processor that keeps what it has made of a conversation's images, until it is told
+    to forget.
+    """
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.made: dict[tuple[int, ...], tuple[Any, Any]] = {}
+
+    def forget(self) -> None:
+        """Before other images."""
+        self.made.clear()
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        which = tuple(map(id, _flat(images)))
+        if which not in self.made:
+            # The images are kept, too: else their numbers could become those of others.
+            self.made[which] = (images, self.real(images, **options))
+        return copy.copy(self.made[which][1])  # processors take parts out of it
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for while it is copied or unpickled, without `real`
+            raise AttributeError(name)
+        return getattr(self.real, name)
+
+
+def _flat(images: Any) -> Iterator[Any]:
+    if isinstance(images, list | tuple):
+        for image in images:
+            yield from _flat(image)
+    else:
+        yield images

@@ -257,16 +257,27 @@ def _arrow(source: Source) -> Iterator[Row]:
 
 
 def _dataset(source: Source) -> Iterator[Row]:
+    dataset = _loaded(source)
+    names = dataset.column_names
+    check_column(source, source.uri, names)
+    column = dataset.select_columns([source.text.column])
+    yield from _numbered((record[source.text.column] for record in column), names)
+
+
+def _dataset_objects(source: Source) -> Iterator[Object]:
+    # As Arrow has them: `datasets` itself would open the images.
+    batches = _loaded(source).with_format("arrow").iter(batch_size=8)
+    found = (record for batch in batches for record in batch.to_pylist())
+    yield from ((f"row {number}", record) for number, record in enumerate(found, 1))
+
+
+def _loaded(source: Source) -> Any:
     import datasets
 
     text = source.text
     with loading(source):
         options = {"split": text.split, "revision": text.revision}
-        dataset = datasets.load_dataset(source.uri, text.config, **options)
-    names = dataset.column_names
-    check_column(source, source.uri, names)
-    column = dataset.select_columns([text.column])
-    yield from _numbered((record[text.column] for record in column), names)
+        return datasets.load_dataset(source.uri, text.config, **options)
 
 
 def _numbered(values: Iterable[object], columns: Sequence[str]) -> Iterator[Row]:
@@ -290,7 +301,12 @@ def loading(source: Source) -> Iterator[None]:
             raise cast(Exception, error.__cause__ or error) from None
 
 
-_OBJECTS = {"jsonl": _json_lines, "json": _json, "parquet": _parquet_objects}
+_OBJECTS = {
+    "jsonl": _json_lines,
+    "json": _json,
+    "parquet": _parquet_objects,
+    "datasets": _dataset_objects,
+}
 _READERS = {
     "jsonl": _of_column(_json_lines),
     "json": _of_column(_json),

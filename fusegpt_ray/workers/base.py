@@ -24,7 +24,9 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.sections import Cluster, Dtype, Importance
 from fusegpt_ray.store import storage
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
+from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 
 R = TypeVar("R")
@@ -153,6 +155,9 @@ class Workers(Protocol):
         """The text's tokens, piece by piece, from the beginning at each call (see
         `text/calibration.py`). `key` is the recipe key of the text, for messages.
         """
+
+    def album(self, text: Text, processing: Processing) -> Album:
+        """The text's conversations with images (see `text/album.py`)."""
 
     def map(
         self,

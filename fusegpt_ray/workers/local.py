@@ -16,7 +16,10 @@ from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.text import album
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, token_stream
+from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker
 
@@ -92,6 +95,9 @@ class LocalWorkers:
     ) -> Callable[[], Iterator[np.ndarray]]:
         piece_bytes, tokenizer = self.setup.piece_mb * 1_000_000, self.setup.source.tokenizer()
         return token_stream(text, piece_bytes, tokenizer, key, reading)
+
+    def album(self, text: Text, processing: Processing) -> Album:
+        return album.album(text, processing)
 
     def map(
         self,

@@ -25,9 +25,9 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.publishing.verification import verify
 from fusegpt_ray.run.identity import settings
+from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.text.calibration import (
     consecutive_windows,
-    fingerprint,
     leading_token,
     sample_windows,
     window_starts,

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import (
     consecutive_windows,
-    fingerprint,
     sample_windows,
     token_stream,
     tokenize,

@@ -18,7 +18,14 @@ from transformers import AutoProcessor
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.text.conversations import conversations, shuffled
+from fusegpt_ray.samples import fingerprint
+from fusegpt_ray.text.album import album as album_of
+from fusegpt_ray.text.conversations import (
+    Conversation,
+    conversation_sources,
+    conversations,
+    shuffled,
+)
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 
@@ -34,6 +41,11 @@ def processing(model: Path, length: int = 40) -> Processing:
     return Processing(
         Source.find(str(model), None).processor(), IMAGE, length, KEY, "calibration.length"
     )
+
+
+def read(file: Path) -> list[Conversation]:
+    (source,) = conversation_sources(Text(data=str(file)), KEY)
+    return list(conversations(source))
 
 
 def as_messages(row: dict[str, Any], image: Any) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def test_every_layout_gives_the_same_samples(model: Path, tmp_path: Path) -> Non
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(inside), tmp_path / "inside.parquet")
     files += [tmp_path / "array.json", tmp_path / "inside.parquet"]
     found = [
-        processing(model).samples(conversations(Text(data=str(file)), KEY), None).tobytes()
+        fingerprint(album_of(Text(data=str(file)), processing(model)).drawn(None)[0])
         for file in files
     ]
     assert len({*found}) == 1 and len(found) == 8
@@ -85,7 +97,7 @@ def test_a_sample_is_what_the_processor_makes_and_its_answers_are_the_targets(
 ) -> None:
     rows = album(tmp_path, 6)
     file = write_lines(tmp_path / "chats.jsonl", rows)
-    samples = processing(model).samples(conversations(Text(data=str(file)), KEY), None)
+    samples, _ = album_of(Text(data=str(file)), processing(model)).drawn(None)
     processor = AutoProcessor.from_pretrained(model)
     for number, row in enumerate(rows):
         turns = [turn["value"].removeprefix("<image>\n") for turn in row["conversations"]]
@@ -99,7 +111,9 @@ def test_a_sample_is_what_the_processor_makes_and_its_answers_are_the_targets(
         n = made["input_ids"].shape[1]
         assert samples.tokens_WT[number, :n].tolist() == made["input_ids"][0].tolist()
         assert (samples.tokens_WT[number, n:] == -1).all()
-        np.testing.assert_array_equal(samples.inputs[number]["pixel_values"], made["pixel_values"])
+        np.testing.assert_array_equal(
+            samples.inputs[number].load()["pixel_values"], made["pixel_values"]
+        )
         assert samples.images_WT[number].sum() == PATCHES
         targets = samples.tokens_WT[number, samples.targets_WT[number]]
         assert processor.tokenizer.convert_ids_to_tokens(targets) == " ".join(answers).split()
@@ -107,23 +121,74 @@ def test_a_sample_is_what_the_processor_makes_and_its_answers_are_the_targets(
 
 def test_longer_ones_are_left_out_and_counted(model: Path, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "chats.jsonl", album(tmp_path, 8))
-    found = conversations(Text(data=str(file)), KEY)
-    lengths = [len(processing(model).sample(one).tokens_n) for one in found]
+    lengths = [len(processing(model).sample(one).tokens_n) for one in read(file)]
     limit = sorted(lengths)[4]
-    chosen = processing(model, limit)
-    assert len(chosen.samples(found, None)) == sum(n <= limit for n in lengths)
-    assert chosen.left_out == sum(n > limit for n in lengths) > 0
+    chosen = album_of(Text(data=str(file)), processing(model, limit))
+    samples, left_out = chosen.drawn(None)
+    assert len(samples) == sum(n <= limit for n in lengths)
+    assert left_out == sum(n > limit for n in lengths) > 0
     with pytest.raises(UserError, match="all 8 conversations are longer than 4 tokens") as caught:
-        processing(model, 4).samples(found, None)
+        album_of(Text(data=str(file)), processing(model, 4)).drawn(None)
     assert caught.value.key == "calibration.length"
 
 
-def test_the_order_follows_from_the_seed(tmp_path: Path) -> None:
-    file = write_lines(tmp_path / "chats.jsonl", album(tmp_path, 8))
-    found = conversations(Text(data=str(file)), KEY)
-    first, again, other = (shuffled(found, seed) for seed in (1, 1, 2))
+@pytest.mark.parametrize("wanted", [1, 3, 7])
+def test_the_first_that_fit_are_taken_in_the_order_of_the_seed(
+    wanted: int, model: Path, tmp_path: Path
+) -> None:
+    """However many longer ones stand between, and of several files."""
+    first = write_lines(tmp_path / "1.jsonl", album(tmp_path, 9)[:4])
+    second = write_lines(tmp_path / "2.jsonl", album(tmp_path, 9)[4:])
+    every = [processing(model).sample(one) for file in (first, second) for one in read(file)]
+    limit = sorted(len(sample.tokens_n) for sample in every)[6]
+    order = shuffled(9, 3)
+    fits = [place for place in order if len(every[place].tokens_n) <= limit]
+    taken = fits[:wanted]
+    text = Text(data=str(tmp_path / "*.jsonl"))
+    samples, left_out = album_of(text, processing(model, limit)).drawn(wanted, seed=3)
+    expected = processing(model, limit).assembled([every[place] for place in taken])
+    assert fingerprint(samples) == fingerprint(expected)
+    past = len(order) if wanted > len(fits) else order.index(taken[-1]) + 1
+    assert left_out == past - len(taken)
+
+
+def test_an_image_is_processed_once(model: Path, tmp_path: Path) -> None:
+    """However many answers a conversation has."""
+    made = processing(model)
+    real, seen = made.processor.image_processor.real, []
+
+    class Watched:
+        def __call__(self, images: Any, **options: Any) -> Any:
+            seen.append(images)
+            return real(images, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    made.processor.image_processor.real = Watched()
+    rows = [row for row in album(tmp_path, 8) if len(row["conversations"]) == 4]
+    found = read(write_lines(tmp_path / "chats.jsonl", rows))
+    for one in found:
+        made.sample(one)
+    assert len(seen) == len(found) > 0
+
+
+def test_a_dataset_needs_no_column_of_text(model: Path, tmp_path: Path) -> None:
+    """A local folder, which `datasets` loads: its rows are those of the file in it."""
+    rows = album(tmp_path, 4)
+    for row in rows:
+        row["image"] = str(tmp_path / row["image"])
+    (tmp_path / "folder").mkdir()
+    file = write_lines(tmp_path / "folder" / "train.jsonl", rows)
+    texts = [Text(data=str(file.parent)), Text(data=str(file))]
+    one, other = (fingerprint(album_of(text, processing(model)).drawn(None)[0]) for text in texts)
+    assert one == other
+
+
+def test_the_order_follows_from_the_seed() -> None:
+    first, again, other = (shuffled(8, seed) for seed in (1, 1, 2))
     assert first == again != other
-    assert sorted(map(str, first)) == sorted(map(str, other)) == sorted(map(str, found))
+    assert sorted(first) == sorted(other) == [*range(8)]
 
 
 TURNS = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "red"}]
@@ -148,7 +213,7 @@ def test_a_row_that_is_none_is_named(case: str, tmp_path: Path) -> None:
     row, problem = WRONG[case]
     file = write_lines(tmp_path / "chats.jsonl", [row])
     with pytest.raises(UserError, match=problem) as caught:
-        conversations(Text(data=str(file)), KEY)
+        read(file)
     assert "line 1 of" in caught.value.problem
 
 
@@ -159,5 +224,5 @@ def test_an_image_that_is_missing_or_none_is_named(model: Path, tmp_path: Path) 
         row = {"image": name, "conversations": TURNS}
         file = write_lines(tmp_path / "chats.jsonl", [row])
         with pytest.raises(UserError, match=r"an image of line 1 of .* cannot be read") as caught:
-            processing(model).samples(conversations(Text(data=str(file)), KEY), None)
+            album_of(Text(data=str(file)), processing(model)).drawn(None)
         assert str(caught.value.value).endswith(name)

@@ -18,7 +18,7 @@ from runners import local_workers
 from fusegpt_ray import evaluation
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.samples import Counting, Samples
+from fusegpt_ray.samples import Counting, Held, Samples
 from fusegpt_ray.sections import Importance
 
 CPU = torch.device("cpu")
@@ -53,7 +53,8 @@ def test_a_walk_is_the_classs_own_pass(name: str, seeing: Folders) -> None:
     for row, (states, _) in enumerate(passes(load_seeing(folder), given)):
         assert torch.equal(found[row, : len(states)], states)
         assert not found[row, len(states) :].any()
-    other = [{**inputs, "pixel_values": inputs["pixel_values"] + 1} for inputs in given.inputs]
+    held = [dict(inputs.load()) for inputs in given.inputs]
+    other = [Held({**each, "pixel_values": each["pixel_values"] + 1}) for each in held]
     changed = walked(folder, replace(given, inputs=tuple(other)))
     assert (changed[:, -ANSWER:] - found[:, -ANSWER:])[0].abs().max() > 1e-3
 

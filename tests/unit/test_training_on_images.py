@@ -49,7 +49,7 @@ def gradients_by_hand(folder: Path, given: Samples) -> dict[str, torch.Tensor]:
     total = torch.zeros(())
     for row, log_p in enumerate(wanted):
         ids = torch.tensor(given.tokens_WT[row, : len(log_p)])[None]
-        tensors = {key: torch.tensor(value) for key, value in given.inputs[row].items()}
+        tensors = {key: torch.tensor(value) for key, value in given.inputs[row].load().items()}
         log_q = short(input_ids=ids, use_cache=False, **tensors).logits[0].log_softmax(-1)
         total = total + (log_p.exp() * (log_p - log_q)).sum()
     (total / sum(map(len, wanted))).backward()

@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from models import DEPTH, GROUPED, SLIDING, VOCAB, llava, randomize
 
-from fusegpt_ray.samples import PADDING, Samples
+from fusegpt_ray.samples import PADDING, Held, Samples
 
 IMAGE = VOCAB - 1
 """The placeholder; the three tokens before it belong to images, too."""
@@ -144,7 +144,8 @@ def samples(name: str, count: int = 4, length: int = 22, seed: int = 0) -> Sampl
         images_WT[row, FIRST : FIRST + PATCHES] = True
         tokens_WT[row, images_WT[row]] = IMAGE
         targets_WT[row, n - ANSWER : n] = True
-        inputs.append(SEEING[name].inputs(draw, images_WT[row : row + 1, :n].astype(np.int64)))
+        kinds_1n = images_WT[row : row + 1, :n].astype(np.int64)
+        inputs.append(Held(SEEING[name].inputs(draw, kinds_1n)))
     return Samples(tokens_WT, targets_WT, images_WT, tuple(inputs))
 
 
@@ -160,7 +161,7 @@ def passes(model: Any, given: Samples) -> list[tuple[torch.Tensor, torch.Tensor]
     logits = []
     for ids_T, inputs in zip(given.tokens_WT, given.inputs, strict=True):
         ids = torch.tensor(ids_T[ids_T != PADDING])[None]
-        tensors = {key: torch.tensor(value) for key, value in inputs.items()}
+        tensors = {key: torch.tensor(value) for key, value in inputs.load().items()}
         logits.append(model(input_ids=ids, use_cache=False, **tensors).logits[0])
     hook.remove()
     return list(zip(found, logits, strict=True))
