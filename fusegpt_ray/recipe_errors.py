@@ -1,0 +1,71 @@
+"""What pydantic says of a recipe, as messages with key, value and fix. No torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.uris import shown
+
+
+class Several(ValueError):
+    """What is wrong between keys that are each right."""
+
+    def __init__(self, found: list[UserError]) -> None:
+        self.found = found
+        super().__init__("; ".join(map(str, found)))
+
+
+def explained(root: type[BaseModel], error: ValidationError, name: str = "") -> list[UserError]:
+    """All complaints. `name`: what a message calls the section, if it is not the whole recipe."""
+    found: list[UserError] = []
+    for complaint in error.errors():
+        cause = complaint.get("ctx", {}).get("error")
+        found += cause.found if isinstance(cause, Several) else [_one(root, complaint, name)]
+    return found
+
+
+def _one(root: type[BaseModel], first: Any, name: str) -> UserError:
+    cause = first.get("ctx", {}).get("error")
+    path = [str(part)[:99] for part in first["loc"]]
+    key = ".".join([name, *path] if name else path) or name or "recipe"
+    if isinstance(cause, UserError):
+        return cause if cause.key else UserError(key, cause.value, cause.problem, cause.fix)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+        prefix = "".join(f"{part}." for part in path[:-1])
+        fix = (
+            f"did you mean {prefix}{near[0]}?"
+            if near
+            else f"the keys here are {', '.join(sorted(known))}"
+        )
+        return UserError(
+            key, shown(first["input"]), "unknown key", fix.rstrip("?") if near else fix
+        )
+    if first["type"] == "missing":
+        return UserError(key, None, "missing", f"add {key} to the recipe")
+    return UserError(
+        key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}"
+    )
+
+
+def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
+    """Of all kinds of sections that may be there."""
+    models = [root]
+    for part in path:  # a name of a text, or a number in a list of them, leads to no other section
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        models = [found for field in fields for found in _sections_in(field.annotation)] or models
+    return [*dict.fromkeys(key for model in models for key in model.model_fields)]
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections that a key may hold, be it in a mapping or a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _sections_in(argument)
