@@ -79,5 +79,5 @@ def find_gpu(name: str, key: str = "--gpu") -> str:
     """
     if known := known_gpu(name):
         return known
-    fix = f"use one of {', '.join(GPUS)}, or measure this machine with --probe"
+    fix = f"use one of {', '.join(GPUS)}"
     raise UserError(key, name, "the rates of this GPU are not known", fix)
