@@ -94,8 +94,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        checks = (self._between_keys, self._search_fits, self._start_fits)
-        checks += (self._choice_fits, self._documents_fit)
+        checks = [self._between_keys, self._search_fits, self._start_fits]
+        checks += [self._choice_fits, self._documents_fit]
         if found := [mistake for check in checks for mistake in check()]:
             raise Several(found)
         return self
