@@ -108,7 +108,7 @@ class Compression:
     @property
     def _measuring(self) -> dict[str, Any]:
         """What every measurement of the dense model depends on, beside its windows."""
-        parts = ("model", "arithmetic", "hardware")
+        parts = ("method_version", "model", "arithmetic", "hardware")
         batch = self.plan.recipe.importance.batch
         return {key: self.identity[key] for key in parts} | {"batch": batch}
 

@@ -21,6 +21,7 @@ from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.text_sections import Section
+from fusegpt_ray.uris import shown
 
 SECTION = "compare"
 
@@ -105,9 +106,13 @@ class Comparison:
         except ValidationError as error:
             raise explained(Compare, error, SECTION)[0] from error
         methods = _named(asked.methods, "method", f"{SECTION}.methods")
-        sources = asked.models or (base.get("model") or {},)
+        own = base.get("model")  # if it is no mapping, `Recipe.parse` says so
+        sources = asked.models or (own if isinstance(own, Mapping) else {},)
         models = _named(sources, "source", f"{SECTION}.models")
         if asked.sparsities is not None:
+            if len(set(asked.sparsities)) < max(1, len(asked.sparsities)):
+                key, problem = f"{SECTION}.sparsities", "none, or one of them twice"
+                raise UserError(key, list(asked.sparsities), problem, "list each once")
             base["sparsity"] = list(asked.sparsities)
         runs = [
             run
@@ -118,7 +123,8 @@ class Comparison:
         baseline = asked.baseline or ("mi" if "mi" in methods else next(iter(methods)))
         if baseline not in methods:
             fix = f"use one of {', '.join(methods)}"
-            raise UserError(f"{SECTION}.baseline", baseline, "not one of the methods", fix)
+            raise UserError(f"{SECTION}.baseline", shown(baseline), "not one of the methods", fix)
+        _check_apart(runs)
         output = runs[0].recipe.output
         name = str((base.get("output") or {}).get("name"))
         sparsities = sorted({value for run in runs for value in run.recipe.sparsity})
@@ -138,9 +144,27 @@ def _named(
         keys = {short: item} if isinstance(item, str) else dict(item)
         name = str(keys.pop("name", None) or keys.get(short, "base"))
         if _slug(name) in map(_slug, found):
-            raise UserError(key, name, "two of them have this name", "give each a name of its own")
+            problem = "two of them have this name"
+            raise UserError(key, shown(name), problem, "give each a name of its own")
         found[name] = keys
     return found
+
+
+def _check_apart(runs: Iterable[Run]) -> None:
+    """Different models and methods may together come to the same name.
+
+    Raises:
+        UserError: two runs would write to the same folders.
+    """
+    by_name: dict[str, Run] = {}
+    for run in runs:
+        name = run.recipe.output.name
+        if other := by_name.get(name):
+            which = f"{other.model}, {other.method} and {run.model}, {run.method}"
+            problem = f"{shown(which)}: both would be called {name}"
+            fix = "give one of them another name"
+            raise UserError(f"{SECTION}.methods", shown(run.method), problem, fix)
+        by_name[name] = run
 
 
 def _runs(
@@ -152,21 +176,24 @@ def _runs(
     several: bool,
 ) -> Iterable[Run]:
     data = merged(base, {"model": section}) if several else base
+    if several and "source" in section and "revision" not in section:
+        data["model"].pop("revision", None)  # another model's
     data = merged(data, changes)
     output = data.get("output")
-    stem = str(output.get("name", "")) if isinstance(output, dict) else ""
+    given = output.get("name") if isinstance(output, dict) else None
+    stem = given if isinstance(given, str) else ""  # else `Recipe.parse` says so
     parts = [stem, *([_slug(model)] if several else []), _slug(name)]
-    if kept := {"output", "sparsity"} & changes.keys():
-        problem = f"{name}: is the same for all of them"
-        fix = "set it beside compare, or in compare.sparsities"
-        raise UserError(f"{SECTION}.methods.{min(kept)}", changes[min(kept)], problem, fix)
+    if kept := {"output", "sparsity", "evaluation", "model"} & changes.keys():
+        problem = f"{shown(name)}: is the same for all of them"
+        fix = "set it beside compare, or in compare.sparsities or compare.models"
+        raise UserError(f"{SECTION}.methods.{min(kept)}", shown(changes[min(kept)]), problem, fix)
 
     def parsed(more: Mapping[str, Any], *last: str) -> Run:
         called = {"output": {"name": "-".join([*parts, *last])}} if stem else {}
         try:
             return Run(model, name, Recipe.parse(merged(data, {**called, **more})))
         except UserError as error:
-            problem = f"{error.problem} (in the cell {name})"
+            problem = f"{error.problem} (in the cell {shown(name)})"
             raise UserError(error.key, error.value, problem, error.fix) from error
 
     spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))

@@ -11,7 +11,7 @@ from typing import Any
 from fusegpt_ray.comparison import plot, tables
 from fusegpt_ray.comparison.cells import Comparison, Run
 from fusegpt_ray.compression import Compression
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers
 from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
@@ -19,12 +19,15 @@ from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.uris import shown
 
 
 @dataclass
 class _Job:
     run: Run
     plan: Plan
+    id: str = ""
+    """The run's; see `run_id`."""
     problem: str = ""
     """Why it failed."""
     done: bool = False
@@ -40,12 +43,13 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        jobs = [_Job(run, plan(run.recipe, show)) for run in comparison.runs]
+        jobs = [_Job(run, _planned(run, show)) for run in comparison.runs]
         worked = False
         for _, group in groupby(jobs, key=lambda job: _same_workers(job.plan)):
             left = [*group]
-            shared = Shared(storage.join(comparison.folder, "measured"))
             while left:
+                # Anew for new workers: what was drawn may lie in the memory of the old ones.
+                shared = Shared(storage.join(comparison.folder, "measured"))
                 worked = _work(left, comparison, shared, worked, show)
                 left = [job for job in left if not (job.done or job.problem)]
         result = tables.result(comparison, _models(jobs))
@@ -57,12 +61,34 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
     return result
 
 
+def _planned(run: Run, show: Display) -> Plan:
+    try:
+        return plan(run.recipe, show)
+    except UserError as error:
+        problem = f"{error.problem} (in the cell {shown(run.method)})"
+        raise UserError(error.key, error.value, problem, error.fix) from error
+
+
 def _work(
     jobs: Sequence[_Job], comparison: Comparison, shared: Shared, worked: bool, show: Display
 ) -> bool:
     """Do these on one set of workers, up to the first that fails: it may leave workers in any
     state. Whether anything has been worked on by now.
+
+    Workers that cannot be started or ended again fail the first cell that is not done.
     """
+    try:
+        return _work_on_one_set(jobs, comparison, shared, worked, show)
+    except Exception as error:
+        waiting = [job for job in jobs if not (job.done or job.problem)]
+        if not worked or not waiting:
+            raise
+        return _failed(waiting[0], error, show)
+
+
+def _work_on_one_set(
+    jobs: Sequence[_Job], comparison: Comparison, shared: Shared, worked: bool, show: Display
+) -> bool:
     setup = replace(
         jobs[0].plan.setup,
         trains=any(job.plan.setup.trains for job in jobs),
@@ -74,6 +100,7 @@ def _work(
         for job in jobs:
             try:
                 run = Compression.begin(job.plan, workers, show, shared)
+                job.id = run.id
                 run.check()
             except Exception as error:
                 if not worked and isinstance(error, UserError):
@@ -94,7 +121,7 @@ def _failed(job: _Job, error: Exception, show: Display) -> bool:
     told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
     job.problem = str(told)
     if not isinstance(told, UserError | StorageError):
-        job.problem = f"{type(error).__name__}: {error}"
+        job.problem = f"{type(told).__name__}: {first_line(told)}"
         show.say("".join(traceback.format_exception(error)))
     show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
     return True
@@ -121,11 +148,16 @@ def _models(jobs: Sequence[_Job]) -> list[tables.Model]:
             job.run.method,
             target.sparsity,
             target.folder,
-            storage.read_json(storage.join(target.folder, MANIFEST))
-            if storage.exists(storage.join(target.folder, MANIFEST))
-            else None,
+            _manifest(job, target.folder),
             job.problem,
         )
         for job in jobs
         for target in job.plan.targets
     ]
+
+
+def _manifest(job: _Job, folder: str) -> dict[str, Any] | None:
+    """Only of this very run: another's model may lie there, which is why the cell failed."""
+    file = storage.join(folder, MANIFEST)
+    found: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {}
+    return found if found and found.get("run") == job.id else None

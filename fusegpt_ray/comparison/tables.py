@@ -8,11 +8,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.recipe import percent
@@ -54,11 +56,18 @@ def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
         row["damage_left"] = own / base if base > 0 else None
     failed = [
         {"model": m.model, "method": m.method, "sparsity": m.sparsity, "problem": m.problem}
-        for m in models
-        if m.manifest is None
+        for m in _failed(models)
     ]
     about = {"name": comparison.name, "baseline": comparison.baseline}
     return {**about, "rows": rows, "failed": failed}
+
+
+def _failed(models: Sequence[Model]) -> Iterator[Model]:
+    """What was not published; of a run that failed when all was, its last model."""
+    for _, group in groupby(models, key=lambda m: (m.model, m.method, m.problem)):
+        run = [*group]
+        missing = [m for m in run if m.manifest is None]
+        yield from missing or [m for m in run[-1:] if m.problem]
 
 
 def _rows(model: Model) -> Iterator[dict[str, Any]]:
@@ -138,19 +147,26 @@ def _number(value: float | None) -> str:
 
 def on_terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
     """A table for each model and text, of four sparsities at most so that it fits 80 columns."""
+    failed = {(row["model"], row["method"], row["sparsity"]) for row in result["failed"]}
     for model in _of(result["rows"], "model"):
         of_model = [row for row in result["rows"] if row["model"] == model]
         for text, protocol in _protocols(of_model):
             rows = [row for row in of_model if row["text"] == text]
             sparsities = sorted(_of(rows, "sparsity"))
             for first in range(0, len(sparsities), 4):
-                yield _table(model, text, rows, sparsities[first : first + 4])
+                yield _table(model, text, rows, sparsities[first : first + 4], failed)
             yield f"{text}: {protocol}"
     yield f"in brackets: log-perplexity lost, relative to {result['baseline']}"
 
 
-def _table(model: str, text: str, rows: Sequence[Row], sparsities: Sequence[float]) -> Table:
-    table = Table(title=f"{model}: perplexity on {text}")
+def _table(
+    model: str,
+    text: str,
+    rows: Sequence[Row],
+    sparsities: Sequence[float],
+    failed: Collection[tuple[str, str, float]],
+) -> Table:
+    table = Table(title=Text(f"{model}: perplexity on {text}"))
     table.add_column("method")
     for sparsity in sparsities:
         table.add_column(f"{percent(sparsity)} %", justify="right", no_wrap=True)
@@ -162,7 +178,7 @@ def _table(model: str, text: str, rows: Sequence[Row], sparsities: Sequence[floa
             *(
                 f"{found[s]['perplexity']:.2f} ({_number(found[s]['damage_left'])})"
                 if s in found
-                else "failed"
+                else ("failed" if (model, method, s) in failed else "–")
                 for s in sparsities
             ),
         )

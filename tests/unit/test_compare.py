@@ -208,3 +208,56 @@ def test_several_models_stand_apart(desk: Desk, checkpoint: Callable[[str], Path
     result = compare(Comparison.parse(asked(desk) | {"compare": section}), Watching())
     assert [row["model"] for row in result["rows"]] == [str(desk.model), "b"]
     assert len({row["dense"] for row in result["rows"]}) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "problem"),
+    [
+        ({"models": ["a", "a-b"], "methods": ["last", {"name": "b-last", "method": "last"}]},
+         "compare.methods", "both would be called demo-a-b-last"),
+        ({"methods": ["angular", {"name": "angular-25", "method": "mi"}], "sparsities": 0.25},
+         "compare.methods", "both would be called demo-angular-25"),
+        ({"methods": ["angular"], "sparsities": [0.25, 0.25]}, "compare.sparsities", "twice"),
+        ({"methods": ["angular"], "sparsities": []}, "compare.sparsities", "none"),
+        ({"methods": [{"method": "mi", "model": {"source": "b"}}]},
+         "compare.methods.model", "the same for all"),
+        ({"models": ["s3://KEY:SECRET@b/m"] * 2, "methods": ["mi"]}, "compare.models", "this name"),
+    ],
+    ids=["models", "sparsities", "twice", "none", "model", "secret"],
+)  # fmt: skip
+def test_what_would_be_mixed_up_is_refused(
+    desk: Desk, changes: dict[str, Any], key: str, problem: str
+) -> None:
+    with pytest.raises(UserError, match=problem) as refused:
+        Comparison.parse(asked(desk) | {"compare": changes})
+    assert refused.value.key == key and "SECRET" not in str(refused.value)
+
+
+@pytest.mark.parametrize("model", [["gpt2"], 5, None])
+def test_a_model_that_is_none_is_told_by_the_recipe(desk: Desk, model: Any) -> None:
+    with pytest.raises(UserError, match="model"):
+        Comparison.parse(asked(desk, ["mi"]) | {"model": model})
+    with pytest.raises(UserError, match=r"output\.name"):
+        Comparison.parse(asked(desk, ["mi"]) | {"output": {"uri": "out", "name": None}})
+
+
+def test_another_model_has_no_revision_of_the_first(desk: Desk) -> None:
+    sources = ["gpt2", {"source": "opt", "revision": "main"}]
+    compared = {"methods": ["mi"], "models": sources}
+    base = {"model": {"source": "gpt2", "revision": "abc"}, "compare": compared}
+    revisions = [run.recipe.model.revision for run in Comparison.parse(asked(desk) | base).runs]
+    assert revisions == [None, "main"]
+
+
+def test_another_runs_model_is_not_shown_as_the_cells(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text has changed since a cell was made, so that its run is another one."""
+    compare(parsed(desk, "mi"), Watching())
+    changed = asked(desk, ["last", "mi"], seed=3)
+    monkeypatch.setattr("fusegpt_ray.preflight.check_output", lambda *a, **o: None)
+    monkeypatch.setattr("fusegpt_ray.plan.check_output", lambda *a, **o: None)
+    monkeypatch.setattr("fusegpt_ray.compression.Compression.check", lambda *a, **o: None)
+    result = compare(Comparison.parse(changed), Watching())
+    assert {row["method"] for row in result["rows"]} == {"last"}
+    assert {row["method"] for row in result["failed"]} == {"mi"}
