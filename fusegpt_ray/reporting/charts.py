@@ -75,7 +75,7 @@ def _scores(facts: Facts) -> Chart | None:
     positive = all(isinstance(row[2], float) and row[2] > 0 for row in rows)
     how = facts.chosen_by
     base = alt.Chart().encode(
-        x=alt.X("block:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        x=alt.X("block:O", axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4)),
         y=alt.Y("round:O"),
     )
     score = alt.Color(
@@ -171,8 +171,8 @@ def _healing(facts: Facts) -> Chart | None:
     )
     return _chart(
         "Healing",
-        "KL divergence from the dense model in nats a token, over the parts of the training; the "
-        "state with the lowest held-out loss is kept.",
+        "Loss (KL divergence from the dense model, in nats a token, and what heal.hidden adds) over"
+        " the parts of the training; the state with the lowest held-out loss is kept.",
         ("part", "windows", "loss"),
         rows,
         line,
@@ -204,13 +204,15 @@ def _seconds(facts: Facts) -> Chart | None:
 
 def _steps(name: str) -> alt.X:
     """An axis of whole numbers, some left out where there is no room."""
-    return alt.X(f"{name}:O", axis=alt.Axis(labelAngle=0, labelOverlap=True, grid=True))
+    axis = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4, grid=True)
+    return alt.X(f"{name}:O", axis=axis)
 
 
 def _losses(values: Iterable[float]) -> alt.Scale:
     """Losses of several rounds differ by magnitudes."""
-    kind: Any = "log" if all(value > 0 for value in values) else "linear"
-    return alt.Scale(type=kind, zero=False, nice=False, padding=12)
+    if all(value > 0 for value in values):
+        return alt.Scale(type="log", nice=False, padding=12)
+    return alt.Scale(zero=False)
 
 
 def _chart(

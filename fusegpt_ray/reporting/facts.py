@@ -6,10 +6,11 @@ journal bear checksums.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.outputs import IDENTITY, Folder, Outputs, Run
@@ -19,9 +20,9 @@ from fusegpt_ray.text.protocol import stages
 
 
 class _Part(BaseModel):
-    """Keys that a report does not show may be anything; numbers too large for JSON are none."""
+    """Keys that a report does not show may be anything."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore")
 
 
 class Protocol(_Part):
@@ -55,9 +56,10 @@ class Perplexity(Protocol):
     @property
     def undone(self) -> float | None:
         """The share of the damage of dropping the blocks that is undone, if there was damage."""
-        if self.dropped is None or self.dropped <= self.dense:
+        last = [*self.by_stage.values()][-1]
+        if self.dropped is None or not self.dense < self.dropped < math.inf:
             return None
-        return (self.dropped - [*self.by_stage.values()][-1]) / (self.dropped - self.dense)
+        return (self.dropped - last) / (self.dropped - self.dense)
 
 
 class Estimate(_Part):
@@ -78,7 +80,7 @@ class Round(_Part):
     group: list[int] = []
     repair: Repair | None = None
     losses: list[float] = []
-    seconds: dict[str, float] = {}
+    seconds: dict[str, FiniteFloat] = {}
 
     @property
     def into(self) -> list[int]:
@@ -91,7 +93,7 @@ class Healing(_Part):
     losses: list[float]
     held_out: list[float] = []
     tokens: int | None = None
-    seconds: dict[str, float] = {}
+    seconds: dict[str, FiniteFloat] = {}
     data: Protocol | None = None
 
 
@@ -109,7 +111,7 @@ class Search(_Part):
 
 
 class Publishing(_Part):
-    seconds: float
+    seconds: FiniteFloat
 
 
 class Source(_Part):
@@ -184,35 +186,28 @@ def facts(uri: str) -> Facts:
     else:
         found = [*there.folders]
     found = [folder for folder in found if folder.finished or folder.run]
-    if len(found) != 1:
+    if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
-        problem = f"holds several models or runs: {names}" if found else "holds no model and no run"
-        raise UserError(KEY, there.uri, problem, "give the folder of one model or run")
-    (folder,) = found
-    if folder.finished:
-        manifest = Manifest.read(folder.uri)
-        told = {**manifest.data, "state": "published", "bytes": manifest.size}
-    else:
-        assert folder.run
+        problem = f"holds several models or runs: {names}"
+        raise UserError(KEY, there.uri, problem, "give the folder of one of them")
+    folder = found[0] if found else Folder(there.uri, there.files)
+    if folder.run and not folder.finished:
         told = _under_way(folder.run)
+    else:
+        manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
+        told = {**manifest.data, "state": "published", "bytes": manifest.size}
     try:
         return Facts.model_validate({**told, "name": folder.name.removesuffix(".run")})
-    except (ValidationError, RecursionError) as error:
-        where = MANIFEST if folder.finished else "journal"
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part)[:99] for part in first["loc"])
         raise UserError(
             KEY,
             folder.uri,
-            f"its {where} {_nonsense(error)}",
+            f"its {MANIFEST if folder.finished else 'journal'} says nonsense: {key}:"
+            f" {first['msg'].lower()}",
             "give one that this version of fusegpt wrote",
         ) from error
-
-
-def _nonsense(error: ValidationError | RecursionError) -> str:
-    if isinstance(error, RecursionError):
-        return "has lists in lists without end"
-    first = error.errors()[0]
-    key = ".".join(str(part)[:99] for part in first["loc"])
-    return f"says nonsense: {key}: {first['msg'].lower()}"
 
 
 def _under_way(run: Run) -> dict[str, Any]:
@@ -256,9 +251,9 @@ def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
 
 
 def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
-    """What the last training checkpoint tells of losses, if any part of it is done."""
+    """The losses that the last training checkpoint tells of, if there are any."""
     record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
-    return record if record.get("losses") else None
+    return {key: record[key] for key in ("losses", "held_out")} if record.get("losses") else None
 
 
 def _search(run: Run) -> dict[str, Any] | None:

@@ -41,7 +41,7 @@ def write(uri: str, output: str) -> str:
             raise UserError(
                 "--output", output, "there is something else than a report", "give another file"
             )
-        storage.write(output, html(found).encode())
+        storage.write(output, html(found).encode(errors="replace"))
     except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         raise UserError(
             "--output", output, f"cannot be written ({error})", "give another file"
