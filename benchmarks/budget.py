@@ -5,7 +5,7 @@
 1024 windows of 2048 tokens, 20 epochs, scores on 32 windows, bfloat16, `preset: rounds`. Nothing
 is run: the work and the memory are those of `fusegpt_ray/cost.py` and `footprint.py`, from the
 headers that such a model's files would have, and the hours follow from the rates that were measured
-on one GPU (`cost.RATES`). Reading, saving and publishing are not in them, and eight GPUs are taken
+on one GPU (`rates.py`). Reading, saving and publishing are not in them, and eight GPUs are taken
 to share the computing evenly. 70B trains single windows, and activations are computed again.
 
 The second table is of healing on as many tokens (2.1 million), with low-rank updates (rank 64),
@@ -23,9 +23,10 @@ import torch
 from random_stack import empty_stack
 from shapes import SHAPES, Shape
 
-from fusegpt_ray.cost import RATES, cost
+from fusegpt_ray.cost import cost
 from fusegpt_ray.footprint import activation_bytes, healing_bytes, training_bytes
 from fusegpt_ray.preflight import Target
+from fusegpt_ray.rates import MEASURED, RATES
 from fusegpt_ray.recipe import Recipe, blocks_to_remove
 
 LENGTH = 2048
@@ -45,32 +46,32 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--sparsity", type=float, default=0.25)
     sparsity = parser.parse_args(argv).sparsity
-    for gpu, rates in RATES.items():
-        print(HEADER.format(gpu))
-        for name, shape in SHAPES.items():
-            if name == "toy":
-                continue
-            dense = empty_stack(shape, LENGTH, torch.bfloat16)
-            rounds = blocks_to_remove(shape.blocks, sparsity)
-            recipe = paper_budget(sparsity, FRUGAL.get(name, {}))
-            one = cost(recipe, dense, [Target(sparsity, rounds, name)])
-            work = {stage.name: stage.flops / 1e15 for stage in one.stages}
-            gigabytes = [
-                each / 1e9
-                for each in (
-                    training_bytes(recipe, dense, torch.bfloat16, rounds),
-                    activation_bytes(recipe, dense, torch.bfloat16),
-                    training_bytes(at_end(recipe), dense, torch.bfloat16, rounds),
-                )
-            ]
-            cells = [f"{work[stage]:.0f}" for stage in ("scoring", "states", "fine-tuning")]
-            cells += [f"{one.hours(rates, gpus):.1f}" for gpus in (1, 8)]
-            cells += [f"{each:.0f}" for each in gigabytes]
-            print(f"| {name} | {' | '.join(cells)} |")
-        print(HEALING)
-        for name, shape in SHAPES.items():
-            if name != "toy":
-                print(f"| {name} | {' | '.join(healing(shape, sparsity, rates))} |")
+    rates = RATES[MEASURED]
+    print(HEADER.format(MEASURED))
+    for name, shape in SHAPES.items():
+        if name == "toy":
+            continue
+        dense = empty_stack(shape, LENGTH, torch.bfloat16)
+        rounds = blocks_to_remove(shape.blocks, sparsity)
+        recipe = paper_budget(sparsity, FRUGAL.get(name, {}))
+        one = cost(recipe, dense, [Target(sparsity, rounds, name)])
+        work = {stage.name: stage.flops / 1e15 for stage in one.stages}
+        gigabytes = [
+            each / 1e9
+            for each in (
+                training_bytes(recipe, dense, torch.bfloat16, rounds),
+                activation_bytes(recipe, dense, torch.bfloat16),
+                training_bytes(at_end(recipe), dense, torch.bfloat16, rounds),
+            )
+        ]
+        cells = [f"{work[stage]:.0f}" for stage in ("scoring", "states", "fine-tuning")]
+        cells += [f"{one.hours(rates, gpus):.1f}" for gpus in (1, 8)]
+        cells += [f"{each:.0f}" for each in gigabytes]
+        print(f"| {name} | {' | '.join(cells)} |")
+    print(HEALING)
+    for name, shape in SHAPES.items():
+        if name != "toy":
+            print(f"| {name} | {' | '.join(healing(shape, sparsity, rates))} |")
     return 0
 
 

@@ -23,30 +23,10 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
-from fusegpt_ray.sections import Evaluation, Importance
+from fusegpt_ray.sections import Cluster, Evaluation, Importance
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
-
-RATES: Mapping[str, Mapping[str, float]] = {
-    # A large product: 726 to 790. A sweep of compiled blocks; states with their way to the host;
-    # 61.4 k tokens a second with compiled blocks, fused Adam and TensorFloat32.
-    "NVIDIA H200": {
-        "scoring": 625e12,
-        "states": 390e12,
-        "fine-tuning": 565e12,
-        "healing": 565e12,
-        "search": 565e12,
-        "evaluation": 390e12,
-        "repair": 30e12,
-        "generating": 7e12,
-    },
-}
-"""FLOP/s by stage, counted as here, that were measured for LLaMA-2-7B's shape in bfloat16 with
-windows of 2048 tokens (docs/performance.md); evaluation is taken to be as fast as states, healing
-and search as fine-tuning. An H100 multiplies as fast. Not measured: a repair's products in float64,
-taken to reach half of what the maker says; and generating, where a step of 16 texts is taken to
-last 30 ms, most of which goes by between its kernels."""
 
 
 @dataclass(frozen=True)
@@ -81,12 +61,31 @@ class Cost:
         """Of computing alone, on so many GPUs that share all of it evenly."""
         return sum(stage.flops / rates[stage.name] for stage in self.stages) / gpus / 3600
 
+    def seconds(self, rates: Mapping[str, float], cluster: Cluster, gpus: int) -> dict[str, float]:
+        """Of computing alone, by stage, if so many GPUs are there for the cluster's processes."""
+        return {
+            stage.name: stage.flops / rates[stage.name] / min(gpus, processes(stage.name, cluster))
+            for stage in self.stages
+        }
+
     def in_words(self) -> str:
         """One line for a person."""
         shares = [f"{stage.name} {stage.flops / self.flops:.0%}" for stage in self.stages]
         sizes = ", ".join(map(byte_count, self.published_bytes.values()))
         work = f"at most {flop_count(self.flops)} ({', '.join(shares)})"
         return f"{work}; {byte_count(self.source_bytes)} become {sizes}"
+
+
+TRAINED = ("states", "fine-tuning", "healing")
+"""The stages that training workers compute; replicas compute all others."""
+
+
+def processes(stage: str, cluster: Cluster) -> int:
+    """How many processes compute a stage at the same time."""
+    if cluster.engine == "local":
+        return 1
+    # Where workers train on GPUs, replicas are added until there is one beside each of them.
+    return cluster.workers if stage in TRAINED else max(cluster.replicas, cluster.workers)
 
 
 def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:

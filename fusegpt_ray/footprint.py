@@ -109,6 +109,14 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     return int(held) + passing + logits + _in(dtype, dense.trunk)
 
 
+def trial_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:
+    """What a replica holds that heals a set of the tournament alone, with a single window at once;
+    see `healing_bytes`.
+    """
+    alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
+    return healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
+
+
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """All that a training worker holds, activations aside, wherever it lies: see `training_bytes`,
     the trunk, and the states of its windows at both ends of the group. These lie on the device
@@ -169,11 +177,7 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
 
 def search_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int, room: int) -> str:
     """As `healing_shortage`, for a trial of the tournament, which one replica heals alone."""
-    if recipe.search is None:
-        return ""
-    alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
-    needed = healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
-    if needed <= room:
+    if recipe.search is None or (needed := trial_bytes(recipe, dense, dtype, kept)) <= room:
         return ""
     return (
         f"search heals each set of blocks on one replica, which needs about {byte_count(needed)} "

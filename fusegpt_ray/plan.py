@@ -4,9 +4,9 @@ before weights are read and before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
 
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import UserError, blaming
@@ -29,9 +29,14 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Model
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
+from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
-from fusegpt_ray.text_sections import GeneratedText
+from fusegpt_ray.text_sections import GeneratedText, Text
 from fusegpt_ray.workers.base import Setup
+
+P = ParamSpec("P")
+R = TypeVar("R")
+WINDOWS = "calibration.windows"
 
 
 @dataclass(frozen=True)
@@ -72,27 +77,89 @@ class Plan:
         return self.targets[-1].remove
 
 
-def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
+def plan(recipe: Recipe, show: Display, restart: bool = False, looks: bool = False) -> Plan:
     """The plan for a recipe.
 
     Cheap and local mistakes are looked for first; the files of a hub model are fetched last.
 
     Args:
         restart: an unfinished run of this name will be forgotten.
+        looks: nothing is written, not even for a moment, and of a hub model's weights only the
+            headers are read.
 
     Raises:
         UserError: the recipe cannot be carried out.
     """
-    shares(recipe.calibration, recipe.calibration.windows, "calibration", "calibration.windows")
-    source, structure = find_model(recipe.model, window_lengths(recipe))
-    check_images(source, recipe.keys_of_images)
-    targets = plan_targets(recipe, len(structure.blocks))
-    recipe = with_start(recipe, structure, show.say)
-    check_output(recipe, targets, restart)
-    check_method(recipe, structure)
-    model = open_model(source, show)
-    leading = leading_tokens(recipe, model.tokenizer)
-    removable = rehearse(model.stack, structure, [target.remove for target in targets])
+    found = _planned(recipe, show, Checks(stops=True), restart, looks)
+    assert found is not None, "the first mistake ends it"
+    return found
+
+
+def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
+    """All mistakes that `plan` finds and that do not follow from one another. Nothing is written.
+    Also whether files of text are there, of which the beginnings are read; datasets are not asked
+    for.
+    """
+    checks = Checks()
+    if recipe.calibration.pack and not recipe.calibration.images:  # else rows are no plain text
+        for text, key in named_texts(recipe):
+            if not names_a_dataset(text.data):
+                checks(sources, text, key)
+    _planned(recipe, show, checks, looks=True)
+    return checks.found
+
+
+@dataclass
+class Checks:
+    """Makes checks one after another."""
+
+    stops: bool = False
+    """Whether the first mistake ends them."""
+    found: list[UserError] = field(default_factory=list)
+
+    def __call__(self, check: Callable[P, R], *args: P.args, **options: P.kwargs) -> R | None:
+        """What the check returns, or None if it finds a mistake."""
+        try:
+            return check(*args, **options)
+        except UserError as error:
+            if self.stops:
+                raise
+            self.found.append(error)
+            return None
+
+
+def _planned(
+    recipe: Recipe, show: Display, check: Checks, restart: bool = False, looks: bool = False
+) -> Plan | None:
+    """None if there is a mistake; the checks that need what another one found are left out then."""
+    check(shares, recipe.calibration, recipe.calibration.windows, "calibration", WINDOWS)
+    there = check(find_model, recipe.model, window_lengths(recipe))
+    if there is None:
+        return None
+    source, structure = there
+    check(check_images, source, recipe.keys_of_images)
+    targets = check(plan_targets, recipe, len(structure.blocks))
+    decided = check(with_start, recipe, structure, show.say)
+    recipe = decided or recipe
+    if targets:
+        check(check_output, recipe, targets, restart, writes=not looks)
+    check(check_method, recipe, structure)
+    model = check(open_model, source, show, looks)
+    if model is None:
+        return None
+    leading = check(leading_tokens, recipe, model.tokenizer)
+    if not targets:
+        return None
+    removes = [target.remove for target in targets]
+    removable = check(rehearse, model.stack, structure, removes)
+    if removable is not None:
+        check(_check_search, recipe, removable)
+    if check.found or leading is None or removable is None:
+        return None
+    return Plan(recipe, model, tuple(targets), leading, removable)
+
+
+def _check_search(recipe: Recipe, removable: Removable) -> None:
     if recipe.search and removable.why:
         raise UserError(
             "search",
@@ -103,7 +170,18 @@ def plan(recipe: Recipe, show: Display, restart: bool = False) -> Plan:
     if not METHOD_SPECS[recipe.method].nested and removable != ANY:
         problem = f"a run of blocks needs a model of which any can go; {removable.in_words()}"
         raise UserError("method", recipe.method, problem, "use method: mi")
-    return Plan(recipe, model, tuple(targets), leading, removable)
+
+
+def named_texts(recipe: Recipe) -> Iterator[tuple[Text, str]]:
+    """Every text that is read, with its recipe key; of a held-out text with what `calibration`
+    decides for it."""
+    for section, texts in (("calibration", recipe.calibration), ("heal", recipe.heal)):
+        if texts and texts.data:
+            for part, key in zip(texts.parts, data_keys(texts, section), strict=True):
+                if not isinstance(part, GeneratedText):
+                    yield part, key
+    for name, text in recipe.evaluation.items():
+        yield text, f"evaluation.{name}.data"
 
 
 def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Structure]:
@@ -120,17 +198,20 @@ def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Struct
         return source, check_model(source, dict(lengths))
 
 
-def open_model(source: Source, show: Display) -> OpenedModel:
+def open_model(source: Source, show: Display, looks: bool = False) -> OpenedModel:
     """The model's tokenizer and its dense stack. Reads headers, no weights; fetches a hub model.
+
+    Args:
+        looks: a hub model is not fetched; its headers are read where it is.
 
     Raises:
         UserError: a file is missing or damaged, or does not belong to the others.
     """
     with blaming("model.source", source.name):
         tokenizer = source.tokenizer()
-        if source.on_hub:
+        if source.on_hub and not looks:
             show.stage("fetching the model's files from the hub, unless they are here")
-        return OpenedModel(source, source.stack(), tokenizer)
+        return OpenedModel(source, source.stack(fetches=not looks), tokenizer)
 
 
 def window_lengths(recipe: Recipe) -> dict[str, int]:

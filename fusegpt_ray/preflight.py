@@ -208,7 +208,9 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
     return targets
 
 
-def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -> None:
+def check_output(
+    recipe: Recipe, targets: list[Target], restart: bool = False, writes: bool = True
+) -> None:
     """Check that the models can be written. It leaves nothing behind.
 
     The same command may be given again after its end, as by a scheduler that did not hear of it:
@@ -216,6 +218,7 @@ def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -
 
     Args:
         restart: an unfinished run of that name will be forgotten.
+        writes: whether a file may be written for a moment; else only what can be seen is checked.
 
     Raises:
         UserError: files cannot be created below `output.uri`, a finished model or a file already
@@ -229,7 +232,7 @@ def check_output(recipe: Recipe, targets: list[Target], restart: bool = False) -
         if not restart and all(_published_by(recipe, target) for target in targets):
             return
         _check_places(recipe, targets, restart)
-        _check_writable(recipe)
+        _check_writable(recipe, writes)
 
 
 def _published_by(recipe: Recipe, target: Target) -> bool:
@@ -279,19 +282,23 @@ def name_taken(recipe: Recipe, target: Target) -> UserError:
     )
 
 
-def _check_writable(recipe: Recipe) -> None:
+def _check_writable(recipe: Recipe, writes: bool) -> None:
     uri = storage.absolute(recipe.output.uri)
     try:
         if "://" in uri:
-            probe = storage.join(uri, f"{recipe.output.name}.write-test")
-            storage.write(probe, b"")
-            storage.remove(probe)
-        else:
-            # A link to nothing is there, too: the probe must fail on it.
-            there = next(
-                folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder)
-            )
+            if writes:
+                probe = storage.join(uri, f"{recipe.output.name}.write-test")
+                storage.write(probe, b"")
+                storage.remove(probe)
+            return
+        # A link to nothing is there, too: the probe must fail on it.
+        there = next(
+            folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder)
+        )
+        if writes:
             tempfile.TemporaryFile(dir=there).close()
+        elif not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{there} is no folder that may be written to")
     except StorageError:
         raise
     except OSError as error:

@@ -10,14 +10,14 @@ Notable:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from fusegpt_ray.complaints import explain
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe_errors import Several, explained
 from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.sections import (
     Calibration,
@@ -93,100 +93,100 @@ class Recipe(Section):
         return filled
 
     @model_validator(mode="after")
-    def _check_together(self) -> Self:
+    def _check(self) -> Self:
+        checks = [self._between_keys, self._search_fits, self._start_fits]
+        checks += [self._choice_fits, self._documents_fit]
+        if found := [mistake for check in checks for mistake in check()]:
+            raise Several(found)
+        return self
+
+    def _between_keys(self) -> Iterator[UserError]:
         for value in self.sparsity:
             if not (math.isfinite(value) and 0 < value < 1):
                 fix = "give the fraction to remove, such as 0.25"
-                raise UserError("sparsity", value, "not between 0 and 1", fix)
+                yield UserError("sparsity", value, "not between 0 and 1", fix)
         percents = [percent(value) for value in self.sparsity]
         if not percents or len(set(percents)) < len(percents):
-            raise UserError(
+            yield UserError(
                 "sparsity",
                 list(self.sparsity),
                 "two of them have the same name, or there is none",
                 "list each one once",
             )
         if self.calibration.windows < self.importance.windows:
-            raise UserError(
+            yield UserError(
                 "importance.windows",
                 self.importance.windows,
                 f"scoring uses the first of the {self.calibration.windows} calibration windows",
                 "lower it, or raise calibration.windows",
             )
         if self.importance.all and self.importance.racing is not None:
-            raise UserError(
+            yield UserError(
                 "importance.racing",
                 self.importance.racing,
                 "importance.all scores every block",
                 "leave one of them out",
             )
         if self.trains_groups:
-            _check_whole_batches("calibration.windows", self.calibration.windows, self.fusion.batch)
-            _check_shares(self.cluster, "fusion.batch", self.fusion.batch)
+            yield from _whole_batches(
+                "calibration.windows", self.calibration.windows, self.fusion.batch
+            )
+            yield from _shares(self.cluster, "fusion.batch", self.fusion.batch)
         if self.heal:
             batch = self.heal.batch
-            _check_whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
-            _check_shares(self.cluster, "heal.batch", batch)
+            yield from _whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
+            yield from _shares(self.cluster, "heal.batch", batch)
             if not self.healing_windows:
                 problem = f"less than one loss batch of {batch} windows"
                 least = batch * self.calibration.length
-                raise UserError("heal.tokens", self.heal.tokens, problem, f"use at least {least}")
-        return self
+                yield UserError("heal.tokens", self.heal.tokens, problem, f"use at least {least}")
 
-    @model_validator(mode="after")
-    def _check_search(self) -> Self:
+    def _search_fits(self) -> Iterator[UserError]:
         if self.search is None:
-            return self
+            return
         names = list(self.search.candidates)
         if len(set(names)) < max(2, len(names)):
             problem = "a tournament is between at least two different ways"
-            raise UserError("search.candidates", names, problem, "list two or more, each once")
+            yield UserError("search.candidates", names, problem, "list two or more, each once")
         if not METHOD_SPECS[self.method].by_metric or METHOD_SPECS[self.method].choice == "once":
             problem = f"method {self.method} chooses the blocks itself"
-            raise UserError("search", "given", problem, "use method: mi, or leave out search")
+            yield UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
             problem = "the sets are compared after a short healing, and the recipe has no heal"
-            raise UserError("search", "given", problem, "add heal: {}, or leave out search")
-        return self
+            yield UserError("search", "given", problem, "add heal: {}, or leave out search")
 
-    @model_validator(mode="after")
-    def _check_start(self) -> Self:
+    def _start_fits(self) -> Iterator[UserError]:
         start, spec = self.fusion.start, METHOD_SPECS[self.method]
         if start == "auto" and not spec.trains:
             problem, fix = "it may come to none, and this method has no other step", "choose one"
-            raise UserError("fusion.start", start, problem, fix)
+            yield UserError("fusion.start", start, problem, fix)
         if spec.repairs == (start == "none") and not spec.trains:
             does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
             problem = f"all that method {self.method} does is {does}"
-            raise UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
-        return self
+            yield UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
 
-    @model_validator(mode="after")
-    def _check_choice(self) -> Self:
+    def _choice_fits(self) -> Iterator[UserError]:
         spec, metric = METHOD_SPECS[self.method], self.importance.metric
         if spec.metric not in (None, metric):
             problem = f"method {self.method} goes by {spec.metric}"
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
-            raise UserError("importance.metric", metric, problem, fix)
+            yield UserError("importance.metric", metric, problem, fix)
         if not spec.nested and len(self.sparsity) > 1:
             problem = f"method {self.method} chooses other blocks for each of them"
-            raise UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
-        return self
+            yield UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
 
-    @model_validator(mode="after")
-    def _check_documents(self) -> Self:
+    def _documents_fit(self) -> Iterator[UserError]:
         healing = self.heal.parts if self.heal and self.heal.data else ()
         texts = (*self.calibration.parts, *healing)
         if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
             problem = "text that the dense model writes has no documents"
-            raise UserError("calibration.pack", False, problem, "leave one of the two out")
+            yield UserError("calibration.pack", False, problem, "leave one of the two out")
         if self.calibration.images:
             for key, section in (("calibration", self.calibration), ("heal", self.heal)):
                 if section and isinstance(section.data, tuple):
                     problem = "conversations with images are not mixed with other texts"
                     fix = "name their files by one path or glob, or leave calibration.images out"
-                    raise UserError(f"{key}.data", "a list", problem, fix)
-        return self
+                    yield UserError(f"{key}.data", "a list", problem, fix)
 
     @property
     def keys_of_images(self) -> list[str]:
@@ -269,24 +269,35 @@ class Recipe(Section):
         Raises:
             UserError: a key is unknown or missing, or a value is wrong.
         """
-        return cls.check(cls, data, "recipe")
+        return cls.check(cls, data, "")
+
+    @classmethod
+    def mistakes(cls, data: Mapping[str, Any]) -> list[UserError]:
+        """All that `parse` would find wrong in it. What is wrong between keys is looked for once
+        each of them is right.
+        """
+        try:
+            cls.model_validate(data)
+        except ValidationError as error:
+            return explained(cls, error)
+        return []
 
     @staticmethod
     def check(section: type[S], data: Any, name: str) -> S:
         """One section of a recipe given by other means, such as command-line arguments. `name` is
-        what an error message calls it.
+        what an error message calls it; nothing for a whole recipe.
         """
         try:
             return section.model_validate(data)
         except ValidationError as error:
-            raise explain(section, error, "" if section is Recipe else name) from error
+            raise explained(section, error, name)[0] from error
 
 
-def _check_whole_batches(
+def _whole_batches(
     key: str, windows: int, batch: int, batch_key: str = "fusion.batch"
-) -> None:
+) -> Iterator[UserError]:
     if windows % batch:
-        raise UserError(
+        yield UserError(
             key,
             windows,
             f"not a multiple of {batch_key} = {batch}, which are the windows of a step",
@@ -294,12 +305,12 @@ def _check_whole_batches(
         )
 
 
-def _check_shares(cluster: Cluster, batch_key: str, batch: int) -> None:
+def _shares(cluster: Cluster, batch_key: str, batch: int) -> Iterator[UserError]:
     """A loss batch is shared evenly by the workers, and a worker's share by its micro-batches."""
     workers, micro_batch = cluster.workers, cluster.micro_batch
     if batch % workers:
         problem = f"does not divide {batch_key} = {batch}"
-        raise UserError(
+        yield UserError(
             "cluster.workers",
             workers,
             f"{problem}, so workers would hold unequal parts of a loss batch",
@@ -308,7 +319,7 @@ def _check_shares(cluster: Cluster, batch_key: str, batch: int) -> None:
     share = batch // workers
     if micro_batch and share % micro_batch:
         problem = f"does not divide the {share} windows of a loss batch that each worker takes"
-        raise UserError(
+        yield UserError(
             "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
         )
 

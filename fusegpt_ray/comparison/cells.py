@@ -14,9 +14,9 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from fusegpt_ray.complaints import explain
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
+from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.recipe_text import read_yaml, set_key
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
@@ -103,7 +103,7 @@ class Comparison:
         try:
             asked = Compare.model_validate(data[SECTION])
         except ValidationError as error:
-            raise explain(Compare, error, SECTION) from error
+            raise explained(Compare, error, SECTION)[0] from error
         methods = _named(asked.methods, "method", f"{SECTION}.methods")
         sources = asked.models or (base.get("model") or {},)
         models = _named(sources, "source", f"{SECTION}.models")

@@ -40,7 +40,7 @@ def png(result: Mapping[str, Any]) -> bytes | None:
     rule = (
         alt.Chart()
         .mark_rule(strokeDash=[4, 4], color="gray")
-        .encode(y="dense:Q")
+        .encode(y=alt.Y("dense:Q", title="perplexity"))
         .transform_filter("isValid(datum.dense)")
     )
     chart = (

@@ -7,21 +7,18 @@ are downloaded.
 
 from __future__ import annotations
 
-import glob
 import json
-import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from fusegpt_ray.errors import StorageError, UserError, first_line, reading_users_file
-from fusegpt_ray.model import companions
+from fusegpt_ray.errors import StorageError, UserError, reading_users_file
+from fusegpt_ray.model import companions, hub
 from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.companions import CONFIG
 from fusegpt_ray.model.config import read_config
@@ -82,8 +79,8 @@ class Source:
                 key, name, "a file, not a folder", "give the folder that holds config.json"
             )
         if not _HUB_ID.fullmatch(name):
-            raise UserError(key, name, "no such folder", _FIX)
-        return cls(name, revision, *_snapshot(name, revision, key, companions.small))
+            raise UserError(key, name, "no such folder", hub.FIX)
+        return cls(name, revision, *hub.snapshot(name, revision, key, companions.small))
 
     @property
     def on_hub(self) -> bool:
@@ -98,12 +95,18 @@ class Source:
         here, key = Path(self.folder), "model.source"
         commit, listed = here.name, self.listed  # the branch may have moved on since `find`
         if not here.is_dir():
-            listed = _snapshot(self.name, commit, key, companions.small)[1]
-        shards = {SINGLE}
+            listed = hub.snapshot(self.name, commit, key, companions.small)[1]
+        if not self._is_here(shards := self._shards(listed)):
+            hub.snapshot(self.name, commit, key, lambda _: sorted(shards))
+
+    def _shards(self, listed: Sequence[str]) -> set[str]:
+        """A hub model's files of weights; `listed`: all of its files, if they are known."""
         if choice(listed or storage.names(self.folder)) == INDEX:
-            shards = set(read_weight_map(self.folder, key).values())
-        if not all((here / shard).exists() for shard in shards):
-            _snapshot(self.name, commit, key, lambda _: sorted(shards))
+            return set(read_weight_map(self.folder, "model.source").values())
+        return {SINGLE}
+
+    def _is_here(self, shards: Collection[str]) -> bool:
+        return all((Path(self.folder) / shard).exists() for shard in shards)
 
     @cached_property
     def small_files(self) -> tuple[str, ...]:
@@ -179,13 +182,21 @@ class Source:
             if storage.exists(storage.join(self.folder, name, CONFIG))
         ]
 
-    def stack(self) -> Stack:
+    def stack(self, fetches: bool = True) -> Stack:
         """The dense stack: reads config.json and the headers of the safetensors files (see
         `dense_stack` for errors).
+
+        Args:
+            fetches: whether a hub model is downloaded for it; else its headers are read where it
+                is, and no weights can be read by the stack.
         """
-        raw = self.config()
-        self.fetch()
-        return dense_stack(raw, read_index(self.folder, "model.source"))
+        raw, key = self.config(), "model.source"
+        if fetches:
+            self.fetch()
+        elif self.on_hub and not self._is_here(shards := self._shards(self.listed)):
+            commit = Path(self.folder).name
+            return dense_stack(raw, hub.headers(self.name, commit, sorted(shards), key))
+        return dense_stack(raw, read_index(self.folder, key))
 
     def tokenizer(self, key: str = "model.source") -> Any:
         """The checkpoint's tokenizer.
@@ -262,83 +273,3 @@ def hub_sha256(file: str) -> str | None:
 def _is_folder(name: str) -> bool:
     """False for what cannot be a path at all, too."""
     return os.path.isdir(os.path.expanduser(name))
-
-
-_FIX = "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
-Wanted = Callable[[list[str]], list[str]]
-
-
-def _snapshot(
-    name: str, revision: str | None, key: str, wanted: Wanted
-) -> tuple[str, tuple[str, ...]]:
-    """A hub model's folder in the cache, with those of its files that are `wanted`, and the paths
-    of all.
-
-    Without a network it is what the cache holds, and no paths.
-
-    Raises:
-        UserError: there is no such model, it may not be read, or it is not in the cache and the hub
-        cannot be reached.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    problem = "no such folder here, and the hub does not give it"
-    fix = (
-        f"{_FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
-    )
-    with _quiet_hub(), reading_users_file(key, name, problem, fix):
-        try:
-            files = [
-                file.rfilename
-                for file in HfApi().model_info(name, revision=revision).siblings or ()
-            ]
-        except (
-            Exception
-        ) as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
-            refused = (
-                isinstance(unreachable, HfHubHTTPError) and unreachable.response.status_code < 500
-            )
-            if refused or isinstance(
-                unreachable, ValueError
-            ):  # it has answered, or the name is none
-                raise
-            try:
-                return str(
-                    snapshot_download(
-                        name, revision=revision, allow_patterns=CONFIG, local_files_only=True
-                    )
-                ), ()
-            except LocalEntryNotFoundError:
-                offline = isinstance(unreachable, OfflineModeIsEnabled)
-                why = (
-                    "HF_HUB_OFFLINE is set"
-                    if offline
-                    else f"it cannot be reached: {first_line(unreachable)}"
-                )
-                raise ConnectionError(f"{why}; nor is it in the cache here") from unreachable
-        patterns = [glob.escape(file) for file in wanted(files)]
-        return str(snapshot_download(name, revision=revision, allow_patterns=patterns)), tuple(
-            files
-        )
-
-
-@contextmanager
-def _quiet_hub() -> Iterator[None]:
-    """Without the hub client's own progress bars and remarks: our display is the one display."""
-    from huggingface_hub.utils.tqdm import (
-        are_progress_bars_disabled,
-        disable_progress_bars,
-        enable_progress_bars,
-    )
-
-    log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
-    level = log.level
-    log.setLevel(logging.ERROR)
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if shown:
-            enable_progress_bars()

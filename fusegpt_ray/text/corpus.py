@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -68,7 +69,7 @@ def sources(
             data, lambda: {path: fs.info(path)} if fs.isfile(path) else fs.glob(path, detail=True)
         )
     paths = sorted(name for name, entry in entries.items() if entry["type"] == "file")
-    if not paths and _DATASET_ID.fullmatch(data) and not names_a_file(data):
+    if not paths and names_a_dataset(data):
         return [_dataset(data, text, key, column)]
     if not paths:
         raise UserError(
@@ -78,6 +79,13 @@ def sources(
     found = [Source(uri, file_format(uri, key), text, key) for uri in uris]
     next((cut or pieces)(found[0], 1 << 16), None)
     return found
+
+
+def names_a_dataset(data: str) -> bool:
+    """Whether it may be the id of a dataset and is no folder here; a file without a suffix may be
+    called like that, too."""
+    named = _DATASET_ID.fullmatch(data) is not None and not names_a_file(data)
+    return named and not os.path.exists(os.path.expanduser(data))
 
 
 def pieces(source: Source, piece_bytes: int) -> Iterator[str]:

@@ -21,7 +21,7 @@ from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig
 
-from fusegpt_ray.cost import RATES, Cost, block_flops, flop_count, healing_flops, matrix_flops
+from fusegpt_ray.cost import Cost, block_flops, flop_count, healing_flops, matrix_flops
 from fusegpt_ray.footprint import (
     activation_bytes,
     generating_bytes,
@@ -41,6 +41,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
+from fusegpt_ray.rates import MEASURED, RATES
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.training.batch import Batch
@@ -266,7 +267,7 @@ def test_compress_says_before_the_work_that_memory_is_short(
 
 
 def test_hours_follow_from_measured_rates(desk: Desk) -> None:
-    (rates,) = RATES.values()
+    rates = RATES[MEASURED]
     found = costs(desk)
     assert set(stages(found)) <= set(rates)
     expected = sum(stage.flops / rates[stage.name] for stage in found.stages) / 3600

@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a recipe, in our words. No torch."""
+"""What pydantic says of a recipe, as messages with key, value and fix. No torch."""
 
 from __future__ import annotations
 
@@ -12,16 +12,27 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.uris import shown
 
 
-def explain(root: type[BaseModel], error: ValidationError, name: str) -> UserError:
-    """Pydantic's first complaint as one message with key, value and fix.
+class Several(ValueError):
+    """What is wrong between keys that are each right."""
 
-    Args:
-        name: what stands before the keys; empty: nothing.
-    """
-    first = error.errors()[0]
+    def __init__(self, found: list[UserError]) -> None:
+        self.found = found
+        super().__init__("; ".join(map(str, found)))
+
+
+def explained(root: type[BaseModel], error: ValidationError, name: str = "") -> list[UserError]:
+    """All complaints. `name`: what a message calls the section, if it is not the whole recipe."""
+    found: list[UserError] = []
+    for complaint in error.errors():
+        cause = complaint.get("ctx", {}).get("error")
+        found += cause.found if isinstance(cause, Several) else [_one(root, complaint, name)]
+    return found
+
+
+def _one(root: type[BaseModel], first: Any, name: str) -> UserError:
     cause = first.get("ctx", {}).get("error")
     path = [str(part)[:99] for part in first["loc"]]
-    key = ".".join([name] * bool(name) + path) or "recipe"
+    key = ".".join([name, *path] if name else path) or name or "recipe"
     if isinstance(cause, UserError):
         return cause if cause.key else UserError(key, cause.value, cause.problem, cause.fix)
     if first["type"] == "extra_forbidden":

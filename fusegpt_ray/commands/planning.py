@@ -1,0 +1,137 @@
+"""Look ahead: `validate` and `plan`. Neither reads weights or writes anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from fusegpt_ray.commands.options import display, json_option, recipe_options
+from fusegpt_ray.errors import UserError
+
+
+@click.command()
+@recipe_options
+@json_option
+@click.pass_context
+def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+    """List all mistakes of a recipe at once.
+
+    Keys and values first; if they are right, the model, the texts and the output, too. Reads no
+    weights and writes nothing. The exit code is 2 if there is a mistake.
+    """
+    found = _mistakes(recipe, settings)
+    if as_json:
+        rows = [
+            {"key": e.key, "value": repr(e.value), "problem": e.problem, "fix": e.fix}
+            for e in found
+        ]
+        click.echo(json.dumps({"good": not found, "mistakes": rows}))
+    else:
+        for error in found:
+            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+        if not found:
+            click.echo(f"good: {recipe}")
+    if found:
+        context.exit(2)
+
+
+def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
+    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.recipe_text import read_yaml, set_key
+
+    data = read_yaml(path)
+    for setting in settings:
+        set_key(data, setting)
+    if found := Recipe.mistakes(data):
+        return found
+    from fusegpt_ray import plan  # torch: after the recipe has been checked
+
+    return plan.mistakes(Recipe.parse(data), _silent())
+
+
+@click.command()
+@recipe_options
+@click.option("--gpu", metavar="NAME", help="Type of GPU, such as H100 (default: what is here).")
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="How many there are (default: one for each replica and worker).",
+)
+@json_option
+def plan(
+    recipe: str, settings: tuple[str, ...], gpu: str | None, gpus: int | None, as_json: bool
+) -> None:
+    """Tell what a run will cost, and whether it fits.
+
+    From the headers of the model's files alone: reads no weights and writes nothing. Times are
+    those of computing alone, by rates that were measured on an H200.
+    """
+    from fusegpt_ray.rates import find_gpu
+    from fusegpt_ray.recipe import Recipe
+
+    checked = Recipe.load(recipe, settings)
+    known = find_gpu(gpu) if gpu else None
+    from fusegpt_ray import outlook
+    from fusegpt_ray import plan as plans
+
+    planned = plans.plan(checked, _silent(), looks=True)
+    cluster = planned.recipe.cluster
+    count = gpus or max(cluster.replicas, cluster.workers)
+    device = outlook.Device.named(known) if known else outlook.Device.here()
+    result = outlook.outlook(planned, device, count)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        _show(result)
+
+
+def _silent() -> Any:
+    shown = display(quiet=True)
+    assert shown is not None
+    return shown
+
+
+def _show(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from fusegpt_ray.cost import flop_count
+    from fusegpt_ray.report import byte_count, duration
+
+    console = Console(highlight=False)
+
+    def say(text: str) -> None:
+        console.print(text, markup=False)
+
+    say(f"{result['model']}: {result['blocks']} blocks, {result['parameters']:,} parameters,")
+    say(f"{byte_count(result['source_bytes'])}; method {result['method']}")
+    for target in result["targets"]:
+        become = f"{target['blocks']} blocks, {byte_count(target['bytes'])}"
+        say(f"  {target['name']}: {target['removes']} blocks go, {become} stay")
+    timed = result["seconds"] is not None
+    work = Table("stage", "block-forwards", "FLOP", "share", *["time"] * timed)
+    for column in work.columns[1:]:
+        column.justify = "right"
+    for row in result["stages"]:
+        share = f"{row['flops'] / result['flops']:.0%}"
+        time = [duration(row["seconds"])] * timed if timed else []
+        work.add_row(
+            row["stage"], f"{row['block_forwards']:,}", flop_count(row["flops"]), share, *time
+        )
+    console.print(work)
+    total = f"at most {flop_count(result['flops'])}"
+    if timed:
+        many = f"{result['gpus']} × {result['device']}"
+        say(f"{total}, {duration(result['seconds'])} of computing on {many}")
+    else:
+        say(f"{total}; how fast {result['device']} is, is not known: --gpu H100 tells of another")
+    memory = Table("memory", "needs", "of", "")
+    for row in result["memory"]:
+        fits = "fits" if row["fits"] else "does not fit"
+        memory.add_row(row["what"], byte_count(row["bytes"]), byte_count(row["room"]), fits)
+    console.print(memory)
+    for row in result["memory"]:
+        if row["advice"]:
+            say(row["advice"])

@@ -1,0 +1,129 @@
+"""What `fusegpt plan` tells of a run: its work, how long that takes, and whether it fits. All is
+known from the recipe and the headers of the model's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fusegpt_ray.footprint import (
+    activation_bytes,
+    healing_bytes,
+    healing_shortage,
+    replica_bytes,
+    search_shortage,
+    shortage,
+    training_bytes,
+    trial_bytes,
+)
+from fusegpt_ray.model.device import pick_device, pick_dtype
+from fusegpt_ray.model.memory import device_bytes
+from fusegpt_ray.plan import Plan
+from fusegpt_ray.rates import GPUS, RATES, known_gpu
+
+
+@dataclass(frozen=True)
+class Device:
+    """What each process computes on."""
+
+    name: str
+    """As `rates.GPUS` has it, or what torch says."""
+    kind: str
+    """"cuda" or "cpu"."""
+    memory: int
+    """Bytes."""
+
+    @classmethod
+    def here(cls) -> Device:
+        """This machine's."""
+        device = pick_device()
+        said = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
+        return cls(known_gpu(said) or said, device.type, device_bytes(device))
+
+    @classmethod
+    def named(cls, gpu: str) -> Device:
+        """One of `rates.GPUS`."""
+        return cls(gpu, "cuda", GPUS[gpu].memory)
+
+
+def outlook(plan: Plan, device: Device, gpus: int) -> dict[str, Any]:
+    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
+    "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
+    "flops", "seconds", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
+
+    "seconds" are those of computing alone, and None where the device's rates are not known.
+    """
+    recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
+    rates = RATES.get(device.name)
+    seconds = cost.seconds(rates, recipe.cluster, gpus) if rates else {}
+    stages = [
+        {
+            "stage": stage.name,
+            "block_forwards": stage.block_forwards,
+            "flops": stage.flops,
+            "seconds": seconds.get(stage.name),
+        }
+        for stage in cost.stages
+    ]
+    targets = [
+        {
+            "name": target.name,
+            "removes": target.remove,
+            "blocks": len(dense) - target.remove,
+            "bytes": cost.published_bytes[target.name],
+        }
+        for target in plan.targets
+    ]
+    return {
+        "model": plan.model.source.name,
+        "method": recipe.method,
+        "blocks": len(dense),
+        "parameters": cost.parameters,
+        "source_bytes": cost.source_bytes,
+        "targets": targets,
+        "device": device.name,
+        "gpus": gpus,
+        "stages": stages,
+        "flops": cost.flops,
+        "seconds": sum(seconds.values()) if rates else None,
+        "memory": [*_memory(plan, device)],
+    }
+
+
+def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
+    """By the formulas of `footprint.py`, for each kind of process."""
+    recipe, dense, room = plan.recipe, plan.model.stack, device.memory
+    dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
+    most, least = (len(dense) - remove for remove in (plan.targets[0].remove, plan.rounds))
+
+    def row(what: str, needed: int, advice: str) -> dict[str, Any]:
+        fits = needed <= room
+        return {
+            "what": what,
+            "bytes": needed,
+            "room": room,
+            "fits": fits,
+            "advice": "" if fits else advice,
+        }
+
+    windows, length = recipe.importance.batch, recipe.calibration.length
+    scored = replica_bytes(dense, dtype, windows, length)
+    yield row("scoring, each replica", scored, "a lower importance.batch needs less")
+    if recipe.trains_groups:
+        needed = training_bytes(recipe, dense, dtype, plan.rounds)
+        needed += activation_bytes(recipe, dense, dtype)
+        advice = shortage(recipe, dense, dtype, plan.rounds, room)
+        yield row("fine-tuning, each worker", needed, advice)
+    if recipe.heal:
+        needed = healing_bytes(recipe, dense, dtype, most)
+        advice = healing_shortage(recipe, dense, dtype, most, room)
+        yield row("healing, each worker", needed, advice)
+    if recipe.search:
+        needed = trial_bytes(recipe, dense, dtype, least)
+        yield row(
+            "search, each replica", needed, search_shortage(recipe, dense, dtype, least, room)
+        )

@@ -1,0 +1,77 @@
+"""`fusegpt validate` and `fusegpt plan`: what they tell is true, and they read no weights and write
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from desk import Desk
+from mistakes import tree
+
+from fusegpt_ray import rates
+from fusegpt_ray.cli import main
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+
+HEAL = {"tokens": 96, "batch": 4, "held_out": 4, "train": "all"}
+
+
+def test_a_plan_is_that_of_the_run(
+    desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = desk.write(sparsity=[0.2, 0.4], heal=HEAL)
+    before = tree(desk.folder)
+    assert main(["plan", recipe, "--json", "--gpu", "h100", "--gpus", "1"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert tree(desk.folder) == before and weight_reads == []
+    cost = plan(Recipe.load(recipe), Display()).cost
+    assert told["flops"] == cost.flops == sum(row["flops"] for row in told["stages"])
+    assert [row["blocks"] for row in told["targets"]] == [4, 3]
+    assert {row["name"]: row["bytes"] for row in told["targets"]} == dict(cost.published_bytes)
+    expected = 3600 * cost.hours(rates.RATES["NVIDIA H100"])
+    assert told["seconds"] == pytest.approx(expected)
+    assert {row["what"] for row in told["memory"]} == {
+        "scoring, each replica",
+        "fine-tuning, each worker",
+        "healing, each worker",
+    }
+    assert all(row["fits"] and not row["advice"] for row in told["memory"])
+
+
+def test_what_does_not_fit_is_told_with_what_helps(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = replace(rates.GPUS["NVIDIA A100"], memory=100_000)
+    monkeypatch.setitem(rates.GPUS, "NVIDIA A100", small)  # type: ignore[arg-type]
+    assert main(["plan", desk.write(heal=HEAL), "--gpu", "A100"]) == 0
+    page = capsys.readouterr().out
+    assert page.count("does not fit") == 3 and max(map(len, page.splitlines())) <= 80
+    assert "cluster.recompute_activations" in page and "heal.train: lora" in page
+
+
+def test_a_gpu_that_is_not_known(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", desk.write(), "--gpu", "RTX 4090"]) == 2
+    assert "--gpu = 'RTX 4090'" in capsys.readouterr().err
+
+
+def test_all_mistakes_are_listed(
+    desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = desk.write(sparsity=0.9, evaluation={"held": {"data": "none.txt"}})
+    before = tree(desk.folder)
+    assert main(["validate", recipe]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.split(" = ")[0] for line in told] == [
+        "error: evaluation.held.data",
+        "error: sparsity",
+    ]
+    assert main(["validate", recipe, "--set", "sparsty=1", "--set", "seed=one", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert not found["good"] and {row["key"] for row in found["mistakes"]} == {"sparsty", "seed"}
+    assert main(["validate", desk.write()]) == 0
+    assert capsys.readouterr().out.startswith("good: ")
+    assert tree(desk.folder).keys() == before.keys() and weight_reads == []
