@@ -220,21 +220,22 @@ def _under_way(run: Run) -> dict[str, Any]:
             f"its {IDENTITY} is missing or damaged, so nobody knows which run this is",
             "give the folder of a run that has begun, or of a published model",
         )
-    rounds = [*run.rounds]
-    total, doing = run.heartbeat.get("rounds"), run.heartbeat.get("doing")
-    done = f"{len(rounds)} of {total or '?'} rounds done"
-    now = f", {doing}" if doing and run.state() == "alive" else ""
+    rounds = run.rounds
     recipe, config = identity["recipe"], identity["model"]["config"]
-    healed = run.body(f"heal-{len(rounds):03d}.json") or {}
+    done = f"{len(rounds)} of {run.heartbeat.get('rounds') or '?'} rounds done"
+    state = f"stopped: {done}"
+    if run.state() == "alive":
+        state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
+    healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
     return {
-        "state": f"{'at work' if run.state() == 'alive' else 'stopped'}: {done}{now}",
+        "state": state,
         "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
         "method": recipe["method"],
         "arithmetic": identity["arithmetic"],
         "recipe": recipe,
         "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
         "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
-        "healing": healed.get("round") or _checkpoint(run, f"heal-{len(rounds):03d}"),
+        "healing": next(filter(None, healed), None),
         "search": _search(run),
     }
 
@@ -250,6 +251,12 @@ def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
     return [{**ranking, "losses": trained["losses"] if trained else [], "seconds": seconds}]
 
 
+def _healing(run: Run, removed: int) -> Mapping[str, Any] | None:
+    """Of the model that lost so many blocks, as far as it has come."""
+    name = f"heal-{removed:03d}"
+    return (run.body(f"{name}.json") or {}).get("round") or _checkpoint(run, name)
+
+
 def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
     """The losses that the last training checkpoint tells of, if there are any."""
     record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
@@ -258,4 +265,5 @@ def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
 
 def _search(run: Run) -> dict[str, Any] | None:
     note = (run.body("search-000.json") or {}).get("note")
-    return {"tried": note["entrants"]} if note else None
+    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
+    return {"tried": tried} if tried else None

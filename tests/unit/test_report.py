@@ -198,6 +198,27 @@ def test_a_run_stopped_in_healing(desk: Desk) -> None:
         assert ", ".join(map(str, tried.removed)) in page and f"{tried.held_out[-1]:.4g}" in page
 
 
+class StoppedInTheTournament(Watching):
+    """The user presses Ctrl-C when one set of blocks has been healed."""
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "held-out loss" in text:
+            raise KeyboardInterrupt
+
+
+def test_a_run_stopped_in_its_tournament(desk: Desk) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, sparsity=0.4, **changes(desk)), StoppedInTheTournament())
+    page = made(run_folder(desk), desk.folder / "report.html")
+    told = facts(str(run_folder(desk)))
+    assert told.search and len(told.search.tried) > 1
+    assert sum(bool(tried.held_out) for tried in told.search.tried) == 1
+    assert drawn(page) == [] and "0 of 2 rounds done" in Page(page).text
+    for tried in told.search.tried:
+        assert ", ".join(map(str, tried.removed)) in page
+
+
 def hostile(finished: Path, tmp_path: Path) -> Path:
     """The manifest of a model whose names were chosen by an enemy."""
     manifest = json.loads((finished / "fusegpt.json").read_text())
