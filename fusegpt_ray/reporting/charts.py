@@ -50,9 +50,8 @@ def _perplexities(facts: Facts) -> Iterator[Chart]:
             y=alt.Y("perplexity:Q", scale=alt.Scale(zero=False, padding=16)),
         )
         value = alt.Text("perplexity:Q", format=".2f")
-        dense = (
-            alt.Chart().mark_rule(strokeDash=[4, 4]).encode(y=alt.Y("dense:Q", title="perplexity"))
-        )
+        level = alt.Y("dense:Q", title="perplexity")
+        dense = alt.Chart().mark_rule(strokeDash=[4, 4]).encode(y=level)
         yield _chart(
             f"Perplexity on {text}",
             "Lower is better; the dashed line is the dense model.",

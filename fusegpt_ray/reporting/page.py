@@ -21,6 +21,14 @@ from fusegpt_ray.uris import refuse_secret
 
 OURS = b"<!doctype html>\n<!-- a report of fusegpt -->\n"
 """How every report begins."""
+_NO_PLACE = (
+    ValueError,  # the protocol is unknown …
+    ImportError,  # … or its package is missing
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,  # a folder above it is a file
+)
 
 
 def write(uri: str, output: str) -> str:
@@ -33,20 +41,22 @@ def write(uri: str, output: str) -> str:
     Raises:
         UserError: there is nothing to report, or the file may not be written.
     """
-    found = facts(uri)
+    page = html(facts(uri)).encode(errors="replace")
     refuse_secret("--output", output)
-    output = storage.absolute(output)
+    place, taken = storage.absolute(output), False
     try:
-        if storage.exists(output) and not storage.read(output).startswith(OURS):
-            raise UserError(
-                "--output", output, "there is something else than a report", "give another file"
-            )
-        storage.write(output, html(found).encode(errors="replace"))
-    except (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        raise UserError(
-            "--output", output, f"cannot be written ({error})", "give another file"
-        ) from error
-    return output
+        if storage.exists(place):
+            with storage.reading(place) as file:
+                taken = file.read(len(OURS)) != OURS
+        if not taken:
+            storage.write(place, page)
+    except _NO_PLACE as error:
+        problem = f"cannot be written ({error})"
+        raise UserError("--output", output, problem, "give another file") from error
+    if taken:
+        problem = "there is something else than a report"
+        raise UserError("--output", output, problem, "give another file")
+    return place
 
 
 def html(found: Facts) -> str:

@@ -302,9 +302,11 @@ def test_only_a_report_is_replaced(
         assert json.loads(capsys.readouterr().out) == {"report": f"{tmp_path}/report.html"}
     (tmp_path / "mine.html").write_text("<p>mine")
     (tmp_path / "folder").mkdir()
-    for name in ("mine.html", "folder", "mine.html/report.html"):
+    secret = "https://me:s3cret@host/report.html"
+    for name in ("mine.html", "folder", "mine.html/report.html", "no://where/report.html", secret):
         assert main(["report", str(finished), "--output", name]) == 2
-        assert "error: --output = " in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "error: --output = " in told and "s3cret" not in told
     assert (tmp_path / "mine.html").read_text() == "<p>mine"
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "folder",
