@@ -19,6 +19,7 @@ from fusegpt_ray.commands.compress import compress
 from fusegpt_ray.commands.measure import evaluate, score
 from fusegpt_ray.commands.planning import plan, validate
 from fusegpt_ray.commands.published import pull, verify
+from fusegpt_ray.commands.report import report
 from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.errors import StorageError, UserError
 
@@ -26,7 +27,7 @@ VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (validate, plan, compress, compare),
     "Look into models": (score, evaluate),
     "Use what was published": (pull, verify),
-    "Follow runs and tidy up": (status, clean),
+    "Follow runs and tidy up": (status, report, clean),
 }
 """In the order of the help."""
 COMPLETE = "_FUSEGPT_COMPLETE"

@@ -121,11 +121,8 @@ class Run:
     def rounds(self) -> list[Mapping[str, Any]]:
         """The records of the rounds it has finished, up to the first that cannot be trusted."""
         done: list[Mapping[str, Any]] = []
-        while (name := f"round-{len(done) + 1:03d}.json") in self.folder.files:
-            try:
-                done.append(opened(storage.read(storage.join(self.folder.uri, name)))["round"])
-            except (OSError, DamagedRecord, KeyError):
-                break
+        while record := (self.body(f"round-{len(done) + 1:03d}.json") or {}).get("round"):
+            done.append(record)
         return done
 
     @cached_property
@@ -134,12 +131,16 @@ class Run:
         it.
         """
         name = f"blocks/round-{len(self.rounds) + 1:03d}/checkpoints/checkpoint.json"
+        return len((self.body(name) or {}).get("losses", ()))
+
+    def body(self, name: str) -> dict[str, Any] | None:
+        """What one of its records says; None if there is none that can be trusted."""
         if name not in self.folder.files:
-            return 0
+            return None
         try:
-            return len(opened(storage.read(storage.join(self.folder.uri, name)))["losses"])
+            return opened(storage.read(storage.join(self.folder.uri, name)))
         except (OSError, DamagedRecord):
-            return 0
+            return None
 
     def silent(self) -> float:
         """Seconds since its last sign of life, or since anything else was written to its folder."""

@@ -1,4 +1,4 @@
-"""Manifests that are malformed or hostile: `pull`, `verify` and `status` say so.
+"""Manifests that are malformed or hostile: `pull`, `verify`, `report` and `status` say so.
 
 Nothing is written, and nothing is read beyond them.
 
@@ -115,7 +115,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("verb", ["pull", "verify"])
+@pytest.mark.parametrize("verb", ["pull", "verify", "report"])
 @pytest.mark.parametrize("name", CASES)
 def test_manifests(
     name: str,
@@ -127,9 +127,10 @@ def test_manifests(
 ) -> None:
     make, problem = CASES[name]
     make(model / MANIFEST)
-    before = tree(tmp_path)
+    before, here = tree(tmp_path), str(tmp_path / "here")
+    where = {"pull": [here], "verify": [], "report": ["--output", here]}
     with unprivileged():
-        code = main([verb, str(model), *([str(tmp_path / "here")] if verb == "pull" else [])])
+        code = main([verb, str(model), *where[verb]])
     stdout, stderr = capsys.readouterr()
     message = MESSAGE.fullmatch(stderr.rstrip("\n"))
     assert code == 2 and stdout == "" and message, stderr

@@ -1,0 +1,1 @@
+"""What became of a run, as one page to look at, made from its manifest or its journal."""

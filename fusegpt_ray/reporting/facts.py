@@ -1,0 +1,269 @@
+"""What a manifest, or the journal of a run that is under way, tells. Light: no torch.
+
+Anybody may have written a manifest, so it is not believed to have the right shape. The records of a
+journal bear checksums.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.run.outputs import IDENTITY, Folder, Outputs, Run
+from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
+from fusegpt_ray.text.protocol import stages
+
+
+class _Part(BaseModel):
+    """Keys that a report does not show may be anything."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class Protocol(_Part):
+    """How a text was cut; see `text.protocol.described`."""
+
+    data: str | None = None
+    windows: int | None = None
+    length: int
+    bos: bool = False
+    left_out: int | None = None
+    repeated: float | None = None
+    warning: str | None = None
+    parts: list[Protocol] | None = None
+
+
+class Perplexity(Protocol):
+    """On one text, at each stage; see `text.protocol.STAGES`."""
+
+    dense: float
+    dropped: float | None = None
+    repaired: float | None = None
+    fused: float | None = None
+    healed: float | None = None
+
+    @property
+    def by_stage(self) -> dict[str, float]:
+        """In order; the last stage is the published model's."""
+        values = self.model_dump(exclude_none=True)
+        return {stage: values[stage] for stage in stages([values])}
+
+    @property
+    def undone(self) -> float | None:
+        """The share of the damage of dropping the blocks that is undone, if there was damage."""
+        last = [*self.by_stage.values()][-1]
+        if self.dropped is None or not self.dense < self.dropped < math.inf:
+            return None
+        return (self.dropped - last) / (self.dropped - self.dense)
+
+
+class Estimate(_Part):
+    """The score of a block that was not walked to the end."""
+
+    mean: float
+
+
+class Repair(_Part):
+    block: int
+
+
+class Round(_Part):
+    removed: int | None = None
+    """None: the round is under way."""
+    scores: dict[int, float] = {}
+    stopped: dict[int, Estimate] = {}
+    group: list[int] = []
+    repair: Repair | None = None
+    losses: list[float] = []
+    seconds: dict[str, FiniteFloat] = {}
+
+    @property
+    def into(self) -> list[int]:
+        """The blocks that took over from the removed one."""
+        changed = [*self.group, *([self.repair.block] if self.repair else [])]
+        return sorted({*changed} - {self.removed})
+
+
+class Healing(_Part):
+    losses: list[float]
+    held_out: list[float] = []
+    tokens: int | None = None
+    seconds: dict[str, FiniteFloat] = {}
+    data: Protocol | None = None
+
+
+class Tried(_Part):
+    """A set of blocks in a tournament."""
+
+    ways: list[str]
+    removed: list[int]
+    held_out: list[float] = []
+
+
+class Search(_Part):
+    tokens: int | None = None
+    tried: list[Tried]
+
+
+class Publishing(_Part):
+    seconds: FiniteFloat
+
+
+class Source(_Part):
+    name: str
+    revision: str | None = None
+
+
+class Facts(_Part):
+    """What a report shows."""
+
+    name: str
+    state: str
+    source: Source
+    method: str
+    arithmetic: str = ""
+    recipe: dict[str, Any]
+    dense_blocks: NonNegativeInt | None = None
+    bytes: int | None = None
+    """Of the published model."""
+    rounds: list[Round]
+    perplexity: dict[str, Perplexity] = {}
+    healing: Healing | None = None
+    search: Search | None = None
+    calibration: Protocol | None = None
+    publishing: Publishing | None = None
+    fewer_at_once: str = ""
+    versions: dict[str, str] = {}
+
+    @property
+    def removed(self) -> list[int]:
+        return [round.removed for round in self.rounds if round.removed is not None]
+
+    @property
+    def chosen_by(self) -> str:
+        """What is lowest of a block that goes."""
+        method, importance = METHOD_SPECS.get(self.method), self.recipe.get("importance")
+        if method and method.chosen_by:
+            return method.chosen_by
+        name = importance.get("metric") if isinstance(importance, dict) else None
+        metric = METRIC_SPECS.get(name) if isinstance(name, str) else None
+        return metric.title if metric else "score"
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By stage, those of all rounds together; nothing where no time was taken."""
+        healing = self.healing.seconds if self.healing else {}
+        publishing = self.publishing.seconds if self.publishing else 0.0
+        of_rounds = {
+            key: sum(round.seconds.get(key, 0.0) for round in self.rounds)
+            for key in ("score", "states", "finetune")
+        }
+        found = {
+            "scoring": of_rounds["score"],
+            "states of groups": of_rounds["states"],
+            "training of groups": of_rounds["finetune"],
+            "states for healing": healing.get("states", 0.0),
+            "healing": healing.get("heal", 0.0),
+            "writing": publishing,
+        }
+        return {stage: seconds for stage, seconds in found.items() if seconds > 0}
+
+
+def facts(uri: str) -> Facts:
+    """Of a published model or of a run: its own folder, or the output URI if nothing else is there.
+
+    Raises:
+        UserError: there is none, there are several, or it is damaged.
+    """
+    there = Outputs.look(uri)
+    if MANIFEST in there.files or there.uri.endswith(".run"):
+        found = [Folder.look(there.uri)]
+    else:
+        found = [*there.folders]
+    found = [folder for folder in found if folder.finished or folder.run]
+    if len(found) > 1:
+        names = ", ".join(folder.name for folder in found)
+        problem = f"holds several models or runs: {names}"
+        raise UserError(KEY, there.uri, problem, "give the folder of one of them")
+    folder = found[0] if found else Folder(there.uri, there.files)
+    if folder.run and not folder.finished:
+        told = _under_way(folder.run)
+    else:
+        manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
+        told = {**manifest.data, "state": "published", "bytes": manifest.size}
+    try:
+        return Facts.model_validate({**told, "name": folder.name.removesuffix(".run")})
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part)[:99] for part in first["loc"])
+        raise UserError(
+            KEY,
+            folder.uri,
+            f"its {MANIFEST if folder.finished else 'journal'} says nonsense: {key}:"
+            f" {first['msg'].lower()}",
+            "give one that this version of fusegpt wrote",
+        ) from error
+
+
+def _under_way(run: Run) -> dict[str, Any]:
+    """What the journal of a run tells, in the words of a manifest."""
+    identity = run.body(IDENTITY)
+    if identity is None:
+        raise UserError(
+            KEY,
+            run.folder.uri,
+            f"its {IDENTITY} is missing or damaged, so nobody knows which run this is",
+            "give the folder of a run that has begun, or of a published model",
+        )
+    rounds = run.rounds
+    recipe, config = identity["recipe"], identity["model"]["config"]
+    done = f"{len(rounds)} of {run.heartbeat.get('rounds') or '?'} rounds done"
+    state = f"stopped: {done}"
+    if run.state() == "alive":
+        state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
+    healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
+    return {
+        "state": state,
+        "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
+        "method": recipe["method"],
+        "arithmetic": identity["arithmetic"],
+        "recipe": recipe,
+        "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
+        "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
+        "healing": next(filter(None, healed), None),
+        "search": _search(run),
+    }
+
+
+def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
+    """What is known of a round that is not finished."""
+    scored = (run.body(f"scores-{number:03d}.json") or {}).get("note")
+    trained = _checkpoint(run, f"round-{number:03d}")
+    if not scored and not trained:
+        return []
+    ranking = scored["ranking"] if scored else {}
+    seconds = {"score": scored["seconds"]} if scored else {}
+    return [{**ranking, "losses": trained["losses"] if trained else [], "seconds": seconds}]
+
+
+def _healing(run: Run, removed: int) -> Mapping[str, Any] | None:
+    """Of the model that lost so many blocks, as far as it has come."""
+    name = f"heal-{removed:03d}"
+    return (run.body(f"{name}.json") or {}).get("round") or _checkpoint(run, name)
+
+
+def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
+    """The losses that the last training checkpoint tells of, if there are any."""
+    record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
+    return {key: record[key] for key in ("losses", "held_out")} if record.get("losses") else None
+
+
+def _search(run: Run) -> dict[str, Any] | None:
+    note = (run.body("search-000.json") or {}).get("note")
+    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
+    return {"tried": tried} if tried else None

@@ -1,0 +1,143 @@
+"""A report as one page of HTML that needs no network."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.report import byte_count, duration
+from fusegpt_ray.reporting.charts import charts
+from fusegpt_ray.reporting.facts import Facts, facts
+from fusegpt_ray.store import storage
+from fusegpt_ray.text.protocol import STAGES, described, warnings
+from fusegpt_ray.uris import refuse_secret
+
+OURS = b"<!doctype html>\n<!-- a report of fusegpt -->\n"
+"""How every report begins."""
+_NO_PLACE = (
+    ValueError,  # the protocol is unknown …
+    ImportError,  # … or its package is missing
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    FileExistsError,  # a folder above it is a file
+)
+
+
+def write(uri: str, output: str) -> str:
+    """Make the report of a published model or a run; returns where it is.
+
+    Args:
+        uri: see `facts.facts`.
+        output: the file, anywhere fsspec reaches. Only another report may be there.
+
+    Raises:
+        UserError: there is nothing to report, or the file may not be written.
+    """
+    page = html(facts(uri)).encode(errors="replace")
+    refuse_secret("--output", output)
+    place, taken = storage.absolute(output), False
+    try:
+        if storage.exists(place):
+            with storage.reading(place) as file:
+                taken = file.read(len(OURS)) != OURS
+        if not taken:
+            storage.write(place, page)
+    except _NO_PLACE as error:
+        problem = f"cannot be written ({error})"
+        raise UserError("--output", output, problem, "give another file") from error
+    if taken:
+        problem = "there is something else than a report"
+        raise UserError("--output", output, problem, "give another file")
+    return place
+
+
+def html(found: Facts) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": _number}
+    page = environment.get_template("page.html.jinja").render(
+        facts=found,
+        headline=_headline(found),
+        charts=charts(found),
+        rounds=_rounds(found),
+        protocols=_protocols(found),
+        stages=STAGES,
+        recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
+        vega=_vega(),
+    )
+    return OURS.decode() + page
+
+
+@cache
+def _vega() -> str:
+    """Vega, Vega-Lite and vega-embed in the version that altair writes for."""
+    version = ".".join(alt.SCHEMA_VERSION.split(".")[:2])
+    code: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
+    assert "</script" not in code and "<!--" not in code, "this would end the page's script"
+    return code
+
+
+def _headline(found: Facts) -> list[tuple[str, str]]:
+    """What one wants to know first: names and values."""
+    blocks = str(found.dense_blocks or "?")
+    if found.dense_blocks:
+        blocks += f" → {found.dense_blocks - len(found.removed)}"
+    told = [("blocks", blocks), ("method", found.method)]
+    if found.bytes is not None:
+        told.append(("size", byte_count(found.bytes)))
+    if seconds := sum(found.seconds.values()):
+        told.append(("time at work", duration(seconds)))
+    for text, row in found.perplexity.items():
+        if row.undone is not None:
+            told.append((f"damage undone on {text}", f"{row.undone:.0%}"))
+    for text, row in found.perplexity.items():
+        values = (f"{stage} {value:.2f}" for stage, value in row.by_stage.items())
+        told.append((f"perplexity on {text}", " → ".join(values)))
+    return told
+
+
+def _rounds(found: Facts) -> list[list[Any]]:
+    """Which block went where."""
+    return [
+        [
+            number,
+            round.removed,
+            ", ".join(map(str, round.into)) or "–",
+            *((round.losses[0], round.losses[-1]) if round.losses else (None, None)),
+            duration(sum(round.seconds.values())),
+        ]
+        for number, round in enumerate(found.rounds, 1)
+        if round.removed is not None
+    ]
+
+
+def _protocols(found: Facts) -> list[tuple[str, str]]:
+    """How each text was used."""
+    used = [
+        ("calibration", found.calibration),
+        ("healing", found.healing.data if found.healing else None),
+        *((f"perplexity on {text}", row) for text, row in found.perplexity.items()),
+    ]
+    rows = [(what, text.model_dump(exclude_none=True)) for what, text in used if text]
+    return [(what, "; ".join([described(row), *warnings(row)])) for what, row in rows]
+
+
+def _number(value: object) -> str:
+    """For a table."""
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,344 @@
+"""`fusegpt report`: one page, made from a manifest or a journal alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from desk import LENGTH, Desk
+from mistakes import MESSAGE, tree
+from stopped_runs import Watching, recipe, run_folder
+from test_healed_runs import HEAL, SAVED, StoppedInHealing
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.reporting.facts import facts
+
+Capture = pytest.CaptureFixture[str]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+HOSTILE = "</script><script>console.error('in')</script><b onclick=\"x\">'&"
+KNOWN = re.compile(
+    r"http://www\.w3\.org/(2000/(svg|xmlns/)|1999/xlink)"
+    r"|https://(vega\.github\.io|github\.com/vega/vega-lite/issues)/.*"
+)
+"""Names of XML's, and what is in Vega's messages and in its menu, which is not shown."""
+
+
+def changes(desk: Desk) -> dict[str, Any]:
+    return {
+        "heal": HEAL,
+        "search": {"tokens": 4 * LENGTH, "candidates": ["mi", "run", "spaced"]},
+        "evaluation": {"heldout": {"data": str(desk.heldout)}},
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A published model of which nothing but the manifest is left."""
+    desk = Desk.make(tmp_path_factory.mktemp("scored"), checkpoint("llama"))
+    asked = changes(desk)
+    del asked["search"]
+    compress(recipe(desk, sparsity=0.4, **asked), Watching())
+    folder = desk.out / "demo-p40"
+    for file in folder.iterdir():
+        if file.name != "fusegpt.json":
+            file.unlink()
+    return folder
+
+
+def made(uri: Path, output: Path) -> str:
+    assert main(["report", str(uri), "--output", str(output)]) == 0
+    return output.read_text()
+
+
+def drawn(page: str) -> list[dict[str, Any]]:
+    """The charts' specifications."""
+    found = re.search(r"^const specs = (.*);$", page, re.MULTILINE)
+    assert found
+    return json.loads(found[1])
+
+
+def values(page: str, *columns: str) -> list[tuple[Any, ...]]:
+    """What the one chart draws whose data has these columns."""
+    data = [spec["data"]["values"] for spec in drawn(page)]
+    (rows,) = [rows for rows in data if rows[0].keys() - {"dense"} == {*columns}]
+    return [tuple(row[column] for column in columns) for row in rows]
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if self.tags and self.tags[-1][0] not in ("script", "style"):
+            self.text += data
+
+
+def test_a_finished_model(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    manifest = json.loads((finished / "fusegpt.json").read_text())
+    page = made(finished, tmp_path / "report.html")
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+
+    scores = values(page, "round", "block", "score", "known", "outcome")
+    for number, round in enumerate(manifest["rounds"], 1):
+        estimates = {block: found["mean"] for block, found in round["stopped"].items()}
+        expected = {int(block): score for block, score in (round["scores"] | estimates).items()}
+        row = {block: score for at, block, score, _, _ in scores if at == number}
+        assert row == expected and len(row) == 6 - number
+        known = {block for at, block, _, how, _ in scores if (at, how) == (number, "exactly")}
+        assert known == {*map(int, round["scores"])}
+    removed = [(at, block) for at, block, _, _, outcome in scores if outcome == "removed"]
+    assert removed == [*enumerate(manifest["removed"], 1)]
+
+    assert values(page, "round", "epoch", "loss") == [
+        (number, epoch, loss)
+        for number, round in enumerate(manifest["rounds"], 1)
+        for epoch, loss in enumerate(round["losses"], 1)
+    ]
+    healing = values(page, "part", "windows", "loss")
+    assert [loss for _, kind, loss in healing if kind == "training"] == manifest["healing"][
+        "losses"
+    ]
+    held_out = [(part, loss) for part, kind, loss in healing if kind == "held-out"]
+    assert held_out == [*enumerate(manifest["healing"]["held_out"])]
+    row = manifest["perplexity"]["heldout"]
+    stages = ("dense", "dropped", "fused", "healed")
+    assert values(page, "stage", "perplexity") == [(stage, row[stage]) for stage in stages]
+    seconds = dict(values(page, "stage", "seconds"))
+    assert seconds["scoring"] == sum(round["seconds"]["score"] for round in manifest["rounds"])
+    assert seconds["healing"] == manifest["healing"]["seconds"]["heal"]
+
+    text = Page(page).text
+    undone = (row["dropped"] - row["healed"]) / (row["dropped"] - row["dense"])
+    for told in (f"{undone:.0%}", "5 → 3", "fusegpt", manifest["versions"]["torch"], "Seed 0"):
+        assert told in text
+    group = sorted({*manifest["rounds"][0]["group"]} - {manifest["removed"][0]})
+    assert ", ".join(map(str, group)) in text
+
+
+def test_every_chart_has_a_name_and_its_numbers(finished: Path, tmp_path: Path) -> None:
+    parsed = Page(made(finished, tmp_path / "report.html"))
+    charts = [attrs for tag, attrs in parsed.tags if attrs.get("class") == "chart"]
+    names = {attrs["aria-label"] for attrs in charts}
+    assert len(names) == len(charts) == 5 and {attrs["role"] for attrs in charts} == {"img"}
+    assert sum(tag == "details" for tag, _ in parsed.tags) == len(charts) + 1  # and the recipe
+
+
+def test_it_needs_no_network(finished: Path, tmp_path: Path) -> None:
+    page = made(finished, tmp_path / "report.html")
+    addresses = re.findall(r"https?://[^\s\"'`<>)\\]+", page)
+    assert [address for address in addresses if not KNOWN.fullmatch(address)] == []
+    loading = [attrs for _, attrs in Page(page).tags if attrs.keys() & {"src", "href"}]
+    assert loading == [] and "default-src 'none'" in page and "@import" not in page
+
+
+class DyingInTraining(Watching):
+    """The user presses Ctrl-C after the first epoch of round `stop`."""
+
+    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
+        self.rounds.append(number)
+
+    def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
+        if self.rounds[-1] == self.stop:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_is_under_way(desk: Desk, capsys: Capture) -> None:
+    """Two rounds are done; of the third the scores are known, and one epoch."""
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, **SAVED), DyingInTraining(3))
+    page = made(desk.out, desk.folder / "report.html")  # nothing else is below the output URI
+    bodies = [json.loads((run_folder(desk) / f"round-00{n}.json").read_text()) for n in (1, 2)]
+    rounds = [body["body"]["round"] for body in bodies]
+    scores = values(page, "round", "block", "score", "known", "outcome")
+    assert [block for _, block, _, _, outcome in scores if outcome == "removed"] == [
+        round["removed"] for round in rounds
+    ]
+    assert len([block for number, block, *_ in scores if number == 3]) == 3
+    losses = values(page, "round", "epoch", "loss")
+    assert [loss for number, _, loss in losses if number < 3] == [
+        loss for round in rounds for loss in round["losses"]
+    ]
+    assert [epoch for number, epoch, _ in losses if number == 3] == [1]
+    text = Page(page).text
+    assert "2 of 3 rounds done" in text and "5 → 3" in text and "stopped" in text
+
+
+def test_a_run_stopped_in_healing(desk: Desk) -> None:
+    asked = changes(desk) | SAVED
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, sparsity=0.4, **asked), StoppedInHealing("demo-p40", 1))
+    page = made(run_folder(desk), desk.folder / "report.html")
+    healing = values(page, "part", "windows", "loss")
+    assert [(part, kind) for part, kind, _ in healing] == [
+        (1, "training"),
+        (0, "held-out"),
+        (1, "held-out"),
+    ]
+    told = facts(str(run_folder(desk)))
+    assert told.search and len(told.search.tried) > 1
+    assert "Tournament" in Page(page).text
+    for tried in told.search.tried:
+        assert ", ".join(map(str, tried.removed)) in page and f"{tried.held_out[-1]:.4g}" in page
+
+
+class StoppedInTheTournament(Watching):
+    """The user presses Ctrl-C when one set of blocks has been healed."""
+
+    def say(self, text: str) -> None:
+        super().say(text)
+        if "held-out loss" in text:
+            raise KeyboardInterrupt
+
+
+def test_a_run_stopped_in_its_tournament(desk: Desk) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, sparsity=0.4, **changes(desk)), StoppedInTheTournament())
+    page = made(run_folder(desk), desk.folder / "report.html")
+    told = facts(str(run_folder(desk)))
+    assert told.search and len(told.search.tried) > 1
+    assert sum(bool(tried.held_out) for tried in told.search.tried) == 1
+    assert drawn(page) == [] and "0 of 2 rounds done" in Page(page).text
+    for tried in told.search.tried:
+        assert ", ".join(map(str, tried.removed)) in page
+
+
+def hostile(finished: Path, tmp_path: Path) -> Path:
+    """The manifest of a model whose names were chosen by an enemy."""
+    manifest = json.loads((finished / "fusegpt.json").read_text())
+    manifest["source"] = {"name": HOSTILE, "revision": HOSTILE}
+    manifest["perplexity"] = {HOSTILE: manifest["perplexity"]["heldout"] | {"data": HOSTILE}}
+    manifest["method"] = manifest["arithmetic"] = manifest["fewer_at_once"] = HOSTILE
+    manifest["recipe"] |= {"seed": HOSTILE, HOSTILE: HOSTILE}
+    manifest["versions"] = {HOSTILE: HOSTILE}
+    manifest["rounds"][0]["losses"][0] = math.inf
+    folder = tmp_path / "bad-p40"
+    folder.mkdir()
+    (folder / "fusegpt.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_names_are_only_text(finished: Path, tmp_path: Path) -> None:
+    good = Page(made(finished, tmp_path / "good.html"))
+    page = made(hostile(finished, tmp_path), tmp_path / "bad.html")
+    bad = Page(page)
+    tags = [[tag for tag, _ in page.tags if tag != "p"] for page in (bad, good)]  # a remark more
+    assert tags[0] == tags[1]
+    assert HOSTILE in bad.text and HOSTILE not in page and "</script><script>c" not in page
+    assert len(drawn(page)) == 5
+
+
+def broken(key: str, value: Any) -> Callable[[Path, Path], object]:
+    def breaks(folder: Path, finished: Path) -> None:
+        manifest = json.loads((finished / "fusegpt.json").read_text()) | {key: value}
+        (folder / "fusegpt.json").write_text(json.dumps(manifest))
+
+    return breaks
+
+
+def two(folder: Path, finished: Path) -> None:
+    for name in ("one-p20", "two-p20"):
+        shutil.copytree(finished, folder / name)
+
+
+BAD: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "empty": (lambda folder, finished: None, "holds no fusegpt.json"),
+    "gone": (lambda folder, finished: folder.rmdir(), "no such folder"),
+    "several": (two, "several models or runs: one-p20, two-p20"),
+    "not-json": (lambda folder, _: (folder / "fusegpt.json").write_text("{"), "is not JSON"),
+    "rounds-in-words": (broken("rounds", "three"), "says nonsense: rounds"),
+    "a-loss-in-words": (broken("rounds", [{"losses": ["low"]}]), "rounds.0.losses.0"),
+    "no-perplexity": (broken("perplexity", {"a": {"length": 4}}), "perplexity.a.dense"),
+    "endless": (broken("rounds", [{"seconds": {"score": math.inf}}]), "seconds.score"),
+    "no-recipe": (broken("recipe", None), "says nonsense: recipe"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "there"
+    folder.mkdir()
+    make, problem = BAD[name]
+    make(folder, finished)
+    before = tree(tmp_path)
+    assert main(["report", str(folder), "--output", str(tmp_path / "report.html")]) == 2
+    stdout, stderr = capsys.readouterr()
+    message = MESSAGE.fullmatch(stderr.rstrip("\n"))
+    assert stdout == "" and message and problem in message["problem"], stderr
+    assert tree(tmp_path) == before
+
+
+def test_a_journal_without_its_beginning(desk: Desk, capsys: Capture) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk), Watching(2))
+    (run_folder(desk) / "identity.json").write_text("{}")
+    assert main(["report", str(desk.out)]) == 2
+    assert "identity.json is missing or damaged" in capsys.readouterr().err
+    assert not (desk.folder / "report.html").exists()
+
+
+def test_only_a_report_is_replaced(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["report", str(finished), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out) == {"report": f"{tmp_path}/report.html"}
+    (tmp_path / "mine.html").write_text("<p>mine")
+    (tmp_path / "folder").mkdir()
+    secret = "https://me:s3cret@host/report.html"
+    for name in ("mine.html", "folder", "mine.html/report.html", "no://where/report.html", secret):
+        assert main(["report", str(finished), "--output", name]) == 2
+        told = capsys.readouterr().err
+        assert "error: --output = " in told and "s3cret" not in told
+    assert (tmp_path / "mine.html").read_text() == "<p>mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "folder",
+        "mine.html",
+        "report.html",
+    ]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("names", ["usual", "hostile"])
+def test_a_browser_draws_all_charts(names: str, finished: Path, tmp_path: Path) -> None:
+    assert CHROMIUM
+    folder = finished if names == "usual" else hostile(finished, tmp_path)
+    made(folder, tmp_path / "report.html")
+    quiet = ("background-networking", "component-update", "sync", "gpu")
+    done = subprocess.run(
+        [
+            CHROMIUM,
+            *("--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr"),
+            *(f"--disable-{name}" for name in quiet),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=10000",
+            "--dump-dom",
+            f"file://{tmp_path / 'report.html'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    _, *charts = re.split(r'<div class="chart', done.stdout)
+    assert len(charts) == 5
+    for chart in charts:
+        assert re.search(r"<svg\b.*?<path\b", chart.split("</figure>")[0], re.DOTALL)
