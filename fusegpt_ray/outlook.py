@@ -33,7 +33,7 @@ class Device:
     name: str
     """As `rates.GPUS` has it, or what torch says."""
     kind: str
-    """"cuda" or "cpu"."""
+    """What torch calls it: "cuda" or "cpu"."""
     memory: int
     """Bytes."""
 

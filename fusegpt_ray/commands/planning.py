@@ -1,14 +1,34 @@
-"""Look ahead: `validate` and `plan`. Neither reads weights or writes anything."""
+"""Look ahead: `init`, `validate` and `plan`. None reads weights."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
 from fusegpt_ray.commands.options import display, json_option, recipe_options
 from fusegpt_ray.errors import UserError
+
+
+@click.command()
+@click.argument("model", metavar="MODEL", help="Folder, hub id or URI of a checkpoint.")
+@click.option("--data", metavar="TEXT", help="Text to calibrate on (default: WikiText-2).")
+@click.option("--output", default="recipe.yaml", show_default=True, help="The file to write.")
+def init(model: str, data: str | None, output: str) -> None:
+    """Write a commented recipe for a model and this machine."""
+    if Path(output).exists():
+        raise UserError("--output", output, "there is such a file already", "give another name")
+    import torch
+
+    from fusegpt_ray.first_recipe import first_recipe
+    from fusegpt_ray.outlook import Device
+
+    text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, _silent())
+    with open(output, "x") as file:
+        file.write(text)
+    click.echo(f"{output}: look it through, then: fusegpt plan {output}")
 
 
 @click.command()

@@ -8,11 +8,14 @@ import json
 from dataclasses import replace
 
 import pytest
+import yaml
 from desk import Desk
 from mistakes import tree
 
 from fusegpt_ray import rates
 from fusegpt_ray.cli import main
+from fusegpt_ray.first_recipe import first_recipe
+from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -75,3 +78,37 @@ def test_all_mistakes_are_listed(
     assert main(["validate", desk.write()]) == 0
     assert capsys.readouterr().out.startswith("good: ")
     assert tree(desk.folder).keys() == before.keys() and weight_reads == []
+
+
+def test_a_first_recipe_can_be_planned(
+    desk: Desk,
+    weight_reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(desk.folder)
+    text = str(desk.folder / "calibration.txt")
+    assert main(["init", str(desk.model), "--data", text]) == 0
+    assert main(["validate", "recipe.yaml"]) == 0
+    recipe = Recipe.load("recipe.yaml")
+    assert recipe.calibration.length == 64, "the model has no more positions"
+    assert (recipe.cluster.engine, recipe.heal and recipe.heal.train) == ("local", "all")
+    before = (desk.folder / "recipe.yaml").read_bytes()
+    assert main(["init", str(desk.model)]) == 2  # it is there already
+    assert main(["init", "nowhere", "--output", "other.yaml"]) == 2
+    assert main(["init", "s3://KEY:SECRET@bucket/model", "--output", "other.yaml"]) == 2
+    assert "SECRET" not in capsys.readouterr().err and not (desk.folder / "other.yaml").exists()
+    assert (desk.folder / "recipe.yaml").read_bytes() == before and weight_reads == []
+
+
+@pytest.mark.parametrize(
+    ("memory", "gpus", "train", "workers"), [(80 * 10**9, 6, "all", 4), (10**5, 1, "lora", 1)]
+)
+def test_a_first_recipe_fits_the_gpus(
+    desk: Desk, memory: int, gpus: int, train: str, workers: int
+) -> None:
+    device = Device("NVIDIA H100", "cuda", memory)
+    recipe = Recipe.parse(yaml.safe_load(first_recipe(str(desk.model), device, gpus)))
+    assert recipe.heal and recipe.heal.train == train
+    cluster = recipe.cluster
+    assert (cluster.engine, cluster.replicas, cluster.workers) == ("ray", gpus, workers)
