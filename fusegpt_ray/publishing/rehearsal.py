@@ -86,8 +86,8 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
     what = "what its blocks compute cannot be seen without values"
     with reading_users_file(KEY, structure.name, what, _FIX):
         attempt = _Attempt(dense, structure)
+        telling = _tell_the_length(dense)
     fewest, most, depth = min(removals), max(removals), len(dense)
-    telling = _tell_the_length(dense)
     stay = telling if most >= len(telling) else ()
     if not (why := attempt.first_problem(_sets(range(depth), fewest, most))):
         return Removable(one_stays=stay)

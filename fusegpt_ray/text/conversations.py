@@ -64,6 +64,7 @@ def conversations(source: Source) -> Iterator[Conversation]:
             where = f"{row} of {source.uri}"
             try:
                 messages, images = _read(record)
+                placed = tuple(_placed(image, folder) for image in images)
             except (KeyError, TypeError, ValueError) as error:
                 problem = f"{where} is no conversation with images ({_said(error)})"
                 fix = (
@@ -71,7 +72,7 @@ def conversations(source: Source) -> Iterator[Conversation]:
                     " content: [{type: image, path}, {type: text, text}]}]}"
                 )
                 raise UserError(source.key, source.uri, problem, fix) from error
-            yield Conversation(where, messages, tuple(_placed(image, folder) for image in images))
+            yield Conversation(where, messages, placed)
 
 
 def _looked_at(source: Source, _: int) -> Iterator[str]:
@@ -150,8 +151,10 @@ def _placed(image: Any, folder: str) -> Image:
         image = image.get("bytes") or image.get("path") or image["url"]
     if isinstance(image, bytes):
         return image
+    if not isinstance(image, str):
+        raise ValueError(f"an image is {image!r}, and neither a path nor bytes")
     if image.startswith("data:"):
-        return base64.b64decode(image.partition(",")[2])
+        return base64.b64decode(image.partition(",")[2], validate=True)
     return image if "://" in image or image.startswith("/") else storage.join(folder, image)
 
 

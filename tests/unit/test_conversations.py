@@ -196,6 +196,9 @@ WRONG = {
     "no conversation": ({"text": "what"}, "it lacks 'conversations'"),
     "no image": ({"conversations": TURNS}, "a place for an image is left without one"),
     "no place": ({"image": "0.png", "conversations": TURNS[1:]}, "have no place in its text"),
+    "a number": ({"image": 5, "conversations": TURNS}, "an image is 5, and neither"),
+    "an image of nothing": ({"image": {"size": 3}, "conversations": TURNS}, "it lacks 'url'"),
+    "no base64": ({"image": "data:image/png;base64,$$", "conversations": TURNS}, "base64"),
     "no answer": ({"image": "0.png", "conversations": TURNS[:1]}, "nobody answers"),
     "a speaker": (
         {"conversations": [{"from": "cat", "value": "mew"}]},
