@@ -11,11 +11,17 @@ from fusegpt_ray.commands.options import display, json_option, quiet_option, rec
 
 @click.command()
 @recipe_options
+@click.option("--restart", is_flag=True, help="Forget unfinished runs of these names.")
 @json_option
 @quiet_option
 @click.pass_context
 def compare(
-    context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool
+    context: click.Context,
+    recipe: str,
+    settings: tuple[str, ...],
+    restart: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Compress by several methods, at several sparsities, and compare.
 
@@ -27,7 +33,7 @@ def compare(
     checked = Comparison.load(recipe, settings)
     from fusegpt_ray.comparison import run  # torch: after the recipe has been checked
 
-    result = run.compare(checked, display(quiet))
+    result = run.compare(checked, display(quiet), restart)
     if as_json:
         click.echo(json.dumps(result))
     else:

@@ -33,24 +33,27 @@ class _Job:
     done: bool = False
 
 
-def compare(comparison: Comparison, display: Display | None = None) -> dict[str, Any]:
+def compare(
+    comparison: Comparison, display: Display | None = None, restart: bool = False
+) -> dict[str, Any]:
     """Carry out all runs, and write their tables into `comparison.folder`; returns what is in
     table.json (see `tables.result`).
 
-    A run that fails is told and the others go on. Given again, only what is missing is done.
+    A run that fails is told and the others go on. Given again, only what is missing is done; with
+    `restart`, unfinished runs of these names are forgotten.
 
     Raises:
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        jobs = [_Job(run, _planned(run, show)) for run in comparison.runs]
+        jobs = [_Job(run, _planned(run, show, restart)) for run in comparison.runs]
         worked = False
         for _, group in groupby(jobs, key=lambda job: _same_workers(job.plan)):
             left = [*group]
             while left:
                 # Anew for new workers: what was drawn may lie in the memory of the old ones.
                 shared = Shared(storage.join(comparison.folder, "measured"))
-                worked = _work(left, comparison, shared, worked, show)
+                worked = _work(left, comparison, shared, worked, show, restart)
                 left = [job for job in left if not (job.done or job.problem)]
         result = tables.result(comparison, _models(jobs))
         for name, data in tables.files(result).items():
@@ -61,16 +64,21 @@ def compare(comparison: Comparison, display: Display | None = None) -> dict[str,
     return result
 
 
-def _planned(run: Run, show: Display) -> Plan:
+def _planned(run: Run, show: Display, restart: bool) -> Plan:
     try:
-        return plan(run.recipe, show)
+        return plan(run.recipe, show, restart)
     except UserError as error:
         problem = f"{error.problem} (in the cell {shown(run.method)})"
         raise UserError(error.key, error.value, problem, error.fix) from error
 
 
 def _work(
-    jobs: Sequence[_Job], comparison: Comparison, shared: Shared, worked: bool, show: Display
+    jobs: Sequence[_Job],
+    comparison: Comparison,
+    shared: Shared,
+    worked: bool,
+    show: Display,
+    restart: bool,
 ) -> bool:
     """Do these on one set of workers, up to the first that fails: it may leave workers in any
     state. Whether anything has been worked on by now.
@@ -78,7 +86,7 @@ def _work(
     Workers that cannot be started or ended again fail the first cell that is not done.
     """
     try:
-        return _work_on_one_set(jobs, comparison, shared, worked, show)
+        return _work_on_one_set(jobs, comparison, shared, worked, show, restart)
     except Exception as error:
         waiting = [job for job in jobs if not (job.done or job.problem)]
         if not worked or not waiting:
@@ -87,7 +95,12 @@ def _work(
 
 
 def _work_on_one_set(
-    jobs: Sequence[_Job], comparison: Comparison, shared: Shared, worked: bool, show: Display
+    jobs: Sequence[_Job],
+    comparison: Comparison,
+    shared: Shared,
+    worked: bool,
+    show: Display,
+    restart: bool,
 ) -> bool:
     setup = replace(
         jobs[0].plan.setup,
@@ -101,7 +114,7 @@ def _work_on_one_set(
             try:
                 run = Compression.begin(job.plan, workers, show, shared)
                 job.id = run.id
-                run.check()
+                run.check(restart)
             except Exception as error:
                 if not worked and isinstance(error, UserError):
                     raise
@@ -110,7 +123,7 @@ def _work_on_one_set(
         for job, run in zip(jobs, begun, strict=True):
             show.say(f"— {job.run.model}: {job.run.method} —")
             try:
-                run.publish_all(restart=False)
+                run.publish_all(restart)
             except Exception as error:
                 return _failed(job, error, show)
             job.done = True

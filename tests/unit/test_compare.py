@@ -151,6 +151,16 @@ def test_stopped_between_cells_it_does_what_is_missing(desk: Desk, tmp_path: Pat
     assert "evaluating and publishing demo-mi-p20" not in show.said
 
 
+def test_an_unfinished_cell_of_another_recipe_is_forgotten_if_asked(desk: Desk) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        compare(parsed(desk, "mi"), Watching(stop=2))
+    other = Comparison.parse(asked(desk, ["mi"], seed=3))
+    with pytest.raises(UserError, match="--restart"):
+        compare(other, Watching())
+    result = compare(other, Watching(), restart=True)
+    assert (len(result["rows"]), result["failed"]) == (2, [])
+
+
 def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:
     compare(parsed(desk), Watching())
     folder = desk.out / "compare/demo"
