@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from fusegpt_ray.errors import first_line, reading_users_file
 from fusegpt_ray.model.companions import CONFIG
-from fusegpt_ray.store.checkpoint import TensorRef
+from fusegpt_ray.store.checkpoint import DTYPES, TensorRef
 
 FIX = "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
 Wanted = Callable[[list[str]], list[str]]
@@ -84,6 +84,8 @@ def headers(name: str, commit: str, shards: Sequence[str], key: str) -> dict[str
         for shard in shards:
             found = HfApi().parse_safetensors_file_metadata(name, shard, revision=commit)
             for tensor, about in found.tensors.items():
+                if about.dtype not in DTYPES:
+                    raise ValueError(f"{tensor[:200]} has the unknown dtype {about.dtype[:20]!r}")
                 begin, end = about.data_offsets  # from the end of the header on
                 refs[tensor] = TensorRef(
                     f"{name}/{shard}", tensor, about.dtype, tuple(about.shape), begin, end

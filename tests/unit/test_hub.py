@@ -140,6 +140,41 @@ def test_configuration_first_then_the_shards_and_never_pickles_or_code(
     assert not {"pytorch_model.bin", "modeling_tiny.py"} & set(hub.downloads)
 
 
+def test_headers_alone_tell_the_stack(hub: Hub, tmp_path: Path) -> None:
+    """For a plan; a dtype that nobody knows is told before any weights are fetched."""
+    shard = min(hub.folder.glob("*.safetensors"))
+    code = f"""
+from pathlib import Path
+from fusegpt_ray.errors import UserError
+source = Source.find({NAME!r}, None)
+told = source.stack(fetches=False)
+refs = [told.trunk, *(block.weights for block in told.blocks)]
+shapes = [sorted((n, r.dtype.itemsize, r.shape, r.end - r.begin) for n, r in part.items())
+          for part in refs]
+file = Path({str(shard)!r})
+file.write_bytes(file.read_bytes().replace(b'"F32"', b'"F99"', 1))
+try:
+    Source.find({NAME!r}, None).stack(fetches=False)
+    problem = ""
+except UserError as error:
+    problem = str(error)
+print(json.dumps([shapes, problem]))
+"""
+    found, problem = in_a_process(code, hub, tmp_path / "home")
+    assert "unknown dtype 'F99'" in problem and NAME in problem
+    shard.write_bytes(shard.read_bytes().replace(b'"F99"', b'"F32"', 1))
+    dense = Source.find(str(hub.folder), None).stack()
+    for part, told in zip(
+        [dense.trunk, *(block.weights for block in dense.blocks)], found, strict=True
+    ):
+        there = sorted(
+            [name, ref.dtype.itemsize, [*ref.shape], ref.end - ref.begin]
+            for name, ref in part.items()
+        )
+        assert told == there
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
 def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Path) -> None:
     """The source of the driver, sent to a node with an empty cache at the same path."""
     home = tmp_path / "home"
