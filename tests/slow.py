@@ -74,6 +74,8 @@ SLOW = (
     # A run on Ray to S3: that of a submitted job stays.
     *(f"{S3}::{name}[ray]" for name in S3_RUNS),
     f"{S3}::test_both_engines_wrote_the_same_model",
+    # A comparison on Ray: its cells are ordinary runs, and both engines make the same of those.
+    "tests/integration/test_compare_on_ray.py",
     # A run on Ray that fails: what one that is killed leaves behind is looked through.
     "tests/integration/test_secrets.py::test_a_run_that_fails_with_a_trace",
     # Memory that really runs out in training workers: that the driver hears of it, and what comes
