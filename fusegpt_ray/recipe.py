@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe_errors import Several, explained
-from fusegpt_ray.recipe_text import read_yaml, set_key
+from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.sections import (
     Calibration,
     Cluster,
@@ -257,10 +257,7 @@ class Recipe(Section):
         Raises:
             UserError: the file is missing or not YAML, or a key or value in it is wrong.
         """
-        data = read_yaml(path)
-        for override in overrides:
-            set_key(data, override)
-        return cls.parse(data)
+        return cls.parse(read_recipe(path, overrides))
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,18 @@ def _yaml(text: str) -> Any:
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         # PyYAML raises these for `!!int {}` and the like.
         raise ValueError(f"a value that is none ({type(error).__name__})") from error
+
+
+def read_recipe(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The mapping in a file, with `overrides` of the form `key=value`.
+
+    Raises:
+        UserError: see `read_yaml`, `set_key`.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        set_key(data, override)
+    return data
 
 
 def set_key(data: dict[str, Any], override: str) -> None:

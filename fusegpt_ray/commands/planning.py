@@ -59,11 +59,9 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
 
 def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.recipe_text import read_yaml, set_key
+    from fusegpt_ray.recipe_text import read_recipe
 
-    data = read_yaml(path)
-    for setting in settings:
-        set_key(data, setting)
+    data = read_recipe(path, settings)
     if found := Recipe.mistakes(data):
         return found
     from fusegpt_ray import plan  # torch: after the recipe has been checked

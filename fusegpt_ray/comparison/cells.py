@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
 from fusegpt_ray.recipe_errors import explained
-from fusegpt_ray.recipe_text import read_yaml, set_key
+from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.text_sections import Section
@@ -90,10 +90,7 @@ class Comparison:
         Raises:
             UserError: a key or value is wrong, also in a single cell.
         """
-        data = read_yaml(path)
-        for override in overrides:
-            set_key(data, override)
-        return cls.parse(data)
+        return cls.parse(read_recipe(path, overrides))
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:

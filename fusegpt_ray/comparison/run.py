@@ -53,7 +53,14 @@ def compare(
             while left:
                 # Anew for new workers: what was drawn may lie in the memory of the old ones.
                 shared = Shared(storage.join(comparison.folder, "measured"))
-                worked = _work(left, comparison, shared, worked, show, restart)
+                try:
+                    worked = _work(left, comparison, shared, worked, show, restart)
+                except Exception as error:
+                    # Workers that cannot be started or ended again.
+                    waiting = [job for job in left if not (job.done or job.problem)]
+                    if not worked or not waiting:
+                        raise
+                    _failed(waiting[0], error, show)
                 left = [job for job in left if not (job.done or job.problem)]
         result = tables.result(comparison, _models(jobs))
         for name, data in tables.files(result).items():
@@ -82,26 +89,7 @@ def _work(
 ) -> bool:
     """Do these on one set of workers, up to the first that fails: it may leave workers in any
     state. Whether anything has been worked on by now.
-
-    Workers that cannot be started or ended again fail the first cell that is not done.
     """
-    try:
-        return _work_on_one_set(jobs, comparison, shared, worked, show, restart)
-    except Exception as error:
-        waiting = [job for job in jobs if not (job.done or job.problem)]
-        if not worked or not waiting:
-            raise
-        return _failed(waiting[0], error, show)
-
-
-def _work_on_one_set(
-    jobs: Sequence[_Job],
-    comparison: Comparison,
-    shared: Shared,
-    worked: bool,
-    show: Display,
-    restart: bool,
-) -> bool:
     setup = replace(
         jobs[0].plan.setup,
         trains=any(job.plan.setup.trains for job in jobs),
