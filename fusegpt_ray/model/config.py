@@ -185,7 +185,7 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
 
 @contextmanager
 def _without_values() -> Iterator[None]:
-    """While a model is built: parameters are on the meta device, and nobody gives them values there,
+    """While a model is built: parameters are on the meta device, and nobody gives them values,
     which takes a third of the time. Buffers get theirs as usual.
     """
 
