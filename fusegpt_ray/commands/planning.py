@@ -132,8 +132,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fusegpt_ray.cost import flop_count
-    from fusegpt_ray.report import byte_count, duration
+    from fusegpt_ray.report import byte_count, duration, flop_count
 
     console = Console(highlight=False)
 
