@@ -6,7 +6,7 @@ Shapes: W windows, T tokens, N blocks.
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 
 import torch
 
@@ -107,6 +107,18 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     vocabulary = read_config(dense.config).get_text_config().vocab_size
     logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
     return int(held) + passing + logits + _in(dtype, dense.trunk)
+
+
+def waiting_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
+    """States that wait on each training worker's node while its windows pass block after block: two
+    sets of a group's windows, or of those of one part of healing and what is held out. They lie in
+    the host's memory, or in temporary files where that is short.
+    """
+    workers, one = recipe.cluster.workers, state_bytes(dense, recipe.calibration.length, dtype)
+    windows = recipe.calibration.windows if recipe.trains_groups else 0
+    if heal := recipe.heal:
+        windows = max(windows, ceil(recipe.healing_windows / heal.looks) + heal.held_out)
+    return 2 * ceil(windows / workers) * one
 
 
 def trial_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:

@@ -19,9 +19,11 @@ from fusegpt_ray.footprint import (
     shortage,
     training_bytes,
     trial_bytes,
+    waiting_bytes,
 )
 from fusegpt_ray.model.device import pick_device, pick_dtype
 from fusegpt_ray.model.memory import device_bytes
+from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.rates import GPUS, RATES, known_gpu
 
@@ -55,7 +57,8 @@ def outlook(
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
     "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
-    "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
+    "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …],
+    "storage": [{"what", "bytes"} …]}.
 
     "seconds" are those of computing alone, and None where the device's rates are not known.
 
@@ -88,7 +91,26 @@ def outlook(
         "seconds": sum(row["seconds"] for row in stages) if rates else None,
         "probed": measured is not None,
         "memory": [*_memory(plan, device)],
+        "storage": [*_storage(plan, device)],
     }
+
+
+def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
+    """What is read and written beside the work, and what waits for it."""
+    recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
+    dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
+    yield {"what": "read first, by each process", "bytes": cost.source_bytes}
+    if waiting := waiting_bytes(recipe, dense, dtype):
+        what = "states on each worker's node, in its memory or in TMPDIR"
+        yield {"what": what, "bytes": waiting}
+    block = max(map(stored_bytes, ([block] for block in dense.blocks)))
+    if recipe.trains_groups:
+        saved = plan.rounds * min(recipe.fusion.group_size, len(dense)) * block
+        yield {"what": "blocks written to the output in all rounds", "bytes": saved}
+    if recipe.heal:
+        healed = sum(len(dense) - target.remove for target in plan.targets) * block
+        yield {"what": "blocks written by healing", "bytes": healed}
+    yield {"what": "published", "bytes": sum(cost.published_bytes.values())}
 
 
 def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:

@@ -170,6 +170,11 @@ def _show(result: dict[str, Any]) -> None:
         fits = "fits" if row["fits"] else "does not fit"
         memory.add_row(row["what"], byte_count(row["bytes"]), byte_count(row["room"]), fits)
     console.print(memory)
+    storage = Table("storage, at most", "bytes")
+    storage.columns[1].justify = "right"
+    for row in result["storage"]:
+        storage.add_row(row["what"], byte_count(row["bytes"]))
+    console.print(storage)
     for row in result["memory"]:
         if row["advice"]:
             say(row["advice"])

@@ -49,6 +49,10 @@ def test_a_plan_is_that_of_the_run(
         "healing, each worker",
     }
     assert all(row["fits"] and not row["advice"] for row in told["memory"])
+    storage = {row["what"]: row["bytes"] for row in told["storage"]}
+    assert storage["read first, by each process"] == cost.source_bytes
+    assert storage["published"] == sum(cost.published_bytes.values())
+    assert len(storage) == 5 and all(storage.values())
 
 
 def test_what_does_not_fit_is_told_with_what_helps(
