@@ -28,6 +28,7 @@ from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
 from fusegpt_ray.store.fence import Fence, nobody_else
+from fusegpt_ray.store.manifest import METRICS
 from fusegpt_ray.store.writer import Entry, plan_shards
 
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
@@ -56,11 +57,13 @@ def publish(
     measure: Measure = lambda _: {},
     fence: Fence = nobody_else,
     put_them: Put = put_shards,
+    metrics: Callable[[], bytes] | None = None,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
     `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
     before every write, and raises if another run writes there. `put_them` writes the shards.
+    `metrics`: the events so far of the run that made it, if they go along.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -101,6 +104,8 @@ def publish(
     }
     card = model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config))
     put("README.md", card.encode())
+    if metrics:
+        put(METRICS, metrics())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
