@@ -226,7 +226,8 @@ class Compression:
                     partial(put_shards, workers),
                     partial(self.log.whole, show.say),
                 )
-            show.published(target.name, published[target.folder].manifest["publishing"])
+            publishing = published[target.folder].manifest["publishing"]
+            show.published(target.name, target.remove, publishing)
         return published
 
     def _judge(self, journal: Journal) -> Judge:

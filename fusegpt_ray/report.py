@@ -186,9 +186,10 @@ class Display(_Live):
         before, self._retries = self._retries, retries()
         return self._retries - before
 
-    def published(self, model: str, publishing: Mapping[str, Any]) -> None:
+    def published(self, model: str, removed: int, publishing: Mapping[str, Any]) -> None:
         """How fast a model's shards were written; see a manifest's "publishing"."""
-        self.tell("published", model=model, **publishing, retries=self._new_retries())
+        about = {"model": model, "removed": removed, **publishing}
+        self.tell("published", **about, retries=self._new_retries())
         size, rate = byte_count(publishing["bytes"]), publishing["gb_per_second"]
         self.say(f"  {size} written and read back, {rate:.2g} GB/s")
 

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -73,13 +74,7 @@ def publish(
     if storage.exists(storage.join(folder, MANIFEST)):
         raise FileExistsError(f"a finished model is already at {folder}")
     files: dict[str, FileRecord] = {}
-
-    def put(name: str, data: bytes) -> None:
-        fence()
-        storage.write(storage.join(folder, name), data)
-        files[name] = FileRecord.of(data)
-        read_back(storage.join(folder, name), files[name])
-
+    put = partial(_put, folder, files, fence)
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
     written, publishing = _put_shards(folder, shards, fence, put_them)
@@ -110,6 +105,14 @@ def publish(
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def _put(folder: str, files: dict[str, FileRecord], fence: Fence, name: str, data: bytes) -> None:
+    """Write a small file, and note it in `files`."""
+    fence()
+    storage.write(storage.join(folder, name), data)
+    files[name] = FileRecord.of(data)
+    read_back(storage.join(folder, name), files[name])
 
 
 def _put_shards(

@@ -32,9 +32,9 @@ METRICS = {
     "tokens_per_second": Metric("gauge", "Tokens that training passes in a second", ("of",)),
     "perplexity": Metric("gauge", "On a held-out text, at a stage of the model", ("text", "stage")),
     "stage_seconds": Metric("counter", "Seconds of work, by stage", ("stage",)),
-    "bytes_read": Metric("counter", "Bytes of weights read to score and for states"),
-    "bytes_written": Metric("counter", "Bytes of blocks and models written"),
-    "retries": Metric("counter", "Operations of the driver with a store that were tried again"),
+    "bytes_read": Metric("counter", "Bytes of weights read by workers", ("stage",)),
+    "bytes_written": Metric("counter", "Bytes of blocks and models written", ("stage",)),
+    "retries": Metric("counter", "Calls of a store that the driver repeated", ("stage",)),
 }
 
 
@@ -72,7 +72,7 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
         case "scores":
             yield Value("lowest_score", values["scores"][str(values["lowest"])])
             yield Value("block_forwards", values["block_forwards"]["done"])
-            yield Value("bytes_read", values["bytes_read"])
+            yield Value("bytes_read", values["bytes_read"], {"stage": "score"})
         case "epoch" | "part":
             of = {"of": values.get("model", "group")}
             yield Value("loss", values["loss"], of)
@@ -82,17 +82,24 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
         case "round":
             yield Value("round", values["round"])
             yield Value("removed_block", values["removed"])
+            for stage, seconds in values["seconds"].items():
+                yield Value("stage_seconds", seconds, {"stage": stage})
+            yield from _moved("round", values["states_bytes_read"], values["bytes_written"])
+        case "healed":
+            seconds = sum(values["seconds"].values())
+            yield Value("stage_seconds", seconds, {"stage": "heal"})
+            yield from _moved("heal", values["states_bytes_read"], values["bytes_written"])
+        case "published":
+            yield Value("stage_seconds", values["seconds"], {"stage": "publish"})
+            yield from _moved("publish", values["bytes"], values["bytes"])
         case "perplexity":
             for text, row in values["perplexity"].items():
                 for stage in STAGES & row.keys():
                     yield Value("perplexity", row[stage], {"text": text, "stage": stage})
-    if event in ("round", "healed"):
-        yield Value("bytes_read", values["states_bytes_read"])
-        yield Value("bytes_written", values["bytes_written"])
-        for stage, seconds in values["seconds"].items():
-            yield Value("stage_seconds", seconds, {"stage": stage})
-    if event == "published":
-        yield Value("bytes_written", values["bytes"])
-        yield Value("stage_seconds", values["seconds"], {"stage": "publish"})
     if "retries" in values:
-        yield Value("retries", values["retries"])
+        yield Value("retries", values["retries"], {"stage": event})
+
+
+def _moved(stage: str, read: int, written: int) -> Iterator[Value]:
+    yield Value("bytes_read", read, {"stage": stage})
+    yield Value("bytes_written", written, {"stage": stage})
