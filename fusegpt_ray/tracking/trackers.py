@@ -76,6 +76,9 @@ class Wandb:
     def __init__(self, about: About) -> None:
         import wandb
 
+        online = wandb.setup().settings.mode == "online"
+        if online and not wandb.login(prompt=False, verify=False):  # it would ask on the terminal
+            raise RuntimeError("not logged in: run `wandb login`, or set WANDB_MODE=offline")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=about.name,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,11 +93,41 @@ def test_all_that_is_told_is_what_the_manifest_tells(whole: Desk) -> None:
     assert times == sorted(times)
 
 
-def test_a_stopped_run_goes_on_with_its_metrics(desk: Desk) -> None:
-    stopped(desk, 2)
-    first = run_folder(desk) / "metrics-000001.jsonl"
-    assert events(first)[-1]["error"] == "KeyboardInterrupt"
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.run import lease
+
+class Killed(Display):
+    def round_begins(self, number, rounds, blocks):
+        while number == 2:
+            if '"event": "round"' in log.read_text():
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(0.01)
+
+lease.EVERY = 0.01  # seconds between two signs of life
+log = Path(sys.argv[2])
+compress(Recipe.load(sys.argv[1]), Killed())
+"""
+
+
+def test_a_killed_run_goes_on_with_its_metrics(desk: Desk) -> None:
+    """Killed in its second round, then stopped in its third, then left to its end."""
+    first, second = (run_folder(desk) / f"metrics-00000{number}.jsonl" for number in (1, 2))
+    file = desk.write(sparsity=[0.2, 0.6])
+    command = [sys.executable, "-c", KILLED, file, str(first)]
+    found = subprocess.run(command, capture_output=True, timeout=240)
+    assert found.returncode == -signal.SIGKILL, found.stderr.decode()
+    assert [item["round"] for item in events(first, "round")] == [1]
     before = first.read_bytes()
+
+    stopped(desk, 3)
+    assert events(second)[-1]["error"] == "KeyboardInterrupt"
+    before += second.read_bytes()
+
     compress(recipe(desk), Watching())
     after = desk.out / "demo-p60/metrics.jsonl"
     assert after.read_bytes().startswith(before)
@@ -312,6 +346,23 @@ def test_wandb_writes_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     attempts("wandb", tmp_path)
     assert [*tmp_path.glob("wandb/offline-run-*/run-0123456789abcdef.wandb")]
+
+
+def test_wandb_without_a_login_is_told_and_asks_nothing(tmp_path: Path) -> None:
+    """In a process of its own, for it reads its environment once."""
+    pytest.importorskip("wandb")
+    code = "import sys; from fusegpt_ray.tracking.trackers import *; Wandb(About('a', 'b', {}, ''))"
+    hidden = ("WANDB_MODE", "WANDB_API_KEY")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+    )
+    assert b"not logged in: run `wandb login`, or set WANDB_MODE=offline" in found.stderr
 
 
 def test_trackio_goes_on_with_the_same_run(
