@@ -191,7 +191,7 @@ def _without_values() -> Iterator[None]:
 
     def has_values(owner: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None:
-            parameter._is_hf_initialized = True  # transformers' mark of what it must not touch
+            vars(parameter)["_is_hf_initialized"] = True  # transformers leaves such as they are
 
     hook = register_module_parameter_registration_hook(has_values)
     try:
