@@ -40,7 +40,7 @@ class Tracker(Protocol):
     """One that has begun, or gone on with, a run."""
 
     where: str
-    """Its curves can be seen, for a person."""
+    """Where its curves can be seen, for a person."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 
@@ -117,8 +117,9 @@ class Mlflow:
         else:
             run = client.create_run(number, run_name=about.name, tags={tag: about.id})
             self._id = run.info.run_id
-            params = [Param(key, str(value)[:500]) for key, value in _flat(about.config)]
-            client.log_batch(self._id, params=params[:100])
+            params = [Param(key, str(value)[:6000]) for key, value in _flat(about.config)]
+            for first in range(0, len(params), 100):  # it takes no longer ones, and no more
+                client.log_batch(self._id, params=params[first : first + 100])
         self.where = f"{client.tracking_uri}, experiment {name}, run {self._id}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -177,7 +178,9 @@ def check_trackers(names: Iterable[str]) -> None:
     """
     for name in names:
         package = _PACKAGES.get(name, name)
-        if find_spec(package) is None:
+        found = find_spec(package)
+        # wandb writes into a folder `wandb`, which may then be found for the package.
+        if found is None or found.origin is None:
             problem = f"it needs the package {package}, which is not installed"
             fix = f"pip install 'fusegpt-ray[{name}]', or leave it out"
             raise UserError("output.track", name, problem, fix)

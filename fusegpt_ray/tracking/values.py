@@ -94,7 +94,7 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
             yield from _moved("publish", values["bytes"], values["bytes"])
         case "perplexity":
             for text, row in values["perplexity"].items():
-                for stage in STAGES & row.keys():
+                for stage in row.keys() & STAGES.keys():
                     yield Value("perplexity", row[stage], {"text": text, "stage": stage})
     if "retries" in values:
         yield Value("retries", values["retries"], {"stage": event})
