@@ -85,6 +85,7 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
             for stage, seconds in values["seconds"].items():
                 yield Value("stage_seconds", seconds, {"stage": stage})
             yield from _moved("round", values["states_bytes_read"], values["bytes_written"])
+            yield Value("retries", values["retries"], {"stage": "round"})
         case "healed":
             seconds = sum(values["seconds"].values())
             yield Value("stage_seconds", seconds, {"stage": "heal"})
@@ -92,12 +93,11 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
         case "published":
             yield Value("stage_seconds", values["seconds"], {"stage": "publish"})
             yield from _moved("publish", values["bytes"], values["bytes"])
+            yield Value("retries", values["retries"], {"stage": "publish"})
         case "perplexity":
             for text, row in values["perplexity"].items():
                 for stage in row.keys() & STAGES.keys():
                     yield Value("perplexity", row[stage], {"text": text, "stage": stage})
-    if "retries" in values:
-        yield Value("retries", values["retries"], {"stage": event})
 
 
 def _moved(stage: str, read: int, written: int) -> Iterator[Value]:

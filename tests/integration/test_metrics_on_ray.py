@@ -40,7 +40,7 @@ def exported(port: int, run: str) -> dict[str, float]:
 def test_prometheus_is_told_each_number_by_its_name(ray_session: None) -> None:
     hear = listener("demo")
     for event, values in EVENTS:
-        hear(event, {"bytes_read": 10, "states_bytes_read": 5, **values})
+        hear(event, {"bytes_read": 10, "states_bytes_read": 5, "retries": 1, **values})
     port, end = ray.nodes()[0]["MetricsExportPort"], time.monotonic() + 120
     names = {f"ray_fusegpt_{name}{'_total' * (m.kind == 'counter')}" for name, m in METRICS.items()}
     found: dict[str, float] = {}
@@ -65,5 +65,6 @@ def test_prometheus_is_told_each_number_by_its_name(ray_session: None) -> None:
         "ray_fusegpt_bytes_written_total/round": 7,
         "ray_fusegpt_bytes_written_total/heal": 3,
         "ray_fusegpt_bytes_written_total/publish": 11,
+        "ray_fusegpt_retries_total/round": 1,
         "ray_fusegpt_retries_total/publish": 2,
     }

@@ -1,4 +1,4 @@
-"""Trackers: what is refused, what a failing one costs, and each by its real library if it is here."""
+"""Trackers: what is refused, what a failing one costs, each by its own library if it is here."""
 
 from __future__ import annotations
 
