@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -27,12 +27,14 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
+from fusegpt_ray.tracking.follow import followed
 from fusegpt_ray.workers.base import Workers
 
 
@@ -52,6 +54,8 @@ class Compression:
     """What this run may not change and still be resumed."""
     shared: Shared
     """With other runs of the same model."""
+    log: MetricsLog = field(default_factory=MetricsLog)
+    """Hears what happens, and is kept beside the journal."""
 
     @classmethod
     def begin(
@@ -145,18 +149,27 @@ class Compression:
                     "rounds": self.plan.rounds,
                     "models": [target.name for target in targets],
                 }
-                owned = journal.owned(self.show.say, lambda: self.show.doing, facts)
+                owned = journal.owned(self.show.say, lambda: self.show.doing, facts, self.log)
                 journal = life.enter_context(owned)
                 published = self._published_before()  # perhaps while we waited
                 if restart:
                     journal.clear()
             if missing := [target for target in targets if target.folder not in published]:
-                published |= self._publish(missing, journal)
+                with self._followed():
+                    published |= self._publish(missing, journal)
             else:
                 self.show.say("nothing is left to do: this very run has published everything")
             if journal.lease:
                 journal.remove()
         return published
+
+    def _followed(self) -> AbstractContextManager[None]:
+        """A context in which whoever follows the run hears of it."""
+        recipe, workers = self.plan.recipe, self.workers
+        listeners = (self.log, workers.monitor(recipe.output.name))
+        facts = {"source": self.plan.model.source.name, "blocks": len(self.plan.model.stack)}
+        facts |= {"rounds": self.plan.rounds, "workers": workers.description}
+        return followed(self.show, recipe, self.id, facts, *listeners)
 
     def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
         """Do the rounds, then publish the models that are missing."""
@@ -211,8 +224,10 @@ class Compression:
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
+                    partial(self.log.whole, show.say),
                 )
-            show.published(published[target.folder].manifest["publishing"])
+            publishing = published[target.folder].manifest["publishing"]
+            show.published(target.name, target.remove, publishing)
         return published
 
     def _judge(self, journal: Journal) -> Judge:

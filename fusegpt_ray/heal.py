@@ -59,6 +59,10 @@ class Healer:
         stack = rounds[-1].stack.swap(trained.saved.blocks)
         healed = Done(self._record(trained), stack, trained.saved.files)
         self.journal.commit_healed(removed, key, healed)
+        told = ("losses", "held_out", "states_bytes_read", "seconds")
+        written = sum(file.size for file in healed.files.values())
+        about = {key: healed.record[key] for key in told}
+        self.show.tell("healed", model=name, removed=removed, **about, bytes_written=written)
         return healed
 
     def _train(self, name: str, stack: Stack, key: str) -> Trained:
@@ -76,12 +80,14 @@ class Healer:
         )
         tokens, parts = self.windows.tokens, task.config.parts
         self.show.stage(f"healing {name} on {tokens:,} tokens", parts)
+        self.show.training(tokens // parts, model=name)
 
         def news(item: News) -> None:
             if isinstance(item, str):
                 self.show.say(item)
             else:
-                self.show.epoch(item[0], parts, item[1], "part")
+                number, loss, held_out = item
+                self.show.epoch(number, parts, loss, "part", held_out)
 
         trained = train_span(self.workers, task, news)
         at = lowest(trained.held_out)

@@ -49,6 +49,8 @@ class Judge:
             name: self._of_dense_blocks(self.dense, windows.tokens_WT)
             for name, windows in self.held_out.items()
         }
+        found = {name: {"dense": value} for name, value in self._dense.items()}
+        self.show.tell("perplexity", model="dense", removed=0, perplexity=found)
 
     def measure(self, folder: str, stages: Mapping[str, Stack], published: Stack) -> dict[str, Any]:
         """The proof that the model in `folder` is the stack of the last stage, and perplexities.
@@ -61,6 +63,8 @@ class Judge:
         windows = next((item.tokens_WT for item in self.held_out.values()), self.windows)
         proof = evaluation.prove(self.workers, published, folder, stack, windows)
         found = {name: self._perplexities(name, stages, published) for name in self.held_out}
+        told = {"model": folder.rsplit("/", 1)[-1], "removed": len(self.dense) - len(stack)}
+        self.show.tell("perplexity", **told, perplexity=found)
         return {"perplexity": found, "proof": asdict(proof)}
 
     def _perplexities(

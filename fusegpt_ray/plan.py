@@ -33,6 +33,7 @@ from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
 from fusegpt_ray.text_sections import GeneratedText, Text
+from fusegpt_ray.tracking.trackers import check_trackers
 from fusegpt_ray.workers.base import Setup
 
 P = ParamSpec("P")
@@ -144,6 +145,7 @@ def _planned(
     recipe: Recipe, show: Display, check: Checks, restart: bool = False, looks: bool = False
 ) -> Plan | None:
     """None if there is a mistake; the checks that need what another one found are left out then."""
+    check(check_trackers, recipe.output.track)
     check(shares, recipe.calibration, recipe.calibration.windows, "calibration", WINDOWS)
     there = check(find_model, recipe.model, window_lengths(recipe))
     if there is None:

@@ -32,6 +32,7 @@ from fusegpt_ray.sections import (
     Preset,
     Search,
     Seed,
+    one_or_many,
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
 from fusegpt_ray.text_sections import GeneratedText, Section, Texts
@@ -39,15 +40,11 @@ from fusegpt_ray.text_sections import GeneratedText, Section, Texts
 S = TypeVar("S", bound=Section)
 
 
-def _one_or_many(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
-
 class Recipe(Section):
     """One compression run."""
 
     model: Model
-    sparsity: Annotated[tuple[float, ...], BeforeValidator(_one_or_many)] = (0.25,)
+    sparsity: Annotated[tuple[float, ...], BeforeValidator(one_or_many)] = (0.25,)
     """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
     run."""
     preset: Preset = "best"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -49,9 +50,12 @@ def _one(root: type[BaseModel], first: Any, name: str) -> UserError:
         )
     if first["type"] == "missing":
         return UserError(key, None, "missing", f"add {key} to the recipe")
-    return UserError(
-        key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], f"change {key}"
-    )
+    fix = f"change {key}"
+    if first["type"] == "literal_error" and isinstance(first["input"], str):
+        names = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+        for near in difflib.get_close_matches(first["input"], names, n=1):
+            fix = f"did you mean {near}"
+    return UserError(key, shown(first["input"]), first["msg"][0].lower() + first["msg"][1:], fix)
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:

@@ -1,11 +1,12 @@
 """What a person sees while a run goes on: one live display on a terminal, plain lines elsewhere.
-Always on stderr.
+Always on stderr. What is shown is told to listeners as well, in numbers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,10 +22,13 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from fusegpt_ray.store.retry import retries
 from fusegpt_ray.text.protocol import described, stages, warnings
 
 SHOWN = 12
 """Names that a line shows."""
+Listener = Callable[[str, Mapping[str, Any]], None]
+"""Hears of each event in a run: its name, and JSON values that tell of it. It never raises."""
 
 
 class _Live:
@@ -70,10 +74,28 @@ class Display(_Live):
         self._stage, self._note = "starting", ""
         self._round_seconds: list[float] = []
         self._round_began = 0.0
+        self._listeners: tuple[Listener, ...] = ()
+        self._about: Mapping[str, Any] = {}
+        self._tokens, self._since, self._retries = 0, time.monotonic(), retries()
+
+    @contextmanager
+    def heard(self, *listeners: Listener) -> Iterator[None]:
+        """While the block lasts, these hear of all that happens."""
+        before, self._listeners = self._listeners, (*self._listeners, *listeners)
+        try:
+            yield
+        finally:
+            self._listeners = before
+
+    def tell(self, event: str, **values: Any) -> None:
+        """To whoever listens; a person is not shown it."""
+        for listener in self._listeners:
+            listener(event, values)
 
     def stage(self, text: str, total: int | None = None) -> None:
         """What is being done now."""
-        self._stage, self._note = text, ""
+        self._stage, self._note, self._since = text, "", time.monotonic()
+        self.tell("stage", doing=text)
         self._bar.remove_task(self._task)  # a total once set cannot be unset
         self._task = self._bar.add_task(text, total=total, note="")
         if not self.console.is_terminal:
@@ -96,7 +118,29 @@ class Display(_Live):
         scoring = f": scoring {blocks} blocks" if blocks else ""
         self.stage(f"round {number}/{rounds}{scoring}")
 
-    def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
+    def training(self, tokens: int, **about: Any) -> None:
+        """What the epochs that follow belong to, and how many tokens each of them passes."""
+        self._tokens, self._about = tokens, about
+
+    def epoch(
+        self,
+        number: int,
+        epochs: int,
+        loss: float,
+        what: str = "epoch",
+        held_out: float | None = None,
+    ) -> None:
+        """The seconds that are told of the first one include the states before it."""
+        now = time.monotonic()
+        seconds, self._since = max(now - self._since, 1e-9), now
+        self.tell(
+            what,
+            **self._about,
+            **{what: number, f"{what}s": epochs, "loss": loss},
+            **({} if held_out is None else {"held_out": held_out}),
+            seconds=round(seconds, 3),
+            tokens_per_second=round(self._tokens / seconds, 1),
+        )
         self._note = f" ({what} {number}/{epochs}, loss {loss:.4g})"
         self._bar.update(
             self._task,
@@ -116,7 +160,20 @@ class Display(_Live):
         if not self.console.is_terminal and number % max(1, parts // 5) == 0:
             self.say(f"  {number}/{parts}")
 
-    def round_ends(self, number: int, rounds: int, losses: list[float]) -> None:
+    def round_ends(
+        self, number: int, rounds: int, record: Mapping[str, Any], bytes_written: int
+    ) -> None:
+        """`record`: what the manifest will tell of it; see `rounds.py`."""
+        told = ("removed", "group", "losses", "states_bytes_read", "seconds")
+        self.tell(
+            "round",
+            round=number,
+            rounds=rounds,
+            **{key: record[key] for key in told},
+            bytes_written=bytes_written,
+            retries=self._new_retries(),
+        )
+        losses = record["losses"]
         self._round_seconds.append(time.monotonic() - self._round_began)
         left = (rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         ends = [f"{loss:.4g}" for loss in (*losses[:1], *losses[1:][-1:])]  # of one epoch one
@@ -124,8 +181,15 @@ class Display(_Live):
         rest = f", about {duration(left)} left" if number < rounds else ""
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
-    def published(self, publishing: Mapping[str, Any]) -> None:
+    def _new_retries(self) -> int:
+        """How often this process has tried something again with a store since it was last asked."""
+        before, self._retries = self._retries, retries()
+        return self._retries - before
+
+    def published(self, model: str, removed: int, publishing: Mapping[str, Any]) -> None:
         """How fast a model's shards were written; see a manifest's "publishing"."""
+        about = {"model": model, "removed": removed, **publishing}
+        self.tell("published", **about, retries=self._new_retries())
         size, rate = byte_count(publishing["bytes"]), publishing["gb_per_second"]
         self.say(f"  {size} written and read back, {rate:.2g} GB/s")
 

@@ -74,7 +74,8 @@ class Rounds:
                 raise
             self.journal.commit(number, done[-1])
             self.journal.let_go(done, wanted)
-            self.show.round_ends(number, total, done[-1].record["losses"])
+            written = sum(file.size for file in done[-1].files.values())
+            self.show.round_ends(number, total, done[-1].record, written)
         return done
 
     def _round(self, number: int, before: list[Done], total: int) -> Done:
@@ -88,6 +89,8 @@ class Rounds:
                 total - len(before),
             )
             self.show.say(f"  {ranking.in_words(self.recipe.chosen_by)}")
+            told = {"lowest": ranking.lowest, **ranking.to_record(), "seconds": score_seconds}
+            self.show.tell("scores", round=number, metric=self.recipe.chosen_by, **told)
         donor = ranking.lowest if ranking else self._next(before)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):

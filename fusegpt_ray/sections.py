@@ -4,9 +4,9 @@ against each other. No torch.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from fusegpt_ray.specs import METRIC_SPECS, Counting, MetricSpec
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
@@ -18,6 +18,7 @@ Method = Literal[
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -25,6 +26,11 @@ MOST = 10_000_000
 """The largest count that a recipe may ask for: a larger one is a slip, which would otherwise be
 found out only when the memory runs out."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+
+
+def one_or_many(value: Any) -> Any:
+    """A list may be left out around a single value."""
+    return value if isinstance(value, list | tuple) else [value]
 
 
 def _unambiguous(uri: str) -> str:
@@ -283,3 +289,7 @@ class Output(Section):
     """First part of the published folders' names."""
     shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)
     """Largest safetensors file."""
+    track: Annotated[tuple[Tracker, ...], BeforeValidator(one_or_many)] = ()
+    """Where curves of the run are drawn while it works, one or a list. `tensorboard`: files in
+    `<uri>/<name>.tensorboard/`. `wandb`, `mlflow`, `trackio`: by these libraries, as their own
+    environment variables say. Left out: nowhere; `metrics.jsonl` is written in any case."""

@@ -141,6 +141,7 @@ class Tournament:
                 left[number].held_out, left[number].micro_batch = held_out, micro_batch
                 self._keep(entrants)
                 self.show.say(f"  {left[number].in_words()}")
+                self.show.tell("trial", **vars(left[number]))
 
         asked = cluster.micro_batch or heal.batch
         before = [entrant.micro_batch for entrant in entrants if entrant.micro_batch]

@@ -17,12 +17,13 @@ import ray
 import torch
 from ray._private import ray_constants
 
-from fusegpt_ray.distributed import images, text
+from fusegpt_ray.distributed import images, monitor, text
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.device import pick_dtype
+from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
@@ -110,6 +111,9 @@ class RayWorkers:
             "workers": self.training_workers,
             "zero_stage": self.setup.cluster.zero_stage,
         }
+
+    def monitor(self, run: str) -> Listener:
+        return monitor.listener(run)
 
     def tokens(
         self, text_of: Text, key: str, reading: Reading = PACKED

@@ -8,6 +8,7 @@ from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.fusion.repair import Repaired
 from fusegpt_ray.methods.base import Change, Round
 from fusegpt_ray.methods.repairing import repaired
+from fusegpt_ray.samples import tokens_of
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.workers.base import News
@@ -35,6 +36,7 @@ def train_group(round: Round, fuse: bool) -> Change:
     verb = "fusing" if fuse else "fine-tuning"
     what = f"{verb} blocks {group[0]}–{group[-1]} without {round.donor}"
     round.show.stage(f"round {round.number}: {what}", settings.epochs)
+    round.show.training(tokens_of(round.windows).size, round=round.number)
     for line in fusion.other_kinds():
         round.show.say(f"  {line}")
 

@@ -15,7 +15,7 @@ from typing import Any
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from fusegpt_ray.store.checkpoint import INDEX, choice
-from fusegpt_ray.store.manifest import MANIFEST, unusable
+from fusegpt_ray.store.manifest import MANIFEST, METRICS, unusable
 
 WEIGHTS = (
     ".safetensors",
@@ -31,7 +31,7 @@ WEIGHTS = (
     ".pkl",
 )
 CONFIG = "config.json"
-OWN = {CONFIG, INDEX, MANIFEST, "README.md"}
+OWN = {CONFIG, INDEX, MANIFEST, METRICS, "README.md"}
 """Written anew for the published model."""
 _TOKENIZER = re.compile(
     r".+\.(json|txt|model|jinja2?|tiktoken|spm|vocab|bpe|codes|tokenizer)|.*tokenizer\.model.*|(vocab|merges|chat_template)\..*",

@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -28,6 +29,7 @@ from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
 from fusegpt_ray.store.fence import Fence, nobody_else
+from fusegpt_ray.store.manifest import METRICS
 from fusegpt_ray.store.writer import Entry, plan_shards
 
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
@@ -56,11 +58,13 @@ def publish(
     measure: Measure = lambda _: {},
     fence: Fence = nobody_else,
     put_them: Put = put_shards,
+    metrics: Callable[[], bytes] | None = None,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
     `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
     before every write, and raises if another run writes there. `put_them` writes the shards.
+    `metrics`: the events so far of the run that made it, if they go along.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -70,13 +74,7 @@ def publish(
     if storage.exists(storage.join(folder, MANIFEST)):
         raise FileExistsError(f"a finished model is already at {folder}")
     files: dict[str, FileRecord] = {}
-
-    def put(name: str, data: bytes) -> None:
-        fence()
-        storage.write(storage.join(folder, name), data)
-        files[name] = FileRecord.of(data)
-        read_back(storage.join(folder, name), files[name])
-
+    put = partial(_put, folder, files, fence)
     entries = list(model_entries(stack, dense))
     shards = plan_shards(entries, shard_bytes)
     written, publishing = _put_shards(folder, shards, fence, put_them)
@@ -101,10 +99,20 @@ def publish(
     }
     card = model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config))
     put("README.md", card.encode())
+    if metrics:
+        put(METRICS, metrics())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def _put(folder: str, files: dict[str, FileRecord], fence: Fence, name: str, data: bytes) -> None:
+    """Write a small file, and note it in `files`."""
+    fence()
+    storage.write(storage.join(folder, name), data)
+    files[name] = FileRecord.of(data)
+    read_back(storage.join(folder, name), files[name])
 
 
 def _put_shards(

@@ -22,6 +22,7 @@ from fusegpt_ray.run.done import let_go_of, needed_files
 from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
+from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import DamagedRecord, damage, opened, sealed
@@ -92,6 +93,7 @@ class Journal:
         say: Callable[[str], None],
         doing: Callable[[], str],
         facts: Mapping[str, Any],
+        log: MetricsLog | None = None,
     ) -> Iterator[Journal]:
         """This journal for writing: while the block lasts, no other run has the name.
 
@@ -103,7 +105,7 @@ class Journal:
             OwnedByAnother: another run has the name, or took it over.
         """
         folders = storage.missing_folders(self.folder)
-        with Lease.take(self.folder, say, doing, facts) as lease:
+        with Lease.take(self.folder, say, doing, facts, log) as lease:
             names = storage.names(self.folder)
             saved = any(name.startswith(_GOES_ON) for name in names)
             journal = Journal(self.folder, lease, saved, ours="identity.json" not in names)

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened, sealed
 
@@ -143,7 +144,8 @@ class Fence:
 
 
 class Lease:
-    """One process's ownership of a run's name. While the block lasts, a thread renews it.
+    """One process's ownership of a run's name. While the block lasts, a thread renews it, and
+    writes what is new of the run's events.
 
     A sign that cannot be written is left out: it tells of the run and must not end it. If an
     exception ends the block, a last sign names it, and the next run need not wait. After a block
@@ -156,9 +158,10 @@ class Lease:
         owner: Owner,
         doing: Callable[[], str],
         facts: Mapping[str, Any],
+        log: MetricsLog,
     ) -> None:
         self.folder, self.fence = folder, Fence(folder, owner.id)
-        self._owner, self._doing, self._facts = owner, doing, facts
+        self._owner, self._doing, self._facts, self._log = owner, doing, facts, log
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
@@ -169,6 +172,7 @@ class Lease:
         say: Say,
         doing: Callable[[], str] = str,
         facts: Mapping[str, Any] | None = None,
+        log: MetricsLog | None = None,
     ) -> Lease:
         """Own the name: at once, or when its last owner has ended or its lease has expired.
 
@@ -181,7 +185,9 @@ class Lease:
             claim(folder, last, owner)
             now = Standing.look(folder)  # what is there tells who won
             if now and now.owner.id == owner.id:
-                return cls(folder, owner, doing, facts or {})
+                log = log or MetricsLog()
+                log.begin(folder, now.generation)
+                return cls(folder, owner, doing, facts or {}, log)
             if now:
                 raise _at_work(folder, now)
 
@@ -231,6 +237,7 @@ class Lease:
         with contextlib.suppress(Exception):  # whatever the store raises; or the name is lost
             self.fence.check()
             storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), retry_for=0)
+            self._log.write()
 
 
 def claim(folder: str, last: Standing | None, owner: Owner) -> bool:

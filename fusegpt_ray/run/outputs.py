@@ -28,7 +28,7 @@ while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
 """What a published model's folder is called."""
 _NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|search|lease)-\d+"
-RUN_FILE = re.compile(rf"\.?({_NAMES})\.json(\.[0-9a-f]{{8}})?|blocks/.+")
+RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 GENERATED = "generated-{}"
 """The folder of a text that a dense model wrote, by what shaped it; see `generation.py`."""

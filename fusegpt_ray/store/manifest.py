@@ -16,6 +16,8 @@ from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.uris import refuse_secret, shown
 
 MANIFEST = "fusegpt.json"
+METRICS = "metrics.jsonl"
+"""In a published model: the events of the run that made it."""
 FORMAT = 1
 PULLING = ".fusegpt-pull"
 """Marks a folder that `fusegpt pull` is filling."""

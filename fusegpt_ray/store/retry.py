@@ -16,6 +16,7 @@ import errno
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -103,6 +104,15 @@ def retry_seconds() -> float:
     return float(os.environ.get("FUSEGPT_RETRY_SECONDS", "120"))
 
 
+_counting = threading.Lock()
+_retries = 0
+
+
+def retries() -> int:
+    """How often this process has tried an operation again."""
+    return _retries
+
+
 def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) -> T:
     """Call `verb`, and call it again while the store fails in a way that may pass.
 
@@ -134,6 +144,9 @@ def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) 
                     f"{'tries' if attempt else 'try'}",
                 ) from error
         attempt += 1
+        with _counting:
+            global _retries
+            _retries += 1
         time.sleep(pause)
 
 

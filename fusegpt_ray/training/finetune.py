@@ -191,7 +191,7 @@ def learn(
 
     def done(number: int, loss: float) -> None:
         if worker.rank == 0:
-            worker.report((number, loss))
+            worker.report((number, loss, validation.losses[-1] if validation else None))
 
     validation = None
     if task.held_out is not None:

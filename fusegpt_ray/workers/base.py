@@ -22,6 +22,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Listener
 from fusegpt_ray.sections import Cluster, Dtype, Importance
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.album import Album
@@ -30,8 +31,9 @@ from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 
 R = TypeVar("R")
-News = tuple[int, float] | str
-"""From training workers: an epoch's number (from 1) with its mean loss, or a line of text."""
+News = tuple[int, float, float | None] | str
+"""From training workers: an epoch's number (from 1), its mean loss, and that of held-out windows
+after it, if there are any; or a line of text."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ class Workers(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
+
+    def monitor(self, run: str) -> Listener:
+        """Tells the cluster's own monitoring, where there is one, of the run of this name."""
 
     def tokens(
         self, text: Text, key: str, reading: Reading = PACKED

@@ -16,6 +16,7 @@ from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.report import Listener
 from fusegpt_ray.text import album
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, token_stream
@@ -89,6 +90,9 @@ class LocalWorkers:
     @property
     def training_setup(self) -> Mapping[str, str | int]:
         return {"engine": "local", "device": self.device.type}
+
+    def monitor(self, run: str) -> Listener:
+        return lambda event, values: None
 
     def tokens(
         self, text: Text, key: str, reading: Reading = PACKED

@@ -42,8 +42,15 @@ class StoppedInHealing(Watching):
         super().__init__()
         self.name, self.part, self.healed = name, part, list[tuple[str, int]]()
 
-    def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
-        super().epoch(number, epochs, loss, what)
+    def epoch(
+        self,
+        number: int,
+        epochs: int,
+        loss: float,
+        what: str = "epoch",
+        held_out: float | None = None,
+    ) -> None:
+        super().epoch(number, epochs, loss, what, held_out)
         if what == "part":
             name = self.doing.split()[1]
             self.healed.append((name, number))

@@ -182,11 +182,11 @@ def test_news_comes_at_once_in_order_and_once() -> None:
         await mailbox.post(TASK)
         waiting = await begun(mailbox.outcome(SOON))
         assert not waiting.done()
-        await mailbox.report((1, 0.5))
-        assert (await waiting).news == [(1, 0.5)]
-        await mailbox.report((2, 0.25))
+        await mailbox.report((1, 0.5, None))
+        assert (await waiting).news == [(1, 0.5, None)]
+        await mailbox.report((2, 0.25, 0.5))
         await mailbox.report("a line")
-        assert (await mailbox.outcome(SOON)).news == [(2, 0.25), "a line"]
+        assert (await mailbox.outcome(SOON)).news == [(2, 0.25, 0.5), "a line"]
         assert await mailbox.outcome(0.01) == Outcome()
 
     asyncio.run(asyncio.wait_for(run(), 10))

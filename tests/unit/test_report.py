@@ -159,7 +159,7 @@ class DyingInTraining(Watching):
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         self.rounds.append(number)
 
-    def epoch(self, number: int, epochs: int, loss: float, what: str = "epoch") -> None:
+    def epoch(self, *_: Any, **__: Any) -> None:
         if self.rounds[-1] == self.stop:
             raise KeyboardInterrupt
 
