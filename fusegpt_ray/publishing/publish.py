@@ -18,6 +18,7 @@ from typing import Any
 
 from fusegpt_ray.model.companions import without_code
 from fusegpt_ray.model.config import auto_class
+from fusegpt_ray.model.licence import licence_of
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
@@ -94,6 +95,7 @@ def publish(
         **measured,
         "publishing": publishing,
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
+        **({"license": licence} if (licence := licence_of(source)) else {}),
         "dense_blocks": len(dense),
         "kept": list(stack.kept),
         "left_out": left_out(source, dense),
