@@ -22,8 +22,9 @@ from fusegpt_ray.model.source import MANIFEST
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.preflight import Target, check_tokens, name_taken
-from fusegpt_ray.publishing.publish import Published, publish
+from fusegpt_ray.publishing.publish import Published, no_extras, publish
 from fusegpt_ray.report import Display
+from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Done, Journal
@@ -200,6 +201,7 @@ class Compression:
             stages = self._stages(done[: target.remove], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             stack = [*stages.values()][-1]
+            draw = partial(beside_model, target.name, show.say)
             with journal.creating():
                 published[target.folder] = publish(
                     target.folder,
@@ -211,6 +213,7 @@ class Compression:
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
+                    draw if recipe.output.report else no_extras,
                 )
             show.published(published[target.folder].manifest["publishing"])
         return published

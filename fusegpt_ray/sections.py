@@ -283,3 +283,6 @@ class Output(Section):
     """First part of the published folders' names."""
     shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)
     """Largest safetensors file."""
+    report: bool = True
+    """Whether each model comes with `report.html` and with pictures in its card: a few seconds and
+    1 MB."""

@@ -32,7 +32,10 @@ WEIGHTS = (
 )
 CONFIG = "config.json"
 CARD = "README.md"
-OWN = {CONFIG, INDEX, MANIFEST, CARD}
+REPORT = "report.html"
+PICTURES = {"scores": "scores.png", "groups": "groups.png", "healing": "healing.png"}
+"""The charts of a report that a model card shows, by what `reporting/charts.py` calls them."""
+OWN = {CONFIG, INDEX, MANIFEST, CARD, REPORT, *PICTURES.values()}
 """Written anew for the published model."""
 _TOKENIZER = re.compile(
     r".+\.(json|txt|model|jinja2?|tiktoken|spm|vocab|bpe|codes|tokenizer)|.*tokenizer\.model.*|(vocab|merges|chat_template)\..*",

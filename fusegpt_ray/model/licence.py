@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model.companions import CARD
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.store import storage
@@ -43,6 +44,8 @@ def _header(source: Source) -> Any:
         text = storage.read(storage.join(source.folder, CARD), storage.SMALL).decode()
         found = _HEADER.match(text)
         return yaml.safe_load(found[1]) if found else None
+    except StorageError:
+        raise
     except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or none that is one
         return None
 

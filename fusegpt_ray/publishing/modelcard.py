@@ -17,12 +17,15 @@ FOLDER = "<this folder>"
 HEALED = "; then all blocks trained together to the dense model's next-token distributions"
 
 
-def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
+def model_card(
+    name: str, manifest: Mapping[str, Any], auto_class: str, pictures: Mapping[str, str]
+) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
         manifest: as in `fusegpt.json`, without its files.
         auto_class: the class of transformers whose `from_pretrained` loads the model.
+        pictures: their titles by the names of their files, which lie beside the card.
     """
     source, removed = manifest["source"], manifest["removed"]
     about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
@@ -44,6 +47,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
     ]
     lines += _search(manifest)
+    lines += [line for file, title in pictures.items() for line in ("", f"![{title}]({file})")]
     if less := manifest.get("fewer_at_once"):
         lines.append(
             "Fewer windows at once than the recipe says, beyond rounding with the same result:"

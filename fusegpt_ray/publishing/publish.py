@@ -42,6 +42,25 @@ class Published:
     manifest: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A file for people that lies beside the model."""
+
+    name: str
+    data: bytes
+    title: str = ""
+    """Of a picture, which the card shows."""
+
+
+Illustrate = Callable[[Mapping[str, Any]], Sequence[Extra]]
+"""Makes such files of the manifest, which is whole but for its list of files."""
+
+
+def no_extras(_: Mapping[str, Any]) -> Sequence[Extra]:
+    """Nothing lies beside the model."""
+    return ()
+
+
 Measure = Callable[[Stack], Mapping[str, Any]]
 """Measures the published model, given as its stack, before the manifest is written. It returns
 facts for the manifest, and raises if the model is not what it should be."""
@@ -57,11 +76,13 @@ def publish(
     measure: Measure = lambda _: {},
     fence: Fence = nobody_else,
     put_them: Put = put_shards,
+    illustrate: Illustrate = no_extras,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
     `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
     before every write, and raises if another run writes there. `put_them` writes the shards.
+    `illustrate` makes what lies beside them.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -86,8 +107,8 @@ def publish(
         put(INDEX, json.dumps(_index(shards), indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name in source.small_files:
-        put(name, without_code(name, storage.read(storage.join(source.folder, name))))
+    for file in source.small_files:
+        put(file, without_code(file, storage.read(storage.join(source.folder, file))))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
     manifest: dict[str, Any] = {
         "format": 1,
@@ -101,7 +122,12 @@ def publish(
         "left_out": left_out(source, dense),
         "versions": versions(),
     }
-    card = model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config))
+    extras = illustrate(manifest)
+    for extra in extras:
+        put(extra.name, extra.data)
+    pictures = {extra.name: extra.title for extra in extras if extra.title}
+    name = folder.rsplit("/", 1)[-1]
+    card = model_card(name, manifest, auto_class(stack.config), pictures)
     put("README.md", card.encode())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
