@@ -110,18 +110,8 @@ def publish(
     for file in source.small_files:
         put(file, without_code(file, storage.read(storage.join(source.folder, file))))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
-    manifest: dict[str, Any] = {
-        "format": 1,
-        **facts,
-        **measured,
-        "publishing": publishing,
-        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
-        **({"license": licence} if (licence := licence_of(source)) else {}),
-        "dense_blocks": len(dense),
-        "kept": list(stack.kept),
-        "left_out": left_out(source, dense),
-        "versions": versions(),
-    }
+    told = {**facts, **measured, "publishing": publishing}
+    manifest: dict[str, Any] = {"format": 1, **told, **_about(stack, dense, source)}
     extras = illustrate(manifest)
     for extra in extras:
         put(extra.name, extra.data)
@@ -133,6 +123,19 @@ def publish(
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
     return Published(folder, manifest)
+
+
+def _about(stack: Stack, dense: Stack, source: Source) -> dict[str, Any]:
+    """What a manifest tells of the model and of where it comes from."""
+    licence = licence_of(source)
+    return {
+        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
+        **({"license": licence} if licence else {}),
+        "dense_blocks": len(dense),
+        "kept": list(stack.kept),
+        "left_out": left_out(source, dense),
+        "versions": versions(),
+    }
 
 
 def _put_shards(

@@ -133,7 +133,9 @@ def _groups(facts: Facts) -> Chart | None:
         )
     )
     if several:
-        legend = alt.Legend(orient="top", gradientLength=200, format="d", tickMinStep=1)
+        last = rows[-1][0]
+        some = [*range(1, last + 1, max(1, last // 5))]
+        legend = alt.Legend(orient="top", gradientLength=200, format="d", values=some)
         scale = alt.Scale(range=COLOURS)
         line = line.encode(color=alt.Color("round:Q", scale=scale, legend=legend), detail="round:N")
     return _chart(

@@ -43,6 +43,9 @@ def test_a_model_comes_with_its_report_and_pictures(
     written = (model / "report.html").read_text()
     assert main(["report", str(model), "--output", str(tmp_path / "again.html")]) == 0
     assert written == (tmp_path / "again.html").read_text() and len(drawn(written)) == 5
+    colours = [spec.get("encoding", {}).get("color", {}) for spec in drawn(written)]
+    (rounds,) = [colour for colour in colours if colour.get("field") == "round"]
+    assert rounds["legend"]["values"] == [1, 2]
 
     shown = re.findall(r"!\[(.+)\]\((.+)\)", (model / "README.md").read_text())
     assert {file for _, file in shown} == PICTURES

@@ -18,6 +18,7 @@ from models import DEPTH, open_stack
 from published_models import FACTS, KEPT, dressed, load, published, same_logits, shortened
 
 from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.publishing.publish import Published, publish
 
 
@@ -103,13 +104,13 @@ def test_a_local_folder_is_not_taken_for_a_hub_model(
 
 
 def card_with(
-    header: str, files: list[str], source: Path, out: Path, revision: str | None = None
+    said: str, files: list[str], source: Path, out: Path, revision: str | None = None
 ) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """The card, and the manifest, of a model whose source has this card and these files; a hub's
     where a revision is given."""
     shutil.copytree(source, out / "source")
-    if header:
-        (out / "source/README.md").write_text(header)
+    if said:
+        (out / "source/README.md").write_text(said)
     for name in files:
         (out / "source" / name).write_text("do as you like")
     dense = open_stack(out / "source")
@@ -160,8 +161,8 @@ LICENCES: dict[str, tuple[str, list[str], str | None, dict[str, Any], str]] = {
 def test_the_sources_licence_goes_along(
     name: str, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    header, files, revision, said, told = LICENCES[name]
-    front, body, manifest = card_with(header, files, checkpoint("llama"), tmp_path, revision)
+    top, files, revision, said, told = LICENCES[name]
+    front, body, manifest = card_with(top, files, checkpoint("llama"), tmp_path, revision)
     assert {key: front[key] for key in OTHER.keys() & front.keys()} == said
     assert manifest.get("license", {}) == said
     assert told in body.split("## Licence")[1]
@@ -179,3 +180,27 @@ def test_the_hub_can_read_the_card(checkpoint: Callable[[str], Path], tmp_path: 
         11.75,
         {"length": 9},
     )
+    assert result.dataset_type == "held-out", "no path is told"
+
+
+def test_datasets_of_the_hub_are_named() -> None:
+    wiki = {"data": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "revision": None}
+    recipe = {
+        "calibration": {"data": [wiki, {"data": "own/text.jsonl"}, {"generate": True}]},
+        "heal": {"data": "allenai/c4"},
+        "evaluation": {"wiki": wiki | {"split": "test"}},
+    }
+    manifest = FACTS | {
+        "source": {"name": "a/b", "on_hub": True},
+        "recipe": recipe,
+        "perplexity": {"wiki": {"dense": 5.0, "fused": 6.0, "length": 9, "bos": True}},
+    }
+    front = yaml.safe_load(header("x", manifest, "AutoModelForCausalLM").strip("-"))
+    assert front["datasets"] == ["Salesforce/wikitext", "allenai/c4"]
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {
+        "name": "wiki",
+        "type": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+    }
