@@ -19,7 +19,7 @@ from fusegpt_ray.commands.compress import compress
 from fusegpt_ray.commands.measure import evaluate, score
 from fusegpt_ray.commands.options import say_outcome
 from fusegpt_ray.commands.planning import init, plan, validate
-from fusegpt_ray.commands.published import pull, verify
+from fusegpt_ray.commands.published import publish, pull, verify
 from fusegpt_ray.commands.report import report
 from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.errors import StorageError, UserError
@@ -27,7 +27,7 @@ from fusegpt_ray.errors import StorageError, UserError
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (init, validate, plan, compress, compare),
     "Look into models": (score, evaluate),
-    "Use what was published": (pull, verify),
+    "Use what was published": (pull, verify, publish),
     "Follow runs and tidy up": (status, report, clean),
 }
 """In the order of the help."""

@@ -24,6 +24,7 @@ from fusegpt_ray.plan import Plan
 from fusegpt_ray.preflight import Target, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display
+from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Done, Journal
@@ -224,7 +225,13 @@ class Compression:
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
-                    partial(self.log.whole, show.say),
+                    partial(
+                        beside_model,
+                        target.name,
+                        show.say,
+                        recipe.output.report,
+                        partial(self.log.whole, show.say),
+                    ),
                 )
             publishing = published[target.folder].manifest["publishing"]
             show.published(target.name, target.remove, publishing)

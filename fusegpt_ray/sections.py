@@ -293,3 +293,6 @@ class Output(Section):
     """Where curves of the run are drawn while it works, one or a list. `tensorboard`: files in
     `<uri>/<name>.tensorboard/`. `wandb`, `mlflow`, `trackio`: by these libraries, as their own
     environment variables say. Left out: nowhere; `metrics.jsonl` is written in any case."""
+    report: bool = True
+    """Whether each model comes with `report.html` and with pictures in its card: a few seconds and
+    1 MB."""

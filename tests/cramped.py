@@ -91,7 +91,7 @@ def tune_many(_: int, folder: Path, out: Path, more: int | None) -> None:
             "calibration": {"data": "unused", "windows": MANY, "length": 64},
             "fusion": {"group_size": 2, "epochs": 1, "batch": TRAINED, "rank": 4, "lora_rank": 4},
             "cluster": {"engine": "local"},
-            "output": {"uri": str(out.parent), "name": "x"},
+            "output": {"uri": str(out.parent), "name": "x", "report": False},
         }
     )
     dense, windows = open_stack(folder), token_windows(MANY, 64).numpy()
@@ -124,7 +124,7 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
                 "loss": loss,
             },
             "cluster": {"engine": "local"},
-            "output": {"uri": str(out.parent), "name": "x"},
+            "output": {"uri": str(out.parent), "name": "x", "report": False},
         }
     )
     dense, windows = open_stack(folder), token_windows(SCORED, LENGTH).numpy()

@@ -59,7 +59,7 @@ class Material:
             "model": {"source": str(self.model)},
             "calibration": {"data": str(self.calibration)},
             "evaluation": {"heldout": {"data": str(self.heldout)}},
-            "output": {"uri": str(output), "name": "tiny"},
+            "output": {"uri": str(output), "name": "tiny", "report": False},
         }
         return _merge(_merge(SETTINGS, files), changes)
 

@@ -1,8 +1,9 @@
-"""Use what was published: `pull` and `verify`."""
+"""Use what was published: `pull`, `verify` and `publish`."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import click
 
@@ -65,3 +66,55 @@ def verify(context: click.Context, uri: str, as_json: bool) -> None:
             click.echo(f"good: {told}")
     if not result["good"]:
         context.exit(1)
+
+
+@click.command()
+@click.argument("uri", metavar="URI", help=PUBLISHED)
+@click.argument("repo", metavar="REPO", help="Repository of the hub: owner/name.")
+@click.option(
+    "--private/--public",
+    default=None,
+    help="Who may see a new repository (left out: as the owner's account has it).",
+)
+@click.option(
+    "--revision",
+    default="main",
+    metavar="BRANCH",
+    help="Branch; made if need be (default: main).",
+)
+@click.option("--message", metavar="TEXT", help="Of the commit (left out: the model's name).")
+@json_option
+@quiet_option
+def publish(
+    uri: str,
+    repo: str,
+    private: bool | None,
+    revision: str,
+    message: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Send a published model to the Hugging Face hub.
+
+    It is verified first, and appears there in one commit. The token is that of HF_TOKEN or of `hf
+    auth login`. Run again after a failure, it goes on with what the hub has received.
+    """
+    from rich.console import Console
+
+    from fusegpt_ray.publishing.upload import upload
+    from fusegpt_ray.report import Transfer
+
+    def display() -> Transfer:
+        return Transfer(Console(stderr=True, quiet=True) if quiet else None)
+
+    try:
+        done = upload(
+            uri, repo, private=private, revision=revision, message=message, display=display
+        )
+    except KeyboardInterrupt as stop:
+        stop.add_note(GOES_ON)
+        raise
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+    else:
+        click.echo(f"{done.url}{'' if done.new else ' holds this model already'}")

@@ -31,7 +31,11 @@ WEIGHTS = (
     ".pkl",
 )
 CONFIG = "config.json"
-OWN = {CONFIG, INDEX, MANIFEST, METRICS, "README.md"}
+CARD = "README.md"
+REPORT = "report.html"
+PICTURES = {"scores": "scores.png", "groups": "groups.png", "healing": "healing.png"}
+"""The charts of a report that a model card shows, by what `reporting/charts.py` calls them."""
+OWN = {CONFIG, INDEX, MANIFEST, METRICS, CARD, REPORT, *PICTURES.values()}
 """Written anew for the published model."""
 _TOKENIZER = re.compile(
     r".+\.(json|txt|model|jinja2?|tiktoken|spm|vocab|bpe|codes|tokenizer)|.*tokenizer\.model.*|(vocab|merges|chat_template)\..*",
@@ -100,7 +104,7 @@ def taken(files: Iterable[str]) -> list[str]:
 def small(files: Iterable[str]) -> list[str]:
     """Of a hub model's files those that are fetched before its weights: what says which and how."""
     files = list(files)
-    return [*taken(files), *(name for name in (CONFIG, INDEX) if name in files)]
+    return [*taken(files), *(name for name in (CONFIG, INDEX, CARD) if name in files)]
 
 
 def may_be_part(folder: str) -> bool:

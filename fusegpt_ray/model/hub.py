@@ -34,7 +34,7 @@ def snapshot(
 
     problem = "no such folder here, and the hub does not give it"
     fix = f"{FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
-    with _quiet(), reading_users_file(key, name, problem, fix):
+    with quiet(), reading_users_file(key, name, problem, fix):
         try:
             files = [
                 file.rfilename
@@ -80,7 +80,7 @@ def headers(name: str, commit: str, shards: Sequence[str], key: str) -> dict[str
 
     refs = {}
     problem, fix = "the hub does not give the headers of its weights", "fetch the model first"
-    with _quiet(), reading_users_file(key, name, problem, fix):
+    with quiet(), reading_users_file(key, name, problem, fix):
         for shard in shards:
             found = HfApi().parse_safetensors_file_metadata(name, shard, revision=commit)
             for tensor, about in found.tensors.items():
@@ -94,7 +94,7 @@ def headers(name: str, commit: str, shards: Sequence[str], key: str) -> dict[str
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the hub client's own progress bars and remarks: our display is the one display."""
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,

@@ -1,4 +1,6 @@
-"""The README.md of a published model: what it is, how it was made, what it costs in perplexity."""
+"""The README.md of a published model: what it is, how it was made, what it costs in perplexity, how
+to use it, and under which licence it stands.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +8,24 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
+FOLDER = "<this folder>"
+"""What stands in the card's commands for where the model is."""
 HEALED = "; then all blocks trained together to the dense model's next-token distributions"
 
 
-def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
+def model_card(
+    name: str, manifest: Mapping[str, Any], auto_class: str, pictures: Mapping[str, str]
+) -> str:
     """Markdown with the front matter that the Hugging Face hub reads.
 
     Args:
         manifest: as in `fusegpt.json`, without its files.
         auto_class: the class of transformers whose `from_pretrained` loads the model.
+        pictures: their titles by the names of their files, which lie beside the card.
     """
     source, removed = manifest["source"], manifest["removed"]
     about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
@@ -25,7 +33,7 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     if "healing" in manifest:
         about = about.replace(", nothing trained", "") + HEALED
     lines = [
-        *_front_matter(source),
+        header(name, manifest, auto_class),
         f"# {name}",
         "",
         (
@@ -33,26 +41,25 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
             f" decoder blocks removed: {about}."
         ),
         "",
-        "An ordinary checkpoint with fewer layers; no custom code:",
-        "",
-        "```python",
-        f"from transformers import {auto_class}, AutoTokenizer",
-        f'model = {auto_class}.from_pretrained("<this folder>")',
-        'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
-        "```",
-        "",
         *_measured(manifest),
         "",
         *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
         f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
     ]
     lines += _search(manifest)
+    lines += [line for file, title in pictures.items() for line in ("", f"![{title}]({file})")]
     if less := manifest.get("fewer_at_once"):
         lines.append(
             "Fewer windows at once than the recipe says, beyond rounding with the same result:"
             f" {less}."
         )
+    if (seed := manifest["recipe"].get("seed")) is not None:
+        lines += ["", f"Seed: {seed}, for everything that is drawn at random."]
     lines += [
+        "",
+        *_use(auto_class),
+        "",
+        "## How it was made",
         "",
         (
             "`fusegpt.json` holds every round's scores and losses, and each file's size and sha256."
@@ -63,15 +70,69 @@ def model_card(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
         json.dumps(manifest["recipe"], indent=1),
         "```",
         "",
-        "The source model's licence applies.",
+        "## Licence",
+        "",
+        _licence(manifest),
         "",
     ]
     return "\n".join(lines)
 
 
-def _front_matter(source: Mapping[str, Any]) -> list[str]:
-    base = [f"base_model: {source['name']}"] if source["on_hub"] else []
-    return ["---", "library_name: transformers", "tags: [fusegpt, depth-pruning]", *base, "---"]
+def _use(auto_class: str) -> list[str]:
+    """Commands that load, serve and quantise it."""
+    sees = auto_class == "AutoModelForImageTextToText"
+    kept = ["re:.*lm_head", *(["re:.*vision.*", "re:.*projector.*"] if sees else [])]
+    return [
+        "## Use it",
+        "",
+        f"An ordinary checkpoint with fewer layers; no custom code. `{FOLDER}` is where it is, or",
+        "the name of its repository on the hub.",
+        "",
+        "```python",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f'model = {auto_class}.from_pretrained("{FOLDER}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{FOLDER}")',
+        'prompt = tokenizer("Once upon a time", return_tensors="pt")',
+        "tokens = model.generate(**prompt, max_new_tokens=40)",
+        "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
+        "```",
+        "",
+        "Serve it with [vLLM](https://docs.vllm.ai):",
+        "",
+        "```bash",
+        f'vllm serve "{FOLDER}"',
+        "```",
+        "",
+        "Quantise it next with [llm-compressor](https://docs.vllm.ai/projects/llm-compressor),"
+        " after the lines above:",
+        "",
+        "```python",
+        "from llmcompressor import oneshot",
+        "from llmcompressor.modifiers.quantization import QuantizationModifier",
+        "",
+        f"kept = {json.dumps(kept)}",
+        'recipe = QuantizationModifier(targets="Linear", scheme="FP8_DYNAMIC", ignore=kept)',
+        "oneshot(model=model, recipe=recipe)",
+        f'model.save_pretrained("{FOLDER}-FP8")',
+        f'tokenizer.save_pretrained("{FOLDER}-FP8")',
+        "```",
+    ]
+
+
+def _licence(manifest: Mapping[str, Any]) -> str:
+    """What is known of the licence that came with the source."""
+    said = manifest.get("license")
+    if not said:
+        return (
+            f"{manifest['source']['name']} came without word of its licence. Whatever it is, it"
+            " applies to this model, too."
+        )
+    names = said.get("license_name") or said["license"]
+    name = ", ".join(names) if isinstance(names, list) else names
+    link = said.get("license_link")
+    named = f"[{name}]({link})" if isinstance(link, str) else name
+    return f"That of {manifest['source']['name']}: {named}."
 
 
 def _which(manifest: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from fusegpt_ray.model.companions import without_code
 from fusegpt_ray.model.config import auto_class
+from fusegpt_ray.model.licence import licence_of
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.modelcard import model_card
@@ -29,7 +30,6 @@ from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
 from fusegpt_ray.store.fence import Fence, nobody_else
-from fusegpt_ray.store.manifest import METRICS
 from fusegpt_ray.store.writer import Entry, plan_shards
 
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
@@ -41,6 +41,25 @@ class Published:
 
     uri: str
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A file for people that lies beside the model."""
+
+    name: str
+    data: bytes
+    title: str = ""
+    """Of a picture, which the card shows."""
+
+
+Illustrate = Callable[[Mapping[str, Any]], Sequence[Extra]]
+"""Makes such files of the manifest, which is whole but for its list of files."""
+
+
+def no_extras(_: Mapping[str, Any]) -> Sequence[Extra]:
+    """Nothing lies beside the model."""
+    return ()
 
 
 Measure = Callable[[Stack], Mapping[str, Any]]
@@ -58,13 +77,13 @@ def publish(
     measure: Measure = lambda _: {},
     fence: Fence = nobody_else,
     put_them: Put = put_shards,
-    metrics: Callable[[], bytes] | None = None,
+    illustrate: Illustrate = no_extras,
 ) -> Published:
     """Write the model of `stack` to `folder`, in the dense checkpoint's dtypes.
 
     `facts` and those that `measure` finds go into the manifest and the card. `fence` is called
     before every write, and raises if another run writes there. `put_them` writes the shards.
-    `metrics`: the events so far of the run that made it, if they go along.
+    `illustrate` makes what lies beside them.
 
     Raises:
         StorageError: the store failed. No manifest is written then, nor in the next case.
@@ -83,24 +102,18 @@ def publish(
         put(INDEX, json.dumps(_index(shards), indent=2).encode())
     config = with_true_ties(shrink_config(stack), stack)
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
-    for name in source.small_files:
-        put(name, without_code(name, storage.read(storage.join(source.folder, name))))
+    for file in source.small_files:
+        put(file, without_code(file, storage.read(storage.join(source.folder, file))))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
-    manifest: dict[str, Any] = {
-        "format": 1,
-        **facts,
-        **measured,
-        "publishing": publishing,
-        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
-        "dense_blocks": len(dense),
-        "kept": list(stack.kept),
-        "left_out": left_out(source, dense),
-        "versions": versions(),
-    }
-    card = model_card(folder.rsplit("/", 1)[-1], manifest, auto_class(stack.config))
+    told = {**facts, **measured, "publishing": publishing}
+    manifest: dict[str, Any] = {"format": 1, **told, **_about(stack, dense, source)}
+    extras = illustrate(manifest)
+    for extra in extras:
+        put(extra.name, extra.data)
+    pictures = {extra.name: extra.title for extra in extras if extra.title}
+    name = folder.rsplit("/", 1)[-1]
+    card = model_card(name, manifest, auto_class(stack.config), pictures)
     put("README.md", card.encode())
-    if metrics:
-        put(METRICS, metrics())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
     storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
@@ -113,6 +126,19 @@ def _put(folder: str, files: dict[str, FileRecord], fence: Fence, name: str, dat
     storage.write(storage.join(folder, name), data)
     files[name] = FileRecord.of(data)
     read_back(storage.join(folder, name), files[name])
+
+
+def _about(stack: Stack, dense: Stack, source: Source) -> dict[str, Any]:
+    """What a manifest tells of the model and of where it comes from."""
+    licence = licence_of(source)
+    return {
+        "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
+        **({"license": licence} if licence else {}),
+        "dense_blocks": len(dense),
+        "kept": list(stack.kept),
+        "left_out": left_out(source, dense),
+        "versions": versions(),
+    }
 
 
 def _put_shards(

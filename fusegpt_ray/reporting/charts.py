@@ -20,6 +20,8 @@ ROW = 24
 
 @dataclass(frozen=True)
 class Chart:
+    name: str
+    """For programs; unique, but that of a perplexity, of which there is one for each text."""
     title: str
     caption: str
     """One sentence: what is to be seen."""
@@ -53,6 +55,7 @@ def _perplexities(facts: Facts) -> Iterator[Chart]:
         level = alt.Y("dense:Q", title="perplexity")
         dense = alt.Chart().mark_rule(strokeDash=[4, 4]).encode(y=level)
         yield _chart(
+            "perplexity",
             f"Perplexity on {text}",
             "Lower is better; the dashed line is the dense model.",
             ("stage", "perplexity"),
@@ -90,6 +93,7 @@ def _scores(facts: Facts) -> Chart | None:
         .encode(tooltip=tips)
     )
     return _chart(
+        "scores",
         f"{how[0].upper()}{how[1:]} of each block, round by round",
         "Each round removes the block marked with a cross, the one with the lowest score; scores of"
         " blocks that could no longer be the lowest were left as estimates.",
@@ -129,10 +133,13 @@ def _groups(facts: Facts) -> Chart | None:
         )
     )
     if several:
-        legend = alt.Legend(orient="top", gradientLength=200, format="d", tickMinStep=1)
+        last = rows[-1][0]
+        some = [*range(1, last + 1, max(1, last // 5))]
+        legend = alt.Legend(orient="top", gradientLength=200, format="d", values=some)
         scale = alt.Scale(range=COLOURS)
         line = line.encode(color=alt.Color("round:Q", scale=scale, legend=legend), detail="round:N")
     return _chart(
+        "groups",
         "Loss of each group",
         "Mean loss of the blocks around the removed one while they were trained, "
         + ("a line for each round." if several else "a point for each round."),
@@ -169,6 +176,7 @@ def _healing(facts: Facts) -> Chart | None:
         )
     )
     return _chart(
+        "healing",
         "Healing",
         "Loss (KL divergence from the dense model, in nats a token, and what heal.hidden adds) over"
         " the parts of the training; the state with the lowest held-out loss is kept.",
@@ -191,6 +199,7 @@ def _seconds(facts: Facts) -> Chart | None:
         )
     )
     return _chart(
+        "seconds",
         "Seconds by stage",
         "All rounds together, as the run itself took the time; opening the model, reading texts and"
         " measuring perplexity are not among them.",
@@ -215,6 +224,7 @@ def _losses(values: Iterable[float]) -> alt.Scale:
 
 
 def _chart(
+    name: str,
     title: str,
     caption: str,
     columns: Sequence[str],
@@ -231,7 +241,7 @@ def _chart(
     wide: dict[str, Any] = {"width": "container", "height": height}
     spec = {**drawn.properties(data=alt.Data(values=values)).to_dict(), **wide}
     del spec["$schema"]  # an address; vega-embed is told what this is
-    return Chart(title, caption, columns, rows, spec)
+    return Chart(name, title, caption, columns, rows, spec)
 
 
 def _drawable(cell: Cell) -> Cell:

@@ -18,6 +18,8 @@ from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.text.protocol import stages
 
+WEIGHTS = ".safetensors"
+
 
 class _Part(BaseModel):
     """Keys that a report does not show may be anything."""
@@ -139,7 +141,7 @@ class Facts(_Part):
     recipe: dict[str, Any]
     dense_blocks: NonNegativeInt | None = None
     bytes: int | None = None
-    """Of the published model."""
+    """Of the published model's weights."""
     planned: list[Planned] = []
     rounds: list[Round]
     perplexity: dict[str, Perplexity] = {}
@@ -215,13 +217,13 @@ def facts(uri: str) -> Facts:
         problem = f"holds several models or runs: {names}"
         raise UserError(KEY, there.uri, problem, "give the folder of one of them")
     folder = found[0] if found else Folder(there.uri, there.files)
-    if folder.run and not folder.finished:
-        told = _under_way(folder.run)
-    else:
-        manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
-        told = {**manifest.data, "state": "published", "bytes": manifest.size}
+    name = folder.name.removesuffix(".run")
     try:
-        return Facts.model_validate({**told, "name": folder.name.removesuffix(".run")})
+        if folder.run and not folder.finished:
+            return Facts.model_validate({**_under_way(folder.run), "name": name})
+        manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
+        weights = (file.size for key, file in manifest.files.items() if key.endswith(WEIGHTS))
+        return of_manifest(name, manifest.data, sum(weights))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part)[:99] for part in first["loc"])
@@ -232,6 +234,16 @@ def facts(uri: str) -> Facts:
             f" {first['msg'].lower()}",
             "give one that this version of fusegpt wrote",
         ) from error
+
+
+def of_manifest(name: str, manifest: Mapping[str, Any], size: int) -> Facts:
+    """Of a published model called `name`, whose weights have `size` bytes.
+
+    Raises:
+        ValidationError: the manifest has another shape.
+    """
+    told = {**manifest, "name": name, "state": "published", "bytes": size}
+    return Facts.model_validate(told)
 
 
 def _under_way(run: Run) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def published(model: Path, folder: Path, engine: str) -> dict[str, Any]:
         "evaluation": {"chats": {"data": str(folder / "seen.jsonl"), "windows": 3}},
         "importance": {"windows": 4, "batch": 2},
         "cluster": {"engine": engine},
-        "output": {"uri": str(folder / engine), "name": "shallow"},
+        "output": {"uri": str(folder / engine), "name": "shallow", "report": False},
     }
     (found,) = compress(Recipe.parse(given))
     weights = Path(found.uri) / "model.safetensors"

@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 from models import DEPTH, open_stack
 from published_models import FACTS, KEPT, dressed, load, published, same_logits, shortened
 
 from fusegpt_ray.model.source import MANIFEST, Source
+from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.publishing.publish import Published, publish
 
 
@@ -71,12 +73,14 @@ def test_the_cards_python_runs(
 ) -> None:
     source = dressed(checkpoint(name), tmp_path / "source")
     published(source, tmp_path / "out")
-    (code,) = re.findall(
+    code, quantising = re.findall(
         r"```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), re.DOTALL
     )
     names: dict[str, Any] = {}
     exec(code.replace("<this folder>", str(tmp_path / "out")), names)
     assert same_logits(names["model"].eval(), load(tmp_path / "out"))
+    compile(quantising, "README.md", "exec")  # llm-compressor is not installed here
+    assert set(re.findall(r"\b(model|tokenizer)\.", quantising)) <= names.keys()
 
 
 def test_a_hub_model_is_named_as_the_base(
@@ -97,3 +101,106 @@ def test_a_local_folder_is_not_taken_for_a_hub_model(
     dense = open_stack(Path("models/llama"))
     publish("out", shortened(dense), dense, Source.find("models/llama", None), 10**9, FACTS)
     assert "base_model" not in card_of(Path("out"))[0]
+
+
+def card_with(
+    said: str, files: list[str], source: Path, out: Path, revision: str | None = None
+) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """The card, and the manifest, of a model whose source has this card and these files; a hub's
+    where a revision is given."""
+    shutil.copytree(source, out / "source")
+    if said:
+        (out / "source/README.md").write_text(said)
+    for name in files:
+        (out / "source" / name).write_text("do as you like")
+    dense = open_stack(out / "source")
+    where = Source("a-lab/base", revision, str(out / "source")) if revision else None
+    where = where or Source.find(str(out / "source"), None)
+    found = publish(str(out / "made"), shortened(dense), dense, where, 10**9, FACTS)
+    return *card_of(out / "made"), found.manifest
+
+
+OTHER = {"license": "other", "license_name": "tiny", "license_link": "LICENSE"}
+LICENCES: dict[str, tuple[str, list[str], str | None, dict[str, Any], str]] = {
+    "named": ("---\nlicense: mit\n---\n", [], None, {"license": "mit"}, ": mit."),
+    "its own": (
+        f"---\n{yaml.safe_dump(OTHER)}---\n",
+        ["LICENSE"],
+        None,
+        OTHER,
+        ": [tiny](LICENSE).",
+    ),
+    "a link that is left": (
+        f"---\n{yaml.safe_dump(OTHER)}---\n",
+        [],
+        "v2",
+        OTHER | {"license_link": "https://huggingface.co/a-lab/base/blob/v2/LICENSE"},
+        "a-lab/base: [tiny](https://huggingface.co/a-lab/base/blob/v2/LICENSE).",
+    ),
+    "a file alone": (
+        "# no header",
+        ["LICENSE.txt"],
+        None,
+        {"license": "other", "license_link": "LICENSE.txt"},
+        ": [other](LICENSE.txt).",
+    ),
+    "several": (
+        "---\nlicense: [mit, gpl]\n---\n",
+        [],
+        None,
+        {"license": ["mit", "gpl"]},
+        "mit, gpl",
+    ),
+    "unknown": ("", [], None, {}, "came without word of its licence"),
+    "nonsense": ("---\nlicense: {a: 1}\n---\n", [], None, {}, "came without word"),
+    "no YAML": ("---\nlicense: [\n---\n", [], None, {}, "came without word"),
+}
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_the_sources_licence_goes_along(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    top, files, revision, said, told = LICENCES[name]
+    front, body, manifest = card_with(top, files, checkpoint("llama"), tmp_path, revision)
+    assert {key: front[key] for key in OTHER.keys() & front.keys()} == said
+    assert manifest.get("license", {}) == said
+    assert told in body.split("## Licence")[1]
+
+
+def test_the_hub_can_read_the_card(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Its own library reads the results back as they were measured."""
+    published(checkpoint("llama"), tmp_path / "demo-p40")
+    card = ModelCard.load(tmp_path / "demo-p40/README.md").data
+    assert card.model_name == "demo-p40" and card.pipeline_tag == "text-generation"
+    (result,) = card.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value, result.metric_args) == (
+        "held-out",
+        "perplexity",
+        11.75,
+        {"length": 9},
+    )
+    assert result.dataset_type == "held-out", "no path is told"
+
+
+def test_datasets_of_the_hub_are_named() -> None:
+    wiki = {"data": "Salesforce/wikitext", "config": "wikitext-2-raw-v1", "revision": None}
+    recipe = {
+        "calibration": {"data": [wiki, {"data": "own/text.jsonl"}, {"generate": True}]},
+        "heal": {"data": "allenai/c4"},
+        "evaluation": {"wiki": wiki | {"split": "test"}},
+    }
+    manifest = FACTS | {
+        "source": {"name": "a/b", "on_hub": True},
+        "recipe": recipe,
+        "perplexity": {"wiki": {"dense": 5.0, "fused": 6.0, "length": 9, "bos": True}},
+    }
+    front = yaml.safe_load(header("x", manifest, "AutoModelForCausalLM").strip("-"))
+    assert front["datasets"] == ["Salesforce/wikitext", "allenai/c4"]
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {
+        "name": "wiki",
+        "type": "Salesforce/wikitext",
+        "config": "wikitext-2-raw-v1",
+        "split": "test",
+    }

@@ -42,7 +42,7 @@ def asked(model: Path, folder: Path, **more: Any) -> dict[str, Any]:
         "evaluation": {"chats": {"data": str(held)}},
         "importance": {"windows": 4, "batch": 2},
         "cluster": {"engine": "local"},
-        "output": {"uri": str(folder / "out"), "name": "shallow"},
+        "output": {"uri": str(folder / "out"), "name": "shallow", "report": False},
     }
     return given | more
 

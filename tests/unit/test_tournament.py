@@ -95,7 +95,7 @@ def parsed(place: Infirmary, **search: Any) -> Recipe:
             "heal": HEAL,
             "search": search,
             "cluster": {"engine": "local"},
-            "output": {"uri": str(place.out), "name": "demo"},
+            "output": {"uri": str(place.out), "name": "demo", "report": False},
         }
     )
 

@@ -1,0 +1,64 @@
+"""Under which licence a model stands, as its card or its files say it, in the words of the hub."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from fusegpt_ray.errors import StorageError
+from fusegpt_ray.model.companions import CARD
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.store import storage
+
+_HEADER = re.compile(r"\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
+_FILE = re.compile(r"(licen[cs]e|copying)[^/]*", re.IGNORECASE)
+
+Licence = dict[str, str | list[str]]
+"""`license` (a short name of the hub's, such as apache-2.0), and where that is "other",
+`license_name` and `license_link`: each only where it is known."""
+
+
+def licence_of(source: Source) -> Licence:
+    """What the source's card says, or else which file holds its licence; nothing if neither does.
+
+    A link leads to a file that goes along, or to an address.
+    """
+    said = _said(_header(source))
+    files = [name for name in source.small_files if _FILE.fullmatch(name)]
+    if not said and files:
+        return {"license": "other", "license_link": files[0]}
+    link = said.get("license_link")
+    if isinstance(link, str) and "://" not in link and link not in source.small_files:
+        del said["license_link"]
+        if source.on_hub:
+            revision = source.revision or "main"
+            said["license_link"] = f"https://huggingface.co/{source.name}/blob/{revision}/{link}"
+    return said
+
+
+def _header(source: Source) -> Any:
+    """The YAML at the top of the card; anybody may have written it."""
+    try:
+        text = storage.read(storage.join(source.folder, CARD), storage.SMALL).decode()
+        found = _HEADER.match(text)
+        return yaml.safe_load(found[1]) if found else None
+    except StorageError:
+        raise
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or none that is one
+        return None
+
+
+def _said(header: Any) -> Licence:
+    if not isinstance(header, dict) or not _is_name(header.get("license")):
+        return {}
+    keys = ("license", "license_name", "license_link")
+    return {key: header[key] for key in keys if _is_name(header.get(key))}
+
+
+def _is_name(value: Any) -> bool:
+    """A line of text, or several."""
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, str) and _is_name(item) for item in value)
+    return isinstance(value, str) and 0 < len(value) <= 500 and value.isprintable()
