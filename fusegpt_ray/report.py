@@ -5,11 +5,12 @@ Always on stderr.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -223,3 +224,49 @@ def score_table(result: Mapping[str, Any]) -> Table:
         mark = "  ← lowest" if row["block"] == result["lowest"] else ""
         table.add_row(str(row["block"]), f"{row['score']:.6f}{mark}")
     return table
+
+
+def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `pipeline.evaluate`, on a terminal."""
+    beside = any("against" in row for row in rows)
+    table = Table("text", "model", "perplexity", title="perplexity")
+    if beside:
+        for name in ("difference in nats", "95 % interval", "perplexity ×", "more than noise"):
+            table.add_column(name)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        cells = [escape(row["data"]), escape(row["model"]), f"{row['perplexity']:.4f}"]
+        table.add_row(*cells, *(_difference(row.get("against")) if beside else ()))
+    return table
+
+
+def _difference(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """The cells of a row's "against"."""
+    if found is None or "problem" in found:
+        yield from "––––"
+        return
+    ends = found["interval"]
+    yield f"{found['difference']:+.4f}"
+    yield "–" if ends is None else " … ".join(f"{end:+.4f}" for end in ends)
+    yield f"{found['ratio']:.4f}"
+    yield {True: "yes", False: "no", None: "too few windows"}[found["distinguishable"]]
+
+
+def perplexity_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `perplexity_table` leaves unsaid: the protocols, what the difference is, and where there
+    is none.
+    """
+    notes = dict.fromkeys(f"{row['data']}: {row['protocol']}" for row in rows)
+    found = [(row, row["against"]) for row in rows if "against" in row]
+    for _, against in found:
+        if "problem" not in against:
+            told = (
+                f"difference: mean loss of a token, less that of {against['model']}; interval: of"
+            )
+            notes[f"{told} {against['resamples']} resamples of the windows, in pairs"] = None
+    for row, against in found:
+        if "problem" in against:
+            what = f"{row['model']} and {against['model']} on {row['data']}"
+            notes[f"{what}: no difference is told, because {against['problem']}"] = None
+    return list(notes)
