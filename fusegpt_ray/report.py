@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from fusegpt_ray.text.protocol import described, stages, warnings
 
@@ -229,9 +229,10 @@ def score_table(result: Mapping[str, Any]) -> Table:
 def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """The rows of `pipeline.evaluate`, on a terminal."""
     beside = any("against" in row for row in rows)
-    table = Table("text", "model", "perplexity", title="perplexity")
+    names = (Column(name, overflow="fold") for name in ("text", "model"))  # wrapped, never cut
+    table = Table(*names, "perplexity")
     if beside:
-        for name in ("difference in nats", "95 % interval", "perplexity ×", "more than noise"):
+        for name in ("difference", "95 % interval", "ratio", "noise?"):
             table.add_column(name)
     for column in table.columns[2:]:
         column.justify = "right"
@@ -250,21 +251,21 @@ def _difference(found: Mapping[str, Any] | None) -> Iterator[str]:
     yield f"{found['difference']:+.4f}"
     yield "–" if ends is None else " … ".join(f"{end:+.4f}" for end in ends)
     yield f"{found['ratio']:.4f}"
-    yield {True: "yes", False: "no", None: "too few windows"}[found["distinguishable"]]
+    yield {True: "no", False: "maybe", None: "too few windows"}[found["distinguishable"]]
 
 
 def perplexity_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What `perplexity_table` leaves unsaid: the protocols, what the difference is, and where there
     is none.
     """
-    notes = dict.fromkeys(f"{row['data']}: {row['protocol']}" for row in rows)
+    notes = dict.fromkeys(row["protocol"] for row in rows)
     found = [(row, row["against"]) for row in rows if "against" in row]
     for _, against in found:
         if "problem" not in against:
-            told = (
-                f"difference: mean loss of a token, less that of {against['model']}; interval: of"
-            )
-            notes[f"{told} {against['resamples']} resamples of the windows, in pairs"] = None
+            first, resamples = against["model"], against["resamples"]
+            told = f"difference: mean loss of a token in nats, less that of {first}; ratio: of the"
+            told += f" perplexities; interval: {resamples} resamples of the windows, in pairs"
+            notes[f"{told}; noise?: maybe, where it holds 0"] = None
     for row, against in found:
         if "problem" in against:
             what = f"{row['model']} and {against['model']} on {row['data']}"

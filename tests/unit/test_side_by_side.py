@@ -125,9 +125,10 @@ def test_the_table(three: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch
     far = rows[2]["against"]
     low, high = far["interval"]
     ends = f"{low:+.4f} … {high:+.4f}"
-    assert cells[2][3:] == [f"{far['difference']:+.4f}", ends, f"{far['ratio']:.4f}", "yes"]
-    assert f"a.txt: {rows[0]['protocol']}" in shown
-    assert "less that of model; interval: of 10000 resamples" in shown
+    assert cells[2][3:] == [f"{far['difference']:+.4f}", ends, f"{far['ratio']:.4f}", "no"]
+    assert cells[1][-1] == ("no" if rows[1]["against"]["distinguishable"] else "maybe")
+    assert rows[0]["protocol"] in shown.splitlines()
+    assert "less that of model; ratio: of the perplexities; interval: 10000 resamples" in shown
 
 
 def test_of_few_windows_no_interval_is_told(three: Desk, capsys: Capture) -> None:
