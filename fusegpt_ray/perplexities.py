@@ -43,7 +43,7 @@ class Measured:
     """Fingerprint of the windows: equal where they are the same tokens."""
     losses: Losses
     loss: float
-    """Their mean."""
+    """Their mean, which is finite."""
 
     def row(self, first: Measured) -> dict[str, Any]:
         """{"model", the protocol's keys, "perplexity", "loss", "targets", "protocol"}, the loss in
@@ -72,8 +72,11 @@ class Measured:
 def check_several(models: Sequence[str], texts: Sequence[Evaluation], revision: str | None) -> None:
     """
     Raises:
-        UserError: a model or a text is given twice, or a revision of one of several models.
+        UserError: a model or a text is given twice, or none is, or a revision of several models.
     """
+    for key, given in (("model.source", models), (f"{KEY}.data", texts)):
+        if not given:
+            raise UserError(key, [], "none is given", "name at least one")
     places = [_place(name) for name in models]
     for number, place in enumerate(places):
         if (first := places.index(place)) < number:
@@ -111,11 +114,12 @@ def _length(text: Evaluation) -> int:
     """Tokens of its windows."""
     if length := text.length_or(0):
         return length
-    raise UserError(f"{KEY}.length", None, "missing", "give the tokens a window, such as 2048")
+    fix = "give the tokens a window, such as 2048"
+    raise UserError(f"{KEY}.length", None, f"missing for {text.label}", fix)
 
 
 def measure(
-    workers: Workers, model: OpenedModel, name: str, texts: Sequence[Evaluation], show: Display
+    workers: Workers, model: OpenedModel, texts: Sequence[Evaluation], show: Display
 ) -> list[Measured]:
     """A model on each of the texts, all of which are read first.
 
@@ -134,8 +138,8 @@ def measure(
         with explained(model.stack, model.source.name, workers.dtype):
             losses = evaluation.losses(workers, model.stack, windows.tokens_WT)
             loss = losses.mean
-        tokens = fingerprint(windows.tokens_WT)
-        found.append(Measured(name, text, windows.protocol, tokens, losses, loss))
+        named = (model.source.name, text, windows.protocol, fingerprint(windows.tokens_WT))
+        found.append(Measured(*named, losses, loss))
     return found
 
 

@@ -114,28 +114,27 @@ def evaluate(
         revision: of a hub model, if there is only one model.
 
     Raises:
-        UserError: a model or a text cannot be used, or is given twice.
+        UserError: a model or a text cannot be used, is given twice, or there is none.
     """
     names = [model] if isinstance(model, str) else list(model)
     texts = [data] if isinstance(data, Evaluation) else list(data)
     check_several(names, texts, revision)
-    several = len(names) > 1
+    more = {"revision": revision, "dtype": dtype}
+    asked = [Recipe.check(Model, {"source": name, **more}, "model") for name in names]
+    several, measured = len(names) > 1, []
     with display or Display() as show:
         opened = []
-        for name in names:
-            asked = {"source": name, "revision": revision, "dtype": dtype}
-            which = Recipe.check(Model, asked, "model")
-            with naming(name if several else ""):
+        for which in asked:
+            with naming(which.source if several else ""):
                 opened.append(open_for(which, texts, show))
-        measured = []
-        for number, (name, this) in enumerate(zip(names, opened, strict=True), 1):
+        for number, (which, found) in enumerate(zip(asked, opened, strict=True), 1):
             if several:
-                show.say(f"model {number}/{len(names)}: {name}")
-            setup = Setup(this.source, this.stack, cluster or Cluster(), which.dtype)
-            with naming(name if several else ""), open_workers(setup, show) as workers:
-                measured += measure(workers, this, name, texts, show)
-    found = rows(measured)
-    return {**(found[0] if len(found) == 1 else {}), "results": found}
+                show.say(f"model {number}/{len(names)}: {which.source}")
+            setup = Setup(found.source, found.stack, cluster or Cluster(), which.dtype)
+            with naming(which.source if several else ""), open_workers(setup, show) as workers:
+                measured += measure(workers, found, texts, show)
+    results = rows(measured)
+    return {**(results[0] if len(results) == 1 else {}), "results": results}
 
 
 def open_workers(setup: Setup, show: Display) -> Workers:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from fusegpt_ray import Evaluation, evaluate, pipeline
 from fusegpt_ray.bootstrap import paired_difference
 from fusegpt_ray.cli import main
+from fusegpt_ray.errors import UserError
 
 WINDOWS = 9
 Capture = pytest.CaptureFixture[str]
@@ -197,4 +198,14 @@ def test_without_a_length_a_text_that_is_not_published_is_refused(
     desk: Desk, capsys: Capture
 ) -> None:
     assert main(["evaluate", "model", "--data", "heldout.txt"]) == 2
-    assert "--length = None: missing. Fix: give the tokens a window" in capsys.readouterr().err
+    assert (
+        "--length = None: missing for heldout.txt. Fix: give the tokens a window"
+        in capsys.readouterr().err
+    )
+
+
+def test_nothing_to_measure_is_said() -> None:
+    with pytest.raises(UserError, match="none is given"):
+        evaluate([], Evaluation(data="heldout.txt", length=LENGTH))
+    with pytest.raises(UserError, match="none is given"):
+        evaluate("model", [])
