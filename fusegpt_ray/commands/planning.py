@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, recipe_options
+from fusegpt_ray.commands.options import display, json_option, recipe_options, say_outcome
 from fusegpt_ray.errors import UserError
 
 
@@ -50,7 +50,7 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
         click.echo(json.dumps({"good": not found, "mistakes": rows}))
     else:
         for error in found:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+            say_outcome("error:", error)
         if not found:
             click.echo(f"good: {recipe}")
     if found:
