@@ -77,7 +77,7 @@ class Compression:
         drawing = {"calibration": text.model_dump(mode="json"), "leading": dict(leading)}
         for name, held in recipe.evaluation.items():
             key = f"evaluation.{name}"
-            length = held.length or text.length
+            length = held.length_or(text.length)
             more = (f"{key}.data", text.pack, text.images)
             held_out[name] = shared.once(
                 key,

@@ -325,7 +325,7 @@ def _evaluation(
     done = flops = 0
     for text in texts:
         assert text.windows, "its number is given"
-        windows, length = text.windows * blocks, text.length or recipe.calibration.length
+        windows, length = text.windows * blocks, text.length_or(recipe.calibration.length)
         done, flops = done + windows, flops + windows * block_flops(dense, length)
     return Stage("evaluation", done, flops)
 

@@ -13,6 +13,7 @@ from fusegpt_ray.text import mixture, windows
 from fusegpt_ray.text.calibration import PACKED, Reading, Stream
 from fusegpt_ray.text.documents import APART
 from fusegpt_ray.text.fresh import fresh_windows
+from fusegpt_ray.text.published import published_windows
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.text_sections import GeneratedText, Texts
 from fusegpt_ray.workers.base import Workers
@@ -52,6 +53,8 @@ def evaluation_windows(
     Raises:
         UserError: the text cannot be used.
     """
+    if text.published:
+        return published_windows(text, workers.setup.source.tokenizer(), length, leading, key)
     if images if text.images is None else text.images:
         return evaluation_samples(workers, text, length, key)
     packed = pack if text.pack is None else text.pack

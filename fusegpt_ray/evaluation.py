@@ -5,15 +5,16 @@ Shapes: W windows, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fusegpt_ray.model.memory import find_batch_size
-from fusegpt_ray.model.perplexity import perplexity as perplexity_of
-from fusegpt_ray.model.perplexity import window_losses
+from fusegpt_ray.model.perplexity import mean_loss, window_losses
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
@@ -28,26 +29,49 @@ TASKS_EACH = 4
 """Tasks for each replica, so that fast ones do more than slow ones."""
 
 
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Of a model, window by window. The same to the last bit on any number of replicas."""
+
+    mean_W: np.ndarray
+    """float64 [W]: the mean cross-entropy of each window's targets, in nats; NaN where it has none.
+    """
+    targets_W: np.ndarray
+    """int64 [W]: how many these are."""
+
+    @property
+    def mean(self) -> float:
+        """Over all targets, in nats; its exp is the perplexity (see `model/perplexity.py`).
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        return mean_loss(torch.from_numpy(self.mean_W), self.targets_W.tolist())
+
+
 def perplexity(workers: Workers, stack: Stack, windows: Batch) -> float:
-    """Of the stack as a model, over these windows (see `model/perplexity.py`).
+    """Of the stack as a model, over these windows.
 
     Raises:
         FloatingPointError: it is not finite.
     """
+    return math.exp(losses(workers, stack, windows).mean)
 
+
+def losses(workers: Workers, stack: Stack, windows: Batch) -> Losses:
+    """Of the stack as a model, on each of these windows."""
     counted_WS = predicted(windows)
     every = tokens_of(windows).shape[1] - 1
-    targets = [every] * len(windows) if counted_WS is None else counted_WS.sum(axis=1).tolist()
+    targets_W = np.full(len(windows), every) if counted_WS is None else counted_WS.sum(axis=1)
 
-    def attempt(batch_size: int) -> float:
+    def attempt(batch_size: int) -> np.ndarray:
         pieces = workers.replicas * (1 if workers.streams else TASKS_EACH)
         parts = _split(windows, batch_size, pieces)
         tasks = [(stack, part) for part in parts]
-        losses = dict(workers.map(_losses, tasks, batch_size))
-        in_order = [losses[number] for number in range(len(parts))]
-        return perplexity_of(torch.from_numpy(np.concatenate(in_order)), targets)
+        found = dict(workers.map(_losses, tasks, batch_size))
+        return np.concatenate([found[number] for number in range(len(parts))])
 
-    return _fitting(workers, attempt, "evaluation")
+    return Losses(_fitting(workers, attempt, "evaluation"), targets_W)
 
 
 def compare_source(workers: Workers, windows: Batch) -> Plain:

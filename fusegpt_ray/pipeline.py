@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.compression import Compression
-from fusegpt_ray.drawing import calibration_windows, evaluation_windows
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.drawing import calibration_windows
 from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.model.finite import explained
+from fusegpt_ray.perplexities import check_several, measure, naming, open_for, rows
 from fusegpt_ray.plan import find_model, leading_tokens, open_model, plan
 from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Cluster, Evaluation, Model
-from fusegpt_ray.text import calibration
 from fusegpt_ray.workers.base import Setup, Workers
 
 
@@ -94,43 +93,48 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
 
 
 def evaluate(
-    model: str,
-    data: Evaluation,
+    model: str | Sequence[str],
+    data: Evaluation | Sequence[Evaluation],
     *,
     revision: str | None = None,
     dtype: str = "auto",
     cluster: Cluster | None = None,
     display: Display | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of any checkpoint over consecutive windows of a text, or over the answers of
-    conversations with images: {"model", "data", "windows",
-    "length", "bos", "perplexity"}.
+    """Perplexity of any checkpoint, or of several, over consecutive windows of a text, or of
+    several; of conversations with images, over their answers: {"results": a row for each model and
+    text}.
+
+    A row is {"model", "data", "windows", "length", "bos", "perplexity", "loss", "targets",
+    "protocol"}; those of all but the first model have "against", too: the paired difference from
+    it (see `bootstrap.Difference.to_json`), or a "problem". The keys of a single row stand beside
+    "results" as well.
+
+    Args:
+        revision: of a hub model, if there is only one model.
 
     Raises:
-        UserError: the model or the text cannot be used.
+        UserError: a model or a text cannot be used, is given twice, or there is none.
     """
-    key = "evaluation.data"
-    if data.length is None:
-        fix = "give the tokens a window, such as 2048"
-        raise UserError(f"{key}.length", None, "missing", fix)
-    asked = {"source": model, "revision": revision, "dtype": dtype}
-    which = Recipe.check(Model, asked, "model")
+    names = [model] if isinstance(model, str) else list(model)
+    texts = [data] if isinstance(data, Evaluation) else list(data)
+    check_several(names, texts, revision)
+    more = {"revision": revision, "dtype": dtype}
+    asked = [Recipe.check(Model, {"source": name, **more}, "model") for name in names]
+    several, measured = len(names) > 1, []
     with display or Display() as show:
-        source, _ = find_model(which, {f"{key}.length": data.length})
-        check_images(source, [f"{key}.images"] if data.images else [])
-        opened = open_model(source, show)
-        leading = calibration.leading_token(data.bos or "auto", opened.tokenizer, f"{key}.bos")
-        setup = Setup(source, opened.stack, cluster or Cluster(), which.dtype)
-        with open_workers(setup, show) as workers:
-            show.stage("tokenising")
-            taken = evaluation_windows(workers, data, data.length, leading, f"{key}.data")
-            windows_WT = taken.tokens_WT
-            check_tokens(source, opened.stack, windows_WT)
-            compare_source(workers, source, opened.stack, windows_WT, show)
-            show.stage(f"evaluating {len(windows_WT)} windows of {data.length} tokens")
-            with explained(opened.stack, source.name, workers.dtype):
-                value = evaluation.perplexity(workers, opened.stack, windows_WT)
-    return {"model": model, **taken.protocol, "perplexity": value}
+        opened = []
+        for which in asked:
+            with naming(which.source if several else ""):
+                opened.append(open_for(which, texts, show))
+        for number, (which, found) in enumerate(zip(asked, opened, strict=True), 1):
+            if several:
+                show.say(f"model {number}/{len(names)}: {which.source}")
+            setup = Setup(found.source, found.stack, cluster or Cluster(), which.dtype)
+            with naming(which.source if several else ""), open_workers(setup, show) as workers:
+                measured += measure(workers, found, texts, show)
+    results = rows(measured)
+    return {**(results[0] if len(results) == 1 else {}), "results": results}
 
 
 def open_workers(setup: Setup, show: Display) -> Workers:

@@ -187,15 +187,17 @@ def _check_search(recipe: Recipe, removable: Removable) -> None:
 
 
 def named_texts(recipe: Recipe) -> Iterator[tuple[Text, str]]:
-    """Every text that is read, with its recipe key; of a held-out text with what `calibration`
-    decides for it."""
+    """Every text that the recipe says where to read, with its recipe key."""
     for section, texts in (("calibration", recipe.calibration), ("heal", recipe.heal)):
         if texts and texts.data:
             for part, key in zip(texts.parts, data_keys(texts, section), strict=True):
                 if not isinstance(part, GeneratedText):
                     yield part, key
     for name, text in recipe.evaluation.items():
-        yield text, f"evaluation.{name}.data"
+        if copy := text.copy_of_published:
+            yield Text(data=copy), f"evaluation.{name}.data"
+        elif not text.published:
+            yield text, f"evaluation.{name}.data"
 
 
 def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Structure]:
@@ -232,14 +234,13 @@ def window_lengths(recipe: Recipe) -> dict[str, int]:
     """Tokens of each text's windows, by recipe key."""
     lengths = {"calibration.length": recipe.calibration.length}
     for name, text in recipe.evaluation.items():
-        if text.length:
-            lengths[f"evaluation.{name}.length"] = text.length
+        lengths[f"evaluation.{name}.length"] = text.length_or(recipe.calibration.length)
     return lengths
 
 
 def leading_tokens(recipe: Recipe, tokenizer: Any) -> dict[str, int | None]:
     """The token that windows begin with, by the recipe key of their text. A held-out text that says
-    nothing has the calibration text's.
+    nothing has the calibration text's, and a published one none.
 
     Raises:
         UserError: see `calibration.leading_token`, `check_beginning`.
@@ -253,5 +254,6 @@ def leading_tokens(recipe: Recipe, tokenizer: Any) -> dict[str, int | None]:
     leading = {"calibration": calibration}
     for name, text in recipe.evaluation.items():
         key = f"evaluation.{name}"
-        leading[key] = leading_token(text.bos, tokenizer, f"{key}.bos") if text.bos else calibration
+        default = None if text.published else calibration
+        leading[key] = leading_token(text.bos, tokenizer, f"{key}.bos") if text.bos else default
     return leading

@@ -193,6 +193,8 @@ class Recipe(Section):
 
     def sees(self, name: str) -> bool:
         """Whether this held-out text has images."""
+        if self.evaluation[name].published:
+            return False
         images = self.evaluation[name].images
         return self.calibration.images if images is None else images
 

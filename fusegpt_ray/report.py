@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -20,7 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 
 from fusegpt_ray.store.retry import retries
 from fusegpt_ray.text.protocol import described, stages, warnings
@@ -296,3 +297,50 @@ def score_table(result: Mapping[str, Any]) -> Table:
         mark = "  ← lowest" if row["block"] == result["lowest"] else ""
         table.add_row(str(row["block"]), f"{row['score']:.6f}{mark}")
     return table
+
+
+def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `pipeline.evaluate`, on a terminal."""
+    beside = any("against" in row for row in rows)
+    names = (Column(name, overflow="fold") for name in ("text", "model"))  # wrapped, never cut
+    table = Table(*names, "perplexity")
+    if beside:
+        for name in ("difference", "95 % interval", "ratio", "noise?"):
+            table.add_column(name)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in rows:
+        cells = [escape(row["data"]), escape(row["model"]), f"{row['perplexity']:.4f}"]
+        table.add_row(*cells, *(_difference(row.get("against")) if beside else ()))
+    return table
+
+
+def _difference(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """The cells of a row's "against"."""
+    if found is None or "problem" in found:
+        yield from "––––"
+        return
+    ends = found["interval"]
+    yield f"{found['difference']:+.4f}"
+    yield "–" if ends is None else " … ".join(f"{end:+.4f}" for end in ends)
+    yield f"{found['ratio']:.4f}"
+    yield {True: "no", False: "maybe", None: "too few windows"}[found["distinguishable"]]
+
+
+def perplexity_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `perplexity_table` leaves unsaid: the protocols, what the difference is, and where there
+    is none.
+    """
+    notes = dict.fromkeys(row["protocol"] for row in rows)
+    found = [(row, row["against"]) for row in rows if "against" in row]
+    for _, against in found:
+        if "problem" not in against:
+            first, resamples = against["model"], against["resamples"]
+            told = f"difference: mean loss of a token in nats, less that of {first}; ratio: of the"
+            told += f" perplexities; interval: {resamples} resamples of the windows, in pairs"
+            notes[f"{told}; noise?: maybe, where it holds 0"] = None
+    for row, against in found:
+        if "problem" in against:
+            what = f"{row['model']} and {against['model']} on {row['data']}"
+            notes[f"{what}: no difference is told, because {against['problem']}"] = None
+    return list(notes)

@@ -6,11 +6,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from fusegpt_ray.specs import METRIC_SPECS, Counting, MetricSpec
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.specs import (
+    METRIC_SPECS,
+    PUBLISHED_LENGTH,
+    PUBLISHED_SPECS,
+    Counting,
+    MetricSpec,
+    PublishedSpec,
+)
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
-from fusegpt_ray.uris import refuse_ambiguous
+from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
 Method = Literal[
     "mi", "mi+linear", "mi+ft", "fusegpt", "sleb", "shortgpt", "angular", "last", "random"
@@ -87,18 +95,57 @@ class Calibration(Texts):
 class Evaluation(Text):
     """Held-out text for the perplexities of the report."""
 
+    data: Uri
+    """As in `Text`; or a text that papers measure, read as they do: `wikitext2` or `c4` from the
+    hub, `wikitext2=FILE` or `c4=FILE` from a copy of it. Such a text has only `length`, `windows`
+    and `bos` beside it."""
     split: str = "test"
     """`datasets` only: the split."""
     length: int | None = Field(None, ge=2, le=MOST)
-    """Tokens a window; left out: `calibration.length`."""
+    """Tokens a window; left out: `calibration.length`, and of a published text 2048."""
     pack: bool | None = None
     """Left out: `calibration.pack`."""
     images: bool | None = None
     """Left out: `calibration.images`. The perplexity is that of the answers' tokens."""
     bos: Bos | None = None
-    """Left out: `calibration.bos`."""
+    """Left out: `calibration.bos`; of a published text what the tokenizer puts before the whole
+    text, once, as in the papers' code."""
     windows: int | None = Field(None, ge=1, le=MOST)
-    """Only the first so many windows; left out: the whole text."""
+    """Only the first so many windows; left out: the whole text, and of `c4` 256."""
+
+    @property
+    def published(self) -> PublishedSpec | None:
+        """What is read, if it is one of the texts that papers measure."""
+        return PUBLISHED_SPECS.get(self.data.partition("=")[0])
+
+    @property
+    def copy_of_published(self) -> str:
+        """Where the published text is to be read from; empty: the hub."""
+        return self.data.partition("=")[2] if self.published else ""
+
+    def length_or(self, other: int) -> int:
+        """Tokens a window, of a text that says nothing and is not published the `other`."""
+        return self.length or (PUBLISHED_LENGTH if self.published else other)
+
+    @field_validator("data")
+    @classmethod
+    def _check_copy(cls, data: str) -> str:
+        name, sign, copy = data.partition("=")
+        if name in PUBLISHED_SPECS and sign:
+            if not copy:
+                raise UserError("", data, "names no copy", f"name a file after it, or say {name}")
+            refuse_secret("", copy)
+        return data
+
+    @field_validator("config", "split", "revision", "column", "pack", "images")
+    @classmethod
+    def _check_as_published(cls, value: Any, info: ValidationInfo) -> Any:
+        """What says no more than the default is taken: it stands in recipes written as JSON."""
+        name, key = info.data.get("data", "").partition("=")[0], str(info.field_name)
+        if name in PUBLISHED_SPECS and value != cls.model_fields[key].default:
+            fix = f"leave {key} out, or name the text by its file or id alone"
+            raise UserError("", value, f"stands beside {name}, which is read as papers do", fix)
+        return value
 
 
 class Importance(Section):

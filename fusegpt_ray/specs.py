@@ -1,5 +1,5 @@
-"""What is known of methods, metrics and presets without their code: names, words for people, and
-what each asks of a recipe. No torch.
+"""What is known of methods, metrics, presets and published texts without their code: names, words
+for people, and what each asks of a recipe. No torch.
 """
 
 from __future__ import annotations
@@ -168,3 +168,53 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 """By name, what each fills in: keys of `fusion` that the recipe leaves out; where the
 method fuses, other sections, too."""
+
+
+class PublishedSpec(NamedTuple):
+    """A text that papers measure perplexity on, and how they read it: GPTQ's code, which SparseGPT,
+    SliceGPT, ShortGPT and others took over. `text/published.py` reads it.
+    """
+
+    title: str
+    repository: str
+    """On the hub, of datasets."""
+    revision: str
+    """A commit: what a name stands for does not change."""
+    file: str
+    rows: int
+    """How many of the first rows are joined."""
+    whole: bool
+    """Whether these are all the rows there are."""
+    joint: str
+    """Stands between two rows."""
+    lines: bool = False
+    """Whether the lines of a file of plain text are its rows, as they are in the original."""
+    windows: int | None = None
+    """The first so many are measured; None: all that are complete."""
+
+
+PUBLISHED_LENGTH = 2048
+"""Tokens a window."""
+PUBLISHED_SPECS: dict[str, PublishedSpec] = {
+    "wikitext2": PublishedSpec(
+        "the test split of WikiText-2, raw",
+        "Salesforce/wikitext",
+        "b08601e04326c79dfdd32d625aee71d232d685c3",
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet",
+        rows=4358,
+        whole=True,
+        joint="\n\n",
+        lines=True,
+    ),
+    "c4": PublishedSpec(
+        "the first 1100 documents of C4's validation split",
+        "allenai/c4",
+        "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+        "en/c4-validation.00000-of-00008.json.gz",
+        rows=1100,
+        whole=False,
+        joint=" ",
+        windows=256,
+    ),
+}
+"""By the name that `data` takes, alone or before a copy's place: `wikitext2`, `wikitext2=FILE`."""

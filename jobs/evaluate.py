@@ -1,4 +1,4 @@
-"""`ray job submit -- python jobs/evaluate.py MODEL --data … --length …`: `fusegpt evaluate` on the
+"""`ray job submit -- python jobs/evaluate.py MODEL… --data … --length …`: `fusegpt evaluate` on the
 cluster's replicas.
 """
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusegpt_ray.commands.options import display, json_option, quiet_option, recipe_options
 from fusegpt_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from fusegpt_ray.sections import Evaluation
 
 
 @click.command()
@@ -37,11 +40,21 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
 
 
 @click.command()
-@click.argument("model", metavar="MODEL", help="Folder, hub id or URI of a checkpoint.")
-@click.option(
-    "--data", required=True, help="File of text or a table of it (path or URI), or a `datasets` id."
+@click.argument(
+    "models",
+    metavar="MODEL…",
+    nargs=-1,
+    required=True,
+    help="Folders, hub ids or URIs of checkpoints. All but the first are compared with it.",
 )
-@click.option("--length", type=int, required=True, help="Tokens a window.")
+@click.option(
+    "--data",
+    required=True,
+    multiple=True,
+    help="File of text or a table of it (path or URI), or a `datasets` id; or wikitext2 or c4, read"
+    " as papers do (wikitext2=FILE: from a copy). May be given several times.",
+)
+@click.option("--length", type=int, help="Tokens a window (wikitext2, c4: 2048 if left out).")
 @click.option("--windows", type=int, help="Only the first so many windows.")
 @click.option("--config", help="`datasets` only: the configuration.")
 @click.option("--split", help="`datasets` only: the split (default: test).")
@@ -57,11 +70,10 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
 @click.option(
     "--bos",
     type=click.Choice(["auto", "always", "never"]),
-    default="auto",
-    help="Whether each window begins with a beginning-of-sequence token; auto: as the tokenizer"
-    " does.",
+    help="Whether each window begins with a beginning-of-sequence token; auto, the default: as the"
+    " tokenizer does (wikitext2, c4: once, before the whole text, if left out).",
 )
-@click.option("--revision", help="Hub models only: branch, tag or commit.")
+@click.option("--revision", help="Of a single hub model: branch, tag or commit.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "float32", "bfloat16"]),
@@ -78,29 +90,30 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
 @json_option
 @quiet_option
 def evaluate(
-    model: str,
+    models: tuple[str, ...],
+    data: tuple[str, ...],
     revision: str | None,
     dtype: str,
     engine: str,
     replicas: int,
-    apart: bool,
     as_json: bool,
     quiet: bool,
     **text: Any,
 ) -> None:
-    """Measure the perplexity of a model over consecutive windows of a text."""
-    from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.sections import Cluster, Evaluation
+    """Measure the perplexity of models over consecutive windows of texts.
 
-    text = {key: value for key, value in text.items() if value is not None}
-    text["pack"] = not apart
+    Of several models it is also said whether they differ from the first by more than noise.
+    """
+    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.sections import Cluster
+
     try:
-        data = Recipe.check(Evaluation, text, "evaluation.data")
+        texts = _texts(data, **text)
         cluster = Recipe.check(Cluster, {"engine": engine, "replicas": replicas}, "cluster")
         from fusegpt_ray import pipeline
 
         result = pipeline.evaluate(
-            model, data, revision=revision, dtype=dtype, cluster=cluster, display=display(quiet)
+            models, texts, revision=revision, dtype=dtype, cluster=cluster, display=display(quiet)
         )
     except UserError as error:
         raise UserError(
@@ -109,13 +122,41 @@ def evaluate(
     if as_json:
         click.echo(json.dumps(result))
         return
-    from fusegpt_ray.text.protocol import described
+    if "perplexity" in result:
+        click.echo(f"perplexity {result['perplexity']:.4f}  ({result['protocol']})")
+        return
+    from rich.console import Console
 
-    click.echo(f"perplexity {result['perplexity']:.4f}  ({described(result)})")
+    from fusegpt_ray.report import perplexity_notes, perplexity_table
+
+    Console().print(perplexity_table(result["results"]))
+    for note in perplexity_notes(result["results"]):
+        click.echo(note)
+
+
+def _texts(data: tuple[str, ...], apart: bool, **given: Any) -> list[Evaluation]:
+    """Each with what was given of texts. What says how rows are read is of those that are no
+    published ones, if there are others.
+    """
+    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.sections import Evaluation
+
+    said = {key: value for key, value in given.items() if value is not None and value is not False}
+    of_any = {key: said[key] for key in ("length", "windows", "bos") if key in said}
+    texts = [Recipe.check(Evaluation, of_any | {"data": uri}, "evaluation.data") for uri in data]
+    if apart:
+        said["pack"] = False
+    others = [text for text in texts if not text.published] or texts
+    return [
+        Recipe.check(Evaluation, said | {"data": text.data}, "evaluation.data")
+        if text in others
+        else text
+        for text in texts
+    ]
 
 
 def _as_argument(text: str) -> str:
     """Recipe keys in a message → what the arguments are called."""
-    text = text.replace("model.source", "MODEL")
-    options = "data|length|windows|config|split|column|bos|revision|dtype|replicas"
+    text = text.replace("model.source", "MODEL").replace("evaluation.data.pack", "--apart")
+    options = "data|length|windows|config|split|column|images|bos|revision|dtype|replicas"
     return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)

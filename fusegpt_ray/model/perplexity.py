@@ -35,8 +35,8 @@ def window_losses(
     return runner.token_losses(h_WTD, windows, targets_WS)
 
 
-def perplexity(losses_W: torch.Tensor, targets: Sequence[int]) -> float:
-    """exp of the mean over all targets, of which each window has so many, of these mean losses. For
+def mean_loss(losses_W: torch.Tensor, targets: Sequence[int]) -> float:
+    """In nats, over all targets, of which each window has so many, of these mean losses. For
     windows of equal length, as the field reports it, that is the mean of the windows.
 
     Raises:
@@ -49,4 +49,4 @@ def perplexity(losses_W: torch.Tensor, targets: Sequence[int]) -> float:
     if not mean < 700:  # NaN, Inf, or e^mean beyond a float
         reason = "NaN or Inf in the model's weights, or an overflow in its arithmetic"
         raise FloatingPointError(f"the mean loss is {mean}: {reason}")
-    return math.exp(mean)
+    return mean

@@ -1,4 +1,4 @@
-"""What lies beside a published model: its report, its card's pictures, and the events of its run."""
+"""What lies beside a published model: its report, pictures for its card, and its run's events."""
 
 from __future__ import annotations
 

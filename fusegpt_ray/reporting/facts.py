@@ -34,6 +34,7 @@ class Protocol(_Part):
     windows: int | None = None
     length: int
     bos: bool = False
+    bos_once: bool | None = None
     left_out: int | None = None
     repeated: float | None = None
     warning: str | None = None

@@ -35,13 +35,15 @@ HELD_TOKENS = 64_000_000
 tokenised twice."""
 
 
-def tokenize(piece: str, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Token ids of one piece, int32 [tokens], without special tokens, by one call of the
-    tokenizer.
+def tokenize(piece: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> np.ndarray:
+    """Token ids of one piece, int32 [tokens], by one call of the tokenizer.
+
+    `special`: with those that the tokenizer puts around a text by itself.
     """
     # verbose=False: pieces are longer than the model's context on purpose, which the tokenizer
     # would warn about.
-    encoded = tokenizer(piece, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    options = {"return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(piece, add_special_tokens=special, **options)
     return np.array(encoded["input_ids"], dtype=np.int32)
 
 

@@ -31,8 +31,9 @@ def described(protocol: Mapping[str, Any]) -> str:
     if parts := protocol.get("parts"):
         of = "; ".join(f"{part['windows']} of {part['data']}{_repeated(part)}" for part in parts)
         of = f" ({of})"
-    token = "with" if protocol.get("bos") else "without"
-    return f"{count} of {protocol['length']} tokens{of}, {token} a beginning-of-sequence token"
+    token = "with" if protocol.get("bos") or protocol.get("bos_once") else "without"
+    told = f"{count} of {protocol['length']} tokens{of}, {token} a beginning-of-sequence token"
+    return f"{told} before the whole text alone" if protocol.get("bos_once") else told
 
 
 def warnings(protocol: Mapping[str, Any]) -> list[str]:

@@ -169,7 +169,7 @@ def test_evaluate(desk: Desk, capsys: Capture, token: str | None, bos: str, used
     assert found.pop("perplexity") == pytest.approx(expected, rel=1e-5)
     n = len(windows_by_hand(desk.heldout, used))
     protocol = {"data": str(desk.heldout), "windows": n, "length": LENGTH, "bos": used}
-    assert found == {"model": str(desk.model), **protocol}
+    assert found.items() >= {"model": str(desk.model), **protocol}.items()
 
 
 def test_evaluate_asks_the_tokenizer_unless_told(desk: Desk, capsys: Capture) -> None:

@@ -246,7 +246,7 @@ def test_evaluate_gives_the_perplexity(
     )
     protocol = {"data": str(desk.heldout), "windows": windows or 5, "length": LENGTH, "bos": False}
     expected = {"model": str(desk.model), **protocol}
-    assert result == expected
+    assert result.items() >= expected.items()
     assert_plain(stderr)
 
 
