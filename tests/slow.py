@@ -82,6 +82,8 @@ SLOW = (
     # of it in one process, stays.
     "tests/integration/test_out_of_memory_on_ray.py"
     "::test_training_workers_that_run_out_of_memory_start_again_with_less",
+    # All names of lm-eval take their time to be read: those of a folder stay.
+    "tests/unit/test_tasks.py::test_an_unknown_task_is_told_with_names_like_it",
     # The code generator takes its time: the compiler before it stays.
     "tests/unit/test_compiled.py::test_real_code_computes_the_same",
     # A submitted job that fails: the same is looked for in a run that was not submitted.

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.console import Console
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
@@ -21,6 +20,7 @@ from fusegpt_ray.model.companions import CONFIG
 from fusegpt_ray.model.config import auto_class
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.publishing import plain
 from fusegpt_ray.publishing.download import Incomplete, pull
 from fusegpt_ray.report import Transfer
 from fusegpt_ray.run.identity import file_mark
@@ -146,20 +146,23 @@ def load(checkpoint: Checkpoint, folder: str, dtype: str, device: torch.device) 
     """The model by plain `from_pretrained`, ready to compute; code of its own is never run.
 
     Raises:
-        UserError: transformers does not load it, or memory runs out.
+        UserError: transformers does not load it, or not all of it, or memory runs out.
     """
-    auto = getattr(transformers, auto_class(checkpoint.config))
-    options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+    key, name = KEY, checkpoint.name
     fix = "give a language model that from_pretrained loads"
-    with reading_users_file(KEY, checkpoint.name, "transformers does not load it", fix, folder):
+    with reading_users_file(key, name, "transformers does not load it", fix, folder):
         try:
-            model = auto.from_pretrained(folder, dtype=getattr(torch, dtype), **options)
-            return model.eval().to(device)
+            auto = auto_class(checkpoint.config)
+            model, report = plain.load(folder, auto, getattr(torch, dtype))
+            model = model.eval().to(device)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            problem, fix = "memory runs out", "use --dtype bfloat16 or a larger machine"
-            raise UserError(KEY, checkpoint.name, problem, fix) from error
+            fix = "use --dtype bfloat16 or a larger machine"
+            raise UserError(key, name, "memory runs out", fix) from error
+    if problem := plain.incomplete(report):
+        raise UserError(key, name, problem, "download the checkpoint again")
+    return model
 
 
 def short_names(checkpoints: Sequence[Checkpoint]) -> list[str]:

@@ -80,7 +80,7 @@ class Suite:
         items: dict[str, Any] = {}
         for name in asked.names:
             if name not in index.task_index:
-                raise _unknown(name, index.all_tasks)
+                raise unknown(name, index.all_tasks)
             fix = "give access to the hub, or task files with local data (--tasks-folder)"
             with reading_users_file(KEY, name, "the task cannot be loaded", fix):
                 items |= {_name(item): item for item in _numbered(index.load([name]))}
@@ -177,7 +177,8 @@ def _index(asked: Asked) -> Any:
     return TaskManager(include_path=asked.folder)
 
 
-def _unknown(name: str, known: Sequence[str]) -> UserError:
+def unknown(name: str, known: Sequence[str]) -> UserError:
+    """What is said of a name that is none of the known ones."""
     near = difflib.get_close_matches(name, known, n=3)
     fix = f"did you mean {' or '.join(near)}" if near else "`lm_eval ls tasks` lists all names"
     return UserError(KEY, name, "no task of this name in lm-eval or --tasks-folder", fix)

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 import transformers
 
-from fusegpt_ray.errors import blaming
+from fusegpt_ray.errors import blaming, reading_users_file
 from fusegpt_ray.measuring.checkpoint import KEY, Checkpoint, load, short_names
 from fusegpt_ray.measuring.harness import SEEDS, Asked, Suite, check_installed, library, wrapped
 from fusegpt_ray.measuring.tables import mean
+from fusegpt_ray.preflight import check_writable
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sections import Cluster
@@ -57,10 +58,7 @@ def tasks(
     """
     check_installed()
     if how.cache:
-        refuse_secret(CACHE, how.cache)
-        refuse_ambiguous(CACHE, how.cache)
-        with blaming(CACHE, how.cache):
-            storage.exists(how.cache)
+        _check_cache(how.cache)
     with display or Display() as show:
         show.stage("looking at the models")
         checkpoints = [Checkpoint.open(model) for model in models]
@@ -96,6 +94,19 @@ def tasks(
             "torch": torch.__version__,
         },
     }
+
+
+def _check_cache(uri: str) -> None:
+    """
+    Raises:
+        UserError: nothing can be kept there, or the URI says what it must not.
+    """
+    refuse_secret(CACHE, uri)
+    refuse_ambiguous(CACHE, uri)
+    with reading_users_file(CACHE, uri, "cannot be reached", "check the URI's protocol"):
+        storage.filesystem(uri)
+    with blaming(CACHE, uri):
+        check_writable(CACHE, uri, "tasks.write-test")
 
 
 def _rows(

@@ -1,4 +1,4 @@
-"""A small task of multiple choice in the words of a desk's tokenizer, as lm-eval reads it from a
+"""A small task of multiple choice in the words of tiny models, as lm-eval reads it from a
 folder, and what plain transformers says of it.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from desk import SPECIAL
 from models import VOCAB
 from transformers import PreTrainedModel
+from words import SPECIAL
 
 YAML = """task: {name}
 dataset_path: json
