@@ -4,7 +4,7 @@ known from the recipe and the headers of the model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,15 +50,20 @@ class Device:
         return cls(gpu, "cuda", GPUS[gpu].memory)
 
 
-def outlook(plan: Plan, device: Device, gpus: int) -> dict[str, Any]:
+def outlook(
+    plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
     "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
-    "flops", "seconds", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
+    "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
 
     "seconds" are those of computing alone, and None where the device's rates are not known.
+
+    Args:
+        measured: the device's rates, where they were probed; None: what `rates.py` has.
     """
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
-    rates = RATES.get(device.name)
+    rates = measured or RATES.get(device.name)
     seconds = cost.seconds(rates, recipe.cluster, gpus) if rates else {}
     stages = [
         {
@@ -90,6 +95,7 @@ def outlook(plan: Plan, device: Device, gpus: int) -> dict[str, Any]:
         "stages": stages,
         "flops": cost.flops,
         "seconds": sum(seconds.values()) if rates else None,
+        "probed": measured is not None,
         "memory": [*_memory(plan, device)],
     }
 

@@ -128,6 +128,16 @@ def test_a_mistake_is_one_message_and_nothing_is_written(
     assert re.search(fix, message["fix"]) and tree(desk.folder) == before
 
 
+def test_a_model_whose_weights_would_be_invented_is_refused(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers fills what is missing with random values, and only warns."""
+    weights = desk.model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b"model.norm.weight", b"model.norm.wrong_"))
+    assert main(["speed", "model", *SMALL]) == 2
+    assert "missing_keys ['model.norm.weight']" in capsys.readouterr().err
+
+
 def test_vllm_is_asked_for_whole_prefills_and_exactly_so_many_tokens(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
