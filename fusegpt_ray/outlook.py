@@ -64,16 +64,7 @@ def outlook(
     """
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
     rates = measured or RATES.get(device.name)
-    seconds = cost.seconds(rates, recipe.cluster, gpus) if rates else {}
-    stages = [
-        {
-            "stage": stage.name,
-            "block_forwards": stage.block_forwards,
-            "flops": stage.flops,
-            "seconds": seconds.get(stage.name),
-        }
-        for stage in cost.stages
-    ]
+    stages = cost.rows(rates, recipe.cluster, gpus)
     targets = [
         {
             "name": target.name,
@@ -94,7 +85,7 @@ def outlook(
         "gpus": gpus,
         "stages": stages,
         "flops": cost.flops,
-        "seconds": sum(seconds.values()) if rates else None,
+        "seconds": sum(row["seconds"] for row in stages) if rates else None,
         "probed": measured is not None,
         "memory": [*_memory(plan, device)],
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, recipe_options
+from fusegpt_ray.commands.options import display, json_option, recipe_options, say_outcome
 from fusegpt_ray.errors import UserError
 
 
@@ -50,7 +50,7 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
         click.echo(json.dumps({"good": not found, "mistakes": rows}))
     else:
         for error in found:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+            say_outcome("error:", error)
         if not found:
             click.echo(f"good: {recipe}")
     if found:
@@ -132,8 +132,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fusegpt_ray.cost import flop_count
-    from fusegpt_ray.report import byte_count, duration
+    from fusegpt_ray.report import byte_count, duration, flop_count
 
     console = Console(highlight=False)
 
