@@ -28,6 +28,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import TensorRef, read_index
 from fusegpt_ray.store.manifest import MANIFEST, Manifest
 from fusegpt_ray.store.threads import at_once
+from fusegpt_ray.uris import refuse_secret
 
 KEY = "MODEL"
 """What messages call the argument that names a model."""
@@ -52,8 +53,10 @@ class Checkpoint:
         """A local folder, a hub id (which is downloaded to the hub's cache) or an fsspec URI.
 
         Raises:
-            UserError: see `Source.find`, `Source.config` and `read_index`.
+            UserError: see `Source.find`, `Source.config` and `read_index`; or the URI holds a
+                secret.
         """
+        refuse_secret(KEY, name)
         try:
             source = Source.find(name, None, KEY)
             config = source.config(KEY)

@@ -83,7 +83,9 @@ class Suite:
                 raise unknown(name, index.all_tasks)
             fix = "give access to the hub, or task files with local data (--tasks-folder)"
             with reading_users_file(KEY, name, "the task cannot be loaded", fix):
-                items |= {_name(item): item for item in _numbered(index.load([name]))}
+                # Sorted: the library keeps the tasks of a tag in no order.
+                found = sorted(_numbered(index.load([name])), key=_name)
+                items |= {_name(item): item for item in found}
         for name, item in items.items():
             for task in _leaves(item):
                 if getattr(task, "UNSAFE_CODE", False):
@@ -99,15 +101,15 @@ class Suite:
         """All that a model's number on a task depends on, the model aside: version, settings,
         questions and answers.
         """
-        digest = sha256()
-        for task in _leaves(self.items[name]):
+        item, digest = self.items[name], sha256()
+        for task in _leaves(item):
             digest.update(_bytes(task.dump_config()))
             examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
             for document in chain(islice(task.eval_docs, self.asked.limit), examples or ()):
                 digest.update(_bytes(document))
         return {
             "task": name,
-            "version": str(getattr(self.items[name], "VERSION", "")),
+            "version": str(item.VERSION if hasattr(item, "VERSION") else item.version),
             "limit": self.asked.limit,
             "shots": self.asked.shots,
             "seeds": SEEDS,
@@ -164,15 +166,14 @@ def _index(asked: Asked) -> Any:
     where the user's folder has all that is asked for.
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._index import Kind
 
     if asked.folder:
         if not os.path.isdir(asked.folder):
             fix = "give the folder that holds your task files (*.yaml)"
             raise UserError("--tasks-folder", asked.folder, "no such folder", fix)
         own = TaskManager(include_path=asked.folder, include_defaults=False)
-        found = [own.task_index.get(name) for name in asked.names]
-        if all(entry and entry.kind is not Kind.GROUP for entry in found):  # may name others
+        groups = {*own.all_groups}  # they may name the library's tasks
+        if all(name in own.task_index and name not in groups for name in asked.names):
             return own
     return TaskManager(include_path=asked.folder)
 

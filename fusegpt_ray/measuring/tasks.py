@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +60,9 @@ def tasks(
     check_installed()
     if how.cache:
         _check_cache(how.cache)
+        how = replace(how, cache=storage.absolute(how.cache))
+    if asked.folder:
+        asked = replace(asked, folder=os.path.abspath(asked.folder))
     with display or Display() as show:
         show.stage("looking at the models")
         checkpoints = [Checkpoint.open(model) for model in models]
@@ -137,7 +141,7 @@ def _measure(
     device: str, checkpoint: Checkpoint, suite: Suite, how: How
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One model's numbers on all tasks, and what is to be said of them."""
-    kept, remarks = Shared(how.cache and storage.absolute(how.cache)), list[str]()
+    kept, remarks = Shared(how.cache), list[str]()
     dtype = checkpoint.arithmetic(how.dtype)
     about: dict[str, Any] = {"dtype": dtype, "transformers": transformers.__version__}
     if how.cache:

@@ -45,7 +45,9 @@ def test_models_are_timed_side_by_side(desk: Desk, capsys: pytest.CaptureFixture
             assert times["times_as_fast"] == pytest.approx(
                 {"median": statistics.median(turns), "low": min(turns), "high": max(turns)}
             )
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        assert first["peak_bytes"] > first["weights_bytes"]
+    else:
         assert first["peak_bytes"] is None
 
 

@@ -99,6 +99,16 @@ def test_the_first_samples_alone_and_examples_before_them(desk: Desk, quiz: Quiz
     assert row["shots"] == 2
 
 
+def test_a_tag_stands_for_its_tasks_by_name(quiz: Quiz, ask: Ask) -> None:
+    """The library keeps them in a set, whose order differs from process to process."""
+    names = [f"quiz-{letter}" for letter in "dacb"]
+    for name in names:
+        file = Quiz.make(quiz.folder, name).folder / f"{name}.yaml"
+        file.write_text(f"tag: mine\n{file.read_text()}")
+    found = ask("model", "--tasks", "mine", "--limit", "2")["models"][0]["tasks"]
+    assert [row["task"] for row in found] == sorted(names)
+
+
 def test_the_table_has_models_as_rows_and_the_average_last(
     desk: Desk, other: Path, quiz: Quiz, capsys: pytest.CaptureFixture[str]
 ) -> None:
