@@ -53,7 +53,7 @@ class Quiz:
                 "choices": [words(draw.randint(1, 4)) for _ in range(3)],
                 "answer": draw.randrange(3),
             }
-            for _ in range(30)
+            for _ in range(15)
         ]
         folder.mkdir(exist_ok=True)
         metrics = "\n".join(f"  - metric: {m}" for m in ("acc", "acc_norm")[: 1 + norm])

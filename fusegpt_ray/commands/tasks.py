@@ -29,7 +29,9 @@ from fusegpt_ray.errors import UserError
 @click.option("--tasks-folder", metavar="DIR", help="Task files (YAML) of your own.")
 @click.option("--limit", type=click.IntRange(1), help="Only the first so many samples of a task.")
 @click.option(
-    "--shots", type=click.IntRange(0), help="Examples before each question (default: the task's)."
+    "--shots",
+    type=click.IntRange(0),
+    help="Examples before each question (default: the task's; one that says 0 keeps it).",
 )
 @click.option(
     "--batch", type=click.IntRange(1), default=8, show_default=True, help="Sequences at once."

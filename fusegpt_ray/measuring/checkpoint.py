@@ -88,19 +88,27 @@ class Checkpoint:
 
         Of a published model at a URI the manifest tells it (`local` checks that it is true), and
         of what the hub's cache holds the hub; other local files are read.
+
+        Raises:
+            UserError: see `local`.
         """
-        told = self._manifest.files if self._manifest else {}
-        return dict(
-            at_once(
-                lambda name: (
-                    name,
-                    f"sha256 {told[name].sha256}"
-                    if name in told
-                    else file_mark(storage.join(self.source.folder, name)),
-                ),
-                self.files,
-            )
-        )
+        folder, published = self._reached(), self._manifest
+        told = published.files if published else {}
+
+        def mark(name: str) -> str:
+            known = told.get(name)
+            return f"sha256 {known.sha256}" if known else file_mark(storage.join(folder, name))
+
+        return dict(zip(self.files, at_once(mark, self.files), strict=True))
+
+    def _reached(self) -> str:
+        """The folder, with a hub model's files, also on a node that did not have them."""
+        folder = self.source.folder
+        self.source.fetch()
+        if "://" not in folder and not Path(folder).is_dir():
+            fix = "use object storage, or a folder that all nodes share"
+            raise UserError(KEY, self.name, "a node of the cluster does not have it", fix)
+        return folder
 
     @property
     def _manifest(self) -> Manifest | None:
@@ -119,12 +127,8 @@ class Checkpoint:
             UserError: another node has the folder, this one has not.
             StorageError: files do not arrive whole.
         """
-        folder = self.source.folder
+        folder = self._reached()
         if "://" not in folder:
-            self.source.fetch()
-            if not Path(folder).is_dir():
-                fix = "use object storage, or a folder that all nodes share"
-                raise UserError(KEY, self.name, "a node of the cluster does not have it", fix)
             yield folder
             return
         with tempfile.TemporaryDirectory(prefix="fusegpt-model-") as place:

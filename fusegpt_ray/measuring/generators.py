@@ -27,7 +27,7 @@ class Turn:
     """The times of one run."""
 
     prefill: float
-    """Seconds until each sequence has its first new token."""
+    """Seconds until the logits of each sequence's first new token are there."""
     decode: float
     """Seconds that a further token takes, of all sequences together."""
 
@@ -86,7 +86,7 @@ class Plain:
         waiting = iter([watch.mark])
 
         def first_only(_: torch.Tensor, logits_BV: torch.Tensor) -> torch.Tensor:
-            """The moment when the prefill is done; later tokens do not wait for the device."""
+            """The moment when the prefill is done; at later tokens nobody waits for the device."""
             for mark in waiting:
                 mark()
             return logits_BV

@@ -26,7 +26,7 @@ import torch
 from fusegpt_ray.errors import UserError, reading_users_file
 
 USUAL = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
-"""The zero-shot tasks of the paper's Table III."""
+"""The zero-shot tasks that papers on compressing models mostly report."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """As lm-eval itself takes them where nobody says otherwise."""
 KEY = "--tasks"

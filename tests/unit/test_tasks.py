@@ -11,16 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from desk import Desk
 from mistakes import MESSAGE, tree
 from models import load_model, save_tiny
+from pulling import manifest
 from quiz import Quiz
 from safetensors.torch import load_file, save_file
 from words import add_tokenizer
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.measuring import harness
+from fusegpt_ray.measuring.checkpoint import Checkpoint
 from fusegpt_ray.store.records import opened, sealed
 
 
@@ -80,7 +83,7 @@ def test_accuracies_are_those_of_plain_log_likelihoods(
         for number in first["metrics"].values():  # of a proportion, by the sample's variance
             p = number["value"]
             assert number["stderr"] == pytest.approx(math.sqrt(p * (1 - p) / (len(quiz.rows) - 1)))
-        assert (first["samples"], first["of"], first["version"], first["shots"]) == (30, 30, 3, 0)
+        assert (first["samples"], first["of"], first["version"], first["shots"]) == (15, 15, 3, 0)
         mean = model["mean"]
         assert mean["acc"]["value"] == pytest.approx((expected[0]["acc"] + expected[1]["acc"]) / 2)
         # A task without acc_norm enters by its acc.
@@ -94,7 +97,7 @@ def test_accuracies_are_those_of_plain_log_likelihoods(
 def test_the_first_samples_alone_and_examples_before_them(desk: Desk, quiz: Quiz, ask: Ask) -> None:
     (row,) = ask("model", "--tasks", "quiz", "--limit", "7")["models"][0]["tasks"]
     assert values(row) == quiz.accuracies(load_model(desk.model), 7)
-    assert (row["samples"], row["of"]) == (7, 30)
+    assert (row["samples"], row["of"]) == (7, 15)
     (row,) = ask("model", "--tasks", "quiz", "--limit", "7", "--shots", "2")["models"][0]["tasks"]
     assert row["shots"] == 2
 
@@ -118,7 +121,7 @@ def test_the_table_has_models_as_rows_and_the_average_last(
     assert head == ["model", "quiz", "average"]
     acc = quiz.accuracies(load_model(desk.model))["acc"]
     assert ["model", *[f"{100 * acc:.2f}"] * 2] in rows
-    assert "acc_norm, else acc" in told and "samples: quiz 30" in told
+    assert "acc_norm, else acc" in told and "samples: quiz 15" in told
 
 
 def test_a_number_is_measured_once_for_the_same_files_questions_and_settings(
@@ -128,7 +131,7 @@ def test_a_number_is_measured_once_for_the_same_files_questions_and_settings(
     ask(*command)
     (record,) = (desk.folder / "kept").iterdir()
     body = opened(record.read_bytes())
-    body["value"]["metrics"]["acc"]["value"] = 0.125  # what no quiz of 30 can give
+    body["value"]["metrics"]["acc"]["value"] = 0.125  # what no quiz of 15 can give
     record.write_bytes(sealed(body))
 
     def again(*arguments: str) -> float:
@@ -136,7 +139,7 @@ def test_a_number_is_measured_once_for_the_same_files_questions_and_settings(
         return values(row)["acc"]
 
     assert again() == 0.125, "it was measured again"
-    for arguments in (("--limit", "29"), ("--shots", "1"), ("--dtype", "bfloat16")):
+    for arguments in (("--limit", "14"), ("--shots", "1"), ("--dtype", "bfloat16")):
         assert again(*arguments) != 0.125, arguments
 
 
@@ -174,14 +177,30 @@ def test_a_damaged_record_is_told_and_measured_again(
 
 
 def test_a_model_at_a_uri_is_the_same_model(desk: Desk, quiz: Quiz, ask: Ask) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     for file in desk.model.iterdir():
         memory.pipe_file(f"/uri-tasks/{file.name}", file.read_bytes())
     here, there = ask("model", "memory://uri-tasks", "--tasks", "quiz")["models"]
     assert here["tasks"] == there["tasks"]
     assert (here["name"], there["name"]) == ("model", "uri-tasks")
+
+
+def test_a_published_model_has_one_identity_wherever_it_lies(desk: Desk) -> None:
+    """Its manifest tells it at a URI, where no weights are read for it."""
+    memory = fsspec.filesystem("memory")
+    files = {file.name: file.read_bytes() for file in desk.model.iterdir()}
+    for name, data in {**files, "fusegpt.json": manifest(files)}.items():
+        (desk.model / name).write_bytes(data)
+        memory.pipe_file(f"/published/{name}", data)
+    here, there = (Checkpoint.open(name) for name in (str(desk.model), "memory://published"))
+    assert here.identity() == there.identity()
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= here.identity().keys()
+    with there.local() as folder:
+        assert (
+            files.items()
+            <= {file.name: file.read_bytes() for file in Path(folder).iterdir()}.items()
+        )
+    assert not Path(folder).exists()
 
 
 BAD = {
