@@ -22,11 +22,13 @@ from fusegpt_ray.commands.planning import init, plan, validate
 from fusegpt_ray.commands.published import publish, pull, verify
 from fusegpt_ray.commands.report import report
 from fusegpt_ray.commands.runs import clean, status
+from fusegpt_ray.commands.speed import speed
+from fusegpt_ray.commands.tasks import tasks
 from fusegpt_ray.errors import StorageError, UserError
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (init, validate, plan, compress, compare),
-    "Look into models": (score, evaluate),
+    "Look into models": (score, evaluate, tasks, speed),
     "Use what was published": (pull, verify, publish),
     "Follow runs and tidy up": (status, report, clean),
 }
@@ -99,6 +101,7 @@ def _quiet() -> None:
     """Keep the libraries' progress bars and messages from mixing with our display."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

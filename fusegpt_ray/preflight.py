@@ -227,12 +227,13 @@ def check_output(
     try:
         storage.filesystem(recipe.output.uri)
     except (ValueError, ImportError) as error:  # the protocol is unknown, or its package is missing
-        raise _unwritable(recipe, error) from error
+        raise _unwritable("output.uri", recipe.output.uri, error) from error
     with blaming("output.uri", recipe.output.uri):
         if not restart and all(_published_by(recipe, target) for target in targets):
             return
         _check_places(recipe, targets, restart)
-        _check_writable(recipe, writes)
+        probe = f"{recipe.output.name}.write-test"
+        check_writable("output.uri", recipe.output.uri, probe, writes)
 
 
 def _published_by(recipe: Recipe, target: Target) -> bool:
@@ -282,18 +283,27 @@ def name_taken(recipe: Recipe, target: Target) -> UserError:
     )
 
 
-def _check_writable(recipe: Recipe, writes: bool) -> None:
-    uri = storage.absolute(recipe.output.uri)
+def check_writable(key: str, uri: str, probe: str, writes: bool = True) -> None:
+    """Check that files can be made below a URI. It leaves nothing behind.
+
+    Args:
+        probe: the name of a file that is not there, which an object store is asked to take.
+        writes: see `check_output`.
+
+    Raises:
+        UserError: they cannot.
+    """
+    place = storage.absolute(uri)
     try:
-        if "://" in uri:
+        if "://" in place:
             if writes:
-                probe = storage.join(uri, f"{recipe.output.name}.write-test")
-                storage.write(probe, b"")
-                storage.remove(probe)
+                file = storage.join(place, probe)
+                storage.write(file, b"")
+                storage.remove(file)
             return
         # A link to nothing is there, too: the probe must fail on it.
         there = next(
-            folder for folder in (Path(uri), *Path(uri).parents) if os.path.lexists(folder)
+            folder for folder in (Path(place), *Path(place).parents) if os.path.lexists(folder)
         )
         if writes:
             tempfile.TemporaryFile(dir=there).close()
@@ -302,13 +312,9 @@ def _check_writable(recipe: Recipe, writes: bool) -> None:
     except StorageError:
         raise
     except OSError as error:
-        raise _unwritable(recipe, error) from error
+        raise _unwritable(key, uri, error) from error
 
 
-def _unwritable(recipe: Recipe, error: Exception) -> UserError:
-    return UserError(
-        "output.uri",
-        recipe.output.uri,
-        f"cannot be written ({error})",
-        "check the path and your rights",
-    )
+def _unwritable(key: str, uri: str, error: Exception) -> UserError:
+    problem = f"cannot be written ({error})"
+    return UserError(key, uri, problem, "check the path and your rights")

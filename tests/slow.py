@@ -148,6 +148,9 @@ SLOW = (
             "tournament.py::test_a_set_that_was_found_is_not_looked_for_again",
         )
     ),
+    # All names of lm-eval take their time to be read: those of a folder stay.
+    f"{UNIT}tasks.py::test_an_unknown_task_is_told_with_names_like_it",
+    f"{INTEGRATION}tasks_on_ray.py",
     # The code generator takes its time: the compiler before it stays.
     f"{UNIT}compiled.py::test_real_code_computes_the_same",
     f"{UNIT}benchmarks.py::test_one_device_with_random_weights",

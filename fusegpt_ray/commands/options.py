@@ -22,6 +22,19 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 quiet_option = click.option(
     "--quiet", is_flag=True, help="Say nothing on the way; only errors, and what --json prints."
 )
+models_argument = click.argument(
+    "models",
+    metavar="MODEL…",
+    nargs=-1,
+    required=True,
+    help="Folders, hub ids or URIs of checkpoints; others are compared with the first.",
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16"]),
+    default="auto",
+    help="Arithmetic; auto: as each model is stored.",
+)
 set_option = click.option(
     "--set",
     "settings",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,13 +13,12 @@ from typing import Any, Self, TypeVar
 import numpy as np
 import ray
 import torch
-from ray._private import ray_constants
 
 from fusegpt_ray.distributed import images, monitor, text
+from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
-from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
@@ -43,21 +40,21 @@ class RayWorkers:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.replicas, self.training_workers = setup.cluster.replicas, setup.cluster.workers
-        self._connected = self._own = False
-        """Whether this object has called ray.init, and whether that started a Ray of its own."""
+        self._connection = Connection(False, False)
         self._job: Any = None
 
     def __enter__(self) -> Self:
         setup, cluster = self.setup, self.setup.cluster
-        if not ray.is_initialized():
-            self._start()
-        self.gpus = self._find_gpus()
+        self._connection = Connection.open(cluster)
+        self.gpus = gpus_of(cluster)
         trains = setup.trains
         if trains and self.gpus:  # every training worker shares its GPU with a replica
             self.replicas = max(cluster.replicas, cluster.workers)
         workers = cluster.workers if trains else 0
         gpus = max(self.gpus * self.replicas, workers if self.gpus else 0)
-        wait_for_resources(gpus, max(self.replicas, workers), cluster, grows=not self._own)
+        wait_for_resources(
+            gpus, max(self.replicas, workers), cluster, grows=not self._connection.own
+        )
         check_paths(setup)
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
@@ -80,9 +77,8 @@ class RayWorkers:
         if ray.is_initialized():
             self._pool.close()
             if self._job:
-                self._job.close(wait=not self._own)
-        if self._connected:
-            ray.shutdown()
+                self._job.close(wait=not self._connection.own)
+        self._connection.close()
 
     @property
     def description(self) -> str:
@@ -186,13 +182,6 @@ class RayWorkers:
         gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
         return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
 
-    def _find_gpus(self) -> float:
-        """That each replica takes."""
-        asked = self.setup.cluster.gpus_per_replica
-        if asked is not None:
-            return asked
-        return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-
     def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
         """`count`: of such processes in the cluster."""
         setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
@@ -209,50 +198,3 @@ class RayWorkers:
             setup.cluster.deterministic,
             setup.source if setup.source.on_hub else None,
         )
-
-    def _start(self) -> None:
-        """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
-        loopback interface.
-        """
-        cluster = self.setup.cluster
-        logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
-        address = cluster.address or os.environ.get("RAY_ADDRESS")
-        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-        if address:
-            try:
-                ray.init(address=address, **quiet)
-            except (ConnectionError, ValueError) as error:
-                fix = "check that the cluster runs there, or leave cluster.address out"
-                problem = f"no Ray cluster answers ({error})"
-                raise UserError("cluster.address", address, problem, fix) from error
-            self._connected = True
-            return
-        store = cluster.object_store_gb
-        processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
-        with _loopback():
-            ray.init(
-                address="local",
-                _node_ip_address="127.0.0.1",
-                # A coordinator mostly waits: on a machine with few cores it must never hold up the
-                # work.
-                num_cpus=max(4, os.cpu_count() or 1, processes),
-                include_dashboard=False,
-                object_store_memory=int(store * 1e9) if store else None,
-                **quiet,
-            )
-        self._connected = self._own = True
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """A Ray that starts here may call its node 127.0.0.1, and then opens its ports there only.
-
-    Otherwise ray.init takes that name for the machine's own address, and its ports are open on
-    every interface. It has to be told, as it is on macOS and Windows, that other machines will
-    never join this Ray.
-    """
-    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before

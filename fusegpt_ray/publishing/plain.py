@@ -69,7 +69,7 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows: Rows) -> P
         pass
     with _local(folder, stack, part) as place:
         try:
-            model, report = _load(place, auto_class(stack.config), runner.dtype)
+            model, report = load(place, auto_class(stack.config), runner.dtype)
         except StorageError:
             raise
         except (
@@ -79,11 +79,8 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows: Rows) -> P
                 raise
             why = first_line(error).replace(place, folder)  # perhaps a copy
             return Plain(None, f"from_pretrained does not load it ({type(error).__name__}: {why})")
-    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if report.get(kind):
-            return Plain(
-                None, f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}"
-            )
+    if problem := incomplete(report):
+        return Plain(None, problem)
     model.eval().to(runner.device)
     samples = [one_sample(windows, number) for number in range(len(windows))]
     pairs = (
@@ -161,8 +158,10 @@ def _local(folder: str, stack: Stack, part: Stack) -> Iterator[str]:
         yield place
 
 
-def _load(folder: str, auto: str, dtype: torch.dtype) -> tuple[Any, dict[str, Sequence[Any]]]:
-    """Without transformers' own progress bar: our display is the one display."""
+def load(folder: str, auto: str, dtype: torch.dtype) -> tuple[Any, dict[str, Sequence[Any]]]:
+    """What `from_pretrained` of that class makes of a local folder, and what it reports (see
+    `incomplete`), without transformers' own progress bar: our display is the one display.
+    """
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
@@ -172,6 +171,16 @@ def _load(folder: str, auto: str, dtype: torch.dtype) -> tuple[Any, dict[str, Se
         if shown:
             transformers.logging.enable_progress_bar()
     return model, report
+
+
+def incomplete(report: Mapping[str, Sequence[Any]]) -> str:
+    """What is wrong with a model that was loaded, or nothing: transformers gives random values to
+    weights that it does not find.
+    """
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            return f"from_pretrained reports {kind} {sorted(map(str, report[kind]))[:3]}"
+    return ""
 
 
 def mean_kl(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -49,7 +49,9 @@ def model_identity(dense: Stack) -> dict[str, Any]:
         dense.trunk.values()
     )
     uris = sorted({ref.file for ref in refs})
-    files = dict(zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(_mark, uris), strict=True))
+    files = dict(
+        zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(file_mark, uris), strict=True)
+    )
     return {"config": dict(dense.config), "files": files}
 
 
@@ -69,8 +71,8 @@ def run_id(identity: Mapping[str, Any], healing: Mapping[str, Any] | None) -> st
     return checksum({**named, "healing": healing} if healing else named)
 
 
-def _mark(uri: str) -> str:
-    """What changes with a file's bytes."""
+def file_mark(uri: str) -> str:
+    """What changes with a file's bytes; a local file is read for it, unless the hub has told."""
     known = hub_sha256(uri)
     return f"sha256 {known}" if known else storage.fingerprint(uri)
 

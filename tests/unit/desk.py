@@ -10,24 +10,10 @@ from typing import Any
 import torch
 import yaml
 from models import VOCAB
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from words import SPECIAL, add_tokenizer
 
-SPECIAL = ["<pad>", "<s>", "</s>"]
 LENGTH = 12
 """Tokens a window."""
-
-
-def add_tokenizer(folder: Path) -> None:
-    """A tokenizer beside a tiny model: the word w17 is token 17."""
-    words = [*SPECIAL, *(f"w{number}" for number in range(len(SPECIAL), VOCAB))]
-    tokenizer = Tokenizer(
-        WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def text_of(ids: torch.Tensor) -> str:

@@ -77,7 +77,7 @@ def test_no_library_talks_beside_us(desk: Desk) -> None:
 LIGHT = """
 import sys
 from fusegpt_ray.cli import VERBS, main
-heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy"}
+heavy = {"torch", "transformers", "ray", "deepspeed", "datasets", "s3fs", "numpy", "lm_eval"}
 verbs = [verb.name for verbs in VERBS.values() for verb in verbs]
 helps = (["--help"], *([verb, "--help"] for verb in verbs))
 for command in (*helps, ["compress", "no.yaml"], ["pull", "no", "where"], ["status", "no"]):

@@ -1,0 +1,88 @@
+"""This process's place in a Ray cluster: joining one, or starting a Ray where none runs."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import ray
+from ray._private import ray_constants
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.sections import Cluster
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What `close` is to undo."""
+
+    made: bool
+    """Whether ray.init was called for it; the caller's own Ray is left as it is."""
+    own: bool
+    """Whether that started a Ray on this machine, which no other joins."""
+
+    @classmethod
+    def open(cls, cluster: Cluster) -> Self:
+        """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
+        loopback interface; nothing happens where this process is in one already.
+
+        Raises:
+            UserError: no cluster answers at the address.
+        """
+        if ray.is_initialized():
+            return cls(False, False)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
+        address = cluster.address or os.environ.get("RAY_ADDRESS")
+        quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+        if address:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, ValueError) as error:
+                fix = "check that the cluster runs there, or leave cluster.address out"
+                problem = f"no Ray cluster answers ({error})"
+                raise UserError("cluster.address", address, problem, fix) from error
+            return cls(True, False)
+        store = cluster.object_store_gb
+        processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
+        with _loopback():
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                # A coordinator mostly waits: on a machine with few cores it must never hold up the
+                # work.
+                num_cpus=max(4, os.cpu_count() or 1, processes),
+                include_dashboard=False,
+                object_store_memory=int(store * 1e9) if store else None,
+                **quiet,
+            )
+        return cls(True, True)
+
+    def close(self) -> None:
+        if self.made:
+            ray.shutdown()
+
+
+def gpus_of(cluster: Cluster) -> float:
+    """GPUs that each process takes."""
+    if cluster.gpus_per_replica is not None:
+        return cluster.gpus_per_replica
+    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A Ray that starts here may call its node 127.0.0.1, and then opens its ports there only.
+
+    Otherwise ray.init takes that name for the machine's own address, and its ports are open on
+    every interface. It has to be told, as it is on macOS and Windows, that other machines will
+    never join this Ray.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

@@ -1,0 +1,1 @@
+"""What a finished model is worth beside others: zero-shot tasks, and speed."""

@@ -1,0 +1,171 @@
+"""`fusegpt tasks`: several models on tasks of lm-eval, side by side."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+
+from fusegpt_ray.errors import blaming, reading_users_file
+from fusegpt_ray.measuring.checkpoint import KEY, Checkpoint, load, short_names
+from fusegpt_ray.measuring.harness import SEEDS, Asked, Suite, check_installed, library, wrapped
+from fusegpt_ray.measuring.tables import mean
+from fusegpt_ray.preflight import check_writable
+from fusegpt_ray.report import Display
+from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.sections import Cluster
+from fusegpt_ray.store import storage
+from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
+
+CACHE = "--cache"
+
+
+@dataclass(frozen=True)
+class How:
+    """What does not belong to the tasks."""
+
+    dtype: str = "auto"
+    """Of the arithmetic; auto: as the model is stored."""
+    batch: int = 8
+    """Sequences that pass the model at once."""
+    cache: str | None = None
+    """Folder or URI of numbers that were measured before; None: nothing is kept."""
+
+
+def tasks(
+    models: Sequence[str],
+    asked: Asked,
+    how: How,
+    cluster: Cluster,
+    display: Display | None = None,
+) -> dict[str, Any]:
+    """Measure models on tasks: {"models": [{"model", "name", "dtype", "tasks": [see
+    `Suite.measure`], "mean": see `tables.mean`} …] in the order given, "seeds", "limit", "batch",
+    "versions"}.
+
+    With a cache, each number is kept as soon as it is measured, and is used again as long as the
+    model's files, the task's questions and settings, and the versions are the same.
+
+    Raises:
+        UserError: a model has no tokenizer or does not load, a task is unknown or its data is out
+            of reach, or lm-eval is not installed. Nothing is written then.
+    """
+    check_installed()
+    if how.cache:
+        _check_cache(how.cache)
+        how = replace(how, cache=storage.absolute(how.cache))
+    if asked.folder:
+        asked = replace(asked, folder=os.path.abspath(asked.folder))
+    with display or Display() as show:
+        show.stage("looking at the models")
+        checkpoints = [Checkpoint.open(model) for model in models]
+        for checkpoint in checkpoints:
+            checkpoint.source.tokenizer(KEY)
+        show.stage("loading the tasks")
+        suite = Suite.load(asked)
+        rows: dict[int, list[dict[str, Any]]] = {}
+        names = short_names(checkpoints)
+        show.stage(f"models: {len(models)}, tasks: {', '.join(suite.items)}")
+        for number, found, remarks in _rows(checkpoints, suite, how, cluster, show):
+            rows[number] = found
+            for remark in remarks:
+                show.say(remark)
+            show.part(len(rows), len(models))
+    return {
+        "models": [
+            {
+                "model": checkpoint.name,
+                "name": names[number],
+                "dtype": checkpoint.arithmetic(how.dtype),
+                "tasks": rows[number],
+                "mean": mean(rows[number]),
+            }
+            for number, checkpoint in enumerate(checkpoints)
+        ],
+        "limit": asked.limit,
+        "batch": how.batch,
+        "seeds": SEEDS,
+        "versions": {
+            "lm_eval": library(),
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+
+
+def _check_cache(uri: str) -> None:
+    """
+    Raises:
+        UserError: nothing can be kept there, or the URI says what it must not.
+    """
+    refuse_secret(CACHE, uri)
+    refuse_ambiguous(CACHE, uri)
+    with reading_users_file(CACHE, uri, "cannot be reached", "check the URI's protocol"):
+        storage.filesystem(uri)
+    with blaming(CACHE, uri):
+        check_writable(CACHE, uri, "tasks.write-test")
+
+
+def _rows(
+    checkpoints: Sequence[Checkpoint], suite: Suite, how: How, cluster: Cluster, show: Display
+) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
+    """Of each model, as they are done: its number, its numbers, and what is to be said of them."""
+    if cluster.engine == "local":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for number, checkpoint in enumerate(checkpoints):
+            show.stage(f"{checkpoint.name} on {device}")
+            yield number, *_measure(device, checkpoint, suite, how)
+        return
+    from fusegpt_ray.distributed.apiece import apiece
+
+    calls = [(checkpoint, suite.asked, how) for checkpoint in checkpoints]
+    for number, (found, remarks) in apiece(_measure_there, calls, cluster):
+        yield number, found, remarks
+
+
+def _measure_there(
+    device: str, checkpoint: Checkpoint, asked: Asked, how: How
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """`_measure` in a process of its own: tasks hold code, and are loaded where they are used."""
+    return _measure(device, checkpoint, Suite.load(asked), how)
+
+
+def _measure(
+    device: str, checkpoint: Checkpoint, suite: Suite, how: How
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """One model's numbers on all tasks, and what is to be said of them."""
+    kept, remarks = Shared(how.cache), list[str]()
+    dtype = checkpoint.arithmetic(how.dtype)
+    about: dict[str, Any] = {"dtype": dtype, "transformers": transformers.__version__}
+    if how.cache:
+        about["files"] = checkpoint.identity()
+    with ExitStack() as opening:
+
+        @functools.cache
+        def model() -> Any:
+            """Fetched and loaded once a number is not in the cache."""
+            folder = opening.enter_context(checkpoint.local())
+            found = load(checkpoint, folder, dtype, torch.device(device))
+            return wrapped(found, folder, how.batch)
+
+        rows = [
+            kept.measured(
+                "tasks",
+                about | suite.identity(name),
+                lambda name=name: suite.measure(name, model()),  # type: ignore[misc]
+                remarks.append,
+            )
+            for name in suite.items
+        ]
+    model.cache_clear()
+    gc.collect()
+    if device == "cuda":  # the next model needs the room
+        torch.cuda.empty_cache()
+    return rows, remarks
