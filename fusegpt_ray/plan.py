@@ -26,12 +26,13 @@ from fusegpt_ray.preflight import (
 from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Model
+from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
+from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
-from fusegpt_ray.text_sections import GeneratedText, Text
+from fusegpt_ray.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.workers.base import Setup
 
 P = ParamSpec("P")
@@ -101,10 +102,13 @@ def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
     for.
     """
     checks = Checks()
-    if recipe.calibration.pack and not recipe.calibration.images:  # else rows are no plain text
-        for text, key in named_texts(recipe):
-            if not names_a_dataset(text.data):
-                checks(sources, text, key)
+    for text, key in named_texts(recipe):
+        if names_a_dataset(text.data):
+            continue
+        if recipe.sees(text):
+            checks(conversation_sources, text, key)
+        elif recipe.calibration.pack:  # else rows are no plain text
+            checks(sources, text, key)
     _planned(recipe, show, checks, looks=True)
     return checks.found
 
@@ -172,7 +176,7 @@ def _check_search(recipe: Recipe, removable: Removable) -> None:
         raise UserError("method", recipe.method, problem, "use method: mi")
 
 
-def named_texts(recipe: Recipe) -> Iterator[tuple[Text, str]]:
+def named_texts(recipe: Recipe) -> Iterator[tuple[WeightedText | Evaluation, str]]:
     """Every text that is read, with its recipe key; of a held-out text with what `calibration`
     decides for it."""
     for section, texts in (("calibration", recipe.calibration), ("heal", recipe.heal)):
