@@ -275,6 +275,7 @@ class Compression:
             healed.tokens_WT,
             held_out.tokens_WT,
             self.show,
+            self.plan.removable,
         )
         removed, record = found.removal(self.plan.rounds)
         return removed, {"search": record}

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
@@ -23,7 +24,7 @@ from fusegpt_ray.preflight import (
     plan_targets,
     with_start,
 )
-from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
+from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation, Model
@@ -164,13 +165,9 @@ def _planned(
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:
-    if recipe.search and removable.why:
-        raise UserError(
-            "search",
-            list(recipe.search.candidates),
-            f"a tournament needs a model of which any block can go; {removable.in_words()}",
-            "leave search out",
-        )
+    if recipe.search and removable.from_the_end:
+        problem = f"there is nothing to choose; {removable.in_words()}"
+        raise UserError("search", list(recipe.search.candidates), problem, "leave search out")
     if not METHOD_SPECS[recipe.method].nested and removable != ANY:
         problem = f"a run of blocks needs a model of which any can go; {removable.in_words()}"
         raise UserError("method", recipe.method, problem, "use method: mi")
