@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
 )
 
 from fusegpt_ray.errors import UserError, reading_users_file
@@ -36,6 +37,7 @@ _ARCHITECTURES = {
     *_CAUSAL,
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
 }
+_HEADLESS = "a language model without its head, as embedding models are: it predicts no next token"
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 """Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
 
@@ -48,6 +50,10 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
             invalid, or the weights are quantized.
     """
     kind = raw.get("model_type")
+    if kind is None and "_diffusers_version" in raw:
+        named = raw.get("_class_name")
+        fix = "give the folder of a causal language model, as save_pretrained writes it"
+        raise UserError(KEY, named, "a part of a diffusers pipeline, no language model", fix)
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
@@ -55,7 +61,10 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
     if absurd := _absurd(raw):
         raise UserError(KEY, kind, f"config.json is not valid ({absurd})", again)
     if how := _quantized(raw):
-        fix = "use the checkpoint in its original dtype; quantize what this tool publishes"
+        fix = (
+            "use the checkpoint in its original dtype, or what transformers makes of it"
+            " (model.dequantize(), then save_pretrained); quantize what this tool publishes"
+        )
         raise UserError(
             KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix
         )
@@ -104,7 +113,10 @@ def _quantized(raw: Mapping[str, Any]) -> str:
         if settings := raw.get(key):
             if not isinstance(settings, dict):
                 return key
-            method = settings.get("quant_method", "MLX" if key == "quantization" else None)
+            usual = "MLX" if key == "quantization" else None
+            if any(name.startswith("load_in_") for name in settings):  # before methods had names
+                usual = "bitsandbytes"
+            method = settings.get("quant_method", usual)
             return method if isinstance(method, str) else key
     sections = (
         value for key, value in raw.items() if isinstance(value, dict) and key.endswith("_config")
@@ -129,11 +141,9 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
         found: type[transformers.PreTrainedModel] = getattr(transformers, known_name)
         return found
     known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
-    problem = (
-        "not a causal language model"
-        if known
-        else "config.json names no architecture that transformers knows"
-    )
+    problem = "config.json names no architecture that transformers knows"
+    if known or not names:
+        problem = _other_kind(read_config(raw), name) or problem
     fix = (
         "use a causal language model, or an image-text-to-text model, that transformers itself"
         " contains"
@@ -143,7 +153,24 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
             f'; if it is a {usual.__name__}, say so in config.json: "architectures":'
             f' ["{usual.__name__}"]'
         )
+    elif usual and problem is _HEADLESS:
+        fix = f"use the {usual.__name__} that it was made from"
     raise UserError(KEY, names, problem, fix)
+
+
+def _other_kind(config: transformers.PretrainedConfig, name: object) -> str:
+    """What the class of that name is, which is none of ours, in words; nothing if that is not known
+    and there is no name.
+    """
+    if config.is_encoder_decoder:
+        return "an encoder–decoder model, whose decoder does nothing without its encoder"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return "an encoder, which sees all of a text and predicts no next token"
+    if not isinstance(name, str):
+        return ""
+    if name.endswith("Model") and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return _HEADLESS
+    return "not a causal language model"
 
 
 def _usual_class(raw: Mapping[str, Any], name: str) -> type[transformers.PreTrainedModel] | None:
