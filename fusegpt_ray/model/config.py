@@ -37,6 +37,8 @@ _ARCHITECTURES = {
     *_CAUSAL,
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
 }
+_KEYS = 100
+"""Of a config.json that does not load, among which the wrong one is looked for."""
 _HEADLESS = "a language model without its head, as embedding models are: it predicts no next token"
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 """Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
@@ -71,10 +73,22 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
     if named := raw.get("transformers_weights"):
         fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
-    invalid = reading_users_file(KEY, kind, "config.json is not valid", again)
-    with tempfile.TemporaryDirectory() as folder, _quiet(), invalid:
-        # Through a file, as transformers reads it: it has a way of its own to write infinity and
-        # NaN.
+    try:
+        with reading_users_file(KEY, kind, "config.json is not valid", again):
+            return _loaded(raw)
+    except UserError as error:
+        if any(key in error.problem for key in raw):
+            raise
+        keys = [key for key in [*raw][:_KEYS] if _loads_without(key, raw)]
+        if not keys:
+            raise
+        problem = f"{error.problem}, as its {' or '.join(keys[:3])} is wrong"
+        raise UserError(KEY, kind, problem, again) from error
+
+
+def _loaded(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
+    """Through a file, as transformers reads it, which has a way of its own to write infinity."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(raw), encoding="utf-8")
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
@@ -82,6 +96,15 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
         )
         config.get_text_config().use_cache = False
     return config
+
+
+def _loads_without(key: str, raw: Mapping[str, Any]) -> bool:
+    """Whether this key is what is wrong with a config.json, for messages that do not name it."""
+    try:
+        _loaded({name: value for name, value in raw.items() if name != key})
+    except Exception:  # of whatever kind: see `reading_users_file`
+        return False
+    return True
 
 
 @contextmanager

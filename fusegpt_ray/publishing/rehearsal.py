@@ -113,8 +113,8 @@ class _Attempt:
         """What is not as it would be published without these blocks, or nothing."""
         short = self.dense.drop(*dropped)
         name, known = self.structure.found.name, self._shallower
+        what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
         try:
-            what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
             with reading_users_file(KEY, name, what, _FIX):
                 config = shrink_config(short)
                 key = json.dumps(config, sort_keys=True, default=str)
@@ -122,7 +122,8 @@ class _Attempt:
                     known[key] = _Shallower(self.structure, _Observed(observe(config)))
                 return known[key].difference(short.kept)
         except UserError as error:
-            return error.problem
+            said = error.problem
+            return said if said.startswith(what) else f"{what} ({said})"
 
 
 class _Observed:

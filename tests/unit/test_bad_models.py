@@ -87,6 +87,12 @@ T5 = {
     "num_layers": DEPTH,
     "num_heads": 2,
 }
+OWN = {
+    "hidden_size_per_layer_input": 0,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
 BART = {
     "vocab_size": VOCAB,
     "d_model": 16,
@@ -153,6 +159,16 @@ MODELS = [
         "pipeline",
         "config.json",
         "transformers itself contains|config.json",
+    ),
+    model(
+        "a-key-that-the-library-does-not-name",
+        lambda desk: (
+            architecture(tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**GROUPED, **OWN)))(desk)
+            or configured(per_layer_config={"full_attention": {"head_dim": 8}})(desk)
+        ),
+        "gemma4_text",
+        r"not valid \(invalid literal for int.*\), as its per_layer_config is wrong",
+        AGAIN,
     ),
     model("wrong-type-in-config", configured(hidden_size="big"), "", "hidden_size", REPAIR),
     model(
