@@ -17,6 +17,7 @@ from click.shell_completion import shell_complete
 from fusegpt_ray.commands.compare import compare
 from fusegpt_ray.commands.compress import compress
 from fusegpt_ray.commands.measure import evaluate, score
+from fusegpt_ray.commands.options import say_outcome
 from fusegpt_ray.commands.planning import init, plan, validate
 from fusegpt_ray.commands.published import pull, verify
 from fusegpt_ray.commands.report import report
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except UserError as error:
-        _say("error:", error)
+        say_outcome("error:", error)
         return 2
     except KeyboardInterrupt as stop:
         notes = [f"; {note[0].lower()}{note[1:-1]}" for note in getattr(stop, "__notes__", ())]
@@ -85,20 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # No trace: it would show what the store's libraries say, secrets included.
         told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
         notes = [note for e in dict.fromkeys((told, error)) for note in getattr(e, "__notes__", ())]
-        _say("failed:", told, *notes)
+        say_outcome("failed:", told, *notes)
         return 1
     except Exception as error:
         traceback.print_exc()  # for whoever mends it; then, for the user, what happened and where
         click.echo(err=True)
-        _say("failed:", f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
+        say_outcome("failed:", f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
         return 1
-
-
-def _say(outcome: str, error: object, *notes: str) -> None:
-    """On a terminal the first word is red."""
-    colour = None if "NO_COLOR" not in os.environ else False
-    first = f"{click.style(outcome, fg='red', bold=True)} {error}"
-    click.echo("\n".join([first, *notes]), err=True, color=colour)
 
 
 def _quiet() -> None:

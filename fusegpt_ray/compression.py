@@ -308,6 +308,7 @@ class Compression:
             "recipe": recipe.model_dump(mode="json"),
             "calibration": self.windows.protocol,
             "removed": [record["removed"] for record in records],
+            "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
             "rounds": records,
             "fewer_at_once": fewer_at_once(recipe, records),
         }

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
@@ -22,7 +23,7 @@ from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.report import byte_count
+from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.sections import Cluster, Evaluation, Importance
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.mixture import generated_tokens
@@ -67,6 +68,23 @@ class Cost:
             stage.name: stage.flops / rates[stage.name] / min(gpus, processes(stage.name, cluster))
             for stage in self.stages
         }
+
+    def rows(
+        self, rates: Mapping[str, float] | None, cluster: Cluster, gpus: int
+    ) -> list[dict[str, Any]]:
+        """[{"stage", "block_forwards", "flops", "seconds"} …]: see `seconds`, which are None where
+        the rates are not known.
+        """
+        seconds = self.seconds(rates, cluster, gpus) if rates else {}
+        return [
+            {
+                "stage": stage.name,
+                "block_forwards": stage.block_forwards,
+                "flops": stage.flops,
+                "seconds": seconds.get(stage.name),
+            }
+            for stage in self.stages
+        ]
 
     def in_words(self) -> str:
         """One line for a person."""
@@ -314,12 +332,3 @@ def _evaluation(
 
 def _bytes(refs: Refs) -> int:
     return sum(ref.end - ref.begin for ref in refs.values())
-
-
-def flop_count(flops: float) -> str:
-    """With three digits at most: "12.3 TFLOP"."""
-    units = ["MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]
-    value = flops / 1e6
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

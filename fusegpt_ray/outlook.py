@@ -4,7 +4,7 @@ known from the recipe and the headers of the model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,25 +50,21 @@ class Device:
         return cls(gpu, "cuda", GPUS[gpu].memory)
 
 
-def outlook(plan: Plan, device: Device, gpus: int) -> dict[str, Any]:
+def outlook(
+    plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
+) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
     "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
-    "flops", "seconds", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
+    "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …]}.
 
     "seconds" are those of computing alone, and None where the device's rates are not known.
+
+    Args:
+        measured: the device's rates, where they were probed; None: what `rates.py` has.
     """
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
-    rates = RATES.get(device.name)
-    seconds = cost.seconds(rates, recipe.cluster, gpus) if rates else {}
-    stages = [
-        {
-            "stage": stage.name,
-            "block_forwards": stage.block_forwards,
-            "flops": stage.flops,
-            "seconds": seconds.get(stage.name),
-        }
-        for stage in cost.stages
-    ]
+    rates = measured or RATES.get(device.name)
+    stages = cost.rows(rates, recipe.cluster, gpus)
     targets = [
         {
             "name": target.name,
@@ -89,7 +85,8 @@ def outlook(plan: Plan, device: Device, gpus: int) -> dict[str, Any]:
         "gpus": gpus,
         "stages": stages,
         "flops": cost.flops,
-        "seconds": sum(seconds.values()) if rates else None,
+        "seconds": sum(row["seconds"] for row in stages) if rates else None,
+        "probed": measured is not None,
         "memory": [*_memory(plan, device)],
     }
 

@@ -25,6 +25,7 @@ from fusegpt_ray.preflight import (
     with_start,
 )
 from fusegpt_ray.publishing.rehearsal import rehearse
+from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation, Model
@@ -72,6 +73,17 @@ class Plan:
     def cost(self) -> Cost:
         """What it will compute and write."""
         return cost(self.recipe, self.model.stack, self.targets)
+
+    def stages_of(self, target: Target, gpu: str = "") -> list[dict[str, Any]]:
+        """The work of one model alone, to hold beside what it took; see `Cost.rows`.
+
+        Args:
+            gpu: what torch calls the one that it runs on; its rates need not be known.
+        """
+        cluster, name = self.recipe.cluster, known_gpu(gpu)
+        rates = RATES[name] if name else None
+        gpus = max(cluster.replicas, cluster.workers)
+        return cost(self.recipe, self.model.stack, [target]).rows(rates, cluster, gpus)
 
     @property
     def rounds(self) -> int:

@@ -207,6 +207,15 @@ def byte_count(size: int) -> str:
     return f"{size} bytes"
 
 
+def flop_count(flops: float) -> str:
+    """With three digits at most: "12.3 TFLOP"."""
+    units = ["MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP"]
+    value = flops / 1e6
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
 def duration(seconds: float) -> str:
     """1 h 05 min, 3 min 20 s, 12 s."""
     whole = round(seconds)

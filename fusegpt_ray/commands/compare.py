@@ -6,7 +6,13 @@ import json
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, quiet_option, recipe_options
+from fusegpt_ray.commands.options import (
+    display,
+    json_option,
+    quiet_option,
+    recipe_options,
+    say_outcome,
+)
 
 
 @click.command()
@@ -46,6 +52,6 @@ def compare(
             console.print(item, markup=False)
     for item in result["failed"]:
         where = f"{item['model']}, {item['method']}, {item['sparsity']:.1%}"
-        click.echo(f"{click.style('failed:', fg='red')} {where}: {item['problem']}", err=True)
+        say_outcome("failed:", f"{where}: {item['problem']}")
     if result["failed"]:
         context.exit(1)

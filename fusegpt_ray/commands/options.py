@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +34,13 @@ set_option = click.option(
 def recipe_options(verb: Verb) -> Verb:
     """For a verb that takes a recipe."""
     return recipe_argument(set_option(verb))
+
+
+def say_outcome(outcome: str, *lines: object) -> None:
+    """On stderr; on a terminal the first word is red, unless NO_COLOR is set."""
+    colour = False if os.environ.get("NO_COLOR") else None
+    first = f"{click.style(outcome, fg='red', bold=True)} {lines[0]}"
+    click.echo("\n".join([first, *map(str, lines[1:])]), err=True, color=colour)
 
 
 def display(quiet: bool) -> Display | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, recipe_options
+from fusegpt_ray.commands.options import display, json_option, recipe_options, say_outcome
 from fusegpt_ray.errors import UserError
 
 
@@ -50,7 +50,7 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
         click.echo(json.dumps({"good": not found, "mistakes": rows}))
     else:
         for error in found:
-            click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+            say_outcome("error:", error)
         if not found:
             click.echo(f"good: {recipe}")
     if found:
@@ -77,15 +77,26 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     type=click.IntRange(min=1),
     help="How many there are (default: one for each replica and worker).",
 )
+@click.option(
+    "--probe", is_flag=True, help="Measure for 20 seconds how fast this machine is, and use that."
+)
 @json_option
 def plan(
-    recipe: str, settings: tuple[str, ...], gpu: str | None, gpus: int | None, as_json: bool
+    recipe: str,
+    settings: tuple[str, ...],
+    gpu: str | None,
+    gpus: int | None,
+    probe: bool,
+    as_json: bool,
 ) -> None:
     """Tell what a run will cost, and whether it fits.
 
     From the headers of the model's files alone: reads no weights and writes nothing. Times are
-    those of computing alone, by rates that were measured on an H200.
+    those of computing alone, by rates that were measured on an H200, or here with --probe.
     """
+    if gpu and probe:
+        problem = "--probe measures the machine that is here"
+        raise UserError("--gpu", gpu, problem, "leave out one of the two")
     from fusegpt_ray.rates import find_gpu
     from fusegpt_ray.recipe import Recipe
 
@@ -96,9 +107,15 @@ def plan(
 
     planned = plans.plan(checked, _silent(), looks=True)
     cluster = planned.recipe.cluster
-    count = gpus or max(cluster.replicas, cluster.workers)
     device = outlook.Device.named(known) if known else outlook.Device.here()
-    result = outlook.outlook(planned, device, count)
+    # Processes on a CPU share its cores.
+    count = gpus or (max(cluster.replicas, cluster.workers) if device.kind == "cuda" else 1)
+    measured = None
+    if probe:
+        from fusegpt_ray.probe import probe as measure
+
+        measured = measure(planned)
+    result = outlook.outlook(planned, device, count, measured)
     if as_json:
         click.echo(json.dumps(result))
     else:
@@ -115,8 +132,7 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fusegpt_ray.cost import flop_count
-    from fusegpt_ray.report import byte_count, duration
+    from fusegpt_ray.report import byte_count, duration, flop_count
 
     console = Console(highlight=False)
 
@@ -141,10 +157,14 @@ def _show(result: dict[str, Any]) -> None:
     console.print(work)
     total = f"at most {flop_count(result['flops'])}"
     if timed:
-        many = f"{result['gpus']} × {result['device']}"
-        say(f"{total}, {duration(result['seconds'])} of computing on {many}")
+        probed = " (measured now)" if result["probed"] else ""
+        many = result["device"]
+        if not many.endswith("CPU"):
+            many = f"{result['gpus']} × {many}"
+        say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}")
     else:
-        say(f"{total}; how fast {result['device']} is, is not known: --gpu H100 tells of another")
+        say(f"{total}; how fast {result['device']} is, is not known:")
+        say("--probe measures it, --gpu H100 tells of another")
     memory = Table("memory", "needs", "of", "")
     for row in result["memory"]:
         fits = "fits" if row["fits"] else "does not fit"

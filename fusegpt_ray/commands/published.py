@@ -6,7 +6,7 @@ import json
 
 import click
 
-from fusegpt_ray.commands.options import PUBLISHED, json_option, quiet_option
+from fusegpt_ray.commands.options import PUBLISHED, json_option, quiet_option, say_outcome
 
 GOES_ON = "The same command goes on with what has arrived."
 """A note to what stops a pull."""
@@ -32,7 +32,7 @@ def pull(context: click.Context, uri: str, folder: str, as_json: bool, quiet: bo
     try:
         path = download.pull(uri, folder, show)
     except download.Incomplete as error:
-        click.echo(f"{click.style('failed:', fg='red')} {error}", err=True)
+        say_outcome("failed:", error)
         context.exit(1)
     except KeyboardInterrupt as stop:
         stop.add_note(GOES_ON)

@@ -20,6 +20,7 @@ from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
@@ -141,7 +142,7 @@ def _named(
         keys = {short: item} if isinstance(item, str) else dict(item)
         name = str(keys.pop("name", None) or keys.get(short, "base"))
         if _slug(name) in map(_slug, found):
-            problem = "two of them have this name"
+            problem = "two of them have this name, in letters that folders can have"
             raise UserError(key, shown(name), problem, "give each a name of its own")
         found[name] = keys
     return found
@@ -212,5 +213,6 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 
 def _slug(name: str) -> str:
-    """A name as a part of a folder's name."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower() or "cell"
+    """A name as a part of a folder's name, which has letters, digits and few signs."""
+    slug = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.").lower()
+    return slug or checksum({"name": name})[:8]

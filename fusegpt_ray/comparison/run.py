@@ -62,6 +62,7 @@ def compare(
                         raise
                     _failed(waiting[0], error, show)
                 left = [job for job in left if not (job.done or job.problem)]
+        storage.remove(storage.join(comparison.folder, "blocks"), recursive=True)  # of Ray Train
         result = tables.result(comparison, _models(jobs))
         for name, data in tables.files(result).items():
             storage.write(storage.join(comparison.folder, name), data.encode())

@@ -131,14 +131,19 @@ def _grid(rows: Sequence[Row], key: str) -> list[str]:
     """One table of Markdown."""
     columns = [(s, t) for s in sorted(_of(rows, "sparsity")) for t in _of(rows, "text")]
     dense = {row["text"]: row["dense"] if key == "perplexity" else 0.0 for row in rows}
-    head = [f"{percent(sparsity)} % {text}" for sparsity, text in columns]
+    head = [f"{percent(sparsity)} % {_cell(text)}" for sparsity, text in columns]
     lines = [f"| method | {' | '.join(head)} |", "|---" + "|---:" * len(columns) + "|"]
     lines.append(f"| dense | {' | '.join(f'{dense[text]:.2f}' for _, text in columns)} |")
     for method in _of(rows, "method"):
         found = {(r["sparsity"], r["text"]): r[key] for r in rows if r["method"] == method}
         values = (_number(found.get(column)) for column in columns)
-        lines.append(f"| {method} | {' | '.join(values)} |")
+        lines.append(f"| {_cell(method)} | {' | '.join(values)} |")
     return lines
+
+
+def _cell(name: str) -> str:
+    """A name as it stands in a table of Markdown."""
+    return name.replace("|", "\\|")
 
 
 def _number(value: float | None) -> str:

@@ -114,6 +114,15 @@ class Publishing(_Part):
     seconds: FiniteFloat
 
 
+class Planned(_Part):
+    """A stage as it was counted before the run."""
+
+    stage: str
+    flops: NonNegativeInt
+    seconds: FiniteFloat | None = None
+    """None: no rates were known."""
+
+
 class Source(_Part):
     name: str
     revision: str | None = None
@@ -131,6 +140,7 @@ class Facts(_Part):
     dense_blocks: NonNegativeInt | None = None
     bytes: int | None = None
     """Of the published model."""
+    planned: list[Planned] = []
     rounds: list[Round]
     perplexity: dict[str, Perplexity] = {}
     healing: Healing | None = None
@@ -153,6 +163,20 @@ class Facts(_Part):
         name = importance.get("metric") if isinstance(importance, dict) else None
         metric = METRIC_SPECS.get(name) if isinstance(name, str) else None
         return metric.title if metric else "score"
+
+    @property
+    def worked(self) -> list[tuple[Planned, float]]:
+        """The planned stages whose time was taken, with the seconds that each took."""
+        healing = self.healing.seconds if self.healing else {}
+        taken = {
+            stage: sum(round.seconds.get(key, 0.0) for round in self.rounds)
+            for stage, key in (
+                ("scoring", "score"),
+                ("states", "states"),
+                ("fine-tuning", "finetune"),
+            )
+        } | {"healing": sum(healing.values())}
+        return [(row, taken[row.stage]) for row in self.planned if taken.get(row.stage)]
 
     @property
     def seconds(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.report import byte_count, duration
+from fusegpt_ray.report import byte_count, duration, flop_count
 from fusegpt_ray.reporting.charts import charts
 from fusegpt_ray.reporting.facts import Facts, facts
 from fusegpt_ray.store import storage
@@ -75,6 +75,7 @@ def html(found: Facts) -> str:
         charts=charts(found),
         rounds=_rounds(found),
         protocols=_protocols(found),
+        work=_work(found),
         stages=STAGES,
         recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
         vega=_vega(),
@@ -122,6 +123,20 @@ def _rounds(found: Facts) -> list[list[Any]]:
         ]
         for number, round in enumerate(found.rounds, 1)
         if round.removed is not None
+    ]
+
+
+def _work(found: Facts) -> list[list[str]]:
+    """What was planned beside what it took."""
+    return [
+        [
+            row.stage,
+            flop_count(row.flops),
+            "–" if row.seconds is None else duration(row.seconds),
+            duration(taken),
+            f"{flop_count(row.flops / taken)}/s",
+        ]
+        for row, taken in found.worked
     ]
 
 

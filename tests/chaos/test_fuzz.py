@@ -11,7 +11,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from fuzz import READERS, Reader, fuzz
 
 EXAMPLES = 300
-SECONDS = 5.0
 
 
 @pytest.mark.parametrize("reader", READERS, ids=[reader.name for reader in READERS])
@@ -19,4 +18,3 @@ def test_malformed_input_gets_the_one_error(reader: Reader) -> None:
     outcome = fuzz(reader, EXAMPLES)
     assert outcome.accepted and outcome.refused, "it reaches both answers"
     assert outcome.examples >= EXAMPLES * 0.9
-    assert outcome.slowest < SECONDS

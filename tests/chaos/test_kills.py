@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -23,21 +24,24 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def chaoses(material, tmp_path_factory) -> dict[bool, Chaos]:
+def chaos_of(material, tmp_path_factory) -> Callable[[bool], Chaos]:
     """Whether on Ray (where a round takes long: one must do) → where runs are made."""
-    one_round = partial(material.recipe, sparsity=0.125)
-    made = {
-        ray: Chaos(tmp_path_factory.mktemp("chaos"), one_round if ray else material.recipe)
-        for ray in (False, True)
-    }
-    for chaos in made.values():
+
+    @cache
+    def made(on_ray: bool) -> Chaos:
+        recipe = partial(material.recipe, sparsity=0.125) if on_ray else material.recipe
+        chaos = Chaos(tmp_path_factory.mktemp("chaos"), recipe)
         chaos.undisturbed("local")
+        return chaos
+
     return made
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=[str(case) for case in CASES])
-def test_a_killed_run_ends_with_the_same_bytes(number: int, chaoses: dict[bool, Chaos]) -> None:
-    outcome = chaoses[CASES[number].engine != "local"].run(CASES[number], number)
+def test_a_killed_run_ends_with_the_same_bytes(
+    number: int, chaos_of: Callable[[bool], Chaos]
+) -> None:
+    outcome = chaos_of(CASES[number].engine != "local").run(CASES[number], number)
     assert outcome.finished, outcome.log
     assert outcome.identical, outcome.log
     assert outcome.killed == 1, outcome.log

@@ -81,13 +81,23 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
             S3FileSystem.clear_instance_cache()
 
 
+@pytest.fixture(scope="session")
+def new_bucket(s3: S3) -> Callable[[], str]:
+    """Makes an empty bucket and gives its name."""
+
+    def make() -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        s3.client.create_bucket(Bucket=name)
+        S3FileSystem.clear_instance_cache()
+        return name
+
+    return make
+
+
 @pytest.fixture
-def bucket(s3: S3) -> str:
+def bucket(new_bucket: Callable[[], str]) -> str:
     """The name of a new, empty bucket."""
-    name = f"bucket-{uuid.uuid4().hex[:12]}"
-    s3.client.create_bucket(Bucket=name)
-    S3FileSystem.clear_instance_cache()
-    return name
+    return new_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ def test_cells_on_ray_are_those_of_one_process(material, tmp_path: Path) -> None
         recipe = material.recipe(tmp_path / engine, sparsity=0.125, cluster={"engine": engine})
         result = compare(Comparison.parse(recipe | {"compare": {"methods": METHODS}}))
         assert result["failed"] == []
+        assert not [*(tmp_path / engine / "compare").glob("*/blocks")]  # Ray Train's
         found.append(
             {
                 path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()

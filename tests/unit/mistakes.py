@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import Any
 import pytest
 from desk import Desk
 
-import fusegpt_ray.pipeline  # noqa: F401 - imported here, so that the time of a message is not the time of imports
 from fusegpt_ray.cli import main
 
 MESSAGE = re.compile(
@@ -28,7 +26,6 @@ STAGES += r"|calibration: \d+ windows of [^\n]*|at most \S+ .FLOP \([^\n]*\); [^
 PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
 """What may stand before the message: a text is read with the model's tokenizer, after its
 configuration has been found good."""
-SECONDS = 3.0
 
 
 def header_bytes(file: Path) -> int:
@@ -95,10 +92,8 @@ def check(bad: Bad, desk: Desk, reads: list[str], capsys: pytest.CaptureFixture[
     before = tree(desk.folder)
     reads.clear()
     capsys.readouterr()
-    began = time.process_time()
     with unprivileged():
         code = main(arguments)
-    seconds = time.process_time() - began
     stdout, stderr = capsys.readouterr()
 
     lines = stderr.splitlines()
@@ -112,7 +107,6 @@ def check(bad: Bad, desk: Desk, reads: list[str], capsys: pytest.CaptureFixture[
     assert stdout == "" and "Traceback" not in stderr and stderr.count("error: ") == 1
     assert tree(desk.folder) == before
     assert reads == []
-    assert seconds < SECONDS
 
 
 def table(cases: Sequence[Bad]) -> pytest.MarkDecorator:

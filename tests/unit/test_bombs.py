@@ -18,8 +18,6 @@ MOST_MB = 2000
 JSON of `storage.SMALL` bytes, all of empty lists, takes 900 once it is parsed; 8 rows of Parquet
 that each are as long as a row may be, or a bit longer, 600, twice for a moment.
 """
-SECONDS = 20.0
-"""Of CPU."""
 
 
 def set_off(choice: str, folder: Path) -> dict[str, dict[str, Any]]:
@@ -37,7 +35,7 @@ def set_off(choice: str, folder: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize(("choice", "count"), [("kinds", 11), ("others", 12)])
+@pytest.mark.parametrize(("choice", "count"), [("some", 3), ("others", 20)])
 def test_every_bomb_is_refused_within_a_bounded_memory(
     choice: str, count: int, tmp_path: Path
 ) -> None:
@@ -57,4 +55,3 @@ def test_every_bomb_is_refused_within_a_bounded_memory(
     }
     assert not [name for name, row in results.items() if not row["untouched"]]
     assert not {name: row["peak_mb"] for name, row in results.items() if row["peak_mb"] > MOST_MB}
-    assert not {name: row["seconds"] for name, row in results.items() if row["seconds"] > SECONDS}

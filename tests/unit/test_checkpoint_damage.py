@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,10 +98,8 @@ DAMAGED: dict[str, bytes] = {
 def test_damaged_files_are_refused(damage: str, tmp_path: Path) -> None:
     file = tmp_path / SINGLE
     file.write_bytes(DAMAGED[damage])
-    started = time.monotonic()
     with pytest.raises(UserError) as caught:
         read_index(str(tmp_path), KEY)
-    assert time.monotonic() - started < 5
     assert caught.value.key == KEY
     assert str(file) in str(caught.value)
 

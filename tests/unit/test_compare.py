@@ -19,6 +19,7 @@ from test_measured_once import Measuring
 
 from fusegpt_ray import evaluation
 from fusegpt_ray.cli import main
+from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.errors import UserError
@@ -185,6 +186,19 @@ def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_any_letters_make_a_name(desk: Desk) -> None:
+    names = ["слияние", "融合", "a | b"]
+    methods = [{"name": name, "method": "mi"} for name in names]
+    comparison = parsed(desk, *methods)
+    assert [run.method for run in comparison.runs] == names
+    assert len({run.recipe.output.name for run in comparison.runs}) == 3
+    rows = [
+        {"method": name, "sparsity": 0.25, "text": "heldout", "dense": 1.0, "perplexity": 2.0}
+        for name in names
+    ]
+    assert r"| a \| b | 2.00 |" in tables._grid(rows, "perplexity")
+
+
 @pytest.mark.parametrize(
     ("section", "key"),
     [
@@ -232,8 +246,10 @@ def test_several_models_stand_apart(desk: Desk, checkpoint: Callable[[str], Path
         ({"methods": [{"method": "mi", "model": {"source": "b"}}]},
          "compare.methods.model", "the same for all"),
         ({"models": ["s3://KEY:SECRET@b/m"] * 2, "methods": ["mi"]}, "compare.models", "this name"),
+        ({"methods": [{"name": name, "method": "mi"} for name in ("mi é", "mi à")]},
+         "compare.methods", "letters that folders can have"),
     ],
-    ids=["models", "sparsities", "twice", "none", "model", "secret"],
+    ids=["models", "sparsities", "twice", "none", "model", "secret", "letters"],
 )  # fmt: skip
 def test_what_would_be_mixed_up_is_refused(
     desk: Desk, changes: dict[str, Any], key: str, problem: str

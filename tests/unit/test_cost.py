@@ -21,7 +21,7 @@ from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig
 
-from fusegpt_ray.cost import Cost, block_flops, flop_count, healing_flops, matrix_flops
+from fusegpt_ray.cost import Cost, block_flops, healing_flops, matrix_flops
 from fusegpt_ray.footprint import (
     activation_bytes,
     generating_bytes,
@@ -43,7 +43,7 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.rates import MEASURED, RATES
 from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.report import Display, flop_count
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span

@@ -5,16 +5,22 @@ nothing.
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
 from desk import Desk
 from mistakes import tree
+from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray import rates
+from fusegpt_ray import probe, rates
 from fusegpt_ray.cli import main
+from fusegpt_ray.cost import attention_flops
 from fusegpt_ray.first_recipe import first_recipe
+from fusegpt_ray.generation import ROWS
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
@@ -59,6 +65,53 @@ def test_what_does_not_fit_is_told_with_what_helps(
 def test_a_gpu_that_is_not_known(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", desk.write(), "--gpu", "RTX 4090"]) == 2
     assert "--gpu = 'RTX 4090'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon", "lfm2"])
+def test_a_machine_is_probed_without_weights(
+    name: str,
+    desk: Desk,
+    checkpoint: Callable[[str], Path],
+    weight_reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(probe.probe, "__defaults__", (0.01,))  # seconds
+    source = shutil.copytree(checkpoint(name), desk.folder / name)
+    for file in desk.model.glob("tokenizer*"):
+        shutil.copy(file, source)
+    recipe = desk.write(model={"source": str(source)}, sparsity=0.2, heal=HEAL)
+    before = tree(desk.folder)
+    assert main(["plan", recipe, "--json", "--probe"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert tree(desk.folder) == before and weight_reads == []
+    assert told["probed"] and all(row["seconds"] > 0 for row in told["stages"])
+    assert told["seconds"] == pytest.approx(sum(row["seconds"] for row in told["stages"]))
+    assert main(["plan", recipe, "--probe", "--gpu", "H100"]) == 2
+    assert "leave out one of the two" in capsys.readouterr().err
+
+
+def test_a_probe_counts_what_torch_counts(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FLOP a second, of calls that are taken to last a second each."""
+    counted: list[float] = []
+
+    def one_second(call: Callable[[], object], *_: object) -> float:
+        with FlopCounterMode(display=False) as counter:
+            call()
+        counted.append(counter.get_total_flops())
+        return 1.0
+
+    monkeypatch.setattr(probe, "_median_time", one_second)
+    planned = plan(Recipe.load(desk.write()), Display())
+    found, dense = probe.probe(planned), planned.model.stack
+    windows, length = planned.recipe.importance.batch, planned.recipe.calibration.length
+    # Attention on a CPU is one operation, which torch does not count.
+    walk, step = windows * attention_flops(dense, length), ROWS * attention_flops(dense, 1)
+    assert found["scoring"] == counted[0] + walk
+    assert found["healing"] == counted[1] + 3 * walk
+    assert found["generating"] == counted[2] + step
+    assert found["repair"] == counted[3]
+    assert found.keys() == rates.RATES["NVIDIA H100"].keys()
 
 
 def test_all_mistakes_are_listed(

@@ -20,6 +20,7 @@ from test_healed_runs import HEAL, SAVED, StoppedInHealing
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.report import flop_count
 from fusegpt_ray.reporting.facts import facts
 
 Capture = pytest.CaptureFixture[str]
@@ -130,6 +131,10 @@ def test_a_finished_model(finished: Path, tmp_path: Path, capsys: Capture) -> No
         assert told in text
     group = sorted({*manifest["rounds"][0]["group"]} - {manifest["removed"][0]})
     assert ", ".join(map(str, group)) in text
+    planned = {stage["stage"]: stage["flops"] for stage in manifest["planned"]}
+    assert {"scoring", "states", "fine-tuning", "healing"} <= planned.keys()
+    rate = planned["scoring"] / seconds["scoring"]
+    assert flop_count(planned["scoring"]) in text and f"{flop_count(rate)}/s" in text
 
 
 def test_every_chart_has_a_name_and_its_numbers(finished: Path, tmp_path: Path) -> None:
