@@ -194,7 +194,6 @@ class Compression:
                     show.say(lack)
         judge = self._judge(journal)
         order, searched = self._search(journal)
-        removable = self.plan.removable
         rounds = Rounds(
             recipe,
             workers,
@@ -203,7 +202,7 @@ class Compression:
             windows_WT,
             show,
             order,
-            removable,
+            self.plan.removable,
             self.shared,
             self._measuring | drawn,
         )
@@ -213,11 +212,12 @@ class Compression:
             healed = self._heal(target, done[: target.remove], journal)
             stages = self._stages(done[: target.remove], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
-            stack = [*stages.values()][-1]
+            events = partial(self.log.whole, show.say)
+            beside = partial(beside_model, target.name, show.say, recipe.output.report, events)
             with journal.creating():
                 published[target.folder] = publish(
                     target.folder,
-                    stack,
+                    [*stages.values()][-1],
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
@@ -225,13 +225,7 @@ class Compression:
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
-                    partial(
-                        beside_model,
-                        target.name,
-                        show.say,
-                        recipe.output.report,
-                        partial(self.log.whole, show.say),
-                    ),
+                    beside,
                 )
             publishing = published[target.folder].manifest["publishing"]
             show.published(target.name, target.remove, publishing)
@@ -297,6 +291,7 @@ class Compression:
             healed.tokens_WT,
             held_out.tokens_WT,
             self.show,
+            self.plan.removable,
         )
         removed, record = found.removal(self.plan.rounds)
         return removed, {"search": record}

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from fusegpt_ray.generation import generated_stream
-from fusegpt_ray.pictures import calibration_samples, evaluation_samples, healing_samples
+from fusegpt_ray.preflight import image_token
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, Stream
 from fusegpt_ray.text.documents import APART
+from fusegpt_ray.text.formats import beside
 from fusegpt_ray.text.fresh import fresh_windows
+from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text.published import published_windows
-from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.text_sections import GeneratedText, Texts
+from fusegpt_ray.text.windows import Opened, Windows
+from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 from fusegpt_ray.workers.base import Workers
 
 
@@ -31,10 +32,8 @@ def calibration_windows(
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    if text.images:
-        return calibration_samples(workers, recipe)
-    streams = _streams(workers, recipe, text, key, show, text.windows)
-    return mixture.calibration_windows(streams, text, leading, key)
+    opened = _opened(workers, recipe, text, key, show, text.windows)
+    return mixture.calibration_windows(opened, text, leading, key)
 
 
 def evaluation_windows(
@@ -56,7 +55,8 @@ def evaluation_windows(
     if text.published:
         return published_windows(text, workers.setup.source.tokenizer(), length, leading, key)
     if images if text.images is None else text.images:
-        return evaluation_samples(workers, text, length, key)
+        album = _album(workers, text, length, key, beside(key, "length"))
+        return windows.evaluation_windows(album, text, length, leading, key)
     packed = pack if text.pack is None else text.pack
     stream = workers.tokens(text, key, _reading(packed))
     return windows.evaluation_windows(stream, text, length, leading, key, packed)
@@ -72,12 +72,10 @@ def healing_windows(
     """
     heal, calibration = recipe.heal, recipe.calibration
     assert heal is not None
-    if calibration.images:
-        return healing_samples(workers, recipe)
     texts, section = recipe.healing_texts
     amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        _streams(workers, recipe, texts, section, show, *amounts),
+        _opened(workers, recipe, texts, section, show, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -95,14 +93,27 @@ def _reading(pack: bool) -> Reading:
     return PACKED if pack else APART
 
 
-def _streams(
+def _album(workers: Workers, text: Text, length: int, key: str, length_key: str) -> Album:
+    source = workers.setup.source
+    placeholder = image_token(source)
+    assert placeholder is not None, "`check_images` has looked"
+    processing = Processing(source.processor(), placeholder, length, key, length_key)
+    return workers.album(text, processing)
+
+
+def _opened(
     workers: Workers, recipe: Recipe, texts: Texts, key: str, show: Display, *windows: int
-) -> list[Stream]:
-    """Of each text; so many windows of them all are drawn, in one or several sets."""
-    tokens = mixture.generated_tokens(texts, recipe.calibration.length, *windows)
+) -> list[Opened]:
+    """Each text; so many windows of them all are drawn, in one or several sets."""
+    length, pack = recipe.calibration.length, recipe.calibration.pack
+    tokens = mixture.generated_tokens(texts, length, *windows)
+
+    def read(text: WeightedText, name: str) -> Opened:
+        if recipe.sees(text):
+            return _album(workers, text, length, name, "calibration.length")
+        return workers.tokens(text, name, _reading(pack))
 
     def generated(text: GeneratedText, name: str) -> Stream:
         return generated_stream(workers, recipe, text, tokens[text], name, show)
 
-    read = partial(workers.tokens, reading=_reading(recipe.calibration.pack))
-    return mixture.streams(read, texts, key, generated)
+    return mixture.opened(read, texts, key, generated)

@@ -21,7 +21,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
-from fusegpt_ray.samples import Batch, cut, predicted, tokens_of
+from fusegpt_ray.samples import Batch, cut, predicted, tokens_of, with_an_image
 from fusegpt_ray.workers.base import Workers
 
 R = TypeVar("R")
@@ -77,13 +77,13 @@ def losses(workers: Workers, stack: Stack, windows: Batch) -> Losses:
 def compare_source(workers: Workers, windows: Batch) -> Plain:
     """The streamed walk of the dense model beside plain `from_pretrained` of its source."""
     setup = workers.setup
-    task = (setup.source.folder, setup.dense, windows[:1])
+    task = (setup.source.folder, setup.dense, with_an_image(windows, 1))
     return _on_one(workers, _compare, task, "comparing with from_pretrained")
 
 
 def prove(workers: Workers, published: Stack, folder: str, stack: Stack, windows: Batch) -> Proof:
     """That the published model in `folder` computes what the stack does (see `proof.prove`)."""
-    task = (published, folder, stack, windows[:WINDOWS])
+    task = (published, folder, stack, with_an_image(windows, WINDOWS))
     return _on_one(workers, _prove, task, "the proof")
 
 

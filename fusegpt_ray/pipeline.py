@@ -66,7 +66,9 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
     with display or Display() as show:
         lengths = {"calibration.length": recipe.calibration.length}
         source, _ = find_model(recipe.model, lengths)
-        check_images(source, ["calibration.images"] if recipe.calibration.images else [])
+        check_images(
+            source, [key for key in recipe.keys_of_images if key.startswith("calibration.")]
+        )
         model = open_model(source, show)
         leading = leading_tokens(recipe, model.tokenizer)["calibration"]
         setup = Setup(

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
@@ -23,16 +24,17 @@ from fusegpt_ray.preflight import (
     plan_targets,
     with_start,
 )
-from fusegpt_ray.publishing.rehearsal import ANY, Removable, rehearse
+from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Model
+from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
+from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
-from fusegpt_ray.text_sections import GeneratedText, Text
+from fusegpt_ray.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.tracking.trackers import check_trackers
 from fusegpt_ray.workers.base import Setup
 
@@ -114,10 +116,13 @@ def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
     for.
     """
     checks = Checks()
-    if recipe.calibration.pack and not recipe.calibration.images:  # else rows are no plain text
-        for text, key in named_texts(recipe):
-            if not names_a_dataset(text.data):
-                checks(sources, text, key)
+    for text, key in named_texts(recipe):
+        if names_a_dataset(text.data):
+            continue
+        if recipe.sees(text):
+            checks(conversation_sources, text, key)
+        elif recipe.calibration.pack:  # else rows are no plain text
+            checks(sources, text, key)
     _planned(recipe, show, checks, looks=True)
     return checks.found
 
@@ -174,20 +179,17 @@ def _planned(
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:
-    if recipe.search and removable.why:
-        raise UserError(
-            "search",
-            list(recipe.search.candidates),
-            f"a tournament needs a model of which any block can go; {removable.in_words()}",
-            "leave search out",
-        )
+    if recipe.search and removable.from_the_end:
+        problem = f"there is nothing to choose; {removable.in_words()}"
+        raise UserError("search", list(recipe.search.candidates), problem, "leave search out")
     if not METHOD_SPECS[recipe.method].nested and removable != ANY:
         problem = f"a run of blocks needs a model of which any can go; {removable.in_words()}"
         raise UserError("method", recipe.method, problem, "use method: mi")
 
 
-def named_texts(recipe: Recipe) -> Iterator[tuple[Text, str]]:
-    """Every text that the recipe says where to read, with its recipe key."""
+def named_texts(recipe: Recipe) -> Iterator[tuple[WeightedText | Evaluation, str]]:
+    """Every text that the recipe says where to read, with its recipe key; of a held-out text with
+    what `calibration` decides for it."""
     for section, texts in (("calibration", recipe.calibration), ("heal", recipe.heal)):
         if texts and texts.data:
             for part, key in zip(texts.parts, data_keys(texts, section), strict=True):
@@ -195,7 +197,7 @@ def named_texts(recipe: Recipe) -> Iterator[tuple[Text, str]]:
                     yield part, key
     for name, text in recipe.evaluation.items():
         if copy := text.copy_of_published:
-            yield Text(data=copy), f"evaluation.{name}.data"
+            yield Evaluation(data=copy, images=False), f"evaluation.{name}.data"
         elif not text.published:
             yield text, f"evaluation.{name}.data"
 

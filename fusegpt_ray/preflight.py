@@ -120,7 +120,7 @@ def check_repair(recipe: Recipe, structure: Structure) -> None:
     if way == "none":
         return
     fix = "use method: mi" if recipe.method == "mi+linear" else "use none"
-    if text.images or structure.by_sample:
+    if any(map(recipe.sees, text.parts)) or structure.by_sample:
         problem = (
             "repairs in closed form are not made where blocks are called with what depends on the"
             " sample, as with images"

@@ -35,7 +35,7 @@ from fusegpt_ray.sections import (
     one_or_many,
 )
 from fusegpt_ray.specs import METHOD_SPECS, PRESETS
-from fusegpt_ray.text_sections import GeneratedText, Section, Texts
+from fusegpt_ray.text_sections import GeneratedText, Section, Texts, WeightedText
 
 S = TypeVar("S", bound=Section)
 
@@ -178,25 +178,27 @@ class Recipe(Section):
         if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
             problem = "text that the dense model writes has no documents"
             yield UserError("calibration.pack", False, problem, "leave one of the two out")
-        if self.calibration.images:
-            for key, section in (("calibration", self.calibration), ("heal", self.heal)):
-                if section and isinstance(section.data, tuple):
-                    problem = "conversations with images are not mixed with other texts"
-                    fix = "name their files by one path or glob, or leave calibration.images out"
-                    yield UserError(f"{key}.data", "a list", problem, fix)
 
     @property
     def keys_of_images(self) -> list[str]:
-        """The keys that ask for images."""
-        keys = ["calibration.images"] if self.calibration.images else []
-        return keys + [f"evaluation.{name}.images" for name in self.evaluation if self.sees(name)]
+        """The keys that ask for images, those of `calibration` first."""
+        keys = []
+        for name, section in (("calibration", self.calibration), ("heal", self.heal)):
+            parts = section.parts if section and section.data else ()
+            keys += [
+                "calibration.images" if part.images is None else f"{name}.data.{number}.images"
+                for number, part in enumerate(parts)
+                if isinstance(part, WeightedText) and self.sees(part)
+            ]
+        held_out = self.evaluation.items()
+        keys += [f"evaluation.{name}.images" for name, text in held_out if self.sees(text)]
+        return list(dict.fromkeys(keys))
 
-    def sees(self, name: str) -> bool:
-        """Whether this held-out text has images."""
-        if self.evaluation[name].published:
+    def sees(self, text: WeightedText | GeneratedText | Evaluation) -> bool:
+        """Whether it is one of conversations with images."""
+        if isinstance(text, GeneratedText) or (isinstance(text, Evaluation) and text.published):
             return False
-        images = self.evaluation[name].images
-        return self.calibration.images if images is None else images
+        return self.calibration.images if text.images is None else text.images
 
     @property
     def chosen_by(self) -> str:

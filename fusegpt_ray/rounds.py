@@ -13,9 +13,9 @@ from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Question, Round
 from fusegpt_ray.model.finite import explained
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
-from fusegpt_ray.publishing.rehearsal import ANY, Removable
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
@@ -42,7 +42,7 @@ class Rounds:
     order: Sequence[int] | None = None
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
     removable: Removable = ANY
-    """The blocks that scoring chooses among."""
+    """The blocks that are chosen among."""
     shared: Shared = field(default_factory=Shared)
     measuring: Mapping[str, Any] = field(default_factory=dict)
     """What the dense model's scores depend on, beside `importance`: shared with other runs."""
@@ -92,6 +92,7 @@ class Rounds:
             told = {"lowest": ranking.lowest, **ranking.to_record(), "seconds": score_seconds}
             self.show.tell("scores", round=number, metric=self.recipe.chosen_by, **told)
         donor = ranking.lowest if ranking else self._next(before)
+        assert self.removable.allows([donor], stack.kept), (donor, self.removable)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
             change = METHODS[self.recipe.method].change(

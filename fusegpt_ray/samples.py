@@ -60,12 +60,13 @@ class Held:
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Conversations with images, tokenised and processed; windows of text may be among them."""
+    """Conversations with images, tokenised and processed; windows of text may be among them, which
+    need no inputs."""
 
     tokens_WT: np.ndarray
     """int64 [W, T], an image's placeholders among them."""
     targets_WT: np.ndarray
-    """bool [W, T]: the tokens of answers, whose perplexity is measured."""
+    """bool [W, T]: the tokens of answers, and all of a text, whose perplexity is measured."""
     images_WT: np.ndarray
     """bool [W, T]: the placeholders that an image's embeddings replace."""
     inputs: tuple[Inputs, ...]
@@ -95,6 +96,41 @@ class Samples:
 
 Batch = np.ndarray | Samples
 """Windows: int64 [W, T], or samples with images."""
+
+
+def mixed(windows_WT: np.ndarray, text_W: np.ndarray, samples: Mapping[int, Samples]) -> Batch:
+    """Windows of several texts, some of which are samples.
+
+    Args:
+        windows_WT: where the places of samples may hold anything. It may be written to.
+        text_W: the number of each window's text.
+        samples: of the texts of these numbers, in order.
+    """
+    if not samples:
+        return windows_WT
+    images_WT = np.zeros(windows_WT.shape, dtype=bool)
+    targets_WT = np.ones(windows_WT.shape, dtype=bool)
+    inputs: list[Inputs] = [Held({})] * len(windows_WT)
+    for number, found in samples.items():
+        places = np.flatnonzero(text_W == number)
+        windows_WT[places] = found.tokens_WT
+        targets_WT[places] = found.targets_WT
+        images_WT[places] = found.images_WT
+        for place, own in zip(places.tolist(), found.inputs, strict=True):
+            inputs[place] = own
+    targets_WT &= windows_WT != PADDING
+    return Samples(windows_WT, targets_WT, images_WT, tuple(inputs))
+
+
+def with_an_image(windows: Batch, count: int) -> Batch:
+    """The first `count` windows; the first that has an image in place of the last of them, where
+    none of them has one.
+    """
+    if isinstance(windows, Samples):
+        seeing = np.flatnonzero(windows.images_WT.any(axis=1))
+        if len(seeing) and seeing[0] >= count:
+            return windows[np.array([*range(count - 1), seeing[0]])]
+    return windows[:count]
 
 
 def tokens_of(windows: Batch) -> np.ndarray:

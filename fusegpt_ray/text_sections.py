@@ -14,9 +14,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     TypeAdapter,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -66,6 +68,17 @@ class WeightedText(Text):
 
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Its share of the windows is this, divided by the sum of all weights."""
+    images: bool | None = None
+    """Whether its rows are conversations with images; left out: `calibration.images`."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `images` where it is left out, so that runs from before there was this key keep
+        their identity."""
+        found: dict[str, Any] = dumped(self)
+        if self.images is None:
+            found.pop("images", None)
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -134,6 +147,9 @@ def _as_meant(value: Any) -> Any:
     if "generate" in given:
         if "data" in given:
             raise UserError("", shown(value), "both data and generate", "list them as two texts")
+        if "images" in given:
+            problem = "text that the model writes has no images"
+            raise UserError("", shown(value), problem, "leave images out")
         return GeneratedText.model_validate(value)
     own = GeneratedText.model_fields.keys() - WeightedText.model_fields.keys()
     if key := next((key for key in given if key in own), None):

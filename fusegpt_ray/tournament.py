@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.healing.trial import trial
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.removals import Removal, removal
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -57,6 +59,7 @@ class Tournament:
     held_out: Batch
     """See `heal.Healer`."""
     show: Display
+    removable: Removable = ANY
     looked: list[str] = field(default_factory=list)
     """The ways by which a set was looked for already."""
 
@@ -67,6 +70,7 @@ class Tournament:
         Raises:
             FloatingPointError: a sum or a loss is not finite.
             MemoryError: not even a single window fits.
+            UserError: no way leads to a set.
         """
         noted = self.journal.kept("search", 0, self.show.say) or {"looked": [], "entrants": []}
         self.looked = noted["looked"]
@@ -75,6 +79,10 @@ class Tournament:
         ]
         with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
             self._find(entrants, count)
+            if not entrants:
+                ways = list(self.recipe.search.candidates) if self.recipe.search else []
+                problem = f"none of these ways finds {count} blocks that may go"
+                raise UserError("search.candidates", ways, problem, "add a metric, such as mi")
             self._try(entrants)
         best = min(entrants, key=_loss)
         self.show.say(f"  chosen: {' = '.join(best.ways)}")
@@ -99,10 +107,13 @@ class Tournament:
             if way in self.looked:
                 continue
             self.show.stage(f"search: {count} blocks by {way}")
-            removed = removal(way, self.workers, self.dense, windows, recipe.importance, count)
+            removed = removal(
+                way, self.workers, self.dense, windows, recipe.importance, count, self.removable
+            )
             self.looked.append(way)
             if removed is None:
-                self.show.say(f"  no {count} of {len(self.dense)} blocks are {way}: left out")
+                what = f"no {count} of {len(self.dense)} blocks that may go are {way}"
+                self.show.say(f"  {what}: left out")
             elif same := [one for one in found if set(one.removed) == set(removed)]:
                 same[0].ways.append(way)
             else:

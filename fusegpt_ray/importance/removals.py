@@ -16,6 +16,7 @@ from fusegpt_ray.importance.metrics import macro_influence
 from fusegpt_ray.importance.ranking import Ranking, lowest
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.memory import find_batch_size
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
@@ -35,8 +36,9 @@ def removal(
     windows: Batch,
     settings: Importance,
     count: int,
+    removable: Removable = ANY,
 ) -> Removal | None:
-    """So many blocks to remove, or None where there is no such set.
+    """So many blocks to remove that may go, or None where there is no such set.
 
     Args:
         way: one of `sections.Candidate`. A metric: the block of the lowest score goes, and the rest
@@ -48,14 +50,18 @@ def removal(
         MemoryError: not even a single window fits.
     """
     if way == "run":
-        first = int(np.argmin(run_distances(workers, dense, windows, settings, count)))
-        return dense.kept[first : first + count]
+        runs = [dense.kept[first : first + count] for first in range(len(dense) - count + 1)]
+        able = [first for first, run in enumerate(runs) if removable.allows(run, dense.kept)]
+        if not able:
+            return None
+        distances = run_distances(workers, dense, windows, settings, count)
+        return runs[min(able, key=distances.__getitem__)]
     if way == "spaced":
         settings = settings.model_copy(update={"all": True, "racing": None})
-        return _greedy(workers, dense, windows, settings, count, _apart)
+        return _greedy(workers, dense, windows, settings, count, removable, _apart)
     assert way in METRIC_SPECS, way
     settings = settings.model_copy(update={"metric": way})
-    return _greedy(workers, dense, windows, settings, count, _any)
+    return _greedy(workers, dense, windows, settings, count, removable, _any)
 
 
 Choose = Callable[[Ranking, Sequence[int]], int | None]
@@ -78,11 +84,13 @@ def _greedy(
     windows: Batch,
     settings: Importance,
     count: int,
+    removable: Removable,
     choose: Choose,
 ) -> Removal | None:
     stack, gone, last = dense, list[int](), None
     while len(gone) < count:
-        last = score(workers, stack, windows, settings, last)
+        candidates = removable.among(stack.kept)
+        last = score(workers, stack, windows, settings, last, candidates=candidates)
         number = choose(last, gone)
         if number is None:
             return None

@@ -209,8 +209,9 @@ class _Found:
         return math.fsum(self.sums[position]) / self.tokens[-1]
 
     def mean(self, position: int) -> float:
+        """Of the tokens met; 0 as long as none of them counts."""
         sums = self.sums[position]
-        return math.fsum(sums) / self.tokens[len(sums)]
+        return math.fsum(sums) / max(1, self.tokens[len(sums)])
 
     @property
     def means(self) -> dict[int, float]:

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING,
 )
 
 from fusegpt_ray.errors import UserError, reading_users_file
@@ -42,6 +43,9 @@ _ARCHITECTURES = {
     *_CAUSAL,
     *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
 }
+_KEYS = 100
+"""Of a config.json that does not load, among which the wrong one is looked for."""
+_HEADLESS = "a language model without its head, as embedding models are: it predicts no next token"
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 """Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
 
@@ -61,6 +65,10 @@ def _read(text: str) -> transformers.PretrainedConfig:
     """See `read_config`. A run asks for the same few configurations a hundred times."""
     raw = json.loads(text)
     kind = raw.get("model_type")
+    if kind is None and "_diffusers_version" in raw:
+        named = raw.get("_class_name")
+        fix = "give the folder of a causal language model, as save_pretrained writes it"
+        raise UserError(KEY, named, "a part of a diffusers pipeline, no language model", fix)
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
@@ -68,24 +76,48 @@ def _read(text: str) -> transformers.PretrainedConfig:
     if absurd := _absurd(raw):
         raise UserError(KEY, kind, f"config.json is not valid ({absurd})", again)
     if how := _quantized(raw):
-        fix = "use the checkpoint in its original dtype; quantize what this tool publishes"
+        fix = (
+            "use the checkpoint in its original dtype, or what transformers makes of it"
+            " (model.dequantize(), then save_pretrained); quantize what this tool publishes"
+        )
         raise UserError(
             KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix
         )
     if named := raw.get("transformers_weights"):
         fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
-    invalid = reading_users_file(KEY, kind, "config.json is not valid", again)
-    with tempfile.TemporaryDirectory() as folder, _quiet(), invalid:
-        # Through a file, as transformers reads it: it has a way of its own to write infinity and
-        # NaN.
+    try:
+        with reading_users_file(KEY, kind, "config.json is not valid", again):
+            return _loaded(raw)
+    except UserError as error:
+        if any(key in error.problem for key in raw):
+            raise
+        keys = [key for key in [*raw][:_KEYS] if _loads_without(key, raw)]
+        if not keys:
+            raise
+        problem = f"{error.problem}, as its {' or '.join(keys[:3])} is wrong"
+        raise UserError(KEY, kind, problem, again) from error
+
+
+def _loaded(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
+    """Through a file, as transformers reads it, which has a way of its own to write infinity."""
+    with tempfile.TemporaryDirectory() as folder, _quiet():
         file = Path(folder) / "config.json"
-        file.write_text(text, encoding="utf-8")
+        file.write_text(json.dumps(raw), encoding="utf-8")
         config: transformers.PretrainedConfig = transformers.AutoConfig.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
         config.get_text_config().use_cache = False
     return config
+
+
+def _loads_without(key: str, raw: Mapping[str, Any]) -> bool:
+    """Whether this key is what is wrong with a config.json, for messages that do not name it."""
+    try:
+        _loaded({name: value for name, value in raw.items() if name != key})
+    except Exception:  # of whatever kind: see `reading_users_file`
+        return False
+    return True
 
 
 @contextmanager
@@ -117,7 +149,10 @@ def _quantized(raw: Mapping[str, Any]) -> str:
         if settings := raw.get(key):
             if not isinstance(settings, dict):
                 return key
-            method = settings.get("quant_method", "MLX" if key == "quantization" else None)
+            usual = "MLX" if key == "quantization" else None
+            if any(name.startswith("load_in_") for name in settings):  # before methods had names
+                usual = "bitsandbytes"
+            method = settings.get("quant_method", usual)
             return method if isinstance(method, str) else key
     sections = (
         value for key, value in raw.items() if isinstance(value, dict) and key.endswith("_config")
@@ -142,11 +177,9 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
         found: type[transformers.PreTrainedModel] = getattr(transformers, known_name)
         return found
     known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
-    problem = (
-        "not a causal language model"
-        if known
-        else "config.json names no architecture that transformers knows"
-    )
+    problem = "config.json names no architecture that transformers knows"
+    if known or not names:
+        problem = _other_kind(read_config(raw), name) or problem
     fix = (
         "use a causal language model, or an image-text-to-text model, that transformers itself"
         " contains"
@@ -156,7 +189,24 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
             f'; if it is a {usual.__name__}, say so in config.json: "architectures":'
             f' ["{usual.__name__}"]'
         )
+    elif usual and problem is _HEADLESS:
+        fix = f"use the {usual.__name__} that it was made from"
     raise UserError(KEY, names, problem, fix)
+
+
+def _other_kind(config: transformers.PretrainedConfig, name: object) -> str:
+    """What the class of that name is, which is none of ours, in words; nothing if that is not known
+    and there is no name.
+    """
+    if config.is_encoder_decoder:
+        return "an encoder–decoder model, whose decoder does nothing without its encoder"
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        return "an encoder, which sees all of a text and predicts no next token"
+    if not isinstance(name, str):
+        return ""
+    if name.endswith("Model") and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return _HEADLESS
+    return "not a causal language model"
 
 
 def _usual_class(raw: Mapping[str, Any], name: str) -> type[transformers.PreTrainedModel] | None:

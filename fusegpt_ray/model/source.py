@@ -74,10 +74,8 @@ class Source:
             return cls(name, revision, name.rstrip("/"))
         if _is_folder(name):
             return cls(name, revision, storage.absolute(name))
-        if os.path.exists(os.path.expanduser(name)):
-            raise UserError(
-                key, name, "a file, not a folder", "give the folder that holds config.json"
-            )
+        if os.path.exists(path := os.path.expanduser(name)):
+            raise UserError(key, name, *diagnosis.unusable_file(name, _beginning(path)))
         if not _HUB_ID.fullmatch(name):
             raise UserError(key, name, "no such folder", hub.FIX)
         return cls(name, revision, *hub.snapshot(name, revision, key, companions.small))
@@ -268,6 +266,14 @@ def hub_sha256(file: str) -> str | None:
     """
     found = None if "://" in file else _BLOB.search(os.path.realpath(file))
     return found[1] if found else None
+
+
+def _beginning(path: str) -> bytes:
+    """Of a file; nothing of what is none or may not be read."""
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        return b""
+    with open(path, "rb") as file:
+        return file.read(diagnosis.BEGINNING)
 
 
 def _is_folder(name: str) -> bool:

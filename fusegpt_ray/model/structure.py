@@ -6,7 +6,8 @@ with the hidden states of the one before and otherwise with what no other block 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ TOKENS = 8
 """Tokens a row of the passes through an empty model."""
 _ROWS = 10_000_000
 """More than any vocabulary has."""
+_NO_VALUES = "meta tensor"
+"""In what torch says where the values of an empty tensor are asked for."""
 _FIX = "use a decoder-only model that transformers runs block after block (LLaMA, Mistral, Qwen, …)"
 
 
@@ -59,7 +62,7 @@ def observe(raw: Mapping[str, Any]) -> Structure:
     """
     model = build_skeleton(raw)
     name = type(model).__name__
-    with reading_users_file(KEY, name, "its blocks cannot be run one by one", _FIX):
+    with _running(name):
         recorded = Recorded(model, find_blocks(model))
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         _fill_without_memory(model)
@@ -77,6 +80,26 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         if by_sample := not all(map(same, contexts, recorded.contexts)):
             _check_alone(name, recorded.blocks, h_BTD, contexts)
     return Structure(name, recorded.blocks, contexts, h_BTD, trunk, by_sample)
+
+
+@contextmanager
+def _running(name: str) -> Iterator[None]:
+    """While blocks run without weights.
+
+    Raises:
+        UserError: one cannot.
+    """
+    try:
+        with reading_users_file(KEY, name, "its blocks cannot be run one by one", _FIX):
+            yield
+    except UserError as error:
+        if _NO_VALUES not in str(error.__cause__):
+            raise
+        problem = (
+            "its blocks look at values while they run, such as how many tokens go to an expert, so"
+            " that what they compute cannot be checked before weights are read"
+        )
+        raise UserError(KEY, name, problem, _FIX) from error
 
 
 def _check_alone(

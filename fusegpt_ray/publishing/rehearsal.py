@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,54 +22,12 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.recorder import Context, empty_call
+from fusegpt_ray.model.removable import Removable
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe, same
 from fusegpt_ray.publishing.shrink import shrink_config
 
 _FIX = "use an architecture whose blocks are the same at every depth"
-
-
-@dataclass(frozen=True)
-class Removable:
-    """Which blocks of a dense model may go."""
-
-    blocks: tuple[int, ...] | None = None
-    """Their dense numbers; None: all."""
-    from_the_end: bool = False
-    """Only the last one that is left, each time."""
-    why: str = ""
-    """Others may not."""
-    one_stays: tuple[int, ...] = ()
-    """The last that is left of these is no candidate (see `_tell_the_length`)."""
-
-    def among(self, kept: Sequence[int]) -> tuple[int, ...] | None:
-        """The candidates of a round, by dense number; None: all of the blocks `kept`."""
-        if self.from_the_end:
-            return tuple(kept[-1:])
-        left = [number for number in kept if number in self.one_stays]
-        stays = left if len(left) == 1 else []
-        if self.blocks is None and not stays:
-            return None
-        able = kept if self.blocks is None else self.blocks
-        return tuple(number for number in kept if number in able and number not in stays)
-
-    def in_words(self) -> str:
-        """For whoever watches the run; nothing where any blocks can go."""
-        rule = ""
-        if self.one_stays:
-            numbers = ", ".join(map(str, self.one_stays))
-            rule = f"one of the attention blocks {numbers} stays, as generation with a cache asks"
-        if not self.why:
-            return rule
-        if self.from_the_end:
-            return f"only the last blocks can go, in this order: otherwise {self.why}"
-        assert self.blocks is not None
-        numbers = ", ".join(map(str, self.blocks))
-        found = f"only the blocks {numbers} can go: otherwise {self.why}"
-        return f"{found}; {rule}" if rule else found
-
-
-ANY = Removable()
 
 
 def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> Removable:
@@ -89,15 +46,16 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
         telling = _tell_the_length(dense)
     fewest, most, depth = min(removals), max(removals), len(dense)
     stay = telling if most >= len(telling) else ()
-    if not (why := attempt.first_problem(_sets(range(depth), fewest, most))):
-        return Removable(one_stays=stay)
-    can_go = [number for number in range(depth) if not attempt.problem([number])]
+    rule, every = Removable(one_stays=stay), range(depth)
+    if not (why := attempt.first_problem(_sets(every, fewest, most, rule))):
+        return rule
+    can_go = [number for number in every if not attempt.problem([number])]
     # Blocks that can go alone need not be able to go together.
-    able = len(can_go) - bool(stay and {*stay} <= {*can_go})
-    if able >= most and not attempt.first_problem(_sets(can_go, fewest, most)):
+    able = len(can_go) - (not rule.allows(can_go, every))
+    if able >= most and not attempt.first_problem(_sets(can_go, fewest, most, rule)):
         return Removable(tuple(can_go), why=why, one_stays=stay)
-    ends = [range(depth - count, depth) for count in sorted({1, fewest, most})]
-    if not attempt.first_problem(ends) and (not stay or stay[0] < depth - most):
+    ends = [every[-count:] for count in sorted({1, fewest, most})]
+    if all(rule.allows(end, every) for end in ends) and not attempt.first_problem(ends):
         return Removable(from_the_end=True, why=why)
     if can_go:
         why += f" (alone, {len(can_go)} of its blocks can go; together, {most} cannot)"
@@ -116,14 +74,27 @@ def _tell_the_length(dense: Stack) -> tuple[int, ...]:
     return numbers if len(numbers) < len(layers) else ()
 
 
-def _sets(numbers: Sequence[int], fewest: int, most: int) -> list[list[int]]:
+def _sets(numbers: Sequence[int], fewest: int, most: int, rule: Removable) -> list[list[int]]:
     """Blocks to leave out together: the first ones, so that many others move; some spread over all,
     so that others move by different numbers of places; and the last ones, which may be of a kind of
-    their own.
+    their own. Where the rule does not allow a set, it is one of the other blocks.
     """
-    first = int(len(numbers) > most)  # the first block stays, unless all of these go
-    spread = [numbers[first + index * (len(numbers) - first) // most] for index in range(most)]
-    return [[*numbers[:fewest]], spread, [*numbers[-fewest:]]]
+
+    def first(able: Sequence[int]) -> list[int]:
+        return [*able[:fewest]]
+
+    def spread(able: Sequence[int]) -> list[int]:
+        begin = int(len(able) > most)  # the first block stays, unless all of these go
+        return [able[begin + index * (len(able) - begin) // most] for index in range(most)]
+
+    def last(able: Sequence[int]) -> list[int]:
+        return [*able[-fewest:]]
+
+    others = [number for number in numbers if number not in rule.one_stays[:1]]
+    return [
+        found if rule.allows(found := pick(numbers), numbers) else pick(others)
+        for pick in (first, spread, last)
+    ]
 
 
 class _Attempt:
@@ -142,8 +113,8 @@ class _Attempt:
         """What is not as it would be published without these blocks, or nothing."""
         short = self.dense.drop(*dropped)
         name, known = self.structure.found.name, self._shallower
+        what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
         try:
-            what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
             with reading_users_file(KEY, name, what, _FIX):
                 config = shrink_config(short)
                 key = json.dumps(config, sort_keys=True, default=str)
@@ -151,7 +122,8 @@ class _Attempt:
                     known[key] = _Shallower(self.structure, _Observed(observe(config)))
                 return known[key].difference(short.kept)
         except UserError as error:
-            return error.problem
+            said = error.problem
+            return said if said.startswith(what) else f"{what} ({said})"
 
 
 class _Observed:

@@ -29,6 +29,10 @@ dense."""
 _LAST = "moe_layer_end_index"
 """Of the last block with experts."""
 
+_ALSO = "num_blocks"
+"""What a class may call the depth beside `num_hidden_layers`, and not say so in its
+`attribute_map` (xLSTM); others call something else by this name."""
+
 
 def shrink_config(stack: Stack) -> dict[str, Any]:
     """The dense model's config.json with the stack's depth, and every setting of a block in step.
@@ -53,6 +57,8 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
     main, names = _depth_names(text)
     for key in names & section.keys() or {main}:
         section[key] = len(stack)
+    if section.get(_ALSO) == depth:
+        section[_ALSO] = len(stack)
     for key in names & raw.keys():
         if raw[key] == depth:  # a copy beside the text model's section
             raw[key] = len(stack)

@@ -67,6 +67,19 @@ def refuse_other_kinds(key: str, value: object, name: str, beginning: bytes) -> 
         raise UserError(key, value, f"{name} is {what}", remedy(what))
 
 
+def unusable_file(name: str, beginning: bytes) -> tuple[str, str]:
+    """What a file is that was given in place of a checkpoint's folder, and what to do."""
+    if name.endswith(".safetensors"):
+        return "a file, not a folder", "give its folder, which holds config.json, too"
+    what = kind(beginning)
+    if "pickle" in what or name.endswith(_OTHER_WEIGHTS):
+        never = "" if name.endswith(_NO_PICKLES) else "; pickles are never opened"
+        return f"a file of weights, not a safetensors checkpoint{never}", SAVE
+    if what:
+        return f"{what}, not a folder", remedy(what)
+    return "a file, not a folder", "give the folder that holds config.json"
+
+
 def unusable_folder(files: Collection[str], folders: Collection[str]) -> tuple[str, str]:
     """Why a folder without a whole checkpoint is none, and what to do.
 
@@ -125,8 +138,8 @@ def _folder_of_checkpoints(
         problem = "a folder of the hub's cache, whose checkpoints lie in snapshots"
         return problem, "give the hub id, or …/snapshots/COMMIT"
     if "model_index.json" in files:
-        problem = "a pipeline of several models (model_index.json)"
-        return problem, "give the folder of its language model"
+        problem = "a diffusers pipeline of several models (model_index.json)"
+        return problem, "give the folder of a causal language model, if it has one"
     return None
 
 

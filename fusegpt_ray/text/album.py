@@ -35,6 +35,11 @@ class Album:
     make: Make
     processing: Processing
 
+    def begins(self, samples: Samples) -> bool:
+        """Whether each begins with the beginning-of-sequence token."""
+        token = self.processing.processor.tokenizer.bos_token_id
+        return bool((samples.tokens_WT[:, 0] == token).all())
+
     def drawn(self, limit: int | None, seed: int | None = None) -> tuple[Samples, int]:
         """The first `limit` conversations (None: all) that are no longer than a window, in an order
         of chance if there is a `seed`; and how many longer ones stand before the last of them.

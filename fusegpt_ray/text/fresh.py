@@ -1,28 +1,32 @@
 """Windows that share no token, to train on and held out.
 
-Each text is cut into consecutive windows, of which some are picked at random. What is held out does
-not depend on how many windows are trained on, so that its losses can be compared.
+Each text is cut into consecutive windows, documents or conversations, of which some are picked at
+random. What is held out does not depend on how many windows are trained on, so that its losses can
+be compared.
 """
 
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.samples import PADDING
+from fusegpt_ray.samples import PADDING, Samples, mixed
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import Stream, blank_windows, counted, fill
 from fusegpt_ray.text.documents import put, telling
-from fusegpt_ray.text.mixture import apportioned, data_keys, interleaved, seed_of, shares
-from fusegpt_ray.text.windows import Drawn, Windows
+from fusegpt_ray.text.mixture import Part, apportioned, data_keys, interleaved, seed_of, shares
+from fusegpt_ray.text.windows import Drawn, Opened, Windows, of_album
 from fusegpt_ray.text_sections import GeneratedText, Texts
 
 
 def fresh_windows(
-    streams: Sequence[Stream],
+    opened: Sequence[Opened],
     texts: Texts,
     windows: int,
     held_out: int,
@@ -42,7 +46,7 @@ def fresh_windows(
     them. A text of more than `HELD_TOKENS` tokens is read twice, any other once.
 
     Args:
-        streams: of each text, in the order of the recipe.
+        opened: each text, in the order of the recipe.
         length: tokens a window, `bos` among them if there is one.
         key: of the section in which the texts stand; other keys that messages name are of `heal`.
         fewer: where the texts have less, take what they have, in multiples of this, instead of
@@ -53,73 +57,165 @@ def fresh_windows(
         UserError: a text has fewer windows than its share, or gets none to train on.
     """
     kept = apportioned(texts.parts, held_out)
-    cut = _Packed if pack else _Documents
-    rolls = [cut(stream, length, bos) for stream in streams]
+    rolls = _rolls(opened, texts, kept, windows, length, seed, bos, pack)
     if fewer and not repeat:
         free = [roll.windows - held for roll, held in zip(rolls, kept, strict=True)]
         windows = _most(texts, windows, free, fewer)
     wanted = shares(texts, windows, key, "heal.tokens")
-    train_W, held_W = (interleaved(counts, seed_of(seed, "order")) for counts in (wanted, kept))
-    train_WT, held_WT = (cut.blank(n, length, bos) for n in (windows, held_out))
-    trained, held = [], []
-    for number, name in enumerate(data_keys(texts, key)):
-        roll, share = rolls[number], wanted[number]
-        there = roll.windows
-        if there <= kept[number] or (there < share + kept[number] and not repeat):
-            left = there - kept[number]
-            raise _too_short(texts, number, windows, length, roll.found, left, key, fewer)
-        picked = _picked(there, share, kept[number], seed_of(seed, number))
-        rows = [train_WT[row] for row in np.flatnonzero(train_W == number)]
-        rows += [held_WT[row] for row in np.flatnonzero(held_W == number)]
-        roll.fill(rows, picked, name)
-        part = texts.parts[number]
-        trained.append(Drawn.of(part, roll.tokens, distinct=there - kept[number]))
-        held.append(Drawn.of(part, roll.tokens))
-    begins = bos is not None
-    return (
-        Windows(train_WT, begins, tuple(trained), train_W),
-        Windows(held_WT, begins, tuple(held), held_W),
+    train, held = (
+        _Sheet(interleaved(counts, seed_of(seed, "order")), length, bos, pack)
+        for counts in (wanted, kept)
     )
+    trained_on, kept_back = [], []
+    for number, name in enumerate(data_keys(texts, key)):
+        roll = rolls[number]
+        left = roll.windows - kept[number]
+        if left < 1 or (left < wanted[number] and not repeat):
+            raise _too_short(texts, number, windows, length, roll.found, left, key, fewer)
+        roll.lay(number, train, held, seed_of(seed, number), name)
+        drawn = roll.drawn(texts.parts[number])
+        trained_on.append(replace(drawn, distinct=left))
+        kept_back.append(drawn)
+    begin = all(roll.begin for roll in rolls)
+    return train.windows(begin, trained_on), held.windows(begin, kept_back)
 
 
-class _Packed:
-    """A text as consecutive windows."""
+class _Sheet:
+    """Windows of several texts, while they are filled in."""
 
-    blank = staticmethod(blank_windows)
+    def __init__(self, text_W: np.ndarray, length: int, bos: int | None, pack: bool) -> None:
+        """`text_W`: the number of each window's text."""
+        self.text_W = text_W
+        self.tokens_WT = (
+            blank_windows(len(text_W), length, bos)
+            if pack
+            else np.full((len(text_W), length), PADDING, dtype=np.int64)
+        )
+        self.samples: dict[int, Samples] = {}
+        """Of the texts of these numbers."""
+
+    def rows(self, number: int) -> list[np.ndarray]:
+        """Those of one text, to be written to."""
+        return [self.tokens_WT[row] for row in np.flatnonzero(self.text_W == number)]
+
+    def windows(self, begin: bool, texts: Sequence[Drawn]) -> Windows:
+        """`begin`: whether each begins with the beginning-of-sequence token."""
+        windows = mixed(self.tokens_WT, self.text_W, self.samples)
+        return Windows(windows, begin, tuple(texts), self.text_W)
+
+
+class _Roll(ABC):
+    """One text, to be cut into windows."""
+
+    windows: int
+    """How many there are."""
+    found: str
+    """The same, for messages."""
+    begin: bool
+    """Whether each begins with the beginning-of-sequence token."""
+
+    @abstractmethod
+    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
+        """Fill in the windows of this text, whose number is given."""
+
+    @abstractmethod
+    def drawn(self, part: Part) -> Drawn:
+        """What they came from."""
+
+
+def _rolls(
+    opened: Sequence[Opened],
+    texts: Texts,
+    kept: Sequence[int],
+    windows: int,
+    length: int,
+    seed: int,
+    bos: int | None,
+    pack: bool,
+) -> list[_Roll]:
+    cut, asked = _Packed if pack else _Documents, apportioned(texts.parts, windows)
+    draw = seed_of(seed, "healing")  # else the conversations would be those of the calibration
+    # One more of each: where fewer windows are taken in all, the share of a text may be larger.
+    more = len(opened) > 1
+    return [
+        _Conversations(each, part, held + share + more, seed_of(draw, number))
+        if isinstance(each, Album)
+        else cut(each, length, bos)
+        for number, (each, part, held, share) in enumerate(
+            zip(opened, texts.parts, kept, asked, strict=True)
+        )
+    ]
+
+
+class _Tokens(_Roll):
+    """One of tokens."""
+
+    tokens: int
+
+    @abstractmethod
+    def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
+        """Write the windows of these numbers into the rows."""
+
+    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
+        rows, kept = train.rows(number), held.rows(number)
+        self.fill(rows + kept, _picked(self.windows, len(rows), len(kept), seed), key)
+
+    def drawn(self, part: Part) -> Drawn:
+        return Drawn.of(part, self.tokens)
+
+
+class _Packed(_Tokens):
+    """Consecutive windows."""
 
     def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
+        self.begin = bos is not None
         self.tokens, self.again = counted(stream)
-        self.width = length if bos is None else length - 1
+        self.width = length - self.begin
         self.windows = self.tokens // self.width
         self.found = f"has {self.tokens} tokens, which are {self.windows} windows of {length}"
 
     def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
-        """Write the windows of these numbers into the rows."""
         starts = [number * self.width for number in numbers]
         fill([row[-self.width :] for row in rows], starts, self.again, self.tokens, key)
 
 
-class _Documents:
-    """A text as documents, each a window."""
+class _Documents(_Tokens):
+    """Documents, each a window."""
 
     def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
-        self.stream, self.bos = stream, bos
+        self.stream, self.bos, self.begin = stream, bos, bos is not None
         sizes = [len(tokens) for tokens in telling(stream)]
         self.windows, self.tokens = len(sizes), sum(sizes)
         self.found = f"has {self.windows} documents of two tokens or more"
 
-    @staticmethod
-    def blank(windows: int, length: int, bos: int | None) -> np.ndarray:
-        return np.full((windows, length), PADDING, dtype=np.int64)
-
     def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
-        """As `_Packed.fill`; the text is read and tokenised once more."""
+        """The text is read and tokenised once more."""
         places: dict[int, list[np.ndarray]] = {}
         for row, number in zip(rows, numbers, strict=True):
             places.setdefault(number, []).append(row)
         for number, tokens in enumerate(telling(self.stream)):
             for row in places.get(number, ()):
                 put(tokens, row, self.bos)
+
+
+class _Conversations(_Roll):
+    """Conversations with images, in an order of chance: those that are held out come first."""
+
+    def __init__(self, album: Album, part: Part, limit: int, seed: int) -> None:
+        """`limit`: no more are needed."""
+        there = of_album(album, part, limit, seed)
+        assert isinstance(there.tokens_WT, Samples)
+        self.samples, self.begin, (self.source,) = there.tokens_WT, there.bos, there.texts
+        self.windows = len(self.samples)
+        self.found = self.source.fitting(self.windows)
+
+    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
+        share, kept = len(train.rows(number)), len(held.rows(number))
+        held.samples[number] = self.samples[:kept]
+        train.samples[number] = self.samples[kept + np.arange(share) % (self.windows - kept)]
+
+    def drawn(self, part: Part) -> Drawn:
+        return self.source
 
 
 def _most(texts: Texts, windows: int, free: Sequence[int], step: int) -> int:

@@ -17,11 +17,11 @@ from fractions import Fraction
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.samples import tokens_of
+from fusegpt_ray.samples import Samples, mixed
 from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
-from fusegpt_ray.text.windows import Drawn, Windows, random_windows
-from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
+from fusegpt_ray.text.windows import Drawn, Opened, Windows, random_windows
+from fusegpt_ray.text_sections import GeneratedText, Texts, WeightedText
 
 
 def data_keys(texts: Texts, key: str) -> list[str]:
@@ -36,25 +36,28 @@ def data_keys(texts: Texts, key: str) -> list[str]:
 Part = WeightedText | GeneratedText
 
 
-def streams(
-    tokens: Callable[[Text, str], Stream],
+def opened(
+    read: Callable[[WeightedText, str], Opened],
     texts: Texts,
     key: str,
     generated: Callable[[GeneratedText, str], Stream] | None = None,
-) -> list[Stream]:
-    """The stream of each text of the section `key`. `tokens`: see `Workers.tokens`; `generated`: as
-    this, for texts that the dense model writes.
+) -> list[Opened]:
+    """Each text of the section `key`, to draw windows from.
+
+    Args:
+        read: opens one, given its recipe key.
+        generated: as this, for texts that the dense model writes.
 
     Raises:
         UserError: see `corpus.sources`.
     """
-    found = []
+    found: list[Opened] = []
     for part, name in zip(texts.parts, data_keys(texts, key), strict=True):
         if isinstance(part, GeneratedText):
             assert generated, "the dense model is at hand"
             found.append(generated(part, name))
         else:
-            found.append(tokens(part, name))
+            found.append(read(part, name))
     return found
 
 
@@ -124,25 +127,35 @@ def interleaved(counts: Sequence[int], seed: int) -> np.ndarray:
 
 
 def calibration_windows(
-    streams: Sequence[Stream], text: Calibration, bos: int | None, key: str
+    texts: Sequence[Opened], text: Calibration, bos: int | None, key: str
 ) -> Windows:
     """Random ones of each text, interleaved.
 
     Args:
-        streams: of each text, in the order of the recipe.
+        texts: in the order of the recipe.
         key: of the section.
 
     Raises:
-        UserError: a text gets none, or is shorter than a window; see `sample_windows`.
+        UserError: a text gets none, or has too few; see `random_windows`.
     """
     counts = shares(text, text.windows, key, f"{key}.windows")
     text_W = interleaved(counts, seed_of(text.seed, "order"))
     tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
+    samples: dict[int, Samples] = {}
     drawn: list[Drawn] = []
-    for number, (stream, name) in enumerate(zip(streams, data_keys(text, key), strict=True)):
+    begin = True
+    for number, (opened, name) in enumerate(zip(texts, data_keys(text, key), strict=True)):
         part, seed = text.parts[number], seed_of(text.seed, number)
         count = counts[number]
-        windows = random_windows(stream, part, count, text.length, seed, bos, name, text.pack)
-        tokens_WT[text_W == number] = tokens_of(windows.tokens_WT)
+        windows = random_windows(opened, part, count, text.length, seed, bos, name, text.pack)
+        if isinstance(windows.tokens_WT, Samples):
+            if (there := len(windows.tokens_WT)) < count:
+                problem = f"the text of {name} {windows.texts[0].fitting(there)}; wanted: {count}"
+                fix = "ask for fewer windows, give more conversations, or raise the length"
+                raise UserError(f"{key}.windows", text.windows, problem, fix)
+            samples[number] = windows.tokens_WT
+        else:
+            tokens_WT[text_W == number] = windows.tokens_WT
         drawn += windows.texts
-    return Windows(tokens_WT, bos is not None, tuple(drawn), text_W)
+        begin &= windows.bos
+    return Windows(mixed(tokens_WT, text_W, samples), begin, tuple(drawn), text_W)

@@ -11,6 +11,7 @@ import numpy as np
 from fusegpt_ray.samples import Batch, lengths
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import documents
+from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
 from fusegpt_ray.text_sections import GeneratedText, Text
 
@@ -54,6 +55,13 @@ class Drawn:
             "top_p": text.top_p,
         }
         return cls(text.label, generated=how, **facts)
+
+    def fitting(self, windows: int) -> str:
+        """What a text has of which only so many windows could be drawn."""
+        return (
+            f"has {windows} conversations that fit, and {self.left_out} that are longer than a"
+            " window"
+        )
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
@@ -140,8 +148,12 @@ class Windows:
         return about | (parts[0] if len(parts) == 1 else {"parts": parts})
 
 
+Opened = Stream | Album
+"""A text to draw windows from."""
+
+
 def random_windows(
-    stream: Stream,
+    opened: Opened,
     text: Text | GeneratedText,
     windows: int,
     length: int,
@@ -150,13 +162,16 @@ def random_windows(
     key: str,
     pack: bool = True,
 ) -> Windows:
-    """At random places of one text, so that they may overlap; without `pack` so many documents.
+    """At random places of one text, so that they may overlap; without `pack` so many documents; of
+    an album so many conversations, if there are as many.
 
     Raises:
-        UserError: see `sample_windows`; or there are fewer documents.
+        UserError: see `sample_windows`, `Album.drawn`; or there are fewer documents.
     """
+    if isinstance(opened, Album):
+        return of_album(opened, text, windows, seed)
     if not pack:
-        found, there = documents.drawn(stream, windows, seed)
+        found, there = documents.drawn(opened, windows, seed)
         documents.enough(found, windows, key)
         tokens_WT, cut = documents.as_windows(found, length, bos)
         return Windows.of(tokens_WT, bos is not None, Drawn(text.label, documents=there, cut=cut))
@@ -165,7 +180,7 @@ def random_windows(
     def watched() -> Iterator[np.ndarray]:
         nonlocal n_tokens
         n_tokens = 0  # a long text is read twice
-        for tokens in stream():
+        for tokens in opened():
             n_tokens += len(tokens)
             yield tokens
 
@@ -174,23 +189,39 @@ def random_windows(
     return Windows.of(tokens_WT, bos is not None, drawn)
 
 
+def of_album(
+    album: Album, text: Text | GeneratedText, limit: int | None, seed: int | None = None
+) -> Windows:
+    """At most `limit` conversations (None: all) as samples, in an order of chance if there is a
+    `seed`.
+
+    Raises:
+        UserError: see `Album.drawn`.
+    """
+    samples, left_out = album.drawn(limit, seed)
+    drawn = Drawn(text.label, conversations=album.there, left_out=left_out)
+    return Windows.of(samples, album.begins(samples), drawn)
+
+
 def evaluation_windows(
-    stream: Stream,
+    opened: Opened,
     text: Evaluation,
     length: int,
     bos: int | None,
     key: str,
     pack: bool = True,
 ) -> Windows:
-    """Consecutive ones; without `pack` the first documents.
+    """Consecutive ones; without `pack` the first documents; of an album the first conversations.
 
     Raises:
-        UserError: see `consecutive_windows`; or there is no document.
+        UserError: see `consecutive_windows`, `Album.drawn`; or there is no document.
     """
+    if isinstance(opened, Album):
+        return of_album(opened, text, text.windows)
     if not pack:
-        found = documents.first(stream, text.windows, key)
+        found = documents.first(opened, text.windows, key)
         tokens_WT, cut = documents.as_windows(found, length, bos)
         source = Drawn(text.label, documents=len(found), cut=cut)
         return Windows.of(tokens_WT, bos is not None, source)
-    tokens_WT = consecutive_windows(stream, length, text.windows, key, bos)
+    tokens_WT = consecutive_windows(opened, length, text.windows, key, bos)
     return Windows.of(tokens_WT, bos is not None, Drawn(text.label))

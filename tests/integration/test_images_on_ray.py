@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from albums import album, save_llava, write_lines
+from albums import WORDS, album, save_llava, write_lines
 from pictures import IMAGE
 
 from fusegpt_ray import Recipe, compress
@@ -92,20 +92,19 @@ def test_a_users_mistake_comes_home(model: Path, tmp_path: Path, ray_session: No
         assert said[0] == said[1] and "line 3 of" in said[0]
 
 
-def published(model: Path, folder: Path, engine: str) -> dict[str, Any]:
+def published(model: Path, folder: Path, engine: str, texts: list[Any]) -> dict[str, Any]:
+    """`texts`: of a mixture with the conversations, if there are any."""
+    seen = str(write_lines(folder / "seen.jsonl", album(folder, 12)))
+    parts = [*texts, {"data": seen, "images": True}]
+    data = {"data": parts} if texts else {"data": seen, "images": True}
     given = {
         "model": {"source": str(model)},
         "sparsity": 0.2,
         "method": "fusegpt",
         "fusion": {"group_size": 3, "rank": 4, "lora_rank": 4, "batch": 4, "epochs": 1},
         "heal": {"batch": 2, "held_out": 2, "looks": 2},
-        "calibration": {
-            "data": str(write_lines(folder / "seen.jsonl", album(folder, 12))),
-            "images": True,
-            "windows": 8,
-            "length": 36,
-        },
-        "evaluation": {"chats": {"data": str(folder / "seen.jsonl"), "windows": 3}},
+        "calibration": {**data, "windows": 8, "length": 36},
+        "evaluation": {"chats": {"data": seen, "windows": 3, "images": True}},
         "importance": {"windows": 4, "batch": 2},
         "cluster": {"engine": engine},
         "output": {"uri": str(folder / engine), "name": "shallow", "report": False},
@@ -117,6 +116,14 @@ def published(model: Path, folder: Path, engine: str) -> dict[str, Any]:
     return {"weights": made} | {key: found.manifest[key] for key in same}
 
 
-def test_a_run_is_that_of_one_process(model: Path, tmp_path: Path, ray_session: None) -> None:
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_run_is_that_of_one_process(
+    mixture: bool, model: Path, tmp_path: Path, ray_session: None
+) -> None:
     """To the byte, where one worker trains."""
-    assert published(model, tmp_path, "ray") == published(model, tmp_path, "local")
+    words = np.random.default_rng(5).choice(WORDS, 900)
+    (tmp_path / "plain.txt").write_text(" ".join(words))
+    texts = [{"data": str(tmp_path / "plain.txt")}] * mixture
+    on_ray = published(model, tmp_path, "ray", texts)
+    assert on_ray == published(model, tmp_path, "local", texts)
+    assert ("parts" in on_ray["calibration"]) == mixture

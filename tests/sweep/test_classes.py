@@ -25,6 +25,7 @@ CLASSES = {
     "LlavaForConditionalGeneration": EXACT,
     "Qwen3NextForCausalLM": EXACT,  # one block of attention, without which it cannot generate
     "BertLMHeadModel": REFUSED,  # an encoder
+    "xLSTMForCausalLM": EXACT,  # its depth has a second name
 }
 
 FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM")

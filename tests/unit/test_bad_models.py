@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers as tf
@@ -49,15 +50,22 @@ def mixture(desk: Desk) -> list[str]:
     return ["compress", desk.write(method="mi")]
 
 
-def foreign(name: str, build: Callable[[], tf.PreTrainedModel], value: str) -> Bad:
-    """A model that is no causal language model."""
-    return model(
-        name,
-        lambda desk: architecture(build())(desk),
-        value,
-        "no decoder blocks|language model",
-        "decoder-only|language model",
-    )
+def foreign(
+    name: str,
+    build: Callable[[], tf.PreTrainedModel],
+    value: str,
+    problem: str,
+    fix: str = "use a causal language model",
+    **changes: Any,
+) -> Bad:
+    """A model that is no causal language model, as transformers writes it; `changes`: of its
+    config.json."""
+
+    def spoil(desk: Desk) -> None:
+        architecture(build())(desk)
+        configured(**changes)(desk)
+
+    return model(name, spoil, value, problem, fix)
 
 
 ENCODER = {
@@ -78,6 +86,22 @@ T5 = {
     "d_ff": 24,
     "num_layers": DEPTH,
     "num_heads": 2,
+}
+OWN = {
+    "hidden_size_per_layer_input": 0,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": VOCAB,
+}
+BART = {
+    "vocab_size": VOCAB,
+    "d_model": 16,
+    "encoder_layers": 2,
+    "decoder_layers": DEPTH,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 24,
+    "decoder_ffn_dim": 24,
 }
 DEEP = "[" * 500 + "]" * 500
 CONTAINED = "transformers itself contains"
@@ -136,6 +160,16 @@ MODELS = [
         "config.json",
         "transformers itself contains|config.json",
     ),
+    model(
+        "a-key-that-the-library-does-not-name",
+        lambda desk: (
+            architecture(tf.Gemma4ForCausalLM(tf.Gemma4TextConfig(**GROUPED, **OWN)))(desk)
+            or configured(per_layer_config={"full_attention": {"head_dim": 8}})(desk)
+        ),
+        "gemma4_text",
+        r"not valid \(invalid literal for int.*\), as its per_layer_config is wrong",
+        AGAIN,
+    ),
     model("wrong-type-in-config", configured(hidden_size="big"), "", "hidden_size", REPAIR),
     model(
         "heads-do-not-divide", configured(num_attention_heads=5), "", "hidden size|heads", REPAIR
@@ -151,20 +185,55 @@ MODELS = [
         "quantiz",
         "original dtype",
     ),
-    foreign("bert", lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)), "BertForMaskedLM"),
     foreign(
-        "t5", lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)), "T5ForConditionalGeneration"
+        "bert",
+        lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)),
+        "BertForMaskedLM",
+        "an encoder, which",
+    ),
+    foreign(
+        "sentence-transformers",
+        lambda: tf.BertModel(tf.BertConfig(**ENCODER)),
+        "BertModel",
+        "an encoder, which",
+    ),
+    foreign(
+        "t5",
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
+        "T5ForConditionalGeneration",
+        "an encoder–decoder model",
+    ),
+    foreign(
+        "t5-without-a-name",
+        lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5)),
+        "None",
+        "an encoder–decoder model",
+        architectures=None,
+    ),
+    foreign(
+        "bart",
+        lambda: tf.BartForConditionalGeneration(tf.BartConfig(**BART)),
+        "BartForConditionalGeneration",
+        "an encoder–decoder model",
     ),
     foreign(
         "vit",
         lambda: tf.ViTForImageClassification(tf.ViTConfig(**PICTURES)),
         "ViTForImageClassification",
+        "not a causal language model",
     ),
-    foreign("base-model", lambda: tf.LlamaModel(tf.LlamaConfig(**GROUPED)), "LlamaModel"),
+    foreign(
+        "base-model",
+        lambda: tf.LlamaModel(tf.LlamaConfig(**GROUPED)),
+        "LlamaModel",
+        "without its head, as embedding models are",
+        "use the LlamaForCausalLM that it was made from",
+    ),
     foreign(
         "classifier",
         lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**GROUPED)),
         "LlamaForSequenceClassification",
+        "not a causal language model",
     ),
     source("its-own-link", "loop", "no such folder", "existing folder"),
     source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),

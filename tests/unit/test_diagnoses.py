@@ -67,6 +67,40 @@ def cache_folder(desk: Desk) -> None:
     inner.rename(desk.model / "snapshots" / "abc")
 
 
+def diffusers(desk: Desk) -> None:
+    """A pipeline, as `DiffusionPipeline.save_pretrained` lays it out."""
+    shutil.rmtree(desk.model)
+    for part in ("unet", "vae", "text_encoder"):
+        (desk.model / part).mkdir(parents=True)
+        (desk.model / part / "config.json").write_text("{}")
+    (desk.model / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+
+
+def diffusers_part(desk: Desk) -> None:
+    shutil.rmtree(desk.model)
+    desk.model.mkdir()
+    config = {"_class_name": "UNet2DConditionModel", "_diffusers_version": "0.30.0"}
+    (desk.model / "config.json").write_text(json.dumps(config))
+    (desk.model / "diffusion_pytorch_model.safetensors").write_bytes(b"x")
+
+
+def given(name: str, file: str, data: bytes | None, problem: str, fix: str) -> Bad:
+    """A file of the model in place of its folder; `data`: what it holds, if it is not there."""
+
+    def make(desk: Desk) -> list[str]:
+        if data is not None:
+            (desk.model / file).write_bytes(data)
+        return ["compress", desk.write(model={"source": f"model/{file}"})]
+
+    return Bad(name, make, "model.source", f"model/{file}", problem, fix)
+
+
+def quantized(name: str, said: str = "", key: str = "quantization_config", **how: object) -> Bad:
+    """`how`: what the quantizer notes in config.json."""
+    problem = rf"quantized checkpoint \({said or name}\)"
+    return model(name, configured(**{key: how}), "llama", problem, "original dtype.*dequantize")
+
+
 def deepspeed(desk: Desk) -> None:
     (desk.model / SINGLE).unlink()
     (desk.model / "config.json").unlink()
@@ -142,6 +176,31 @@ DIAGNOSES = [
         SINGLE,
         "a GGUF file",
         "original checkpoint",
+    ),
+    given("gguf-file", "q4.gguf", b"GGUF" + bytes(60), "a GGUF file", "original checkpoint"),
+    given("pickle-file", "pytorch_model.bin", b"PK\x03\x04", "never opened", "save_pretrained"),
+    given("tensorflow-file", "tf_model.h5", b"x", "not a safetensors checkpoint$", "save_pre"),
+    given("safetensors-file", SINGLE, None, "a file, not a folder", "give its folder"),
+    given("other-file", "tokenizer.json", None, "a file, not a folder", "holds config.json"),
+    model("pickles", only("pytorch_model.bin", b"PK"), "model'", "never opened", "save_pretrained"),
+    model("diffusers", diffusers, "model'", "a diffusers pipeline", "causal language model"),
+    model(
+        "diffusers-part",
+        diffusers_part,
+        "UNet2DConditionModel",
+        "part of a diffusers pipeline",
+        "causal language model",
+    ),
+    quantized("gptq", quant_method="gptq", bits=4, group_size=128),
+    quantized("awq", quant_method="awq", bits=4, version="gemm"),
+    quantized("bitsandbytes", quant_method="bitsandbytes", load_in_4bit=True),
+    quantized("bitsandbytes-unnamed", "bitsandbytes", load_in_8bit=True),
+    quantized("compressed-tensors", quant_method="compressed-tensors", format="pack-quantized"),
+    quantized(
+        "compressed-tensors-old",
+        "compressed-tensors",
+        "compression_config",
+        quant_method="compressed-tensors",
     ),
     model("adapter", adapter, "model'", "no config.json.*an adapter", "merge_and_unload"),
     model("adapter-with-config", adapter_with_config, "model'", "an adapter", "merge_and_unload"),

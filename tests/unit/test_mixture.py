@@ -27,8 +27,8 @@ from fusegpt_ray.text.mixture import (
     calibration_windows,
     data_keys,
     interleaved,
+    opened,
     shares,
-    streams,
 )
 from fusegpt_ray.text.protocol import described, warnings
 from fusegpt_ray.text_sections import WeightedText
@@ -166,7 +166,7 @@ def test_each_text_is_asked_for_by_its_own_key() -> None:
         asked.append((text.data, key))
         return numbered(0)
 
-    assert len(streams(tokens, mixture(1, 2), KEY)) == 2
+    assert len(opened(tokens, mixture(1, 2), KEY)) == 2
     assert asked == [("0.txt", "calibration.data.0"), ("1.txt", "calibration.data.1")]
     assert data_keys(Calibration(data="a.txt"), "heal") == ["heal.data"]
 

@@ -153,6 +153,16 @@ def test_a_single_text_is_written_as_ever() -> None:
     ]
 
 
+def test_a_part_that_says_nothing_of_images_is_written_as_ever() -> None:
+    part = {"data": "a.txt", "config": None, "split": "train", "revision": None}
+    part |= {"column": "text", "weight": 1.0}
+    seen = {"data": "b.jsonl", "images": True}
+    calibration = recipe(calibration={"data": [{"data": "a.txt"}, seen]}).calibration
+    written = calibration.model_dump(mode="json")["data"]
+    assert list(written[0].items()) == [*part.items()]
+    assert written[1] == part | seen
+
+
 def test_several_texts() -> None:
     two = [{"data": "a.txt", "weight": 3}, {"data": "b.jsonl", "column": "body"}]
     r = recipe(calibration={"data": two})

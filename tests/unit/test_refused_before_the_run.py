@@ -49,10 +49,23 @@ def _minicpm3() -> tf.PretrainedConfig:
     return tf.MiniCPM3Config(**COMMON, **low, intermediate_size=48, v_head_dim=8, scale_depth=1.4)
 
 
+def _jetmoe() -> tf.PretrainedConfig:
+    """Its blocks ask how many tokens go to each expert, which depends on values."""
+    return tf.JetMoeConfig(
+        **COMMON,
+        intermediate_size=32,
+        kv_channels=8,
+        num_key_value_heads=4,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+    )
+
+
 SAME = "same at every depth"
 CASES: list[tuple[str, Make, str, str, bool]] = [
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
     ("embeddings-of-its-own", _gemma4, "cannot be built|depends on the depth", SAME, False),
+    ("by-values", _jetmoe, "look at values while they run", "runs block after block", False),
     ("keys-of-others-evaluated", _sharing, "between blocks", "runs block after block", True),
 ]
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 from desk import Desk
-from models import COMMON, DEPTH, GROUPED, VOCAB, randomize
+from experts import EXPERTS
+from models import COMMON, DEPTH, GROUPED, MODELS, VOCAB, randomize
+from safetensors.torch import load_file, save_file
 
 from fusegpt_ray.cli import main
+from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.structure import observe
-from fusegpt_ray.publishing.rehearsal import ANY, Removable, _sets, rehearse
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.publishing.rehearsal import _sets, rehearse
+from fusegpt_ray.recipe import Recipe
 
 
 def gpt_neox_japanese() -> tf.PretrainedConfig:
@@ -86,7 +93,7 @@ def test_no_other_block_goes(name: str, desk: Desk, capsys: pytest.CaptureFixtur
 
 
 def test_a_tournament_is_refused(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its ways to choose blocks know nothing of those that cannot go."""
+    """There is nothing to choose."""
     saved(desk, diffllama())
     changes = {"search": {}, "heal": {"tokens": 96, "batch": 4}}
     assert main(["compress", desk.write(method="mi", **changes)]) == 2
@@ -108,6 +115,63 @@ def test_the_candidates_of_a_round() -> None:
     ("numbers", "fewest", "most"), [(4, 1, 4), (9, 2, 3), (12, 1, 11), (3, 1, 1)]
 )
 def test_as_many_blocks_are_tried_as_a_run_removes(numbers: int, fewest: int, most: int) -> None:
-    first, spread, last = _sets(range(numbers), fewest, most)
+    first, spread, last = _sets(range(numbers), fewest, most, ANY)
     assert len(first) == len(last) == fewest and len(set(spread)) == most
     assert spread == sorted(spread) and set(spread) <= set(range(numbers))
+
+
+lfm2 = MODELS["lfm2"].config
+HYBRIDS = {"lfm2": lfm2, "qwen3_next": EXPERTS["qwen3_next"]}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_one_attention_block_stays_in_all_that_is_tried(name: str) -> None:
+    config = HYBRIDS[name]()
+    attention = tuple(n for n, kind in enumerate(config.layer_types) if kind == "full_attention")
+    most = config.num_hidden_layers - 2
+    rule = Removable(one_stays=attention)
+    tried = _sets(range(config.num_hidden_layers), most, most, rule)
+    plain = _sets(range(config.num_hidden_layers), most, most, ANY)
+    assert tried != plain and all(len(set(each)) == most for each in tried)
+    for each, before in zip(tried, plain, strict=True):
+        assert not {*attention} <= {*each}
+        assert each == before or {*attention} <= {*before}
+    kind = tf.AutoModelForCausalLM._model_mapping[type(config)].__name__
+    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
+    blocks = tuple(Block(number, {}) for number in range(config.num_hidden_layers))
+    assert rehearse(Stack(raw, "", {}, blocks), observe(raw), [1, most]) == rule
+
+
+WAYS = ["mi", "kl", "loss", "bi", "run", "spaced"]
+
+
+def unimportant_attention(desk: Desk) -> None:
+    """A hybrid whose two attention blocks, side by side, do next to nothing."""
+    saved(desk, lfm2())
+    file = desk.model / "model.safetensors"
+    tensors = load_file(file)
+    for name, value in tensors.items():
+        if re.search(r"layers\.[12]\..*(out_proj|w2)", name):
+            value *= 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("way", [*WAYS, "tournament", "shortgpt", "sleb", "last", "random"])
+def test_one_attention_block_stays_however_blocks_are_chosen(way: str, desk: Desk) -> None:
+    """Though both would be the first to go."""
+    unimportant_attention(desk)
+    changes: dict[str, Any] = {"method": "mi", "sparsity": 0.6}
+    if way in WAYS or way == "tournament":
+        others = [other for other in ("mi", "bi") if other != way]
+        candidates = WAYS if way == "tournament" else [way, others[0]]
+        heal = {"tokens": 48, "batch": 4, "held_out": 4, "train": "all", "looks": 1}
+        changes |= {"search": {"candidates": candidates}, "heal": heal}
+    else:
+        changes["method"] = way
+    (found,) = compress(Recipe.parse(desk.recipe(**changes)))
+    removed = found.manifest["removed"]
+    assert len(removed) == 3 and not {1, 2} <= {*removed}
+    assert {1, 2} & {*removed} or way in ("last", "random")
+    for tried in found.manifest.get("search", {}).get("tried", []):
+        assert not {1, 2} <= {*tried["removed"]}
+        assert ("run" in tried["ways"]) <= (sorted(tried["removed"]) == [2, 3, 4])

@@ -154,10 +154,6 @@ def test_what_images_cannot_be_used_for_is_refused(model: Path, tmp_path: Path) 
     given = asked(model, tmp_path)
     error = refused(given | {"method": "mi+linear"})
     assert error.key == "fusion.start" and "images" in error.problem
-    texts = [{"data": given["calibration"]["data"]}, {"data": "other.txt"}]
-    with pytest.raises(UserError) as caught:
-        Recipe.parse(given | {"calibration": {"data": texts, "images": True}})
-    assert caught.value.key == "calibration.data" and "mixed" in caught.value.problem
     few = given["calibration"] | {"windows": 20}
     error = refused(given | {"calibration": few})
     assert error.key == "calibration.windows" and "12 conversations that fit" in error.problem
