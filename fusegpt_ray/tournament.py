@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fusegpt_ray.errors import UserError
@@ -73,10 +74,14 @@ class Tournament:
             UserError: no way leads to a set.
         """
         noted = self.journal.kept("search", 0, self.show.say) or {"looked": [], "entrants": []}
-        self.looked = noted["looked"]
-        entrants = [
+        noted_sets = [
             Entrant(**{**item, "removed": tuple(item["removed"])}) for item in noted["entrants"]
         ]
+        # An earlier version may have noted sets that may not go.
+        may_go = partial(self.removable.allows, kept=self.dense.kept)
+        entrants = [entrant for entrant in noted_sets if may_go(entrant.removed)]
+        refused = {way for one in noted_sets if one not in entrants for way in one.ways}
+        self.looked = [way for way in noted["looked"] if way not in refused]
         with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
             self._find(entrants, count)
             if not entrants:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
@@ -216,7 +217,7 @@ class _Handler(BaseHTTPRequestHandler):
         files = self._repo(name, writing=True).commits[
             self._commit(self.server.repos[name], revision)
         ]
-        modes = []
+        modes, ignored = [], files.get(".gitignore", b"").decode().split()
         for file in json.loads(self.body)["files"]:
             path, there = file["path"], files.get(file["path"])
             large = path.endswith((".safetensors", ".png")) or file["size"] > 10_000_000
@@ -224,7 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
             if there is not None:
                 oid = hashlib.sha256(there).hexdigest() if large else _git(there)
             mode = "lfs" if large else "regular"
-            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            out = any(fnmatch(path, pattern) for pattern in ignored)
+            modes.append({"path": path, "uploadMode": mode, "shouldIgnore": out, "oid": oid})
         self._json({"files": modes})
 
     def batch(self, name: str) -> None:

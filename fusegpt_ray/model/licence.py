@@ -46,7 +46,9 @@ def _header(source: Source) -> Any:
         return yaml.safe_load(found[1]) if found else None
     except StorageError:
         raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or none that is one
+    except FileNotFoundError:
+        return None
+    except Exception:  # what PyYAML raises of odd values is of many kinds; no card is worth a run
         return None
 
 

@@ -65,7 +65,7 @@ def _results(manifest: Mapping[str, Any], task: tuple[str, str]) -> Iterator[Eva
                 dataset_split=said["split"] if public else None,
                 dataset_revision=said["revision"] if public else None,
                 metric_type="perplexity",
-                metric_name="Perplexity",
+                metric_name=f"Perplexity ({text})",  # the hub groups results by dataset alone
                 metric_value=round(row[last], 4),
                 metric_args=protocol,
             )

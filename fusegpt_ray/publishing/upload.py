@@ -35,6 +35,7 @@ from fusegpt_ray.report import Transfer
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.store.retry import cleaned
 
 MAIN = "main"
 REPO = "REPO"
@@ -131,6 +132,11 @@ def upload(
                 revision=revision,
                 parent_commit=parent,
             )
+            there = _files(hub.model_info(repo, revision=commit.oid))
+        if missing := sorted(added - there):
+            problem = f"the hub left out {missing[0]!r} and perhaps others"
+            fix = "remove the branch's .gitignore, or give a repository of its own"
+            raise UserError(REPO, repo, problem, fix)
     return Uploaded(repo, revision, commit.oid, url, new=True)
 
 
@@ -292,9 +298,10 @@ def _asking(repo: str) -> Iterator[None]:
         problem = "the hub is needed, and may not be reached"
         raise UserError("HF_HUB_OFFLINE", "1", problem, "unset it") from error
     except Exception as error:  # its own, the network's, and those of its helpers
+        said = cleaned(first_line(error))  # an address that it uploads to is signed
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
         if status is not None and 400 <= status < 500 and status not in (408, 429):
-            problem = f"the hub refuses it ({first_line(error)})"
+            problem = f"the hub refuses it ({said})"
             fix = "check the name, and that the token may write there"
             raise UserError(REPO, repo, problem, fix) from error
-        raise StorageError(f"hf://{repo}", first_line(error), _AGAIN) from error
+        raise StorageError(f"hf://{repo}", said, _AGAIN) from error

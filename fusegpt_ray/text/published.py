@@ -45,8 +45,8 @@ def published_windows(
     joined = spec.joint.join(_published_rows(text, spec, key))
     as_told = text.bos is not None
     tokens = tokenize(joined, tokenizer, special=not as_told)
-    limits = [limit for limit in (text.windows, spec.windows) if limit]
-    windows_WT = consecutive_windows(lambda: [tokens], length, min(limits, default=None), key, bos)
+    limit = text.windows or spec.windows
+    windows_WT = consecutive_windows(lambda: [tokens], length, limit, key, bos)
     once = not as_told and leading_token("auto", tokenizer, key) is not None
     return Windows.of(windows_WT, bos is not None, Drawn(text.label, bos_once=once))
 

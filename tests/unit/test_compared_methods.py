@@ -101,6 +101,8 @@ def test_the_angle_is_that_of_the_last_token_that_counts() -> None:
     assert angular_distance(entering, leaving).tolist() == pytest.approx([0.25, 0.25])
     counted = torch.tensor([[True, False, False], [True, True, False]])
     assert angular_distance(entering, leaving, counted).tolist() == pytest.approx([0.5, 1.0])
+    counted[1] = False  # a window of text beside images, where those are what counts
+    assert angular_distance(entering, leaving, counted).tolist() == pytest.approx([0.5, 0.0])
 
 
 def test_last_keeps_the_final_block(infirmary: Infirmary) -> None:

@@ -119,7 +119,7 @@ def test_c4_is_what_its_description_says(name: str, begins: bool, tmp_path: Path
         expected = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
         assert (len(expected) == 256) == (length == 20), "the limit holds for one, not the other"
         assert read(Evaluation(data=data), tokenizer, length)[0] == expected
-    assert len(read(Evaluation(data=data, windows=300), tokenizer, 20)[0]) == 256
+    assert len(read(Evaluation(data=data, windows=300), tokenizer, 20)[0]) == 300
 
 
 def test_a_recipe_that_says_bos_has_it_in_each_window(tmp_path: Path) -> None:

@@ -166,6 +166,13 @@ def test_a_branch_of_its_own(hub: Hub, model: Path, publish: Publish) -> None:
     assert new.code == 0 and hub.repos["me/new"].files("p40").keys() > on_disk(model).keys()
 
 
+def test_files_that_the_hub_leaves_out_are_named(hub: Hub, model: Path, publish: Publish) -> None:
+    """A new branch inherits the `.gitignore` of `main`, and the library says nothing of it."""
+    hub.create(REPO, **{".gitignore": b"*.log\ntokenizer.json\n", "config.json": b"{}"})
+    told = publish(model, REPO, "--revision", "p40")
+    assert told.code == 2 and "'tokenizer.json'" in told.err and ".gitignore" in told.err
+
+
 def test_after_a_failure_it_goes_on(hub: Hub, model: Path, publish: Publish) -> None:
     hub.failing = "/commit/"
     failed = publish(model, REPO)
