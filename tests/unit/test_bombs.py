@@ -35,7 +35,7 @@ def set_off(choice: str, folder: Path) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
-@pytest.mark.parametrize(("choice", "count"), [("some", 3), ("others", 20)])
+@pytest.mark.parametrize(("choice", "count"), [("some", 2), ("others", 21)])
 def test_every_bomb_is_refused_within_a_bounded_memory(
     choice: str, count: int, tmp_path: Path
 ) -> None:
