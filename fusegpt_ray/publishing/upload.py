@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -132,12 +132,16 @@ def upload(
                 revision=revision,
                 parent_commit=parent,
             )
-            there = _files(hub.model_info(repo, revision=commit.oid))
-        if missing := sorted(added - there):
-            problem = f"the hub left out {missing[0]!r} and perhaps others"
-            fix = "remove the branch's .gitignore, or give a repository of its own"
-            raise UserError(REPO, repo, problem, fix)
+            _check_arrived(hub, repo, commit.oid, added)
     return Uploaded(repo, revision, commit.oid, url, new=True)
+
+
+def _check_arrived(hub: HfApi, repo: str, commit: str, added: Set[str]) -> None:
+    """The library leaves out, without a word, what the branch's `.gitignore` names."""
+    if missing := sorted(added - _files(hub.model_info(repo, revision=commit))):
+        problem = f"the hub left out {missing[0]!r} and perhaps others"
+        fix = "remove the branch's .gitignore, or give a repository of its own"
+        raise UserError(REPO, repo, problem, fix)
 
 
 def _check_names(repo: str, branch: str, message: str | None) -> None:
