@@ -236,9 +236,13 @@ def test_tracking_changes_no_byte(desk: Desk, tmp_path: Path) -> None:
 def test_nobody_hears_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     show, heard = Display(), list[Any]()
     asked = Recipe.parse(merged({}))
+
+    def hears(event: str, values: Any) -> None:
+        heard.append((event, values))
+
     with (
         pytest.raises(KeyboardInterrupt),
-        followed(show, asked, "0" * 64, {}, lambda event, values: heard.append((event, values))),
+        followed(show, asked, "0" * 64, {}, hears, saved=lambda: True),
     ):
         raise KeyboardInterrupt
     show.stage("later")
