@@ -57,11 +57,11 @@ def library(folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, *modules: 
     monkeypatch.syspath_prepend(folder)
 
 
-def follow(track: str, *losses: float, out: Path, saved: bool = True, **output: Any) -> Watching:
+def follow(track: str, *losses: float, out: Path, **output: Any) -> Watching:
     show = Watching()
     output = {"uri": str(out), "name": "demo", "track": track, **output}
     asked = Recipe.parse(merged({"output": output}))
-    with followed(show, asked, "0" * 64, {}, saved=lambda: saved):
+    with followed(show, asked, "0" * 64, {}, saved=lambda: True):
         show.training(10, round=1)
         for epoch, loss in enumerate(losses, 1):
             show.epoch(epoch, len(losses), loss)
@@ -148,14 +148,6 @@ def test_a_tracker_is_closed_when_the_run_is_killed(
         timeout=120,
     )
     assert (tmp_path / "finished").exists()
-
-
-def test_a_run_that_leaves_nothing_leaves_no_curves(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
-    follow("tensorboard", 0.5, out=tmp_path / "out", saved=False)
-    assert not (tmp_path / "out").exists()
-    follow("tensorboard", 0.5, out=tmp_path / "out")
-    assert (tmp_path / "out/demo.tensorboard").exists()
 
 
 def test_the_same_run_elsewhere_is_another_one_for_trackers(

@@ -233,6 +233,19 @@ def test_tracking_changes_no_byte(desk: Desk, tmp_path: Path) -> None:
     assert told.startswith("WARNING: tensorboard failed (") and "the run goes on" in told
 
 
+def test_a_run_that_leaves_nothing_leaves_no_curves(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX")
+    monkeypatch.setattr("fusegpt_ray.tracking.follow.IMPATIENCE", 60.0)
+    asked = tracked(desk, "tensorboard", evaluation={"held": {"data": str(desk.heldout)}})
+    show, heard = Watching(stop=1), list[str]()
+    with pytest.raises(KeyboardInterrupt), show.heard(lambda event, _: heard.append(event)):
+        compress(asked, show)
+    assert "perplexity" in heard and not [line for line in show.said if "WARNING" in line]
+    assert not desk.out.exists()
+
+
 def test_nobody_hears_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     show, heard = Display(), list[Any]()
     asked = Recipe.parse(merged({}))
