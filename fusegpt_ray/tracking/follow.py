@@ -101,15 +101,23 @@ class Tracking:
                 self._there.kill()
 
     def _work(self) -> None:
-        if self._try(self._begin) and self._there:
-            held: list[tuple[dict[str, float], int]] = []
-            while not isinstance(item := self._queue.get(), bool):
-                held.append(item)
-                while held and self._saved():
-                    self._try(partial(self._there.log, *held.pop(0)))
-            self._try(partial(self._there.close, item))
-        if self._there:
-            self._there.wait()
+        begun = self._try(self._begin)
+        if not (there := self._there):
+            return
+        if begun:
+            self._hand_on(there)
+        else:
+            there.kill()
+        there.wait()
+
+    def _hand_on(self, there: Apart) -> None:
+        """What the queue brings, up to the end."""
+        held: list[tuple[dict[str, float], int]] = []
+        while not isinstance(item := self._queue.get(), bool):
+            held.append(item)
+            while held and self._saved():
+                self._try(partial(there.log, *held.pop(0)))
+        self._try(partial(there.close, item))
 
     def _begin(self) -> None:
         self._there = Apart(self.name)

@@ -24,6 +24,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.tracking.follow import followed
+from fusegpt_ray.tracking.trackers import About, TensorBoard
 from fusegpt_ray.tracking.values import METRICS, Value, measured, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,6 +218,24 @@ def test_tensorboard_draws_the_same_numbers(whole: Desk) -> None:
             value = found[item.tag, step(line["event"], line)]
             assert value == pytest.approx(item.value, rel=1e-6)
     assert ("perplexity/held/healed", 2) in found and ("loss/demo-p40", 1) in found
+
+
+def test_each_copy_for_tensorboard_is_whole(tmp_path: Path) -> None:
+    """Also after one that failed."""
+    pytest.importorskip("tensorboardX")
+    tracker = TensorBoard(About("demo", "0", "0", {}, str(tmp_path)))
+    folder = tmp_path / "demo.tensorboard"
+    for number in (1, 2):
+        tracker.log({"round": number, "loss": 0.5}, number)
+        found = [(tag, at) for tag, at, _ in scalars(folder)]
+        assert found[-2:] == [("round", number), ("loss", number)]
+    folder.rename(tmp_path / "before")
+    folder.touch()
+    with pytest.raises(OSError, match="demo.tensorboard"):
+        tracker.log({"round": 3}, 3)
+    folder.unlink()
+    tracker.close(True)
+    assert [at for tag, at, _ in scalars(folder) if tag == "round"] == [1, 2, 3]
 
 
 def test_tracking_changes_no_byte(desk: Desk, tmp_path: Path) -> None:
