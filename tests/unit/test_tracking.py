@@ -231,7 +231,7 @@ def test_each_copy_for_tensorboard_is_whole(tmp_path: Path) -> None:
         assert found[-2:] == [("round", number), ("loss", number)]
     folder.rename(tmp_path / "before")
     folder.touch()
-    with pytest.raises(OSError, match="demo.tensorboard"):
+    with pytest.raises(OSError, match=r"demo\.tensorboard"):
         tracker.log({"round": 3}, 3)
     folder.unlink()
     tracker.close(True)
