@@ -108,29 +108,6 @@ def test_a_run_goes_on_after_a_cleaning(desk: Desk, capsys: Capture) -> None:
     assert names(desk.out) == {"demo-p20", "demo-p60"}
 
 
-def test_curves_go_where_no_run_or_model_is_beside_them(out: Path, capsys: Capture) -> None:
-    for name in ("demo", "other", "gone", "other-p20", "noted"):
-        (out / f"{name}.tensorboard").mkdir()
-        (out / f"{name}.tensorboard/events.out.tfevents.1700000000.host.7").write_bytes(bytes(700))
-    (out / "noted.tensorboard/notes.txt").touch()
-    (out / "none.tensorboard").mkdir()
-    aged(out)
-    told = {"gone.tensorboard": "700 bytes  curves, with no run or model of that name beside them"}
-
-    def curves(*options: str) -> dict[str, str]:
-        found = verdicts(out, *options, capsys=capsys)
-        return {name: what for name, what in found.items() if name.endswith(".tensorboard")}
-
-    before = names(out)
-    assert curves() == {name: f"would remove {what}" for name, what in told.items()}
-    os.utime(out / "gone.tensorboard/events.out.tfevents.1700000000.host.7")
-    assert curves("--yes") == {name: f"kept {what}" for name, what in told.items()}
-    aged(out)
-    assert names(out) == before
-    assert curves("--yes") == {name: f"removed {what}" for name, what in told.items()}
-    assert names(out) == before - {"gone.tensorboard"}
-
-
 ALL = ("--yes", "--unfinished")
 
 

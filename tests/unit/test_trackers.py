@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from desk import Desk
-from left_behind import Capture
+from left_behind import Capture, aged, names
 from recipes import merged, mistake
 from stopped_runs import Watching
 
@@ -199,6 +199,27 @@ def test_an_unknown_tracker_is_refused(track: Any, fix: str) -> None:
     error = mistake(merged({"output": {"track": track}}))
     assert error.key.startswith("output.track.") and error.fix == fix
     assert "'tensorboard', 'wandb', 'mlflow' or 'trackio'" in error.problem
+
+
+def test_curves_go_where_no_run_or_model_is_beside_them(tmp_path: Path, capsys: Capture) -> None:
+    event = "events.out.tfevents.1700000000.host.7"
+    for name in ("demo", "other", "gone", "other-p20", "noted"):
+        (tmp_path / f"{name}.tensorboard").mkdir()
+        (tmp_path / f"{name}.tensorboard" / event).write_bytes(bytes(700))
+    for name in ("demo.run/identity.json", "other-p20/fusegpt.json", "noted.tensorboard/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def said(*options: str) -> str:
+        assert main(["clean", str(tmp_path), *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        return "".join(line.partition("  ")[0] for line in lines if ".tensorboard" in line)
+
+    before = names(tmp_path)
+    assert said("--yes") == "kept", "it may still be written"
+    aged(tmp_path)
+    assert said() == "would remove" and names(tmp_path) == before
+    assert said("--yes") == "removed" and names(tmp_path) == before - {"gone.tensorboard"}
 
 
 def about(place: Path) -> About:
