@@ -156,7 +156,7 @@ class Compression:
                 if restart:
                     journal.clear()
             if missing := [target for target in targets if target.folder not in published]:
-                with self._followed():
+                with self._followed(journal):
                     published |= self._publish(missing, journal)
             else:
                 self.show.say("nothing is left to do: this very run has published everything")
@@ -164,13 +164,13 @@ class Compression:
                 journal.remove()
         return published
 
-    def _followed(self) -> AbstractContextManager[None]:
+    def _followed(self, journal: Journal) -> AbstractContextManager[None]:
         """A context in which whoever follows the run hears of it."""
         recipe, workers = self.plan.recipe, self.workers
         listeners = (self.log, workers.monitor(recipe.output.name))
         facts = {"source": self.plan.model.source.name, "blocks": len(self.plan.model.stack)}
         facts |= {"rounds": self.plan.rounds, "workers": workers.description}
-        return followed(self.show, recipe, self.id, facts, *listeners)
+        return followed(self.show, recipe, self.id, facts, *listeners, saved=lambda: journal.saved)
 
     def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
         """Do the rounds, then publish the models that are missing."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.run.outputs import (
+    CURVES,
     DEAD_AFTER,
     IDENTITY,
     MODEL,
@@ -107,6 +108,9 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
         for folder in there.folders
         if folder.finished and (match := MODEL.fullmatch(folder.name))
     }
+    models = (MODEL.fullmatch(folder.name) for folder in there.folders)
+    named = {folder.name.removesuffix(".run") for folder in there.folders}
+    named |= {match["name"] for match in models if match}
     # Half models first: if this stops in between, the run's folder beside them still tells what
     # they are.
     for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
@@ -123,6 +127,10 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
             if needed:
                 what += f", perhaps for the run {needed.name}"
             yield Leftover(folder.uri, folder.size, what, not needed and folder.silent() >= age)
+        elif folder.curves:
+            if folder.name.removesuffix(CURVES) not in named:
+                what = "curves, with no run or model of that name beside them"
+                yield Leftover(folder.uri, folder.size, what, folder.silent() >= age)
         elif folder.name.endswith(".part") and PULLING in folder.files and "://" not in folder.uri:
             busy = _locked(folder.uri) or folder.silent() < age
             yield Leftover(

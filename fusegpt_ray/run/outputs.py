@@ -33,6 +33,9 @@ RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}
 GENERATED = "generated-{}"
 """The folder of a text that a dense model wrote, by what shaped it; see `generation.py`."""
 GENERATED_FILE = re.compile(r"\.?part-\d{6}\.json(\.[0-9a-f]{8})?")
+CURVES = ".tensorboard"
+"""How the folder of TensorBoard's files ends; before it, the run's name."""
+CURVES_FILE = re.compile(r"\.?events\.out\.tfevents\.[^/]+")
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
 
@@ -83,6 +86,12 @@ class Folder:
         """It is a text that a dense model wrote."""
         named = re.fullmatch(GENERATED.format("[0-9a-f]{16}"), self.name)
         return bool(named and self.files) and all(map(GENERATED_FILE.fullmatch, self.files))
+
+    @property
+    def curves(self) -> bool:
+        """It holds TensorBoard's files of a run, and nothing else."""
+        ours = bool(self.files) and all(map(CURVES_FILE.fullmatch, self.files))
+        return self.name.endswith(CURVES) and ours
 
     @property
     def run(self) -> Run | None:
@@ -173,7 +182,7 @@ class Outputs:
 
     uri: str
     folders: tuple[Folder, ...]
-    """Finished and half models, runs, generated texts, and half-pulled folders."""
+    """Finished and half models, runs, their curves, generated texts, and half-pulled folders."""
     files: Mapping[str, File]
 
     @classmethod
@@ -201,11 +210,11 @@ class Outputs:
             for entry in entries
             if entry["type"] == "directory"
         )
-        text = GENERATED.format("")
+        ends, text = (".run", ".part", CURVES), GENERATED.format("")
         ours = [
             name
             for name in names
-            if MODEL.fullmatch(name) or name.endswith((".run", ".part")) or name.startswith(text)
+            if MODEL.fullmatch(name) or name.endswith(ends) or name.startswith(text)
         ]
         found = [entry for entry in entries if entry["type"] == "file"]
         # A file is listed as if it lay in itself.

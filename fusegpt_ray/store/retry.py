@@ -205,10 +205,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def cleaned(text: str) -> str:
-    """`text` without user names in URIs, signed queries and the values of secret variables."""
-    text = re.sub(r"://[^/@\s'\"]+@", "://***@", text)
+    """`text` without user names and passwords in URIs, signed queries and the values of secret
+    variables.
+    """
+    text = re.sub(r"://[^/\s'\"]+@", "://***@", text)
     text = re.sub(r"\?[^\s'\"]*(?i:signature|token|credential|key)[^\s'\"]*", "?***", text)
     for name, value in os.environ.items():
-        if re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY", name) and len(value) >= 8:
+        if re.search(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|API_KEY", name) and len(value) >= 8:
             text = text.replace(value, "***")
     return text

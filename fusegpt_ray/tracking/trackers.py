@@ -1,13 +1,12 @@
-"""Each tracker by its own library, which is imported when a run begins. Where curves go, and how
-one logs in, is said to the library in its own way: by its environment variables. No torch.
+"""Each tracker by its own library, which is imported when a run begins, in a process of its own
+(see `apart.py`). Where curves go, and how one logs in, is said to the library in its own way: by
+its environment variables. No torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.run.outputs import CURVES
 from fusegpt_ray.store import storage
 
 PROJECT = "fusegpt"
@@ -29,7 +29,9 @@ class About:
 
     name: str
     id: str
-    """The same for a run that goes on."""
+    """The same for a run that goes on, and for no other."""
+    run: str
+    """What manifests call it; the same recipe at another place has the same."""
     config: Mapping[str, Any]
     """The recipe."""
     place: str
@@ -52,22 +54,36 @@ class TensorBoard:
     """A file of its own for each process, which is copied to the output whenever it has grown."""
 
     def __init__(self, about: About) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self.where = storage.join(about.place, f"{about.name}.tensorboard")
+        self.where = storage.join(about.place, f"{about.name}{CURVES}")
         self._folder = tempfile.TemporaryDirectory()
-        self._writer = SummaryWriter(self._folder.name, filename_suffix=f".{os.getpid()}")
+        prefix = os.path.join(self._folder.name, "events")
+        # Not `SummaryWriter`, whose flush leaves out what its own thread has still to write.
+        self._writer = EventsWriter(prefix, f".{os.getpid()}")
+        self._copied = True
 
     def log(self, values: Mapping[str, float], step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            event = Event(wall_time=time.time(), step=step, summary=scalar(tag, value))
+            self._writer.write_event(event)
+        self._copied = False
+        self._copy()
+
+    def close(self, well: bool) -> None:
+        if not self._copied:  # the last time it failed
+            self._copy()
+        self._writer.close()
+        self._folder.cleanup()
+
+    def _copy(self) -> None:
         self._writer.flush()
         for file in Path(self._folder.name).iterdir():
             storage.write(storage.join(self.where, file.name), file.read_bytes(), retry_for=0)
-
-    def close(self, well: bool) -> None:
-        self._writer.close()
-        self._folder.cleanup()
+        self._copied = True
 
 
 class Wandb:
@@ -84,7 +100,7 @@ class Wandb:
             name=about.name,
             id=about.id,
             resume="allow",
-            config=dict(about.config),
+            config={**about.config, "run": about.run},
             settings=wandb.Settings(console="off", silent=True),
         )
         self._run.define_metric("*", step_metric="step")
@@ -98,40 +114,52 @@ class Wandb:
 
 
 class Mlflow:
-    """`MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` are honoured. The library's own active run
-    is left alone.
-    """
+    """`MLFLOW_TRACKING_URI` and `MLFLOW_EXPERIMENT_NAME` are honoured."""
 
     def __init__(self, about: About) -> None:
         from mlflow import MlflowClient
-        from mlflow.entities import Param
 
         self._client = client = MlflowClient()
-        name, tag = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), "fusegpt.run"
+        name, tag = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT), "fusegpt.id"
         experiment = client.get_experiment_by_name(name)
         number = experiment.experiment_id if experiment else client.create_experiment(name)
         found = client.search_runs([number], f"tags.`{tag}` = '{about.id}'", max_results=1)
+        lack = ""
         if found:
             self._id = found[0].info.run_id
             client.update_run(self._id, status="RUNNING")
         else:
-            run = client.create_run(number, run_name=about.name, tags={tag: about.id})
-            self._id = run.info.run_id
-            params = [Param(key, str(value)[:6000]) for key, value in _flat(about.config)]
-            for first in range(0, len(params), 100):  # it takes no longer ones, and no more
-                client.log_batch(self._id, params=params[first : first + 100])
-        self.where = f"{client.tracking_uri}, experiment {name}, run {self._id}"
+            tags = {tag: about.id, "fusegpt.run": about.run}
+            self._id = client.create_run(number, run_name=about.name, tags=tags).info.run_id
+            try:
+                self._log_params(about.config)
+            except Exception as error:  # curves need none
+                lack = f", without the recipe ({type(error).__name__}: {error})"
+        self.where = f"{client.tracking_uri}, experiment {name}, run {self._id}{lack}"
+
+    def _log_params(self, config: Mapping[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(_mlflow_key(key), str(value)[:6000]) for key, value in _flat(config)]
+        for first in range(0, len(params), 100):  # it takes no longer ones, and no more
+            self._client.log_batch(self._id, params=params[first : first + 100])
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
         now = time.time_ns() // 1_000_000
-        named = {re.sub(r"[^\w ./-]", "_", tag): value for tag, value in values.items()}
-        metrics = [Metric(tag, value, now, step) for tag, value in named.items()]
+        metrics = [Metric(_mlflow_key(tag), value, now, step) for tag, value in values.items()]
         self._client.log_batch(self._id, metrics=metrics)
 
     def close(self, well: bool) -> None:
         self._client.set_terminated(self._id, "FINISHED" if well else "FAILED")
+
+
+def _mlflow_key(name: str) -> str:
+    """What MLflow takes for a name: these characters, as a path that has no shorter form."""
+    parts = re.sub(r"[^\w ./-]", "_", name).split("/")
+    path = "/".join("_" if part in ("", ".", "..") else part for part in parts)
+    return path if len(path) <= 250 else path[:250].rstrip("/.")
 
 
 class Trackio:
@@ -140,24 +168,22 @@ class Trackio:
     def __init__(self, about: About) -> None:
         import trackio
 
-        with contextlib.redirect_stdout(sys.stderr):  # ours is for results
-            self._run = trackio.init(
-                project=os.environ.get("TRACKIO_PROJECT", PROJECT),
-                name=f"{about.name}-{about.id}",
-                config=dict(about.config),
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,
-                auto_log_cpu=False,
-            )
+        self._run = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=f"{about.name}-{about.id}",
+            config={**about.config, "run": about.run},
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
         self.where = f"trackio show --project {self._run.project}"
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self, well: bool) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
-            self._run.finish()
+        self._run.finish()
 
 
 TRACKERS: dict[str, Callable[[About], Tracker]] = {

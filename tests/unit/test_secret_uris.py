@@ -11,6 +11,7 @@ from desk import LENGTH, Desk
 from mistakes import MESSAGE, tree
 
 from fusegpt_ray.cli import main
+from fusegpt_ray.store.retry import cleaned
 from fusegpt_ray.uris import secret_in
 
 SECRET = "wJalrXUtnFEMI"
@@ -52,6 +53,23 @@ FINE = [
 @pytest.mark.parametrize("uri", FINE)
 def test_what_is_no_secret(uri: str) -> None:
     assert secret_in(uri) == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("https://user:p@ss@host/x", "https://***@host/x"),
+        (
+            "at s3://key@bucket/a@b, not s3://p@q@bucket/c",
+            "at s3://***@bucket/a@b, not s3://***@bucket/c",
+        ),
+        ("no user: https://host/a@b https://host", "no user: https://host/a@b https://host"),
+        (f"403 for {SECRET}", "403 for ***"),
+    ],
+)
+def test_what_is_said_is_cleaned(said: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    assert cleaned(said) == told
 
 
 KEYS = {

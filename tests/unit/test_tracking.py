@@ -24,6 +24,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.tracking.follow import followed
+from fusegpt_ray.tracking.trackers import About, TensorBoard
 from fusegpt_ray.tracking.values import METRICS, Value, measured, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -219,6 +220,24 @@ def test_tensorboard_draws_the_same_numbers(whole: Desk) -> None:
     assert ("perplexity/held/healed", 2) in found and ("loss/demo-p40", 1) in found
 
 
+def test_each_copy_for_tensorboard_is_whole(tmp_path: Path) -> None:
+    """Also after one that failed."""
+    pytest.importorskip("tensorboardX")
+    tracker = TensorBoard(About("demo", "0", "0", {}, str(tmp_path)))
+    folder = tmp_path / "demo.tensorboard"
+    for number in (1, 2):
+        tracker.log({"round": number, "loss": 0.5}, number)
+        found = [(tag, at) for tag, at, _ in scalars(folder)]
+        assert found[-2:] == [("round", number), ("loss", number)]
+    folder.rename(tmp_path / "before")
+    folder.touch()
+    with pytest.raises(OSError, match=r"demo\.tensorboard"):
+        tracker.log({"round": 3}, 3)
+    folder.unlink()
+    tracker.close(True)
+    assert [at for tag, at, _ in scalars(folder) if tag == "round"] == [1, 2, 3]
+
+
 def test_tracking_changes_no_byte(desk: Desk, tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     compress(recipe(desk), Watching())
@@ -233,12 +252,29 @@ def test_tracking_changes_no_byte(desk: Desk, tmp_path: Path) -> None:
     assert told.startswith("WARNING: tensorboard failed (") and "the run goes on" in told
 
 
+def test_a_run_that_leaves_nothing_leaves_no_curves(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorboardX")
+    monkeypatch.setattr("fusegpt_ray.tracking.follow.IMPATIENCE", 60.0)
+    asked = tracked(desk, "tensorboard", evaluation={"held": {"data": str(desk.heldout)}})
+    show, heard = Watching(stop=1), list[str]()
+    with pytest.raises(KeyboardInterrupt), show.heard(lambda event, _: heard.append(event)):
+        compress(asked, show)
+    assert "perplexity" in heard and not [line for line in show.said if "WARNING" in line]
+    assert not desk.out.exists()
+
+
 def test_nobody_hears_after_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     show, heard = Display(), list[Any]()
     asked = Recipe.parse(merged({}))
+
+    def hears(event: str, values: Any) -> None:
+        heard.append((event, values))
+
     with (
         pytest.raises(KeyboardInterrupt),
-        followed(show, asked, "0" * 64, {}, lambda event, values: heard.append((event, values))),
+        followed(show, asked, "0" * 64, {}, hears, saved=lambda: True),
     ):
         raise KeyboardInterrupt
     show.stage("later")
