@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, quiet_option, recipe_options
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.commands.options import (
+    as_arguments,
+    display,
+    json_option,
+    quiet_option,
+    recipe_options,
+)
 
 if TYPE_CHECKING:
     from fusegpt_ray.sections import Evaluation
@@ -107,7 +111,7 @@ def evaluate(
     from fusegpt_ray.recipe import Recipe
     from fusegpt_ray.sections import Cluster
 
-    try:
+    with as_arguments():
         texts = _texts(data, **text)
         cluster = Recipe.check(Cluster, {"engine": engine, "replicas": replicas}, "cluster")
         from fusegpt_ray import pipeline
@@ -115,10 +119,6 @@ def evaluate(
         result = pipeline.evaluate(
             models, texts, revision=revision, dtype=dtype, cluster=cluster, display=display(quiet)
         )
-    except UserError as error:
-        raise UserError(
-            _as_argument(error.key), error.value, error.problem, _as_argument(error.fix)
-        ) from error
     if as_json:
         click.echo(json.dumps(result))
         return
@@ -153,10 +153,3 @@ def _texts(data: tuple[str, ...], apart: bool, **given: Any) -> list[Evaluation]
         else text
         for text in texts
     ]
-
-
-def _as_argument(text: str) -> str:
-    """Recipe keys in a message → what the arguments are called."""
-    text = text.replace("model.source", "MODEL").replace("evaluation.data.pack", "--apart")
-    options = "data|length|windows|config|split|column|images|bos|revision|dtype|replicas"
-    return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)

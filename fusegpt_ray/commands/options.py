@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
     from fusegpt_ray.report import Display
@@ -47,6 +51,26 @@ set_option = click.option(
 def recipe_options(verb: Verb) -> Verb:
     """For a verb that takes a recipe."""
     return recipe_argument(set_option(verb))
+
+
+@contextmanager
+def as_arguments() -> Iterator[None]:
+    """For a verb without a recipe: what goes wrong is told by the names of its arguments.
+
+    Raises:
+        UserError: the block raised one; keys of recipes in it have become arguments.
+    """
+    try:
+        yield
+    except UserError as error:
+        key, fix = _as_argument(error.key), _as_argument(error.fix)
+        raise UserError(key, error.value, error.problem, fix) from error
+
+
+def _as_argument(text: str) -> str:
+    text = text.replace("model.source", "MODEL").replace("evaluation.data.pack", "--apart")
+    options = "data|length|windows|config|split|column|images|bos|revision|dtype|engine|replicas"
+    return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)
 
 
 def say_outcome(outcome: str, *lines: object) -> None:

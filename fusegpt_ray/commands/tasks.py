@@ -8,6 +8,7 @@ from typing import Literal
 import click
 
 from fusegpt_ray.commands.options import (
+    as_arguments,
     display,
     dtype_option,
     json_option,
@@ -72,7 +73,8 @@ def tasks(
 
     asked = Asked(USUAL if names is None else _listed(names), tasks_folder, limit, shots)
     how = work.How(dtype, batch, cache)
-    result = work.tasks(models, asked, how, Cluster(engine=engine), display(quiet))
+    with as_arguments():
+        result = work.tasks(models, asked, how, Cluster(engine=engine), display(quiet))
     if as_json:
         click.echo(json.dumps(result))
         return

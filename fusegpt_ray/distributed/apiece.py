@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import ray
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import alive_nodes, wait_for_resources
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Cluster
 
 R = TypeVar("R")
@@ -26,17 +27,21 @@ def apiece(
     """Yield (number, `function(device, *call)`) as calls end. `device` is "cuda" where the cluster
     has GPUs, of which each call takes one (or `cluster.gpus_per_replica`), else "cpu".
 
-    A call whose process is lost is made again, so `function` must be safe to repeat. What a call
-    raises is raised as it is, and ends the others.
+    A call whose process is lost is made again a few times, so `function` must be safe to repeat.
+    What a call raises is raised as it is, and ends the others.
 
     Raises:
-        UserError: the cluster is not there, or has no place for a single call.
+        UserError: the cluster is not there, has no place for a single call, or loses the process
+            of one again and again.
     """
     connection = Connection.open(cluster)
     waiting: list[ray.ObjectRef] = []
     try:
         gpus = gpus_of(cluster)
-        wait_for_resources(gpus, 1, cluster, grows=not connection.own)
+        try:
+            wait_for_resources(gpus, 1, cluster, grows=not connection.own)
+        except UserError as error:  # it names keys of runs, which have replicas and workers
+            raise _unfit(error.problem) from error
         task = ray.remote(_call).options(num_cpus=1, num_gpus=gpus)
         threads = _threads(len(calls))
         numbers = {
@@ -50,10 +55,18 @@ def apiece(
         if isinstance(error.cause, Exception):
             raise error.cause from error  # as the function raised it, not wrapped in Ray's
         raise
+    except (OutOfMemoryError, WorkerCrashedError) as error:
+        raise _unfit("a process was lost, probably for want of memory") from error
     finally:
         for ref in waiting:
             ray.cancel(ref, force=True)
         connection.close()
+
+
+def _unfit(problem: str) -> UserError:
+    """What is said of a cluster on which the calls cannot be made."""
+    fix = "use local, where one call follows another, or a larger cluster"
+    return UserError("cluster.engine", "ray", problem, fix)
 
 
 def _threads(calls: int) -> int:

@@ -42,9 +42,10 @@ class Connection:
             try:
                 ray.init(address=address, **quiet)
             except (ConnectionError, ValueError) as error:
-                fix = "check that the cluster runs there, or leave cluster.address out"
+                key = "cluster.address" if cluster.address else "RAY_ADDRESS"
+                fix = f"check that the cluster runs there, or leave {key} out"
                 problem = f"no Ray cluster answers ({error})"
-                raise UserError("cluster.address", address, problem, fix) from error
+                raise UserError(key, address, problem, fix) from error
             return cls(True, False)
         store = cluster.object_store_gb
         processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1

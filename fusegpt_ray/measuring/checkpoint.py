@@ -4,6 +4,7 @@ this machine.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from fusegpt_ray.publishing.download import Incomplete, pull
 from fusegpt_ray.report import Transfer
 from fusegpt_ray.run.identity import file_mark
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.checkpoint import TensorRef, read_index
+from fusegpt_ray.store.checkpoint import INDEX, SINGLE, TensorRef, read_index
 from fusegpt_ray.store.manifest import MANIFEST, Manifest
 from fusegpt_ray.store.threads import at_once
 from fusegpt_ray.uris import refuse_secret
@@ -42,9 +43,9 @@ class Checkpoint:
     config: Mapping[str, Any]
     """config.json as it is."""
     weights: tuple[str, ...]
-    """Names of the files that hold tensors."""
-    size: int
-    """Bytes of all tensors."""
+    """Names of the files that hold tensors, and of the index of several."""
+    elements: int
+    """Of all tensors together."""
     dtype: str
     """In which most bytes are stored: "bfloat16"."""
 
@@ -66,12 +67,19 @@ class Checkpoint:
             key, fix = (text.replace("model.source", KEY) for text in (error.key, error.fix))
             raise UserError(key, error.value, error.problem, fix) from error
         names = {ref.file.rsplit("/", 1)[-1] for ref in tensors}
-        size = sum(ref.end - ref.begin for ref in tensors)
-        return cls(source, config, tuple(sorted(names)), size, _main_dtype([*tensors]))
+        if names != {SINGLE}:
+            names.add(INDEX)
+        elements = sum(math.prod(ref.shape) for ref in tensors)
+        return cls(source, config, tuple(sorted(names)), elements, _main_dtype([*tensors]))
 
     def arithmetic(self, asked: str) -> str:
         """The dtype to compute in; "auto": as it is stored."""
         return self.dtype if asked == "auto" else asked
+
+    def weights_bytes(self, asked: str) -> int:
+        """What the weights take of memory in the dtype of the arithmetic."""
+        dtype: torch.dtype = getattr(torch, self.arithmetic(asked))
+        return self.elements * dtype.itemsize
 
     @property
     def name(self) -> str:

@@ -30,6 +30,8 @@ class Turn:
     """Seconds until the logits of each sequence's first new token are there."""
     decode: float
     """Seconds that a further token takes, of all sequences together."""
+    peak_bytes: int | None
+    """The most memory of the device that weights and work have taken; None where nobody counts."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,6 @@ class Generator(Protocol):
     def turn(self) -> Turn:
         """Do the work once."""
 
-    def peak_bytes(self) -> int | None:
-        """The most memory of the device that weights and work have taken so far; None where nobody
-        counts it.
-        """
-
     def close(self) -> None:
         """Give the device's memory back."""
 
@@ -74,8 +71,6 @@ class Plain:
         self.model.generation_config = transformers.GenerationConfig()
         self.ids_BP, self.new = work.ids_BP.to(self.device), work.new
         self.weights = self._allocated() - before
-        self.extra = 0
-        """Bytes beside the weights, at most, in any turn."""
 
     @torch.inference_mode()
     def turn(self) -> Turn:
@@ -103,11 +98,12 @@ class Plain:
         )
         watch.mark()
         assert written.shape[1] == self.ids_BP.shape[1] + self.new, "nothing may end it early"
+        peak = None
         if self.device.type == "cuda":
             # Other models' weights lie beside ours: only the difference is ours.
-            self.extra = max(self.extra, torch.cuda.max_memory_allocated() - before)
+            peak = self.weights + torch.cuda.max_memory_allocated() - before
         prefill, decode = watch.laps
-        return Turn(prefill, decode / (self.new - 1))
+        return Turn(prefill, decode / (self.new - 1), peak)
 
     def _allocated(self) -> int:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
@@ -115,9 +111,6 @@ class Plain:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    def peak_bytes(self) -> int | None:
-        return self.weights + self.extra if self.device.type == "cuda" else None
 
     def close(self) -> None:
         del self.model
@@ -160,10 +153,8 @@ class Vllm:
             watch.mark()
             assert all(len(item.outputs[0].token_ids) == new for item in found)
         first, whole = watch.laps
-        return Turn(first, (whole - first) / (self.new - 1))
-
-    def peak_bytes(self) -> int | None:
-        return None  # it takes all that it may have, for its cache
+        # Of memory it takes all that it may have, for its cache.
+        return Turn(first, (whole - first) / (self.new - 1), None)
 
     def close(self) -> None:
         del self.llm

@@ -13,11 +13,13 @@ import logging
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
 from importlib.metadata import version
+from inspect import getsource
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +31,7 @@ USUAL = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The zero-shot tasks that papers on compressing models mostly report."""
 SEEDS = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}
 """As lm-eval itself takes them where nobody says otherwise."""
-KEY = "--tasks"
+TASKS = "--tasks"
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def check_installed() -> None:
     """
     if importlib.util.find_spec("lm_eval") is None:
         fix = "install it: pip install 'fusegpt-ray[eval]'"
-        raise UserError(KEY, None, "tasks need the library lm-eval, which is not installed", fix)
+        raise UserError(TASKS, None, "tasks need the library lm-eval, which is not installed", fix)
 
 
 def library() -> str:
@@ -82,7 +84,7 @@ class Suite:
             if name not in index.task_index:
                 raise unknown(name, index.all_tasks)
             fix = "give access to the hub, or task files with local data (--tasks-folder)"
-            with reading_users_file(KEY, name, "the task cannot be loaded", fix):
+            with reading_users_file(TASKS, name, "the task cannot be loaded", fix):
                 # Sorted: the library keeps the tasks of a tag in no order.
                 found = sorted(_numbered(index.load([name])), key=_name)
                 items |= {_name(item): item for item in found}
@@ -90,7 +92,7 @@ class Suite:
             for task in _leaves(item):
                 if getattr(task, "UNSAFE_CODE", False):
                     problem, fix = "it runs code that the model writes", "use lm-eval for it"
-                    raise UserError(KEY, name, problem, fix)
+                    raise UserError(TASKS, name, problem, fix)
                 # As `lm_eval.simple_evaluate` does: a task that says 0 means it.
                 own = task.get_config("num_fewshot")
                 if own is None or (own and asked.shots is not None):
@@ -99,11 +101,15 @@ class Suite:
 
     def identity(self, name: str) -> dict[str, Any]:
         """All that a model's number on a task depends on, the model aside: version, settings,
-        questions and answers.
+        questions and answers, and the files of the user's folder, whose functions call others.
         """
         item, digest = self.items[name], sha256()
+        for file in _own_files(self.asked.folder):
+            digest.update(file.read_bytes())
+        rules = getattr(item, "aggregate_metric_list", None) or ()  # of a group
+        digest.update(_bytes([asdict(rule) for rule in rules]))
         for task in _leaves(item):
-            digest.update(_bytes(task.dump_config()))
+            digest.update(_bytes(task.config.to_dict(keep_callable=True)))
             examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
             for document in chain(islice(task.eval_docs, self.asked.limit), examples or ()):
                 digest.update(_bytes(document))
@@ -182,7 +188,7 @@ def unknown(name: str, known: Sequence[str]) -> UserError:
     """What is said of a name that is none of the known ones."""
     near = difflib.get_close_matches(name, known, n=3)
     fix = f"did you mean {' or '.join(near)}" if near else "`lm_eval ls tasks` lists all names"
-    return UserError(KEY, name, "no task of this name in lm-eval or --tasks-folder", fix)
+    return UserError(TASKS, name, "no task of this name in lm-eval or --tasks-folder", fix)
 
 
 def _numbered(loaded: Mapping[str, Any]) -> Iterator[Any]:
@@ -206,8 +212,28 @@ def _leaves(item: Any) -> list[Any]:
     return list(item.get_all_tasks()) if hasattr(item, "get_all_tasks") else [item]
 
 
+def _own_files(folder: str | None) -> list[Path]:
+    """The task files of a folder, and the code beside them."""
+    kinds = ("*.py", "*.yaml") if folder else ()
+    return sorted(file for kind in kinds for file in Path(folder or "").rglob(kind))
+
+
 def _bytes(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
+    """The same in every process."""
+    return json.dumps(value, sort_keys=True, default=_told).encode()
+
+
+def _told(value: Any) -> Any:
+    """What JSON cannot hold: code by its source, since `str` would tell where it lies in memory."""
+    if isinstance(value, partial):
+        return [value.func, value.args, value.keywords]
+    if not callable(value):
+        return str(value)
+    code = value if hasattr(value, "__qualname__") else type(value)
+    try:
+        return [code.__qualname__, getsource(code)]
+    except (TypeError, OSError):  # it was not written in Python
+        return [code.__qualname__, code.__module__]
 
 
 def _metrics(row: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:

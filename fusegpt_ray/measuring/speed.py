@@ -23,7 +23,8 @@ from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.report import Display
 
 WARM_UPS = 1
-"""Turns that are not counted: libraries choose kernels and make room in them."""
+"""Turns of which neither time nor memory counts: libraries choose kernels in them, and the process
+takes what all models use later, such as the workspaces of cuBLAS."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def speed(models: Sequence[str], trial: Trial, display: Display | None = None) -
     "prefill" and "decode" are {"seconds": `Spread`, "tokens_per_second", "times_as_fast":
     `Spread` of the ratios to the first model, turn by turn, "runs": [seconds …]}; those of decode
     are for one token of each sequence. All models are on the device at the same time, and take
-    turns. "peak_bytes" is None where memory is not counted: on a CPU, and by vLLM.
+    turns. "weights_bytes" is what the weights take in the dtype of the arithmetic. "peak_bytes" is
+    the most that weights and work took in a turn; None where nobody counts: on a CPU, and by vLLM.
 
     Raises:
         UserError: a model does not load, its positions are too few, memory runs out, vLLM is asked
@@ -80,13 +82,11 @@ def speed(models: Sequence[str], trial: Trial, display: Display | None = None) -
                 "model": checkpoint.name,
                 "name": name,
                 "dtype": checkpoint.arithmetic(trial.dtype),
-                "weights_bytes": checkpoint.size,
-                "peak_bytes": generator.peak_bytes(),
+                "weights_bytes": checkpoint.weights_bytes(trial.dtype),
+                "peak_bytes": _most(mine),
                 **_times(turns[0], mine, trial),
             }
-            for checkpoint, name, generator, mine in zip(
-                checkpoints, names, generators, turns, strict=True
-            )
+            for checkpoint, name, mine in zip(checkpoints, names, turns, strict=True)
         ]
         runner = generators[0].name
     return {
@@ -107,6 +107,11 @@ def _loaded(
         generator = opened(trial.kind, checkpoint, folder, checkpoint.arithmetic(trial.dtype), work)
         opening.callback(generator.close)
         yield generator
+
+
+def _most(turns: Sequence[Turn]) -> int | None:
+    counted = [turn.peak_bytes for turn in turns if turn.peak_bytes is not None]
+    return max(counted, default=None)
 
 
 def _times(base: Sequence[Turn], mine: Sequence[Turn], trial: Trial) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def of_speed(result: Mapping[str, Any]) -> Iterator[Table | str]:
     size += f" {trial['new']}"
     yield f"{size}; {dtypes}; {result['runner']}; {result['device']}"
     if models[0]["peak_bytes"] is None:
-        yield "memory: of the weights alone; what the work takes beside them is not counted here"
+        more = "what the work takes beside them is not counted here"
+        yield f"memory: of the weights in the dtype of the arithmetic; {more}"
     else:
         yield "memory: the most that weights and work have taken of the GPU"
 

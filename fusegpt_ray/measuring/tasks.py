@@ -13,10 +13,19 @@ from typing import Any
 import torch
 import transformers
 
-from fusegpt_ray.errors import blaming, reading_users_file
+from fusegpt_ray.errors import UserError, blaming, reading_users_file
 from fusegpt_ray.measuring.checkpoint import KEY, Checkpoint, load, short_names
-from fusegpt_ray.measuring.harness import SEEDS, Asked, Suite, check_installed, library, wrapped
+from fusegpt_ray.measuring.harness import (
+    SEEDS,
+    TASKS,
+    Asked,
+    Suite,
+    check_installed,
+    library,
+    wrapped,
+)
 from fusegpt_ray.measuring.tables import mean
+from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.preflight import check_writable
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
@@ -55,7 +64,8 @@ def tasks(
 
     Raises:
         UserError: a model has no tokenizer or does not load, a task is unknown or its data is out
-            of reach, or lm-eval is not installed. Nothing is written then.
+            of reach, or lm-eval is not installed; nothing is written then. Or lm-eval fails at a
+            task, or memory runs out; what was measured before stays in the cache.
     """
     check_installed()
     if how.cache:
@@ -155,11 +165,23 @@ def _measure(
             found = load(checkpoint, folder, dtype, torch.device(device))
             return wrapped(found, folder, how.batch)
 
+        def measured(name: str) -> dict[str, Any]:
+            asked = model()
+            fix = "mend the task's files, or leave the task out"
+            with reading_users_file(TASKS, name, f"lm-eval fails with {checkpoint.name}", fix):
+                try:
+                    return suite.measure(name, asked)
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    fix = "give a smaller --batch, --dtype bfloat16 or a larger machine"
+                    raise UserError("--batch", how.batch, "memory runs out", fix) from error
+
         rows = [
             kept.measured(
                 "tasks",
                 about | suite.identity(name),
-                lambda name=name: suite.measure(name, model()),  # type: ignore[misc]
+                functools.partial(measured, name),
                 remarks.append,
             )
             for name in suite.items

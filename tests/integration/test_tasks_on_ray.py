@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from models import save_tiny
 from quiz import Quiz
 from words import add_tokenizer
 
+from fusegpt_ray.cli import main
+from fusegpt_ray.distributed.apiece import apiece
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.measuring.harness import Asked
 from fusegpt_ray.measuring.tasks import How, tasks
@@ -49,3 +52,31 @@ def test_what_a_model_is_refused_for_is_said_as_in_one_process(
             tasks([str(model)], Asked(("quiz",), str(quiz.folder)), How(), cluster)
         said.append(str(refused.value))
     assert said[0] == said[1] and "model.norm.weight" in said[0]
+
+
+def test_a_process_that_is_lost_again_and_again_is_one_message(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quiz = Quiz.make(tmp_path / "tasks")
+    model = save_tiny("llama", tmp_path / "model")
+    add_tokenizer(model)
+    (quiz.folder / "utils.py").write_text(
+        "import os, signal\n"
+        "def kept(docs):\n"
+        f"    if os.getpid() != {os.getpid()}:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return docs\n"
+    )
+    with (quiz.folder / "quiz.yaml").open("a") as file:
+        file.write("process_docs: !function utils.kept\n")
+    command = ["tasks", str(model), "--tasks", "quiz", "--tasks-folder", str(quiz.folder)]
+    assert main([*command, "--engine", "ray", "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert "error: --engine = 'ray': a process was lost" in said
+    assert "Fix: use local" in said
+
+
+def test_a_cluster_without_a_place_is_told_by_keys_that_calls_have(ray_session: None) -> None:
+    cluster = Cluster(engine="ray", gpus_per_replica=1000.0, wait_minutes=0)
+    with pytest.raises(UserError, match=r"^cluster\.engine = 'ray': 1000 GPUs are needed"):
+        list(apiece(print, [()], cluster))

@@ -92,6 +92,20 @@ def test_settings_of_the_checkpoint_change_nothing(desk: Desk) -> None:
     assert len(found["models"][0]["decode"]["runs"]) == 1
 
 
+def test_memory_is_that_of_the_dtype_in_which_weights_compute(desk: Desk) -> None:
+    (row,) = speed([str(desk.model)], Trial(prompt=6, new=4, runs=1, dtype="bfloat16"))["models"]
+    tensors = load_file(desk.model / "model.safetensors").values()
+    assert row["weights_bytes"] == sum(2 * tensor.numel() for tensor in tensors)
+
+
+@pytest.mark.gpu
+def test_the_first_model_is_not_charged_for_what_the_process_takes_once(desk: Desk) -> None:
+    """Such as workspaces, which come with the first product of matrices."""
+    models = [str(desk.model)] * 2
+    first, second = speed(models, Trial(prompt=6, new=4, runs=1))["models"]
+    assert first["peak_bytes"] == second["peak_bytes"]
+
+
 def test_prompts_are_the_same_ordinary_tokens_for_all_models() -> None:
     llama = {"model_type": "llama", "vocab_size": 8, "bos_token_id": 1, "eos_token_id": [2, 3]}
     llava = {

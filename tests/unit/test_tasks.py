@@ -185,6 +185,19 @@ def test_a_model_at_a_uri_is_the_same_model(desk: Desk, quiz: Quiz, ask: Ask) ->
     assert (here["name"], there["name"]) == ("model", "uri-tasks")
 
 
+def test_a_model_of_several_files_at_a_uri_is_loaded(desk: Desk, quiz: Quiz, ask: Ask) -> None:
+    """Without a manifest of ours; loaders find the files by their index."""
+    real = load_model(desk.model)
+    (desk.model / "model.safetensors").unlink()
+    real.save_pretrained(desk.model, max_shard_size="50KB")
+    assert len([*desk.model.glob("*.safetensors")]) > 1
+    memory = fsspec.filesystem("memory")
+    for file in desk.model.iterdir():
+        memory.pipe_file(f"/shards/{file.name}", file.read_bytes())
+    (row,) = ask("memory://shards", "--tasks", "quiz")["models"][0]["tasks"]
+    assert values(row) == quiz.accuracies(real)
+
+
 def test_a_published_model_has_one_identity_wherever_it_lies(desk: Desk) -> None:
     """Its manifest tells it at a URI, where no weights are read for it."""
     memory = fsspec.filesystem("memory")
@@ -201,6 +214,30 @@ def test_a_published_model_has_one_identity_wherever_it_lies(desk: Desk) -> None
             <= {file.name: file.read_bytes() for file in Path(folder).iterdir()}.items()
         )
     assert not Path(folder).exists()
+
+
+def test_what_a_tasks_own_code_raises_is_one_message(
+    desk: Desk, quiz: Quiz, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (quiz.folder / "utils.py").write_text("def scored(doc, results):\n    return doc['prize']\n")
+    with (quiz.folder / "quiz.yaml").open("a") as file:
+        file.write("process_results: !function utils.scored\n")
+    command = ["tasks", "model", "--tasks", "quiz", "--tasks-folder", "tasks"]
+    assert main(command) == 2
+    stdout, stderr = capsys.readouterr()
+    message = MESSAGE.search(stderr)
+    assert message and stdout == "" and stderr.count("error: ") == 1, stderr
+    assert message["key"].endswith("--tasks") and "prize" in message["problem"], stderr
+    assert "mend the task's files" in message["fix"]
+
+
+def test_a_cluster_that_does_not_answer_is_told_by_what_names_it(
+    desk: Desk, quiz: Quiz, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command has no argument for the address."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1")  # without a port
+    command = ["tasks", "model", "--tasks", "quiz", "--tasks-folder", "tasks", "--engine", "ray"]
+    check(command, desk, "RAY_ADDRESS", "no Ray cluster answers", "leave RAY_ADDRESS out", capsys)
 
 
 BAD = {
