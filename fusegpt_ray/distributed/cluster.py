@@ -66,6 +66,8 @@ class RayWorkers:
             cpus=1,
             gpus=REPLICA_GPU if trains and self.gpus == 1 else self.gpus,
         )
+        if self.replicas < ray.cluster_resources().get("CPU", 0):  # one is left for Ray Data
+            self._pool.start()  # while texts are read, they import what they need
         return self
 
     def __exit__(

@@ -89,7 +89,9 @@ class _Call:
 
 
 class Replicas:
-    """The replicas of a run. They start when they are first needed."""
+    """The replicas of a run. They start when they are first needed, if nobody starts them before,
+    and read weights only then.
+    """
 
     def __init__(
         self, dense: Stack, config: RunnerConfig, count: int, cpus: float, gpus: float
