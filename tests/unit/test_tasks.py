@@ -236,6 +236,8 @@ def test_a_cluster_that_does_not_answer_is_told_by_what_names_it(
 ) -> None:
     """The command has no argument for the address."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1")  # without a port
+    # Other tests may have joined a Ray in this process.
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
     command = ["tasks", "model", "--tasks", "quiz", "--tasks-folder", "tasks", "--engine", "ray"]
     check(command, desk, "RAY_ADDRESS", "no Ray cluster answers", "leave RAY_ADDRESS out", capsys)
 
