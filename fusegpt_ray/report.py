@@ -22,6 +22,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Column, Table
+from rich.text import Text
 
 from fusegpt_ray.store.retry import retries
 from fusegpt_ray.text.protocol import described, stages, warnings
@@ -299,48 +300,49 @@ def score_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """The rows of `pipeline.evaluate`, on a terminal."""
+def perplexity_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
+    """The rows of `pipeline.evaluate`, on a terminal: a table for each text, of 80 columns."""
     beside = any("against" in row for row in rows)
-    names = (Column(name, overflow="fold") for name in ("text", "model"))  # wrapped, never cut
-    table = Table(*names, "perplexity")
-    if beside:
-        for name in ("difference", "95 % interval", "ratio", "noise?"):
-            table.add_column(name)
-    for column in table.columns[2:]:
-        column.justify = "right"
-    for row in rows:
-        cells = [escape(row["data"]), escape(row["model"]), f"{row['perplexity']:.4f}"]
-        table.add_row(*cells, *(_difference(row.get("against")) if beside else ()))
-    return table
+    for text in dict.fromkeys(row["data"] for row in rows):
+        model = Column("model", overflow="fold")  # wrapped, never cut
+        table = Table(model, "perplexity", title=Text(f"perplexity on {text}"))
+        if beside:
+            for name in ("ratio", "95 % interval", "differs?"):
+                table.add_column(name)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in rows:
+            if row["data"] == text:
+                cells = [escape(row["model"]), f"{row['perplexity']:.4f}"]
+                table.add_row(*cells, *(_difference(row.get("against")) if beside else ()))
+        yield table
 
 
 def _difference(found: Mapping[str, Any] | None) -> Iterator[str]:
     """The cells of a row's "against"."""
     if found is None or "problem" in found:
-        yield from "––––"
+        yield from "–––"
         return
-    ends = found["interval"]
-    yield f"{found['difference']:+.4f}"
-    yield "–" if ends is None else " … ".join(f"{end:+.4f}" for end in ends)
+    ends = found["ratio_interval"]
     yield f"{found['ratio']:.4f}"
-    yield {True: "no", False: "maybe", None: "too few windows"}[found["distinguishable"]]
+    yield "–" if ends is None else " … ".join(f"{end:.4f}" for end in ends)
+    yield {True: "yes", False: "perhaps", None: "too few windows"}[found["distinguishable"]]
 
 
 def perplexity_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `perplexity_table` leaves unsaid: the protocols, what the difference is, and where there
-    is none.
+    """What `perplexity_tables` leave unsaid: the protocols, what the ratio is, and where there is
+    none.
     """
     notes = dict.fromkeys(row["protocol"] for row in rows)
     found = [(row, row["against"]) for row in rows if "against" in row]
     for _, against in found:
         if "problem" not in against:
             first, resamples = against["model"], against["resamples"]
-            told = f"difference: mean loss of a token in nats, less that of {first}; ratio: of the"
-            told += f" perplexities; interval: {resamples} resamples of the windows, in pairs"
-            notes[f"{told}; noise?: maybe, where it holds 0"] = None
+            told = f"ratio: to the perplexity of {first}; its interval: of {resamples} resamples of"
+            told += " the windows, in pairs; differs?: perhaps, where the interval holds 1"
+            notes[told] = None
     for row, against in found:
         if "problem" in against:
             what = f"{row['model']} and {against['model']} on {row['data']}"
-            notes[f"{what}: no difference is told, because {against['problem']}"] = None
+            notes[f"{what}: no ratio is told, because {against['problem']}"] = None
     return list(notes)

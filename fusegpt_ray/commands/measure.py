@@ -127,9 +127,10 @@ def evaluate(
         return
     from rich.console import Console
 
-    from fusegpt_ray.report import perplexity_notes, perplexity_table
+    from fusegpt_ray.report import perplexity_notes, perplexity_tables
 
-    Console().print(perplexity_table(result["results"]))
+    for table in perplexity_tables(result["results"]):
+        Console().print(table)
     for note in perplexity_notes(result["results"]):
         click.echo(note)
 

@@ -113,23 +113,23 @@ def test_workers_are_opened_once_a_model(three: Desk, monkeypatch: pytest.Monkey
 
 
 def test_the_table(three: Desk, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "80")
     options = ["--data", "a.txt", "--length", str(LENGTH)]
     assert main(["evaluate", "model", "near", "far", *options]) == 0
     shown = capsys.readouterr().out
     rows = measured(capsys, "model", "near", "far", "--data", "a.txt")["results"]
     cells = [re.split(r" *[│┃] *", line.strip("│ ")) for line in shown.splitlines() if "│" in line]
-    assert [row[:3] for row in cells] == [
-        [row["data"], row["model"], f"{row['perplexity']:.4f}"] for row in rows
+    assert f"perplexity on {rows[0]['data']}" in shown
+    assert [row[:2] for row in cells] == [
+        [row["model"], f"{row['perplexity']:.4f}"] for row in rows
     ]
-    assert cells[0][3:] == ["–"] * 4
+    assert cells[0][2:] == ["–"] * 3
     far = rows[2]["against"]
-    low, high = far["interval"]
-    ends = f"{low:+.4f} … {high:+.4f}"
-    assert cells[2][3:] == [f"{far['difference']:+.4f}", ends, f"{far['ratio']:.4f}", "no"]
-    assert cells[1][-1] == ("no" if rows[1]["against"]["distinguishable"] else "maybe")
+    low, high = far["ratio_interval"]
+    assert cells[2][2:] == [f"{far['ratio']:.4f}", f"{low:.4f} … {high:.4f}", "yes"]
+    assert cells[1][-1] == ("yes" if rows[1]["against"]["distinguishable"] else "perhaps")
     assert rows[0]["protocol"] in shown.splitlines()
-    assert "less that of model; ratio: of the perplexities; interval: 10000 resamples" in shown
+    assert "ratio: to the perplexity of model; its interval: of 10000 resamples" in shown
 
 
 def test_of_few_windows_no_interval_is_told(three: Desk, capsys: Capture) -> None:
@@ -158,7 +158,7 @@ def test_of_other_tokens_there_is_no_difference(three: Desk, capsys: Capture) ->
     options = ["--data", "a.txt", "--length", str(LENGTH)]
     assert main(["evaluate", "model", "far", *options]) == 0
     said = capsys.readouterr().out
-    assert "far and model on a.txt: no difference is told, because their tokenizers make" in said
+    assert "far and model on a.txt: no ratio is told, because their tokenizers make" in said
 
 
 @pytest.mark.parametrize(
