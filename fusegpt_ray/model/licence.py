@@ -46,9 +46,9 @@ def _header(source: Source) -> Any:
         return yaml.safe_load(found[1]) if found else None
     except StorageError:
         raise
-    except FileNotFoundError:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or none that is one
         return None
-    except Exception:  # what PyYAML raises of odd values is of many kinds; no card is worth a run
+    except (LookupError, AttributeError, TypeError):  # PyYAML's, of values that are not their tag's
         return None
 
 

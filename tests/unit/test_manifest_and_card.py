@@ -153,6 +153,8 @@ LICENCES: dict[str, tuple[str, list[str], str | None, dict[str, Any], str]] = {
     ),
     "unknown": ("", [], None, {}, "came without word of its licence"),
     "nonsense": ("---\nlicense: {a: 1}\n---\n", [], None, {}, "came without word"),
+    "an odd number": ("---\nlicense: !!int ''\n---\n", [], None, {}, "came without word"),
+    "an odd time": ("---\nlicense: !!timestamp x\n---\n", [], None, {}, "came without word"),
     "an odd value": ("---\nlicense: !!bool maybe\n---\n", [], None, {}, "came without word"),
     "no YAML": ("---\nlicense: [\n---\n", [], None, {}, "came without word"),
 }

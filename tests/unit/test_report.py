@@ -320,7 +320,7 @@ def test_only_a_report_is_replaced(
     ]
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="it draws in a real browser: install Chromium")
 @pytest.mark.parametrize("names", ["usual", "hostile"])
 def test_a_browser_draws_all_charts(names: str, finished: Path, tmp_path: Path) -> None:
     assert CHROMIUM
