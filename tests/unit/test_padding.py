@@ -185,7 +185,9 @@ def test_a_fit_leaves_padding_out(checkpoint: Callable[[str], Path]) -> None:
     first, second = moments
     assert first.rows == second.rows == sum(LENGTHS)
     assert first.yy == pytest.approx(second.yy, rel=1e-6)
-    np.testing.assert_allclose(first.xy_FK, second.xy_FK, rtol=1e-5, atol=1e-5)
+    # An element may be a small difference of large products, each rounded to float32.
+    largest = np.abs(second.xy_FK).max()
+    np.testing.assert_allclose(first.xy_FK, second.xy_FK, rtol=0, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
