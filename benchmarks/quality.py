@@ -2,14 +2,16 @@
 model: what each choice is worth, for the same work.
 
     python benchmarks/quality.py MODEL --calibration valid.txt [more.txt …] --test test.txt
-    [more.txt …] [--weights 3 1] [--settings paper rounds …] [--seeds 0 1] [--json out.json]
+    [more.txt …] [--weights 3 1] [--settings paper rounds …] [--seeds 0 1] [--work 0.5 1 2]
+    [--json out.json]
 
 Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
 seed; several calibration texts are mixed by `--weights`, else in equal parts. Work is counted, not
 timed: the FLOPs of scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by
-those of the paper's recipe. A setting that heals takes as many tokens as the paper's work has left
-for it. `damage left` is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1
-is better than the paper's recipe. Seconds are this machine's and noisy.
+those of the paper's recipe. A setting that heals takes as many tokens as the paper's work, or
+`--work` times as much, has left for it; a text with fewer is passed again. `damage left` is
+log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the paper's
+recipe. Seconds are this machine's and noisy.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fusegpt_ray.plan import plan
 from fusegpt_ray.report import Display
 from fusegpt_ray.text.protocol import stages
 
-HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8}
+HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8, "repeat": True}
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
 # The paper's recipe, ours, one step between them at a time; and what healing makes of them.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,6 +93,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument(
+        "--work", nargs="+", type=float, default=[1.0], help="of what heals, in the paper's work"
+    )
     parser.add_argument("--json", help="write every manifest to this file")
     arguments = parser.parse_args()
 
@@ -98,14 +103,15 @@ def main() -> int:
     for seed in arguments.seeds:
         budget = work(parsed(arguments, SETTINGS["paper"], seed, "nowhere"))
         for name in arguments.settings:
-            print(f"== {name}, seed {seed}", file=sys.stderr)
-            with tempfile.TemporaryDirectory() as folder:
-                recipe = within(budget, arguments, SETTINGS[name], seed, folder)
-                (published,) = compress(recipe, Display())
-                share = work(recipe) / budget
-                results[f"{name}, seed {seed}"] = published.manifest | {"work": share}
-            if arguments.json:
-                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+            for times in arguments.work if "heal" in SETTINGS[name] else [1.0]:
+                print(f"== {name}, {times:g} × the work, seed {seed}", file=sys.stderr)
+                with tempfile.TemporaryDirectory() as folder:
+                    recipe = within(times * budget, arguments, SETTINGS[name], seed, folder)
+                    (published,) = compress(recipe, Display())
+                done = published.manifest | {"work": work(recipe) / budget, "seed": seed}
+                results[f"{name}, {times:g} × the work, seed {seed}"] = done
+                if arguments.json:
+                    Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0
 
@@ -188,7 +194,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         seconds = sum(sum(record["seconds"].values()) for record in spent)
         for text, row in manifest["perplexity"].items():
             left = "–"
-            if paper := results.get(f"paper, seed {name.rpartition(' ')[2]}"):
+            if paper := results.get(f"paper, 1 × the work, seed {manifest['seed']}"):
                 theirs = paper["perplexity"][text]
                 damage = math.log(theirs["fused"] / theirs["dense"])
                 left = f"{math.log(finished(row) / row['dense']) / damage:.2f}"
