@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import DEPTH, open_stack, without_blocks
-from pictures import ANSWER, SEEING, load_seeing, passes, samples, save_seeing
+from pictures import ADDING, ANSWER, SEEING, load_seeing, passes, samples, save_seeing
 from runners import local_workers
 
 from fusegpt_ray import evaluation
@@ -83,7 +83,8 @@ def test_scores_are_those_of_whole_passes(name: str, tokens: Counting, seeing: F
     with local_workers(folder, settings) as workers:
         found = score(workers, open_stack(folder), given, settings)
     expected = by_hand(folder, given, tokens)
-    assert list(found.scores.values()) == pytest.approx(expected, rel=1e-4)
+    first = ADDING.get(name, 0)
+    assert list(found.scores.values())[first:] == pytest.approx(expected[first:], rel=1e-4)
 
 
 def test_which_tokens_count_is_not_all_the_same(seeing: Folders) -> None:
