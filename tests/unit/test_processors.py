@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from albums import QWEN, album, save_qwen
 from models import GROUPED
 from pictures import ADDING, IMAGE, load_seeing
 from PIL import Image
+from ray import cloudpickle
 from safetensors.torch import load_file
 from test_runs_on_images import METHODS, asked
 from transformers.utils import is_torchvision_available
@@ -112,6 +114,16 @@ def test_the_part_for_videos_may_stand_anywhere_among_the_others(
         assert isinstance(found.tokenizer, tf.PreTrainedTokenizerBase)
         orders.add(tuple(getattr(tf, name).get_attributes()))
     assert orders == {tuple(order) for order in PARTS}
+
+
+def test_a_processor_goes_to_other_processes(saved: Saved) -> None:
+    """As Ray sends it: its class, which is made here, goes along."""
+    folder = str(saved("qwen2_vl"))
+    sent = pickle.loads(cloudpickle.dumps(load_processor(folder, local_files_only=True)))
+    assert isinstance(sent, tf.Qwen2VLProcessor)
+    image = Image.new("RGB", (8, 8))
+    made = sent(text=["what <image> is"], images=[image], return_tensors="np")
+    assert (made["input_ids"] == IMAGE).sum() == 4
 
 
 @pytest.mark.parametrize("method", METHODS)
