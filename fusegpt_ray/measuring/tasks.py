@@ -81,10 +81,7 @@ def tasks(
         for checkpoint in checkpoints:
             checkpoint.source.tokenizer(KEY)
         show.stage("loading the tasks")
-        suite = Suite.load(asked)
-        if asking := [name for name in suite.items if suite.sees(name)]:
-            for checkpoint in checkpoints:
-                _check_sees(checkpoint, asking[0])
+        suite = _suite(asked, checkpoints)
         rows: dict[int, list[dict[str, Any]]] = {}
         names = short_names(checkpoints)
         show.stage(f"models: {len(models)}, tasks: {', '.join(suite.items)}")
@@ -115,19 +112,22 @@ def tasks(
     }
 
 
-def _check_sees(checkpoint: Checkpoint, task: str) -> None:
-    """
+def _suite(asked: Asked, checkpoints: Sequence[Checkpoint]) -> Suite:
+    """The tasks, for these models.
+
     Raises:
-        UserError: the model sees no images, or has no processor that loads.
+        UserError: see `Suite.load`; or a task has images, and a model sees none or has no processor
+            that loads.
     """
-    check_pillow(TASKS)
-    if image_token(checkpoint.source) is None:
-        problem, fix = (
-            f"{task} has images, {checkpoint.name} is a model of text alone",
-            "leave one out",
-        )
-        raise UserError(TASKS, task, problem, fix)
-    checkpoint.source.processor(KEY)
+    suite = Suite.load(asked)
+    for task in filter(suite.sees, suite.items):
+        check_pillow(TASKS)
+        for checkpoint in checkpoints:
+            if image_token(checkpoint.source) is None:
+                problem = f"it has images, and {checkpoint.name} is a model of text alone"
+                raise UserError(TASKS, task, problem, "leave one of them out")
+            checkpoint.source.processor(KEY)
+    return suite
 
 
 def _check_cache(uri: str) -> None:
