@@ -1,7 +1,9 @@
-"""What images bring: a tiny LLaVA learns to answer questions about pictures, loses some of its
-blocks, and is calibrated on conversations with their pictures or on the same conversations without.
+"""What images bring: a tiny LLaVA or Qwen2-VL learns to answer questions about pictures, loses some
+of its blocks, and is calibrated on conversations with their pictures or on the same conversations
+without.
 
-    python benchmarks/vision.py [--steps 600] [--windows 256] [--sparsity 0.25 0.5] [--seeds 1]
+    python benchmarks/vision.py [--model llava|qwen2_vl] [--steps 600] [--windows 256]
+                                [--sparsity 0.25 0.5] [--seeds 1]
 
 Everything is made here: pictures (`vision_task.py`), tokenizer, processor, and the model, which is
 trained until it answers 19 of 20 questions. The perplexities are those of the answers' tokens on
@@ -22,7 +24,18 @@ from typing import Any
 import torch
 import transformers as tf
 from torch.nn.functional import cross_entropy
-from vision_task import EOS, PATCH, PLACE, SIDE, VOCABULARY, messages, processor, samples, write
+from vision_task import (
+    EOS,
+    PATCH,
+    PLACE,
+    SIDE,
+    VOCABULARY,
+    llava_processor,
+    messages,
+    qwen2_vl_processor,
+    samples,
+    write,
+)
 
 from fusegpt_ray import Recipe, compress
 from fusegpt_ray.report import Display
@@ -36,19 +49,22 @@ RUNS = {
 }
 
 
-def build() -> tf.LlavaForConditionalGeneration:
-    text = tf.LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=160,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=128,
-        bos_token_id=VOCABULARY.index("<s>"),
-        eos_token_id=VOCABULARY.index(EOS),
-        pad_token_id=VOCABULARY.index(EOS),
-    )
+TEXT: dict[str, Any] = {
+    "vocab_size": len(VOCABULARY),
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": VOCABULARY.index("<s>"),
+    "eos_token_id": VOCABULARY.index(EOS),
+    "pad_token_id": VOCABULARY.index(EOS),
+}
+IMAGE = VOCABULARY.index(PLACE)
+
+
+def llava() -> tf.LlavaForConditionalGeneration:
     vision = tf.CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -57,10 +73,34 @@ def build() -> tf.LlavaForConditionalGeneration:
         image_size=SIDE,
         patch_size=PATCH,
     )
-    image = VOCABULARY.index(PLACE)
-    return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(vision_config=vision, text_config=text, image_token_id=image)
+    config = tf.LlavaConfig(
+        vision_config=vision, text_config=tf.LlamaConfig(**TEXT), image_token_id=IMAGE
     )
+    return tf.LlavaForConditionalGeneration(config)
+
+
+def qwen2_vl() -> tf.Qwen2VLForConditionalGeneration:
+    vision = {
+        "depth": 3,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "hidden_size": 64,
+        "mlp_ratio": 2,
+        "patch_size": PATCH // 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 1,
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    text = tf.Qwen2VLTextConfig(**TEXT, rope_parameters=rope)
+    config = tf.Qwen2VLConfig(
+        text_config=text.to_dict(), vision_config=vision, image_token_id=IMAGE, **UNUSED
+    )
+    return tf.Qwen2VLForConditionalGeneration(config)
+
+
+UNUSED = {"video_token_id": -1, "vision_start_token_id": -2, "vision_end_token_id": -3}
+"""Tokens that do not occur."""
+MODELS = {"llava": (llava, llava_processor), "qwen2_vl": (qwen2_vl, qwen2_vl_processor)}
 
 
 def batch(makes: Any, count: int, seed: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -71,7 +111,7 @@ def batch(makes: Any, count: int, seed: int) -> tuple[dict[str, torch.Tensor], t
     texts = [makes.apply_chat_template(messages(turns, seen=True)) for _, turns in drawn]
     made = makes(
         text=texts,
-        images=[picture for picture, _ in drawn],
+        images=[[picture] for picture, _ in drawn],
         add_special_tokens=False,
         return_tensors="pt",
     )
@@ -140,11 +180,11 @@ def recipe(
 
 
 def once(
-    folder: Path, steps: int, windows: int, sparsities: list[float], seed: int
+    kind: str, folder: Path, steps: int, windows: int, sparsities: list[float], seed: int
 ) -> dict[str, tuple[float, float]]:
     """Perplexity of the answers and share of right ones, by model."""
     torch.manual_seed(seed)
-    makes, model = processor(), build()
+    model, makes = (make() for make in MODELS[kind])
     began = time.monotonic()
     right = train(model, makes, steps, seed)
     print(f"  trained in {time.monotonic() - began:.0f} s, right {right:.1%}", flush=True)
@@ -173,6 +213,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--model", choices=MODELS, default="llava")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--windows", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=1)
@@ -183,7 +224,8 @@ def main() -> None:
         for seed in range(given.seeds):
             folder = Path(temporary) / str(seed)
             print(f"seed {seed}", flush=True)
-            every.append(once(folder, given.steps, given.windows, given.sparsity, seed))
+            asked = (given.steps, given.windows, given.sparsity, seed)
+            every.append(once(given.model, folder, *asked))
     print(f"\n| {BLOCKS} blocks, without | perplexity of the answers | right |\n|---|---:|---:|")
     for name in every[0]:
         perplexity, right = (statistics.median(run[name][i] for run in every) for i in (0, 1))

@@ -1,10 +1,11 @@
 """A task that asks for seeing: pictures of one to four equal shapes of a colour, and questions
-about them. With a tokenizer and a processor for a LLaVA that learns it.
+about them. With a tokenizer and processors for a LLaVA and a Qwen2-VL that learn it.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import transformers as tf
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+from fusegpt_ray.model.processors import load_processor
 
 SIDE, CELL, PATCH = 32, 16, 8
 """Pixels of a picture, of a shape's place in it, and of what the vision tower cuts."""
@@ -38,25 +41,41 @@ TEMPLATE = (
 )
 
 
-def processor() -> LlavaProcessor:
-    """Words are tokens; a picture is as many as it has patches."""
+def _tokenizer(**more: Any) -> tf.PreTrainedTokenizerFast:
+    """Words are tokens."""
     ids = {name: number for number, name in enumerate(VOCABULARY)}
     words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.decoder = decoders.Fuse()
     special = {"unk_token": "<unk>", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
-    tokenizer = tf.PreTrainedTokenizerFast(
-        tokenizer_object=words, additional_special_tokens=[PLACE], **special
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=words, additional_special_tokens=[PLACE], **special, **more
     )
+
+
+def llava_processor() -> LlavaProcessor:
+    """A picture is as many tokens as it has patches."""
     size = {"height": SIDE, "width": SIDE}
     return LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=size),
-        tokenizer,
+        _tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=TEMPLATE,
     )
+
+
+def qwen2_vl_processor() -> Any:
+    """As many tokens a picture as LLaVA's: of four patches, each half as wide, one is made."""
+    size = {"shortest_edge": SIDE**2, "longest_edge": SIDE**2}
+    patches = {"patch_size": PATCH // 2, "merge_size": 2, "temporal_patch_size": 1, "size": size}
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}
+    with tempfile.TemporaryDirectory() as folder:
+        _tokenizer(extra_special_tokens={"image_token": PLACE}).save_pretrained(folder)
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(patches | names))
+        (Path(folder) / "chat_template.jinja").write_text(TEMPLATE)
+        return load_processor(folder, local_files_only=True)
 
 
 def samples(count: int, seed: int) -> list[tuple[Image.Image, list[tuple[str, str]]]]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
+from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.fusion.repair import repaired_only
 from fusegpt_ray.heal import Healer
@@ -96,7 +97,9 @@ class Compression:
                 partial(healing_windows, workers, recipe, leading["calibration"], show),
             )
             texts += healing
-        check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
+        every = [item.tokens_WT for item in texts]
+        check_tokens(model.source, model.stack, *every)
+        planned = planned.seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
         exact = recipe.cluster.deterministic

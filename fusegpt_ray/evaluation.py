@@ -6,7 +6,7 @@ Shapes: W windows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,13 +15,13 @@ import torch
 
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.perplexity import mean_loss, window_losses
-from fusegpt_ray.model.rows import as_rows, as_tensor
+from fusegpt_ray.model.rows import as_rows, as_tensor, one_sample
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
-from fusegpt_ray.samples import Batch, cut, predicted, tokens_of, with_an_image
+from fusegpt_ray.samples import Batch, Samples, cut, predicted, tokens_of, with_an_image
 from fusegpt_ray.workers.base import Workers
 
 R = TypeVar("R")
@@ -79,6 +79,25 @@ def compare_source(workers: Workers, windows: Batch) -> Plain:
     setup = workers.setup
     task = (setup.source.folder, setup.dense, with_an_image(windows, 1))
     return _on_one(workers, _compare, task, "comparing with from_pretrained")
+
+
+def blocks_added_behind(workers: Workers, texts: Iterable[Batch]) -> int:
+    """How many blocks, from the first on, end with the last one behind which the dense model adds
+    what it sees to the states (see `recorder.Context.added`); 0: it adds nothing, or no text has an
+    image.
+    """
+    for windows in texts:
+        first = with_an_image(windows, 1)
+        if isinstance(first, Samples) and first.images_WT.any():
+            return _on_one(workers, _added_behind, (first,), "looking at an image")
+    return 0
+
+
+def _added_behind(runner: Runner, windows: Samples) -> int:
+    _, contexts = runner.trunk.enter(*one_sample(windows, 0))
+    return max(
+        (n + 1 for n, context in enumerate(contexts) if context.added is not None), default=0
+    )
 
 
 def prove(workers: Workers, published: Stack, folder: str, stack: Stack, windows: Batch) -> Proof:

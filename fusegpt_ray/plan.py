@@ -5,7 +5,7 @@ before weights are read and before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from fusegpt_ray.cost import Cost, cost
@@ -64,6 +64,31 @@ class Plan:
     """The token that each window begins with, if any, by the recipe key of its text."""
     removable: Removable = ANY
     """The blocks that may go."""
+
+    def seeing(self, first: int, say: Callable[[str], object]) -> Plan:
+        """With images, where the model adds what it sees to the states behind blocks before this
+        one: it does so behind as many of the blocks that are left, so that these stay.
+
+        Raises:
+            UserError: too few others can go.
+        """
+        depth, count, name = len(self.model.stack), self.rounds, self.model.source.name
+        if not first:
+            return self
+        why = f"what it sees would be added behind other blocks than the first {first}"
+        removable = self.removable.from_block(first, depth, why)
+        order = range(depth - 1, -1, -1) if removable.from_the_end else removable.blocks or ()
+        gone = [*order][: count + len(removable.one_stays)]
+        able = [number for number in gone if number not in removable.one_stays[:1]]
+        # One more stays: what is added behind the last block would never reach another.
+        enough = len(able) >= count and depth - count > first
+        if not enough or not removable.allows(able[:count], range(depth)):
+            problem = f"{count} blocks are to go and one more is to stay; {removable.in_words()}"
+            fix = "ask for less sparsity, or use texts without images"
+            raise UserError("sparsity", list(self.recipe.sparsity), f"{name}: {problem}", fix)
+        _check_search(self.recipe, removable)
+        say(removable.in_words())
+        return replace(self, removable=removable)
 
     @property
     def setup(self) -> Setup:

@@ -28,7 +28,7 @@ TEMPLATE = (
 )
 
 
-def _tokenizer() -> tf.PreTrainedTokenizerFast:
+def _tokenizer(**more: Any) -> tf.PreTrainedTokenizerFast:
     filled = [f"w{number}" for number in range(VOCAB - 4 - len(WORDS))]
     names = ["<unk>", BOS, EOS, *WORDS, *filled, PLACE]
     assert names.index(PLACE) == IMAGE
@@ -38,7 +38,7 @@ def _tokenizer() -> tf.PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.Fuse()
     special = {"unk_token": "<unk>", "bos_token": BOS, "eos_token": EOS, "pad_token": EOS}
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, additional_special_tokens=[PLACE], **special
+        tokenizer_object=tokenizer, additional_special_tokens=[PLACE], **special, **more
     )
 
 
@@ -56,6 +56,25 @@ def save_llava(folder: Path) -> Path:
         chat_template=TEMPLATE,
     )
     processor.save_pretrained(folder)
+    return folder
+
+
+QWEN = {
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+}
+
+
+def save_qwen(name: str, folder: Path) -> Path:
+    """With the processor's files as published checkpoints have them."""
+    save_seeing(name, folder)
+    _tokenizer(extra_special_tokens={"image_token": PLACE}).save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    size = {"shortest_edge": 16, "longest_edge": 144}
+    sizes = {"patch_size": 2, "merge_size": 2, "temporal_patch_size": 1, "size": size}
+    names = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": QWEN[name]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(sizes | names))
     return folder
 
 

@@ -23,6 +23,13 @@ ANSWER = 6
 SHORTER = 3
 """By how many tokens a sample is shorter than the one before."""
 
+_TOKENS = {
+    "image_token_id": IMAGE,
+    "vision_start_token_id": IMAGE - 1,
+    "vision_end_token_id": IMAGE - 2,
+    "video_token_id": IMAGE - 3,
+}
+
 
 def _qwen2_vl() -> tf.PretrainedConfig:
     vision = {
@@ -40,11 +47,46 @@ def _qwen2_vl() -> tf.PretrainedConfig:
     return tf.Qwen2VLConfig(
         text_config=text.to_dict(),
         vision_config=vision,
-        image_token_id=IMAGE,
-        vision_start_token_id=IMAGE - 1,
-        vision_end_token_id=IMAGE - 2,
-        video_token_id=IMAGE - 3,
+        **_TOKENS,
     )
+
+
+def _qwen2_5_vl() -> tf.PretrainedConfig:
+    vision = {
+        "depth": 2,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 1,
+        "window_size": 4,
+        "fullatt_block_indexes": [1],
+    }
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = tf.Qwen2_5_VLTextConfig(**GROUPED, rope_parameters=rope, tie_word_embeddings=False)
+    return tf.Qwen2_5_VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
+
+
+def _qwen3_vl() -> tf.PretrainedConfig:
+    vision = {
+        "depth": 3,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 2,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 1,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    text = tf.Qwen3VLTextConfig(
+        **GROUPED, head_dim=8, rope_parameters=rope, tie_word_embeddings=False
+    )
+    return tf.Qwen3VLConfig(text_config=text.to_dict(), vision_config=vision, **_TOKENS)
 
 
 def _siglip(patch_size: int) -> dict[str, Any]:
@@ -112,9 +154,14 @@ class Seeing(NamedTuple):
 SEEING = {
     "llava": Seeing(llava, _square),
     "qwen2_vl": Seeing(_qwen2_vl, _patches),
+    "qwen2_5_vl": Seeing(_qwen2_5_vl, _patches),
+    "qwen3_vl": Seeing(_qwen3_vl, _patches),
     "gemma3": Seeing(_gemma3, _with_kinds),
     "paligemma": Seeing(_paligemma, _with_prefix),
 }
+
+ADDING = {"qwen3_vl": 2}
+"""Behind how many of the first blocks, whichever these are, a class adds what it sees."""
 
 
 def save_seeing(name: str, folder: Path) -> Path:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from fusegpt_ray.errors import UserError, reading_users_file
+from fusegpt_ray.model.processors import load_processor
 
 USUAL = ("piqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 """The zero-shot tasks that papers on compressing models mostly report."""
@@ -93,11 +94,22 @@ class Suite:
                 if getattr(task, "UNSAFE_CODE", False):
                     problem, fix = "it runs code that the model writes", "use lm-eval for it"
                     raise UserError(TASKS, name, problem, fix)
+                if _sees(task) and task.OUTPUT_TYPE != "generate_until":
+                    problem = "of an image, lm-eval asks only for text that a model writes"
+                    fix = "give the task output_type: generate_until, or leave it out"
+                    raise UserError(TASKS, name, problem, fix)
+                if getattr(task, "MULTIMODAL", False) and not _sees(task):
+                    problem = "it asks about sounds"
+                    raise UserError(TASKS, name, problem, "leave it out")
                 # As `lm_eval.simple_evaluate` does: a task that says 0 means it.
                 own = task.get_config("num_fewshot")
                 if own is None or (own and asked.shots is not None):
                     task.set_config("num_fewshot", asked.shots or 0)
         return cls(asked, items)
+
+    def sees(self, name: str) -> bool:
+        """Whether images belong to its questions."""
+        return any(map(_sees, _leaves(self.items[name])))
 
     def identity(self, name: str) -> dict[str, Any]:
         """All that a model's number on a task depends on, the model aside: version, settings,
@@ -113,6 +125,10 @@ class Suite:
             examples = task.fewshot_docs() if task.get_config("num_fewshot") else None
             for document in chain(islice(task.eval_docs, self.asked.limit), examples or ()):
                 digest.update(_bytes(document))
+                if _sees(task):  # of whose images a document may hold the paths alone
+                    fix = "mend the task's files, or leave the task out"
+                    with reading_users_file(TASKS, name, "an image cannot be read", fix):
+                        digest.update(_bytes(task.doc_to_image(document)))
         return {
             "task": name,
             "version": str(item.VERSION if hasattr(item, "VERSION") else item.version),
@@ -154,6 +170,22 @@ class Suite:
             "version": found["versions"].get(name),
             "shots": max(found["n-shot"][leaf] for leaf in leaves),
         }
+
+
+def seeing(model: Any, folder: str, batch: int) -> Any:
+    """As `wrapped`, for tasks with images: with the processor in the folder."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+
+    class Seeing(HFMultimodalLM):
+        """With the processor that is loaded everywhere else, too."""
+
+        def _create_tokenizer(self, *_: Any, **__: Any) -> None:
+            self.processor = load_processor(folder, trust_remote_code=False, local_files_only=True)
+            self.tokenizer = self.processor.tokenizer
+
+    found: Any = Seeing(model, batch_size=batch, trust_remote_code=False)
+    found.generate_until = partial(found.generate_until, disable_tqdm=True)
+    return found
 
 
 def wrapped(model: Any, folder: str, batch: int) -> Any:
@@ -212,6 +244,10 @@ def _leaves(item: Any) -> list[Any]:
     return list(item.get_all_tasks()) if hasattr(item, "get_all_tasks") else [item]
 
 
+def _sees(task: Any) -> bool:
+    return task.get_config("doc_to_image") is not None
+
+
 def _own_files(folder: str | None) -> list[Path]:
     """The task files of a folder, and the code beside them."""
     kinds = ("*.py", "*.yaml") if folder else ()
@@ -225,6 +261,9 @@ def _bytes(value: Any) -> bytes:
 
 def _told(value: Any) -> Any:
     """What JSON cannot hold: code by its source, since `str` would tell where it lies in memory."""
+    if hasattr(value, "tobytes"):  # an image or an array
+        kind = getattr(value, "mode", None) or getattr(value, "dtype", None)
+        return [str(kind), str(value.size), sha256(value.tobytes()).hexdigest()]
     if isinstance(value, partial):
         return [value.func, value.args, value.keywords]
     if not callable(value):

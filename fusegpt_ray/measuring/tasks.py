@@ -22,15 +22,17 @@ from fusegpt_ray.measuring.harness import (
     Suite,
     check_installed,
     library,
+    seeing,
     wrapped,
 )
 from fusegpt_ray.measuring.tables import mean
 from fusegpt_ray.model.memory import is_out_of_memory
-from fusegpt_ray.preflight import check_writable
+from fusegpt_ray.preflight import check_writable, image_token
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sections import Cluster
 from fusegpt_ray.store import storage
+from fusegpt_ray.text.images import check_pillow
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
 CACHE = "--cache"
@@ -79,7 +81,7 @@ def tasks(
         for checkpoint in checkpoints:
             checkpoint.source.tokenizer(KEY)
         show.stage("loading the tasks")
-        suite = Suite.load(asked)
+        suite = _suite(asked, checkpoints)
         rows: dict[int, list[dict[str, Any]]] = {}
         names = short_names(checkpoints)
         show.stage(f"models: {len(models)}, tasks: {', '.join(suite.items)}")
@@ -108,6 +110,24 @@ def tasks(
             "torch": torch.__version__,
         },
     }
+
+
+def _suite(asked: Asked, checkpoints: Sequence[Checkpoint]) -> Suite:
+    """The tasks, for these models.
+
+    Raises:
+        UserError: see `Suite.load`; or a task has images, and a model sees none or has no processor
+            that loads.
+    """
+    suite = Suite.load(asked)
+    for task in filter(suite.sees, suite.items):
+        check_pillow(TASKS)
+        for checkpoint in checkpoints:
+            if image_token(checkpoint.source) is None:
+                problem = f"it has images, and {checkpoint.name} is a model of text alone"
+                raise UserError(TASKS, task, problem, "leave one of them out")
+            checkpoint.source.processor(KEY)
+    return suite
 
 
 def _check_cache(uri: str) -> None:
@@ -159,14 +179,17 @@ def _measure(
     with ExitStack() as opening:
 
         @functools.cache
-        def model() -> Any:
-            """Fetched and loaded once a number is not in the cache."""
+        def model() -> tuple[Any, str]:
+            """Fetched and loaded once a number is not in the cache; and where it lies."""
             folder = opening.enter_context(checkpoint.local())
-            found = load(checkpoint, folder, dtype, torch.device(device))
-            return wrapped(found, folder, how.batch)
+            return load(checkpoint, folder, dtype, torch.device(device)), folder
+
+        @functools.cache
+        def wrapping(sees: bool) -> Any:
+            return (seeing if sees else wrapped)(*model(), how.batch)
 
         def measured(name: str) -> dict[str, Any]:
-            asked = model()
+            asked = wrapping(suite.sees(name))
             fix = "mend the task's files, or leave the task out"
             with reading_users_file(TASKS, name, f"lm-eval fails with {checkpoint.name}", fix):
                 try:
@@ -186,6 +209,7 @@ def _measure(
             )
             for name in suite.items
         ]
+    wrapping.cache_clear()
     model.cache_clear()
     gc.collect()
     if device == "cuda":  # the next model needs the room

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
@@ -26,6 +27,9 @@ class Context:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    added: torch.Tensor | None = None
+    """What the model adds to the states that the block returns, [B, T, D], before the next one:
+    features of an image (Qwen3-VL's deep stack). None: nothing."""
 
     def to(self, device: torch.device | str) -> Context:
         return moved([self], device)[0]
@@ -44,6 +48,7 @@ def moved(contexts: Sequence[Context], device: torch.device | str) -> list[Conte
         Context(
             tree_map_only(torch.Tensor, move, context.args),
             tree_map_only(torch.Tensor, move, context.kwargs),
+            None if context.added is None else move(context.added),
         )
         for context in contexts
     ]
@@ -56,8 +61,9 @@ def states_of(returned: Any) -> torch.Tensor:
 
 
 def run_block(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> torch.Tensor:
-    """One block's output hidden states [B, T, D]."""
-    return states_of(block(h_BTD, *context.args, **context.kwargs))
+    """One block's output hidden states [B, T, D], and what the model adds to them."""
+    out_BTD = states_of(block(h_BTD, *context.args, **context.kwargs))
+    return out_BTD if context.added is None else out_BTD + context.added
 
 
 class Recorder(nn.Module):
@@ -128,19 +134,49 @@ class Recorded:
     def not_in_a_row(self) -> str:
         """What the last pass did that running block after block does not; nothing if they agree.
 
-        They do where every block was called once, with just what the one before returned.
+        They do where every block was called once, with just what the one before returned, or with
+        that and what is `added` to it.
         """
         for number, recorder in enumerate(self.recorders):
             if recorder.calls != 1:
                 return f"calls block {number} {recorder.calls} times"
-            if number and recorder.h_BTD is not self.recorders[number - 1].h_BTD:
+            before, context = self.recorders[number - 1], recorder.context
+            known = before.context is not None and before.context.added is not None
+            if number and recorder.h_BTD is not before.h_BTD and not known:
                 return f"changes the hidden states between blocks {number - 1} and {number}"
-            context = recorder.context
             if context and any(
                 leaf is _MORE for leaf in tree_leaves((context.args, context.kwargs))
             ):
                 return f"hands block {number} more of what an earlier block returns than its states"
         return ""
+
+    def learn_added(self, again: Callable[[], object]) -> None:
+        """Where the last pass changed the states between two blocks, by an addition, the first of
+        the two has it in its context from now on (see `Context.added`).
+
+        What is added is seen where all blocks return zeros: in `again`, the same pass once more.
+        """
+        entering = [recorder.h_BTD for recorder in self.recorders]
+        changed = [n for n, (h, after) in enumerate(pairwise(entering)) if after is not h]
+        first = entering[0]
+        if not changed or first is None or any(recorder.calls != 1 for recorder in self.recorders):
+            return
+        contexts, zeros_BTD = self.contexts, torch.zeros_like(first)
+        for recorder in self.recorders:
+            recorder.inject = zeros_BTD
+        try:
+            again()
+        finally:
+            for recorder in self.recorders:
+                recorder.inject = None
+        for number in changed:
+            before, after = entering[number : number + 2]
+            added = self.recorders[number + 1].h_BTD
+            assert before is not None and after is not None and added is not None
+            if torch.equal(before + added, after):
+                contexts[number] = replace(contexts[number], added=added)
+        for recorder, h_BTD, context in zip(self.recorders, entering, contexts, strict=True):
+            recorder.h_BTD, recorder.context = h_BTD, context
 
     def _learn_returns(self, ids_BT: torch.Tensor) -> None:
         """A pass that stops at the first block finds out what blocks return: later ones rely on

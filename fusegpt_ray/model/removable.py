@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,23 @@ class Removable:
     """The last that is left of these is no candidate: attention blocks of a hybrid, one of which
     generation with a cache asks for (see `publishing/rehearsal.py`)."""
 
+    def from_block(self, first: int, depth: int, why: str) -> Removable:
+        """The same rule, but the blocks before this one stay.
+
+        Args:
+            depth: blocks of the dense model.
+            why: those may not go, for `in_words`.
+        """
+        able = range(depth) if self.blocks is None else self.blocks
+        blocks = tuple(number for number in able if number >= first)
+        reasons = f"{self.why}; {why}" if self.why else why
+        return replace(self, blocks=blocks, why=reasons)
+
     def among(self, kept: Sequence[int]) -> tuple[int, ...] | None:
         """The candidates of a round, by dense number; None: all of the blocks `kept`."""
         if self.from_the_end:
-            return tuple(kept[-1:])
+            last = tuple(kept[-1:])
+            return last if self.blocks is None or last[0] in self.blocks else ()
         left = [number for number in kept if number in self.one_stays]
         stays = left if len(left) == 1 else []
         if self.blocks is None and not stays:

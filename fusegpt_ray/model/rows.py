@@ -4,14 +4,15 @@ Most models call a block with what depends on the number of tokens alone, so tha
 and serves every batch (`Trunk.contexts`). What depends on the sample (embeddings of a block's own,
 positions and masks around an image) is found for each sample by a pass of its own, without padding,
 and each passes the blocks alone: in the memory and the kernels of one row, whatever stands beside
-it.
+it. Windows of text among samples, which fill their rows and need nothing of their own, pass
+together.
 
 Shapes: W windows, B rows, T tokens, n tokens of one sample, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,10 +34,13 @@ class Own:
     """Its tokens, without padding."""
     contexts: Sequence[Context]
     """By dense block number, for one row of so many tokens; on the host."""
+    alike: bool = False
+    """Whether they are those of any row of the batch's length (`Trunk.contexts`), so that such rows
+    may pass together."""
 
     @classmethod
-    def of(cls, length: int, contexts: Sequence[Context]) -> Own:
-        return cls(length, moved(contexts, "cpu"))
+    def of(cls, length: int, contexts: Sequence[Context], alike: bool = False) -> Own:
+        return cls(length, moved(contexts, "cpu"), alike)
 
 
 Owns = Sequence[Own]
@@ -66,15 +70,37 @@ def one_sample(windows: Rows, number: int) -> tuple[torch.Tensor, dict[str, torc
     return ids_T[ids_T != PADDING][None], inputs
 
 
+def all_alike(owns: Owns | None) -> bool:
+    """Whether rows pass together: none is called with anything of its own."""
+    return owns is None or all(own.alike for own in owns)
+
+
 def each(
-    run: Callable[[torch.Tensor, Own], torch.Tensor], h_BTD: torch.Tensor, owns: Owns
+    run: Callable[[torch.Tensor, Own], torch.Tensor],
+    h_BTD: torch.Tensor,
+    owns: Owns,
+    together: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """What `run` makes of the states [1, n, D] of each row, with zeros in place of padding:
-    [B, T, D].
+    """What `run` makes of the states [1, n, D] of each row, with zeros in place of padding, and
+    `together`, if it is given, of those [b, T, D] that are alike: [B, T, D].
     """
     length = h_BTD.shape[1]
-    rows = (
-        pad(run(h_BTD[row : row + 1, : own.length], own), (0, 0, 0, length - own.length))
-        for row, own in enumerate(owns)
-    )
-    return torch.cat(list(rows))
+    found: dict[int, torch.Tensor] = {}
+    if together:
+        for rows in _powers([row for row, own in enumerate(owns) if own.alike]):
+            found |= zip(rows, together(h_BTD[rows]).split(1), strict=True)
+    for row, own in enumerate(owns):
+        if row not in found:
+            out_1nD = run(h_BTD[row : row + 1, : own.length], own)
+            found[row] = pad(out_1nD, (0, 0, 0, length - own.length))
+    return torch.cat([found[row] for row in range(len(owns))])
+
+
+def _powers(rows: list[int]) -> Iterator[list[int]]:
+    """Parts of a power of two each, the largest first. Contexts are kept for each number of rows
+    that there is, so that these are to be few.
+    """
+    while rows:
+        size = 1 << (len(rows).bit_length() - 1)
+        yield rows[:size]
+        rows = rows[size:]

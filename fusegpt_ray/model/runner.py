@@ -23,7 +23,7 @@ from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.placement import empty_states, transform
 from fusegpt_ray.model.recorder import Context, run_block
-from fusegpt_ray.model.rows import Own, Owns, Rows, each, ids_of, one_sample
+from fusegpt_ray.model.rows import Own, Owns, Rows, all_alike, each, ids_of, one_sample
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.model.weights import Weights, fits
@@ -136,9 +136,16 @@ class Runner:
 
     def _enter_each(self, windows: Rows, into_WTD: torch.Tensor) -> Owns:
         owns = []
+        text: Own | None = None
         for number in range(len(windows)):
-            h_1nD, contexts = self.trunk.enter(*one_sample(windows, number))
-            owns.append(Own.of(h_1nD.shape[1], contexts))
+            ids_1n, inputs = one_sample(windows, number)
+            if not inputs and ids_1n.shape[1] == windows.shape[1] and not self.trunk.by_sample:
+                h_1nD = self.trunk.embed(ids_1n)
+                text = text or Own.of(h_1nD.shape[1], self.trunk.contexts(*ids_1n.shape), True)
+                owns.append(text)
+            else:
+                h_1nD, contexts = self.trunk.enter(ids_1n, inputs)
+                owns.append(Own.of(h_1nD.shape[1], contexts))
             into_WTD[number, : h_1nD.shape[1]] = h_1nD[0]
             into_WTD[number, h_1nD.shape[1] :] = 0
         return owns
@@ -161,8 +168,9 @@ class Runner:
     def _after(
         self, module: nn.Module, dense: int, h_BTD: torch.Tensor, owns: Owns | None = None
     ) -> torch.Tensor:
-        if owns is not None:
-            return each(partial(self._after_one, module, dense), h_BTD, owns)
+        if owns is not None and not all_alike(owns):
+            run_one = partial(self._after_one, module, dense)
+            return each(run_one, h_BTD, owns, partial(self._after, module, dense))
         # Compiling takes seconds, so fewer windows than usual pass the block as it is.
         whole = len(h_BTD) == self.batch_size
         run = self.run_block if self.compiled and whole else run_block

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -207,7 +207,7 @@ class Source:
         fix = "put the model's tokenizer.json beside its weights"
         if "tokenizer.json" in self.small_files:
             fix = "download the tokenizer's files again (tokenizer.json, tokenizer_config.json, …)"
-        return self._loaded(AutoTokenizer, key, "its tokenizer does not load", fix)
+        return self._loaded(AutoTokenizer.from_pretrained, key, "its tokenizer does not load", fix)
 
     def processor(self, key: str = "model.source") -> Any:
         """What makes samples of images and text for the checkpoint.
@@ -215,20 +215,20 @@ class Source:
         Raises:
             UserError: there is none that loads without custom code.
         """
-        from transformers import AutoProcessor
+        from fusegpt_ray.model.processors import load_processor
 
         problem = "its processor, which the images need, does not load"
         fix = (
             "put the files of the model's processor beside its weights (preprocessor_config.json),"
-            " and install what it asks for, such as torchvision"
+            " and install the packages that it asks for"
         )
-        found = self._loaded(AutoProcessor, key, problem, fix)
+        found = self._loaded(load_processor, key, problem, fix)
         if not hasattr(found, "image_processor"):  # of text alone, it is the tokenizer
             raise UserError(key, self.name, "it has no processor, which the images need", fix)
         return found
 
-    def _loaded(self, auto: Any, key: str, problem: str, fix: str) -> Any:
-        """What this class of transformers loads from the checkpoint's small files."""
+    def _loaded(self, load: Callable[..., Any], key: str, problem: str, fix: str) -> Any:
+        """What `load` makes of the checkpoint's small files."""
         with tempfile.TemporaryDirectory() as folder:
             beginnings = self._copy_small(Path(folder))
             for name, beginning in beginnings.items():
@@ -236,9 +236,7 @@ class Source:
                     diagnosis.refuse_other_kinds(key, self.name, name, beginning)
             try:
                 with reading_users_file(key, self.name, problem, fix, folder):
-                    return auto.from_pretrained(
-                        folder, trust_remote_code=False, local_files_only=True
-                    )
+                    return load(folder, trust_remote_code=False, local_files_only=True)
             except UserError:
                 # Of others than texts the library says only that they are bad.
                 for name, beginning in beginnings.items():

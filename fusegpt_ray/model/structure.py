@@ -150,7 +150,8 @@ def _fill_without_memory(model: nn.Module) -> None:
 def same(first: object, second: object) -> bool:
     """Whether two contexts, or parts of them, hold equal values."""
     if isinstance(first, Context) and isinstance(second, Context):
-        return same((first.args, first.kwargs), (second.args, second.kwargs))
+        mine, other = ((each.args, each.kwargs, each.added) for each in (first, second))
+        return same(mine, other)
     (left, form), (right, other_form) = tree_flatten(first), tree_flatten(second)
     return form == other_form and all(map(_same_leaf, left, right))
 

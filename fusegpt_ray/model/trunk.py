@@ -9,6 +9,7 @@ Shapes: B rows (windows, or windows × candidates), T tokens, D hidden size, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,7 +100,9 @@ class Trunk:
         given = {
             name: in_arithmetic(value.to(self.device), self.dtype) for name, value in inputs.items()
         }
-        self._forward(ids_1n, logits_to_keep=1, **given)
+        run = partial(self._forward, ids_1n, logits_to_keep=1, **given)
+        run()
+        self._recorded.learn_added(run)
         if problem := self._recorded.not_in_a_row():
             name = type(self.model).__name__
             fix = "calibrate it on text alone"

@@ -23,7 +23,7 @@ from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, moved, run_block
-from fusegpt_ray.model.rows import Own, Owns, each
+from fusegpt_ray.model.rows import Own, Owns, all_alike, each
 
 Weights = dict[str, torch.Tensor]
 """Of a block, by parameter name, in the dtype of the arithmetic."""
@@ -114,7 +114,7 @@ class Span:
                 out_BTD = self(h_BTD, owns)
                 self.release()
             return out_BTD
-        if owns is not None:
+        if owns is not None and not all_alike(owns):
             return each(self._one, h_BTD, owns)
         return self._through(self._run, h_BTD, self.contexts)
 
