@@ -43,9 +43,10 @@ class Connection:
             return cls(False, False)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
         address = cluster.address or os.environ.get("RAY_ADDRESS")
+        # What a submitted job sets is here, too, and Ray refuses to be told the same twice.
+        unseen = {name: value for name, value in UNSEEN.items() if name not in os.environ}
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
         if address:
-            unseen = {name: os.environ.get(name, value) for name, value in UNSEEN.items()}
             try:
                 ray.init(address=address, runtime_env={"env_vars": unseen}, **quiet)
             except (ConnectionError, ValueError) as error:
@@ -56,7 +57,7 @@ class Connection:
             return cls(True, False)
         store = cluster.object_store_gb
         processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
-        with _loopback(), _inherited(UNSEEN):
+        with _loopback(), _inherited(unseen):
             ray.init(
                 address="local",
                 _node_ip_address="127.0.0.1",
@@ -98,11 +99,10 @@ def _loopback() -> Iterator[None]:
 
 @contextmanager
 def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
-    """What is started in the meantime has these environment variables, unless the user set them."""
-    added = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(added)
+    """What is started in the meantime has these environment variables, which nobody has set."""
+    os.environ.update(variables)
     try:
         yield
     finally:
-        for name in added:
+        for name in variables:
             del os.environ[name]
