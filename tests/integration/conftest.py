@@ -73,7 +73,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         where = ["-H", "127.0.0.1", "-p", str(port)]
         server = subprocess.Popen([*command, *where], stdout=out, stderr=out)
         try:
-            wait_for_port(port, server)
+            _wait_for(port, server)
             yield S3(boto3.client("s3"), keys, log)
         finally:
             server.kill()
@@ -132,7 +132,7 @@ def _free_port() -> Callable[[], int]:
     return free_port
 
 
-def wait_for_port(port: int, server: subprocess.Popen[bytes]) -> None:
+def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and server.poll() is None:
         try:

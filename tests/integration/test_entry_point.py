@@ -20,7 +20,7 @@ import boto3
 import pytest
 import yaml
 from botocore.exceptions import ClientError
-from conftest import wait_for_port
+from submitting import wait_for_answer
 
 pytestmark = pytest.mark.integration
 
@@ -91,7 +91,7 @@ def store(free_port: Callable[[], int], tmp_path_factory) -> Iterator[Store]:
         command = [sys.executable, str(ROOT / "tests/s3_server.py"), "-H", "127.0.0.1"]
         server = subprocess.Popen([*command, "-p", str(port)], stdout=out, stderr=out)
         try:
-            wait_for_port(port, server)
+            wait_for_answer(f"{url}/moto-api/data.json", server, log)
             anybody = {"aws_access_key_id": "any", "aws_secret_access_key": "any"}
             iam = client("iam", anybody)
             everything = {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}
