@@ -22,6 +22,8 @@ import yaml
 from botocore.exceptions import ClientError
 from submitting import wait_for_answer
 
+from fusegpt_ray.distributed import serve
+
 pytestmark = pytest.mark.integration
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +131,14 @@ def test_the_rights_end_where_they_should(store: Store) -> None:
     ):
         with pytest.raises(ClientError, match=r"AccessDenied|Forbidden|403"):
             refused()
+
+
+def test_ray_train_makes_no_bucket_and_asks_for_none(s3) -> None:
+    """s3fs would look at the bucket, and make it where it may not look."""
+    place = serve._place("s3://nobodys-bucket/runs")
+    before = len(s3.requests())
+    place["storage_filesystem"].create_dir("nobodys-bucket/runs", recursive=True)
+    assert s3.requests()[before:] == []
 
 
 @pytest.mark.skipif(not can_mount(), reason="the test makes a root of its own: it needs to mount")
