@@ -2,8 +2,9 @@
 # as on a laptop; from PyPI, that is the CUDA build.
 FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
 
+# wget: KubeRay asks by it whether a node is well. rsync: Ray's launcher brings files by it.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev make git openssh-client wget \
+    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev make git openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
@@ -16,7 +17,8 @@ ENV PATH=/app/.venv/bin:$PATH \
     HF_HUB_DISABLE_TELEMETRY=1 \
     RAY_USAGE_STATS_ENABLED=0
 
-# Nothing needs root; credentials come from the environment or the provider's chain, never from the image.
-RUN useradd --create-home --uid 1001 fusegpt && chown -R fusegpt /app
-USER fusegpt
+# Nothing needs root, nor writes in /app. Credentials come from the environment or the provider's chain, never from the
+# image. 1000 is whom Ray's launcher is on its machines, whose files it shares with the container.
+RUN userdel ubuntu && useradd --create-home --uid 1000 fusegpt
+USER 1000
 CMD ["fusegpt", "--help"]

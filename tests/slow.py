@@ -34,6 +34,9 @@ SLOW = (
     f"{INTEGRATION}submit.py::test_a_job_compresses_from_its_folder_to_s3",
     f"{INTEGRATION}evaluate_on_ray.py",
     f"{INTEGRATION}metrics_on_ray.py",
+    # The job of a cluster: what its files say, and the rights of its keys, stay.
+    f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",
+    f"{INTEGRATION}unseen_gpus.py::test_processes_that_asked_for_no_gpu_see_none[started here]",
     *(
         f"{INTEGRATION}engines.py::test_{name}"
         for name in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -14,6 +14,11 @@ from ray._private import ray_constants
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.sections import Cluster
+
+UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
+"""Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,
+Ray lets them see all GPUs of their node, and a library that takes one takes memory from whom it was
+given to."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Connection:
     @classmethod
     def open(cls, cluster: Cluster) -> Self:
         """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
-        loopback interface; nothing happens where this process is in one already.
+        loopback interface; nothing happens where this process is in one already. Processes of this
+        run see the GPUs they were given, and no others.
 
         Raises:
             UserError: no cluster answers at the address.
@@ -37,10 +43,12 @@ class Connection:
             return cls(False, False)
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
         address = cluster.address or os.environ.get("RAY_ADDRESS")
+        # What a submitted job sets is here, too, and Ray refuses to be told the same twice.
+        unseen = {name: value for name, value in UNSEEN.items() if name not in os.environ}
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
         if address:
             try:
-                ray.init(address=address, **quiet)
+                ray.init(address=address, runtime_env={"env_vars": unseen}, **quiet)
             except (ConnectionError, ValueError) as error:
                 key = "cluster.address" if cluster.address else "RAY_ADDRESS"
                 fix = f"check that the cluster runs there, or leave {key} out"
@@ -49,7 +57,7 @@ class Connection:
             return cls(True, False)
         store = cluster.object_store_gb
         processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
-        with _loopback():
+        with _loopback(), _inherited(unseen):
             ray.init(
                 address="local",
                 _node_ip_address="127.0.0.1",
@@ -87,3 +95,14 @@ def _loopback() -> Iterator[None]:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """What is started in the meantime has these environment variables, which nobody has set."""
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]

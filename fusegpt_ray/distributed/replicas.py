@@ -60,8 +60,8 @@ class _Replica:
         empty_cache()
 
     def _runner(self) -> Runner:
-        """On the GPU that Ray gave this process, else on the CPU: Ray does not hide GPUs from
-        processes that asked for none.
+        """On the GPU that Ray gave this process, else on the CPU, whatever torch sees there: a Ray
+        that the caller started may show GPUs to processes that asked for none.
         """
         if self.runner is None:
             if self.gpus and not torch.cuda.is_available():

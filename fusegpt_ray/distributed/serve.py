@@ -156,7 +156,13 @@ def _place(folder: str) -> dict[str, Any]:
 
     from fusegpt_ray.store import storage
 
+    class WithoutFolders(FSSpecHandler):
+        """An object store has none, and s3fs makes the bucket where it may not look at it."""
+
+        def create_dir(self, path: str, recursive: bool) -> None:
+            pass
+
     fs, path = storage.filesystem(folder)
     if "file" in fs.protocol:
         return {"storage_path": path}
-    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(fs))}
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(WithoutFolders(fs))}

@@ -70,7 +70,7 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
             start_new_session=True,
         )
     try:
-        _wait_for(f"{dashboard}/api/version", process, temp / "head.log")
+        wait_for_answer(f"{dashboard}/api/version", process, temp / "head.log")
         yield Head(dashboard, temp)
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
@@ -85,7 +85,8 @@ def environment() -> dict[str, str]:
     return without | {"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
 
 
-def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the process answers there. Raises RuntimeError with its log if it never does."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and process.poll() is None:
         try:
@@ -94,7 +95,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
             time.sleep(0.2)
         else:
             return
-    raise RuntimeError(f"the head did not start:\n{log.read_text()}")
+    raise RuntimeError(f"nothing answers at {url}:\n{log.read_text()}")
 
 
 def users_folder(material, folder: Path) -> Path:

@@ -16,6 +16,7 @@ pytest.register_assert_rewrite(
     "bench",
     "cached_blocks",
     "expected",
+    "manifests",
     "published_models",
     "pulling",
     "recipes",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +220,23 @@ def test_a_row_that_is_none_is_named(case: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=problem) as caught:
         read(file)
     assert "line 1 of" in caught.value.problem
+
+
+def test_a_small_file_of_a_huge_image_is_named_and_not_unpacked(
+    model: Path, tmp_path: Path
+) -> None:
+    """400 million pixels in some tens of bytes: Pillow looks at the header, and refuses."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    parts = (header, b"IDAT" + zlib.compress(bytes(100)), b"IEND")
+    chunks = [
+        struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part))
+        for part in parts
+    ]
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    row = {"image": "huge.png", "conversations": TURNS}
+    file = write_lines(tmp_path / "chats.jsonl", [row])
+    with pytest.raises(UserError, match=r"cannot be read.*decompression bomb"):
+        album_of(Text(data=str(file)), processing(model)).drawn(None)
 
 
 def test_an_image_that_is_missing_or_none_is_named(model: Path, tmp_path: Path) -> None:
