@@ -18,6 +18,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
 from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.recipe_text import read_recipe
+from fusegpt_ray.run.outputs import COMPARISONS
 from fusegpt_ray.sections import MOST
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
@@ -25,7 +26,7 @@ from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
-SECTION = "compare"
+SECTION = COMPARISONS
 
 
 def _one_or_many(value: Any) -> Any:

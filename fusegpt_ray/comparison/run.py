@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from fusegpt_ray.comparison import plot, tables
+from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import Comparison, Run
-from fusegpt_ray.comparison.slots import BLOCKS, Job, Slots
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.comparison.slots import Job, Slots
+from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.uris import shown
+
+PICTURE = "perplexity.png"
 
 
 def compare(
@@ -36,19 +40,39 @@ def compare(
         for _, group in groupby(jobs, key=lambda job: _same_workers(job.plan)):
             Slots([*group], comparison, show, restart, worked).run()
             worked = True
-        storage.remove(storage.join(comparison.folder, BLOCKS), recursive=True)  # of Ray Train
-        result = tables.result(comparison, _models(jobs))
+        storage.remove(storage.join(comparison.folder, TRAINING_FOLDER), recursive=True)
+        models = _models(jobs)
+        result = tables.result(comparison, models)
         for name, data in tables.files(result).items():
             storage.write(storage.join(comparison.folder, name), data.encode())
-        if image := plot.png(result):
-            storage.write(storage.join(comparison.folder, "perplexity.png"), image)
+        try:
+            for name, drawn in _drawn(comparison, result, models):
+                storage.write(storage.join(comparison.folder, name), drawn)
+        except Exception as error:  # whatever the charting libraries raise
+            if isinstance(error, StorageError):
+                raise
+            show.say(f"no pictures: they cannot be drawn here ({first_line(error)})")
         show.say(f"tables are in {comparison.folder}")
     return result
 
 
+def _drawn(
+    comparison: Comparison, result: Mapping[str, Any], models: Sequence[tables.Model]
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the pictures and the report."""
+    from fusegpt_ray.comparison import page, plot  # altair: takes a second
+
+    if image := plot.png(result):
+        yield PICTURE, image
+    if any(run.recipe.output.report for run in comparison.runs):
+        made = next((model.manifest for model in models if model.manifest), {})
+        versions = made.get("versions", {})
+        yield REPORT, page.html(result, comparison.settings, versions).encode(errors="replace")
+
+
 def _planned(run: Run, show: Display, restart: bool) -> Plan:
     try:
-        return plan(run.recipe, show, restart)
+        return plan(run.recipe, show, restart, extends=True)
     except UserError as error:
         problem = f"{error.problem} (in the cell {shown(run.method)})"
         raise UserError(error.key, error.value, problem, error.fix) from error

@@ -20,12 +20,10 @@ from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers, room_for_sets
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.report import Display, OneOfSeveral
+from fusegpt_ray.run.outputs import SHARED_FOLDER, TRAINING_FOLDER
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup, Workers
-
-BLOCKS = "blocks"
-"""Where Ray Train keeps files of its own while a comparison works."""
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Slots:
         """
         self.jobs, self.comparison, self.show, self.restart = jobs, comparison, show, restart
         self.worked = worked
-        self._shared = Shared(storage.join(comparison.folder, "measured"))
+        self._shared = Shared(storage.join(comparison.folder, SHARED_FOLDER))
         self._waiting = deque(jobs)
         self._sets, self._ended, self._telling = 1, 0, threading.Lock()
 
@@ -103,7 +101,7 @@ class Slots:
                     self._failed(job, error, self.show)
 
     def _workers(self, slot: int) -> Workers:
-        folder = storage.join(self.comparison.folder, BLOCKS, str(slot))
+        folder = storage.join(self.comparison.folder, TRAINING_FOLDER, str(slot))
         return open_workers(replace(self._setup, run_folder=folder, sets=self._sets), self.show)
 
     def _begin(self, workers: Workers) -> bool:

@@ -44,7 +44,8 @@ class Watching(Display):
 
 def asked(material: Any, output: Path, methods: list[Any], **section: Any) -> Comparison:
     engine = {"engine": "ray" if section else "local", "wait_minutes": 0}
-    recipe = material.recipe(output, sparsity=0.125, cluster=engine)
+    plain = {"report": False}
+    recipe = material.recipe(output, sparsity=0.125, cluster=engine, output=plain)
     return Comparison.parse(recipe | {"compare": {"methods": methods, **section}})
 
 
@@ -55,22 +56,26 @@ def weights(output: Path) -> dict[str, str]:
     }
 
 
-def test_cells_on_ray_are_those_of_one_process(material, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The weights of the cells, made in one process."""
+    output = tmp_path_factory.mktemp("alone")
+    assert compare(asked(material, output, METHODS), Watching())["failed"] == []
+    assert len(weights(output)) == len(METHODS)
+    return weights(output)
+
+
+@pytest.mark.parametrize("at_once", [None, 2])
+def test_cells_on_ray_are_those_of_one_process(
+    material, tmp_path: Path, alone: dict[str, str], at_once: int | None
+) -> None:
     """One after another, as a cluster without GPUs has it, and two at once."""
-    found = {}
-    for name, section in {"local": {}, "ray": {"at_once": None}, "two": {"at_once": 2}}.items():
-        show = Watching("] — " if name == "two" else "")
-        result = compare(asked(material, tmp_path / name, METHODS, **section), show)
-        assert result["failed"] == []
-        assert not [*(tmp_path / name / "compare").glob("*/blocks")]  # Ray Train's
-        assert ("up to 2 cells at once" in show.said) == (name == "two")
-        measured = [line for line in show.said if line.endswith("evaluating the dense model")]
-        assert len(measured) == 1
-        numbers = [(row["method"], row["perplexity"], row["dense"]) for row in result["rows"]]
-        found[name] = weights(tmp_path / name), numbers
-    assert len(found["local"][0]) == len(METHODS)
-    assert found["local"][0] == found["ray"][0] == found["two"][0]
-    assert found["ray"][1] == found["two"][1]
+    show = Watching("] — " if at_once else "")
+    result = compare(asked(material, tmp_path, METHODS, at_once=at_once), show)
+    assert result["failed"] == [] and weights(tmp_path) == alone
+    assert not [*(tmp_path / "compare").glob("*/blocks")]  # Ray Train's
+    assert ("up to 2 cells at once" in show.said) == (at_once == 2)
+    assert sum(line.endswith("evaluating the dense model") for line in show.said) == 1
 
 
 def test_of_two_at_once_one_fails_and_the_others_go_on(material, tmp_path: Path) -> None:

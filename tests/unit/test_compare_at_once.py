@@ -30,9 +30,13 @@ def test_threads_end_with_the_block_that_started_them() -> None:
         finally:
             ended.append(number)
 
-    with pytest.raises(ZeroDivisionError), Threads() as threads:
-        threads.start(endless, range(3))
-        raise ZeroDivisionError
+    def stopped() -> None:
+        with Threads() as threads:
+            threads.start(endless, range(3))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        stopped()
     assert sorted(ended) == [0, 1, 2]
 
 
