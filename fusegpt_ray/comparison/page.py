@@ -25,15 +25,20 @@ def html(
     """
     rows = result["rows"]
     texts = list(dict.fromkeys(row["text"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in (*rows, *result["failed"])))
+    which = ["model"] if len(models) > 1 else []  # else the page's head names it
+    skipped = 1 - len(which)
     return filled(
         "comparison.html.jinja",
         result["name"],
         charts(result),
         [*_headline(result)],
-        columns=["model", "method", "removed", "blocks removed", *_per_text(texts), "size", "time"],
-        cells=[*_cells(rows, texts)],
+        models=models,
+        columns=[*which, "method", "removed", "blocks removed", *_per_text(texts), "size", "time"],
+        cells=[row[skipped:] for row in _cells(rows, texts)],
+        failed_columns=[*which, "method", "removed", "why"],
         failed=[
-            [row["model"], row["method"], f"{percent(row['sparsity'])} %", row["problem"]]
+            [row["model"], row["method"], f"{percent(row['sparsity'])} %", row["problem"]][skipped:]
             for row in result["failed"]
         ],
         protocols=protocols(rows),

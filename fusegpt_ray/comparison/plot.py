@@ -89,11 +89,11 @@ def _drawn(
         .encode(
             x=alt.X(
                 "sparsity:Q",
-                axis=alt.Axis(values=ticks, format="~%", labelOverlap=True, grid=True),
+                axis=alt.Axis(values=ticks, format=".3~%", labelOverlap=True, grid=True),
                 scale=alt.Scale(domain=[0, max(ticks)], nice=False, padding=8),
                 title="blocks removed",
             ),
-            y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", zero=False, nice=False, padding=8)),
+            y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=8)),
             color=alt.Color("method:N", sort=None, scale=scale, legend=legend),
         )
     )
@@ -102,7 +102,7 @@ def _drawn(
     )
     tips = [
         alt.Tooltip("method:N"),
-        alt.Tooltip("sparsity:Q", format="~%"),
+        alt.Tooltip("sparsity:Q", format=".3~%"),
         alt.Tooltip("perplexity:Q", format=".4~g"),
     ]
     points = base.mark_point(filled=True, size=55, opacity=1).encode(

@@ -44,8 +44,8 @@ class Watching(Display):
 
 def asked(material: Any, output: Path, methods: list[Any], **section: Any) -> Comparison:
     engine = {"engine": "ray" if section else "local", "wait_minutes": 0}
-    plain = {"report": False}
-    recipe = material.recipe(output, sparsity=0.125, cluster=engine, output=plain)
+    recipe = material.recipe(output, sparsity=0.125, cluster=engine)
+    recipe["output"]["report"] = False
     return Comparison.parse(recipe | {"compare": {"methods": methods, **section}})
 
 
