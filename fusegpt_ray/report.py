@@ -226,19 +226,6 @@ class Display(_Live):
             self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
 
 
-class OneOfSeveral(Display):
-    """Of a run beside others: the lines that stay, in the display of all, with its name before
-    them. Each run has its own listeners.
-    """
-
-    def __init__(self, whole: Display, name: str) -> None:
-        super().__init__(whole.console)  # its bar is never started
-        self._whole, self._name = whole, name
-
-    def say(self, text: str) -> None:
-        self._whole.say(f"[{self._name}] {text}")
-
-
 class Transfer(_Live):
     """Bytes of many files going by, from several threads: one bar on a terminal, a line a file
     elsewhere. Always on stderr.

@@ -19,7 +19,7 @@ from fusegpt_ray.compression import Compression
 from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers, room_for_sets
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.report import Display, OneOfSeveral
+from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import SHARED_FOLDER, TRAINING_FOLDER
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
@@ -170,6 +170,19 @@ class Slots:
             job.problem = f"{type(told).__name__}: {first_line(told)}"
             show.say("".join(traceback.format_exception(error)))
         show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
+
+
+class OneOfSeveral(Display):
+    """Of a run beside others: the lines that stay, in the display of all, with its name before
+    them. Each run has its own listeners.
+    """
+
+    def __init__(self, whole: Display, name: str) -> None:
+        super().__init__(whole.console)  # its bar is never started
+        self._whole, self._name = whole, name
+
+    def say(self, text: str) -> None:
+        self._whole.say(f"[{self._name}] {text}")
 
 
 class Threads:
