@@ -237,7 +237,6 @@ class Compression:
     def _judge(self, journal: Journal) -> Judge:
         """The dense model is measured here, unless that is known."""
         model, workers, show = self.plan.model, self.workers, self.show
-        show.stage("evaluating the dense model")
         with explained(model.stack, model.source.name, workers.dtype):
             return Judge(
                 workers,

@@ -46,7 +46,7 @@ class Judge:
     def __post_init__(self) -> None:
         self._known: dict[str, float] = self.journal.kept(_NOTE, 0, self.show.say) or {}
         self._dense = {
-            name: self._of_dense_blocks(self.dense, windows.tokens_WT)
+            name: self._of_dense_blocks(self.dense, windows.tokens_WT, "evaluating the dense model")
             for name, windows in self.held_out.items()
         }
         found = {name: {"dense": value} for name, value in self._dense.items()}
@@ -89,8 +89,17 @@ class Judge:
     def _of(self, stack: Stack, windows: Windows) -> float:
         return evaluation.perplexity(self.workers, stack, windows.tokens_WT)
 
-    def _of_dense_blocks(self, stack: Stack, given: Batch) -> float:
-        """The perplexity of a model of unchanged blocks, measured unless the journal has it."""
+    def _of_dense_blocks(self, stack: Stack, given: Batch, stage: str = "") -> float:
+        """The perplexity of a model of unchanged blocks, measured unless the journal has it.
+
+        `stage`: shown while it is measured, unless it is part of what is shown already.
+        """
+
+        def measure() -> float:
+            if stage:
+                self.show.stage(stage)
+            return evaluation.perplexity(self.workers, stack, given)
+
         shape = list(given.shape)
         windows = fingerprint(given)
         what = {"kept": list(stack.kept), "windows": windows, "shape": shape}
@@ -98,7 +107,7 @@ class Judge:
             self._known[key] = self.shared.measured(
                 "perplexity",
                 {**self.measuring, **what},
-                lambda: evaluation.perplexity(self.workers, stack, given),
+                measure,
                 self.show.say,
             )
             self.journal.keep(_NOTE, 0, self._known)

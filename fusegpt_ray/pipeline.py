@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from fusegpt_ray.comparing import compare_source
@@ -137,6 +138,19 @@ def evaluate(
                 measured += measure(workers, found, texts, show)
     results = rows(measured)
     return {**(results[0] if len(results) == 1 else {}), "results": results}
+
+
+def room_for_sets(
+    setup: Setup, asked: int | None, most: int, key: str
+) -> AbstractContextManager[int]:
+    """A context in which so many sets of workers may be open at once: see `distributed/sets.py`.
+    With `cluster.engine: local` it is one.
+    """
+    if setup.cluster.engine == "local":
+        return nullcontext(1)
+    from fusegpt_ray.distributed.sets import joined
+
+    return joined(setup, asked, most, key)
 
 
 def open_workers(setup: Setup, show: Display) -> Workers:

@@ -117,7 +117,13 @@ class Plan:
         return self.targets[-1].remove
 
 
-def plan(recipe: Recipe, show: Display, restart: bool = False, looks: bool = False) -> Plan:
+def plan(
+    recipe: Recipe,
+    show: Display,
+    restart: bool = False,
+    looks: bool = False,
+    extends: bool = False,
+) -> Plan:
     """The plan for a recipe.
 
     Cheap and local mistakes are looked for first; the files of a hub model are fetched last.
@@ -126,11 +132,12 @@ def plan(recipe: Recipe, show: Display, restart: bool = False, looks: bool = Fal
         restart: an unfinished run of this name will be forgotten.
         looks: nothing is written, not even for a moment, and of a hub model's weights only the
             headers are read.
+        extends: see `check_output`.
 
     Raises:
         UserError: the recipe cannot be carried out.
     """
-    found = _planned(recipe, show, Checks(stops=True), restart, looks)
+    found = _planned(recipe, show, Checks(stops=True), restart, looks, extends)
     assert found is not None, "the first mistake ends it"
     return found
 
@@ -172,7 +179,12 @@ class Checks:
 
 
 def _planned(
-    recipe: Recipe, show: Display, check: Checks, restart: bool = False, looks: bool = False
+    recipe: Recipe,
+    show: Display,
+    check: Checks,
+    restart: bool = False,
+    looks: bool = False,
+    extends: bool = False,
 ) -> Plan | None:
     """None if there is a mistake; the checks that need what another one found are left out then."""
     check(check_trackers, recipe.output.track)
@@ -186,7 +198,7 @@ def _planned(
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe
     if targets:
-        check(check_output, recipe, targets, restart, writes=not looks)
+        check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)
     model = check(open_model, source, show, looks)
     if model is None:

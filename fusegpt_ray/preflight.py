@@ -21,7 +21,7 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
-from fusegpt_ray.run.identity import settings
+from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.samples import Batch, tokens_of
 from fusegpt_ray.store import storage
@@ -209,7 +209,11 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
 
 
 def check_output(
-    recipe: Recipe, targets: list[Target], restart: bool = False, writes: bool = True
+    recipe: Recipe,
+    targets: list[Target],
+    restart: bool = False,
+    writes: bool = True,
+    extends: bool = False,
 ) -> None:
     """Check that the models can be written. It leaves nothing behind.
 
@@ -219,6 +223,8 @@ def check_output(
     Args:
         restart: an unfinished run of that name will be forgotten.
         writes: whether a file may be written for a moment; else only what can be seen is checked.
+        extends: some of the targets may be finished, made by the same settings at whatever
+            sparsities, and stay.
 
     Raises:
         UserError: files cannot be created below `output.uri`, a finished model or a file already
@@ -231,6 +237,8 @@ def check_output(
     with blaming("output.uri", recipe.output.uri):
         if not restart and all(_published_by(recipe, target) for target in targets):
             return
+        if extends:
+            targets = [target for target in targets if not _finished_alike(recipe, target)]
         _check_places(recipe, targets, restart)
         probe = f"{recipe.output.name}.write-test"
         check_writable("output.uri", recipe.output.uri, probe, writes)
@@ -240,15 +248,28 @@ def _published_by(recipe: Recipe, target: Target) -> bool:
     """Whether the target is a finished model that was made from this very recipe, as far as its
     manifest says.
     """
-    if not storage.exists(storage.join(target.folder, MANIFEST)):
+    made_by, dumped = Manifest.recipe_of(target.folder), recipe.model_dump(mode="json")
+    return made_by is not None and made_by | {"cluster": None} == dumped | {"cluster": None}
+
+
+def _finished_alike(recipe: Recipe, target: Target) -> bool:
+    """Whether the target is a finished model that a recipe of the same settings made, as far as its
+    manifest says.
+
+    Raises:
+        UserError: one did, and it was measured on other texts.
+    """
+    if (made_by := Manifest.recipe_of(target.folder)) is None:
         return False
-    try:
-        made_by = Manifest.read(target.folder).data.get("recipe")
-    except UserError:  # it is not a manifest of ours
+    if not same_way(recipe, made_by):
         return False
-    return isinstance(made_by, dict) and made_by | {"cluster": None} == recipe.model_dump(
-        mode="json"
-    ) | {"cluster": None}
+    if made_by.get("evaluation") != recipe.model_dump(mode="json")["evaluation"]:
+        problem = (
+            f"the finished model at {target.folder} was measured otherwise, and is not changed"
+        )
+        fix = "give another output.name, so that all is made and measured anew, or remove the model"
+        raise UserError("evaluation", [*recipe.evaluation], problem, fix)
+    return True
 
 
 def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:

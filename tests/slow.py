@@ -153,6 +153,7 @@ SLOW = (
             "after_the_end.py::test_a_finished_run_goes_on_to_a_higher_sparsity",
             "after_the_end.py::test_a_published_model_that_was_removed_is_made_again",
             "another_recipe.py::test_what_does_not_shape_the_result_may_change",
+            "compare_again.py::test_a_finished_cell_stays_where_more_sparsities_are_asked_for",
             "compare.py::test_another_runs_model_is_not_shown_as_the_cells",
             "compare.py::test_several_models_stand_apart",
             "compare.py::test_stopped_between_cells_it_does_what_is_missing",

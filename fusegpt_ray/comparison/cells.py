@@ -18,13 +18,15 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
 from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.recipe_text import read_recipe
+from fusegpt_ray.run.outputs import COMPARISONS
+from fusegpt_ray.sections import MOST
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
-SECTION = "compare"
+SECTION = COMPARISONS
 
 
 def _one_or_many(value: Any) -> Any:
@@ -43,6 +45,9 @@ class Compare(Section):
     """Sources, or sections `model` with a `name` of one's own; left out: the base's `model`."""
     baseline: str | None = None
     """The name of the method whose damage counts as 1; left out: `mi`, or the first one."""
+    at_once: int | None = Field(None, ge=1, le=MOST)
+    """How many cells work at the same time on Ray, each on workers of its own; left out: as many as
+    the cluster's free GPUs suffice for. In one process it is always one."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,9 @@ class Comparison:
     """Those of one model together."""
     sparsities: tuple[float, ...]
     baseline: str
+    at_once: int | None
+    settings: Mapping[str, Any]
+    """All that was asked, as it was written."""
 
     @property
     def folder(self) -> str:
@@ -126,7 +134,8 @@ class Comparison:
         output = runs[0].recipe.output
         name = str((base.get("output") or {}).get("name"))
         sparsities = sorted({value for run in runs for value in run.recipe.sparsity})
-        return cls(name, output.uri, tuple(runs), tuple(sparsities), baseline)
+        about = (baseline, asked.at_once, dict(data))
+        return cls(name, output.uri, tuple(runs), tuple(sparsities), *about)
 
 
 def _named(

@@ -1,36 +1,25 @@
-"""`fusegpt compare`: many runs, one after another, that share what they have in common."""
+"""`fusegpt compare`: many runs that share what they have in common."""
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from fusegpt_ray.comparison import plot, tables
+from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import Comparison, Run
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.comparison.slots import Job, Slots
 from fusegpt_ray.errors import StorageError, UserError, first_line
-from fusegpt_ray.pipeline import open_workers
+from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
-from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.uris import shown
 
-
-@dataclass
-class _Job:
-    run: Run
-    plan: Plan
-    id: str = ""
-    """The run's; see `run_id`."""
-    problem: str = ""
-    """Why it failed."""
-    done: bool = False
+PICTURE = "perplexity.png"
 
 
 def compare(
@@ -46,87 +35,47 @@ def compare(
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        jobs = [_Job(run, _planned(run, show, restart)) for run in comparison.runs]
+        jobs = [Job(run, _planned(run, show, restart)) for run in comparison.runs]
         worked = False
         for _, group in groupby(jobs, key=lambda job: _same_workers(job.plan)):
-            left = [*group]
-            while left:
-                # Anew for new workers: what was drawn may lie in the memory of the old ones.
-                shared = Shared(storage.join(comparison.folder, "measured"))
-                try:
-                    worked = _work(left, comparison, shared, worked, show, restart)
-                except Exception as error:
-                    # Workers that cannot be started or ended again.
-                    waiting = [job for job in left if not (job.done or job.problem)]
-                    if not worked or not waiting:
-                        raise
-                    _failed(waiting[0], error, show)
-                left = [job for job in left if not (job.done or job.problem)]
-        storage.remove(storage.join(comparison.folder, "blocks"), recursive=True)  # of Ray Train
-        result = tables.result(comparison, _models(jobs))
+            Slots([*group], comparison, show, restart, worked).run()
+            worked = True
+        storage.remove(storage.join(comparison.folder, TRAINING_FOLDER), recursive=True)
+        models = _models(jobs)
+        result = tables.result(comparison, models)
         for name, data in tables.files(result).items():
             storage.write(storage.join(comparison.folder, name), data.encode())
-        if image := plot.png(result):
-            storage.write(storage.join(comparison.folder, "perplexity.png"), image)
+        try:
+            for name, drawn in _drawn(comparison, result, models):
+                storage.write(storage.join(comparison.folder, name), drawn)
+        except Exception as error:  # whatever the charting libraries raise
+            if isinstance(error, StorageError):
+                raise
+            show.say(f"no pictures: they cannot be drawn here ({first_line(error)})")
         show.say(f"tables are in {comparison.folder}")
     return result
 
 
+def _drawn(
+    comparison: Comparison, result: Mapping[str, Any], models: Sequence[tables.Model]
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of the pictures and the report."""
+    from fusegpt_ray.comparison import page, plot  # altair: takes a second
+
+    if image := plot.png(result):
+        yield PICTURE, image
+    if any(run.recipe.output.report for run in comparison.runs):
+        made = next((model.manifest for model in models if model.manifest), {})
+        versions = made.get("versions", {})
+        yield REPORT, page.html(result, comparison.settings, versions).encode(errors="replace")
+
+
 def _planned(run: Run, show: Display, restart: bool) -> Plan:
     try:
-        return plan(run.recipe, show, restart)
+        return plan(run.recipe, show, restart, extends=True)
     except UserError as error:
         problem = f"{error.problem} (in the cell {shown(run.method)})"
         raise UserError(error.key, error.value, problem, error.fix) from error
-
-
-def _work(
-    jobs: Sequence[_Job],
-    comparison: Comparison,
-    shared: Shared,
-    worked: bool,
-    show: Display,
-    restart: bool,
-) -> bool:
-    """Do these on one set of workers, up to the first that fails: it may leave workers in any
-    state. Whether anything has been worked on by now.
-    """
-    setup = replace(
-        jobs[0].plan.setup,
-        trains=any(job.plan.setup.trains for job in jobs),
-        run_folder=comparison.folder,
-    )
-    with open_workers(setup, show) as workers:
-        show.say(workers.description)
-        begun = []
-        for job in jobs:
-            try:
-                run = Compression.begin(job.plan, workers, show, shared)
-                job.id = run.id
-                run.check(restart)
-            except Exception as error:
-                if not worked and isinstance(error, UserError):
-                    raise
-                return _failed(job, error, show)
-            begun.append(run)
-        for job, run in zip(jobs, begun, strict=True):
-            show.say(f"— {job.run.model}: {job.run.method} —")
-            try:
-                run.publish_all(restart)
-            except Exception as error:
-                return _failed(job, error, show)
-            job.done = True
-    return True
-
-
-def _failed(job: _Job, error: Exception, show: Display) -> bool:
-    told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
-    job.problem = str(told)
-    if not isinstance(told, UserError | StorageError):
-        job.problem = f"{type(told).__name__}: {first_line(told)}"
-        show.say("".join(traceback.format_exception(error)))
-    show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
-    return True
 
 
 def _same_workers(planned: Plan) -> str:
@@ -142,7 +91,7 @@ def _same_workers(planned: Plan) -> str:
     )
 
 
-def _models(jobs: Sequence[_Job]) -> list[tables.Model]:
+def _models(jobs: Sequence[Job]) -> list[tables.Model]:
     """Every model that was to be published, with its manifest if it was."""
     return [
         tables.Model(
@@ -158,7 +107,7 @@ def _models(jobs: Sequence[_Job]) -> list[tables.Model]:
     ]
 
 
-def _manifest(job: _Job, folder: str) -> dict[str, Any] | None:
+def _manifest(job: Job, folder: str) -> dict[str, Any] | None:
     """Only of this very run: another's model may lie there, which is why the cell failed."""
     file = storage.join(folder, MANIFEST)
     found: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {}

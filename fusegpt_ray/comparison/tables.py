@@ -18,6 +18,7 @@ from rich.text import Text
 
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.recipe import percent
+from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.text.protocol import described, stages
 
 Row = Mapping[str, Any]
@@ -37,9 +38,10 @@ class Model:
 
 
 def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
-    """{"name", "baseline", "rows": [{"model", "method", "sparsity", "text", "dense", "dropped",
-    "perplexity", "damage_left", "removed", "uri", "protocol"} …], "failed": [{"model", "method",
-    "sparsity", "problem"} …]}.
+    """{"name", "baseline", "paper": names of the methods that are the paper's preset, "rows":
+    [{"model", "method", "sparsity", "text", "dense", "dropped", "perplexity", "damage_left",
+    "removed", "bytes", "seconds", "uri", "protocol"} …], "failed": [{"model", "method", "sparsity",
+    "problem"} …]}. "bytes" are those of the weights, "seconds" those of the work.
 
     "damage_left" is the log-perplexity lost to the dense model, relative to what the baseline lost
     of the same model at the same sparsity on the same text; None where that lost nothing.
@@ -58,7 +60,8 @@ def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
         {"model": m.model, "method": m.method, "sparsity": m.sparsity, "problem": m.problem}
         for m in _failed(models)
     ]
-    about = {"name": comparison.name, "baseline": comparison.baseline}
+    paper = dict.fromkeys(run.method for run in comparison.runs if run.recipe.preset == "paper")
+    about = {"name": comparison.name, "baseline": comparison.baseline, "paper": [*paper]}
     return {**about, "rows": rows, "failed": failed}
 
 
@@ -71,8 +74,11 @@ def _failed(models: Sequence[Model]) -> Iterator[Model]:
 
 
 def _rows(model: Model) -> Iterator[dict[str, Any]]:
-    for text, row in (model.manifest or {}).get("perplexity", {}).items():
-        assert model.manifest is not None
+    if model.manifest is None:
+        return
+    size = model.manifest["publishing"]["bytes"]
+    seconds = sum(of_manifest(model.uri, model.manifest, size).seconds.values())
+    for text, row in model.manifest.get("perplexity", {}).items():
         yield {
             "model": model.model,
             "method": model.method,
@@ -82,6 +88,8 @@ def _rows(model: Model) -> Iterator[dict[str, Any]]:
             "dropped": row["dropped"],
             "perplexity": row[stages([row])[-1]],
             "removed": model.manifest["removed"],
+            "bytes": size,
+            "seconds": round(seconds, 3),
             "uri": model.uri,
             "protocol": described(row),
         }
@@ -91,7 +99,7 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
     """The contents of table.md, table.csv and table.json."""
     text = io.StringIO()
     columns = ["model", "method", "sparsity", "text", "dense", "dropped", "perplexity"]
-    columns += ["damage_left", "removed", "uri"]
+    columns += ["damage_left", "removed", "bytes", "seconds", "uri"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in result["rows"]:
@@ -115,7 +123,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
         base = result["baseline"]
         lines += [f"Damage left (log-perplexity lost, relative to {base}):", ""]
         lines += [*_grid(rows, "damage_left"), ""]
-        lines += [f"{row[0]}: {row[1]}.  " for row in _protocols(rows)]
+        lines += [f"{row[0]}: {row[1]}.  " for row in protocols(rows)]
     lines += [
         f"Failed: {item['model']}, {item['method']}, {item['sparsity']:.1%}: {item['problem']}  "
         for item in result["failed"]
@@ -123,7 +131,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _protocols(rows: Sequence[Row]) -> list[tuple[str, str]]:
+def protocols(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Of each text in words how it was measured."""
     return [*dict.fromkeys((row["text"], row["protocol"]) for row in rows)]
 
 
@@ -155,7 +164,7 @@ def on_terminal(result: Mapping[str, Any]) -> Iterator[Table | str]:
     failed = {(row["model"], row["method"], row["sparsity"]) for row in result["failed"]}
     for model in _of(result["rows"], "model"):
         of_model = [row for row in result["rows"] if row["model"] == model]
-        for text, protocol in _protocols(of_model):
+        for text, protocol in protocols(of_model):
             rows = [row for row in of_model if row["text"] == text]
             sparsities = sorted(_of(rows, "sparsity"))
             for first in range(0, len(sparsities), 4):

@@ -48,7 +48,7 @@ class RayWorkers:
         self._connection = Connection.open(cluster)
         self.gpus = gpus_of(cluster)
         trains = setup.trains
-        if trains and self.gpus:  # every training worker shares its GPU with a replica
+        if self._shares:  # every training worker shares its GPU with a replica
             self.replicas = max(cluster.replicas, cluster.workers)
         workers = cluster.workers if trains else 0
         gpus = max(self.gpus * self.replicas, workers if self.gpus else 0)
@@ -64,9 +64,11 @@ class RayWorkers:
             self._runner_config(self.replicas, cluster.weights, min(1.0, self.gpus)),
             self.replicas,
             cpus=1,
-            gpus=REPLICA_GPU if trains and self.gpus == 1 else self.gpus,
+            gpus=REPLICA_GPU if self._shares and self.gpus == 1 else self.gpus,
         )
-        if self.replicas < ray.cluster_resources().get("CPU", 0):  # one is left for Ray Data
+        if self.replicas * setup.sets < ray.cluster_resources().get(
+            "CPU", 0
+        ):  # one is left for Ray Data
             self._pool.start()  # while texts are read, they import what they need
         return self
 
@@ -172,7 +174,14 @@ class RayWorkers:
         """A training worker's part: 0 or 1 GPU, or what a replica leaves of one."""
         if not self.gpus:
             return 0
-        return 1 - REPLICA_GPU if self.gpus == 1 else 1
+        return 1 - REPLICA_GPU if self._shares and self.gpus == 1 else 1
+
+    @property
+    def _shares(self) -> bool:
+        """Whether training workers are put where replicas are. Not beside other sets of workers:
+        Ray might put them beside a replica of another set, which does not make room for them.
+        """
+        return self.setup.trains and bool(self.gpus) and self.setup.sets == 1
 
     @cached_property
     def _fits_beside_replicas(self) -> bool:
@@ -182,12 +191,13 @@ class RayWorkers:
         total, workers = ray.cluster_resources(), self.setup.cluster.workers
         cpus = self.replicas + workers + 1
         gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
-        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
+        sets = self.setup.sets
+        return sets * cpus <= total.get("CPU", 0) and sets * gpus <= total.get("GPU", 0)
 
     def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
         """`count`: of such processes in the cluster."""
         setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
-        processes = math.ceil(count / len(alive_nodes()))
+        processes = math.ceil(count * setup.sets / len(alive_nodes()))
         return RunnerConfig(
             self.dtype,
             setup.importance.batch,

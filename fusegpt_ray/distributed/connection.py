@@ -31,10 +31,12 @@ class Connection:
     """Whether that started a Ray on this machine, which no other joins."""
 
     @classmethod
-    def open(cls, cluster: Cluster) -> Self:
+    def open(cls, cluster: Cluster, sets: int = 1) -> Self:
         """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
         loopback interface; nothing happens where this process is in one already. Processes of this
         run see the GPUs they were given, and no others.
+
+        `sets`: how many sets of the recipe's processes a local Ray is to have room for.
 
         Raises:
             UserError: no cluster answers at the address.
@@ -56,7 +58,7 @@ class Connection:
                 raise UserError(key, address, problem, fix) from error
             return cls(True, False)
         store = cluster.object_store_gb
-        processes = max(cluster.replicas, cluster.workers) + cluster.workers + 1
+        processes = sets * (max(cluster.replicas, cluster.workers) + cluster.workers + 1)
         with _loopback(), _inherited(unseen):
             ray.init(
                 address="local",

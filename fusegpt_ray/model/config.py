@@ -8,6 +8,7 @@ import copy
 import json
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -33,6 +34,8 @@ from transformers.models.auto.modeling_auto import (
 from fusegpt_ray.errors import UserError, reading_users_file
 
 KEY = "model.source"
+ALONE = threading.RLock()
+"""Held while libraries make a model: they change torch's classes for all threads meanwhile."""
 _DEEPEST = 10_000
 """Blocks that no model has: configurations make lists of them before a model is built."""
 _DEPTH = re.compile(r"(n|num)_(hidden_)?layers?|(en|de)coder_layers|depth")
@@ -228,7 +231,7 @@ def build_skeleton(raw: Mapping[str, Any]) -> transformers.PreTrainedModel:
     kind = model_class(raw)
     problem, fix = "config.json does not build a model", "repair config.json"
     building = reading_users_file(KEY, kind.__name__, problem, fix)
-    with building, _quiet(), _bounded(), _without_values():
+    with ALONE, building, _quiet(), _bounded(), _without_values():
         model = kind(config)
     return model.eval().requires_grad_(False)
 

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from fusegpt_ray.errors import StorageError, first_line
-from fusegpt_ray.model.config import auto_class, read_config
+from fusegpt_ray.model.config import ALONE, auto_class, read_config
 from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.rows import Rows, one_sample
@@ -166,7 +166,9 @@ def load(folder: str, auto: str, dtype: torch.dtype) -> tuple[Any, dict[str, Seq
     shown = transformers.logging.is_progress_bar_enabled()
     transformers.logging.disable_progress_bar()
     try:
-        model, report = getattr(transformers, auto).from_pretrained(folder, dtype=dtype, **options)
+        with ALONE:
+            kind = getattr(transformers, auto)
+            model, report = kind.from_pretrained(folder, dtype=dtype, **options)
     finally:
         if shown:
             transformers.logging.enable_progress_bar()

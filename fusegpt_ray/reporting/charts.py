@@ -54,7 +54,7 @@ def _perplexities(facts: Facts) -> Iterator[Chart]:
         value = alt.Text("perplexity:Q", format=".2f")
         level = alt.Y("dense:Q", title="perplexity")
         dense = alt.Chart().mark_rule(strokeDash=[4, 4]).encode(y=level)
-        yield _chart(
+        yield chart(
             "perplexity",
             f"Perplexity on {text}",
             "Lower is better; the dashed line is the dense model.",
@@ -92,7 +92,7 @@ def _scores(facts: Facts) -> Chart | None:
         .transform_filter("datum.outcome == 'removed'")
         .encode(tooltip=tips)
     )
-    return _chart(
+    return chart(
         "scores",
         f"{how[0].upper()}{how[1:]} of each block, round by round",
         "Each round removes the block marked with a cross, the one with the lowest score; scores of"
@@ -138,7 +138,7 @@ def _groups(facts: Facts) -> Chart | None:
         legend = alt.Legend(orient="top", gradientLength=200, format="d", values=some)
         scale = alt.Scale(range=COLOURS)
         line = line.encode(color=alt.Color("round:Q", scale=scale, legend=legend), detail="round:N")
-    return _chart(
+    return chart(
         "groups",
         "Loss of each group",
         "Mean loss of the blocks around the removed one while they were trained, "
@@ -175,7 +175,7 @@ def _healing(facts: Facts) -> Chart | None:
             ),
         )
     )
-    return _chart(
+    return chart(
         "healing",
         "Healing",
         "Loss (KL divergence from the dense model, in nats a token, and what heal.hidden adds) over"
@@ -198,7 +198,7 @@ def _seconds(facts: Facts) -> Chart | None:
             y=alt.Y("stage:N", sort=None, title=None, axis=alt.Axis(labelLimit=150)),
         )
     )
-    return _chart(
+    return chart(
         "seconds",
         "Seconds by stage",
         "All rounds together, as the run itself took the time; opening the model, reading texts and"
@@ -223,7 +223,7 @@ def _losses(values: Iterable[float]) -> alt.Scale:
     return alt.Scale(zero=False)
 
 
-def _chart(
+def chart(
     name: str,
     title: str,
     caption: str,
@@ -232,11 +232,17 @@ def _chart(
     drawn: alt.Chart | alt.LayerChart | alt.FacetChart,
     height: int = 240,
     extra: dict[str, Cell] | None = None,
+    also: Sequence[Sequence[Cell]] = (),
 ) -> Chart:
-    """As wide as the page."""
+    """As wide as the page.
+
+    Args:
+        extra: columns more, the same in each row, that are drawn only.
+        also: rows more that are drawn only.
+    """
     values = [
         {key: _drawable(cell) for key, cell in zip(columns, row, strict=True)} | (extra or {})
-        for row in rows
+        for row in (*rows, *also)
     ]
     wide: dict[str, Any] = {"width": "container", "height": height}
     spec = {**drawn.properties(data=alt.Data(values=values)).to_dict(), **wide}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import byte_count, duration, flop_count
-from fusegpt_ray.reporting.charts import charts
+from fusegpt_ray.reporting.charts import Chart, charts
 from fusegpt_ray.reporting.facts import Facts, facts
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.protocol import STAGES, described, warnings
@@ -60,7 +61,34 @@ def write(uri: str, output: str) -> str:
 
 
 def html(found: Facts) -> str:
-    """The whole page."""
+    """The whole page of one model or run."""
+    return filled(
+        "page.html.jinja",
+        found.name,
+        charts(found),
+        _headline(found),
+        facts=found,
+        rounds=_rounds(found),
+        protocols=_protocols(found),
+        work=_work(found),
+        stages=STAGES,
+        recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
+    )
+
+
+def filled(
+    template: str,
+    title: str,
+    charts: Sequence[Chart],
+    headline: Sequence[tuple[str, str]],
+    **values: Any,
+) -> str:
+    """A template of this folder, which builds on layout.html.jinja.
+
+    Args:
+        headline: what one wants to know first, names and values.
+        values: what else the template shows.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -69,17 +97,8 @@ def html(found: Facts) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": _number}
-    page = environment.get_template("page.html.jinja").render(
-        facts=found,
-        headline=_headline(found),
-        charts=charts(found),
-        rounds=_rounds(found),
-        protocols=_protocols(found),
-        work=_work(found),
-        stages=STAGES,
-        recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
-        vega=_vega(),
-    )
+    given = {"title": title, "charts": charts, "headline": headline, "vega": _vega()}
+    page = environment.get_template(template).render(**given, **values)
     return OURS.decode() + page
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from fusegpt_ray.run.outputs import (
     IDENTITY,
     MODEL,
     RUN_FILE,
+    SHARED_FOLDER,
+    TRAINING_FOLDER,
     Folder,
     Outputs,
     Run,
@@ -136,6 +138,8 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
             yield Leftover(
                 folder.uri, folder.size, "being pulled" if busy else "a pull that stopped", not busy
             )
+    for folder in there.comparisons:
+        yield from _comparison(folder, list(runs.values()), age, unfinished)
     for name, file in there.files.items():
         probe = Folder(storage.join(there.uri, name), {name: file})
         if name.endswith(".write-test") and file.size == 0 and probe.silent() >= age:
@@ -163,6 +167,22 @@ def _run(run: Run, age: float, unfinished: bool) -> tuple[str, bool]:
             return "a run whose models are all published", True
         case _:
             return f"an unfinished run, can be resumed (rounds done: {len(run.rounds)})", unfinished
+
+
+def _comparison(
+    folder: Folder, runs: Sequence[Run], age: float, unfinished: bool
+) -> Iterator[Leftover]:
+    """What it needs while it works, and what an unfinished one goes on from; tables stay."""
+    cells = [run for run in runs if run.name.startswith(f"{folder.name}-")]
+    alive = any(run.state(age) == "alive" for run in cells)
+    dead = not alive and folder.silent() >= age
+    if (training := folder.part(TRAINING_FOLDER)).files:
+        what = "files of training workers, of a comparison"
+        yield Leftover(training.uri, training.size, what, dead)
+    shared = folder.part(SHARED_FOLDER)
+    if shared.files and "table.json" not in folder.files:
+        what = "measurements that cells share, of a comparison that can be resumed"
+        yield Leftover(shared.uri, shared.size, what, dead and unfinished)
 
 
 def _locked(folder: str) -> bool:

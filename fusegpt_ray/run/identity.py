@@ -88,6 +88,17 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 
+def same_way(recipe: Recipe, made_by: Mapping[str, Any]) -> bool:
+    """Whether a recipe, as a manifest tells it, makes the same models: at whatever sparsities, if a
+    run passes the lower ones on its way.
+    """
+    free = {"cluster", "output", "evaluation"}
+    if METHOD_SPECS[recipe.method].nested:
+        free.add("sparsity")
+    shaping = recipe.model_dump(mode="json", exclude=free)
+    return all(made_by.get(key) == value for key, value in shaping.items())
+
+
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
     """Where two JSON values differ: the path of the key, the old and the new value."""
     if isinstance(old, dict) and isinstance(new, dict):

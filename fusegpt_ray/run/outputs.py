@@ -36,6 +36,14 @@ GENERATED_FILE = re.compile(r"\.?part-\d{6}\.json(\.[0-9a-f]{8})?")
 CURVES = ".tensorboard"
 """How the folder of TensorBoard's files ends; before it, the run's name."""
 CURVES_FILE = re.compile(r"\.?events\.out\.tfevents\.[^/]+")
+COMPARISONS = "compare"
+"""The folder in which comparisons have theirs; see `comparison/`."""
+SHARED_FOLDER, TRAINING_FOLDER = "measured", "blocks"
+"""In that of a comparison: what cells share, and files that live while it works."""
+COMPARISON_FILE = re.compile(
+    r"\.?(table\.(md|csv|json)|perplexity\.png|report\.html|measured/\.?[a-z]+-[0-9a-f]{32}\.json)"
+    r"(\.[0-9a-f]{8})?|blocks/.+"
+)
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
 
@@ -92,6 +100,21 @@ class Folder:
         """It holds TensorBoard's files of a run, and nothing else."""
         ours = bool(self.files) and all(map(CURVES_FILE.fullmatch, self.files))
         return self.name.endswith(CURVES) and ours
+
+    @property
+    def comparison(self) -> bool:
+        """It is what a comparison wrote beside the models, and nothing else."""
+        return bool(self.files) and all(map(COMPARISON_FILE.fullmatch, self.files))
+
+    def part(self, name: str) -> Folder:
+        """A folder in it."""
+        inside = f"{name}/"
+        files = {
+            file.removeprefix(inside): about
+            for file, about in self.files.items()
+            if file.startswith(inside)
+        }
+        return Folder(storage.join(self.uri, name), files)
 
     @property
     def run(self) -> Run | None:
@@ -184,6 +207,7 @@ class Outputs:
     folders: tuple[Folder, ...]
     """Finished and half models, runs, their curves, generated texts, and half-pulled folders."""
     files: Mapping[str, File]
+    comparisons: tuple[Folder, ...] = ()
 
     @classmethod
     def look(cls, uri: str) -> Outputs:
@@ -223,7 +247,15 @@ class Outputs:
             for entry in found
             if entry["name"] != path
         }
-        return cls(uri, tuple(Folder.look(storage.join(uri, name)) for name in ours), files)
+        folders = tuple(Folder.look(storage.join(uri, name)) for name in ours)
+        return cls(uri, folders, files, _comparisons(uri) if COMPARISONS in names else ())
+
+
+def _comparisons(uri: str) -> tuple[Folder, ...]:
+    every = Folder.look(storage.join(uri, COMPARISONS))
+    names = dict.fromkeys(file.partition("/")[0] for file in every.files if "/" in file)
+    found = (every.part(name) for name in names)
+    return tuple(folder for folder in found if folder.comparison)
 
 
 def _file(info: Mapping[str, Any]) -> File:

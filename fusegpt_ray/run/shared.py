@@ -1,7 +1,8 @@
-"""What several runs of one model have in common, and do once."""
+"""What several runs of one model have in common, and do once, also where they work at once."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -19,13 +20,17 @@ class Shared:
     folder: str | None = None
     """Where measurements are kept for later processes, one record each; None: nowhere."""
     _made: dict[str, Any] = field(default_factory=dict)
+    _making: dict[str, threading.Lock] = field(default_factory=dict)
 
     def once(self, what: str, key: Mapping[str, Any], make: Callable[[], T]) -> T:
-        """What `make` made for the first that asked. The key is all that it depends on."""
+        """What `make` made for the first that asked. The key is all that it depends on. Who asks in
+        the meantime waits; if `make` raises, the next one tries.
+        """
         name = checksum({"what": what, **key})
-        if name not in self._made:
-            self._made[name] = make()
-        made: T = self._made[name]
+        with self._making.setdefault(name, threading.Lock()):  # as a whole, so it is one lock
+            if name not in self._made:
+                self._made[name] = make()
+            made: T = self._made[name]
         return made
 
     def measured(

@@ -41,6 +41,17 @@ class Manifest:
         return sum(record.size for record in self.files.values())
 
     @classmethod
+    def recipe_of(cls, folder: str) -> dict[str, Any] | None:
+        """That which made the model in `folder`; None if there is no finished model of ours."""
+        if not storage.exists(storage.join(folder, MANIFEST)):
+            return None
+        try:
+            made_by = cls.read(folder).data.get("recipe")
+        except UserError:  # it is not a manifest of ours
+            return None
+        return made_by if isinstance(made_by, dict) else None
+
+    @classmethod
     def read(cls, folder: str) -> Manifest:
         """The manifest of the model in `folder`, any fsspec URI.
 

@@ -55,6 +55,8 @@ class Setup:
     """Where workers write, if they do."""
     run_folder: str | None = None
     """The folder of the run, for files that live as long as it does."""
+    sets: int = 1
+    """How many sets of such workers compute in the cluster at the same time."""
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, dense: Stack) -> Self:

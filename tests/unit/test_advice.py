@@ -41,7 +41,7 @@ def failed(stage: str, desk: Desk, monkeypatch: Patch, capsys: Capture) -> str:
     return capsys.readouterr().err
 
 
-NOTHING_SAVED = ["checking the model's files", "evaluating the dense model", "round 1/2: scoring"]
+NOTHING_SAVED = ["checking the model's files", "comparing with", "round 1/2: scoring"]
 
 
 @pytest.mark.parametrize("stage", NOTHING_SAVED)

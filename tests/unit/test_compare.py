@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from desk import Desk
+from mistakes import MESSAGE, tree
 from stopped_runs import Watching, published
 from test_measured_once import Measuring
 
@@ -160,6 +161,37 @@ def test_an_unfinished_cell_of_another_recipe_is_forgotten_if_asked(desk: Desk) 
         compare(other, Watching())
     result = compare(other, Watching(), restart=True)
     assert (len(result["rows"]), result["failed"]) == (2, [])
+
+
+def test_the_dense_model_is_said_to_be_measured_once(desk: Desk) -> None:
+    show = Watching()
+    compare(parsed(desk, "mi", "last"), show)
+    assert show.said.count("evaluating the dense model") == 1
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "a typo": ({"methods": ["mi", "slebb"]}, "slebb"),
+    "two of one name": ({"methods": ["mi", "mi"]}, "two of them have this name"),
+    "no such model": ({"methods": ["mi"], "models": ["no/such-folder"]}, "no/such-folder"),
+    "one model is missing": ({"methods": ["mi"], "models": ["MODEL", "./gone"]}, "./gone"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_of_the_command(
+    desk: Desk, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section, problem = BAD[name]
+    (desk.folder / "MODEL").symlink_to(desk.model)
+    monkeypatch.chdir(desk.folder)
+    recipe = desk.folder / "compare.yaml"
+    recipe.write_text(yaml.safe_dump(asked(desk) | {"compare": section}))
+    before = tree(desk.folder)
+    assert main(["compare", str(recipe), "--quiet", "--json"]) == 2
+    out, err = capsys.readouterr()
+    message = MESSAGE.fullmatch(err.rstrip("\n"))
+    assert out == "" and message and problem in err, err
+    assert tree(desk.folder) == before
 
 
 def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:

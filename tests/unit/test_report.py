@@ -6,13 +6,13 @@ import json
 import math
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, charts_drawn
 from desk import LENGTH, Desk
 from mistakes import MESSAGE, tree
 from stopped_runs import Watching, recipe, run_folder
@@ -24,7 +24,6 @@ from fusegpt_ray.report import flop_count
 from fusegpt_ray.reporting.facts import facts
 
 Capture = pytest.CaptureFixture[str]
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HOSTILE = "</script><script>console.error('in')</script><b onclick=\"x\">'&"
 KNOWN = re.compile(
     r"http://www\.w3\.org/(2000/(svg|xmlns/)|1999/xlink)"
@@ -323,27 +322,6 @@ def test_only_a_report_is_replaced(
 @pytest.mark.skipif(CHROMIUM is None, reason="it draws in a real browser: install Chromium")
 @pytest.mark.parametrize("names", ["usual", "hostile"])
 def test_a_browser_draws_all_charts(names: str, finished: Path, tmp_path: Path) -> None:
-    assert CHROMIUM
     folder = finished if names == "usual" else hostile(finished, tmp_path)
     made(folder, tmp_path / "report.html")
-    quiet = ("background-networking", "component-update", "sync", "gpu")
-    done = subprocess.run(
-        [
-            CHROMIUM,
-            *("--headless", "--no-sandbox", "--no-first-run", "--enable-logging=stderr"),
-            *(f"--disable-{name}" for name in quiet),
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=10000",
-            "--dump-dom",
-            f"file://{tmp_path / 'report.html'}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert "CONSOLE" not in done.stderr, done.stderr
-    _, *charts = re.split(r'<div class="chart', done.stdout)
-    assert len(charts) == 5
-    for chart in charts:
-        assert re.search(r"<svg\b.*?<path\b", chart.split("</figure>")[0], re.DOTALL)
+    assert charts_drawn(tmp_path / "report.html", tmp_path / "profile") == 5

@@ -1,0 +1,98 @@
+"""The page of a comparison: its numbers are those of the manifests, whatever the names are."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import CHROMIUM, charts_drawn
+from desk import Desk
+from stopped_runs import Watching
+from test_compare import asked, fails
+from test_report import KNOWN, Page, drawn
+
+from fusegpt_ray.comparison import page as pages
+from fusegpt_ray.comparison.cells import Comparison
+from fusegpt_ray.comparison.run import compare
+from fusegpt_ray.report import byte_count
+
+HOSTILE = "</script><script>console.error('in')</script>"
+
+
+@pytest.fixture(scope="module")
+def compared(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Desk, dict[str, Any]]:
+    desk = Desk.make(tmp_path_factory.mktemp("compared"), checkpoint("llama"))
+    paper = {"name": "as in the paper", "method": "fusegpt", "preset": "paper"}
+    paper["fusion"] = {"group_size": 3, "rank": 2, "lora_rank": 2, "epochs": 1, "batch": 4}
+    data = asked(desk, ["mi", paper, fails(desk)])
+    output = {**data["output"], "report": True}
+    return desk, compare(Comparison.parse(data | {"output": output}), Watching())
+
+
+def test_its_numbers_are_those_of_the_manifests(compared: tuple[Desk, dict[str, Any]]) -> None:
+    desk, result = compared
+    page = (desk.out / "compare/demo/report.html").read_text()
+    (chart,) = drawn(page)
+    values = chart["data"]["values"]
+    text = Page(page).text
+    for row in result["rows"]:
+        manifest = json.loads((Path(row["uri"]) / "fusegpt.json").read_text())
+        told = manifest["perplexity"]["heldout"]
+        last = told.get("fused", told["dropped"])
+        point = {"method": row["method"], "sparsity": row["sparsity"], "perplexity": last}
+        assert point | {"dense": told["dense"]} in values
+        for shown in (f"{last:.2f}", f"{last / told['dense']:.3g}"):
+            assert shown in text
+        assert byte_count(manifest["publishing"]["bytes"]) in text
+        assert ", ".join(map(str, manifest["removed"])) in text
+        assert manifest["versions"]["torch"] in text
+    starts = [value for value in values if value["sparsity"] == 0]
+    assert {value["method"] for value in starts} == {"mi", "as in the paper"}
+    assert all(value["perplexity"] == value["dense"] for value in starts)
+    (failed,) = {item["problem"] for item in result["failed"]}
+    assert failed in text and "too fast" in text
+    assert result["paper"] == ["as in the paper"]
+    assert "The thick line is the paper's recipe (as in the paper)" in text
+
+
+def test_it_needs_no_network(compared: tuple[Desk, dict[str, Any]]) -> None:
+    page = (compared[0].out / "compare/demo/report.html").read_text()
+    addresses = re.findall(r"https?://[^\s\"'`<>)\\]+", page)
+    assert [address for address in addresses if not KNOWN.fullmatch(address)] == []
+    loading = [attrs for _, attrs in Page(page).tags if attrs.keys() & {"src", "href"}]
+    assert loading == [] and "default-src 'none'" in page
+
+
+def hostile(result: dict[str, Any]) -> dict[str, Any]:
+    """With names that an enemy chose, in two models."""
+    rows = [{**row, "model": HOSTILE, "method": HOSTILE + row["method"]} for row in result["rows"]]
+    failed = [{**row, "problem": HOSTILE} for row in result["failed"]]
+    return {**result, "name": HOSTILE, "rows": rows, "failed": failed, "paper": [HOSTILE + "mi"]}
+
+
+def test_names_are_only_text(compared: tuple[Desk, dict[str, Any]]) -> None:
+    page = pages.html(hostile(compared[1]), {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE})
+    assert HOSTILE not in page and HOSTILE in Page(page).text
+
+
+def test_where_all_failed_there_is_still_a_page(compared: tuple[Desk, dict[str, Any]]) -> None:
+    page = pages.html({**compared[1], "rows": []}, {}, {})
+    assert drawn(page) == [] and "too fast" in Page(page).text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="it draws in a real browser: install Chromium")
+@pytest.mark.parametrize("names", ["usual", "hostile"])
+def test_a_browser_draws_all_charts(
+    names: str, compared: tuple[Desk, dict[str, Any]], tmp_path: Path
+) -> None:
+    page = compared[0].out / "compare/demo/report.html"
+    if names == "hostile":
+        page = tmp_path / "report.html"
+        page.write_text(pages.html(hostile(compared[1]), {}, {}))
+    assert charts_drawn(page, tmp_path / "profile") == 1
