@@ -34,9 +34,16 @@ class Validation:
         return lowest(self.losses)
 
     def look(self, stepper: Stepper) -> None:
-        """Measure the present state. Called by all workers at once."""
+        """Measure the present state. Called by all workers at once.
+
+        Raises:
+            FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
+        """
         self.meet()
-        self.losses.append(stepper.validate(self.batches()))
+        loss = stepper.validate(self.batches())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the held-out loss is {loss}: lower the learning rate")
+        self.losses.append(loss)
         if self.best == len(self.losses) - 1:
             self._best = {}  # before there is a second copy
             self._best = _values(stepper)
