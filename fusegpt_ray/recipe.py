@@ -130,11 +130,7 @@ class Recipe(Section):
             )
             yield from _shares(self.cluster, "fusion.batch", self.fusion.batch)
         if self.heal:
-            batch, rank = self.heal.batch, self.heal.rank
-            # The default may stand there: it does in recipes that were written as JSON.
-            if self.heal.train == "all" and rank != Heal.model_fields["rank"].default:
-                problem = "heal.train: all has no low-rank updates"
-                yield UserError("heal.rank", rank, problem, "leave it out, or use heal.train: lora")
+            batch = self.heal.batch
             yield from _whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
             yield from _shares(self.cluster, "heal.batch", batch)
             if not self.healing_windows:

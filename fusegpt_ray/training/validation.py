@@ -14,6 +14,8 @@ from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.stepper import Stepper
 
 _BEST = "best."
+RATE_KEY = "heal.learning_rate"
+"""What messages name: only healing looks at held-out windows."""
 
 
 @dataclass
@@ -42,7 +44,7 @@ class Validation:
         self.meet()
         loss = stepper.validate(self.batches())
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the held-out loss is {loss}: lower the learning rate")
+            raise FloatingPointError(f"the held-out loss became {loss}: lower {RATE_KEY}")
         self.losses.append(loss)
         if self.best == len(self.losses) - 1:
             self._best = {}  # before there is a second copy

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 from desk import Desk
+from stopped_runs import Watching
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fusegpt_ray.before_after import TOKENS
@@ -17,6 +19,8 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting import page
 from fusegpt_ray.reporting.facts import facts, of_manifest
+from fusegpt_ray.training.stepper import Stepper
+from fusegpt_ray.training.validation import Validation
 
 PROMPTS = ["w20 <b>w21</b>", "w33 w7\nw11 ```"]
 
@@ -69,6 +73,25 @@ def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
         assert (
             "price" not in shown.partition("<details><summary>The recipe")[0].partition("<dl>")[2]
         )
+
+
+def test_a_rank_that_plays_no_part_is_told(desk: Desk) -> None:
+    for rank, told in ((8, True), (64, False)):
+        heal = {"train": "all", "rank": rank, "batch": 4, "held_out": 4}
+        show = Watching()
+        plan(Recipe.load(desk.write(method="mi", heal=heal)), show, looks=True)
+        assert any("heal.rank plays no part" in line for line in show.said) == told
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_training() -> None:
+    class Diverged:
+        def validate(self, batches: object) -> float:
+            return float("nan")
+
+    looked = Validation(lambda: ())
+    with pytest.raises(FloatingPointError, match=r"became nan: lower heal\.learning_rate"):
+        looked.look(cast("Stepper", Diverged()))
+    assert looked.losses == []
 
 
 def test_a_plan_tells_the_price_of_a_gpu_that_is_known(desk: Desk) -> None:

@@ -146,7 +146,6 @@ def test_missing_keys(key: str) -> None:
         ({"cluster": {"gpus_per_replica": math.nan}}, "cluster.gpus_per_replica"),
         ({"cluster": {"cache_gb": -1}}, "cluster.cache_gb"),
         ({"cluster": {"gpu_hour_price": 0}}, "cluster.gpu_hour_price"),
-        ({"heal": {"train": "all", "rank": 8}}, "heal.rank"),
         ({"output": {"samples": [""]}}, "output.samples.0"),
         ({"cluster": {"cache_gb": math.inf}}, "cluster.cache_gb"),
         ({"output": {"name": "../up"}}, "output.name"),
