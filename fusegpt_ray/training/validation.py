@@ -35,8 +35,11 @@ class Validation:
         """The part after which the held-out loss was the lowest."""
         return lowest(self.losses)
 
-    def look(self, stepper: Stepper) -> None:
+    def look(self, stepper: Stepper, where: str = "") -> None:
         """Measure the present state. Called by all workers at once.
+
+        Args:
+            where: in the training, for messages: " in part 1 of 8".
 
         Raises:
             FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
@@ -44,7 +47,7 @@ class Validation:
         self.meet()
         loss = stepper.validate(self.batches())
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the held-out loss became {loss}: lower {RATE_KEY}")
+            raise FloatingPointError(f"the held-out loss became {loss}{where}: lower {RATE_KEY}")
         self.losses.append(loss)
         if self.best == len(self.losses) - 1:
             self._best = {}  # before there is a second copy
