@@ -104,7 +104,9 @@ class Compression:
         drawn = fingerprint(windows.tokens_WT)
         exact = recipe.cluster.deterministic
         hardware = workers.hardware if exact else {}
-        files = shared.once("model", {}, partial(model_identity, model.stack))
+        files = shared.once(
+            "model", {"of": model.source.folder}, partial(model_identity, model.stack)
+        )
         this = identity(recipe, drawn, files, workers.dtype, hardware)
         return cls(planned, workers, show, windows, held_out, healing, this, shared)
 
@@ -248,6 +250,7 @@ class Compression:
                 self.id,
                 self.shared,
                 self._measuring,
+                self.plan.recipe.output.samples,
             )
 
     def _stages(

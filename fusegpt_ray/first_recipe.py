@@ -44,6 +44,7 @@ cluster:
 {training}output:
   uri: runs           # or a bucket: s3://bucket/models
   name: {name}
+  # track: tensorboard  # draws curves while it works; or wandb, mlflow, trackio
 """
 WIKITEXT = "{data: wikitext, config: wikitext-2-raw-v1}"
 EVALUATED = f"""\

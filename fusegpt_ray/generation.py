@@ -68,7 +68,7 @@ def generated_stream(
     else:
         prompts = _prompts(text.prompts, tokenizer, recipe.calibration.length, key)
         random.Random(recipe.calibration.seed).shuffle(prompts)
-    ends = _ends(workers, tokenizer)
+    ends = ends_of(workers, tokenizer)
     return _Written(workers, recipe, text, tokens, key, show, prompts, ends).stream
 
 
@@ -96,7 +96,7 @@ def _prompts(text: Text, tokenizer: Any, length: int, key: str) -> list[np.ndarr
     return prompts
 
 
-def _ends(workers: Workers, tokenizer: Any) -> list[int]:
+def ends_of(workers: Workers, tokenizer: Any) -> list[int]:
     """The tokens after which the model goes on with nothing."""
     told = read_config(workers.setup.dense.config).get_text_config().eos_token_id
     several = told if isinstance(told, list) else [told]

@@ -1,14 +1,15 @@
-"""What a published model is worth: the proof that it is the stack, and its perplexity beside
-others.
+"""What a published model is worth: the proof that it is the stack, its perplexity beside others,
+and what it writes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fusegpt_ray import evaluation
+from fusegpt_ray.before_after import before_and_after
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
@@ -42,6 +43,8 @@ class Judge:
     shared: Shared = field(default_factory=Shared)
     measuring: Mapping[str, Any] = field(default_factory=dict)
     """… unless it is shared: what it was measured with."""
+    prompts: Sequence[str] = ()
+    """Which the dense and the published model continue, for people."""
 
     def __post_init__(self) -> None:
         self._known: dict[str, float] = self.journal.kept(_NOTE, 0, self.show.say) or {}
@@ -53,7 +56,8 @@ class Judge:
         self.show.tell("perplexity", model="dense", removed=0, perplexity=found)
 
     def measure(self, folder: str, stages: Mapping[str, Stack], published: Stack) -> dict[str, Any]:
-        """The proof that the model in `folder` is the stack of the last stage, and perplexities.
+        """The proof that the model in `folder` is the stack of the last stage, perplexities, and
+        samples of text.
 
         Args:
             stages: the model after each of them, in order; see `text.protocol.STAGES`.
@@ -65,7 +69,10 @@ class Judge:
         found = {name: self._perplexities(name, stages, published) for name in self.held_out}
         told = {"model": folder.rsplit("/", 1)[-1], "removed": len(self.dense) - len(stack)}
         self.show.tell("perplexity", **told, perplexity=found)
-        return {"perplexity": found, "proof": asdict(proof)}
+        how = (self.shared, self.measuring, self.show)
+        samples = before_and_after(self.workers, self.prompts, published, *how)
+        written = {"samples": samples} if samples else {}
+        return {"perplexity": found, "proof": asdict(proof), **written}
 
     def _perplexities(
         self, name: str, stages: Mapping[str, Stack], published: Stack

@@ -57,10 +57,12 @@ def outlook(
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
     "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
-    "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …],
-    "storage": [{"what", "bytes"} …]}.
+    "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"}
+    …], "storage": [{"what", "bytes"} …]}.
 
     "seconds" are those of computing alone, and None where the device's rates are not known.
+    "price" is that of all GPUs for so long, by `cluster.gpu_hour_price`, and None where that or the
+    time is not known, or there is no GPU.
 
     Args:
         measured: the device's rates, where they were probed; None: what `rates.py` has.
@@ -68,6 +70,9 @@ def outlook(
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
     rates = measured or RATES.get(device.name)
     stages = cost.rows(rates, recipe.cluster, gpus)
+    seconds = sum(row["seconds"] for row in stages) if rates else None
+    hourly = recipe.cluster.gpu_hour_price if device.kind == "cuda" else None
+    price = None if seconds is None or hourly is None else seconds / 3600 * gpus * hourly
     targets = [
         {
             "name": target.name,
@@ -88,7 +93,8 @@ def outlook(
         "gpus": gpus,
         "stages": stages,
         "flops": cost.flops,
-        "seconds": sum(row["seconds"] for row in stages) if rates else None,
+        "seconds": seconds,
+        "price": price,
         "probed": measured is not None,
         "memory": [*_memory(plan, device)],
         "storage": [*_storage(plan, device)],

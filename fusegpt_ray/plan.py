@@ -28,7 +28,7 @@ from fusegpt_ray.publishing.rehearsal import rehearse
 from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Evaluation, Model
+from fusegpt_ray.sections import Evaluation, Heal, Model
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
@@ -197,6 +197,8 @@ def _planned(
     targets = check(plan_targets, recipe, len(structure.blocks))
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe
+    if recipe.heal and recipe.heal.train == "all" and recipe.heal.rank != Heal().rank:
+        show.say("heal.rank plays no part: with heal.train: all there are no low-rank updates")
     if targets:
         check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)

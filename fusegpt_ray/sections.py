@@ -13,6 +13,7 @@ from fusegpt_ray.specs import (
     METRIC_SPECS,
     PUBLISHED_LENGTH,
     PUBLISHED_SPECS,
+    SAMPLE_PROMPTS,
     Counting,
     MetricSpec,
     PublishedSpec,
@@ -31,8 +32,7 @@ Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
 MOST = 10_000_000
-"""The largest count that a recipe may ask for: a larger one is a slip, which would otherwise be
-found out only when the memory runs out."""
+"""The largest count that a recipe may ask for: a larger one is a slip."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -46,6 +46,7 @@ def _unambiguous(uri: str) -> str:
     return uri
 
 
+Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
 Place = Annotated[Uri, AfterValidator(_unambiguous)]
 """A URI that is written to."""
 
@@ -239,7 +240,7 @@ class Heal(Texts):
     """What learns in the blocks. `lora`: low-rank updates of all linear layers, and the norms.
     `all`: every weight, for four times as many bytes in float32."""
     rank: int = Field(64, ge=1, le=MOST)
-    """Rank of the low-rank updates."""
+    """Rank of the low-rank updates; with `train: all` there are none."""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Adam's highest rate; left out: 2e-4 for `lora`, 2e-5 for `all`."""
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -301,6 +302,8 @@ class Cluster(Section):
     recompute_activations: bool = False
     """Each block's activations are computed again in the backward pass: less memory, a third more
     work."""
+    gpu_hour_price: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """What you pay for a GPU and hour, in any currency, for `fusegpt plan` and the report."""
     wait_minutes: float = Field(10, ge=0, allow_inf_nan=False)
     """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for
     them."""
@@ -341,5 +344,7 @@ class Output(Section):
     `<uri>/<name>.tensorboard/`. `wandb`, `mlflow`, `trackio`: by these libraries, as their own
     environment variables say. Left out: nowhere; `metrics.jsonl` is written in any case."""
     report: bool = True
-    """Whether each model comes with `report.html` and with pictures in its card: a few seconds and
-    1 MB."""
+    """Whether each model comes with `report.html` and pictures in its card: a few seconds, 1 MB."""
+    samples: Annotated[tuple[Prompt, ...], Field(max_length=100)] = SAMPLE_PROMPTS
+    """Prompts that the dense and the published model continue by up to 32 tokens, to be read side
+    by side in the report and the card; `[]`: none."""

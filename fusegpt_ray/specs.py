@@ -218,3 +218,6 @@ PUBLISHED_SPECS: dict[str, PublishedSpec] = {
     ),
 }
 """By the name that `data` takes, alone or before a copy's place: `wikitext2`, `wikitext2=FILE`."""
+
+SAMPLE_PROMPTS = ("Once upon a time, there was", "The capital of France is", "def fibonacci(n):")
+"""What the dense and the published model continue, if the recipe names nothing else."""

@@ -161,7 +161,8 @@ def _show(result: dict[str, Any]) -> None:
         many = result["device"]
         if not many.endswith("CPU"):
             many = f"{result['gpus']} × {many}"
-        say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}")
+        price = "" if result["price"] is None else f", for {result['price']:,.2f}"
+        say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}{price}")
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
         say("--probe measures it, --gpu H100 tells of another")

@@ -36,15 +36,15 @@ def continuations(
     Args:
         prompts: int [tokens], none empty.
         length: larger than any prompt's.
+        temperature: 0: each token is the most probable one.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
     """
+    sampled = {"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
     settings = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=0,
+        do_sample=temperature > 0,
+        **sampled,
         max_length=length,
         eos_token_id=list(ends) or None,
         pad_token_id=0,

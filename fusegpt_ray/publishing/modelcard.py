@@ -5,6 +5,7 @@ to use it, and under which licence it stands.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ def model_card(
         lines += ["", f"Seed: {seed}, for everything that is drawn at random."]
     lines += [
         "",
+        *_samples(manifest),
         *_use(auto_class),
         "",
         "## How it was made",
@@ -76,6 +78,30 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _samples(manifest: Mapping[str, Any]) -> list[str]:
+    """What the dense and this model write, as code: what a model writes may look like Markdown."""
+    if not (samples := manifest.get("samples")):
+        return []
+    lines = ["## What it writes", "", "The most probable continuation of each prompt:", ""]
+    for sample in samples:
+        fence = "`" * max(3, 1 + max(map(_ticks, sample.values())))
+        lines += [f"{fence}text", f"prompt      {_indented(sample['prompt'])}"]
+        lines += [f"dense model {_indented(sample['dense'])}"]
+        lines += [f"this model  {_indented(sample['published'])}", fence, ""]
+    return lines
+
+
+def _ticks(text: str) -> int:
+    """The longest run of backticks."""
+    return max(map(len, re.findall("`+", text)), default=0)
+
+
+def _indented(text: str) -> str:
+    """Its further lines below its first, behind the names; without control characters."""
+    lines = "".join(c if c.isprintable() or c == "\n" else " " for c in text).split("\n")
+    return ("\n" + " " * 12).join(lines).rstrip()
 
 
 def _use(auto_class: str) -> list[str]:

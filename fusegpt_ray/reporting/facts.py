@@ -126,9 +126,26 @@ class Planned(_Part):
     """None: no rates were known."""
 
 
+class Sample(_Part):
+    """What two models write after a prompt."""
+
+    prompt: str
+    dense: str
+    published: str
+
+
 class Source(_Part):
     name: str
     revision: str | None = None
+
+
+class _Priced(_Part):
+    """Of a recipe's `cluster`."""
+
+    gpu_hour_price: FiniteFloat | None = None
+    gpus_per_replica: FiniteFloat | None = None
+    replicas: NonNegativeInt = 1
+    workers: NonNegativeInt = 1
 
 
 class Facts(_Part):
@@ -144,6 +161,7 @@ class Facts(_Part):
     bytes: int | None = None
     """Of the published model's weights."""
     planned: list[Planned] = []
+    samples: list[Sample] = []
     rounds: list[Round]
     perplexity: dict[str, Perplexity] = {}
     healing: Healing | None = None
@@ -166,6 +184,19 @@ class Facts(_Part):
         name = importance.get("metric") if isinstance(importance, dict) else None
         metric = METRIC_SPECS.get(name) if isinstance(name, str) else None
         return metric.title if metric else "score"
+
+    @property
+    def price_per_second(self) -> float | None:
+        """Of all GPUs that the recipe asks for, if it says what one costs."""
+        cluster = self.recipe.get("cluster")
+        try:
+            told = _Priced.model_validate(cluster)
+        except ValidationError:  # it is said nowhere else what a recipe looks like
+            return None
+        if told.gpu_hour_price is None:
+            return None
+        gpus = max(told.replicas, told.workers) * (told.gpus_per_replica or 1)
+        return told.gpu_hour_price * gpus / 3600
 
     @property
     def worked(self) -> list[tuple[Planned, float]]:

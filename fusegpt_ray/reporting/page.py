@@ -121,6 +121,8 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):
         told.append(("time at work", duration(seconds)))
+        if price := found.price_per_second:
+            told.append(("price of that time", _money(seconds, price)))
     for text, row in found.perplexity.items():
         if row.undone is not None:
             told.append((f"damage undone on {text}", f"{row.undone:.0%}"))
@@ -146,7 +148,8 @@ def _rounds(found: Facts) -> list[list[Any]]:
 
 
 def _work(found: Facts) -> list[list[str]]:
-    """What was planned beside what it took."""
+    """What was planned beside what it took, in money, too, where a price was given."""
+    price = found.price_per_second
     return [
         [
             row.stage,
@@ -154,9 +157,15 @@ def _work(found: Facts) -> list[list[str]]:
             "–" if row.seconds is None else duration(row.seconds),
             duration(taken),
             f"{flop_count(row.flops / taken)}/s",
+            *([_money(row.seconds, price), _money(taken, price)] if price else []),
         ]
         for row, taken in found.worked
     ]
+
+
+def _money(seconds: float | None, price: float) -> str:
+    """In the currency of the recipe's price, whatever it is."""
+    return "–" if seconds is None else f"{seconds * price:,.2f}"
 
 
 def _protocols(found: Facts) -> list[tuple[str, str]]:

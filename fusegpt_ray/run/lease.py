@@ -145,7 +145,7 @@ class Fence:
 
 class Lease:
     """One process's ownership of a run's name. While the block lasts, a thread renews it, and
-    writes what is new of the run's events.
+    writes what is new of the run's events (where they are not written at once).
 
     A sign that cannot be written is left out: it tells of the run and must not end it. If an
     exception ends the block, a last sign names it, and the next run need not wait. After a block
@@ -186,8 +186,9 @@ class Lease:
             now = Standing.look(folder)  # what is there tells who won
             if now and now.owner.id == owner.id:
                 log = log or MetricsLog()
-                log.begin(folder, now.generation)
-                return cls(folder, owner, doing, facts or {}, log)
+                lease = cls(folder, owner, doing, facts or {}, log)
+                log.begin(folder, now.generation, lease.fence.check)
+                return lease
             if now:
                 raise _at_work(folder, now)
 
@@ -210,6 +211,7 @@ class Lease:
         """Give no more signs, so that none comes after the removal of the run's folder."""
         self._stop.set()
         self._thread.join()
+        self._log.end()
 
     @contextlib.contextmanager
     def creating(self) -> Iterator[None]:

@@ -58,6 +58,18 @@ def fill_local(path: str, begin: int, memory: memoryview) -> int:
     return got
 
 
+def write_from(path: str, begin: int, data: bytes) -> None:
+    """Write these bytes into a file from a place on, its end; the file need not be there.
+
+    What a write that failed left behind that place is written over.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
+    with open(descriptor, "wb", buffering=0) as file:
+        file.seek(begin)
+        while data:
+            data = data[file.write(data) :]
+
+
 def link(temporary: Path, path: Path) -> None:
     """A hard link to a finished file appears at once, and fails if the name is taken."""
     try:

@@ -54,7 +54,7 @@ def train(
             raise FloatingPointError(f"{problem}: lower {rate_key}")
         means.append(mean)
         if validation:
-            validation.look(stepper)
+            validation.look(stepper, f" in part {number} of {parts}")
         if checkpoints and checkpoints.due(stepper, kept):
             checkpoints.save(stepper, means, seconds + time.monotonic() - began, validation)
             kept = time.monotonic()

@@ -14,6 +14,8 @@ from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.stepper import Stepper
 
 _BEST = "best."
+RATE_KEY = "heal.learning_rate"
+"""What messages name: only healing looks at held-out windows."""
 
 
 @dataclass
@@ -33,10 +35,20 @@ class Validation:
         """The part after which the held-out loss was the lowest."""
         return lowest(self.losses)
 
-    def look(self, stepper: Stepper) -> None:
-        """Measure the present state. Called by all workers at once."""
+    def look(self, stepper: Stepper, where: str = "") -> None:
+        """Measure the present state. Called by all workers at once.
+
+        Args:
+            where: in the training, for messages: " in part 1 of 8".
+
+        Raises:
+            FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
+        """
         self.meet()
-        self.losses.append(stepper.validate(self.batches()))
+        loss = stepper.validate(self.batches())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the held-out loss became {loss}{where}: lower {RATE_KEY}")
+        self.losses.append(loss)
         if self.best == len(self.losses) - 1:
             self._best = {}  # before there is a second copy
             self._best = _values(stepper)

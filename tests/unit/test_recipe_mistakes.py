@@ -145,6 +145,8 @@ def test_missing_keys(key: str) -> None:
         ({"cluster": {"gpus_per_replica": -1}}, "cluster.gpus_per_replica"),
         ({"cluster": {"gpus_per_replica": math.nan}}, "cluster.gpus_per_replica"),
         ({"cluster": {"cache_gb": -1}}, "cluster.cache_gb"),
+        ({"cluster": {"gpu_hour_price": 0}}, "cluster.gpu_hour_price"),
+        ({"output": {"samples": [""]}}, "output.samples.0"),
         ({"cluster": {"cache_gb": math.inf}}, "cluster.cache_gb"),
         ({"output": {"name": "../up"}}, "output.name"),
         ({"output": {"name": ""}}, "output.name"),

@@ -153,6 +153,29 @@ def test_a_log_is_valid_json_and_written_only_when_there_is_news(tmp_path: Path)
     assert [item["event"] for item in events(file)] == ["epoch", "round"]
 
 
+def test_on_a_disk_each_event_is_there_at_once_as_long_as_the_name_is_ours(tmp_path: Path) -> None:
+    log, file, others = MetricsLog(), tmp_path / "metrics-000001.jsonl", False
+
+    def fence() -> None:
+        if others:
+            raise PermissionError("another run's by now")
+
+    log("run", {})
+    log.begin(str(tmp_path), 1, fence)
+    log("round", {"round": 1})
+    assert [item["event"] for item in events(file)] == ["run", "round"]
+    with open(file, "ab") as left:
+        left.write(b'{"a write that failed half')
+    log("round", {"round": 2})
+    assert [item.get("round") for item in events(file)] == [None, 1, 2]
+    others = True
+    log("round", {"round": 3})
+    others = False
+    log.end()
+    log("round", {"round": 4})
+    assert [item.get("round") for item in events(file)] == [None, 1, 2]
+
+
 def test_earlier_events_come_first_or_their_loss_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

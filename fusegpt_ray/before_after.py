@@ -1,0 +1,115 @@
+"""What the dense and the published model write after the same prompts, to be read side by side.
+
+The continuations are greedy, so they are the same each time on the same hardware. They are for
+people: a model that cannot write them here is published all the same, and a line says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.footprint import generating_bytes
+from fusegpt_ray.generation import ends_of
+from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.sampling import continuations
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.preflight import check_tokens
+from fusegpt_ray.report import Display, byte_count
+from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.text.calibration import leading_token, tokenize
+from fusegpt_ray.workers.base import Workers
+
+TOKENS = 32
+"""The most that are written after a prompt."""
+_KEY = "output.samples"
+
+
+def before_and_after(
+    workers: Workers,
+    prompts: Sequence[str],
+    published: Stack,
+    shared: Shared,
+    measuring: Mapping[str, Any],
+    show: Display,
+) -> list[dict[str, str]]:
+    """[{"prompt", "dense", "published"} …]: each prompt with what either model writes after it, up
+    to `TOKENS` tokens.
+
+    Args:
+        published: a stack that is a whole checkpoint, as `open_published` has it.
+        measuring: what the dense model's text depends on beside the prompts, for `shared`.
+    """
+    if not prompts:
+        return []
+    setup = workers.setup
+    try:
+        ids = _tokens(workers, prompts)
+        key = {**measuring, "prompts": [row.tolist() for row in ids], "tokens": TOKENS}
+
+        def dense() -> list[str]:
+            return _written(workers, ids, setup.dense)
+
+        before = shared.measured("continuations", key, dense, show.say)
+        after = _written(workers, ids, published)
+    except StorageError:
+        raise
+    except Exception as error:  # whatever a class's own `generate` raises
+        show.say(f"no text samples: the models cannot write them here ({first_line(error)})")
+        return []
+    return [
+        {"prompt": prompt, "dense": old, "published": new}
+        for prompt, old, new in zip(prompts, before, after, strict=True)
+    ]
+
+
+def _tokens(workers: Workers, prompts: Sequence[str]) -> list[np.ndarray]:
+    """Token ids of each, int32 [tokens], behind the token that the tokenizer puts before a text, if
+    it does. The end of a prompt stays where the model has few positions.
+    """
+    source, dense = workers.setup.source, workers.setup.dense
+    tokenizer = source.tokenizer()
+    leading = leading_token("auto", tokenizer, _KEY)
+    begin = [] if leading is None else [leading]
+    room = max(1, _positions(dense) // 2 - len(begin))
+    rows = []
+    for prompt in prompts:
+        ids = [*begin, *tokenize(prompt, tokenizer).tolist()[-room:]]
+        if not ids:
+            raise UserError(_KEY, prompt, "has no tokens", "give another prompt")
+        rows.append(np.array(ids, dtype=np.int32))
+    check_tokens(source, dense, *(row[None] for row in rows))
+    return rows
+
+
+def _positions(dense: Stack) -> int:
+    told = getattr(read_config(dense.config).get_text_config(), "max_position_embeddings", None)
+    return told if isinstance(told, int) and told > 1 else 2**20
+
+
+def _written(workers: Workers, prompts: Sequence[np.ndarray], stack: Stack) -> list[str]:
+    longest = min(_positions(stack), max(map(len, prompts)) + TOKENS)
+    needed, room = generating_bytes(stack, workers.dtype, longest), workers.device_bytes
+    if needed > room:
+        problem = f"a replica needs {byte_count(needed)} for a whole model, has {byte_count(room)}"
+        raise MemoryError(problem)
+    tokenizer = workers.setup.source.tokenizer()
+    task = (stack, prompts, _positions(stack), ends_of(workers, tokenizer))
+    ((_, rows),) = workers.map(_continued, [task], workers.setup.importance.batch)
+    return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in rows]
+
+
+def _continued(
+    runner: Runner, stack: Stack, prompts: Sequence[np.ndarray], positions: int, ends: Sequence[int]
+) -> list[np.ndarray]:
+    """One prompt at a time: without padding, no class of models can be misled by it."""
+    there = runner.for_trunk_of(stack)
+    rows = []
+    for prompt in prompts:
+        length = min(positions, len(prompt) + TOKENS)
+        rows += continuations(there, [prompt], length, 0.0, 1.0, ends, 0)
+    return rows

@@ -1,0 +1,111 @@
+"""Text samples of the dense and the published model, beside what transformers writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import cast
+
+import pytest
+from desk import Desk
+from stopped_runs import Watching
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fusegpt_ray.before_after import TOKENS
+from fusegpt_ray.outlook import Device, outlook
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.reporting import page
+from fusegpt_ray.reporting.facts import facts, of_manifest
+from fusegpt_ray.training.stepper import Stepper
+from fusegpt_ray.training.validation import Validation
+
+PROMPTS = ["w20 <b>w21</b>", "w33 w7\nw11 ```"]
+
+
+def written(desk: Desk, samples: list[str]) -> str:
+    output = {**desk.recipe()["output"], "samples": samples}
+    return desk.write(method="mi", output=output)
+
+
+def plain(folder: Path, prompt: str) -> str:
+    """The greedy continuation by `from_pretrained`."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt")
+    length = ids["input_ids"].shape[1]
+    found = model.generate(**ids, do_sample=False, max_new_tokens=TOKENS)
+    return str(tokenizer.decode(found[0, length:], skip_special_tokens=True))
+
+
+def test_samples_are_what_transformers_writes(desk: Desk) -> None:
+    compress(Recipe.load(written(desk, PROMPTS)))
+    folder = next(desk.out.glob("demo-p40"))
+    found = json.loads((folder / "fusegpt.json").read_text())["samples"]
+    assert [sample["prompt"] for sample in found] == PROMPTS
+    for sample in found:
+        assert sample["dense"] == plain(desk.model, sample["prompt"])
+        assert sample["published"] == plain(folder, sample["prompt"])
+    assert any(sample["dense"] != sample["published"] for sample in found)
+    card, shown = (folder / "README.md").read_text(), page.html(facts(str(folder)))
+    assert "## What it writes" in card and "prompt      w20 <b>w21</b>" in card
+    assert "````text" in card, "a prompt's own fence does not end the card's"
+    assert "What the models write" in shown and "w20 &lt;b&gt;w21&lt;/b&gt;" in shown
+
+
+def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
+    """Two workers with a GPU each, at 3 an hour: half an hour costs 3."""
+    priced = {"gpu_hour_price": 3.0, "replicas": 1, "workers": 2, "gpus_per_replica": None}
+    told = {
+        "source": {"name": "dense"},
+        "method": "fusegpt",
+        "planned": [{"stage": "scoring", "flops": 10**15, "seconds": 900.0}],
+        "rounds": [{"removed": 1, "seconds": {"score": 1800.0}}],
+        "recipe": {"cluster": priced},
+    }
+    shown = page.html(of_manifest("demo", told, 10))
+    assert "price of that time</dt><dd>3.00<" in shown
+    assert "<td>1.50</td><td>3.00</td></tr>" in shown
+    for cluster in ({**priced, "gpu_hour_price": None}, {"gpu_hour_price": "much"}, None):
+        shown = page.html(of_manifest("demo", {**told, "recipe": {"cluster": cluster}}, 10))
+        assert (
+            "price" not in shown.partition("<details><summary>The recipe")[0].partition("<dl>")[2]
+        )
+
+
+def test_a_rank_that_plays_no_part_is_told(desk: Desk) -> None:
+    for rank, told in ((8, True), (64, False)):
+        heal = {"train": "all", "rank": rank, "batch": 4, "held_out": 4}
+        show = Watching()
+        plan(Recipe.load(desk.write(method="mi", heal=heal)), show, looks=True)
+        assert any("heal.rank plays no part" in line for line in show.said) == told
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_training() -> None:
+    class Diverged:
+        def validate(self, batches: object) -> float:
+            return float("nan")
+
+    looked = Validation(lambda: ())
+    with pytest.raises(FloatingPointError, match=r"became nan: lower heal\.learning_rate"):
+        looked.look(cast("Stepper", Diverged()))
+    assert looked.losses == []
+
+
+def test_a_plan_tells_the_price_of_a_gpu_that_is_known(desk: Desk) -> None:
+    file = desk.write(method="mi", cluster={"engine": "local", "gpu_hour_price": 2.5})
+    found = outlook(plan(Recipe.load(file), Display(), looks=True), Device.named("NVIDIA H200"), 4)
+    assert found["price"] == pytest.approx(found["seconds"] / 3600 * 4 * 2.5) and found["price"] > 0
+    file = desk.write(method="mi")
+    assert (
+        outlook(plan(Recipe.load(file), Display()), Device.named("NVIDIA H200"), 4)["price"] is None
+    )
+
+
+def test_none_are_written_where_none_are_wanted(desk: Desk) -> None:
+    compress(Recipe.load(written(desk, [])))
+    folder = next(desk.out.glob("demo-p40"))
+    assert "samples" not in json.loads((folder / "fusegpt.json").read_text())
+    assert "What it writes" not in (folder / "README.md").read_text()
