@@ -7,7 +7,7 @@ with the hidden states of the one before and otherwise with what no other block 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
+from fusegpt_ray.model.operations import Operations
 from fusegpt_ray.model.recorder import Context, Recorded, empty_call, states_of, stopped_at
 
 TOKENS = 8
@@ -42,6 +43,8 @@ class Structure:
     """States as they enter a block."""
     trunk: dict[str, tuple[int, ...]]
     """The shapes of all tensors that are not a block's, by name."""
+    after: list[Any]
+    """The operations between the last block and the head, as `Operations` notes them."""
     by_sample: bool
     """Whether blocks are called with what depends on the tokens (see `rows.py`)."""
 
@@ -67,7 +70,7 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         _fill_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
-        _pass(recorded, zeros)
+        after = _pass(recorded, zeros)
         if problem := recorded.not_in_a_row():
             raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
         contexts = recorded.contexts
@@ -79,7 +82,7 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
         if by_sample := not all(map(same, contexts, recorded.contexts)):
             _check_alone(name, recorded.blocks, h_BTD, contexts)
-    return Structure(name, recorded.blocks, contexts, h_BTD, trunk, by_sample)
+    return Structure(name, recorded.blocks, contexts, h_BTD, trunk, after, by_sample)
 
 
 @contextmanager
@@ -122,13 +125,23 @@ def _check_alone(
 
 
 @torch.no_grad()
-def _pass(recorded: Recorded, ids_BT: torch.Tensor) -> None:
-    """One pass up to the head, whose product would need memory as large as its weight."""
-    head = recorded.head
-    if head is None:
-        recorded(ids_BT)
-    else:
-        stopped_at(head, lambda: recorded(ids_BT), before=True)
+def _pass(recorded: Recorded, ids_BT: torch.Tensor) -> list[Any]:
+    """One pass up to the head, whose product would need memory as large as its weight; returns the
+    operations that follow the last block.
+    """
+    head, operations = recorded.head, Operations()
+    with ExitStack() as until_head:
+
+        def begin(*_: object) -> None:
+            until_head.enter_context(operations)
+
+        hook = recorded.recorders[-1].register_forward_hook(begin)
+        until_head.callback(hook.remove)
+        if head is None:
+            recorded(ids_BT)
+        else:
+            stopped_at(head, lambda: recorded(ids_BT), before=True)
+    return operations.seen
 
 
 def _fill_without_memory(model: nn.Module) -> None:

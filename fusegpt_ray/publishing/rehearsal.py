@@ -3,8 +3,9 @@ now.
 
 Blocks are left out, the config.json is written, the class is built from it, and what it builds is
 held against what would be published: the names and shapes of all tensors, and that every block, at
-its new place, is still the same function. A function is known by the operations that a block runs
-on the meta device, with their numbers, and by the plain values and buffers that its modules hold.
+its new place, is still the same function, as is what follows the last one. A function is known by
+the operations that run, with their numbers (those of a block on the meta device), and by the plain
+values and buffers that a block's modules hold.
 """
 
 from __future__ import annotations
@@ -15,12 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.config import KEY, read_config
+from fusegpt_ray.model.operations import Operations, is_plain
 from fusegpt_ray.model.recorder import Context, empty_call
 from fusegpt_ray.model.removable import Removable
 from fusegpt_ray.model.stack import Stack
@@ -104,6 +104,11 @@ class _Attempt:
         self.dense, self.structure = dense, _Observed(structure)
         self._shallower: dict[str, _Shallower] = {}
         """By config.json, which is often the same whichever of several blocks is gone."""
+        self._alone: dict[_Move, str] = {}
+        """What blocks compute where one other is gone. Of all candidates, each block keeps its
+        number or has the one before, and as it has and is called with the same, it is watched once
+        at each. The sets that follow are watched in full.
+        """
 
     def first_problem(self, sets: Iterable[Sequence[int]]) -> str:
         """Of the first set that has one, or nothing."""
@@ -119,7 +124,8 @@ class _Attempt:
                 config = shrink_config(short)
                 key = json.dumps(config, sort_keys=True, default=str)
                 if key not in known:
-                    known[key] = _Shallower(self.structure, _Observed(observe(config)))
+                    computed = self._alone if len(dropped) == 1 else {}
+                    known[key] = _Shallower(self.structure, _Observed(observe(config)), computed)
                 return known[key].difference(short.kept)
         except UserError as error:
             said = error.problem
@@ -131,16 +137,26 @@ class _Observed:
 
     def __init__(self, found: Structure) -> None:
         self.found = found
-        self.operations = [_operations(*call) for call in found.calls]
-        """By block."""
+        self._operations: dict[int, list[Any]] = {}
+
+    def operations(self, number: int) -> list[Any]:
+        """Of a block. To watch them is nearly all that a rehearsal costs."""
+        if number not in self._operations:
+            self._operations[number] = _operations(*self.found.calls[number])
+        return self._operations[number]
+
+
+_Move = tuple[int, int]
+"""A block's number in the dense model, and in the shallower one."""
 
 
 class _Shallower:
     """What the class of a shallower model's config.json builds, beside the dense model."""
 
-    def __init__(self, dense: _Observed, short: _Observed) -> None:
+    def __init__(self, dense: _Observed, short: _Observed, computed: dict[_Move, str]) -> None:
         self.dense, self.short = dense, short
-        self._moved: dict[tuple[int, int], str] = {}
+        self._built: dict[_Move, str] = {}
+        self._computed = computed
 
     def difference(self, kept: Sequence[int]) -> str:
         """What is not as it would be published with the blocks `kept`, or nothing."""
@@ -151,18 +167,26 @@ class _Shallower:
             old, new = dense.trunk.get(name), short.trunk.get(name)
             if old != new:
                 return (
-                    f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with"
-                    " fewer blocks"
+                    f"the size of {name} depends on the number of blocks ({_shown(old)}, and"
+                    f" {_shown(new)} with fewer): what it holds for all blocks together cannot be"
+                    " cut"
                 )
-        for move in zip(kept, range(len(kept)), strict=True):
-            if move not in self._moved:
-                self._moved[move] = self._difference_of(*move)
-            if problem := self._moved[move]:
-                return problem
+        if dense.after != short.after:
+            return "what it computes after its last block depends on the number of blocks"
+        # What is quick to see comes first, of all blocks.
+        for known, compare in (
+            (self._built, self._built_otherwise),
+            (self._computed, self._computes_otherwise),
+        ):
+            for move in zip(kept, range(len(kept)), strict=True):
+                if move not in known:
+                    known[move] = compare(*move)
+                if problem := known[move]:
+                    return problem
         return ""
 
-    def _difference_of(self, number: int, position: int) -> str:
-        """What the block is at its new place that it was not, or nothing."""
+    def _built_otherwise(self, number: int, position: int) -> str:
+        """What the block has or is called with at its new place that it was not, or nothing."""
         dense, short = self.dense.found, self.short.found
         if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
             return f"block {number} would become block {position}, where it {problem}"
@@ -171,7 +195,11 @@ class _Shallower:
                 f"block {number} would become block {position}, and be called with other masks"
                 " there"
             )
-        if self.dense.operations[number] != self.short.operations[position]:
+        return ""
+
+    def _computes_otherwise(self, number: int, position: int) -> str:
+        """Of a block that has and is called with the same: whether it computes the same."""
+        if self.dense.operations(number) != self.short.operations(position):
             return (
                 f"what block {number} computes depends on its number; it would become block"
                 f" {position}"
@@ -204,7 +232,7 @@ def _other_block(old: nn.Module, new: nn.Module, number: int, position: int) -> 
             there = vars(other).get(key)
             its_number = (value, there) == (number, position)
             # A list may be a table of all blocks; what is done with it shows in the operations.
-            if key.startswith("_") or isinstance(value, list | tuple) or not _is_plain(value):
+            if key.startswith("_") or isinstance(value, list | tuple) or not is_plain(value):
                 continue
             if value != there and not its_number:
                 return f"has another {f'{name}.{key}'.lstrip('.')} ({there!r} instead of {value!r})"
@@ -216,40 +244,9 @@ def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors}
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-class _Operations(TorchDispatchMode):
-    """Notes every operation that runs: its name, and all it is given but the tensors' values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Any] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        out = function(*args, **(kwargs or {}))
-        self.seen.append((str(function), tree_map(_note, (args, kwargs or {}, out))))
-        return out
-
-
-def _note(value: object) -> object:
-    """Of a tensor its shape; it has no values on the meta device. Buffers are compared by
-    themselves.
-    """
-    if isinstance(value, torch.Tensor):
-        return str(value.dtype), tuple(value.shape)
-    known = _is_plain(value) or isinstance(value, torch.dtype | torch.device)
-    return value if known else type(value).__name__
-
-
 def _operations(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> list[Any]:
     """What a block computes of such states, as a list of operations."""
     call = empty_call(block, h_BTD, context)
-    with torch.no_grad(), _Operations() as operations:
+    with torch.no_grad(), Operations() as operations:
         call()
     return operations.seen

@@ -164,9 +164,20 @@ def save_class(name: str, folder: Path) -> Path:
     if sum(value.numel() for value in model.parameters()) > 50_000_000:
         raise ValueError(f"{sum(v.numel() for v in model.parameters()):,} parameters")
     randomize(model)
+    _empty_the_padding(model)
     model.save_pretrained(folder)
     add_tokenizer(folder)
     return folder
+
+
+@torch.no_grad()
+def _empty_the_padding(model: torch.nn.Module) -> None:
+    """The padding token's row is zero, as in every trained model: it never learns. Some classes set
+    it to zero as they load (Youtu).
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0
 
 
 def add_tokenizer(folder: Path) -> None:

@@ -64,7 +64,13 @@ def _jetmoe() -> tf.PretrainedConfig:
 SAME = "same at every depth"
 CASES: list[tuple[str, Make, str, str, bool]] = [
     ("by-the-depth", _minicpm3, "would become block|depends on its number", SAME, False),
-    ("embeddings-of-its-own", _gemma4, "cannot be built|depends on the depth", SAME, False),
+    (
+        "embeddings-of-its-own",
+        _gemma4,
+        "cannot be built|depends on the number of blocks",
+        SAME,
+        False,
+    ),
     ("by-values", _jetmoe, "look at values while they run", "runs block after block", False),
     ("keys-of-others-evaluated", _sharing, "between blocks", "runs block after block", True),
 ]

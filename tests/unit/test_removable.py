@@ -15,10 +15,12 @@ from models import COMMON, DEPTH, GROUPED, MODELS, VOCAB, randomize
 from safetensors.torch import load_file, save_file
 
 from fusegpt_ray.cli import main
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.publishing import rehearsal
 from fusegpt_ray.publishing.rehearsal import _sets, rehearse
 from fusegpt_ray.recipe import Recipe
 
@@ -56,13 +58,53 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_what_can_go_is_known_before_the_run(name: str) -> None:
     make, expected, why, _ = CASES[name]
-    config = make()
-    kind = tf.AutoModelForCausalLM._model_mapping[type(config)].__name__
-    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
-    stack = Stack(raw, "", {}, tuple(Block(number, {}) for number in range(DEPTH)))
+    stack, raw = described(make())
     found = rehearse(stack, observe(raw), [1, 2])
     assert (found.blocks, found.from_the_end) == (expected.blocks, expected.from_the_end)
     assert why in found.why
+
+
+def described(config: tf.PretrainedConfig) -> tuple[Stack, dict[str, Any]]:
+    kind = tf.AutoModelForCausalLM._model_mapping[type(config)].__name__
+    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
+    blocks = tuple(Block(number, {}) for number in range(config.num_hidden_layers))
+    return Stack(raw, "", {}, blocks), raw
+
+
+def rwkv(depth: int) -> tf.PretrainedConfig:
+    """After each sixth block, the states are divided by two."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "attention_hidden_size": 32}
+    return tf.RwkvConfig(vocab_size=VOCAB, num_hidden_layers=depth, **sizes)
+
+
+def test_what_follows_the_last_block_must_not_depend_on_the_depth() -> None:
+    stack, raw = described(rwkv(6))
+    with pytest.raises(UserError, match="after its last block depends on the number of blocks"):
+        rehearse(stack, observe(raw), [1])
+    stack, raw = described(rwkv(5))
+    assert rehearse(stack, observe(raw), [1]).blocks == (1, 2, 3, 4)  # the first one has a norm
+
+
+def test_of_candidates_a_block_is_watched_once_at_each_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Though each candidate makes another config.json, and so another model: two kinds of blocks
+    take turns."""
+    kinds = ["conv", "full_attention"] * 4
+    stack, raw = described(tf.Lfm2Config(**GROUPED | {"num_hidden_layers": 8}, layer_types=kinds))
+    structure = observe(raw)
+    watched, operations = 0, rehearsal._operations
+
+    def counted(*call: Any) -> list[Any]:
+        nonlocal watched
+        watched += 1
+        return operations(*call)
+
+    monkeypatch.setattr(rehearsal, "_operations", counted)
+    attempt = rehearsal._Attempt(stack, structure)
+    assert [attempt.problem([number]) for number in range(8)] == [""] * 8
+    assert len(attempt._shallower) == 8
+    assert watched == 8 + 7 * 2  # of the dense model, and at the same number or one less
 
 
 def saved(desk: Desk, config: tf.PretrainedConfig) -> None:
@@ -136,10 +178,8 @@ def test_one_attention_block_stays_in_all_that_is_tried(name: str) -> None:
     for each, before in zip(tried, plain, strict=True):
         assert not {*attention} <= {*each}
         assert each == before or {*attention} <= {*before}
-    kind = tf.AutoModelForCausalLM._model_mapping[type(config)].__name__
-    raw = json.loads(config.to_json_string(use_diff=False)) | {"architectures": [kind]}
-    blocks = tuple(Block(number, {}) for number in range(config.num_hidden_layers))
-    assert rehearse(Stack(raw, "", {}, blocks), observe(raw), [1, most]) == rule
+    stack, raw = described(config)
+    assert rehearse(stack, observe(raw), [1, most]) == rule
 
 
 WAYS = ["mi", "kl", "loss", "bi", "run", "spaced"]
