@@ -17,6 +17,7 @@ from typing import Any
 
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
+from fusegpt_ray.fusion.width import Width
 from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.matrices import attention_heads, matrices
 from fusegpt_ray.model.config import read_config
@@ -109,6 +110,7 @@ def processes(stage: str, cluster: Cluster) -> int:
 def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     """The cost of publishing these targets."""
     rounds, length = targets[-1].remove, recipe.calibration.length
+    width = targets[-1].width
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
     stages = []
@@ -119,7 +121,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     elif (choice := METHOD_SPECS[recipe.method].choice) == "run":
         walked = recipe.importance.windows * len(dense)
         stages.append(Stage("scoring", walked, walked * flops))
-    elif choice != "unseen":
+    elif choice not in ("unseen", "none"):
         scored = depths[:1] if choice == "once" else depths
         stages.append(_scoring(recipe.importance, dense, scored, length))
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
@@ -133,6 +135,10 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("states", walked, walked * flops))
     if recipe.repairs:
         stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
+    if width:
+        walked = recipe.calibration.windows * len(dense)
+        stages.append(Stage("states", walked, walked * flops))
+        stages.append(Stage("repair", 0, _slicing_flops(recipe, dense, width)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
@@ -142,9 +148,31 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
-    published = {t.name: source - t.remove * sum(blocks) // len(blocks) for t in targets}
+    published = {t.name: _published_bytes(dense, source, t) for t in targets}
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
+
+
+def _published_bytes(dense: Stack, source: int, target: Target) -> int:
+    """Of a model's tensors; of a narrower one all, and its head, which is no longer the embedding,
+    but for what stays as it is: biases and norms within heads.
+    """
+    if target.width is None:
+        blocks = [_bytes(block.weights) for block in dense.blocks]
+        return source - target.remove * sum(blocks) // len(blocks)
+    trunk = sorted(ref.end - ref.begin for ref in dense.trunk.values())
+    head = trunk[-1] if len(trunk) == 2 else 0  # of an embedding and a norm
+    return (source + head) * target.width.kept // target.width.dense
+
+
+def _slicing_flops(recipe: Recipe, dense: Stack, width: Width) -> int:
+    """In float64: the covariance of what enters two norms a block and the last one, its axes (some
+    9 D³), and the rotation of all tensors.
+    """
+    hidden = width.dense
+    rows = recipe.calibration.windows * recipe.calibration.length * (2 * len(dense) + 1)
+    tensors = sum(elements(block.weights) for block in dense.blocks) + 2 * elements(dense.trunk)
+    return 2 * rows * hidden**2 + 9 * hidden**3 + 2 * tensors * width.kept
 
 
 def block_flops(dense: Stack, length: int) -> int:
@@ -322,10 +350,19 @@ def _evaluation(
     is published and with its blocks dropped only.
     """
     blocks = len(dense) + sum(2 * (len(dense) - target.remove) for target in targets)
+    narrowed = [target.width for target in targets if target.width]
     done = flops = 0
     for text in texts:
         assert text.windows, "its number is given"
-        windows, length = text.windows * blocks, text.length_or(recipe.calibration.length)
+        length = text.length_or(recipe.calibration.length)
+        if narrowed:  # it drops nothing, and its matrices are smaller
+            matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
+            share = len(dense) * text.windows
+            done += share * (1 + len(narrowed))
+            flops += share * (matrix + attention)
+            flops += sum(int(share * (matrix * w.share + attention)) for w in narrowed)
+            continue
+        windows = text.windows * blocks
         done, flops = done + windows, flops + windows * block_flops(dense, length)
     return Stage("evaluation", done, flops)
 

@@ -21,7 +21,16 @@ from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
 Method = Literal[
-    "mi", "mi+linear", "mi+ft", "fusegpt", "sleb", "shortgpt", "angular", "last", "random"
+    "mi",
+    "mi+linear",
+    "mi+ft",
+    "fusegpt",
+    "sleb",
+    "shortgpt",
+    "angular",
+    "last",
+    "random",
+    "slicegpt",
 ]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]

@@ -31,7 +31,9 @@ def png(result: Mapping[str, Any]) -> bytes | None:
         alt.Chart()
         .mark_line(point=True)
         .encode(
-            x=alt.X("sparsity:Q", axis=alt.Axis(format="%"), title="blocks removed"),
+            x=alt.X(
+                "sparsity:Q", axis=alt.Axis(format="%"), title="share of depth or width removed"
+            ),
             y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", zero=False, nice=False)),
             color=alt.Color("method:N", sort=None, legend=alt.Legend(labelLimit=300)),
         )

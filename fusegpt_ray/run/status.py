@@ -83,7 +83,7 @@ def _run(run: Run) -> dict[str, Any]:
         "rounds": total,
         "rounds_done": len(rounds),
         "epochs_saved": run.epochs_saved,
-        "removed": [record["removed"] for record in rounds],
+        "removed": [record["removed"] for record in rounds if "removed" in record],
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
         "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1)
