@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backwards import Backwards
 from desk import LENGTH, Desk
 from models import load_model, save_tiny
 from safetensors.torch import load_file
@@ -18,11 +19,17 @@ from words import add_tokenizer
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import narrowing
 from fusegpt_ray.fusion.rotation import READS, WRITES, principal_axes
+from fusegpt_ray.fusion.width import Width
+from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.samples import PADDING
+from fusegpt_ray.sections import Cluster, Importance
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 
 def recipe(desk: Desk, **changes: Any) -> Recipe:
@@ -79,7 +86,9 @@ def test_what_is_published_is_the_dense_model_on_projected_states(
         return real(self, workers, windows)
 
     monkeypatch.setattr(narrowing.Narrowing, "on", noted)
-    (published,) = compress(recipe(desk), Display())
+    output = {"uri": str(desk.out), "name": "demo"}  # with its report
+    (published,) = compress(recipe(desk, output=output), Display())
+    assert "32 → 24" in (Path(published.uri) / "report.html").read_text()
     axes_DK = principal_axes_of(desk, drawn[0])
     dense = load_model(desk.model)
     writers = [block.get_submodule(key) for block in dense.model.layers for key in WRITES]
@@ -95,7 +104,9 @@ def test_what_is_published_is_the_dense_model_on_projected_states(
     assert told["sliced"] == pytest.approx(perplexity(made, rows), rel=1e-4)
     assert made.config.hidden_size == 24 and made.config.num_hidden_layers == 5
     assert published.manifest["width"]["kept"] == 24 and published.manifest["removed"] == []
-    assert "hidden size 32 → 24" in (Path(published.uri) / "README.md").read_text()
+    card = (Path(published.uri) / "README.md").read_text()
+    assert "hidden size 32 → 24" in card and "width-pruning" in card
+    assert "blocks removed" not in card and "dropped" not in card
 
 
 def principal_axes_of(desk: Desk, windows: np.ndarray) -> torch.Tensor:
@@ -146,6 +157,49 @@ def test_after_its_round_a_run_goes_on_from_it(desk: Desk, monkeypatch: pytest.M
         (published,) = compress(recipe(desk), Display())
     made = load_file(Path(published.uri) / "model.safetensors")
     assert made["model.norm.weight"].tolist() == [1.0] * 24
+
+
+def narrowed(
+    model: Path, out: Path, kind: type[LocalWorkers], windows: np.ndarray, weights: Any = "resident"
+) -> narrowing.Narrowed:
+    source = Source.find(str(model), None)
+    dense = source.stack()
+    cluster = Cluster(engine="local", weights=weights)
+    setup = Setup(source, dense, cluster, importance=Importance(batch=2))
+    with kind(setup) as workers:
+        return narrowing.Narrowing(dense, Width(32, 24), str(out)).on(workers, windows)
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+def test_replicas_and_their_order_change_no_bit(weights: str, desk: Desk, tmp_path: Path) -> None:
+    windows = np.random.default_rng(0).integers(3, 90, (13, LENGTH)).astype(np.int32)
+    one = narrowed(desk.model, tmp_path / "one", LocalWorkers, windows)
+    several = narrowed(desk.model, tmp_path / "several", Backwards, windows, weights)
+    assert [*one.files.values()] == [*several.files.values()]
+    assert one.to_record() == several.to_record()
+    if weights == "streamed":
+        whole = sum(
+            ref.end - ref.begin
+            for block in Source.find(str(desk.model), None).stack().blocks
+            for ref in block.weights.values()
+        )
+        assert several.bytes_read == 3 * whole, "each replica reads once, whatever the pieces"
+
+
+def test_padding_counts_nowhere(desk: Desk, tmp_path: Path) -> None:
+    """Windows of which the second half is padding have the axes of their first halves."""
+    windows = np.random.default_rng(1).integers(3, 90, (6, LENGTH)).astype(np.int32)
+    short = windows.copy()[:, : LENGTH // 2]
+    windows[:, LENGTH // 2 :] = PADDING
+    padded = narrowed(desk.model, tmp_path / "padded", LocalWorkers, windows)
+    alone = narrowed(desk.model, tmp_path / "alone", LocalWorkers, short)
+    assert padded.kept == pytest.approx(alone.kept, rel=1e-6)
+    one, other = (
+        load_file(next(uri for uri in found.files if "block-002" in uri))
+        for found in (padded, alone)
+    )
+    for name, value in one.items():  # attention to 12 places adds in another order than to 6
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(
