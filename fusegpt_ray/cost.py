@@ -17,9 +17,8 @@ from typing import Any
 
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
-from fusegpt_ray.fusion.width import Width
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import attention_heads, matrices
+from fusegpt_ray.matrices import attention_heads, matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
@@ -138,7 +137,8 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     if width:
         walked = recipe.calibration.windows * len(dense)
         stages.append(Stage("states", walked, walked * flops))
-        stages.append(Stage("repair", 0, _slicing_flops(recipe, dense, width)))
+        tokens = recipe.calibration.windows * length
+        stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
@@ -148,31 +148,14 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
-    published = {t.name: _published_bytes(dense, source, t) for t in targets}
+    published = {
+        t.name: narrowed_bytes(dense, t.width.share)
+        if t.width
+        else source - t.remove * sum(blocks) // len(blocks)
+        for t in targets
+    }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
-
-
-def _published_bytes(dense: Stack, source: int, target: Target) -> int:
-    """Of a model's tensors; of a narrower one all, and its head, which is no longer the embedding,
-    but for what stays as it is: biases and norms within heads.
-    """
-    if target.width is None:
-        blocks = [_bytes(block.weights) for block in dense.blocks]
-        return source - target.remove * sum(blocks) // len(blocks)
-    trunk = sorted(ref.end - ref.begin for ref in dense.trunk.values())
-    head = trunk[-1] if len(trunk) == 2 else 0  # of an embedding and a norm
-    return (source + head) * target.width.kept // target.width.dense
-
-
-def _slicing_flops(recipe: Recipe, dense: Stack, width: Width) -> int:
-    """In float64: the covariance of what enters two norms a block and the last one, its axes (some
-    9 D³), and the rotation of all tensors.
-    """
-    hidden = width.dense
-    rows = recipe.calibration.windows * recipe.calibration.length * (2 * len(dense) + 1)
-    tensors = sum(elements(block.weights) for block in dense.blocks) + 2 * elements(dense.trunk)
-    return 2 * rows * hidden**2 + 9 * hidden**3 + 2 * tensors * width.kept
 
 
 def block_flops(dense: Stack, length: int) -> int:
@@ -349,21 +332,17 @@ def _evaluation(
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
     is published and with its blocks dropped only.
     """
-    blocks = len(dense) + sum(2 * (len(dense) - target.remove) for target in targets)
-    narrowed = [target.width for target in targets if target.width]
     done = flops = 0
     for text in texts:
         assert text.windows, "its number is given"
         length = text.length_or(recipe.calibration.length)
-        if narrowed:  # it drops nothing, and its matrices are smaller
-            matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
-            share = len(dense) * text.windows
-            done += share * (1 + len(narrowed))
-            flops += share * (matrix + attention)
-            flops += sum(int(share * (matrix * w.share + attention)) for w in narrowed)
-            continue
-        windows = text.windows * blocks
-        done, flops = done + windows, flops + windows * block_flops(dense, length)
+        matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
+        for target in (None, *targets):
+            width = target and target.width  # a narrower model drops nothing beside it
+            models = 1 if target is None or width else 2
+            walked = text.windows * models * (len(dense) - (target.remove if target else 0))
+            done += walked
+            flops += int(walked * (matrix * (width.share if width else 1) + attention))
     return Stage("evaluation", done, flops)
 
 
