@@ -26,6 +26,7 @@ from fusegpt_ray.plan import plan
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.status import status
 from fusegpt_ray.samples import PADDING
 from fusegpt_ray.sections import Cluster, Importance
 from fusegpt_ray.workers.base import Setup
@@ -106,6 +107,8 @@ def test_what_is_published_is_the_dense_model_on_projected_states(
     assert published.manifest["width"]["kept"] == 24 and published.manifest["removed"] == []
     card = (Path(published.uri) / "README.md").read_text()
     assert "hidden size 32 → 24" in card and "width-pruning" in card
+    (model,) = status(str(desk.out))["models"]
+    assert model["width"] == published.manifest["width"] and model["blocks"] == 5
     assert "blocks removed" not in card and "dropped" not in card
 
 
