@@ -21,7 +21,7 @@ from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
 Fusing = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
-Compared = Literal["sleb", "shortgpt", "angular", "last", "random", "slicegpt"]
+Compared = Literal["sleb", "shortgpt", "angular", "slicegpt", "last", "random"]
 Method = Literal[Fusing, Compared]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
