@@ -33,6 +33,7 @@ from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
@@ -211,11 +212,11 @@ class Compression:
             self.shared,
             self._measuring | drawn,
         )
-        done = rounds.up_to([target.remove for target in missing])
+        done = rounds.up_to([target.rounds for target in missing])
         published = {}
         for target in missing:
-            healed = self._heal(target, done[: target.remove], journal)
-            stages = self._stages(done[: target.remove], healed, journal)
+            healed = self._heal(target, done[: target.rounds], journal)
+            stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.name, show.say, recipe.output.report, events)
@@ -226,7 +227,7 @@ class Compression:
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
-                    searched | self._facts(target, done[: target.remove], healed),
+                    searched | self._facts(target, done[: target.rounds], healed),
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
@@ -259,6 +260,8 @@ class Compression:
         """The model on its way, by what `text.protocol.STAGES` calls it."""
         recipe, last = self.plan.recipe, rounds[-1]
         stages = {"healed": healed.stack} if healed else {}
+        if METHOD_SPECS[recipe.method].narrows:
+            return {"sliced": last.stack, **stages}
         if not recipe.trains_groups and recipe.repairs:
             return {"repaired": last.stack, **stages}
         if healed and not recipe.trains_groups:  # dropped is all that it was
@@ -328,7 +331,8 @@ class Compression:
             "sparsity": target.sparsity,
             "recipe": recipe.model_dump(mode="json"),
             "calibration": self.windows.protocol,
-            "removed": [record["removed"] for record in records],
+            "removed": [record["removed"] for record in records if "removed" in record],
+            **({"width": width} if (width := records[-1].get("width")) else {}),
             "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
             "rounds": records,
             "fewer_at_once": fewer_at_once(recipe, records),

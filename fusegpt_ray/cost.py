@@ -18,7 +18,7 @@ from typing import Any
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import attention_heads, matrices
+from fusegpt_ray.matrices import attention_heads, matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
@@ -109,6 +109,7 @@ def processes(stage: str, cluster: Cluster) -> int:
 def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     """The cost of publishing these targets."""
     rounds, length = targets[-1].remove, recipe.calibration.length
+    width = targets[-1].width
     depths = [len(dense) - done for done in range(rounds)]
     flops = block_flops(dense, length)
     stages = []
@@ -119,7 +120,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     elif (choice := METHOD_SPECS[recipe.method].choice) == "run":
         walked = recipe.importance.windows * len(dense)
         stages.append(Stage("scoring", walked, walked * flops))
-    elif choice != "unseen":
+    elif choice not in ("unseen", "none"):
         scored = depths[:1] if choice == "once" else depths
         stages.append(_scoring(recipe.importance, dense, scored, length))
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
@@ -133,6 +134,11 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("states", walked, walked * flops))
     if recipe.repairs:
         stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
+    if width:
+        walked = recipe.calibration.windows * len(dense)
+        stages.append(Stage("states", walked, walked * flops))
+        tokens = recipe.calibration.windows * length
+        stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
@@ -142,7 +148,12 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
-    published = {t.name: source - t.remove * sum(blocks) // len(blocks) for t in targets}
+    published = {
+        t.name: narrowed_bytes(dense, t.width.share)
+        if t.width
+        else source - t.remove * sum(blocks) // len(blocks)
+        for t in targets
+    }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
 
@@ -321,12 +332,17 @@ def _evaluation(
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
     is published and with its blocks dropped only.
     """
-    blocks = len(dense) + sum(2 * (len(dense) - target.remove) for target in targets)
     done = flops = 0
     for text in texts:
         assert text.windows, "its number is given"
-        windows, length = text.windows * blocks, text.length_or(recipe.calibration.length)
-        done, flops = done + windows, flops + windows * block_flops(dense, length)
+        length = text.length_or(recipe.calibration.length)
+        matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
+        for target in (None, *targets):
+            width = target and target.width  # a narrower model drops nothing beside it
+            models = 1 if target is None or width else 2
+            walked = text.windows * models * (len(dense) - (target.remove if target else 0))
+            done += walked
+            flops += int(walked * (matrix * (width.share if width else 1) + attention))
     return Stage("evaluation", done, flops)
 
 

@@ -129,8 +129,8 @@ def _compare(runner: Runner, folder: str, dense: Stack, windows: Batch) -> Plain
 
 
 def _prove(runner: Runner, published: Stack, folder: str, stack: Stack, windows: Batch) -> Proof:
-    there = runner.for_trunk_of(published)
-    return prove_here(published, folder, stack, runner, there, as_rows(windows))
+    here, there = runner.for_trunk_of(stack), runner.for_trunk_of(published)
+    return prove_here(published, folder, stack, here, there, as_rows(windows))
 
 
 def _split(windows: Batch, batch_size: int, pieces: int) -> list[Batch]:

@@ -83,7 +83,11 @@ class Judge:
         *before, last = stages
         windows = self.held_out[name]
         this = evaluation.perplexity(self.workers, published, windows.tokens_WT)
-        dropped = self.dense.drop(*set(self.dense.kept) - set(stages[last].kept))
+        gone = set(self.dense.kept) - set(stages[last].kept)
+        if not gone:  # it is narrower instead
+            row = {stage: self._of(stages[stage], windows) for stage in before}
+            return {"dense": self._dense[name], **row, last: this, **windows.protocol}
+        dropped = self.dense.drop(*gone)
         plain = this
         if stages[last] != dropped:
             plain = self._of_dense_blocks(dropped, windows.tokens_WT)

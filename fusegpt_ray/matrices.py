@@ -115,3 +115,26 @@ def attention_heads(dense: Stack) -> tuple[int, int]:
     # The usual one, where blocks have others.
     head_dim = config.to_dict().get("head_dim")
     return heads, head_dim or config.hidden_size // heads
+
+
+def slicing_flops(dense: Stack, tokens: int, kept: int) -> int:
+    """In float64, of a stack that is made as narrow as that: the covariance of what enters two
+    norms a block and the last one, its axes (some 9 D³), and the rotation of all tensors.
+    """
+    hidden = int(read_config(dense.config).get_text_config().hidden_size)
+    refs = [*dense.trunk.values(), *dense.trunk.values()]  # the embedding is the head, too
+    refs += [ref for block in dense.blocks for ref in block.weights.values()]
+    rotated = sum(prod(ref.shape) for ref in refs)
+    norms = 2 * len(dense) + 1
+    return 2 * norms * tokens * hidden**2 + 9 * hidden**3 + 2 * rotated * kept
+
+
+def narrowed_bytes(dense: Stack, share: float) -> int:
+    """Of all tensors if the hidden size becomes that share of what it is; a head that was the
+    embedding is stored then. What is no wider for it, such as a norm within heads, is counted as if
+    it were.
+    """
+    trunk = sorted(ref.end - ref.begin for ref in dense.trunk.values())
+    head = trunk[-1] if len(trunk) == 2 else 0  # of an embedding and a norm
+    blocks = sum(ref.end - ref.begin for block in dense.blocks for ref in block.weights.values())
+    return round((sum(trunk) + head + blocks) * share)

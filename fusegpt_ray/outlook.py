@@ -26,6 +26,7 @@ from fusegpt_ray.model.memory import device_bytes
 from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.rates import GPUS, RATES, known_gpu
+from fusegpt_ray.specs import METHOD_SPECS
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,15 @@ class Device:
 def outlook(
     plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
-    "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
-    "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"}
-    …], "storage": [{"what", "bytes"} …]}.
+    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "width", "bytes"}
+    …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"}
+    …], "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room", "fits",
+    "advice"} …], "storage": [{"what", "bytes"} …]}.
 
-    "seconds" are those of computing alone, and None where the device's rates are not known.
-    "price" is that of all GPUs for so long, by `cluster.gpu_hour_price`, and None where that or the
-    time is not known, or there is no GPU.
+    "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
+    computing alone, and None where the device's rates are not known. "price" is that of all GPUs
+    for so long, by `cluster.gpu_hour_price`, and None where that or the time is not known, or there
+    is no GPU.
 
     Args:
         measured: the device's rates, where they were probed; None: what `rates.py` has.
@@ -78,6 +80,7 @@ def outlook(
             "name": target.name,
             "removes": target.remove,
             "blocks": len(dense) - target.remove,
+            "width": target.width.kept if target.width else None,
             "bytes": cost.published_bytes[target.name],
         }
         for target in plan.targets
@@ -113,6 +116,9 @@ def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     if recipe.trains_groups:
         saved = plan.rounds * min(recipe.fusion.group_size, len(dense)) * block
         yield {"what": "blocks written to the output in all rounds", "bytes": saved}
+    if METHOD_SPECS[recipe.method].narrows:
+        written = max(cost.published_bytes.values())
+        yield {"what": "sliced tensors written to the output", "bytes": written}
     if recipe.heal:
         healed = sum(len(dense) - target.remove for target in plan.targets) * block
         yield {"what": "blocks written by healing", "bytes": healed}
@@ -123,7 +129,9 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     """By the formulas of `footprint.py`, for each kind of process."""
     recipe, dense, room = plan.recipe, plan.model.stack, device.memory
     dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    most, least = (len(dense) - remove for remove in (plan.targets[0].remove, plan.rounds))
+    most, least = (
+        len(dense) - remove for remove in (plan.targets[0].remove, plan.targets[-1].remove)
+    )
 
     def row(what: str, needed: int, advice: str) -> dict[str, Any]:
         fits = needed <= room

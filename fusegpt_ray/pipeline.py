@@ -38,7 +38,9 @@ def compress(
     """
     with display or Display() as show:
         planned = plan(recipe, show, restart)
-        blocks = f"{len(planned.model.stack)} blocks, {planned.rounds} to remove"
+        last = planned.targets[-1]
+        goes = last.width.in_words() if last.width else f"{last.remove} to remove"
+        blocks = f"{len(planned.model.stack)} blocks, {goes}"
         show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
         show.say(planned.cost.in_words())
         if limits := planned.removable.in_words():

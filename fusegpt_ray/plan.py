@@ -113,8 +113,8 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """How many blocks the smallest of the models loses."""
-        return self.targets[-1].remove
+        """After how many the smallest of the models is made: as many as it loses blocks, or one."""
+        return self.targets[-1].rounds
 
 
 def plan(
@@ -194,7 +194,7 @@ def _planned(
         return None
     source, structure = there
     check(check_images, source, recipe.keys_of_images)
-    targets = check(plan_targets, recipe, len(structure.blocks))
+    targets = check(plan_targets, recipe, len(structure.blocks), source.config())
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe
     if recipe.heal and recipe.heal.train == "all" and recipe.heal.rank != Heal().rank:
@@ -209,7 +209,8 @@ def _planned(
     if not targets:
         return None
     removes = [target.remove for target in targets]
-    removable = check(rehearse, model.stack, structure, removes)
+    # What becomes narrower keeps its depth, and `check_width` has built what comes of it.
+    removable = check(rehearse, model.stack, structure, removes) if any(removes) else ANY
     if removable is not None:
         check(_check_search, recipe, removable)
     if check.found or leading is None or removable is None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fusegpt_ray.errors import StorageError, UserError, blaming, reading_users_file
 from fusegpt_ray.fusion.compensation import (
@@ -16,6 +17,7 @@ from fusegpt_ray.fusion.compensation import (
     needed_windows,
 )
 from fusegpt_ray.fusion.student import all_layers
+from fusegpt_ray.fusion.width import Width, check_width
 from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
@@ -24,6 +26,7 @@ from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.samples import Batch, tokens_of
+from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
 from fusegpt_ray.text.images import check_pillow
@@ -37,6 +40,13 @@ class Target:
     remove: int
     """Blocks removed in it."""
     folder: str
+    width: Width | None = None
+    """Its hidden size, where that is what becomes smaller."""
+
+    @property
+    def rounds(self) -> int:
+        """After how many it is made."""
+        return 1 if self.width else self.remove
 
     @property
     def name(self) -> str:
@@ -184,12 +194,19 @@ def check_tokens(source: Source, dense: Stack, *texts: Batch) -> None:
         )
 
 
-def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
+def plan_targets(recipe: Recipe, depth: int, raw: Mapping[str, Any]) -> list[Target]:
     """The models this recipe publishes, the lightest compression first.
 
+    Args:
+        raw: the dense model's config.json.
+
     Raises:
-        UserError: a sparsity leaves fewer than two blocks.
+        UserError: a sparsity leaves fewer than two blocks; or the model, which is to become
+            narrower, cannot.
     """
+    if METHOD_SPECS[recipe.method].narrows:
+        widths = {sparsity: check_width(raw, sparsity) for sparsity in recipe.sparsity}
+        return [Target(s, 0, _folder(recipe, s), width) for s, width in widths.items()]
     targets = []
     for sparsity in sorted(recipe.sparsity):
         remove = blocks_to_remove(depth, sparsity)
@@ -201,11 +218,13 @@ def plan_targets(recipe: Recipe, depth: int) -> list[Target]:
                 problem,
                 f"use at most {(depth - 2) / depth:.2f}: two blocks must stay",
             )
-        folder = storage.join(
-            storage.absolute(recipe.output.uri), f"{recipe.output.name}-p{percent(sparsity)}"
-        )
-        targets.append(Target(sparsity, remove, folder))
+        targets.append(Target(sparsity, remove, _folder(recipe, sparsity)))
     return targets
+
+
+def _folder(recipe: Recipe, sparsity: float) -> str:
+    name = f"{recipe.output.name}-p{percent(sparsity)}"
+    return storage.join(storage.absolute(recipe.output.uri), name)
 
 
 def check_output(

@@ -45,8 +45,8 @@ class Recipe(Section):
 
     model: Model
     sparsity: Annotated[tuple[float, ...], BeforeValidator(one_or_many)] = (0.25,)
-    """Fraction of the blocks to remove, in (0, 1); several publish one model each from a single
-    run."""
+    """Fraction of the blocks to remove, in (0, 1), with method `slicegpt` of the hidden size;
+    several publish one model each from a single run."""
     preset: Preset = "best"
     """Fills in what the recipe leaves out of `fusion`, and with method `fusegpt` also `heal`.
     `best`: short rounds, then healing, as measured best here. `rounds`: longer ones, and no
@@ -55,7 +55,8 @@ class Recipe(Section):
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune. These
     choose by `importance`; the others are to compare with, choose as published, and drop only:
-    `shortgpt`, `sleb`, `angular`, and the controls `last` and `random`."""
+    `shortgpt`, `sleb`, `angular`, and the controls `last` and `random`. `slicegpt` makes the
+    hidden size smaller instead, in closed form."""
     seed: Seed = 0
     """Initial values of everything that learns, and what method `random` draws."""
     calibration: Calibration
@@ -92,7 +93,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         checks = [self._between_keys, self._search_fits, self._start_fits]
-        checks += [self._choice_fits, self._documents_fit]
+        checks += [self._choice_fits, self._width_fits, self._documents_fit]
         if found := [mistake for check in checks for mistake in check()]:
             raise Several(found)
         return self
@@ -169,8 +170,15 @@ class Recipe(Section):
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
             yield UserError("importance.metric", metric, problem, fix)
         if not spec.nested and len(self.sparsity) > 1:
-            problem = f"method {self.method} chooses other blocks for each of them"
+            what = "makes another model" if spec.narrows else "chooses other blocks"
+            problem = f"method {self.method} {what} for each of them"
             yield UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
+
+    def _width_fits(self) -> Iterator[UserError]:
+        if METHOD_SPECS[self.method].narrows and self.heal:
+            problem = f"what method {self.method} makes is narrower than the dense model, and"
+            problem += " healing is between models of one width"
+            yield UserError("heal", "given", problem, "leave heal out")
 
     def _documents_fit(self) -> Iterator[UserError]:
         healing = self.heal.parts if self.heal and self.heal.data else ()

@@ -166,12 +166,12 @@ class Display(_Live):
         self, number: int, rounds: int, record: Mapping[str, Any], bytes_written: int
     ) -> None:
         """`record`: what the manifest will tell of it; see `rounds.py`."""
-        told = ("removed", "group", "losses", "states_bytes_read", "seconds")
+        told = ("removed", "width", "group", "losses", "states_bytes_read", "seconds")
         self.tell(
             "round",
             round=number,
             rounds=rounds,
-            **{key: record[key] for key in told},
+            **{key: record[key] for key in told if key in record},
             bytes_written=bytes_written,
             retries=self._new_retries(),
         )
@@ -208,9 +208,10 @@ class Display(_Live):
         for name, perplexity in found:
             for data, row in perplexity.items():
                 protocols[f"{data}: {described(row)}"] = None
-                harm = row["dropped"] - row["dense"]
-                undone = f"{(row['dropped'] - row[shown[-1]]) / harm:.0%}" if harm > 0 else "–"
-                values = (f"{row[stage]:.2f}" for stage in shown)
+                dropped, last = row.get("dropped"), row[stages([row])[-1]]
+                harm = 0.0 if dropped is None else dropped - row["dense"]
+                undone = f"{(dropped - last) / harm:.0%}" if harm > 0 else "–"
+                values = (f"{row[stage]:.2f}" if stage in row else "–" for stage in shown)
                 table.add_row(name, data, *values, undone)
         if table.row_count:
             self.console.print(table)

@@ -61,7 +61,7 @@ class Rounds:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
-            scored = 0 if self.order else len(self.dense) - len(done)
+            scored = 0 if self.order or self._whole else len(self.dense) - len(done)
             self.show.round_begins(number, total, scored)
             try:
                 done.append(self._round(number, done, total))
@@ -81,7 +81,7 @@ class Rounds:
     def _round(self, number: int, before: list[Done], total: int) -> Done:
         stack = before[-1].stack if before else self.dense
         score_seconds, ranking = 0.0, None
-        if self.order is None:
+        if self.order is None and not self._whole:
             score_seconds, ranking = self._score(
                 number,
                 stack,
@@ -92,7 +92,7 @@ class Rounds:
             told = {"lowest": ranking.lowest, **ranking.to_record(), "seconds": score_seconds}
             self.show.tell("scores", round=number, metric=self.recipe.chosen_by, **told)
         donor = ranking.lowest if ranking else self._next(before)
-        assert self.removable.allows([donor], stack.kept), (donor, self.removable)
+        assert donor is None or self.removable.allows([donor], stack.kept), (donor, self.removable)
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
             change = METHODS[self.recipe.method].change(
@@ -113,7 +113,8 @@ class Rounds:
             )
         losses = list(change.losses)
         record = {
-            "removed": donor,
+            **({} if donor is None else {"removed": donor}),
+            **({"width": dict(change.width)} if change.width else {}),
             **(ranking.to_record() if ranking else {}),
             "group": list(change.group),
             **({"repair": dict(change.repair)} if change.repair else {}),
@@ -138,7 +139,15 @@ class Rounds:
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, change.stack, change.files)
 
-    def _next(self, before: Sequence[Done]) -> int:
+    @property
+    def _whole(self) -> bool:
+        """Whether no block goes, and one round changes the whole stack."""
+        return METHODS[self.recipe.method].choose is None
+
+    def _next(self, before: Sequence[Done]) -> int | None:
+        """The dense number of the next block to remove, of those that are chosen already."""
+        if self._whole:
+            return None
         assert self.order is not None
         gone = [done.record["removed"] for done in before]
         assert gone == list(self.order[: len(gone)]), (gone, self.order)
@@ -164,9 +173,12 @@ class Rounds:
         windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
         asked = Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
 
+        choose = METHODS[self.recipe.method].choose
+        assert choose is not None
+
         def measure() -> dict[str, Any]:
             with self._explained(trained=number > 1):
-                ranking = METHODS[self.recipe.method].choose(asked)
+                ranking = choose(asked)
             seconds = round(time.monotonic() - began, 3)
             return {"seconds": seconds, "ranking": ranking.to_record()}
 

@@ -21,9 +21,9 @@ from fusegpt_ray.specs import (
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
-Method = Literal[
-    "mi", "mi+linear", "mi+ft", "fusegpt", "sleb", "shortgpt", "angular", "last", "random"
-]
+Fusing = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
+Compared = Literal["sleb", "shortgpt", "angular", "slicegpt", "last", "random"]
+Method = Literal[Fusing, Compared]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]

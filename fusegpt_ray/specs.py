@@ -10,9 +10,9 @@ Counting = Literal["all", "text", "image"]
 """Which tokens count in a score."""
 
 
-Choice = Literal["each_round", "once", "run", "unseen"]
+Choice = Literal["each_round", "once", "run", "unseen", "none"]
 """How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
-so many consecutive blocks; or without looking at the model."""
+so many consecutive blocks; without looking at the model; or not at all, as none goes."""
 
 
 class MethodSpec(NamedTuple):
@@ -39,8 +39,13 @@ class MethodSpec(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether the blocks of a lower sparsity are among those of a higher one."""
-        return self.choice != "run"
+        """Whether a model of a lower sparsity is on the way to that of a higher one."""
+        return self.choice not in ("run", "none")
+
+    @property
+    def narrows(self) -> bool:
+        """Whether it makes a model narrower, not shallower."""
+        return self.choice == "none"
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -98,6 +103,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         fuses=False,
         choice="unseen",
         chosen_by="drawn number",
+    ),
+    "slicegpt": MethodSpec(
+        "its norms folded, its residual stream rotated to the principal axes of its states, and the"
+        " last of these sliced off, nothing trained (SliceGPT, with one rotation for all blocks)",
+        trains=False,
+        fuses=False,
+        choice="none",
+        chosen_by="variance along an axis",
     ),
 }
 

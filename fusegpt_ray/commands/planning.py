@@ -143,7 +143,10 @@ def _show(result: dict[str, Any]) -> None:
     say(f"{byte_count(result['source_bytes'])}; method {result['method']}")
     for target in result["targets"]:
         become = f"{target['blocks']} blocks, {byte_count(target['bytes'])}"
-        say(f"  {target['name']}: {target['removes']} blocks go, {become} stay")
+        goes = f"{target['removes']} blocks go"
+        if target["width"]:
+            goes = f"the hidden size becomes {target['width']}"
+        say(f"  {target['name']}: {goes}, {become} stay")
     timed = result["seconds"] is not None
     work = Table("stage", "block-forwards", "FLOP", "share", *["time"] * timed)
     for column in work.columns[1:]:

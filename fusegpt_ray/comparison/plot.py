@@ -91,7 +91,7 @@ def _drawn(
                 "sparsity:Q",
                 axis=alt.Axis(values=ticks, format=".3~%", labelOverlap=True, grid=True),
                 scale=alt.Scale(domain=[0, max(ticks)], nice=False, padding=8),
-                title="blocks removed",
+                title="share of depth or width removed",
             ),
             y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=8)),
             color=alt.Color("method:N", sort=None, scale=scale, legend=legend),

@@ -60,8 +60,8 @@ class Round:
     stack: Stack
     """The model before the round."""
     dense: Stack
-    donor: int
-    """Dense number of the block to remove."""
+    chosen: int | None
+    """Dense number of the block to remove; None where the method chooses none."""
     windows: Batch
     """Of the calibration text."""
     origin: str
@@ -73,6 +73,12 @@ class Round:
     fence: Callable[[], None]
     """Called before every write; raises if another run writes here."""
     show: Display
+
+    @property
+    def donor(self) -> int:
+        """Dense number of the block to remove, of a method that chooses one."""
+        assert self.chosen is not None
+        return self.chosen
 
 
 @dataclass(frozen=True)
@@ -96,16 +102,18 @@ class Change:
     train_seconds: float = 0.0
     repair: Mapping[str, Any] | None = None
     """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
+    width: Mapping[str, Any] | None = None
+    """What it tells of another width (see `fusion.narrowing.Narrowed`)."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make a model shallower: how the block to remove is chosen, and what happens
+    """One way to make a model smaller: how the block to remove is chosen, and what happens
     then."""
 
     name: str
     """In the recipe; `specs.METHOD_SPECS` has what is known of it without its code."""
-    choose: Choose
-    """Finds the block to remove."""
+    choose: Choose | None
+    """Finds the block to remove; None: no block goes, and one round changes the whole stack."""
     change: Callable[[Round], Change]
     """What happens to the stack then."""

@@ -1,5 +1,5 @@
-"""A model's depth as data: an immutable list of block references over one trunk. No weights, only
-where they are.
+"""A model's depth and width as data: an immutable list of block references over one trunk. No
+weights, only where they are.
 
 Every step of a run takes a stack and gives a stack; a stack is small JSON, so that it can be
 committed, sent and resumed from. A block is named by its number in the dense model, which it keeps;
@@ -82,7 +82,7 @@ class Stack:
     """
 
     config: Mapping[str, Any]
-    """The dense checkpoint's config.json, as it is."""
+    """The dense checkpoint's config.json, as it is; once `slice` was called, with its width."""
     prefix: str
     """What stands before a block's number in the checkpoint's tensor names, such as
     `model.layers.`."""
@@ -114,6 +114,16 @@ class Stack:
         """With the blocks of these dense numbers replaced."""
         assert set(blocks) <= set(self.kept), (set(blocks), self.kept)
         return replace(self, blocks=tuple(blocks.get(block.dense, block) for block in self.blocks))
+
+    def slice(self, config: Mapping[str, Any], trunk: Refs, weights: Mapping[int, Refs]) -> Stack:
+        """With another width: a config.json of the same depth, the trunk, and by dense number the
+        tensors of all blocks, each under the names that it had.
+        """
+        assert {*weights} == {*self.kept}, (set(weights), self.kept)
+        for block in self.blocks:
+            assert weights[block.dense].keys() == block.weights.keys(), block.dense
+        blocks = tuple(Block(block.dense, weights[block.dense]) for block in self.blocks)
+        return replace(self, config=config, trunk=trunk, blocks=blocks, ignored=())
 
     def to_json(self) -> dict[str, Any]:
         return {

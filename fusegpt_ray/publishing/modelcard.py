@@ -37,16 +37,15 @@ def model_card(
         header(name, manifest, auto_class),
         f"# {name}",
         "",
-        (
-            f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
-            f" decoder blocks removed: {about}."
-        ),
+        f"{source['name']}{revision} with {_smaller(manifest)}: {about}.",
         "",
         *_measured(manifest),
         "",
         *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
-        f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
     ]
+    if removed:
+        numbers = ", ".join(map(str, removed))
+        lines.append(f"Blocks removed, in order (numbers in the dense model): {numbers}.")
     lines += _search(manifest)
     lines += [line for file, title in pictures.items() for line in ("", f"![{title}]({file})")]
     if less := manifest.get("fewer_at_once"):
@@ -111,7 +110,7 @@ def _use(auto_class: str) -> list[str]:
     return [
         "## Use it",
         "",
-        f"An ordinary checkpoint with fewer layers; no custom code. `{FOLDER}` is where it is, or",
+        f"An ordinary checkpoint, only smaller; no custom code. `{FOLDER}` is where it is, or",
         "the name of its repository on the hub.",
         "",
         "```python",
@@ -159,6 +158,14 @@ def _licence(manifest: Mapping[str, Any]) -> str:
     link = said.get("license_link")
     named = f"[{name}]({link})" if isinstance(link, str) else name
     return f"That of {manifest['source']['name']}: {named}."
+
+
+def _smaller(manifest: Mapping[str, Any]) -> str:
+    """What it has less of."""
+    if width := manifest.get("width"):
+        sizes = f"{width['dense']} → {width['kept']}"
+        return f"hidden size {sizes} and all of its {manifest['dense_blocks']} decoder blocks"
+    return f"{len(manifest['removed'])} of its {manifest['dense_blocks']} decoder blocks removed"
 
 
 def _which(manifest: Mapping[str, Any]) -> str:

@@ -140,14 +140,14 @@ class _FiniteWatch:
 # --- 2. names, shapes, ties ---
 
 
-def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> Stack:
+def open_published(folder: str, entries: Mapping[str, Entry], sent: Stack) -> Stack:
     """The published checkpoint's stack, read from its own config.json and headers; `entries`: the
     tensors it should hold, by name.
 
     Raises:
         ProofError: a tensor is missing, empty, extra, or has another shape or dtype;
         `from_pretrained` would miss a weight; or other
-            weights are tied than in the dense model.
+            weights are tied than in the stack that was sent.
     """
     source = Source.find(folder, None, KEY)
     try:
@@ -166,7 +166,7 @@ def open_published(folder: str, entries: Mapping[str, Entry], dense: Stack) -> S
     except UserError as error:
         raise ProofError(f"{folder}: {error.value}: {error.problem}") from error
     # By its config.json alone: not every loader looks at the tensors.
-    found, expected = set(build_skeleton(stack.config).all_tied_weights_keys), tied(dense)
+    found, expected = set(build_skeleton(stack.config).all_tied_weights_keys), tied(sent)
     if found != expected:
         names = ", ".join(sorted(found ^ expected))
         raise ProofError(

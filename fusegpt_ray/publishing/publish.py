@@ -104,7 +104,7 @@ def publish(
     put("config.json", (json.dumps(config, indent=2) + "\n").encode())
     for file in source.small_files:
         put(file, without_code(file, storage.read(storage.join(source.folder, file))))
-    measured = measure(open_published(folder, {entry.name: entry for entry in entries}, dense))
+    measured = measure(open_published(folder, {entry.name: entry for entry in entries}, stack))
     told = {**facts, **measured, "publishing": publishing}
     manifest: dict[str, Any] = {"format": 1, **told, **_about(stack, dense, source)}
     extras = illustrate(manifest)

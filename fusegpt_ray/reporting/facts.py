@@ -48,6 +48,7 @@ class Perplexity(Protocol):
     dropped: float | None = None
     repaired: float | None = None
     fused: float | None = None
+    sliced: float | None = None
     healed: float | None = None
 
     @property
@@ -90,6 +91,13 @@ class Round(_Part):
         """The blocks that took over from the removed one."""
         changed = [*self.group, *([self.repair.block] if self.repair else [])]
         return sorted({*changed} - {self.removed})
+
+
+class Width(_Part):
+    """A hidden size, before and after."""
+
+    dense: int
+    kept: int
 
 
 class Healing(_Part):
@@ -158,6 +166,8 @@ class Facts(_Part):
     arithmetic: str = ""
     recipe: dict[str, Any]
     dense_blocks: NonNegativeInt | None = None
+    width: Width | None = None
+    """Of a model that became narrower."""
     bytes: int | None = None
     """Of the published model's weights."""
     planned: list[Planned] = []

@@ -117,6 +117,8 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
     if found.dense_blocks:
         blocks += f" → {found.dense_blocks - len(found.removed)}"
     told = [("blocks", blocks), ("method", found.method)]
+    if found.width:
+        told.insert(1, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
     if found.bytes is not None:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):

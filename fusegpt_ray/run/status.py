@@ -47,9 +47,8 @@ def _model(folder: Folder) -> dict[str, Any]:
         manifest = Manifest.read(folder.uri)
     except UserError as error:
         return about | {"problem": error.problem}
-    facts = {
-        key: manifest.data.get(key) for key in ("dense_blocks", "sparsity", "method", "perplexity")
-    }
+    keys = ("dense_blocks", "sparsity", "method", "perplexity", "width")
+    facts = {key: manifest.data.get(key) for key in keys}
     if not _is_sound(facts):
         return about | {"problem": f"{MANIFEST} says nonsense of its sparsity, depth or perplexity"}
     return about | {"blocks": len(manifest.data["kept"]), "bytes": manifest.size, **facts}
@@ -61,6 +60,10 @@ def _is_sound(facts: Mapping[str, Any]) -> bool:
     table = facts["perplexity"] or {}
     if not isinstance(table, dict) or not all(isinstance(row, dict) for row in table.values()):
         return False
+    if (width := facts["width"]) is not None:
+        if not isinstance(width, dict) or not {"dense", "kept"} <= width.keys():
+            return False
+        numbers += [width["dense"], width["kept"]]
     about = ("data", "bos")
     numbers += [value for row in table.values() for key, value in row.items() if key not in about]
     return all(number is None or type(number) in (int, float) for number in numbers)
@@ -83,7 +86,7 @@ def _run(run: Run) -> dict[str, Any]:
         "rounds": total,
         "rounds_done": len(rounds),
         "epochs_saved": run.epochs_saved,
-        "removed": [record["removed"] for record in rounds],
+        "removed": [record["removed"] for record in rounds if "removed" in record],
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
         "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1)
@@ -125,7 +128,10 @@ def _models(models: list[dict[str, Any]]) -> Table:
     table = Table("model", "blocks", "sparsity", "perplexity on", *shown)
     for model in sound:
         sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
-        about = [model["name"], f"{model['blocks']} of {model['dense_blocks'] or '?'}", sparsity]
+        size = f"{model['blocks']} of {model['dense_blocks'] or '?'}"
+        if width := model["width"]:
+            size += f", width {width['kept']} of {width['dense']}"
+        about = [model["name"], size, sparsity]
         for data, row in (model["perplexity"] or {"–": {}}).items():
             values = (f"{row[stage]:.2f}" if stage in row else "–" for stage in shown)
             table.add_row(*about, data, *values)

@@ -81,7 +81,8 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
                 yield Value("held_out_loss", values["held_out"], of)
         case "round":
             yield Value("round", values["round"])
-            yield Value("removed_block", values["removed"])
+            if "removed" in values:
+                yield Value("removed_block", values["removed"])
             for stage, seconds in values["seconds"].items():
                 yield Value("stage_seconds", seconds, {"stage": stage})
             yield from _moved("round", values["states_bytes_read"], values["bytes_written"])

@@ -55,6 +55,21 @@ def test_stacks_are_json_and_back(checkpoint: Callable[[str], Path]) -> None:
     assert again.blocks[1].terms is None
 
 
+def test_a_sliced_stack_has_other_tensors_everywhere(checkpoint: Callable[[str], Path]) -> None:
+    """And can be dropped from, and is JSON and back, as any other."""
+    dense, other = open_stack(checkpoint("llama")), open_stack(checkpoint("llama-tied"))
+    weights = {block.dense: block.weights for block in other.blocks}
+    stack = dense.slice(other.config, other.trunk, weights)
+    assert (stack.config, stack.trunk, stack.kept) == (other.config, other.trunk, dense.kept)
+    assert stack.blocks == other.blocks and stack.prefix == dense.prefix
+    short = stack.drop(1)
+    assert Stack.from_json(json.loads(json.dumps(short.to_json()))) == short
+    with pytest.raises(AssertionError):
+        short.slice(other.config, other.trunk, weights)
+    with pytest.raises(AssertionError):
+        dense.slice(other.config, other.trunk, {**weights, 0: {}})
+
+
 @pytest.mark.parametrize(
     "step", [lambda stack: stack.drop(9), lambda stack: stack.swap({9: stack.blocks[0]})]
 )
