@@ -256,7 +256,7 @@ class Compression:
         stages = {"healed": healed.stack} if healed else {}
         if not recipe.trains_groups and recipe.repairs:
             return {"repaired": last.stack, **stages}
-        if healed and not recipe.trains_groups:  # dropped is all that it was
+        if healed and not recipe.spec.trains:  # dropped is all that it was
             return stages
         stages = {"fused": last.stack, **stages}
         if recipe.repairs and self.held_out:

@@ -125,9 +125,10 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
     repairs = [target.remove for target in targets] if recipe.evaluation else []
     repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
-    if recipe.trains_groups or recipe.repairs:
+    if recipe.spec.trains or recipe.repairs:
         walked = recipe.calibration.windows * (
-            recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
+            recipe.spec.light * len(dense)
+            + recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
             + sum(sum(depths[:count]) for count in repairs)
         )
         stages.append(Stage("states", walked, walked * flops))
@@ -135,6 +136,9 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("repair", 0, sum(repairs) * _repair_flops(recipe, dense)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
+    if recipe.spec.light:
+        done = recipe.calibration.windows * recipe.fusion.epochs * _passes(recipe)
+        stages.append(Stage("fine-tuning", done, done * flops))
     if heal := recipe.heal:
         kept = [len(dense) - target.remove for target in targets]
         stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
@@ -249,10 +253,15 @@ def _repair_flops(recipe: Recipe, dense: Stack) -> int:
     return 2 * rows * features * (features + outputs) + 2 * fits
 
 
+def _passes(recipe: Recipe) -> int:
+    """Of a window through what is trained: forward and, for two, backward."""
+    return 3 + recipe.cluster.recompute_activations
+
+
 def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -> Stage:
     settings, cluster = recipe.fusion, recipe.cluster
     share = settings.batch // cluster.workers
-    passes = 3 + cluster.recompute_activations  # forward and, for two, backward
+    passes = _passes(recipe)
     if settings.loss == "batch_kl" and (cluster.micro_batch or share) < share:
         passes += 1  # see `microbatch.py`
     windows = recipe.calibration.windows * settings.epochs

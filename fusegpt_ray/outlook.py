@@ -104,8 +104,9 @@ def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
         what = "states on each worker's node, in its memory or in TMPDIR"
         yield {"what": what, "bytes": waiting}
     block = max(map(stored_bytes, ([block] for block in dense.blocks)))
-    if recipe.trains_groups:
-        saved = plan.rounds * min(recipe.fusion.group_size, len(dense)) * block
+    if recipe.spec.trains:
+        group = plan.rounds * min(recipe.fusion.group_size, len(dense))
+        saved = (1 if recipe.spec.light else group) * block
         yield {"what": "blocks written to the output in all rounds", "bytes": saved}
     if recipe.heal:
         healed = sum(len(dense) - target.remove for target in plan.targets) * block
@@ -132,7 +133,7 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     windows, length = recipe.importance.batch, recipe.calibration.length
     scored = replica_bytes(dense, dtype, windows, length)
     yield row("scoring, each replica", scored, "a lower importance.batch needs less")
-    if recipe.trains_groups:
+    if recipe.spec.trains:
         needed = training_bytes(recipe, dense, dtype, plan.rounds)
         needed += activation_bytes(recipe, dense, dtype)
         advice = shortage(recipe, dense, dtype, plan.rounds, room)

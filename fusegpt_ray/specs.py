@@ -24,6 +24,8 @@ class MethodSpec(NamedTuple):
     """Whether something is trained, so that the calibration windows must fill loss batches."""
     fuses: bool
     """Whether its neighbours learn terms of the removed block's weights."""
+    light: bool = False
+    """Whether all that it trains is one block, after the last round."""
     repairs: bool = False
     """Whether it is nothing without a repair in closed form (`fusion.start`)."""
     metric: str | None = None
@@ -31,6 +33,16 @@ class MethodSpec(NamedTuple):
     choice: Choice = "each_round"
     chosen_by: str = ""
     """What is lowest of the block that goes, for people, where it is no importance metric."""
+
+    @property
+    def trains_groups(self) -> bool:
+        """Whether the blocks around each removed one are trained."""
+        return self.trains and not self.light
+
+    @property
+    def does(self) -> str:
+        """All that it does where it neither trains groups nor repairs, for messages."""
+        return "train one block" if self.light else "drop blocks"
 
     @property
     def by_metric(self) -> bool:
@@ -64,6 +76,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         "{blocks} fused into their neighbours (FuseGPT)",
         trains=True,
         fuses=True,
+    ),
+    "streamline": MethodSpec(
+        "a run of consecutive blocks replaced by one block, trained to its output (LLM-Streamline)",
+        trains=True,
+        fuses=False,
+        light=True,
+        choice="run",
+        chosen_by="1 − cosine across its run",
     ),
     "sleb": MethodSpec(
         "{blocks} dropped, nothing trained",

@@ -10,8 +10,20 @@ from fusegpt_ray.methods import (
     random,
     shortgpt,
     sleb,
+    streamline,
 )
 from fusegpt_ray.methods.base import Method
 
-_MODULES = (mi, mi_linear, mi_ft, fusegpt, sleb, shortgpt, angular, last, random)
+_MODULES = (
+    mi,
+    mi_linear,
+    mi_ft,
+    fusegpt,
+    streamline,
+    sleb,
+    shortgpt,
+    angular,
+    last,
+    random,
+)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}

@@ -62,6 +62,8 @@ class Round:
     dense: Stack
     donor: int
     """Dense number of the block to remove."""
+    left: int
+    """How many blocks are still to go, in this round and those after it."""
     windows: Batch
     """Of the calibration text."""
     origin: str
