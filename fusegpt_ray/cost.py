@@ -15,17 +15,20 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fusegpt_ray.flops import attention_flops as attention_flops
+from fusegpt_ray.flops import block_flops, gating_flops, head_flops, healing_flops
+from fusegpt_ray.flops import matrix_flops as matrix_flops
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
+from fusegpt_ray.healing.gates import passes_over
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import attention_heads, matrices
+from fusegpt_ray.matrices import matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.sections import Cluster, Evaluation, Importance
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
 
@@ -116,9 +119,11 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_generating(generated, length, dense))
     if recipe.search:
         stages.append(_search(recipe, dense, depths))
-    elif (choice := METHOD_SPECS[recipe.method].choice) == "run":
+    elif (choice := recipe.spec.choice) == "run":
         walked = recipe.importance.windows * len(dense)
         stages.append(Stage("scoring", walked, walked * flops))
+    elif choice == "gates":
+        stages.append(_gates(recipe, dense))
     elif choice != "unseen":
         scored = depths[:1] if choice == "once" else depths
         stages.append(_scoring(recipe.importance, dense, scored, length))
@@ -149,47 +154,6 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     published = {t.name: source - t.remove * sum(blocks) // len(blocks) for t in targets}
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
-
-
-def block_flops(dense: Stack, length: int) -> int:
-    """Of the average block, for one window of `length` tokens: its matrices (of experts those that
-    a token passes), and the attention of all tokens to all.
-    """
-    return matrix_flops(dense, length) + attention_flops(dense, length)
-
-
-def matrix_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`."""
-    return int(2 * length * matrices(dense, dense.blocks).active_elements / len(dense))
-
-
-def attention_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`; none where no block attends, as in state space models."""
-    heads, width = attention_heads(dense)
-    return 4 * heads * width * length**2
-
-
-def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
-    """Of one window that a model of `kept` blocks is trained on, there and back, the teacher's
-    logits included.
-    """
-    heal, length = recipe.heal, recipe.calibration.length
-    assert heal is not None
-    matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
-    update = 0
-    if heal.train == "lora":
-        one = matrices(dense, dense.blocks)
-        update = int(2 * heal.rank * one.active_sides / len(dense) * length)
-    # Frozen matrices have no gradients of their own.
-    back = 3 * (attention + update) + (2 if update else 3) * matrix
-    again = (matrix + attention + update) * recipe.cluster.recompute_activations
-    return kept * (back + again) + 3 * head_flops(dense, length)
-
-
-def head_flops(dense: Stack, length: int) -> int:
-    """Of the logits of one window."""
-    config = read_config(dense.config).get_text_config()
-    return int(2 * config.hidden_size * config.vocab_size * length)
 
 
 def scored_tokens(settings: Importance, left: int, length: int) -> int:
@@ -285,6 +249,14 @@ def _scoring(
     scored = settings.windows * sum(walks)
     logits = settings.windows * sum(scored_tokens(settings, depth, length) for depth in depths)
     return Stage(name, scored, scored * block_flops(dense, length) + logits * head_flops(dense, 1))
+
+
+def _gates(recipe: Recipe, dense: Stack) -> Stage:
+    """The dense model once, and in each pass all its blocks there and back."""
+    windows, depth, length = recipe.importance.windows, len(dense), recipe.calibration.length
+    learned = windows * passes_over(windows)
+    flops = windows * depth * block_flops(dense, length) + learned * gating_flops(dense, length)
+    return Stage("scoring", (windows + 3 * learned) * depth, flops)
 
 
 def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:

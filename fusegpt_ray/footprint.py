@@ -16,6 +16,7 @@ from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.sections import Heal
 from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4
@@ -133,6 +134,14 @@ def trial_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> 
     """
     alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
     return healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
+
+
+def gating_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
+    """What a replica holds that trains the gates of all blocks, with a single window at once: no
+    more than to heal the dense model by updates of rank 1.
+    """
+    healing = recipe.model_copy(update={"heal": Heal(rank=1)})
+    return trial_bytes(healing, dense, dtype, len(dense))
 
 
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:

@@ -12,6 +12,7 @@ import torch
 
 from fusegpt_ray.footprint import (
     activation_bytes,
+    gating_bytes,
     healing_bytes,
     healing_shortage,
     replica_bytes,
@@ -133,6 +134,9 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     windows, length = recipe.importance.batch, recipe.calibration.length
     scored = replica_bytes(dense, dtype, windows, length)
     yield row("scoring, each replica", scored, "a lower importance.batch needs less")
+    if recipe.spec.choice == "gates":
+        needed, advice = gating_bytes(recipe, dense, dtype), "method: mi needs no gradients"
+        yield row("training the gates, one replica", needed, advice)
     if recipe.spec.trains:
         needed = training_bytes(recipe, dense, dtype, plan.rounds)
         needed += activation_bytes(recipe, dense, dtype)

@@ -55,8 +55,8 @@ class Recipe(Section):
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune. These
     choose by `importance`. `streamline`: one trained block in place of a run of blocks. The others
-    are to compare with, choose as published, and drop only: `shortgpt`, `sleb`, `angular`, and the
-    controls `last` and `random`."""
+    are to compare with, choose as published, and drop only: `shortgpt`, `sleb`, `angular`,
+    `foldgpt`, and the controls `last` and `random`."""
     seed: Seed = 0
     """Initial values of everything that learns, and what method `random` draws."""
     calibration: Calibration

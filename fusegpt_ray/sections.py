@@ -20,7 +20,7 @@ from fusegpt_ray.specs import (
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
-_Dropping = Literal["sleb", "shortgpt", "angular", "last", "random"]
+_Dropping = Literal["sleb", "shortgpt", "angular", "foldgpt", "last", "random"]
 Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt", "streamline", _Dropping]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]

@@ -10,9 +10,9 @@ Counting = Literal["all", "text", "image"]
 """Which tokens count in a score."""
 
 
-Choice = Literal["each_round", "once", "run", "unseen"]
+Choice = Literal["each_round", "once", "run", "gates", "unseen"]
 """How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
-so many consecutive blocks; or without looking at the model."""
+so many consecutive blocks; by gates that learn; or without looking at the model."""
 
 
 class MethodSpec(NamedTuple):
@@ -52,7 +52,7 @@ class MethodSpec(NamedTuple):
     @property
     def nested(self) -> bool:
         """Whether the blocks of a lower sparsity are among those of a higher one."""
-        return self.choice != "run"
+        return self.choice not in ("run", "gates")
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -104,6 +104,13 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         fuses=False,
         choice="run",
         chosen_by="angular distance across its run",
+    ),
+    "foldgpt": MethodSpec(
+        "{blocks} dropped, those of the lowest trained gates, nothing else trained",
+        trains=False,
+        fuses=False,
+        choice="gates",
+        chosen_by="trained gate",
     ),
     "last": MethodSpec(
         "the last blocks but the final one dropped, nothing trained",

@@ -2,6 +2,7 @@
 
 from fusegpt_ray.methods import (
     angular,
+    foldgpt,
     fusegpt,
     last,
     mi,
@@ -23,6 +24,7 @@ _MODULES = (
     sleb,
     shortgpt,
     angular,
+    foldgpt,
     last,
     random,
 )

@@ -151,14 +151,14 @@ def test_a_light_block_is_one_that_learns_whole(desk: Desk) -> None:
     dense = plan(asked, Display()).model.stack
     values = sum(math.prod(ref.shape) for ref in dense.blocks[0].weights.values())
     assert training_bytes(asked, dense, torch.bfloat16, 3) == values * (2 + 2 + 4 * 4)
-    one = asked_for(desk, method="streamline", cluster={"engine": "local", "micro_batch": 1})
+    frugal = {"engine": "local", "micro_batch": 1, "recompute_activations": True}
+    one = asked_for(desk, method="streamline", cluster=frugal)
     assert training_bytes(one, dense, torch.bfloat16) == values * (2 + 4 + 4 * 4)
     activations = [activation_bytes(each, dense, torch.float32) for each in (asked, groups)]
     assert activations[1] == 3 * activations[0]
     told = shortage(asked, dense, torch.float32, 2, 1)
     assert "micro_batch" in told and "group_size" not in told and "fold" not in told
-    frugal = {"engine": "local", "micro_batch": 1, "recompute_activations": True}
-    told = shortage(recipe(desk, method="streamline", cluster=frugal), dense, torch.float32, 2, 1)
+    told = shortage(one, dense, torch.float32, 2, 1)
     assert told and "less is needed" not in told
 
 
