@@ -15,9 +15,9 @@ in the last. A block's score is the least distance 1 − cos of a run in which i
 another. The n lowest scores, of which equal ones go by number, are then those of the best run, of
 equally good ones the first. Another n is another run.
 
-Its light network is here the paper's Transformer layer, initialised from the run's first block (of
-which the paper's authors found that it learns better than one of random weights). The paper also
-has an MLP as one: without attention it is no block that the architecture's class could load.
+The light network is the paper's Transformer layer, initialised from the run's first block. The
+paper also has an MLP as one, which in a block that the architecture's class loads would be no
+lighter.
 """
 
 from __future__ import annotations
