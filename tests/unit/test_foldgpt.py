@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 import torch
+from desk import Desk
 from infirmary import TRAINED, Infirmary
 from models import load_model
 from test_compared_methods import removed
 from test_tournament import workers
 
+from fusegpt_ray.footprint import gating_bytes, trial_bytes
 from fusegpt_ray.healing import gates
 from fusegpt_ray.healing.gates import BUDGET, POLARISE, GatedModel, train_gates
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Question
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.sections import Heal, Importance
 
 STEPS = 8
 """Two passes over the 16 windows, in batches of 4."""
@@ -113,3 +118,14 @@ def test_the_lowest_gates_go(infirmary: Infirmary, monkeypatch: pytest.MonkeyPat
         asked = Question(here, infirmary.dense, TRAINED.numpy(), settings, 0, 2, candidates=free)
         ranking = METHODS["foldgpt"].choose(asked)
     assert ranking.scores == {number: values[number] for number in free}
+
+
+def test_the_plan_tells_what_gates_need(desk: Desk) -> None:
+    """More than the weights of the whole model, and less than to train these."""
+    asked = Recipe.parse(desk.recipe(method="foldgpt"))
+    dense = plan(asked, Display()).model.stack
+    refs = [*dense.trunk.values(), *(ref for b in dense.blocks for ref in b.weights.values())]
+    weights = 4 * sum(math.prod(ref.shape) for ref in refs)
+    every = asked.model_copy(update={"heal": Heal(train="all")})
+    most = trial_bytes(every, dense, torch.float32, len(dense))
+    assert weights < gating_bytes(asked, dense, torch.float32) < most
