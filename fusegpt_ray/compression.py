@@ -264,7 +264,7 @@ class Compression:
             return {"sliced": last.stack, **stages}
         if not recipe.trains_groups and recipe.repairs:
             return {"repaired": last.stack, **stages}
-        if healed and not recipe.trains_groups:  # dropped is all that it was
+        if healed and not recipe.spec.trains:  # dropped is all that it was
             return stages
         stages = {"fused": last.stack, **stages}
         if recipe.repairs and self.held_out:

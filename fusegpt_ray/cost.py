@@ -15,17 +15,20 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fusegpt_ray.flops import attention_flops as attention_flops
+from fusegpt_ray.flops import block_flops, gating_flops, head_flops, healing_flops
+from fusegpt_ray.flops import matrix_flops as matrix_flops
 from fusegpt_ray.footprint import elements
 from fusegpt_ray.fusion.least_squares import GRID
+from fusegpt_ray.healing.gates import passes_over
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import attention_heads, matrices, narrowed_bytes, slicing_flops
+from fusegpt_ray.matrices import matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.sections import Cluster, Evaluation, Importance
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
 
@@ -117,18 +120,21 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_generating(generated, length, dense))
     if recipe.search:
         stages.append(_search(recipe, dense, depths))
-    elif (choice := METHOD_SPECS[recipe.method].choice) == "run":
+    elif (choice := recipe.spec.choice) == "run":
         walked = recipe.importance.windows * len(dense)
         stages.append(Stage("scoring", walked, walked * flops))
+    elif choice == "gates":
+        stages.append(_gates(recipe, dense))
     elif choice not in ("unseen", "none"):
         scored = depths[:1] if choice == "once" else depths
         stages.append(_scoring(recipe.importance, dense, scored, length))
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
     repairs = [target.remove for target in targets] if recipe.evaluation else []
     repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
-    if recipe.trains_groups or recipe.repairs:
+    if recipe.spec.trains or recipe.repairs:
         walked = recipe.calibration.windows * (
-            recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
+            recipe.spec.light * len(dense)
+            + recipe.trains_groups * sum(_states_forwards(recipe, len(dense), n) for n in depths)
             + sum(sum(depths[:count]) for count in repairs)
         )
         stages.append(Stage("states", walked, walked * flops))
@@ -141,6 +147,9 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
+    if recipe.spec.light:
+        done = recipe.calibration.windows * recipe.fusion.epochs * _passes(recipe)
+        stages.append(Stage("fine-tuning", done, done * flops))
     if heal := recipe.heal:
         kept = [len(dense) - target.remove for target in targets]
         stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
@@ -156,47 +165,6 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
-
-
-def block_flops(dense: Stack, length: int) -> int:
-    """Of the average block, for one window of `length` tokens: its matrices (of experts those that
-    a token passes), and the attention of all tokens to all.
-    """
-    return matrix_flops(dense, length) + attention_flops(dense, length)
-
-
-def matrix_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`."""
-    return int(2 * length * matrices(dense, dense.blocks).active_elements / len(dense))
-
-
-def attention_flops(dense: Stack, length: int) -> int:
-    """See `block_flops`; none where no block attends, as in state space models."""
-    heads, width = attention_heads(dense)
-    return 4 * heads * width * length**2
-
-
-def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
-    """Of one window that a model of `kept` blocks is trained on, there and back, the teacher's
-    logits included.
-    """
-    heal, length = recipe.heal, recipe.calibration.length
-    assert heal is not None
-    matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
-    update = 0
-    if heal.train == "lora":
-        one = matrices(dense, dense.blocks)
-        update = int(2 * heal.rank * one.active_sides / len(dense) * length)
-    # Frozen matrices have no gradients of their own.
-    back = 3 * (attention + update) + (2 if update else 3) * matrix
-    again = (matrix + attention + update) * recipe.cluster.recompute_activations
-    return kept * (back + again) + 3 * head_flops(dense, length)
-
-
-def head_flops(dense: Stack, length: int) -> int:
-    """Of the logits of one window."""
-    config = read_config(dense.config).get_text_config()
-    return int(2 * config.hidden_size * config.vocab_size * length)
 
 
 def scored_tokens(settings: Importance, left: int, length: int) -> int:
@@ -260,10 +228,15 @@ def _repair_flops(recipe: Recipe, dense: Stack) -> int:
     return 2 * rows * features * (features + outputs) + 2 * fits
 
 
+def _passes(recipe: Recipe) -> int:
+    """Of a window through what is trained: forward and, for two, backward."""
+    return 3 + recipe.cluster.recompute_activations
+
+
 def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -> Stage:
     settings, cluster = recipe.fusion, recipe.cluster
     share = settings.batch // cluster.workers
-    passes = 3 + cluster.recompute_activations  # forward and, for two, backward
+    passes = _passes(recipe)
     if settings.loss == "batch_kl" and (cluster.micro_batch or share) < share:
         passes += 1  # see `microbatch.py`
     windows = recipe.calibration.windows * settings.epochs
@@ -287,6 +260,14 @@ def _scoring(
     scored = settings.windows * sum(walks)
     logits = settings.windows * sum(scored_tokens(settings, depth, length) for depth in depths)
     return Stage(name, scored, scored * block_flops(dense, length) + logits * head_flops(dense, 1))
+
+
+def _gates(recipe: Recipe, dense: Stack) -> Stage:
+    """The dense model once, and in each pass all its blocks there and back."""
+    windows, depth, length = recipe.importance.windows, len(dense), recipe.calibration.length
+    learned = windows * passes_over(windows)
+    flops = windows * depth * block_flops(dense, length) + learned * gating_flops(dense, length)
+    return Stage("scoring", (windows + 3 * learned) * depth, flops)
 
 
 def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:

@@ -16,6 +16,7 @@ from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.sections import Heal
 from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4
@@ -46,9 +47,14 @@ def training_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int
     float32, where micro-batches add up), the donors, what is in passing, and all that learns with
     its optimizer state. On a GPU, the trunk is away meanwhile.
 
-    ZeRO's partitioning saves some of it where there are several workers.
+    ZeRO's partitioning saves some of it where there are several workers. Of a light block: its
+    weights and their gradients, and their masters with gradients and optimizer state.
     """
     settings = recipe.fusion
+    if recipe.spec.light:
+        added_up = _micro_batch(recipe) < settings.batch // recipe.cluster.workers
+        weights = dtype.itemsize + (4 if added_up else dtype.itemsize)
+        return (weights + 4 * ADAM) * max(elements(block.weights) for block in dense.blocks)
     donors = rounds if settings.fold == "at_end" else 1
     trained = 4 if settings.trained_dtype == "float32" else dtype.itemsize
     learns = trained * trained_elements(recipe, dense, donors)
@@ -62,7 +68,8 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
     """What a training worker keeps of a micro-batch for the backward pass, about: of all blocks of
     the group, or of one and the states between them, if the others are computed again.
     """
-    group, tokens = recipe.fusion.group_size, _micro_batch(recipe) * recipe.calibration.length
+    group = 1 if recipe.spec.light else recipe.fusion.group_size
+    tokens = _micro_batch(recipe) * recipe.calibration.length
     kept = int(KEPT * tokens * dtype.itemsize * _largest_matrices(dense).active_sides)
     if recipe.cluster.recompute_activations:
         return kept + group * state_bytes(dense, tokens, dtype)
@@ -115,7 +122,7 @@ def waiting_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
     the host's memory, or in temporary files where that is short.
     """
     workers, one = recipe.cluster.workers, state_bytes(dense, recipe.calibration.length, dtype)
-    windows = recipe.calibration.windows if recipe.trains_groups else 0
+    windows = recipe.calibration.windows if recipe.spec.trains else 0
     if heal := recipe.heal:
         windows = max(windows, ceil(recipe.healing_windows / heal.looks) + heal.held_out)
     return 2 * ceil(windows / workers) * one
@@ -127,6 +134,14 @@ def trial_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> 
     """
     alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
     return healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
+
+
+def gating_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
+    """What a replica holds that trains the gates of all blocks, with a single window at once: no
+    more than to heal the dense model by updates of rank 1.
+    """
+    healing = recipe.model_copy(update={"heal": Heal(rank=1)})
+    return trial_bytes(healing, dense, dtype, len(dense))
 
 
 def worker_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
@@ -155,19 +170,18 @@ def shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int, room
     the last of so many rounds; else nothing.
     """
     needed = training_bytes(recipe, dense, dtype, rounds) + activation_bytes(recipe, dense, dtype)
-    if not recipe.trains_groups or needed <= room:
+    if not recipe.spec.trains or needed <= room:
         return ""
-    keys = ["fusion.group_size"]
+    keys = [] if recipe.spec.light else ["a smaller fusion.group_size"]
     if not recipe.cluster.recompute_activations:
         keys.insert(0, "cluster.recompute_activations")
     if _micro_batch(recipe) > 1:
         keys.insert(0, "cluster.micro_batch")
-    if recipe.fusion.fold == "at_end" and rounds > 1:
+    if recipe.fusion.fold == "at_end" and rounds > 1 and not recipe.spec.light:
         keys.insert(0, "fusion.fold: each_round")
-    return (
-        f"fine-tuning needs about {byte_count(needed)} on each worker in its last round, which has "
-        f"{byte_count(room)}; less is needed with {', '.join(keys[:-1])} or a smaller {keys[-1]}"
-    )
+    needs = f"fine-tuning needs about {byte_count(needed)} on each worker in its last round"
+    less = f"; less is needed with {' or '.join(keys)}" if keys else ""
+    return f"{needs}, which has {byte_count(room)}{less}"
 
 
 def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int, room: int) -> str:

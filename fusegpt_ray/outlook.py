@@ -12,6 +12,7 @@ import torch
 
 from fusegpt_ray.footprint import (
     activation_bytes,
+    gating_bytes,
     healing_bytes,
     healing_shortage,
     replica_bytes,
@@ -113,8 +114,9 @@ def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
         what = "states on each worker's node, in its memory or in TMPDIR"
         yield {"what": what, "bytes": waiting}
     block = max(map(stored_bytes, ([block] for block in dense.blocks)))
-    if recipe.trains_groups:
-        saved = plan.rounds * min(recipe.fusion.group_size, len(dense)) * block
+    if recipe.spec.trains:
+        group = plan.rounds * min(recipe.fusion.group_size, len(dense))
+        saved = (1 if recipe.spec.light else group) * block
         yield {"what": "blocks written to the output in all rounds", "bytes": saved}
     if METHOD_SPECS[recipe.method].narrows:
         written = max(cost.published_bytes.values())
@@ -146,7 +148,10 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     windows, length = recipe.importance.batch, recipe.calibration.length
     scored = replica_bytes(dense, dtype, windows, length)
     yield row("scoring, each replica", scored, "a lower importance.batch needs less")
-    if recipe.trains_groups:
+    if recipe.spec.choice == "gates":
+        needed, advice = gating_bytes(recipe, dense, dtype), "method: mi needs no gradients"
+        yield row("training the gates, one replica", needed, advice)
+    if recipe.spec.trains:
         needed = training_bytes(recipe, dense, dtype, plan.rounds)
         needed += activation_bytes(recipe, dense, dtype)
         advice = shortage(recipe, dense, dtype, plan.rounds, room)

@@ -29,7 +29,6 @@ from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation, Heal, Model
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
@@ -222,7 +221,7 @@ def _check_search(recipe: Recipe, removable: Removable) -> None:
     if recipe.search and removable.from_the_end:
         problem = f"there is nothing to choose; {removable.in_words()}"
         raise UserError("search", list(recipe.search.candidates), problem, "leave search out")
-    if not METHOD_SPECS[recipe.method].nested and removable != ANY:
+    if recipe.spec.choice == "run" and removable != ANY:
         problem = f"a run of blocks needs a model of which any can go; {removable.in_words()}"
         raise UserError("method", recipe.method, problem, "use method: mi")
 

@@ -34,7 +34,7 @@ from fusegpt_ray.sections import (
     Seed,
     one_or_many,
 )
-from fusegpt_ray.specs import METHOD_SPECS, PRESETS
+from fusegpt_ray.specs import METHOD_SPECS, PRESETS, MethodSpec
 from fusegpt_ray.text_sections import GeneratedText, Section, Texts, WeightedText
 
 S = TypeVar("S", bound=Section)
@@ -54,9 +54,10 @@ class Recipe(Section):
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune. These
-    choose by `importance`; the others are to compare with, choose as published, and drop only:
-    `shortgpt`, `sleb`, `angular`, and the controls `last` and `random`. `slicegpt` makes the
-    hidden size smaller instead, in closed form."""
+    choose by `importance`. `streamline`: one trained block in place of a run of blocks. `slicegpt`:
+    a smaller hidden size instead, in closed form. The others are to compare with, choose as
+    published, and drop only: `shortgpt`, `sleb`, `angular`, `foldgpt`, and the controls `last` and
+    `random`."""
     seed: Seed = 0
     """Initial values of everything that learns, and what method `random` draws."""
     calibration: Calibration
@@ -80,7 +81,7 @@ class Recipe(Section):
         preset = dict(PRESETS.get(str(data.get("preset", "best")), {}))
         fusion = dict(preset.pop("fusion", {}))
         spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
-        if spec is not None and not spec.trains:  # a start, then, is all there is
+        if spec is not None and not spec.trains_groups:  # a start, then, is all there is
             fusion["start"] = "linear" if spec.repairs else "none"
         if spec is None or not spec.fuses:
             preset = {}
@@ -125,7 +126,7 @@ class Recipe(Section):
                 "importance.all scores every block",
                 "leave one of them out",
             )
-        if self.trains_groups:
+        if self.spec.trains:
             yield from _whole_batches(
                 "calibration.windows", self.calibration.windows, self.fusion.batch
             )
@@ -146,7 +147,7 @@ class Recipe(Section):
         if len(set(names)) < max(2, len(names)):
             problem = "a tournament is between at least two different ways"
             yield UserError("search.candidates", names, problem, "list two or more, each once")
-        if not METHOD_SPECS[self.method].by_metric or METHOD_SPECS[self.method].choice == "once":
+        if not self.spec.by_metric or self.spec.choice == "once":
             problem = f"method {self.method} chooses the blocks itself"
             yield UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
@@ -154,17 +155,17 @@ class Recipe(Section):
             yield UserError("search", "given", problem, "add heal: {}, or leave out search")
 
     def _start_fits(self) -> Iterator[UserError]:
-        start, spec = self.fusion.start, METHOD_SPECS[self.method]
-        if start == "auto" and not spec.trains:
+        start, spec = self.fusion.start, self.spec
+        if start == "auto" and not spec.trains_groups:
             problem, fix = "it may come to none, and this method has no other step", "choose one"
             yield UserError("fusion.start", start, problem, fix)
-        if spec.repairs == (start == "none") and not spec.trains:
-            does, other = ("repair", "mi") if spec.repairs else ("drop blocks", "mi+linear")
+        if spec.repairs == (start == "none") and not spec.trains_groups:
+            does, other = ("repair", "mi") if spec.repairs else (spec.does, "mi+linear")
             problem = f"all that method {self.method} does is {does}"
             yield UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
 
     def _choice_fits(self) -> Iterator[UserError]:
-        spec, metric = METHOD_SPECS[self.method], self.importance.metric
+        spec, metric = self.spec, self.importance.metric
         if spec.metric not in (None, metric):
             problem = f"method {self.method} goes by {spec.metric}"
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
@@ -209,24 +210,29 @@ class Recipe(Section):
         return self.calibration.images if text.images is None else text.images
 
     @property
+    def spec(self) -> MethodSpec:
+        """What is known of the method."""
+        return METHOD_SPECS[self.method]
+
+    @property
     def chosen_by(self) -> str:
         """What is lowest of the block that goes, for people."""
-        return METHOD_SPECS[self.method].chosen_by or self.importance.spec.title
+        return self.spec.chosen_by or self.importance.spec.title
 
     @property
     def trains(self) -> bool:
         """Whether anything is trained."""
-        return self.trains_groups or self.heal is not None
+        return self.spec.trains or self.heal is not None
 
     @property
     def trains_groups(self) -> bool:
         """Whether the method trains the blocks around a removed one."""
-        return METHOD_SPECS[self.method].trains
+        return self.spec.trains_groups
 
     @property
     def fuses(self) -> bool:
         """Whether the method fuses the removed blocks into their neighbours."""
-        return METHOD_SPECS[self.method].fuses
+        return self.spec.fuses
 
     @property
     def healing_windows(self) -> int:

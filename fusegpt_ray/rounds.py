@@ -57,7 +57,7 @@ class Rounds:
             self.show.say(
                 f"going on after round {len(done)} of {total} (found in {self.journal.folder})"
             )
-        if len(done) < total and self.recipe.trains_groups:
+        if len(done) < total and self.recipe.spec.trains:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
@@ -103,6 +103,7 @@ class Rounds:
                     stack,
                     self.dense,
                     donor,
+                    total - len(before),
                     self.windows,
                     origin[:16],
                     self.journal.round_folder(number),

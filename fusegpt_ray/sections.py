@@ -21,9 +21,8 @@ from fusegpt_ray.specs import (
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
-Fusing = Literal["mi", "mi+linear", "mi+ft", "fusegpt"]
-Compared = Literal["sleb", "shortgpt", "angular", "slicegpt", "last", "random"]
-Method = Literal[Fusing, Compared]
+_Other = Literal["slicegpt", "sleb", "shortgpt", "angular", "foldgpt", "last", "random"]
+Method = Literal["mi", "mi+linear", "mi+ft", "fusegpt", "streamline", _Other]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
@@ -210,7 +209,7 @@ class Fusion(Section):
     """`current`: the group as it was before this round (paper). `dense`: the dense model at the
     same depth; errors do not pile up."""
     learning_rate: float = Field(3e-4, gt=0, allow_inf_nan=False)
-    """Adam's rate for the fusion coefficients C, D and c."""
+    """Adam's rate for the fusion coefficients C, D and c, or for `streamline`'s light block."""
     lora_learning_rate: float = Field(2e-4, gt=0, allow_inf_nan=False)
     """Adam's rate for everything else that learns: LoRA and norm weights."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -10,9 +10,10 @@ Counting = Literal["all", "text", "image"]
 """Which tokens count in a score."""
 
 
-Choice = Literal["each_round", "once", "run", "unseen", "none"]
+Choice = Literal["each_round", "once", "run", "gates", "unseen", "none"]
 """How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
-so many consecutive blocks; without looking at the model; or not at all, as none goes."""
+so many consecutive blocks; by gates that learn; without looking at the model; or not at all, as
+none goes."""
 
 
 class MethodSpec(NamedTuple):
@@ -24,6 +25,8 @@ class MethodSpec(NamedTuple):
     """Whether something is trained, so that the calibration windows must fill loss batches."""
     fuses: bool
     """Whether its neighbours learn terms of the removed block's weights."""
+    light: bool = False
+    """Whether all that it trains is one block, after the last round."""
     repairs: bool = False
     """Whether it is nothing without a repair in closed form (`fusion.start`)."""
     metric: str | None = None
@@ -33,6 +36,16 @@ class MethodSpec(NamedTuple):
     """What is lowest of the block that goes, for people, where it is no importance metric."""
 
     @property
+    def trains_groups(self) -> bool:
+        """Whether the blocks around each removed one are trained."""
+        return self.trains and not self.light
+
+    @property
+    def does(self) -> str:
+        """All that it does where it neither trains groups nor repairs, for messages."""
+        return "train one block" if self.light else "drop blocks"
+
+    @property
     def by_metric(self) -> bool:
         """Whether an importance metric chooses the blocks."""
         return self.choice in ("each_round", "once")
@@ -40,7 +53,7 @@ class MethodSpec(NamedTuple):
     @property
     def nested(self) -> bool:
         """Whether a model of a lower sparsity is on the way to that of a higher one."""
-        return self.choice not in ("run", "none")
+        return self.choice not in ("run", "gates", "none")
 
     @property
     def narrows(self) -> bool:
@@ -70,6 +83,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         trains=True,
         fuses=True,
     ),
+    "streamline": MethodSpec(
+        "a run of consecutive blocks replaced by one block, trained to its output (LLM-Streamline)",
+        trains=True,
+        fuses=False,
+        light=True,
+        choice="run",
+        chosen_by="1 − cosine across its run",
+    ),
     "sleb": MethodSpec(
         "{blocks} dropped, nothing trained",
         trains=False,
@@ -89,6 +110,13 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         fuses=False,
         choice="run",
         chosen_by="angular distance across its run",
+    ),
+    "foldgpt": MethodSpec(
+        "{blocks} dropped, those of the lowest trained gates, nothing else trained",
+        trains=False,
+        fuses=False,
+        choice="gates",
+        chosen_by="trained gate",
     ),
     "last": MethodSpec(
         "the last blocks but the final one dropped, nothing trained",

@@ -2,6 +2,7 @@
 
 from fusegpt_ray.methods import (
     angular,
+    foldgpt,
     fusegpt,
     last,
     mi,
@@ -11,8 +12,22 @@ from fusegpt_ray.methods import (
     shortgpt,
     sleb,
     slicegpt,
+    streamline,
 )
 from fusegpt_ray.methods.base import Method
 
-_MODULES = (mi, mi_linear, mi_ft, fusegpt, sleb, shortgpt, angular, last, random, slicegpt)
+_MODULES = (
+    mi,
+    mi_linear,
+    mi_ft,
+    fusegpt,
+    streamline,
+    slicegpt,
+    sleb,
+    shortgpt,
+    angular,
+    foldgpt,
+    last,
+    random,
+)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}

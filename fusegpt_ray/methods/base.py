@@ -62,6 +62,8 @@ class Round:
     dense: Stack
     chosen: int | None
     """Dense number of the block to remove; None where the method chooses none."""
+    left: int
+    """How many blocks are still to go, in this round and those after it."""
     windows: Batch
     """Of the calibration text."""
     origin: str

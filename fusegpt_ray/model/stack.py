@@ -8,7 +8,7 @@ its place in the list is its position.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -109,6 +109,14 @@ class Stack:
         assert set(dense) <= set(self.kept), (dense, self.kept)
         left = tuple(block for block in self.blocks if block.dense not in dense)
         return replace(self, blocks=left)
+
+    def replace(self, run: Sequence[int], block: Block) -> Stack:
+        """With one block in place of consecutive ones, given by their dense numbers."""
+        first = self.position(run[0])
+        assert self.kept[first : first + len(run)] == tuple(run), (run, self.kept)
+        assert block.dense in run, (block.dense, run)
+        blocks = (*self.blocks[:first], block, *self.blocks[first + len(run) :])
+        return replace(self, blocks=blocks)
 
     def swap(self, blocks: Mapping[int, Block]) -> Stack:
         """With the blocks of these dense numbers replaced."""

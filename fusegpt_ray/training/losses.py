@@ -7,8 +7,9 @@ the loss. Workers that split a loss batch therefore share the softmax's normalis
 all-reduces of [T, D], instead of gathering the batch's states.
 
 The states of a beginning-of-sequence token stay in the loss, for all later tokens attend to them.
-They are often hundreds of times larger than others, and outweigh none: `normalized_mse` divides
-each token's by its own size; for `batch_kl` they are the same in every window, and so add nothing.
+They are often hundreds of times larger than others. They outweigh none in `normalized_mse`, which
+divides each token's by its own size, and for `batch_kl` they are the same in every window, and so
+add nothing; in `mse` they do.
 Padding is no part of any loss: its weight is 0 (see `batch.token_weights`).
 """
 
@@ -113,6 +114,21 @@ def normalized_mse(
         return h * torch.rsqrt(h.pow(2).mean(dim=-1, keepdim=True) + 1e-6)
 
     error_bTD = (normalize(student_bTD.float()) - normalize(teacher_bTD.float())).pow(2)
+    if weights_bT is None:
+        return error_bTD.mean()
+    return (error_bTD.mean(dim=-1) * weights_bT).mean()
+
+
+def mse(
+    student_bTD: torch.Tensor,
+    teacher_bTD: torch.Tensor,
+    shared: bool,
+    weights_bT: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Mean squared error between the states as they are (LLM-Streamline, arXiv 2403.19135): here
+    the large states of a first token outweigh others.
+    """
+    error_bTD = (student_bTD.float() - teacher_bTD.float()).pow(2)
     if weights_bT is None:
         return error_bTD.mean()
     return (error_bTD.mean(dim=-1) * weights_bT).mean()

@@ -117,7 +117,9 @@ def test_random_is_drawn_from_the_seed_and_nested(infirmary: Infirmary) -> None:
     assert len({frozenset(draw) for draw in draws}) > 1
 
 
-@pytest.mark.parametrize("method", ["random", "last", "shortgpt", "sleb", "angular"])
+@pytest.mark.parametrize(
+    "method", ["random", "last", "shortgpt", "sleb", "angular", "streamline", "foldgpt"]
+)
 def test_a_stopped_run_ends_with_the_same_bytes(desk: Desk, method: str, tmp_path: Path) -> None:
     asked = {"method": method, "sparsity": 0.6}
     compress(recipe(desk, **asked), Watching())

@@ -80,6 +80,18 @@ def test_only_blocks_that_are_there_are_dropped_and_swapped(
         step(open_stack(checkpoint("llama")))
 
 
+def test_one_block_takes_the_place_of_a_run(checkpoint: Callable[[str], Path]) -> None:
+    dense = open_stack(checkpoint("llama"))
+    new = Block(1, dense.blocks[4].weights)
+    stack = dense.replace((1, 2, 3), new)
+    assert stack.blocks == (dense.blocks[0], new, dense.blocks[4])
+    assert (stack.trunk, stack.config) == (dense.trunk, dense.config)
+    assert dense.drop(2).replace((1, 3), new) == stack
+    for run, block in (((1, 3), new), ((2, 1), new), ((2, 3), new), ((4, 5), dense.blocks[4])):
+        with pytest.raises(AssertionError):
+            dense.replace(run, block)
+
+
 # --- what a skeleton and a trunk are ---
 
 

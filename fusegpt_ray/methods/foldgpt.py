@@ -1,0 +1,34 @@
+"""`foldgpt`: the blocks go whose gates are lowest, once all gates are trained together with the
+weights frozen (after FoldGPT, arXiv 2407.00928: its gated block removal).
+
+`healing/gates.py` has the formula. One replica trains the gates, in the first round, for all of
+them together; the number of blocks to go is in the budget, so another number has other gates. What
+FoldGPT does after that, sharing weights among the blocks that stay, is not done here; its
+fine-tuning by distillation is the recipe's `heal`, with `heal.hidden` for the last states.
+"""
+
+from __future__ import annotations
+
+from fusegpt_ray.healing.gates import GatedModel, batch_of, train_gates
+from fusegpt_ray.importance.ranking import Ranking
+from fusegpt_ray.methods.base import Method, Question
+from fusegpt_ray.methods.choosing import drop, once
+from fusegpt_ray.model.memory import find_batch_size
+
+
+def _by_gates(asked: Question) -> Ranking:
+    free, model = asked.free, GatedModel(asked.stack, asked.left)
+    if len(free) == 1:
+        return Ranking.without_work({free[0]: 1.0})
+
+    def attempt(micro_batch: int) -> list[float]:
+        ((_, gates),) = asked.workers.map(train_gates, [(model, asked.windows)], micro_batch)
+        return gates
+
+    size = batch_of(len(asked.windows))
+    gates, _ = find_batch_size(attempt, size, size, "training the gates")
+    trained = dict(zip(asked.stack.kept, gates, strict=True))
+    return Ranking.without_work({number: trained[number] for number in free})
+
+
+METHOD = Method("foldgpt", once(_by_gates), drop)
