@@ -20,9 +20,10 @@ from fusegpt_ray.specs import (
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 
-Method = Literal[
+Shallower = Literal[
     "mi", "mi+linear", "mi+ft", "fusegpt", "sleb", "shortgpt", "angular", "last", "random"
 ]
+Method = Literal[Shallower, "tli", "dus"]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
@@ -225,8 +226,7 @@ class Fusion(Section):
 
 
 class Heal(Texts):
-    """Healing: after the last round all blocks are trained together, so that the model's next-token
-    distributions are again those of the dense model."""
+    """Healing: after the last round all blocks are trained together."""
 
     data: Uri | tuple[TextPart, ...] | None = None  # type: ignore[assignment]
     """Texts as in `calibration`; left out: the calibration's."""
@@ -246,9 +246,13 @@ class Heal(Texts):
     """Share of the steps in which the learning rate grows; then it falls to 0 on a cosine."""
     batch: int = Field(8, ge=1, le=MOST)
     """Windows a step, whatever the number of workers."""
+    loss: Literal["kl", "tokens"] = "kl"
+    """`kl`: KL divergence to the dense model's next-token distributions. `tokens`: cross-entropy of
+    the text's next tokens, for which no dense model is run; methods that make models deeper take it
+    if this is left out."""
     hidden: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Weight of a second term beside the KL divergence of the next-token distributions: the squared
-    error between the RMS-normalised last hidden states."""
+    """Weight of a second term beside `kl`: the squared error between the RMS-normalised last hidden
+    states of both models."""
     held_out: int = Field(16, ge=1, le=MOST)
     """Windows, never trained on, by which the best state is chosen; a multiple of `batch`."""
     looks: int = Field(8, ge=1, le=MOST)
@@ -330,8 +334,8 @@ class Output(Section):
     """Where finished models go."""
 
     uri: Place
-    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`. A URI may not have any of
-    `* ? [ ]` in it, nor `::` or `..`."""
+    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`, deeper ones as
+    `<name>-d<blocks>/`. A URI may not have any of `* ? [ ]` in it, nor `::` or `..`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """First part of the published folders' names."""
     shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)
