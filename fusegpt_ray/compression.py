@@ -21,7 +21,7 @@ from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.preflight import Target, check_tokens, name_taken
+from fusegpt_ray.preflight import check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting.beside import beside_model
@@ -33,6 +33,7 @@ from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
+from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
@@ -184,7 +185,7 @@ class Compression:
         show.calibration(self.windows.protocol)
         if recipe.trains:
             room, last = workers.device_bytes, self.plan.rounds
-            least, most = (len(model.stack) - end.remove for end in (targets[-1], targets[0]))
+            least, most = (len(model.stack) - end.fewer for end in (targets[-1], targets[0]))
             for lack in (
                 shortage(recipe, model.stack, workers.dtype, last, room),
                 healing_shortage(recipe, model.stack, workers.dtype, most, room),
@@ -206,11 +207,11 @@ class Compression:
             self.shared,
             self._measuring | drawn,
         )
-        done = rounds.up_to([target.remove for target in missing])
+        done = rounds.up_to([target.rounds for target in missing])
         published = {}
         for target in missing:
-            healed = self._heal(target, done[: target.remove], journal)
-            stages = self._stages(done[: target.remove], healed, journal)
+            healed = self._heal(target, done[: target.rounds], journal)
+            stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.name, show.say, recipe.output.report, events)
@@ -221,14 +222,14 @@ class Compression:
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
-                    searched | self._facts(target, done[: target.remove], healed),
+                    searched | self._facts(target, done[: target.rounds], healed),
                     partial(judge.measure, target.folder, stages),
                     journal.fence,
                     partial(put_shards, workers),
                     beside,
                 )
             publishing = published[target.folder].manifest["publishing"]
-            show.published(target.name, target.remove, publishing)
+            show.published(target.name, target.fewer, publishing)
         return published
 
     def _judge(self, journal: Journal) -> Judge:
@@ -254,6 +255,8 @@ class Compression:
         """The model on its way, by what `text.protocol.STAGES` calls it."""
         recipe, last = self.plan.recipe, rounds[-1]
         stages = {"healed": healed.stack} if healed else {}
+        if recipe.inserts:
+            return {"inserted": last.stack, **stages}
         if not recipe.trains_groups and recipe.repairs:
             return {"repaired": last.stack, **stages}
         if healed and not recipe.trains_groups:  # dropped is all that it was
@@ -323,7 +326,8 @@ class Compression:
             "sparsity": target.sparsity,
             "recipe": recipe.model_dump(mode="json"),
             "calibration": self.windows.protocol,
-            "removed": [record["removed"] for record in records],
+            "removed": [record["removed"] for record in records if record["removed"] is not None],
+            "inserted": [copy for record in records for copy in record.get("inserted", ())],
             "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
             "rounds": records,
             "fewer_at_once": fewer_at_once(recipe, records),

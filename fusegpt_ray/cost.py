@@ -21,11 +21,11 @@ from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.matrices import attention_heads, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
-from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.sections import Cluster, Evaluation, Importance
 from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.targets import Target
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
 
@@ -136,13 +136,13 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if heal := recipe.heal:
-        kept = [len(dense) - target.remove for target in targets]
+        kept = [len(dense) - target.fewer for target in targets]
         stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
-    published = {t.name: source - t.remove * sum(blocks) // len(blocks) for t in targets}
+    published = {t.name: source - t.fewer * sum(blocks) // len(blocks) for t in targets}
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
     return Cost(parameters, tuple(stages), source, published)
 
@@ -167,7 +167,7 @@ def attention_flops(dense: Stack, length: int) -> int:
 
 def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
     """Of one window that a model of `kept` blocks is trained on, there and back, the teacher's
-    logits included.
+    logits included where there is one.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
@@ -179,7 +179,8 @@ def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
     # Frozen matrices have no gradients of their own.
     back = 3 * (attention + update) + (2 if update else 3) * matrix
     again = (matrix + attention + update) * recipe.cluster.recompute_activations
-    return kept * (back + again) + 3 * head_flops(dense, length)
+    heads = 3 if heal.loss == "kl" else 2
+    return kept * (back + again) + heads * head_flops(dense, length)
 
 
 def head_flops(dense: Stack, length: int) -> int:
@@ -298,8 +299,9 @@ def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:
 def _healing(
     recipe: Recipe, dense: Stack, depths: Sequence[int], windows: int, looks: int
 ) -> Stage:
-    """Of models of so many blocks: the teacher once over all windows; each model there and back
-    over those that it is trained on, and there over the held-out ones at each look.
+    """Of models of so many blocks: the teacher, where there is one, once over all windows; each
+    model there and back over those that it is trained on, and there over the held-out ones at each
+    look.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
@@ -308,9 +310,10 @@ def _healing(
     block, head = block_flops(dense, length), head_flops(dense, length)
     done = flops = 0
     for kept in depths:
-        walked = (windows + heal.held_out) * len(dense) + looked * kept
+        taught = (windows + heal.held_out) * len(dense) if heal.loss == "kl" else 0
+        walked = taught + looked * kept
         done += walked + passes * windows * kept
-        flops += walked * block + 2 * looked * head
+        flops += walked * block + (2 if heal.loss == "kl" else 1) * looked * head
         flops += windows * healing_flops(recipe, dense, kept)
     return Stage("healing", done, flops)
 
@@ -319,9 +322,9 @@ def _evaluation(
     recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[Evaluation]
 ) -> Stage:
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
-    is published and with its blocks dropped only.
+    is published and with its blocks dropped, or inserted, only.
     """
-    blocks = len(dense) + sum(2 * (len(dense) - target.remove) for target in targets)
+    blocks = len(dense) + sum(2 * (len(dense) - target.fewer) for target in targets)
     done = flops = 0
     for text in texts:
         assert text.windows, "its number is given"

@@ -78,9 +78,11 @@ class Judge:
         this = evaluation.perplexity(self.workers, published, windows.tokens_WT)
         dropped = self.dense.drop(*set(self.dense.kept) - set(stages[last].kept))
         plain = this
-        if stages[last] != dropped:
+        if stages[last] != dropped != self.dense:
             plain = self._of_dense_blocks(dropped, windows.tokens_WT)
-        row = {"dense": self._dense[name], "dropped": plain}
+        row = {"dense": self._dense[name]}
+        if dropped != self.dense:
+            row["dropped"] = plain
         for stage in before:
             as_dropped = stages[stage] == dropped
             row[stage] = plain if as_dropped else self._of(stages[stage], windows)

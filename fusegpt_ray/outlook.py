@@ -55,7 +55,8 @@ class Device:
 def outlook(
     plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "bytes"} …],
+    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks",
+    "bytes"} …],
     "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"} …],
     "flops", "seconds", "probed", "memory": [{"what", "bytes", "room", "fits", "advice"} …],
     "storage": [{"what", "bytes"} …]}.
@@ -72,7 +73,8 @@ def outlook(
         {
             "name": target.name,
             "removes": target.remove,
-            "blocks": len(dense) - target.remove,
+            "adds": target.add,
+            "blocks": len(dense) - target.fewer,
             "bytes": cost.published_bytes[target.name],
         }
         for target in plan.targets
@@ -108,7 +110,7 @@ def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
         saved = plan.rounds * min(recipe.fusion.group_size, len(dense)) * block
         yield {"what": "blocks written to the output in all rounds", "bytes": saved}
     if recipe.heal:
-        healed = sum(len(dense) - target.remove for target in plan.targets) * block
+        healed = sum(len(dense) - target.fewer for target in plan.targets) * block
         yield {"what": "blocks written by healing", "bytes": healed}
     yield {"what": "published", "bytes": sum(cost.published_bytes.values())}
 
@@ -117,7 +119,7 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     """By the formulas of `footprint.py`, for each kind of process."""
     recipe, dense, room = plan.recipe, plan.model.stack, device.memory
     dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    most, least = (len(dense) - remove for remove in (plan.targets[0].remove, plan.rounds))
+    most, least = (len(dense) - target.fewer for target in (plan.targets[0], plan.targets[-1]))
 
     def row(what: str, needed: int, advice: str) -> dict[str, Any]:
         fits = needed <= room

@@ -26,8 +26,8 @@ from fusegpt_ray.workers.base import Setup, Workers
 def compress(
     recipe: Recipe, display: Display | None = None, restart: bool = False
 ) -> list[Published]:
-    """Make the model shallower as the recipe says; returns what was published, the lightest
-    compression first.
+    """Make the model shallower or deeper, as the recipe says; returns what was published, the
+    lightest compression first.
 
     Run again after a failure, it goes on from the last committed round; with `restart` it forgets
     an unfinished run and begins anew. Run again after its end, it finds what it published.
@@ -37,7 +37,9 @@ def compress(
     """
     with display or Display() as show:
         planned = plan(recipe, show, restart)
-        blocks = f"{len(planned.model.stack)} blocks, {planned.rounds} to remove"
+        last = planned.targets[-1]
+        change = f"{last.add} to add" if last.add else f"{last.remove} to remove"
+        blocks = f"{len(planned.model.stack)} blocks, {change}"
         show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
         show.say(planned.cost.in_words())
         if limits := planned.removable.in_words():

@@ -208,7 +208,7 @@ class Display(_Live):
         for name, perplexity in found:
             for data, row in perplexity.items():
                 protocols[f"{data}: {described(row)}"] = None
-                harm = row["dropped"] - row["dense"]
+                harm = row.get("dropped", row["dense"]) - row["dense"]
                 undone = f"{(row['dropped'] - row[shown[-1]]) / harm:.0%}" if harm > 0 else "–"
                 values = (f"{row[stage]:.2f}" for stage in shown)
                 table.add_row(name, data, *values, undone)

@@ -13,6 +13,9 @@ Counting = Literal["all", "text", "image"]
 Choice = Literal["each_round", "once", "run", "unseen"]
 """How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
 so many consecutive blocks; or without looking at the model."""
+Inserts = Literal["", "at_intervals", "a_run"]
+"""How copies of blocks are put into a model to make it deeper: not at all; one by one, at equal
+distances; or as one run."""
 
 
 class MethodSpec(NamedTuple):
@@ -31,6 +34,9 @@ class MethodSpec(NamedTuple):
     choice: Choice = "each_round"
     chosen_by: str = ""
     """What is lowest of the block that goes, for people, where it is no importance metric."""
+    inserts: Inserts = ""
+    stays_itself: bool = False
+    """Whether the deeper model computes at first just what the model did."""
 
     @property
     def by_metric(self) -> bool:
@@ -98,6 +104,21 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         fuses=False,
         choice="unseen",
         chosen_by="drawn number",
+    ),
+    "tli": MethodSpec(
+        "copies of blocks that begin as nothing, their output layers zero, nothing trained (TLI)",
+        trains=False,
+        fuses=False,
+        choice="unseen",
+        inserts="at_intervals",
+        stays_itself=True,
+    ),
+    "dus": MethodSpec(
+        "the first and the last of its blocks, those between twice, nothing trained (SOLAR)",
+        trains=False,
+        fuses=False,
+        choice="unseen",
+        inserts="a_run",
     ),
 }
 

@@ -143,7 +143,10 @@ def _show(result: dict[str, Any]) -> None:
     say(f"{byte_count(result['source_bytes'])}; method {result['method']}")
     for target in result["targets"]:
         become = f"{target['blocks']} blocks, {byte_count(target['bytes'])}"
-        say(f"  {target['name']}: {target['removes']} blocks go, {become} stay")
+        change = f"{target['removes']} blocks go, {become} stay"
+        if added := target["adds"]:
+            change = f"{added} blocks are added, which makes {become}"
+        say(f"  {target['name']}: {change}")
     timed = result["seconds"] is not None
     work = Table("stage", "block-forwards", "FLOP", "share", *["time"] * timed)
     for column in work.columns[1:]:

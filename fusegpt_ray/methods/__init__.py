@@ -2,6 +2,7 @@
 
 from fusegpt_ray.methods import (
     angular,
+    dus,
     fusegpt,
     last,
     mi,
@@ -10,8 +11,9 @@ from fusegpt_ray.methods import (
     random,
     shortgpt,
     sleb,
+    tli,
 )
 from fusegpt_ray.methods.base import Method
 
-_MODULES = (mi, mi_linear, mi_ft, fusegpt, sleb, shortgpt, angular, last, random)
+_MODULES = (mi, mi_linear, mi_ft, fusegpt, sleb, shortgpt, angular, last, random, tli, dus)
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}

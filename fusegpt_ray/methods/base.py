@@ -60,8 +60,8 @@ class Round:
     stack: Stack
     """The model before the round."""
     dense: Stack
-    donor: int
-    """Dense number of the block to remove."""
+    removes: int | None
+    """Dense number of the block to remove; None: a method that makes models deeper."""
     windows: Batch
     """Of the calibration text."""
     origin: str
@@ -73,6 +73,35 @@ class Round:
     fence: Callable[[], None]
     """Called before every write; raises if another run writes here."""
     show: Display
+
+    @property
+    def donor(self) -> int:
+        """Dense number of the block to remove."""
+        assert self.removes is not None, "a round that inserts removes none"
+        return self.removes
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a block that is put into a stack."""
+
+    after: int
+    """Number of the block behind which it is put; several behind one stay in order."""
+    like: int
+    """Number of the block that it is a copy of."""
+
+
+Place = Callable[[Recipe, int], list[Copy]]
+"""The copies that a recipe asks for in a model of so many blocks."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a method makes a model deeper, all in one round."""
+
+    place: Place
+    zero: bool
+    """Whether the copies' output layers are zero, so that they begin as nothing."""
 
 
 @dataclass(frozen=True)
@@ -96,16 +125,20 @@ class Change:
     train_seconds: float = 0.0
     repair: Mapping[str, Any] | None = None
     """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
+    inserted: tuple[Copy, ...] = ()
+    """Copies that are in it now."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make a model shallower: how the block to remove is chosen, and what happens
-    then."""
+    """One way to make a model shallower: how the block to remove is chosen, and what happens then.
+    Or one to make it deeper: where copies of blocks go."""
 
     name: str
     """In the recipe; `specs.METHOD_SPECS` has what is known of it without its code."""
-    choose: Choose
-    """Finds the block to remove."""
+    choose: Choose | None
+    """Finds the block to remove; None: none is."""
     change: Callable[[Round], Change]
     """What happens to the stack then."""
+    growth: Growth | None = None
+    """Where it makes the model deeper, how."""

@@ -24,7 +24,7 @@ def header(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASKS[auto_class][0],
-        tags=["fusegpt", "depth-pruning"],
+        tags=["fusegpt", "depth-up-scaling" if manifest.get("inserted") else "depth-pruning"],
         base_model=source["name"] if source["on_hub"] else None,
         datasets=[*_datasets(manifest["recipe"])] or None,
         model_name=name,

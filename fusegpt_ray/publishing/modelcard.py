@@ -14,7 +14,11 @@ from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 FOLDER = "<this folder>"
 """What stands in the card's commands for where the model is."""
-HEALED = "; then all blocks trained together to the dense model's next-token distributions"
+HEALED = {
+    "kl": "; then all blocks trained together to the dense model's next-token distributions",
+    "tokens": "; then all blocks trained together on the next tokens of text",
+}
+"""By `heal.loss`."""
 
 
 def model_card(
@@ -27,24 +31,24 @@ def model_card(
         auto_class: the class of transformers whose `from_pretrained` loads the model.
         pictures: their titles by the names of their files, which lie beside the card.
     """
-    source, removed = manifest["source"], manifest["removed"]
+    source = manifest["source"]
     about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     if "healing" in manifest:
-        about = about.replace(", nothing trained", "") + HEALED
+        about = (
+            about.replace(", nothing trained", "")
+            + HEALED[(manifest["recipe"].get("heal") or {}).get("loss", "kl")]
+        )
     lines = [
         header(name, manifest, auto_class),
         f"# {name}",
         "",
-        (
-            f"{source['name']}{revision} with {len(removed)} of its {manifest['dense_blocks']}"
-            f" decoder blocks removed: {about}."
-        ),
+        (f"{source['name']}{revision} with {_change(manifest)}: {about}."),
         "",
         *_measured(manifest),
         "",
         *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
-        f"Blocks removed, in order (numbers in the dense model): {', '.join(map(str, removed))}.",
+        _blocks(manifest),
     ]
     lines += _search(manifest)
     lines += [line for file, title in pictures.items() for line in ("", f"![{title}]({file})")]
@@ -57,7 +61,7 @@ def model_card(
         lines += ["", f"Seed: {seed}, for everything that is drawn at random."]
     lines += [
         "",
-        *_use(auto_class),
+        *_use(auto_class, "more" if manifest.get("inserted") else "fewer"),
         "",
         "## How it was made",
         "",
@@ -78,15 +82,15 @@ def model_card(
     return "\n".join(lines)
 
 
-def _use(auto_class: str) -> list[str]:
+def _use(auto_class: str, layers: str) -> list[str]:
     """Commands that load, serve and quantise it."""
     sees = auto_class == "AutoModelForImageTextToText"
     kept = ["re:.*lm_head", *(["re:.*vision.*", "re:.*projector.*"] if sees else [])]
     return [
         "## Use it",
         "",
-        f"An ordinary checkpoint with fewer layers; no custom code. `{FOLDER}` is where it is, or",
-        "the name of its repository on the hub.",
+        f"An ordinary checkpoint with {layers} layers; no custom code. `{FOLDER}` is where it is,",
+        "or the name of its repository on the hub.",
         "",
         "```python",
         f"from transformers import {auto_class}, AutoTokenizer",
@@ -133,6 +137,22 @@ def _licence(manifest: Mapping[str, Any]) -> str:
     link = said.get("license_link")
     named = f"[{name}]({link})" if isinstance(link, str) else name
     return f"That of {manifest['source']['name']}: {named}."
+
+
+def _change(manifest: Mapping[str, Any]) -> str:
+    """How many blocks it has that others are, in words."""
+    if inserted := manifest.get("inserted"):
+        return f"{len(inserted)} decoder blocks added to its {manifest['dense_blocks']}"
+    return f"{len(manifest['removed'])} of its {manifest['dense_blocks']} decoder blocks removed"
+
+
+def _blocks(manifest: Mapping[str, Any]) -> str:
+    """Which blocks these are."""
+    if inserted := manifest.get("inserted"):
+        copies = ", ".join(f"{copy['like']} behind {copy['after']}" for copy in inserted)
+        return f"Copies of blocks added (numbers in the dense model): of {copies}."
+    removed = ", ".join(map(str, manifest["removed"]))
+    return f"Blocks removed, in order (numbers in the dense model): {removed}."
 
 
 def _which(manifest: Mapping[str, Any]) -> str:

@@ -1,10 +1,11 @@
-"""The whole way from a model to a shallower one on empty tensors: what would fail at its end fails
-now.
+"""The whole way from a model to a shallower or deeper one on empty tensors: what would fail at its
+end fails now.
 
-Blocks are left out, the config.json is written, the class is built from it, and what it builds is
-held against what would be published: the names and shapes of all tensors, and that every block, at
-its new place, is still the same function. A function is known by the operations that a block runs
-on the meta device, with their numbers, and by the plain values and buffers that its modules hold.
+Blocks are left out or copied, the config.json is written, the class is built from it, and what it
+builds is held against what would be published: the names and shapes of all tensors, and that every
+block, at its new place, is still the same function. A function is known by the operations that a
+block runs on the meta device, with their numbers, and by the plain values and buffers that its
+modules hold.
 """
 
 from __future__ import annotations
@@ -62,6 +63,19 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
     raise UserError(KEY, structure.name, why, _FIX)
 
 
+def rehearse_deeper(dense: Stack, structure: Structure, deeper: Stack) -> None:
+    """Try a model with copies of blocks; `structure` is the dense model's.
+
+    Raises:
+        UserError: what would be published is not what the class of its config.json builds.
+    """
+    what = "what its blocks compute cannot be seen without values"
+    with reading_users_file(KEY, structure.name, what, _FIX):
+        attempt = _Attempt(dense, structure)
+    if why := attempt.problem_of(deeper, f"with {len(deeper)} blocks it cannot be built"):
+        raise UserError(KEY, structure.name, why, _FIX)
+
+
 def _tell_the_length(dense: Stack) -> tuple[int, ...]:
     """Of a model of several kinds of blocks, those whose part of the cache knows how many tokens
     it holds; nothing if all blocks or none do.
@@ -98,11 +112,11 @@ def _sets(numbers: Sequence[int], fewest: int, most: int, rule: Removable) -> li
 
 
 class _Attempt:
-    """Takes blocks out of the empty model and looks at what its class builds then."""
+    """Makes other models of the blocks of the empty one and looks at what its class builds then."""
 
     def __init__(self, dense: Stack, structure: Structure) -> None:
         self.dense, self.structure = dense, _Observed(structure)
-        self._shallower: dict[str, _Shallower] = {}
+        self._others: dict[str, _Other] = {}
         """By config.json, which is often the same whichever of several blocks is gone."""
 
     def first_problem(self, sets: Iterable[Sequence[int]]) -> str:
@@ -111,16 +125,19 @@ class _Attempt:
 
     def problem(self, dropped: Sequence[int]) -> str:
         """What is not as it would be published without these blocks, or nothing."""
-        short = self.dense.drop(*dropped)
-        name, known = self.structure.found.name, self._shallower
         what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
+        return self.problem_of(self.dense.drop(*dropped), what)
+
+    def problem_of(self, other: Stack, what: str) -> str:
+        """What is not as this stack would be published, or nothing."""
+        name, known = self.structure.found.name, self._others
         try:
             with reading_users_file(KEY, name, what, _FIX):
-                config = shrink_config(short)
+                config = shrink_config(other)
                 key = json.dumps(config, sort_keys=True, default=str)
                 if key not in known:
-                    known[key] = _Shallower(self.structure, _Observed(observe(config)))
-                return known[key].difference(short.kept)
+                    known[key] = _Other(self.structure, _Observed(observe(config)))
+                return known[key].difference(other.kinds)
         except UserError as error:
             said = error.problem
             return said if said.startswith(what) else f"{what} ({said})"
@@ -135,24 +152,25 @@ class _Observed:
         """By block."""
 
 
-class _Shallower:
-    """What the class of a shallower model's config.json builds, beside the dense model."""
+class _Other:
+    """What the class of another model's config.json builds, beside the dense model."""
 
-    def __init__(self, dense: _Observed, short: _Observed) -> None:
-        self.dense, self.short = dense, short
+    def __init__(self, dense: _Observed, other: _Observed) -> None:
+        self.dense, self.other = dense, other
         self._moved: dict[tuple[int, int], str] = {}
 
     def difference(self, kept: Sequence[int]) -> str:
-        """What is not as it would be published with the blocks `kept`, or nothing."""
-        dense, short = self.dense.found, self.short.found
-        if len(short.blocks) != len(kept):
-            return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
-        for name in sorted(dense.trunk.keys() | short.trunk.keys()):
-            old, new = dense.trunk.get(name), short.trunk.get(name)
+        """What is not as it would be published with the blocks `kept`, by what they were in the
+        dense model, or nothing."""
+        dense, other = self.dense.found, self.other.found
+        if len(other.blocks) != len(kept):
+            return f"its class builds {len(other.blocks)} blocks where {len(kept)} are asked for"
+        for name in sorted(dense.trunk.keys() | other.trunk.keys()):
+            old, new = dense.trunk.get(name), other.trunk.get(name)
             if old != new:
                 return (
-                    f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} with"
-                    " fewer blocks"
+                    f"the tensor {name} depends on the depth: {_shown(old)}, but {_shown(new)} at"
+                    " another one"
                 )
         for move in zip(kept, range(len(kept)), strict=True):
             if move not in self._moved:
@@ -163,15 +181,15 @@ class _Shallower:
 
     def _difference_of(self, number: int, position: int) -> str:
         """What the block is at its new place that it was not, or nothing."""
-        dense, short = self.dense.found, self.short.found
-        if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
+        dense, other = self.dense.found, self.other.found
+        if problem := _other_block(dense.blocks[number], other.blocks[position], number, position):
             return f"block {number} would become block {position}, where it {problem}"
-        if not same(dense.contexts[number], short.contexts[position]):
+        if not same(dense.contexts[number], other.contexts[position]):
             return (
                 f"block {number} would become block {position}, and be called with other masks"
                 " there"
             )
-        if self.dense.operations[number] != self.short.operations[position]:
+        if self.dense.operations[number] != self.other.operations[position]:
             return (
                 f"what block {number} computes depends on its number; it would become block"
                 f" {position}"

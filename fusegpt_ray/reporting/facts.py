@@ -48,6 +48,7 @@ class Perplexity(Protocol):
     dropped: float | None = None
     repaired: float | None = None
     fused: float | None = None
+    inserted: float | None = None
     healed: float | None = None
 
     @property
@@ -75,9 +76,17 @@ class Repair(_Part):
     block: int
 
 
+class Copy(_Part):
+    """A block that was inserted."""
+
+    after: int
+    like: int
+
+
 class Round(_Part):
     removed: int | None = None
-    """None: the round is under way."""
+    """None: the round is under way, or inserts blocks."""
+    inserted: list[Copy] = []
     scores: dict[int, float] = {}
     stopped: dict[int, Estimate] = {}
     group: list[int] = []
@@ -158,6 +167,18 @@ class Facts(_Part):
         return [round.removed for round in self.rounds if round.removed is not None]
 
     @property
+    def inserted(self) -> list[Copy]:
+        return [copy for round in self.rounds for copy in round.inserted]
+
+    @property
+    def changed(self) -> str:
+        """What happened to how many blocks."""
+        what, count = "removed", len(self.removed)
+        if self.inserted:
+            what, count = "added", len(self.inserted)
+        return f"{count} block{'' if count == 1 else 's'} {what}"
+
+    @property
     def chosen_by(self) -> str:
         """What is lowest of a block that goes."""
         method, importance = METHOD_SPECS.get(self.method), self.recipe.get("importance")
@@ -166,6 +187,12 @@ class Facts(_Part):
         name = importance.get("metric") if isinstance(importance, dict) else None
         metric = METRIC_SPECS.get(name) if isinstance(name, str) else None
         return metric.title if metric else "score"
+
+    @property
+    def healing_loss(self) -> str:
+        """`heal.loss`; manifests that do not tell are of times when there was only one."""
+        heal = self.recipe.get("heal")
+        return "tokens" if isinstance(heal, dict) and heal.get("loss") == "tokens" else "kl"
 
     @property
     def worked(self) -> list[tuple[Planned, float]]:

@@ -12,6 +12,7 @@ STAGES = {
     "dropped": "the same blocks removed, nothing fused or trained",
     "repaired": "the gaps repaired in closed form, nothing trained",
     "fused": "after the rounds",
+    "inserted": "the new blocks put in, nothing trained",
     "healed": "after whole-model training",
 }
 """Of a model on its way, each with a perplexity of its own. The last one there is the published."""
