@@ -158,7 +158,8 @@ class Recipe(Section):
             problem = "a tournament is between at least two different ways"
             yield UserError("search.candidates", names, problem, "list two or more, each once")
         if not METHOD_SPECS[self.method].by_metric or METHOD_SPECS[self.method].choice == "once":
-            problem = f"method {self.method} chooses the blocks itself"
+            does = "removes no blocks" if self.inserts else "chooses the blocks itself"
+            problem = f"method {self.method} {does}"
             yield UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
             problem = "the sets are compared after a short healing, and the recipe has no heal"
