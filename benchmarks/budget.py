@@ -25,9 +25,9 @@ from shapes import SHAPES, Shape
 
 from fusegpt_ray.cost import cost
 from fusegpt_ray.footprint import activation_bytes, healing_bytes, training_bytes
-from fusegpt_ray.preflight import Target
 from fusegpt_ray.rates import MEASURED, RATES
 from fusegpt_ray.recipe import Recipe, blocks_to_remove
+from fusegpt_ray.targets import Target
 
 LENGTH = 2048
 FRUGAL = {"llama2-70b": {"micro_batch": 1, "recompute_activations": True}}

@@ -17,12 +17,12 @@ from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.fusion.repair import repaired_only
 from fusegpt_ray.heal import Healer
 from fusegpt_ray.importance.removals import Removal
-from fusegpt_ray.judge import Judge
+from fusegpt_ray.judge import Judge, stages_of
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.preflight import Target, check_tokens, name_taken
+from fusegpt_ray.preflight import check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting.beside import beside_model
@@ -33,8 +33,8 @@ from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
+from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
@@ -190,7 +190,7 @@ class Compression:
         show.calibration(self.windows.protocol)
         if recipe.trains:
             room, last = workers.device_bytes, self.plan.rounds
-            least, most = (len(model.stack) - end.remove for end in (targets[-1], targets[0]))
+            least, most = (len(model.stack) - end.fewer for end in (targets[-1], targets[0]))
             for lack in (
                 shortage(recipe, model.stack, workers.dtype, last, room),
                 healing_shortage(recipe, model.stack, workers.dtype, most, room),
@@ -234,7 +234,7 @@ class Compression:
                     beside,
                 )
             publishing = published[target.folder].manifest["publishing"]
-            show.published(target.name, target.remove, publishing)
+            show.published(target.name, target.fewer, publishing)
         return published
 
     def _judge(self, journal: Journal) -> Judge:
@@ -257,27 +257,17 @@ class Compression:
     def _stages(
         self, rounds: Sequence[Done], healed: Done | None, journal: Journal
     ) -> dict[str, Stack]:
-        """The model on its way, by what `text.protocol.STAGES` calls it."""
-        recipe, last = self.plan.recipe, rounds[-1]
-        stages = {"healed": healed.stack} if healed else {}
-        if METHOD_SPECS[recipe.method].narrows:
-            return {"sliced": last.stack, **stages}
-        if not recipe.trains_groups and recipe.repairs:
-            return {"repaired": last.stack, **stages}
-        if healed and not recipe.spec.trains:  # dropped is all that it was
-            return stages
-        stages = {"fused": last.stack, **stages}
-        if recipe.repairs and self.held_out:
+        """The model on its way."""
+        stages = stages_of(self.plan.recipe, rounds[-1].stack, healed.stack if healed else None)
+        if "fused" in stages and self.plan.recipe.repairs and self.held_out:
             self.show.stage("repairing the gaps alone, to compare with")
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
-            way = recipe.fusion.start
+            way, windows_WT = self.plan.recipe.fusion.start, self.windows.tokens_WT
             assert way != "auto" and way != "none"
-            dense, windows_WT = self.plan.model.stack, self.windows.tokens_WT
             assert isinstance(windows_WT, np.ndarray), "`check_repair` refuses images"
-            stack = repaired_only(
-                self.workers, dense, removed, way, windows_WT, folder, journal.fence
-            )
+            dense, fence = self.plan.model.stack, journal.fence
+            stack = repaired_only(self.workers, dense, removed, way, windows_WT, folder, fence)
             stages = {"repaired": stack, **stages}
         return stages
 
@@ -331,7 +321,8 @@ class Compression:
             "sparsity": target.sparsity,
             "recipe": recipe.model_dump(mode="json"),
             "calibration": self.windows.protocol,
-            "removed": [record["removed"] for record in records if "removed" in record],
+            "removed": [record["removed"] for record in records if record["removed"] is not None],
+            "inserted": [copy for record in records for copy in record.get("inserted", ())],
             **({"width": width} if (width := records[-1].get("width")) else {}),
             "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
             "rounds": records,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.flops import attention_flops as attention_flops
 from fusegpt_ray.flops import block_flops, gating_flops, head_flops, healing_flops
 from fusegpt_ray.flops import matrix_flops as matrix_flops
@@ -25,10 +26,10 @@ from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.matrices import matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
-from fusegpt_ray.preflight import Target
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import byte_count, flop_count
-from fusegpt_ray.sections import Cluster, Evaluation, Importance
+from fusegpt_ray.sections import Evaluation, Importance
+from fusegpt_ray.targets import Target
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
 
@@ -151,7 +152,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         done = recipe.calibration.windows * recipe.fusion.epochs * _passes(recipe)
         stages.append(Stage("fine-tuning", done, done * flops))
     if heal := recipe.heal:
-        kept = [len(dense) - target.remove for target in targets]
+        kept = [len(dense) - target.fewer for target in targets]
         stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
@@ -160,7 +161,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     published = {
         t.name: narrowed_bytes(dense, t.width.share)
         if t.width
-        else source - t.remove * sum(blocks) // len(blocks)
+        else source - t.fewer * sum(blocks) // len(blocks)
         for t in targets
     }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
@@ -290,8 +291,9 @@ def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:
 def _healing(
     recipe: Recipe, dense: Stack, depths: Sequence[int], windows: int, looks: int
 ) -> Stage:
-    """Of models of so many blocks: the teacher once over all windows; each model there and back
-    over those that it is trained on, and there over the held-out ones at each look.
+    """Of models of so many blocks: the teacher, where there is one, once over all windows; each
+    model there and back over those that it is trained on, and there over the held-out ones at each
+    look.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
@@ -300,9 +302,10 @@ def _healing(
     block, head = block_flops(dense, length), head_flops(dense, length)
     done = flops = 0
     for kept in depths:
-        walked = (windows + heal.held_out) * len(dense) + looked * kept
+        taught = (windows + heal.held_out) * len(dense) if heal.loss == "kl" else 0
+        walked = taught + looked * kept
         done += walked + passes * windows * kept
-        flops += walked * block + 2 * looked * head
+        flops += walked * block + (2 if heal.loss == "kl" else 1) * looked * head
         flops += windows * healing_flops(recipe, dense, kept)
     return Stage("healing", done, flops)
 
@@ -311,7 +314,7 @@ def _evaluation(
     recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[Evaluation]
 ) -> Stage:
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
-    is published and with its blocks dropped only.
+    is published and with its blocks dropped, or inserted, only.
     """
     done = flops = 0
     for text in texts:

@@ -39,17 +39,17 @@ class Healer:
 
     def heal(self, name: str, rounds: Sequence[Done]) -> Done:
         """The healed model after these rounds; what the journal has is not done again."""
-        removed = len(rounds)
+        number = len(rounds)
         origin = checksum({"rounds": [done.to_json() for done in rounds]})
         key = checksum({"after": origin, **self.identity})
-        if healed := self.journal.healed(removed, key, self.show.say):
+        if healed := self.journal.healed(number, key, self.show.say):
             self.show.say(f"{name} is healed (found in {self.journal.folder})")
             return healed
         try:
             with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
-                trained = self._train(name, rounds[-1].stack, key[:16])
+                trained = self._train(name, number, rounds[-1].stack, key[:16])
         except Exception as error:
-            error.add_note(f"stopped in healing {name}; its {removed} rounds are finished")
+            error.add_note(f"stopped in healing {name}; its {number} rounds are finished")
             if isinstance(error, FloatingPointError):
                 error.add_note(
                     "the same run goes on from them with other values in heal, unless one of its "
@@ -58,18 +58,18 @@ class Healer:
             raise
         stack = rounds[-1].stack.swap(trained.saved.blocks)
         healed = Done(self._record(trained), stack, trained.saved.files)
-        self.journal.commit_healed(removed, key, healed)
+        self.journal.commit_healed(number, key, healed)
         told = ("losses", "held_out", "states_bytes_read", "seconds")
         written = sum(file.size for file in healed.files.values())
         about = {key: healed.record[key] for key in told}
-        self.show.tell("healed", model=name, removed=removed, **about, bytes_written=written)
+        fewer = len(self.dense) - len(stack)
+        self.show.tell("healed", model=name, removed=fewer, **about, bytes_written=written)
         return healed
 
-    def _train(self, name: str, stack: Stack, key: str) -> Trained:
+    def _train(self, name: str, number: int, stack: Stack, key: str) -> Trained:
         settings, journal = self.recipe.heal, self.journal
         assert settings is not None
-        removed = len(self.dense) - len(stack)
-        folder = journal.healed_folder(removed)
+        folder = journal.healed_folder(number)
         model = WholeModel(stack, self.dense, settings, self.recipe.seed, folder, journal.fence)
         task = model.task(
             self.windows.tokens_WT,
@@ -92,7 +92,7 @@ class Healer:
         trained = train_span(self.workers, task, news)
         at = lowest(trained.held_out)
         first, best = trained.held_out[0], trained.held_out[at]
-        what = "loss" if settings.hidden else "KL"
+        what = "loss" if settings.hidden or settings.loss == "tokens" else "KL"
         self.show.say(f"  held-out {what} {first:.4g} → {best:.4g} nats a token")
         if at < parts:
             which = f"after part {at} of {parts}" if at else "before the first step"

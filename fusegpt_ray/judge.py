@@ -11,6 +11,7 @@ from typing import Any
 from fusegpt_ray import evaluation
 from fusegpt_ray.before_after import before_and_after
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
 from fusegpt_ray.run.shared import Shared
@@ -89,9 +90,11 @@ class Judge:
             return {"dense": self._dense[name], **row, last: this, **windows.protocol}
         dropped = self.dense.drop(*gone)
         plain = this
-        if stages[last] != dropped:
+        if stages[last] != dropped != self.dense:
             plain = self._of_dense_blocks(dropped, windows.tokens_WT)
-        row = {"dense": self._dense[name], "dropped": plain}
+        row = {"dense": self._dense[name]}
+        if dropped != self.dense:
+            row["dropped"] = plain
         for stage in before:
             as_dropped = stages[stage] == dropped
             row[stage] = plain if as_dropped else self._of(stages[stage], windows)
@@ -123,3 +126,21 @@ class Judge:
             )
             self.journal.keep(_NOTE, 0, self._known)
         return self._known[key]
+
+
+def stages_of(recipe: Recipe, last: Stack, healed: Stack | None) -> dict[str, Stack]:
+    """A model on its way, by what `text.protocol.STAGES` calls it, as far as a run makes it.
+
+    Args:
+        last: after the last round.
+    """
+    end = {"healed": healed} if healed else {}
+    if recipe.spec.narrows:
+        return {"sliced": last, **end}
+    if recipe.inserts:
+        return {"inserted": last, **end}
+    if not recipe.trains_groups and recipe.repairs:
+        return {"repaired": last, **end}
+    if healed and not recipe.spec.trains:  # dropped is all that it was
+        return end
+    return {"fused": last, **end}

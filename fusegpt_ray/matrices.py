@@ -49,8 +49,8 @@ def matrices(dense: Stack, blocks: Sequence[Block]) -> Matrices:
     number, active = _number(config, _EXPERTS), _number(config, _ACTIVE)
     if number:
         kinds = _with_experts(json.dumps(dense.config))
-        always = [shape for block in blocks for shape in kinds[block.dense][0]]
-        experts = [shape for block in blocks for shape in kinds[block.dense][1]]
+        always = [shape for block in blocks for shape in kinds[block.kind][0]]
+        experts = [shape for block in blocks for shape in kinds[block.kind][1]]
     else:
         shapes = (ref.shape for block in blocks for ref in block.weights.values())
         always, experts = [shape for shape in shapes if len(shape) == 2], []

@@ -57,10 +57,10 @@ class Device:
 def outlook(
     plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
-    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "blocks", "width", "bytes"}
-    …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops", "seconds"}
-    …], "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room", "fits",
-    "advice"} …], "storage": [{"what", "bytes"} …]}.
+    """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
+    "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
+    "seconds"} …], "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room",
+    "fits", "advice"} …], "storage": [{"what", "bytes"} …]}.
 
     "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
     computing alone, and None where the device's rates are not known. "price" is that of all GPUs
@@ -80,7 +80,8 @@ def outlook(
         {
             "name": target.name,
             "removes": target.remove,
-            "blocks": len(dense) - target.remove,
+            "adds": target.add,
+            "blocks": len(dense) - target.fewer,
             "width": target.width.kept if target.width else None,
             "bytes": cost.published_bytes[target.name],
         }
@@ -122,7 +123,7 @@ def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
         written = max(cost.published_bytes.values())
         yield {"what": "sliced tensors written to the output", "bytes": written}
     if recipe.heal:
-        healed = sum(len(dense) - target.remove for target in plan.targets) * block
+        healed = sum(len(dense) - target.fewer for target in plan.targets) * block
         yield {"what": "blocks written by healing", "bytes": healed}
     yield {"what": "published", "bytes": sum(cost.published_bytes.values())}
 
@@ -131,9 +132,7 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
     """By the formulas of `footprint.py`, for each kind of process."""
     recipe, dense, room = plan.recipe, plan.model.stack, device.memory
     dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    most, least = (
-        len(dense) - remove for remove in (plan.targets[0].remove, plan.targets[-1].remove)
-    )
+    most, least = (len(dense) - target.fewer for target in (plan.targets[0], plan.targets[-1]))
 
     def row(what: str, needed: int, advice: str) -> dict[str, Any]:
         fits = needed <= room

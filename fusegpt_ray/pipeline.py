@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.drawing import calibration_windows
@@ -20,15 +21,15 @@ from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Cluster, Evaluation, Model
+from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.workers.base import Setup, Workers
 
 
 def compress(
     recipe: Recipe, display: Display | None = None, restart: bool = False
 ) -> list[Published]:
-    """Make the model shallower as the recipe says; returns what was published, the lightest
-    compression first.
+    """Make the model shallower or deeper, as the recipe says; returns what was published, the
+    lightest compression first.
 
     Run again after a failure, it goes on from the last committed round; with `restart` it forgets
     an unfinished run and begins anew. Run again after its end, it finds what it published.
@@ -39,8 +40,10 @@ def compress(
     with display or Display() as show:
         planned = plan(recipe, show, restart)
         last = planned.targets[-1]
-        goes = last.width.in_words() if last.width else f"{last.remove} to remove"
-        blocks = f"{len(planned.model.stack)} blocks, {goes}"
+        change = f"{last.add} to add" if last.add else f"{last.remove} to remove"
+        if last.width:
+            change = last.width.in_words()
+        blocks = f"{len(planned.model.stack)} blocks, {change}"
         show.say(f"{planned.model.source.name}: {blocks} ({recipe.method})")
         show.say(planned.cost.in_words())
         if limits := planned.removable.in_words():

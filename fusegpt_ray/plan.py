@@ -4,31 +4,33 @@ before weights are read and before anything is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
+from fusegpt_ray.methods import METHODS
+from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
 from fusegpt_ray.preflight import (
-    Target,
+    check_copies,
     check_images,
     check_method,
     check_model,
     check_output,
-    plan_targets,
     with_start,
 )
-from fusegpt_ray.publishing.rehearsal import rehearse
+from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
 from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Evaluation, Heal, Model
+from fusegpt_ray.targets import Target, plan_targets
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
@@ -112,7 +114,7 @@ class Plan:
 
     @property
     def rounds(self) -> int:
-        """After how many the smallest of the models is made: as many as it loses blocks, or one."""
+        """After how many the last model is there: one for each block that goes, else one."""
         return self.targets[-1].rounds
 
 
@@ -201,20 +203,33 @@ def _planned(
     if targets:
         check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)
+    if targets:
+        check(check_copies, recipe, structure)
     model = check(open_model, source, show, looks)
     if model is None:
         return None
     leading = check(leading_tokens, recipe, model.tokenizer)
     if not targets:
         return None
-    removes = [target.remove for target in targets]
-    # What becomes narrower keeps its depth, and `check_width` has built what comes of it.
-    removable = check(rehearse, model.stack, structure, removes) if any(removes) else ANY
+    removable = check(_rehearsed, recipe, model.stack, structure, targets)
     if removable is not None:
         check(_check_search, recipe, removable)
     if check.found or leading is None or removable is None:
         return None
     return Plan(recipe, model, tuple(targets), leading, removable)
+
+
+def _rehearsed(
+    recipe: Recipe, dense: Stack, structure: Structure, targets: Sequence[Target]
+) -> Removable:
+    """The blocks that may go, of which there is no question where blocks are added."""
+    if growth := METHODS[recipe.method].growth:
+        copies = growth.place(recipe, len(dense))
+        rehearse_deeper(dense, structure, deeper(dense, copies))
+        return ANY
+    if recipe.spec.narrows:  # `check_width` has built what comes of it
+        return ANY
+    return rehearse(dense, structure, [target.remove for target in targets])
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:

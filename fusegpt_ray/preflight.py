@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from fusegpt_ray.errors import StorageError, UserError, blaming, reading_users_file
 from fusegpt_ray.fusion.compensation import (
@@ -17,40 +15,20 @@ from fusegpt_ray.fusion.compensation import (
     needed_windows,
 )
 from fusegpt_ray.fusion.student import all_layers
-from fusegpt_ray.fusion.width import Width, check_width
+from fusegpt_ray.fusion.writers import writers
+from fusegpt_ray.methods import METHODS
 from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
-from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
+from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.samples import Batch, tokens_of
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
+from fusegpt_ray.targets import Target
 from fusegpt_ray.text.images import check_pillow
-
-
-@dataclass(frozen=True)
-class Target:
-    """One model to publish."""
-
-    sparsity: float
-    remove: int
-    """Blocks removed in it."""
-    folder: str
-    width: Width | None = None
-    """Its hidden size, where that is what becomes smaller."""
-
-    @property
-    def rounds(self) -> int:
-        """After how many it is made."""
-        return 1 if self.width else self.remove
-
-    @property
-    def name(self) -> str:
-        return self.folder.rsplit("/", 1)[-1]
 
 
 def check_model(source: Source, lengths: dict[str, int]) -> Structure:
@@ -93,6 +71,17 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
             raise UserError("heal.train", "lora", problem, fix)
         fix = "use method: mi, which only removes blocks"
         raise UserError("method", recipe.method, problem, fix)
+
+
+def check_copies(recipe: Recipe, structure: Structure) -> None:
+    """
+    Raises:
+        UserError: copies that are to begin as nothing cannot, in this architecture.
+    """
+    growth = METHODS[recipe.method].growth
+    if growth and growth.zero:
+        copies = growth.place(recipe, len(structure.blocks))
+        writers(structure, [copy.like for copy in copies])
 
 
 def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None]) -> Recipe:
@@ -192,39 +181,6 @@ def check_tokens(source: Source, dense: Stack, *texts: Batch) -> None:
         raise UserError(
             "model.source", source.name, problem, "use the tokenizer that belongs to the weights"
         )
-
-
-def plan_targets(recipe: Recipe, depth: int, raw: Mapping[str, Any]) -> list[Target]:
-    """The models this recipe publishes, the lightest compression first.
-
-    Args:
-        raw: the dense model's config.json.
-
-    Raises:
-        UserError: a sparsity leaves fewer than two blocks; or the model, which is to become
-            narrower, cannot.
-    """
-    if METHOD_SPECS[recipe.method].narrows:
-        widths = {sparsity: check_width(raw, sparsity) for sparsity in recipe.sparsity}
-        return [Target(s, 0, _folder(recipe, s), width) for s, width in widths.items()]
-    targets = []
-    for sparsity in sorted(recipe.sparsity):
-        remove = blocks_to_remove(depth, sparsity)
-        if depth - remove < 2:
-            problem = f"leaves {depth - remove} of {depth} blocks"
-            raise UserError(
-                "sparsity",
-                sparsity,
-                problem,
-                f"use at most {(depth - 2) / depth:.2f}: two blocks must stay",
-            )
-        targets.append(Target(sparsity, remove, _folder(recipe, sparsity)))
-    return targets
-
-
-def _folder(recipe: Recipe, sparsity: float) -> str:
-    name = f"{recipe.output.name}-p{percent(sparsity)}"
-    return storage.join(storage.absolute(recipe.output.uri), name)
 
 
 def check_output(

@@ -16,12 +16,14 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from fusegpt_ray import deeper
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe_checks import shares, whole_batches
 from fusegpt_ray.recipe_errors import Several, explained
 from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.sections import (
     Calibration,
-    Cluster,
     Evaluation,
     Fusion,
     Heal,
@@ -47,6 +49,10 @@ class Recipe(Section):
     sparsity: Annotated[tuple[float, ...], BeforeValidator(one_or_many)] = (0.25,)
     """Fraction of the blocks to remove, in (0, 1), with method `slicegpt` of the hidden size;
     several publish one model each from a single run."""
+    depth: deeper.Depth = None
+    """Methods that make models deeper: the share of blocks to add, such as +25%."""
+    every: deeper.Every = None
+    """Method `tli`: or a new block after every so many, as many as that gives."""
     preset: Preset = "best"
     """Fills in what the recipe leaves out of `fusion`, and with method `fusegpt` also `heal`.
     `best`: short rounds, then healing, as measured best here. `rounds`: longer ones, and no
@@ -57,13 +63,13 @@ class Recipe(Section):
     choose by `importance`. `streamline`: one trained block in place of a run of blocks. `slicegpt`:
     a smaller hidden size instead, in closed form. The others are to compare with, choose as
     published, and drop only: `shortgpt`, `sleb`, `angular`, `foldgpt`, and the controls `last` and
-    `random`."""
+    `random`. Two make models deeper, by `depth`, and have no `sparsity`: `tli` inserts copies that
+    begin as nothing, `dus` has the first and the last blocks overlap."""
     seed: Seed = 0
     """Initial values of everything that learns, and what method `random` draws."""
     calibration: Calibration
     evaluation: dict[str, Evaluation] = Field(default_factory=dict)
-    """Held-out texts by name; each gets a perplexity of the dense, the dropped and the fused model.
-    """
+    """Held-out texts by name; each gets a perplexity of the model at every stage."""
     importance: Importance = Importance()
     search: Search | None = None
     """A tournament that chooses the blocks; left out: each round chooses by `importance`."""
@@ -89,12 +95,16 @@ class Recipe(Section):
         importance = data.get("importance") or {}
         if spec is not None and spec.metric and isinstance(importance, Mapping):
             filled["importance"] = {"metric": spec.metric, **importance}
+        if spec is not None and spec.inserts:
+            filled = {"sparsity": (), **filled}
+            if isinstance(filled.get("heal"), Mapping):
+                filled["heal"] = {"loss": "tokens", **filled["heal"]}
         return filled
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         checks = [self._between_keys, self._search_fits, self._start_fits]
-        checks += [self._choice_fits, self._width_fits, self._documents_fit]
+        checks += [self._choice_fits, self._width_fits, self._documents_fit, self._depth_fits]
         if found := [mistake for check in checks for mistake in check()]:
             raise Several(found)
         return self
@@ -105,7 +115,7 @@ class Recipe(Section):
                 fix = "give the fraction to remove, such as 0.25"
                 yield UserError("sparsity", value, "not between 0 and 1", fix)
         percents = [percent(value) for value in self.sparsity]
-        if not percents or len(set(percents)) < len(percents):
+        if len(set(percents)) < max(len(percents), not METHOD_SPECS[self.method].inserts):
             yield UserError(
                 "sparsity",
                 list(self.sparsity),
@@ -127,14 +137,14 @@ class Recipe(Section):
                 "leave one of them out",
             )
         if self.spec.trains:
-            yield from _whole_batches(
+            yield from whole_batches(
                 "calibration.windows", self.calibration.windows, self.fusion.batch
             )
-            yield from _shares(self.cluster, "fusion.batch", self.fusion.batch)
+            yield from shares(self.cluster, "fusion.batch", self.fusion.batch)
         if self.heal:
             batch = self.heal.batch
-            yield from _whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
-            yield from _shares(self.cluster, "heal.batch", batch)
+            yield from whole_batches("heal.held_out", self.heal.held_out, batch, "heal.batch")
+            yield from shares(self.cluster, "heal.batch", batch)
             if not self.healing_windows:
                 problem = f"less than one loss batch of {batch} windows"
                 least = batch * self.calibration.length
@@ -148,7 +158,8 @@ class Recipe(Section):
             problem = "a tournament is between at least two different ways"
             yield UserError("search.candidates", names, problem, "list two or more, each once")
         if not self.spec.by_metric or self.spec.choice == "once":
-            problem = f"method {self.method} chooses the blocks itself"
+            does = "removes no blocks" if self.inserts else "chooses the blocks itself"
+            problem = f"method {self.method} {does}"
             yield UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
             problem = "the sets are compared after a short healing, and the recipe has no heal"
@@ -180,6 +191,17 @@ class Recipe(Section):
             problem = f"what method {self.method} makes is narrower than the dense model, and"
             problem += " healing is between models of one width"
             yield UserError("heal", "given", problem, "leave heal out")
+
+    def _depth_fits(self) -> Iterator[UserError]:
+        yield from deeper.mistakes(self.method, self.depth, self.every, self.sparsity)
+        if METHOD_SPECS[self.method].stays_itself and self.heal and self.heal.loss == "kl":
+            problem = (
+                f"with method {self.method} it is 0 from the beginning, and nothing would learn"
+            )
+            yield UserError("heal.loss", "kl", problem, "leave it out, or use tokens")
+        if self.heal and self.heal.loss == "tokens" and self.heal.hidden:
+            problem = "with heal.loss: tokens no dense model is run whose states there could be"
+            yield UserError("heal.hidden", self.heal.hidden, problem, "leave one of them out")
 
     def _documents_fit(self) -> Iterator[UserError]:
         healing = self.heal.parts if self.heal and self.heal.data else ()
@@ -233,6 +255,17 @@ class Recipe(Section):
     def fuses(self) -> bool:
         """Whether the method fuses the removed blocks into their neighbours."""
         return self.spec.fuses
+
+    @property
+    def inserts(self) -> bool:
+        """Whether the method makes the model deeper."""
+        return bool(METHOD_SPECS[self.method].inserts)
+
+    def blocks_to_add(self, dense_blocks: int) -> int:
+        """How many blocks a model of so many gets; 0 where the method removes some."""
+        if not self.inserts:
+            return 0
+        return deeper.blocks_to_add(dense_blocks, self.depth, self.every)
 
     @property
     def healing_windows(self) -> int:
@@ -303,41 +336,6 @@ class Recipe(Section):
             return section.model_validate(data)
         except ValidationError as error:
             raise explained(section, error, name)[0] from error
-
-
-def _whole_batches(
-    key: str, windows: int, batch: int, batch_key: str = "fusion.batch"
-) -> Iterator[UserError]:
-    if windows % batch:
-        yield UserError(
-            key,
-            windows,
-            f"not a multiple of {batch_key} = {batch}, which are the windows of a step",
-            f"use {math.ceil(windows / batch) * batch}",
-        )
-
-
-def _shares(cluster: Cluster, batch_key: str, batch: int) -> Iterator[UserError]:
-    """A loss batch is shared evenly by the workers, and a worker's share by its micro-batches."""
-    workers, micro_batch = cluster.workers, cluster.micro_batch
-    if batch % workers:
-        problem = f"does not divide {batch_key} = {batch}"
-        yield UserError(
-            "cluster.workers",
-            workers,
-            f"{problem}, so workers would hold unequal parts of a loss batch",
-            f"use one of {_divisors(batch)}",
-        )
-    share = batch // workers
-    if micro_batch and share % micro_batch:
-        problem = f"does not divide the {share} windows of a loss batch that each worker takes"
-        yield UserError(
-            "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def percent(sparsity: float) -> str:

@@ -1,17 +1,19 @@
-"""The rounds of one run: score → choose → fuse → commit, again and again, whatever the engine."""
+"""The rounds of one run: score → choose → fuse → commit, again and again, whatever the engine. What
+makes a model deeper is a single round, in which nothing is scored or chosen.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.methods import METHODS
-from fusegpt_ray.methods.base import Question, Round
+from fusegpt_ray.methods.base import Change, Question, Round
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Stack
@@ -61,7 +63,8 @@ class Rounds:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
-            scored = 0 if self.order or self._whole else len(self.dense) - len(done)
+            scores = not self.order and METHODS[self.recipe.method].choose
+            scored = len(self.dense) - len(done) if scores else 0
             self.show.round_begins(number, total, scored)
             try:
                 done.append(self._round(number, done, total))
@@ -81,7 +84,8 @@ class Rounds:
     def _round(self, number: int, before: list[Done], total: int) -> Done:
         stack = before[-1].stack if before else self.dense
         score_seconds, ranking = 0.0, None
-        if self.order is None and not self._whole:
+        method = METHODS[self.recipe.method]
+        if self.order is None and method.choose:
             score_seconds, ranking = self._score(
                 number,
                 stack,
@@ -91,18 +95,18 @@ class Rounds:
             self.show.say(f"  {ranking.in_words(self.recipe.chosen_by)}")
             told = {"lowest": ranking.lowest, **ranking.to_record(), "seconds": score_seconds}
             self.show.tell("scores", round=number, metric=self.recipe.chosen_by, **told)
-        donor = ranking.lowest if ranking else self._next(before)
-        assert donor is None or self.removable.allows([donor], stack.kept), (donor, self.removable)
+        removes = ranking.lowest if ranking else self._next(before)
+        assert removes is None or self.removable.allows([removes], stack.kept), removes
         origin = checksum({"rounds": [done.to_json() for done in before]})
         with self._explained(trained=True):
-            change = METHODS[self.recipe.method].change(
+            change = method.change(
                 Round(
                     number,
                     self.recipe,
                     self.workers,
                     stack,
                     self.dense,
-                    donor,
+                    removes,
                     total - len(before),
                     self.windows,
                     origin[:16],
@@ -112,25 +116,7 @@ class Rounds:
                     self.show,
                 )
             )
-        losses = list(change.losses)
-        record = {
-            **({} if donor is None else {"removed": donor}),
-            **({"width": dict(change.width)} if change.width else {}),
-            **(ranking.to_record() if ranking else {}),
-            "group": list(change.group),
-            **({"repair": dict(change.repair)} if change.repair else {}),
-            "states_batch_size": change.states_batch_size,
-            "states_bytes_read": change.states_bytes_read,
-            "micro_batch": change.micro_batch,
-            "loss_first": losses[0] if losses else None,
-            "loss_last": losses[-1] if losses else None,
-            "losses": losses,
-            "seconds": {
-                "score": score_seconds,
-                "states": round(change.states_seconds, 3),
-                "finetune": round(change.train_seconds, 3),
-            },
-        }
+        record = _record(change, removes, ranking, score_seconds)
         if self.workers.streams:
             whole = stored_bytes(stack.blocks)
             scored = (ranking.bytes_read if ranking else 0) / whole
@@ -140,16 +126,10 @@ class Rounds:
             self.show.say(f"  memory ran out, so fewer windows at once: {less}")
         return Done(record, change.stack, change.files)
 
-    @property
-    def _whole(self) -> bool:
-        """Whether no block goes, and one round changes the whole stack."""
-        return METHODS[self.recipe.method].choose is None
-
     def _next(self, before: Sequence[Done]) -> int | None:
-        """The dense number of the next block to remove, of those that are chosen already."""
-        if self._whole:
+        """The block that is known already to go; None where none goes."""
+        if self.order is None:
             return None
-        assert self.order is not None
         gone = [done.record["removed"] for done in before]
         assert gone == list(self.order[: len(gone)]), (gone, self.order)
         return self.order[len(gone)]
@@ -200,6 +180,32 @@ class Rounds:
 
     def _explained(self, trained: bool) -> AbstractContextManager[None]:
         return explained(self.dense, self.recipe.model.source, self.workers.dtype, trained)
+
+
+def _record(
+    change: Change, removes: int | None, ranking: Ranking | None, score_seconds: float
+) -> dict[str, Any]:
+    """What journal and manifest tell of a round."""
+    losses = list(change.losses)
+    return {
+        "removed": removes,
+        **({"inserted": [*map(asdict, change.inserted)]} if change.inserted else {}),
+        **({"width": dict(change.width)} if change.width else {}),
+        **(ranking.to_record() if ranking else {}),
+        "group": list(change.group),
+        **({"repair": dict(change.repair)} if change.repair else {}),
+        "states_batch_size": change.states_batch_size,
+        "states_bytes_read": change.states_bytes_read,
+        "micro_batch": change.micro_batch,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "losses": losses,
+        "seconds": {
+            "score": score_seconds,
+            "states": round(change.states_seconds, 3),
+            "finetune": round(change.train_seconds, 3),
+        },
+    }
 
 
 def fewer_at_once(recipe: Recipe, rounds: Sequence[Mapping[str, Any]]) -> str:

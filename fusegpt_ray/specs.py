@@ -14,6 +14,9 @@ Choice = Literal["each_round", "once", "run", "gates", "unseen", "none"]
 """How blocks are chosen: scored before each round; scored once, in the dense model; as one run of
 so many consecutive blocks; by gates that learn; without looking at the model; or not at all, as
 none goes."""
+Inserts = Literal["", "at_intervals", "a_run"]
+"""How copies of blocks are put into a model to make it deeper: not at all; one by one, at equal
+distances; or as one run."""
 
 
 class MethodSpec(NamedTuple):
@@ -34,6 +37,9 @@ class MethodSpec(NamedTuple):
     choice: Choice = "each_round"
     chosen_by: str = ""
     """What is lowest of the block that goes, for people, where it is no importance metric."""
+    inserts: Inserts = ""
+    stays_itself: bool = False
+    """Whether the deeper model computes at first just what the model did."""
 
     @property
     def trains_groups(self) -> bool:
@@ -58,7 +64,7 @@ class MethodSpec(NamedTuple):
     @property
     def narrows(self) -> bool:
         """Whether it makes a model narrower, not shallower."""
-        return self.choice == "none"
+        return self.choice == "none" and not self.inserts
 
 
 METHOD_SPECS: dict[str, MethodSpec] = {
@@ -139,6 +145,21 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         fuses=False,
         choice="none",
         chosen_by="variance along an axis",
+    ),
+    "tli": MethodSpec(
+        "copies of blocks that begin as nothing, their output layers zero, nothing trained (TLI)",
+        trains=False,
+        fuses=False,
+        choice="none",
+        inserts="at_intervals",
+        stays_itself=True,
+    ),
+    "dus": MethodSpec(
+        "the first and the last of its blocks, those between twice, nothing trained (SOLAR)",
+        trains=False,
+        fuses=False,
+        choice="none",
+        inserts="a_run",
     ),
 }
 

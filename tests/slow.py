@@ -203,6 +203,9 @@ THINNED = {
     f"{UNIT}checkpoints_in_little_memory.py"
     "::test_a_run_that_took_fewer_windows_goes_on_with_as_few": 1,
     f"{UNIT}compared_methods.py::test_a_stopped_run_ends_with_the_same_bytes": 2,
+    f"{UNIT}deeper.py::test_the_deeper_model_starts_as_the_old_one_bit_for_bit": 8,
+    f"{UNIT}deeper.py::test_up_scaling_is_published_as_the_library_would_build_it": 4,
+    f"{UNIT}deeper_runs.py::test_a_run_that_is_stopped_ends_with_the_same_bytes": 2,
     f"{UNIT}experts.py::test_blocks_are_removed_exactly": 6,
     f"{UNIT}experts.py::test_what_was_trained_is_published_as_the_model_was": 2,
     f"{UNIT}fused_experts.py::test_parameters_are_stored_as_the_tensors_they_were_made_of": 11,

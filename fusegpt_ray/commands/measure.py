@@ -108,8 +108,8 @@ def evaluate(
 
     Of several models it is also said whether they differ from the first by more than noise.
     """
+    from fusegpt_ray.cluster_section import Cluster
     from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.sections import Cluster
 
     with as_arguments():
         texts = _texts(data, **text)

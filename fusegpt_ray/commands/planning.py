@@ -143,10 +143,12 @@ def _show(result: dict[str, Any]) -> None:
     say(f"{byte_count(result['source_bytes'])}; method {result['method']}")
     for target in result["targets"]:
         become = f"{target['blocks']} blocks, {byte_count(target['bytes'])}"
-        goes = f"{target['removes']} blocks go"
-        if target["width"]:
-            goes = f"the hidden size becomes {target['width']}"
-        say(f"  {target['name']}: {goes}, {become} stay")
+        change = f"{target['removes']} blocks go, {become} stay"
+        if added := target["adds"]:
+            change = f"{added} blocks are added, which makes {become}"
+        if width := target["width"]:
+            change = f"the hidden size becomes {width}, {become} stay"
+        say(f"  {target['name']}: {change}")
     timed = result["seconds"] is not None
     work = Table("stage", "block-forwards", "FLOP", "share", *["time"] * timed)
     for column in work.columns[1:]:

@@ -204,6 +204,12 @@ def _runs(
             raise UserError(error.key, error.value, problem, error.fix) from error
 
     spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
+    if spec and spec.inserts:
+        problem = (
+            f"{shown(name)}: it makes models deeper, and a comparison's columns are sparsities"
+        )
+        fix = "run it by itself, and set the models side by side with fusegpt evaluate"
+        raise UserError(f"{SECTION}.methods", shown(str(data["method"])), problem, fix)
     sparsities = _one_or_many(data.get("sparsity", 0.25))
     if spec is None or spec.nested:
         return [parsed({})]

@@ -17,6 +17,7 @@ from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.targets import Target
 from fusegpt_ray.uris import shown
 
 PICTURE = "perplexity.png"
@@ -97,7 +98,7 @@ def _models(jobs: Sequence[Job]) -> list[tables.Model]:
         tables.Model(
             job.run.model,
             job.run.method,
-            target.sparsity,
+            _sparsity(target),
             target.folder,
             _manifest(job, target.folder),
             job.problem,
@@ -105,6 +106,11 @@ def _models(jobs: Sequence[Job]) -> list[tables.Model]:
         for job in jobs
         for target in job.plan.targets
     ]
+
+
+def _sparsity(target: Target) -> float:
+    assert target.sparsity is not None, "a comparison has no methods that make models deeper"
+    return target.sparsity
 
 
 def _manifest(job: Job, folder: str) -> dict[str, Any] | None:

@@ -12,8 +12,8 @@ from typing import Self
 import ray
 from ray._private import ray_constants
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Cluster
 
 UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,

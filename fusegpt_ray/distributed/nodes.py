@@ -13,9 +13,9 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
 

@@ -1,16 +1,17 @@
-"""Healing: all blocks of a shallower model are trained together, so that the model's next-token
-distributions are again the dense model's. What is built, what learns, and what is saved.
+"""Healing: all blocks of a model are trained together, so that its next-token distributions are
+again the dense model's, or to predict a text. What is built, what learns, and what is saved.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion.linear import Experts, Linear
 from fusegpt_ray.fusion.student import expert_layers, is_norm, linear_layers, seeded
 from fusegpt_ray.healing.low_rank import LowRankExperts, LowRankLinear, start
@@ -20,23 +21,23 @@ from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.samples import Batch
-from fusegpt_ray.sections import Cluster, Heal
+from fusegpt_ray.sections import Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import entries_of, write_safetensors
-from fusegpt_ray.training.distillation import LogitsKL
+from fusegpt_ray.training.distillation import LogitsKL, NextToken
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.masters import Masters
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import ITSELF, Learned, Span
-from fusegpt_ray.training.states import StatesSource
+from fusegpt_ray.training.states import Source, StatesSource, TokensSource
 from fusegpt_ray.training.stepper import TrainingConfig
 from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 
 
 @dataclass(frozen=True)
 class WholeModel:
-    """All blocks of `stack`, trained to the dense model; see `training.finetune.Trainable`."""
+    """All blocks of `stack`, trained to the dense model or to text; see `training.task`."""
 
     stack: Stack
     dense: Stack
@@ -65,7 +66,7 @@ class WholeModel:
         """
         settings = self.settings
         config = TrainingConfig(
-            loss="logits_kl",
+            loss="logits_kl" if settings.loss == "kl" else "next_token",
             batch=settings.batch,
             epochs=1,
             parts=min(settings.looks, len(windows) // settings.batch),
@@ -78,7 +79,7 @@ class WholeModel:
         )
         return TrainingTask(
             self,
-            StatesSource(self.stack, 0, self.dense, len(self.dense)),
+            self._source,
             windows,
             config,
             identity,
@@ -88,6 +89,12 @@ class WholeModel:
             "healing",
             "heal.learning_rate",
         )
+
+    @property
+    def _source(self) -> Source:
+        if self.settings.loss == "tokens":
+            return TokensSource(self.stack)
+        return StatesSource(self.stack, 0, self.dense, len(self.dense))
 
     def build(
         self,
@@ -101,16 +108,16 @@ class WholeModel:
     ) -> Span:
         built = []
         for block in self.stack.blocks:
-            stored = meta_blocks[block.dense].read(block.weights)
-            plain = meta_blocks[block.dense].filled(stored, device, dtype)
+            stored = meta_blocks[block.kind].read(block.weights)
+            plain = meta_blocks[block.kind].filled(stored, device, dtype)
             learned = self._learned(plain, block, stored, device, dtype)
             if partition:
                 partition.keep(plain)
             built.append((plain, learned))
         blocks, learns = zip(*built, strict=True)
-        own = [contexts[block.dense].to(device) for block in self.stack.blocks]
+        own = [contexts[block.kind].to(device) for block in self.stack.blocks]
         around = {"gathering": partition.run} if partition else {}
-        numbers = [block.dense for block in self.stack.blocks]
+        numbers = [block.kind for block in self.stack.blocks]
         return Span(
             blocks,
             Learned(learns),
@@ -167,6 +174,8 @@ class WholeModel:
         return [{"params": [*span.learned.parameters()], "lr": self.settings.rate}]
 
     def loss(self, trunk: Trunk) -> Loss:
+        if self.settings.loss == "tokens":
+            return NextToken(trunk.head)
         return LogitsKL(trunk.head, self.settings.hidden)
 
     def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
@@ -174,13 +183,13 @@ class WholeModel:
         saved = SavedBlocks({}, {})
         blocks = zip(self.stack.blocks, span.blocks, span.learned.blocks, strict=True)
         for block, plain, learned in list(blocks)[part::parts]:
-            empty = span.meta_blocks[block.dense]
+            empty = span.meta_blocks[block.kind]
             tensors = _plain_tensors(block, plain, learned, empty)
             entries = entries_of(empty.stored(tensors, block.weights))
             self.fence()
             uri = storage.join(self.folder, f"block-{block.dense:03d}.safetensors")
             saved.files[uri], refs = write_safetensors(uri, entries)
-            saved.blocks[block.dense] = Block(block.dense, {**block.weights, **refs})
+            saved.blocks[block.dense] = replace(block, weights={**block.weights, **refs})
         return saved
 
 

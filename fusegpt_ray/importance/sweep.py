@@ -124,10 +124,10 @@ def _walk(
         position = stack.position(block.dense)
         for i, part in enumerate(parts):
             for other, h_WTD in without[i].items():
-                without[i][other] = runner.apply(module, block.dense, h_WTD, samples[i])
+                without[i][other] = runner.apply(module, block.kind, h_WTD, samples[i])
             if position in part.positions:
                 without[i][position] = fulls[i]
-            fulls[i] = runner.apply(module, block.dense, fulls[i], samples[i])
+            fulls[i] = runner.apply(module, block.kind, fulls[i], samples[i])
             if not metric.spec.walks_on:
                 compare(i)
         del module  # before the next one is asked for
@@ -145,6 +145,6 @@ def _final_states(runner: Runner, stack: Stack, parts: Sequence[Part]) -> list[t
     states = [h_WTD for h_WTD, _ in entered]
     for block, module in runner.weights.walk(stack.blocks):
         for i, (_, samples) in enumerate(entered):
-            states[i] = runner.apply(module, block.dense, states[i], samples)
+            states[i] = runner.apply(module, block.kind, states[i], samples)
         del module  # before the next one is asked for
     return states

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError, blaming, reading_users_file
 from fusegpt_ray.measuring.checkpoint import KEY, Checkpoint, load, short_names
 from fusegpt_ray.measuring.harness import (
@@ -30,7 +31,6 @@ from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.preflight import check_writable, image_token
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.sections import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.images import check_pillow
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret

@@ -2,6 +2,7 @@
 
 from fusegpt_ray.methods import (
     angular,
+    dus,
     foldgpt,
     fusegpt,
     last,
@@ -13,6 +14,7 @@ from fusegpt_ray.methods import (
     sleb,
     slicegpt,
     streamline,
+    tli,
 )
 from fusegpt_ray.methods.base import Method
 
@@ -29,5 +31,7 @@ _MODULES = (
     foldgpt,
     last,
     random,
+    tli,
+    dus,
 )
 METHODS: dict[str, Method] = {module.METHOD.name: module.METHOD for module in _MODULES}

@@ -60,8 +60,8 @@ class Round:
     stack: Stack
     """The model before the round."""
     dense: Stack
-    chosen: int | None
-    """Dense number of the block to remove; None where the method chooses none."""
+    removes: int | None
+    """Dense number of the block to remove; None: a method that removes none."""
     left: int
     """How many blocks are still to go, in this round and those after it."""
     windows: Batch
@@ -78,9 +78,32 @@ class Round:
 
     @property
     def donor(self) -> int:
-        """Dense number of the block to remove, of a method that chooses one."""
-        assert self.chosen is not None
-        return self.chosen
+        """Dense number of the block to remove."""
+        assert self.removes is not None, "this round removes none"
+        return self.removes
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a block that is put into a stack."""
+
+    after: int
+    """Number of the block behind which it is put; several behind one stay in order."""
+    like: int
+    """Number of the block that it is a copy of."""
+
+
+Place = Callable[[Recipe, int], list[Copy]]
+"""The copies that a recipe asks for in a model of so many blocks."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a method makes a model deeper, all in one round."""
+
+    place: Place
+    zero: bool
+    """Whether the copies' output layers are zero, so that they begin as nothing."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +127,23 @@ class Change:
     train_seconds: float = 0.0
     repair: Mapping[str, Any] | None = None
     """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
+    inserted: tuple[Copy, ...] = ()
+    """Copies that are in it now."""
     width: Mapping[str, Any] | None = None
-    """What it tells of another width (see `fusion.narrowing.Narrowed`)."""
+    """What the record tells of another width (see `fusion.narrowing.Narrowed`)."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make a model smaller: how the block to remove is chosen, and what happens
-    then."""
+    """One way to make a model smaller: how the block to remove is chosen, and what happens then; or
+    one round in which the whole stack becomes narrower. Or one to make it deeper: where copies of
+    blocks go."""
 
     name: str
     """In the recipe; `specs.METHOD_SPECS` has what is known of it without its code."""
     choose: Choose | None
-    """Finds the block to remove; None: no block goes, and one round changes the whole stack."""
+    """Finds the block to remove; None: none is, and one round changes the whole stack."""
     change: Callable[[Round], Change]
     """What happens to the stack then."""
+    growth: Growth | None = None
+    """Where it makes the model deeper, how."""

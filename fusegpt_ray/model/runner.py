@@ -215,7 +215,7 @@ class Runner:
             transform(self.trunk.embed, windows, h_WTD, self.batch_size, self.device)
         yield h_WTD
         for block, module in self.weights.walk(stack.blocks[:stop]):
-            self._advance(module, block.dense, h_WTD, owns)
+            self._advance(module, block.kind, h_WTD, owns)
             del module  # so that its memory is free when the next one is asked for
             yield h_WTD
 

@@ -3,7 +3,8 @@ weights, only where they are.
 
 Every step of a run takes a stack and gives a stack; a stack is small JSON, so that it can be
 committed, sent and resumed from. A block is named by its number in the dense model, which it keeps;
-its place in the list is its position.
+its place in the list is its position. One that was inserted has a number beyond those, and says of
+which block it is a copy.
 """
 
 from __future__ import annotations
@@ -46,12 +47,25 @@ class Block:
     """
 
     dense: int
-    """Its number in the dense model."""
+    """Its number in the dense model; of one that was inserted, a number that no other has."""
     weights: Refs
     terms: Terms | None = None
+    like: int | None = None
+    """Of one that was inserted: the number of the dense block that it is a copy of."""
+
+    @property
+    def kind(self) -> int:
+        """The number of the dense block that it is built as and called as."""
+        return self.dense if self.like is None else self.like
+
+    def copied(self, number: int, weights: Refs | None = None) -> Block:
+        """A plain copy to insert under this number, with some of its weights replaced."""
+        return Block(number, {**self.weights, **(weights or {})}, like=self.kind)
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"dense": self.dense, "weights": _refs_to_json(self.weights)}
+        if self.like is not None:
+            data["like"] = self.like
         if self.terms is not None:
             data["terms"] = {
                 "base": _refs_to_json(self.terms.base),
@@ -72,6 +86,7 @@ class Block:
                 tuple(map(cls.from_json, terms["donors"])),
                 _refs_from_json(terms["learned"]),
             ),
+            data.get("like"),
         )
 
 
@@ -98,8 +113,13 @@ class Stack:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        """The dense numbers of the blocks left."""
+        """The numbers of the blocks, by which they are named."""
         return tuple(block.dense for block in self.blocks)
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The dense blocks that they are built as: `kept`, but for what was inserted."""
+        return tuple(block.kind for block in self.blocks)
 
     def position(self, dense: int) -> int:
         return self.kept.index(dense)
@@ -117,6 +137,13 @@ class Stack:
         assert block.dense in run, (block.dense, run)
         blocks = (*self.blocks[:first], block, *self.blocks[first + len(run) :])
         return replace(self, blocks=blocks)
+
+    def insert(self, after: int, *blocks: Block) -> Stack:
+        """With these blocks, in order, behind the block of that number."""
+        at = self.position(after) + 1
+        new = (*self.blocks[:at], *blocks, *self.blocks[at:])
+        assert len({block.dense for block in new}) == len(new), [block.dense for block in new]
+        return replace(self, blocks=new)
 
     def swap(self, blocks: Mapping[int, Block]) -> Stack:
         """With the blocks of these dense numbers replaced."""

@@ -68,7 +68,7 @@ def observe(raw: Mapping[str, Any]) -> Structure:
     with _running(name):
         recorded = Recorded(model, find_blocks(model))
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-        _fill_without_memory(model)
+        filled_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
         after = _pass(recorded, zeros)
         if problem := recorded.not_in_a_row():
@@ -144,7 +144,7 @@ def _pass(recorded: Recorded, ids_BT: torch.Tensor) -> list[Any]:
     return operations.seen
 
 
-def _fill_without_memory(model: nn.Module) -> None:
+def filled_without_memory(model: nn.Module, scale: float = 1.0) -> None:
     """Values for the empty parameters: one random number a row, which stands for the whole row.
 
     So each token has an embedding of its own, and what comes of it can be told from that of others.
@@ -156,7 +156,7 @@ def _fill_without_memory(model: nn.Module) -> None:
             empty.shape[:1] if empty.shape[:1].numel() <= _ROWS else (1,)
         )  # or it would need memory
         rows = torch.randn((*many, *(1,) * (empty.dim() - 1)), generator=generator)
-        filled = rows.expand(empty.shape)
+        filled = (scale * rows).expand(empty.shape)
         setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
 
 

@@ -150,7 +150,7 @@ class Weights:
             tensors = self.cache.tensors(block.weights, self._needed, read)
         else:
             tensors = read(block.weights)
-        return load_block(self.meta_blocks[block.dense], tensors, self.device, self.dtype)
+        return load_block(self.meta_blocks[block.kind], tensors, self.device, self.dtype)
 
     def _read_aside(self, block: Block) -> nn.Module:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""
@@ -201,7 +201,7 @@ def stored_bytes(blocks: Sequence[Block]) -> int:
 
 
 def _key(block: Block) -> Hashable:
-    return block.dense, frozenset(block.weights.items())
+    return block.kind, frozenset(block.weights.items())
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

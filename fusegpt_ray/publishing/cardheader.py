@@ -24,7 +24,7 @@ def header(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=TASKS[auto_class][0],
-        tags=["fusegpt", "width-pruning" if manifest.get("width") else "depth-pruning"],
+        tags=["fusegpt", _kind(manifest)],
         base_model=source["name"] if source["on_hub"] else None,
         datasets=[*_datasets(manifest["recipe"])] or None,
         model_name=name,
@@ -34,6 +34,13 @@ def header(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     if data.eval_results is None:
         del data.model_name  # the library writes it only as part of the results
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _kind(manifest: Mapping[str, Any]) -> str:
+    """What was done to the model, as the hub calls it."""
+    if manifest.get("inserted"):
+        return "depth-up-scaling"
+    return "width-pruning" if manifest.get("width") else "depth-pruning"
 
 
 def _datasets(recipe: Mapping[str, Any]) -> Iterator[str]:

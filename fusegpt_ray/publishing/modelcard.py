@@ -15,7 +15,11 @@ from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 FOLDER = "<this folder>"
 """What stands in the card's commands for where the model is."""
-HEALED = "; then all blocks trained together to the dense model's next-token distributions"
+HEALED = {
+    "kl": "; then all blocks trained together to the dense model's next-token distributions",
+    "tokens": "; then all blocks trained together on the next tokens of text",
+}
+"""By `heal.loss`."""
 
 
 def model_card(
@@ -28,24 +32,25 @@ def model_card(
         auto_class: the class of transformers whose `from_pretrained` loads the model.
         pictures: their titles by the names of their files, which lie beside the card.
     """
-    source, removed = manifest["source"], manifest["removed"]
+    source = manifest["source"]
     about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     if "healing" in manifest:
-        about = about.replace(", nothing trained", "") + HEALED
+        about = (
+            about.replace(", nothing trained", "")
+            + HEALED[(manifest["recipe"].get("heal") or {}).get("loss", "kl")]
+        )
     lines = [
         header(name, manifest, auto_class),
         f"# {name}",
         "",
-        f"{source['name']}{revision} with {_smaller(manifest)}: {about}.",
+        f"{source['name']}{revision} with {_change(manifest)}: {about}.",
         "",
         *_measured(manifest),
         "",
         *(f"*{stage.capitalize()}*: {STAGES[stage]}.  " for stage in _between(manifest)),
     ]
-    if removed:
-        numbers = ", ".join(map(str, removed))
-        lines.append(f"Blocks removed, in order (numbers in the dense model): {numbers}.")
+    lines += _blocks(manifest)
     lines += _search(manifest)
     lines += [line for file, title in pictures.items() for line in ("", f"![{title}]({file})")]
     if less := manifest.get("fewer_at_once"):
@@ -58,7 +63,7 @@ def model_card(
     lines += [
         "",
         *_samples(manifest),
-        *_use(auto_class),
+        *_use(auto_class, manifest),
         "",
         "## How it was made",
         "",
@@ -103,14 +108,14 @@ def _indented(text: str) -> str:
     return ("\n" + " " * 12).join(lines).rstrip()
 
 
-def _use(auto_class: str) -> list[str]:
+def _use(auto_class: str, manifest: Mapping[str, Any]) -> list[str]:
     """Commands that load, serve and quantise it."""
     sees = auto_class == "AutoModelForImageTextToText"
     kept = ["re:.*lm_head", *(["re:.*vision.*", "re:.*projector.*"] if sees else [])]
     return [
         "## Use it",
         "",
-        f"An ordinary checkpoint, only smaller; no custom code. `{FOLDER}` is where it is, or",
+        f"An ordinary checkpoint{_layers(manifest)}; no custom code. `{FOLDER}` is where it is, or",
         "the name of its repository on the hub.",
         "",
         "```python",
@@ -160,12 +165,31 @@ def _licence(manifest: Mapping[str, Any]) -> str:
     return f"That of {manifest['source']['name']}: {named}."
 
 
-def _smaller(manifest: Mapping[str, Any]) -> str:
-    """What it has less of."""
+def _change(manifest: Mapping[str, Any]) -> str:
+    """What it has less of, or more."""
+    dense = manifest["dense_blocks"]
+    if inserted := manifest.get("inserted"):
+        return f"{len(inserted)} decoder blocks added to its {dense}"
     if width := manifest.get("width"):
         sizes = f"{width['dense']} → {width['kept']}"
-        return f"hidden size {sizes} and all of its {manifest['dense_blocks']} decoder blocks"
-    return f"{len(manifest['removed'])} of its {manifest['dense_blocks']} decoder blocks removed"
+        return f"hidden size {sizes} and all of its {dense} decoder blocks"
+    return f"{len(manifest['removed'])} of its {dense} decoder blocks removed"
+
+
+def _blocks(manifest: Mapping[str, Any]) -> list[str]:
+    """Which blocks these are."""
+    numbers = "(numbers in the dense model)"
+    if inserted := manifest.get("inserted"):
+        copies = ", ".join(f"{copy['like']} behind {copy['after']}" for copy in inserted)
+        return [f"Copies of blocks added {numbers}: of {copies}."]
+    removed = ", ".join(map(str, manifest["removed"]))
+    return [f"Blocks removed, in order {numbers}: {removed}."] if removed else []
+
+
+def _layers(manifest: Mapping[str, Any]) -> str:
+    if manifest.get("width"):
+        return ""
+    return f" with {'more' if manifest.get('inserted') else 'fewer'} layers"
 
 
 def _which(manifest: Mapping[str, Any]) -> str:

@@ -244,9 +244,9 @@ def compare(
     (ours, own), (theirs, their_own) = here.enter(windows), there.enter(windows)
     largest = _difference(theirs, ours, here.dtype, "its embedding")
     for position, (block, found) in enumerate(zip(stack.blocks, published.blocks, strict=True)):
-        ours = here.apply(_rounded(here, block, found), block.dense, ours, own)
+        ours = here.apply(_rounded(here, block, found), block.kind, ours, own)
         theirs = there.apply(there.weights.of(found), found.dense, theirs, their_own)
-        what = f"its block {position} (block {block.dense} of the dense model)"
+        what = f"its block {position} (block {block.kind} of the dense model)"
         largest = max(largest, _difference(theirs, ours, here.dtype, what))
     rows = zip(theirs.split(1), ours.split(1), strict=True)
     kl = mean_kl((there.trunk.logits(h_1TD), here.trunk.logits(g_1TD)) for h_1TD, g_1TD in rows)
@@ -259,7 +259,7 @@ def _rounded(runner: Runner, block: Block, stored: Block) -> nn.Module:
         name: tensor.to(stored.weights[name].dtype)
         for name, tensor in read_tensors(block.weights).items()
     }
-    return load_block(runner.trunk.meta_blocks[block.dense], weights, runner.device, runner.dtype)
+    return load_block(runner.trunk.meta_blocks[block.kind], weights, runner.device, runner.dtype)
 
 
 def _difference(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, what: str) -> float:

@@ -135,7 +135,7 @@ def _about(stack: Stack, dense: Stack, source: Source) -> dict[str, Any]:
         "source": {"name": source.name, "revision": source.revision, "on_hub": source.on_hub},
         **({"license": licence} if licence else {}),
         "dense_blocks": len(dense),
-        "kept": list(stack.kept),
+        "kept": list(stack.kinds),
         "left_out": left_out(source, dense),
         "versions": versions(),
     }

@@ -1,11 +1,11 @@
-"""The whole way from a model to a shallower one on empty tensors: what would fail at its end fails
-now.
+"""The whole way from a model to a shallower or deeper one on empty tensors: what would fail at its
+end fails now.
 
-Blocks are left out, the config.json is written, the class is built from it, and what it builds is
-held against what would be published: the names and shapes of all tensors, and that every block, at
-its new place, is still the same function, as is what follows the last one. A function is known by
-the operations that run, with their numbers (those of a block on the meta device), and by the plain
-values and buffers that a block's modules hold.
+Blocks are left out or copied, the config.json is written, the class is built from it, and what it
+builds is held against what would be published: the names and shapes of all tensors, and that every
+block, at its new place, is still the same function, as is what follows the last one. A function is
+known by the operations that run, with their numbers (those of a block on the meta device), and by
+the plain values and buffers that a block's modules hold.
 """
 
 from __future__ import annotations
@@ -62,6 +62,19 @@ def rehearse(dense: Stack, structure: Structure, removals: Collection[int]) -> R
     raise UserError(KEY, structure.name, why, _FIX)
 
 
+def rehearse_deeper(dense: Stack, structure: Structure, deeper: Stack) -> None:
+    """Try a model with copies of blocks; `structure` is the dense model's.
+
+    Raises:
+        UserError: what would be published is not what the class of its config.json builds.
+    """
+    what = "what its blocks compute cannot be seen without values"
+    with reading_users_file(KEY, structure.name, what, _FIX):
+        attempt = _Attempt(dense, structure)
+    if why := attempt.problem_of(deeper, f"with {len(deeper)} blocks it cannot be built"):
+        raise UserError(KEY, structure.name, why, _FIX)
+
+
 def _tell_the_length(dense: Stack) -> tuple[int, ...]:
     """Of a model of several kinds of blocks, those whose part of the cache knows how many tokens
     it holds; nothing if all blocks or none do.
@@ -98,11 +111,11 @@ def _sets(numbers: Sequence[int], fewest: int, most: int, rule: Removable) -> li
 
 
 class _Attempt:
-    """Takes blocks out of the empty model and looks at what its class builds then."""
+    """Makes other models of the blocks of the empty one and looks at what its class builds then."""
 
     def __init__(self, dense: Stack, structure: Structure) -> None:
         self.dense, self.structure = dense, _Observed(structure)
-        self._shallower: dict[str, _Shallower] = {}
+        self._others: dict[str, _Other] = {}
         """By config.json, which is often the same whichever of several blocks is gone."""
         self._alone: dict[_Move, str] = {}
         """What blocks compute where one other is gone. Of all candidates, each block keeps its
@@ -116,17 +129,21 @@ class _Attempt:
 
     def problem(self, dropped: Sequence[int]) -> str:
         """What is not as it would be published without these blocks, or nothing."""
-        short = self.dense.drop(*dropped)
-        name, known = self.structure.found.name, self._shallower
         what = f"without the blocks {', '.join(map(str, dropped))} it cannot be built"
+        return self.problem_of(self.dense.drop(*dropped), what)
+
+    def problem_of(self, other: Stack, what: str) -> str:
+        """What is not as this stack would be published, or nothing."""
+        name, known = self.structure.found.name, self._others
         try:
             with reading_users_file(KEY, name, what, _FIX):
-                config = shrink_config(short)
+                config = shrink_config(other)
                 key = json.dumps(config, sort_keys=True, default=str)
                 if key not in known:
-                    computed = self._alone if len(dropped) == 1 else {}
-                    known[key] = _Shallower(self.structure, _Observed(observe(config)), computed)
-                return known[key].difference(short.kept)
+                    alone = len(other) == len(self.dense) - 1
+                    computed = self._alone if alone else {}
+                    known[key] = _Other(self.structure, _Observed(observe(config)), computed)
+                return known[key].difference(other.kinds)
         except UserError as error:
             said = error.problem
             return said if said.startswith(what) else f"{what} ({said})"
@@ -150,28 +167,29 @@ _Move = tuple[int, int]
 """A block's number in the dense model, and in the shallower one."""
 
 
-class _Shallower:
-    """What the class of a shallower model's config.json builds, beside the dense model."""
+class _Other:
+    """What the class of another model's config.json builds, beside the dense model."""
 
-    def __init__(self, dense: _Observed, short: _Observed, computed: dict[_Move, str]) -> None:
-        self.dense, self.short = dense, short
+    def __init__(self, dense: _Observed, other: _Observed, computed: dict[_Move, str]) -> None:
+        self.dense, self.other = dense, other
         self._built: dict[_Move, str] = {}
         self._computed = computed
 
     def difference(self, kept: Sequence[int]) -> str:
-        """What is not as it would be published with the blocks `kept`, or nothing."""
-        dense, short = self.dense.found, self.short.found
-        if len(short.blocks) != len(kept):
-            return f"its class builds {len(short.blocks)} blocks where {len(kept)} are asked for"
-        for name in sorted(dense.trunk.keys() | short.trunk.keys()):
-            old, new = dense.trunk.get(name), short.trunk.get(name)
+        """What is not as it would be published with the blocks `kept`, by what they were in the
+        dense model, or nothing."""
+        dense, other = self.dense.found, self.other.found
+        if len(other.blocks) != len(kept):
+            return f"its class builds {len(other.blocks)} blocks where {len(kept)} are asked for"
+        for name in sorted(dense.trunk.keys() | other.trunk.keys()):
+            old, new = dense.trunk.get(name), other.trunk.get(name)
             if old != new:
                 return (
                     f"the size of {name} depends on the number of blocks ({_shown(old)}, and"
-                    f" {_shown(new)} with fewer): what it holds for all blocks together cannot be"
-                    " cut"
+                    f" {_shown(new)} with another one): what it holds for all blocks together"
+                    " cannot be cut"
                 )
-        if dense.after != short.after:
+        if dense.after != other.after:
             return "what it computes after its last block depends on the number of blocks"
         # What is quick to see comes first, of all blocks.
         for known, compare in (
@@ -187,10 +205,10 @@ class _Shallower:
 
     def _built_otherwise(self, number: int, position: int) -> str:
         """What the block has or is called with at its new place that it was not, or nothing."""
-        dense, short = self.dense.found, self.short.found
-        if problem := _other_block(dense.blocks[number], short.blocks[position], number, position):
+        dense, other = self.dense.found, self.other.found
+        if problem := _other_block(dense.blocks[number], other.blocks[position], number, position):
             return f"block {number} would become block {position}, where it {problem}"
-        if not same(dense.contexts[number], short.contexts[position]):
+        if not same(dense.contexts[number], other.contexts[position]):
             return (
                 f"block {number} would become block {position}, and be called with other masks"
                 " there"
@@ -199,7 +217,7 @@ class _Shallower:
 
     def _computes_otherwise(self, number: int, position: int) -> str:
         """Of a block that has and is called with the same: whether it computes the same."""
-        if self.dense.operations(number) != self.short.operations(position):
+        if self.dense.operations(number) != self.other.operations(position):
             return (
                 f"what block {number} computes depends on its number; it would become block"
                 f" {position}"

@@ -1,4 +1,6 @@
-"""The checkpoint of a model with only some of its blocks: its config.json and its tensors."""
+"""The checkpoint of a model with only some of its blocks, or with copies of some: its config.json
+and its tensors.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ def shrink_config(stack: Stack) -> dict[str, Any]:
     # Settings may be absent from the file and still have one value a block, derived by the class.
     for key, value in (text.to_dict() | section).items():
         if not _NOT_BY_BLOCK.fullmatch(key):
-            changed = _shrunk(key, value, stack.kept, depth)
+            changed = _shrunk(key, value, stack.kinds, depth)
             if changed is not None:
                 section[key] = changed
     main, names = _depth_names(text)
@@ -85,14 +87,16 @@ def _depth_names(text: PretrainedConfig) -> tuple[str, set[str]]:
 
 
 def _shrunk(key: str, value: Any, kept: Sequence[int], depth: int) -> Any:
-    """The value for the kept blocks; None where it is not one of a block's."""
+    """The value for these blocks, by what they were in the dense model; None where it is not one of
+    a block's.
+    """
     if type(value) is int and (_FIRST.fullmatch(key) or key == _LAST):
         first = value + (key == _LAST)
         return sum(number < first for number in kept) - (key == _LAST)
     numbered = bool(_BLOCK_NUMBERS.fullmatch(key)) and bool(value)
     if isinstance(value, dict) and numbered and all(_is_number(name, depth) for name in value):
-        moved = {str(old): str(new) for new, old in enumerate(kept)}  # as JSON has them
-        return {moved[str(name)]: item for name, item in value.items() if str(name) in moved}
+        items = {str(name): item for name, item in value.items()}  # as JSON has them
+        return {str(new): items[str(old)] for new, old in enumerate(kept) if str(old) in items}
     if not isinstance(value, list | tuple):
         return None
     numbers = numbered and all(type(item) is int and 0 <= item < depth for item in value)
@@ -128,10 +132,10 @@ def model_entries(stack: Stack, dense: Stack) -> Iterator[Entry]:
     for name, ref in stack.trunk.items():
         yield _entry(name, ref, ref.dtype)
     for number, block in enumerate(stack.blocks):
-        original = dense.blocks[dense.position(block.dense)].weights
+        original = dense.blocks[dense.position(block.kind)].weights
         for name, ref in block.weights.items():
             # As the dense checkpoint calls it, which may be otherwise than the class does.
-            tail = original[name].name.removeprefix(f"{stack.prefix}{block.dense}.")
+            tail = original[name].name.removeprefix(f"{stack.prefix}{block.kind}.")
             yield _entry(f"{stack.prefix}{number}.{tail}", ref, original[name].dtype)
 
 

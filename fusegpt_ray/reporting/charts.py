@@ -149,6 +149,12 @@ def _groups(facts: Facts) -> Chart | None:
     )
 
 
+_LOSSES = {
+    "kl": "KL divergence from the dense model, in nats a token, and what heal.hidden adds",
+    "tokens": "cross-entropy of the next token, in nats",
+}
+
+
 def _healing(facts: Facts) -> Chart | None:
     if not facts.healing:
         return None
@@ -178,8 +184,8 @@ def _healing(facts: Facts) -> Chart | None:
     return chart(
         "healing",
         "Healing",
-        "Loss (KL divergence from the dense model, in nats a token, and what heal.hidden adds) over"
-        " the parts of the training; the state with the lowest held-out loss is kept.",
+        f"Loss ({_LOSSES[facts.healing_loss]}) over the parts of the training; the state with the"
+        " lowest held-out loss is kept.",
         ("part", "windows", "loss"),
         rows,
         line,

@@ -13,7 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.run.outputs import IDENTITY, Folder, Outputs, Run
+from fusegpt_ray.reporting.under_way import under_way
+from fusegpt_ray.run.outputs import Folder, Outputs
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.text.protocol import stages
@@ -49,6 +50,7 @@ class Perplexity(Protocol):
     repaired: float | None = None
     fused: float | None = None
     sliced: float | None = None
+    inserted: float | None = None
     healed: float | None = None
 
     @property
@@ -76,9 +78,17 @@ class Repair(_Part):
     block: int
 
 
+class Copy(_Part):
+    """A block that was inserted."""
+
+    after: int
+    like: int
+
+
 class Round(_Part):
     removed: int | None = None
-    """None: the round is under way."""
+    """None: the round is under way, or inserts blocks."""
+    inserted: list[Copy] = []
     scores: dict[int, float] = {}
     stopped: dict[int, Estimate] = {}
     group: list[int] = []
@@ -186,6 +196,18 @@ class Facts(_Part):
         return [round.removed for round in self.rounds if round.removed is not None]
 
     @property
+    def inserted(self) -> list[Copy]:
+        return [copy for round in self.rounds for copy in round.inserted]
+
+    @property
+    def changed(self) -> str:
+        """What happened to how many blocks."""
+        what, count = "removed", len(self.removed)
+        if self.inserted:
+            what, count = "added", len(self.inserted)
+        return f"{count} block{'' if count == 1 else 's'} {what}"
+
+    @property
     def chosen_by(self) -> str:
         """What is lowest of a block that goes."""
         method, importance = METHOD_SPECS.get(self.method), self.recipe.get("importance")
@@ -207,6 +229,12 @@ class Facts(_Part):
             return None
         gpus = max(told.replicas, told.workers) * (told.gpus_per_replica or 1)
         return told.gpu_hour_price * gpus / 3600
+
+    @property
+    def healing_loss(self) -> str:
+        """`heal.loss`; manifests that do not tell are of times when there was only one."""
+        heal = self.recipe.get("heal")
+        return "tokens" if isinstance(heal, dict) and heal.get("loss") == "tokens" else "kl"
 
     @property
     def worked(self) -> list[tuple[Planned, float]]:
@@ -262,7 +290,7 @@ def facts(uri: str) -> Facts:
     name = folder.name.removesuffix(".run")
     try:
         if folder.run and not folder.finished:
-            return Facts.model_validate({**_under_way(folder.run), "name": name})
+            return Facts.model_validate({**under_way(folder.run), "name": name})
         manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
         weights = (file.size for key, file in manifest.files.items() if key.endswith(WEIGHTS))
         return of_manifest(name, manifest.data, sum(weights))
@@ -286,62 +314,3 @@ def of_manifest(name: str, manifest: Mapping[str, Any], size: int) -> Facts:
     """
     told = {**manifest, "name": name, "state": "published", "bytes": size}
     return Facts.model_validate(told)
-
-
-def _under_way(run: Run) -> dict[str, Any]:
-    """What the journal of a run tells, in the words of a manifest."""
-    identity = run.body(IDENTITY)
-    if identity is None:
-        raise UserError(
-            KEY,
-            run.folder.uri,
-            f"its {IDENTITY} is missing or damaged, so nobody knows which run this is",
-            "give the folder of a run that has begun, or of a published model",
-        )
-    rounds = run.rounds
-    recipe, config = identity["recipe"], identity["model"]["config"]
-    done = f"{len(rounds)} of {run.heartbeat.get('rounds') or '?'} rounds done"
-    state = f"stopped: {done}"
-    if run.state() == "alive":
-        state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
-    healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
-    return {
-        "state": state,
-        "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
-        "method": recipe["method"],
-        "arithmetic": identity["arithmetic"],
-        "recipe": recipe,
-        "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
-        "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
-        "healing": next(filter(None, healed), None),
-        "search": _search(run),
-    }
-
-
-def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
-    """What is known of a round that is not finished."""
-    scored = (run.body(f"scores-{number:03d}.json") or {}).get("note")
-    trained = _checkpoint(run, f"round-{number:03d}")
-    if not scored and not trained:
-        return []
-    ranking = scored["ranking"] if scored else {}
-    seconds = {"score": scored["seconds"]} if scored else {}
-    return [{**ranking, "losses": trained["losses"] if trained else [], "seconds": seconds}]
-
-
-def _healing(run: Run, removed: int) -> Mapping[str, Any] | None:
-    """Of the model that lost so many blocks, as far as it has come."""
-    name = f"heal-{removed:03d}"
-    return (run.body(f"{name}.json") or {}).get("round") or _checkpoint(run, name)
-
-
-def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
-    """The losses that the last training checkpoint tells of, if there are any."""
-    record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
-    return {key: record[key] for key in ("losses", "held_out")} if record.get("losses") else None
-
-
-def _search(run: Run) -> dict[str, Any] | None:
-    note = (run.body("search-000.json") or {}).get("note")
-    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
-    return {"tried": tried} if tried else None

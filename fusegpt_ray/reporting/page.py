@@ -69,6 +69,7 @@ def html(found: Facts) -> str:
         _headline(found),
         facts=found,
         rounds=_rounds(found),
+        inserted=[[copy.like, copy.after] for copy in found.inserted],
         protocols=_protocols(found),
         work=_work(found),
         stages=STAGES,
@@ -115,7 +116,7 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
     """What one wants to know first: names and values."""
     blocks = str(found.dense_blocks or "?")
     if found.dense_blocks:
-        blocks += f" → {found.dense_blocks - len(found.removed)}"
+        blocks += f" → {found.dense_blocks - len(found.removed) + len(found.inserted)}"
     told = [("blocks", blocks), ("method", found.method)]
     if found.width:
         told.insert(1, ("hidden size", f"{found.width.dense} → {found.width.kept}"))

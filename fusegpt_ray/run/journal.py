@@ -183,11 +183,11 @@ class Journal:
         self.saved, self.ours = True, False
         self._forget_checkpoints(number)
 
-    def healed_folder(self, removed: int) -> str:
-        """Where the healed blocks lie of the model that lost so many blocks."""
-        return storage.join(self.blocks_folder, f"heal-{removed:03d}")
+    def healed_folder(self, rounds: int) -> str:
+        """Where the healed blocks lie of the model after so many rounds."""
+        return storage.join(self.blocks_folder, f"heal-{rounds:03d}")
 
-    def commit_healed(self, removed: int, key: str, healed: Done) -> None:
+    def commit_healed(self, rounds: int, key: str, healed: Done) -> None:
         """Record that this model is healed, then remove the training checkpoints.
 
         Args:
@@ -195,12 +195,12 @@ class Journal:
         """
         with self.creating():
             body = {"key": key, **healed.to_json()}
-            storage.write(self._healed_file(removed), sealed(body))
-        self._forget_healing(removed)
+            storage.write(self._healed_file(rounds), sealed(body))
+        self._forget_healing(rounds)
 
-    def healed(self, removed: int, key: str, say: Callable[[str], None]) -> Done | None:
+    def healed(self, rounds: int, key: str, say: Callable[[str], None]) -> Done | None:
         """What `commit_healed` recorded under this key, if all of it is still there."""
-        file = self._healed_file(removed)
+        file = self._healed_file(rounds)
         if not storage.exists(file):
             return None
         try:
@@ -215,7 +215,7 @@ class Journal:
         if problem := next(filter(None, damages), None):
             say(f"WARNING: a file of {file} {problem}; healing again")
             return None
-        self._forget_healing(removed)  # what a kill just after the record may have left
+        self._forget_healing(rounds)  # what a kill just after the record may have left
         return healed
 
     def keep(self, kind: Note, number: int, note: Any) -> None:
@@ -313,11 +313,11 @@ class Journal:
             self.lease.stop()
         remove_run(self.folder)
 
-    def _healed_file(self, removed: int) -> str:
-        return storage.join(self.folder, f"heal-{removed:03d}.json")
+    def _healed_file(self, rounds: int) -> str:
+        return storage.join(self.folder, f"heal-{rounds:03d}.json")
 
-    def _forget_healing(self, removed: int) -> None:
-        folder = storage.join(self.healed_folder(removed), "checkpoints")
+    def _forget_healing(self, rounds: int) -> None:
+        folder = storage.join(self.healed_folder(rounds), "checkpoints")
         storage.remove(folder, recursive=True)
 
     def _forget_checkpoints(self, number: int) -> None:

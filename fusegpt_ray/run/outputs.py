@@ -25,7 +25,7 @@ IDENTITY = "identity.json"
 State = Literal["alive", "unfinished", "published", "remains"]
 """Of a run: at work; dead, but the same command goes on; dead after it published everything; dead
 while its folder was removed."""
-MODEL = re.compile(r"(?P<name>.+)-p\d+(\.\d+)?")
+MODEL = re.compile(r"(?P<name>.+)-(p\d+(\.\d+)?|d\d+)")
 """What a published model's folder is called."""
 _NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|search|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+")

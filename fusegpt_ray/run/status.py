@@ -86,7 +86,7 @@ def _run(run: Run) -> dict[str, Any]:
         "rounds": total,
         "rounds_done": len(rounds),
         "epochs_saved": run.epochs_saved,
-        "removed": [record["removed"] for record in rounds if "removed" in record],
+        "removed": [record["removed"] for record in rounds if record["removed"] is not None],
         "last_loss": rounds[-1]["loss_last"] if rounds else None,
         "round_seconds": round(seconds[-1], 1) if rounds else None,
         "seconds_left": round((total - len(rounds)) * sum(seconds) / len(seconds), 1)
@@ -128,7 +128,7 @@ def _models(models: list[dict[str, Any]]) -> Table:
     table = Table("model", "blocks", "sparsity", "perplexity on", *shown)
     for model in sound:
         sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
-        size = f"{model['blocks']} of {model['dense_blocks'] or '?'}"
+        size = _depth(model)
         if width := model["width"]:
             size += f", width {width['kept']} of {width['dense']}"
         about = [model["name"], size, sparsity]
@@ -137,6 +137,13 @@ def _models(models: list[dict[str, Any]]) -> Table:
             table.add_row(*about, data, *values)
             about = ["", "", ""]
     return table
+
+
+def _depth(model: Mapping[str, Any]) -> str:
+    blocks, dense = model["blocks"], model["dense_blocks"]
+    return (
+        f"{blocks}, {dense} before" if dense and blocks > dense else f"{blocks} of {dense or '?'}"
+    )
 
 
 def _runs(runs: list[dict[str, Any]]) -> Table:

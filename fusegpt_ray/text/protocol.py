@@ -13,6 +13,7 @@ STAGES = {
     "repaired": "the gaps repaired in closed form, nothing trained",
     "fused": "after the rounds",
     "sliced": "its hidden size made smaller in closed form, nothing trained",
+    "inserted": "the new blocks put in, nothing trained",
     "healed": "after whole-model training",
 }
 """Of a model on its way, each with a perplexity of its own. The last one there is the published."""

@@ -23,7 +23,7 @@ class Metric:
 
 
 METRICS = {
-    "round": Metric("gauge", "Rounds that are finished: blocks removed so far"),
+    "round": Metric("gauge", "Rounds that are finished"),
     "removed_block": Metric("gauge", "The block removed last, by its number in the dense model"),
     "lowest_score": Metric("gauge", "Score of the block that this round removes"),
     "block_forwards": Metric("counter", "Blocks applied to a window, by scoring"),
@@ -54,12 +54,12 @@ class Value:
 
 def step(event: str, values: Mapping[str, Any]) -> int:
     """Where on its curve the event lies: epochs and parts are counted through, other things by
-    blocks removed.
+    blocks removed, or added.
     """
     if event == "epoch":
         return int((values["round"] - 1) * values["epochs"] + values["epoch"])
     keys = {"part": "part", "scores": "round", "round": "round"}
-    return int(values.get(keys.get(event, "removed"), 0))
+    return abs(int(values.get(keys.get(event, "removed"), 0)))
 
 
 def measured(event: str, values: Mapping[str, Any]) -> list[Value]:
@@ -81,7 +81,7 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
                 yield Value("held_out_loss", values["held_out"], of)
         case "round":
             yield Value("round", values["round"])
-            if "removed" in values:
+            if values["removed"] is not None:
                 yield Value("removed_block", values["removed"])
             for stage, seconds in values["seconds"].items():
                 yield Value("stage_seconds", seconds, {"stage": stage})

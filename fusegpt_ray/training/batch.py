@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from fusegpt_ray.model.rows import Owns
 from fusegpt_ray.samples import Batch as Windows
-from fusegpt_ray.samples import counting
+from fusegpt_ray.samples import counting, predicted, tokens_of
 
 
 class Batch(NamedTuple):
@@ -21,7 +22,7 @@ class Batch(NamedTuple):
     entering_bTD: torch.Tensor
     """States entering the span, on the worker's device."""
     leaving_bTD: torch.Tensor
-    """The teacher's states leaving it."""
+    """What is trained to: the teacher's states leaving it, or the tokens that follow [b, T]."""
     weights_bT: torch.Tensor | None = None
     """Of each token in the loss (see `token_weights`); None: 1."""
     owns: Owns | None = None
@@ -61,4 +62,18 @@ def token_weights(windows: Windows) -> torch.Tensor | None:
     counted_WT = counting(windows)
     if counted_WT is None:
         return None
+    return _weights(counted_WT)
+
+
+def target_weights(windows: Windows) -> torch.Tensor:
+    """The weight of the token after each one in a mean over all places [W, T] that is to be
+    one over those that count, as in a perplexity: float32.
+    """
+    counted_WT = np.zeros(tokens_of(windows).shape, dtype=bool)
+    targets_WS = predicted(windows)
+    counted_WT[:, :-1] = True if targets_WS is None else targets_WS
+    return _weights(counted_WT)
+
+
+def _weights(counted_WT: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(counted_WT).float() * (counted_WT.size / counted_WT.sum())

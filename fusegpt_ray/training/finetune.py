@@ -13,7 +13,7 @@ from typing import Any
 from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.rows import Own, as_rows
-from fusegpt_ray.training.batch import Batch, token_weights
+from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.partition import Partition
@@ -139,7 +139,7 @@ def _states(worker: TrainingWorker, task: TrainingTask, batch_size: int, part: i
             assert task.held_out is not None
             windows, of = task.held_out, (1, 1)
         own = own_windows(len(windows), config.batch, worker.count, worker.rank, *of)
-        weights_WT = token_weights(windows)
+        weights_WT = task.source.weights(windows)
         own_weights_WT = None if weights_WT is None else weights_WT[own]
         runner, rows = worker.runner.with_batch_size(batch_size), as_rows(windows[own])
         owns: list[Own] = []
@@ -274,7 +274,7 @@ def _stepper(
 
 def _bytes_read(task: TrainingTask) -> int:
     """Of the weights that a worker may have to read from a slow store on its way to the states."""
-    stack = task.source.teacher
+    stack = task.source.read
     refs = [*stack.trunk.values()]
     refs += [ref for block in stack.blocks for ref in block.weights.values()]
     return sum(ref.end - ref.begin for ref in refs)

@@ -25,18 +25,20 @@ _NOWHERE = -1e30
 
 
 class Loss(Protocol):
-    """Of a student's states by its teacher's."""
+    """Of a student's states, by what they should be or lead to."""
 
     def __call__(
         self,
         student_bTD: torch.Tensor,
-        teacher_bTD: torch.Tensor,
+        aim: torch.Tensor,
+        /,
         shared: bool,
         weights_bT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A scalar.
 
         Args:
+            aim: the teacher's states, or the tokens that follow [b, T].
             shared: the batch is split over the workers of the default process group, and the mean
                 over workers is the loss.
             weights_bT: of each token; None: 1.

@@ -7,15 +7,16 @@ Shapes: W windows, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from fusegpt_ray.model.rows import Own, Owns, Rows
+from fusegpt_ray.model.rows import Own, Owns, Rows, ids_of
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.samples import Batch as Windows
+from fusegpt_ray.training.batch import Batch, target_weights, token_weights
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,45 @@ class StatesSource:
                 entering_WTD.copy_(h_WTD)
         return entering_WTD, leaving_WTD
 
+    def weights(self, windows: Windows) -> torch.Tensor | None:
+        """Of the tokens of all windows in the loss; None: 1."""
+        return token_weights(windows)
+
+    @property
+    def read(self) -> Stack:
+        """What is read for the states, at most."""
+        return self.teacher
+
+
+@dataclass(frozen=True)
+class TokensSource:
+    """The states that enter a whole model, and the tokens that follow in the text."""
+
+    stack: Stack
+
+    @torch.no_grad()
+    def walk(
+        self, runner: Runner, windows: Rows, owning: list[Own] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States [W, T, D] and tokens [W, T]; no block is run. `owning`: see `Runner.walk`."""
+        (entering_WTD,) = runner.empty_states(windows)
+        for _ in runner.walk(self.stack, windows, 0, entering_WTD, owning):
+            pass
+        # What follows the last one is no target; see `target_weights`.
+        return entering_WTD, ids_of(windows).clamp(min=0).roll(-1, dims=1)
+
+    def weights(self, windows: Windows) -> torch.Tensor | None:
+        """Of the tokens of all windows in the loss."""
+        return target_weights(windows)
+
+    @property
+    def read(self) -> Stack:
+        """What is read for the states, at most."""
+        return replace(self.stack, blocks=())
+
+
+Source = StatesSource | TokensSource
+
 
 @dataclass(frozen=True)
 class States:
@@ -58,6 +98,7 @@ class States:
 
     entering_WTD: torch.Tensor
     leaving_WTD: torch.Tensor
+    """See `Batch`."""
     weights_WT: torch.Tensor | None = None
     """See `Batch`; so are the contexts of each window's own."""
     owns: Owns | None = None

@@ -21,7 +21,7 @@ from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.span import Span
-from fusegpt_ray.training.states import StatesSource
+from fusegpt_ray.training.states import Source
 from fusegpt_ray.training.stepper import TrainingConfig
 
 HELD_OUT = 0
@@ -83,7 +83,7 @@ class TrainingTask:
     """All that a worker needs to know to train a span."""
 
     trainable: Trainable
-    source: StatesSource
+    source: Source
     windows: Batch
     config: TrainingConfig
     identity: Mapping[str, Any]

@@ -18,12 +18,13 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import torch
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Listener
-from fusegpt_ray.sections import Cluster, Dtype, Importance
+from fusegpt_ray.sections import Dtype, Importance
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading

@@ -19,7 +19,7 @@ import ray, ray.data
 from ray.cluster_utils import Cluster as Nodes
 from fusegpt_ray.distributed.apiece import apiece
 from fusegpt_ray.distributed.connection import Connection
-from fusegpt_ray.sections import Cluster
+from fusegpt_ray.cluster_section import Cluster
 
 def seen(*_):
     return os.environ.get("CUDA_VISIBLE_DEVICES")

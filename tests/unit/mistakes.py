@@ -23,7 +23,7 @@ MESSAGE = re.compile(
 )
 STAGES = r"starting the local engine|one process on cpu, \w+|tokenising|checking the model's files"
 STAGES += r"|calibration: \d+ windows of [^\n]*|at most \S+ .FLOP \([^\n]*\); [^\n]*"
-PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to remove \([^\n]*\)|{STAGES}")
+PROGRESS = re.compile(rf"[^\n]*: \d+ blocks, \d+ to (?:remove|add) \([^\n]*\)|{STAGES}")
 """What may stand before the message: a text is read with the model's tokenizer, after its
 configuration has been found good."""
 

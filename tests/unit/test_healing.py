@@ -28,9 +28,9 @@ from models import SUPPORTED
 from safetensors.torch import load_file
 from torch import nn
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.sections import Cluster
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import Trained

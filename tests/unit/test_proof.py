@@ -162,8 +162,9 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(
     assert done.manifest["proof"]["states"] == 0
     assert done.manifest["proof"]["kl"] < 1e-9 and done.manifest["proof"]["plain_kl"] < 1e-6
 
+    from fusegpt_ray.cluster_section import Cluster
     from fusegpt_ray.pipeline import evaluate
-    from fusegpt_ray.sections import Cluster, Evaluation
+    from fusegpt_ray.sections import Evaluation
 
     length = done.manifest["perplexity"]["heldout"]["length"]
     text = Evaluation(data=str(desk.heldout), length=length)

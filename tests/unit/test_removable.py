@@ -103,7 +103,7 @@ def test_of_candidates_a_block_is_watched_once_at_each_place(
     monkeypatch.setattr(rehearsal, "_operations", counted)
     attempt = rehearsal._Attempt(stack, structure)
     assert [attempt.problem([number]) for number in range(8)] == [""] * 8
-    assert len(attempt._shallower) == 8
+    assert len(attempt._others) == 8
     assert watched == 8 + 7 * 2  # of the dense model, and at the same number or one less
 
 

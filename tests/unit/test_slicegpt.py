@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from words import add_tokenizer
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import narrowing
 from fusegpt_ray.fusion.rotation import READS, WRITES, principal_axes
@@ -28,7 +29,7 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.status import status
 from fusegpt_ray.samples import PADDING
-from fusegpt_ray.sections import Cluster, Importance
+from fusegpt_ray.sections import Importance
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -1,0 +1,107 @@
+"""Deeper models of the embedded example: what each way begins with, how many tokens it takes to be
+as good as the old model again, and how good it is in the end.
+
+    python benchmarks/deeper.py [--depth 0.25] [--tokens 16384] [--rates 1e-4 3e-4] [--json FILE]
+
+Every row is a whole run of the same pipeline (float32, in one process) on the same windows: tli and
+dus by the same share, then all blocks trained on next tokens. *At first* and *in the end* are the
+cross-entropy on windows of the training text that are held out, in nats a token; tli's at first is
+the dense model's. *As before after* is how many tokens had been trained on at the first look at
+these windows that was no worse. Perplexities are those of another file, for which nothing was
+chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from fusegpt_ray import Recipe, compress
+from fusegpt_ray.report import Display
+
+ROOT = Path(__file__).resolve().parents[1]
+LENGTH, BATCH, HELD_OUT = 256, 4, 8
+
+
+def main(given: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--depth", type=float, default=0.25)
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4])
+    parser.add_argument("--methods", nargs="+", default=["tli", "dus"])
+    parser.add_argument("--looks", type=int, default=8)
+    parser.add_argument("--windows", type=int, default=48, help="of the held-out file")
+    parser.add_argument("--json", help="write every manifest to this file")
+    arguments = parser.parse_args(given)
+
+    results: dict[str, dict[str, Any]] = {}
+    for method in arguments.methods:
+        for rate in arguments.rates:
+            print(f"== {method}, {rate:g}", file=sys.stderr)
+            with tempfile.TemporaryDirectory() as folder:
+                (one,) = compress(recipe(arguments, method, rate, folder), Display())
+            results[f"{method}, {rate:g}"] = one.manifest
+            if arguments.json:
+                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+def recipe(arguments: argparse.Namespace, method: str, rate: float, folder: str) -> Recipe:
+    """One run."""
+    text = ROOT / "examples/text"
+    held_out = {"data": str(text / "heldout.txt"), "windows": arguments.windows}
+    return Recipe.parse(
+        {
+            "model": {"source": str(ROOT / "examples/tiny-llama"), "dtype": "float32"},
+            "method": method,
+            "depth": arguments.depth,
+            "calibration": {
+                "data": str(text / "calibration.txt"),
+                "windows": 64,
+                "length": LENGTH,
+            },
+            "importance": {"windows": 16},
+            "evaluation": {"heldout": held_out},
+            "heal": {
+                "tokens": arguments.tokens,
+                "train": "all",
+                "batch": BATCH,
+                "held_out": HELD_OUT,
+                "looks": arguments.looks,
+                "learning_rate": rate,
+            },
+            "cluster": {"engine": "local"},
+            "output": {"uri": folder, "name": "benchmark", "report": False},
+        }
+    )
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table, one row a run; tli is what tells the dense model's loss."""
+    before = min(
+        (one["healing"]["held_out"][0] for one in results.values() if one["method"] == "tli"),
+        default=None,
+    )
+    lines = [
+        "| method, rate | at first | in the end | as before after | dense | inserted | trained |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, one in results.items():
+        healing, row = one["healing"], one["perplexity"]["heldout"]
+        looks, tokens = healing["held_out"], healing["tokens"]
+        back = [n for n, loss in enumerate(looks) if before is not None and loss <= before]
+        after = f"{back[0] * tokens // (len(looks) - 1):,}" if back else "never"
+        values = " | ".join(f"{row[stage]:.2f}" for stage in ("dense", "inserted", "healed"))
+        lines.append(f"| {name} | {looks[0]:.4f} | {min(looks):.4f} | {after} | {values} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

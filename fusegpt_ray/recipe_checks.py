@@ -1,0 +1,44 @@
+"""Checks of a recipe that concern how loss batches are cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.errors import UserError
+
+
+def whole_batches(
+    key: str, windows: int, batch: int, batch_key: str = "fusion.batch"
+) -> Iterator[UserError]:
+    if windows % batch:
+        yield UserError(
+            key,
+            windows,
+            f"not a multiple of {batch_key} = {batch}, which are the windows of a step",
+            f"use {math.ceil(windows / batch) * batch}",
+        )
+
+
+def shares(cluster: Cluster, batch_key: str, batch: int) -> Iterator[UserError]:
+    """A loss batch is shared evenly by the workers, and a worker's share by its micro-batches."""
+    workers, micro_batch = cluster.workers, cluster.micro_batch
+    if batch % workers:
+        problem = f"does not divide {batch_key} = {batch}"
+        yield UserError(
+            "cluster.workers",
+            workers,
+            f"{problem}, so workers would hold unequal parts of a loss batch",
+            f"use one of {_divisors(batch)}",
+        )
+    share = batch // workers
+    if micro_batch and share % micro_batch:
+        problem = f"does not divide the {share} windows of a loss batch that each worker takes"
+        yield UserError(
+            "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

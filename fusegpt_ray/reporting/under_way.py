@@ -1,0 +1,72 @@
+"""What the journal of a run tells that is not finished, in the words of a manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.run.outputs import IDENTITY, Run
+from fusegpt_ray.store.manifest import KEY
+
+
+def under_way(run: Run) -> dict[str, Any]:
+    """
+    Raises:
+        UserError: nobody knows which run it is.
+    """
+    identity = run.body(IDENTITY)
+    if identity is None:
+        raise UserError(
+            KEY,
+            run.folder.uri,
+            f"its {IDENTITY} is missing or damaged, so nobody knows which run this is",
+            "give the folder of a run that has begun, or of a published model",
+        )
+    rounds = run.rounds
+    recipe, config = identity["recipe"], identity["model"]["config"]
+    done = f"{len(rounds)} of {run.heartbeat.get('rounds') or '?'} rounds done"
+    state = f"stopped: {done}"
+    if run.state() == "alive":
+        state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
+    healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
+    return {
+        "state": state,
+        "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
+        "method": recipe["method"],
+        "arithmetic": identity["arithmetic"],
+        "recipe": recipe,
+        "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
+        "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
+        "healing": next(filter(None, healed), None),
+        "search": _search(run),
+    }
+
+
+def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
+    """What is known of a round that is not finished."""
+    scored = (run.body(f"scores-{number:03d}.json") or {}).get("note")
+    trained = _checkpoint(run, f"round-{number:03d}")
+    if not scored and not trained:
+        return []
+    ranking = scored["ranking"] if scored else {}
+    seconds = {"score": scored["seconds"]} if scored else {}
+    return [{**ranking, "losses": trained["losses"] if trained else [], "seconds": seconds}]
+
+
+def _healing(run: Run, removed: int) -> Mapping[str, Any] | None:
+    """Of the model that lost so many blocks, as far as it has come."""
+    name = f"heal-{removed:03d}"
+    return (run.body(f"{name}.json") or {}).get("round") or _checkpoint(run, name)
+
+
+def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
+    """The losses that the last training checkpoint tells of, if there are any."""
+    record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
+    return {key: record[key] for key in ("losses", "held_out")} if record.get("losses") else None
+
+
+def _search(run: Run) -> dict[str, Any] | None:
+    note = (run.body("search-000.json") or {}).get("note")
+    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
+    return {"tried": tried} if tried else None
