@@ -33,6 +33,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.text.protocol import stages
 
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8, "repeat": True}
+ONE = {"batch": 1, "learning_rate": 5e-4}
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
 # The paper's recipe, ours, one step between them at a time; and what healing makes of them.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -52,6 +53,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropped, healed": {"method": "mi", "heal": LOW},
     "dropped, healed (all)": {"method": "mi", "heal": ALL},
     "dropped, healed (all, 2 a step)": {"method": "mi", "heal": ALL | {"batch": 2}},
+    "dropped, healed (all, 1 a step)": {"method": "mi", "heal": ALL | ONE},
+    "best, healed (all, 1 a step)": {
+        "preset": "best",
+        "heal": ALL | ONE | {"learning_rate": 2e-4},
+    },
     "searched, dropped, healed (all)": {
         "method": "mi",
         "search": {"candidates": ["mi", "kl", "run", "spaced"], "tokens": 16384},

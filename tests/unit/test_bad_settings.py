@@ -50,7 +50,7 @@ SETTINGS = [
     ),
     overridden("seed=[1", "'seed=[1'", "not YAML", "quote it", key="--set"),
     overridden("seed.of=3", "{'of'", "valid integer", key="seed"),
-    overridden("method=magic", "'magic'", "'mi', 'mi\\+linear', .*or 'random'"),
+    overridden("method=magic", "'magic'", "'mi', 'mi\\+linear', .*or 'dus'"),
     overridden("cluster.engine=spark", "'spark'", "'ray' or 'local'"),
     overridden("fusion.loss=mse", "'mse'", "'batch_kl' or 'normalized_mse'"),
     overridden("preset=default", "'default'", "'best', 'rounds' or 'paper'"),
