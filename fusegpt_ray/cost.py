@@ -94,7 +94,7 @@ class Cost:
         """One line for a person."""
         shares = [f"{stage.name} {stage.flops / self.flops:.0%}" for stage in self.stages]
         sizes = ", ".join(map(byte_count, self.published_bytes.values()))
-        work = f"at most {flop_count(self.flops)} ({', '.join(shares)})"
+        work = f"at most {flop_count(self.flops)}" + (f" ({', '.join(shares)})" if shares else "")
         return f"{work}; {byte_count(self.source_bytes)} become {sizes}"
 
 
@@ -322,9 +322,10 @@ def _evaluation(
         length = text.length_or(recipe.calibration.length)
         matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
         for target in (None, *targets):
-            width = target and target.width  # a narrower model drops nothing beside it
-            models = 1 if target is None or width else 2
-            walked = text.windows * models * (len(dense) - (target.remove if target else 0))
+            width = target and target.width
+            # One that is narrower, or deeper and not healed, is measured at one stage alone.
+            models = 2 if target and (target.remove or (target.add and recipe.heal)) else 1
+            walked = text.windows * models * (len(dense) - (target.fewer if target else 0))
             done += walked
             flops += int(walked * (matrix * (width.share if width else 1) + attention))
     return Stage("evaluation", done, flops)

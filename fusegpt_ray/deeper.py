@@ -50,7 +50,8 @@ def mistakes(
     given = {key: value for key, value in (("depth", depth), ("every", every)) if value is not None}
     if not spec.inserts:
         for key, value in given.items():
-            problem = f"method {method} makes models shallower, by sparsity"
+            what = "narrower" if spec.narrows else "shallower"
+            problem = f"method {method} makes models {what}, by sparsity"
             yield UserError(key, value, problem, f"leave it out, or use method: {DEEPER}")
         return
     if sparsity:

@@ -146,7 +146,8 @@ def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
 
     windows, length = recipe.importance.batch, recipe.calibration.length
     scored = replica_bytes(dense, dtype, windows, length)
-    yield row("scoring, each replica", scored, "a lower importance.batch needs less")
+    what = "each replica" if recipe.spec.choice == "none" else "scoring, each replica"
+    yield row(what, scored, "a lower importance.batch needs less")
     if recipe.spec.choice == "gates":
         needed, advice = gating_bytes(recipe, dense, dtype), "method: mi needs no gradients"
         yield row("training the gates, one replica", needed, advice)

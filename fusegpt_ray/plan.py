@@ -71,10 +71,18 @@ class Plan:
         one: it does so behind as many of the blocks that are left, so that these stay.
 
         Raises:
-            UserError: too few others can go.
+            UserError: too few others can go, or a copy would come between these.
         """
         depth, count, name = len(self.model.stack), self.rounds, self.model.source.name
         if not first:
+            return self
+        if growth := METHODS[self.recipe.method].growth:
+            copies = growth.place(self.recipe, depth)
+            if any(copy.after < first - 1 or copy.like < first for copy in copies):
+                problem = f"{name} adds what it sees behind its first {first} blocks, and copies of"
+                problem += " these or between them would get it, too, or in their place"
+                fix = "use texts without images, or fewer new blocks"
+                raise UserError("method", self.recipe.method, problem, fix)
             return self
         why = f"what it sees would be added behind other blocks than the first {first}"
         removable = self.removable.from_block(first, depth, why)

@@ -115,13 +115,9 @@ class Recipe(Section):
                 fix = "give the fraction to remove, such as 0.25"
                 yield UserError("sparsity", value, "not between 0 and 1", fix)
         percents = [percent(value) for value in self.sparsity]
-        if len(set(percents)) < max(len(percents), not METHOD_SPECS[self.method].inserts):
-            yield UserError(
-                "sparsity",
-                list(self.sparsity),
-                "two of them have the same name, or there is none",
-                "list each one once",
-            )
+        if len(set(percents)) < max(len(percents), not self.spec.inserts):
+            problem = "two of them have the same name, or there is none"
+            yield UserError("sparsity", list(self.sparsity), problem, "list each one once")
         if self.calibration.windows < self.importance.windows:
             yield UserError(
                 "importance.windows",
@@ -158,8 +154,9 @@ class Recipe(Section):
             problem = "a tournament is between at least two different ways"
             yield UserError("search.candidates", names, problem, "list two or more, each once")
         if not self.spec.by_metric or self.spec.choice == "once":
-            does = "removes no blocks" if self.inserts else "chooses the blocks itself"
-            problem = f"method {self.method} {does}"
+            none = self.spec.choice == "none"
+            problem = f"method {self.method} "
+            problem += "removes no blocks" if none else "chooses the blocks itself"
             yield UserError("search", "given", problem, "use method: mi, or leave out search")
         if self.heal is None:
             problem = "the sets are compared after a short healing, and the recipe has no heal"
@@ -173,7 +170,8 @@ class Recipe(Section):
         if spec.repairs == (start == "none") and not spec.trains_groups:
             does, other = ("repair", "mi") if spec.repairs else (spec.does, "mi+linear")
             problem = f"all that method {self.method} does is {does}"
-            yield UserError("fusion.start", start, problem, f"leave it out, or use method: {other}")
+            fix = "leave it out" + f", or use method: {other}" * (spec.choice != "none")
+            yield UserError("fusion.start", start, problem, fix)
 
     def _choice_fits(self) -> Iterator[UserError]:
         spec, metric = self.spec, self.importance.metric
@@ -181,15 +179,14 @@ class Recipe(Section):
             problem = f"method {self.method} goes by {spec.metric}"
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
             yield UserError("importance.metric", metric, problem, fix)
-        if not spec.nested and len(self.sparsity) > 1:
+        if not spec.nested and len(self.sparsity) > 1 and not spec.inserts:
             what = "makes another model" if spec.narrows else "chooses other blocks"
             problem = f"method {self.method} {what} for each of them"
             yield UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
 
     def _width_fits(self) -> Iterator[UserError]:
-        if METHOD_SPECS[self.method].narrows and self.heal:
-            problem = f"what method {self.method} makes is narrower than the dense model, and"
-            problem += " healing is between models of one width"
+        if self.spec.narrows and self.heal:
+            problem = f"method {self.method} makes it narrower; healing takes models of one width"
             yield UserError("heal", "given", problem, "leave heal out")
 
     def _depth_fits(self) -> Iterator[UserError]:

@@ -49,6 +49,8 @@ class MethodSpec(NamedTuple):
     @property
     def does(self) -> str:
         """All that it does where it neither trains groups nor repairs, for messages."""
+        if self.choice == "none":
+            return "insert blocks" if self.inserts else "make a model narrower"
         return "train one block" if self.light else "drop blocks"
 
     @property
@@ -118,7 +120,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
         chosen_by="angular distance across its run",
     ),
     "foldgpt": MethodSpec(
-        "{blocks} dropped, those of the lowest trained gates, nothing else trained",
+        "the blocks of the lowest trained gates dropped, nothing trained but these",
         trains=False,
         fuses=False,
         choice="gates",

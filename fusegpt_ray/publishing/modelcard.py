@@ -37,7 +37,7 @@ def model_card(
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     if "healing" in manifest:
         about = (
-            about.replace(", nothing trained", "")
+            about.replace(", nothing trained but these", "").replace(", nothing trained", "")
             + HEALED[(manifest["recipe"].get("heal") or {}).get("loss", "kl")]
         )
     lines = [

@@ -10,6 +10,7 @@ from typing import Any
 import altair as alt
 
 from fusegpt_ray.reporting.facts import Facts, Round
+from fusegpt_ray.specs import METHOD_SPECS
 
 Cell = int | float | str | None
 COLOURS = ["#3b82f6", "#e8730c"]
@@ -138,11 +139,17 @@ def _groups(facts: Facts) -> Chart | None:
         legend = alt.Legend(orient="top", gradientLength=200, format="d", values=some)
         scale = alt.Scale(range=COLOURS)
         line = line.encode(color=alt.Color("round:Q", scale=scale, legend=legend), detail="round:N")
+    title, what = (
+        "Loss of each group",
+        "the blocks around the removed one while they were trained, ",
+    )
+    what += "a line for each round." if several else "a point for each round."
+    if (spec := METHOD_SPECS.get(facts.method)) and spec.light:
+        title, what = "Loss of the light block", "the block in place of the run, epoch by epoch."
     return chart(
         "groups",
-        "Loss of each group",
-        "Mean loss of the blocks around the removed one while they were trained, "
-        + ("a line for each round." if several else "a point for each round."),
+        title,
+        f"Mean loss of {what}",
         ("round", "epoch", "loss"),
         rows,
         line,

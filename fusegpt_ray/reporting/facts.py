@@ -201,7 +201,9 @@ class Facts(_Part):
 
     @property
     def changed(self) -> str:
-        """What happened to how many blocks."""
+        """What happened to how many blocks, or to the width."""
+        if self.width:
+            return f"hidden size {self.width.dense} → {self.width.kept}"
         what, count = "removed", len(self.removed)
         if self.inserted:
             what, count = "added", len(self.inserted)
@@ -259,10 +261,13 @@ class Facts(_Part):
             key: sum(round.seconds.get(key, 0.0) for round in self.rounds)
             for key in ("score", "states", "finetune")
         }
+        spec = METHOD_SPECS.get(self.method)
+        trained = "the light block" if spec and spec.light else "groups"
+        states = "states" if spec and not spec.trains_groups else "states of groups"
         found = {
             "scoring": of_rounds["score"],
-            "states of groups": of_rounds["states"],
-            "training of groups": of_rounds["finetune"],
+            states: of_rounds["states"],
+            f"training of {trained}": of_rounds["finetune"],
             "states for healing": healing.get("states", 0.0),
             "healing": healing.get("heal", 0.0),
             "writing": publishing,

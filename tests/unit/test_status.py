@@ -112,3 +112,14 @@ def test_status_of_nothing(tmp_path: Path, capsys: Capture) -> None:
     for uri in (tmp_path / "nowhere", tmp_path / "empty.run", "nosuchprotocol://bucket"):
         assert main(["status", str(uri)]) == 2
         assert str(uri) in capsys.readouterr().err
+
+
+def test_what_a_protocol_tells_besides_is_no_nonsense(out: Path, capsys: Capture) -> None:
+    """Published texts begin with one token in all, and mixtures have parts."""
+    file = out / "other-p20/fusegpt.json"
+    manifest = json.loads(file.read_text())
+    row = {"dense": 30.0, "dropped": 40.0, "windows": 2, "length": 16, "data": "wikitext2"}
+    more = {"bos": False, "bos_once": True, "warning": "short", "parts": []}
+    file.write_text(json.dumps(manifest | {"perplexity": {"wikitext2": row | more}}))
+    (model,) = status(str(out))["models"]
+    assert "problem" not in model and model["perplexity"]["wikitext2"]["dropped"] == 40
