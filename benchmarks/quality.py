@@ -69,6 +69,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "heal": ALL | {"learning_rate": 3e-4},
     },
     "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
+    "dropped by kl, healed (all, 1 a step)": {
+        "method": "mi",
+        "importance": {"metric": "kl"},
+        "heal": ALL | ONE,
+    },
     "repaired, healed": {"method": "mi+linear", "heal": LOW},
     "repaired, healed (all)": {"method": "mi+linear", "heal": ALL},
     "fused 2, healed": {"fusion": {"epochs": 2}, "heal": LOW},
