@@ -52,7 +52,7 @@ class Sets:
         self.closing = False
         """Whether the first set cannot be closed."""
         self._at_work, self._fault = threading.Event(), threading.Event()
-        # On Ray the work is done in other processes; in one, building a model disturbs other threads.
+        # On Ray models are at work in other processes; in one, building one disturbs threads.
         self._turn = threading.Lock()
         opens, publishes = slots.open_workers, Compression.publish_all
 
