@@ -5,6 +5,7 @@ them, and values that are made once. Whole cells do so in tests/integration/test
 from __future__ import annotations
 
 import io
+import sys
 import threading
 from typing import Any
 
@@ -73,7 +74,8 @@ def test_what_several_threads_ask_for_is_made_once() -> None:
 
 
 def test_one_display_hears_of_several_threads() -> None:
-    """Each takes the others' bar away."""
+    """Each takes the others' bar away; threads take turns often, so that they meet in between."""
+    usual = sys.getswitchinterval()
     show, wrong = Display(Console(file=io.StringIO())), list[Exception]()
     began = threading.Barrier(4)
 
@@ -87,10 +89,14 @@ def test_one_display_hears_of_several_threads() -> None:
             wrong.append(error)
 
     threads = [threading.Thread(target=tell) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(PATIENCE)
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    finally:
+        sys.setswitchinterval(usual)
     assert wrong == []
 
 
