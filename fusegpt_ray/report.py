@@ -4,6 +4,7 @@ Always on stderr. What is shown is told to listeners as well, in numbers.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class Display(_Live):
             disable=not self.console.is_terminal,
         )
         self._task = self._bar.add_task("starting", total=None, note="")
+        self._swapping = threading.Lock()  # cells of a comparison come from several threads
         self._stage, self._note = "starting", ""
         self._round_seconds: list[float] = []
         self._round_began = 0.0
@@ -98,8 +100,9 @@ class Display(_Live):
         """What is being done now."""
         self._stage, self._note, self._since = text, "", time.monotonic()
         self.tell("stage", doing=text)
-        self._bar.remove_task(self._task)  # a total once set cannot be unset
-        self._task = self._bar.add_task(text, total=total, note="")
+        with self._swapping:
+            self._bar.remove_task(self._task)  # a total once set cannot be unset
+            self._task = self._bar.add_task(text, total=total, note="")
         if not self.console.is_terminal:
             self.say(text)
 
@@ -144,21 +147,19 @@ class Display(_Live):
             tokens_per_second=round(self._tokens / seconds, 1),
         )
         self._note = f" ({what} {number}/{epochs}, loss {loss:.4g})"
-        self._bar.update(
-            self._task,
-            completed=number,
-            total=epochs,
-            note=f"{what} {number}/{epochs}  loss {loss:.4g}",
-        )
+        note = f"{what} {number}/{epochs}  loss {loss:.4g}"
+        with self._swapping:
+            self._bar.update(self._task, completed=number, total=epochs, note=note)
         if not self.console.is_terminal and (
             number in (1, epochs) or number % max(1, epochs // 5) == 0
         ):
-            self.say(f"  {what} {number}/{epochs}  loss {loss:.4g}")
+            self.say(f"  {note}")
 
     def part(self, number: int, parts: int) -> None:
         """So many of the equal parts of what is being done are done."""
         self._note = f" ({number}/{parts})"
-        self._bar.update(self._task, completed=number, total=parts, note=f"{number}/{parts}")
+        with self._swapping:
+            self._bar.update(self._task, completed=number, total=parts, note=f"{number}/{parts}")
         if not self.console.is_terminal and number % max(1, parts // 5) == 0:
             self.say(f"  {number}/{parts}")
 

@@ -131,6 +131,9 @@ class Comparison:
             fix = f"use one of {', '.join(methods)}"
             raise UserError(f"{SECTION}.baseline", shown(baseline), "not one of the methods", fix)
         _check_apart(runs)
+        if not runs[0].recipe.evaluation:
+            fix = "add evaluation: {heldout: {data: heldout.txt}}"
+            raise UserError("evaluation", None, "a comparison compares perplexities", fix)
         output = runs[0].recipe.output
         name = str((base.get("output") or {}).get("name"))
         sparsities = sorted({value for run in runs for value in run.recipe.sparsity})

@@ -101,5 +101,7 @@ def _cell(
             else ["–", "–"]
         )
     removed = ", ".join(map(str, one["removed"]))
+    if width := one["width"]:
+        removed = f"hidden size {width['dense']} → {width['kept']}"
     size, time = byte_count(one["bytes"]), duration(one["seconds"])
     return [model, method, f"{percent(sparsity)} %", removed, *values, size, time]

@@ -11,6 +11,8 @@ import vl_convert
 from fusegpt_ray.reporting.charts import Chart, chart
 
 COLUMNS = ("method", "sparsity", "perplexity")
+COLOURS = 10
+"""That usual charts have; of more methods two would have the same."""
 THIN, THICK = 1.5, 4.0
 """Of a line, and of that of the paper's recipe."""
 
@@ -80,7 +82,8 @@ def _drawn(
     legend = alt.Legend(
         title=None, orient=legends, columns=2 if legends == "bottom" else 1, labelLimit=150
     )
-    scale = alt.Scale(domain=methods)
+    shape = alt.Scale(domain=methods)
+    colour = alt.Scale(domain=methods, scheme="tableau20") if len(methods) > COLOURS else shape
     thick = alt.FieldOneOfPredicate(field="method", oneOf=list(result["paper"]))
     ticks = [0.0, *sparsities]
     base = (
@@ -94,7 +97,7 @@ def _drawn(
                 title="share of depth or width removed",
             ),
             y=alt.Y("perplexity:Q", scale=alt.Scale(type="log", nice=False, padding=8)),
-            color=alt.Color("method:N", sort=None, scale=scale, legend=legend),
+            color=alt.Color("method:N", sort=None, scale=colour, legend=legend),
         )
     )
     lines = base.mark_line().encode(
@@ -106,7 +109,7 @@ def _drawn(
         alt.Tooltip("perplexity:Q", format=".4~g"),
     ]
     points = base.mark_point(filled=True, size=55, opacity=1).encode(
-        shape=alt.Shape("method:N", sort=None, scale=scale, legend=legend), tooltip=tips
+        shape=alt.Shape("method:N", sort=None, scale=shape, legend=legend), tooltip=tips
     )
     level = alt.Chart().mark_rule(strokeDash=[4, 4]).transform_filter("isValid(datum.dense)")
     return alt.layer(level.encode(y=alt.Y("dense:Q", title="perplexity")), lines, points)

@@ -72,8 +72,8 @@ class Slots:
         """All jobs; one that fails is told.
 
         Raises:
-            Exception: nothing has been worked on yet, and nothing can be; or workers that had done
-                everything could not be ended.
+            Exception: nothing has been worked on yet, and nothing can be; or the only workers,
+                which had done everything, could not be ended.
         """
         try:
             self._run()
@@ -96,6 +96,10 @@ class Slots:
                             self._work(workers)
                 except Exception as error:
                     # Workers that cannot be started or ended again.
+                    if t.started and (t.alive or not self._waiting):
+                        self._given_up(error)
+                        t.wait()  # if they give up as well, this slot tries again
+                        continue
                     if not self.worked or not (job := self._next()):
                         raise
                     self._failed(job, error, self.show)
@@ -109,7 +113,7 @@ class Slots:
         workers may be in any state then.
         """
         self.show.say(workers.description)
-        for job in [job for job in self._waiting if not job.begun]:
+        for job in [job for job in [*self._waiting] if not job.begun]:
             try:
                 begun = Compression.begin(job.plan, workers, self.show, self._shared)
                 begun.check(self.restart)
@@ -128,8 +132,11 @@ class Slots:
                 with self._workers(slot) as workers:
                     self._work(workers)
         except Exception as error:
-            told = f"{type(error).__name__}: {first_line(error)}"
-            self.show.say(f"WARNING: a set of workers is given up, the others go on ({told})")
+            self._given_up(error)
+
+    def _given_up(self, error: Exception) -> None:
+        told = f"{type(error).__name__}: {first_line(error)}"
+        self.show.say(f"WARNING: a set of workers is given up, the others go on ({told})")
 
     def _work(self, workers: Workers) -> None:
         """Do jobs until none waits, or one has failed."""
@@ -145,8 +152,7 @@ class Slots:
             except Exception as error:
                 self._failed(job, error, show)
                 return
-            finally:
-                self._tell()
+            self._tell()
 
     def _next(self) -> Job | None:
         try:
@@ -170,6 +176,7 @@ class Slots:
             job.problem = f"{type(told).__name__}: {first_line(told)}"
             show.say("".join(traceback.format_exception(error)))
         show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
+        self._tell()
 
 
 class OneOfSeveral(Display):
@@ -210,14 +217,20 @@ class Threads:
     ) -> None:
         try:
             if error is None:
-                self._wait()
+                self.wait()
         except BaseException:
             self._stop()
             raise
         if error is not None:
             self._stop()
 
-    def _wait(self) -> None:
+    @property
+    def alive(self) -> bool:
+        """Whether any of them still works."""
+        return any(one.is_alive() for one in self.started)
+
+    def wait(self) -> None:
+        """Until each has ended."""
         for one in self.started:
             one.join()
 
@@ -226,7 +239,7 @@ class Threads:
             if one.ident is not None and one.is_alive():
                 where, what = ctypes.c_ulong(one.ident), ctypes.py_object(KeyboardInterrupt)
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(where, what)
-        self._wait()
+        self.wait()
 
 
 def _until_stopped(work: Callable[[int], None], number: int) -> None:

@@ -39,9 +39,10 @@ class Model:
 
 def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
     """{"name", "baseline", "paper": names of the methods that are the paper's preset, "rows":
-    [{"model", "method", "sparsity", "text", "dense", "dropped", "perplexity", "damage_left",
-    "removed", "bytes", "seconds", "uri", "protocol"} …], "failed": [{"model", "method", "sparsity",
-    "problem"} …]}. "bytes" are those of the weights, "seconds" those of the work.
+    [{"model", "method", "sparsity", "text", "dense", "dropped", "width", "perplexity",
+    "damage_left", "removed", "bytes", "seconds", "uri", "protocol"} …], "failed": [{"model",
+    "method", "sparsity", "problem"} …]}. "width" is {"dense", "kept"}, the hidden sizes, where that
+    became smaller, else None; "bytes" are those of the weights, "seconds" those of the work.
 
     "damage_left" is the log-perplexity lost to the dense model, relative to what the baseline lost
     of the same model at the same sparsity on the same text; None where that lost nothing.
@@ -100,11 +101,12 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
     """The contents of table.md, table.csv and table.json."""
     text = io.StringIO()
     columns = ["model", "method", "sparsity", "text", "dense", "dropped", "perplexity"]
-    columns += ["damage_left", "removed", "bytes", "seconds", "uri"]
+    columns += ["damage_left", "removed", "width", "bytes", "seconds", "uri"]
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in result["rows"]:
-        writer.writerow({**row, "removed": " ".join(map(str, row["removed"]))})
+        removed, width = " ".join(map(str, row["removed"])), (row["width"] or {}).get("kept")
+        writer.writerow({**row, "removed": removed, "width": width})
     return {
         "table.md": _markdown(result),
         "table.csv": text.getvalue(),

@@ -35,7 +35,7 @@ from fusegpt_ray.errors import UserError, reading_users_file
 
 KEY = "model.source"
 ALONE = threading.RLock()
-"""Held while libraries make a model: they change torch's classes for all threads meanwhile."""
+"""Held while libraries make a model or are kept quiet: both change something for all threads."""
 _DEEPEST = 10_000
 """Blocks that no model has: configurations make lists of them before a model is built."""
 _DEPTH = re.compile(r"(n|num)_(hidden_)?layers?|(en|de)coder_layers|depth")
@@ -125,13 +125,16 @@ def _loads_without(key: str, raw: Mapping[str, Any]) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' remarks on a config.json, made anew each time that it is read."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
+    """Without transformers' remarks on a config.json, made anew each time that it is read. What
+    they are shown by is one for all threads.
+    """
+    with ALONE:
+        before = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(before)
 
 
 def _absurd(raw: Mapping[str, Any]) -> str:

@@ -163,15 +163,15 @@ def load(folder: str, auto: str, dtype: torch.dtype) -> tuple[Any, dict[str, Seq
     `incomplete`), without transformers' own progress bar: our display is the one display.
     """
     options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
-    shown = transformers.logging.is_progress_bar_enabled()
-    transformers.logging.disable_progress_bar()
-    try:
-        with ALONE:
+    with ALONE:
+        shown = transformers.logging.is_progress_bar_enabled()
+        transformers.logging.disable_progress_bar()
+        try:
             kind = getattr(transformers, auto)
             model, report = kind.from_pretrained(folder, dtype=dtype, **options)
-    finally:
-        if shown:
-            transformers.logging.enable_progress_bar()
+        finally:
+            if shown:
+                transformers.logging.enable_progress_bar()
     return model, report
 
 

@@ -87,7 +87,8 @@ class MetricsLog:
             for name in storage.names(self._folder):
                 found = _FILE.fullmatch(name)
                 if found and int(found[1]) < self._number:
-                    earlier += storage.read(storage.join(self._folder, name))
+                    heard = storage.read(storage.join(self._folder, name))
+                    earlier += heard[: heard.rfind(b"\n") + 1]  # a full disk may tear the last
         except OSError as error:
             say(f"WARNING: events of earlier processes are left out of the metrics: {error}")
         return earlier + "".join(self._lines).encode()

@@ -39,13 +39,16 @@ class Validation:
         """Measure the present state. Called by all workers at once.
 
         Args:
-            where: in the training, for messages: " in part 1 of 8".
+            where: in the training, for messages: " in part 1 of 8"; nothing before its first step.
 
         Raises:
             FloatingPointError: the loss is not finite, so that nothing learned can be trusted.
         """
         self.meet()
         loss = stepper.validate(self.batches())
+        if not math.isfinite(loss) and not where:
+            told = f"the held-out loss is {loss} before the first step: where arithmetic overflows"
+            raise FloatingPointError(f"{told}, model.dtype: float32 may help")
         if not math.isfinite(loss):
             raise FloatingPointError(f"the held-out loss became {loss}{where}: lower {RATE_KEY}")
         self.losses.append(loss)

@@ -83,14 +83,21 @@ def test_a_rank_that_plays_no_part_is_told(desk: Desk) -> None:
         assert any("heal.rank plays no part" in line for line in show.said) == told
 
 
-def test_a_held_out_loss_that_is_not_finite_ends_the_training() -> None:
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        (" in part 1 of 8", r"became nan in part 1 of 8: lower heal\.learning_rate"),
+        ("", r"is nan before the first step: where arithmetic overflows, model\.dtype: float32"),
+    ],
+)
+def test_a_held_out_loss_that_is_not_finite_ends_the_training(where: str, told: str) -> None:
     class Diverged:
         def validate(self, batches: object) -> float:
             return float("nan")
 
     looked = Validation(lambda: ())
-    with pytest.raises(FloatingPointError, match=r"became nan: lower heal\.learning_rate"):
-        looked.look(cast("Stepper", Diverged()))
+    with pytest.raises(FloatingPointError, match=told):
+        looked.look(cast("Stepper", Diverged()), where)
     assert looked.losses == []
 
 

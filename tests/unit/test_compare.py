@@ -218,6 +218,14 @@ def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:
     assert (folder / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_without_a_text_to_measure_on_nothing_is_compared(desk: Desk) -> None:
+    data = {key: value for key, value in asked(desk).items() if key != "evaluation"}
+    for none in ({}, {"evaluation": {}}):
+        with pytest.raises(UserError, match="compares perplexities") as refused:
+            Comparison.parse(data | none)
+        assert refused.value.key == "evaluation"
+
+
 def test_any_letters_make_a_name(desk: Desk) -> None:
     names = ["слияние", "融合", "a | b"]
     methods = [{"name": name, "method": "mi"} for name in names]

@@ -4,16 +4,22 @@ them, and values that are made once. Whole cells do so in tests/integration/test
 
 from __future__ import annotations
 
+import io
+import sys
 import threading
 from typing import Any
 
 import pytest
+import transformers
 from desk import Desk
+from rich.console import Console
 from test_compare import asked
 
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.slots import Threads
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.model import config
+from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 
 PATIENCE = 60
@@ -65,6 +71,50 @@ def test_what_several_threads_ask_for_is_made_once() -> None:
     for thread in threads:
         thread.join(PATIENCE)
     assert made == [0, 1] and sorted(got) == [-1, 1, 1, 1]
+
+
+def test_one_display_hears_of_several_threads() -> None:
+    """Each takes the others' bar away; threads take turns often, so that they meet in between."""
+    usual = sys.getswitchinterval()
+    show, wrong = Display(Console(file=io.StringIO())), list[Exception]()
+    began = threading.Barrier(4)
+
+    def tell() -> None:
+        began.wait(PATIENCE)
+        try:
+            for number in range(300):
+                show.stage("starting")
+                show.part(number, 300)
+        except Exception as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=tell) for _ in range(4)]
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+    finally:
+        sys.setswitchinterval(usual)
+    assert wrong == []
+
+
+def test_transformers_speaks_as_before_once_no_thread_is_to_be_quiet() -> None:
+    """The second one comes while the first one is quiet, and ends after it."""
+    before, inside, met = transformers.logging.get_verbosity(), threading.Event(), list[int]()
+
+    def second() -> None:
+        with config._quiet():
+            met.append(transformers.logging.get_verbosity())
+            inside.set()
+
+    other = threading.Thread(target=second)
+    with config._quiet():
+        other.start()
+        assert not inside.wait(0.1), "its way of being quiet would be what it found"
+    other.join(PATIENCE)
+    assert met and transformers.logging.get_verbosity() == before
 
 
 @pytest.mark.parametrize("at_once", [0, "many", 1.5])

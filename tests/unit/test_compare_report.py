@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from test_compare import asked, fails
 from test_report import KNOWN, Page, drawn
 
 from fusegpt_ray.comparison import page as pages
+from fusegpt_ray.comparison import plot, tables
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.report import byte_count
@@ -59,6 +62,34 @@ def test_its_numbers_are_those_of_the_manifests(compared: tuple[Desk, dict[str, 
     assert failed in text and "too fast" in text
     assert result["paper"] == ["as in the paper"]
     assert "The thick line is the paper's recipe (as in the paper)" in text
+
+
+def test_a_model_that_became_narrower_tells_its_hidden_size(
+    compared: tuple[Desk, dict[str, Any]],
+) -> None:
+    result = compared[1]
+    width, told = {"dense": 128, "kept": 112}, "hidden size 128 → 112"
+    narrow = {**result, "rows": [{**row, "width": width} for row in result["rows"]]}
+    assert told in Page(pages.html(narrow, {}, {})).text
+    assert told not in Page(pages.html(result, {}, {})).text
+    for some, kept in ((narrow, "112"), (result, "")):
+        table = csv.DictReader(io.StringIO(tables.files(some)["table.csv"]))
+        assert {row["width"] for row in table} == {kept}
+
+
+def test_more_methods_than_usual_colours_have_each_its_own() -> None:
+    def scheme(methods: int) -> Any:
+        about = {"model": "m", "sparsity": 0.25, "text": "t", "dense": 10.0, "perplexity": 11.0}
+        rows = [{**about, "method": f"method {number}"} for number in range(methods)]
+        (chart,) = plot.charts({"rows": rows, "paper": []})
+        (color,) = {
+            json.dumps(layer["encoding"]["color"]["scale"])
+            for layer in chart.spec["layer"]
+            if "color" in layer["encoding"]
+        }
+        return json.loads(color).get("scheme")
+
+    assert scheme(10) is None and scheme(11) == "tableau20"
 
 
 def test_it_needs_no_network(compared: tuple[Desk, dict[str, Any]]) -> None:

@@ -130,15 +130,19 @@ def test_the_recipe_is_where_the_job_looks_for_it(overlay: str) -> None:
     assert recipe["metadata"]["name"] == "recipe"
 
 
-def test_a_queue_and_keys_can_be_added_to_any(tmp_path: Path) -> None:
+@each_overlay
+def test_a_queue_and_keys_can_be_added_to_any(overlay: str, tmp_path: Path) -> None:
     assert {"keys", "nvme", "queue"} == COMPONENTS
-    objects = with_components(tmp_path, "spot", "queue", "keys")
+    objects = with_components(tmp_path, overlay, "queue", "keys")
     for item in objects:
         validate(item)
-    job = of_kind(objects, "RayJob")
-    assert job["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
-    assert job["spec"]["shutdownAfterJobFinishes"] and "deletionStrategy" not in job["spec"]
-    cluster = job["spec"]["rayClusterSpec"]
+    (ours,) = [item for item in objects if item["kind"] in KUBERAY]
+    if ours["kind"] != "RayCronJob":  # its jobs get no labels of it
+        assert ours["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "gpus"}
+    spec = ours["spec"].get("jobTemplate", ours["spec"])
+    cluster = spec.get("rayClusterSpec", spec)
+    if cluster is not spec:
+        assert spec["shutdownAfterJobFinishes"] and "deletionStrategy" not in spec
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "s3"}}]

@@ -50,7 +50,7 @@ def test_rays_ports_ask_for_a_token_and_jobs_come_by_ssh_alone(name: str) -> Non
     config = read(name)
     options = config["docker"]["run_options"]
     assert "--env RAY_AUTH_MODE=token" in options and "--cap-drop ALL" in options
-    assert not [option for option in options if "TOKEN=" in option or option == "privileged"]
+    assert not [option for option in options if "TOKEN=" in option or "privileged" in option]
     assert config["file_mounts"] == {"/home/fusegpt/.ray/auth_token": "~/.ray/auth_token"}
     (start,) = [line for line in config["head_start_ray_commands"] if "--head" in line]
     assert "--dashboard-host=127.0.0.1" in start
@@ -67,6 +67,7 @@ def test_skypilots_file() -> None:
     }
     assert "--dashboard-host=127.0.0.1" in task["run"] and "ports" not in task["resources"]
     assert "python jobs/compress.py recipe.yaml" in task["run"]
+    assert "ray stop" not in task["run"].replace("`ray stop`", "")  # it ends SkyPilot's own Ray
     for part in ("setup", "run"):
         subprocess.run(["bash", "-n"], input=task[part], text=True, check=True, timeout=10)
 
@@ -103,7 +104,7 @@ def test_the_image_has_what_the_entry_point_names() -> None:
 
 
 def test_the_policy_names_actions_of_objects_one_by_one() -> None:
-    """That a whole run needs no more is tried in tests/integration/test_bucket_policy.py."""
+    """That a whole run needs no more is tried in tests/integration/test_entry_point.py."""
     policy = json.loads((CLUSTER / "bucket-policy.json").read_text())
     for statement in policy["Statement"]:
         assert statement["Effect"] == "Allow"

@@ -196,6 +196,17 @@ def test_earlier_events_come_first_or_their_loss_is_told(
     assert len(said) == 1 and "the store is down" in said[0]
 
 
+def test_a_line_that_an_earlier_process_could_not_finish_tears_no_other(tmp_path: Path) -> None:
+    """Not even where it is all that there is."""
+    (tmp_path / "metrics-000001.jsonl").write_text('{"event": "run"}\n{"event": "rou')
+    (tmp_path / "metrics-000002.jsonl").write_text('{"eve')
+    log = MetricsLog()
+    log.begin(str(tmp_path), 3)
+    log("round", {"round": 1})
+    told = [json.loads(line)["event"] for line in log.whole(print).splitlines()]
+    assert told == ["run", "round"]
+
+
 # --- numbers ---
 
 
