@@ -40,6 +40,8 @@ def model_card(
             about.replace(", nothing trained", "")
             + HEALED[(manifest["recipe"].get("heal") or {}).get("loss", "kl")]
         )
+        if size := (manifest["recipe"].get("heal") or {}).get("share"):
+            about += f", in groups of {size} blocks that share weights"
     lines = [
         header(name, manifest, auto_class),
         f"# {name}",
