@@ -94,10 +94,12 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     low_rank = heal.train == "lora"
     updates = kept * heal.rank * all_matrices.sides // len(dense)
     learns, frozen = (updates, weights) if low_rank else (weights, 0)
+    formed = learns  # each block has its own of these; a group learns them once
+    learns = ceil(learns / (heal.share or 1))
     parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     state = 4 * learns * (2 * parts[0] + parts[1] + parts[2])  # Adam's moments, gradients, masters
     gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
-    held = frozen * dtype.itemsize * parts[2] + learns * (dtype.itemsize + gradients) + state
+    held = frozen * dtype.itemsize * parts[2] + formed * (dtype.itemsize + gradients) + state
     if parts[2] < 1:
         # What a backward pass needs of the gathered weights is held until then.
         again = cluster.recompute_activations

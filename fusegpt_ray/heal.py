@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
@@ -45,9 +46,11 @@ class Healer:
         if healed := self.journal.healed(number, key, self.show.say):
             self.show.say(f"{name} is healed (found in {self.journal.folder})")
             return healed
+        assert self.recipe.heal is not None
+        before = shared(rounds[-1].stack, self.recipe.heal.share)
         try:
             with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
-                trained = self._train(name, number, rounds[-1].stack, key[:16])
+                trained = self._train(name, number, before, key[:16])
         except Exception as error:
             error.add_note(f"stopped in healing {name}; its {number} rounds are finished")
             if isinstance(error, FloatingPointError):
@@ -56,7 +59,7 @@ class Healer:
                     "models is published already"
                 )
             raise
-        stack = rounds[-1].stack.swap(trained.saved.blocks)
+        stack = before.swap(trained.saved.blocks)
         healed = Done(self._record(trained), stack, trained.saved.files)
         self.journal.commit_healed(number, key, healed)
         told = ("losses", "held_out", "states_bytes_read", "seconds")
@@ -79,7 +82,8 @@ class Healer:
             storage.join(folder, "checkpoints"),
         )
         tokens, parts = self.windows.tokens, task.config.parts
-        self.show.stage(f"healing {name} on {tokens:,} tokens", parts)
+        groups = f", groups of {settings.share} blocks sharing weights" if settings.share else ""
+        self.show.stage(f"healing {name} on {tokens:,} tokens{groups}", parts)
         self.show.training(tokens // parts, model=name)
 
         def news(item: News) -> None:

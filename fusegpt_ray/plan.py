@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 from fusegpt_ray.cost import Cost, cost
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
+from fusegpt_ray.healing.sharing import check_groups
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.model.removable import ANY, Removable
@@ -219,6 +220,10 @@ def _planned(
     leading = check(leading_tokens, recipe, model.tokenizer)
     if not targets:
         return None
+    if recipe.heal:
+        dense = model.stack
+        depths = [len(dense) - target.fewer for target in targets]
+        check(check_groups, recipe.heal.share, dense, depths)
     removable = check(_rehearsed, recipe, model.stack, structure, targets)
     if removable is not None:
         check(_check_search, recipe, removable)

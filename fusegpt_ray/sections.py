@@ -238,6 +238,9 @@ class Heal(Texts):
     train: Literal["lora", "all"] = "lora"
     """What learns in the blocks. `lora`: low-rank updates of all linear layers, and the norms.
     `all`: every weight, for four times as many bytes in float32."""
+    share: int | None = Field(None, ge=2, le=MOST)
+    """So many adjacent blocks form a group that shares one set of matrices, the first one's at
+    first, as FoldGPT does; norms stay each block's own. The files are no smaller."""
     rank: int = Field(64, ge=1, le=MOST)
     """Rank of the low-rank updates; with `train: all` there are none."""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.healing.trial import trial
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.removals import Removal, removal
@@ -140,7 +141,7 @@ class Tournament:
             tasks = [
                 (
                     WholeModel(
-                        self.dense.drop(*entrant.removed),
+                        shared(self.dense.drop(*entrant.removed), once.share),
                         self.dense,
                         once,
                         self.recipe.seed,

@@ -106,11 +106,15 @@ class WholeModel:
         run: RunBlock,
         partition: Partition | None = None,
     ) -> Span:
-        built = []
+        built: list[tuple[nn.Module, dict[str, nn.Module]]] = []
         for block in self.stack.blocks:
             stored = meta_blocks[block.kind].read(block.weights)
             plain = meta_blocks[block.kind].filled(stored, device, dtype)
             learned = self._learned(plain, block, stored, device, dtype)
+            if block.shares is not None:
+                # What has a matrix is formed of the same masters, whose gradients are then sums.
+                first = built[self.stack.position(block.shares)][1]
+                learned |= {path: first[path] for path in learned if _has_matrix(first[path])}
             if partition:
                 partition.keep(plain)
             built.append((plain, learned))
@@ -191,6 +195,10 @@ class WholeModel:
             saved.files[uri], refs = write_safetensors(uri, entries)
             saved.blocks[block.dense] = replace(block, weights={**block.weights, **refs})
         return saved
+
+
+def _has_matrix(learned: nn.Module) -> bool:
+    return any(value.dim() > 1 for value in learned.parameters())
 
 
 def _floating(

@@ -3,8 +3,9 @@ weights frozen (after FoldGPT, arXiv 2407.00928: its gated block removal).
 
 `healing/gates.py` has the formula. One replica trains the gates, in the first round, for all of
 them together; the number of blocks to go is in the budget, so another number has other gates. What
-FoldGPT does after that, sharing weights among the blocks that stay, is not done here; its
-fine-tuning by distillation is the recipe's `heal`, with `heal.hidden` for the last states.
+FoldGPT does after that is the recipe's `heal`: `heal.share` for weights shared among the blocks
+that stay (`healing/sharing.py`), and its fine-tuning by distillation, with `heal.hidden` for the
+last states.
 """
 
 from __future__ import annotations

@@ -52,6 +52,8 @@ class Block:
     terms: Terms | None = None
     like: int | None = None
     """Of one that was inserted: the number of the dense block that it is a copy of."""
+    shares: int | None = None
+    """Of one that shares the matrices of another: that block's number."""
 
     @property
     def kind(self) -> int:
@@ -62,10 +64,19 @@ class Block:
         """A plain copy to insert under this number, with some of its weights replaced."""
         return Block(number, {**self.weights, **(weights or {})}, like=self.kind)
 
+    def of_matrices(self) -> Refs:
+        """The weights of layers that have a matrix, with their biases."""
+        layers = {
+            name.rpartition(".")[0] for name, ref in self.weights.items() if len(ref.shape) > 1
+        }
+        return {n: ref for n, ref in self.weights.items() if n.rpartition(".")[0] in layers}
+
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"dense": self.dense, "weights": _refs_to_json(self.weights)}
         if self.like is not None:
             data["like"] = self.like
+        if self.shares is not None:
+            data["shares"] = self.shares
         if self.terms is not None:
             data["terms"] = {
                 "base": _refs_to_json(self.terms.base),
@@ -87,6 +98,7 @@ class Block:
                 _refs_from_json(terms["learned"]),
             ),
             data.get("like"),
+            data.get("shares"),
         )
 
 
@@ -149,6 +161,25 @@ class Stack:
         """With the blocks of these dense numbers replaced."""
         assert set(blocks) <= set(self.kept), (set(blocks), self.kept)
         return replace(self, blocks=tuple(blocks.get(block.dense, block) for block in self.blocks))
+
+    def share(self, *group: int) -> Stack:
+        """With the layers that have matrices of the first of these blocks, given by their dense
+        numbers, in the others too: weights and biases. What else they have, such as norms, stays
+        their own.
+        """
+        assert {*group} <= {*self.kept}, (group, self.kept)
+        first = self.blocks[self.position(group[0])]
+        taken = first.of_matrices()
+        blocks = [self.blocks[self.position(number)] for number in group[1:]]
+        assert all(block.of_matrices().keys() == taken.keys() for block in blocks), group
+        return self.swap(
+            {
+                block.dense: replace(
+                    block, weights={**block.weights, **taken}, terms=None, shares=first.dense
+                )
+                for block in blocks
+            }
+        )
 
     def slice(self, config: Mapping[str, Any], trunk: Refs, weights: Mapping[int, Refs]) -> Stack:
         """With another width: a config.json of the same depth, the trunk, and by dense number the

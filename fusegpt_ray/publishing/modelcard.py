@@ -33,13 +33,8 @@ def model_card(
         pictures: their titles by the names of their files, which lie beside the card.
     """
     source = manifest["source"]
-    about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
     revision = f" (revision {source['revision']})" if source["revision"] else ""
-    if "healing" in manifest:
-        about = (
-            about.replace(", nothing trained but these", "").replace(", nothing trained", "")
-            + HEALED[(manifest["recipe"].get("heal") or {}).get("loss", "kl")]
-        )
+    about = _about(manifest)
     lines = [
         header(name, manifest, auto_class),
         f"# {name}",
@@ -82,6 +77,21 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _about(manifest: Mapping[str, Any]) -> str:
+    """What was done, in words."""
+    about = METHOD_SPECS[manifest["method"]].about.format(blocks=_which(manifest))
+    if "healing" not in manifest:
+        return about
+    heal = manifest["recipe"].get("heal") or {}
+    about = (
+        about.replace(", nothing trained but these", "").replace(", nothing trained", "")
+        + HEALED[heal.get("loss", "kl")]
+    )
+    if size := heal.get("share"):
+        about += f", in groups of {size} blocks that share weights"
+    return about
 
 
 def _samples(manifest: Mapping[str, Any]) -> list[str]:

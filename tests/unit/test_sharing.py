@@ -1,0 +1,141 @@
+"""Groups of blocks that share weights: the stack's verb, and healing beside plain torch with
+modules that are tied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from desk import Desk
+from infirmary import BATCH, HELD, STEPS, TRAINED, Infirmary, Stopped, kl, rate
+from safetensors.torch import load_file
+from torch import nn
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.footprint import healing_bytes
+from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.report import Display
+from fusegpt_ray.sections import Heal
+from fusegpt_ray.training.finetune import Trained
+
+
+@pytest.fixture(name="infirmary")
+def _infirmary(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> Infirmary:
+    """Its four blocks left form two groups."""
+    name = getattr(request, "param", "llama")
+    place = Infirmary(name, checkpoint(name), tmp_path)
+    depth = len(place.dense)
+    place.stack = shared(place.dense.drop(*range(2, 2 + depth - 4)), 2)
+    assert len(place.stack) == 4
+    return place
+
+
+def tied(place: Infirmary) -> tuple[Any, Any]:
+    """The real student, in which linear layers of a group are one module; and the teacher."""
+    student, teacher = place.plain()
+    blocks = place.blocks_of(student)
+    for first, second in ((0, 1), (2, 3)):
+        for path, module in list(blocks[first].named_modules()):
+            if isinstance(module, nn.Linear):
+                blocks[second].set_submodule(path, module)
+    return student, teacher
+
+
+def files_of(trained: Trained) -> list[bytes]:
+    return [Path(uri).read_bytes() for uri in sorted(trained.saved.files)]
+
+
+def test_a_group_refers_to_the_matrices_of_its_first(infirmary: Infirmary) -> None:
+    dense, stack = infirmary.dense, infirmary.stack
+    for first, second in (stack.blocks[:2], stack.blocks[2:]):
+        own = dense.blocks[second.dense].weights
+        assert first == dense.blocks[first.dense] and second.shares == first.dense
+        for name, ref in second.weights.items():
+            assert ref == (own if "norm" in name else first.weights)[name]
+    assert Stack.from_json(stack.to_json()).blocks == stack.blocks
+
+
+@pytest.mark.parametrize("infirmary", ["llama", "qwen2"], indirect=True)
+@pytest.mark.parametrize("micro", [None, 1])
+def test_healing_is_adam_on_tied_modules(infirmary: Infirmary, micro: int | None) -> None:
+    """A gradient of a group's weight is the sum over its blocks; norms learn apart."""
+    highest = 0.001
+    trained = infirmary.heal(train="all", learning_rate=highest, cluster={"micro_batch": micro})
+    student, teacher = tied(infirmary)
+    blocks = infirmary.blocks_of(student).requires_grad_()
+    held = [kl(student, teacher, HELD).item()]
+    adam = torch.optim.Adam(blocks.parameters(), betas=(0.9, 0.95))
+    for step, ids_BT in enumerate(TRAINED.split(BATCH)):
+        adam.param_groups[0]["lr"] = rate(step, highest)
+        adam.zero_grad()
+        kl(student, teacher, ids_BT).backward()
+        adam.step()
+        held.append(kl(student, teacher, HELD).item())
+    assert len(held) == STEPS + 1 and trained.held_out == pytest.approx(held, rel=1e-3)
+    assert min(held) == held[-1] < held[0], "or it is not the last state that is kept"
+    saved = [
+        load_file(next(iter(trained.saved.blocks[n].weights.values())).file)
+        for n in infirmary.stack.kept
+    ]
+    for tensors, block in zip(saved, blocks, strict=True):
+        for name, value in tensors.items():
+            # As in `test_healing`: Adam makes much of gradients that are little more than rounding.
+            assert (value - block.get_parameter(name)).abs().mean() < 2e-2 * highest, name
+    for first, second in (saved[:2], saved[2:]):
+        for name, value in first.items():
+            assert torch.equal(value, second[name]) != ("norm" in name), name
+
+
+def test_low_rank_updates_are_the_groups_too(infirmary: Infirmary) -> None:
+    blocks = infirmary.heal(learning_rate=0.01).saved.blocks
+    tensors = [load_file(next(iter(blocks[n].weights.values())).file) for n in infirmary.stack.kept]
+    dense = infirmary.dense.blocks[infirmary.stack.kept[0]].weights["mlp.up_proj.weight"]
+    assert not torch.equal(
+        tensors[0]["mlp.up_proj.weight"], load_file(dense.file)[dense.name].float()
+    )
+    for name, value in tensors[0].items():
+        assert torch.equal(value, tensors[1][name]) != ("norm" in name), name
+
+
+def test_a_stopped_one_ends_with_the_same_bytes(infirmary: Infirmary) -> None:
+    whole = files_of(infirmary.heal(train="all", learning_rate=0.001))
+    infirmary.forget()
+    with pytest.raises(Stopped):
+        infirmary.heal(2, train="all", learning_rate=0.001)
+    assert files_of(infirmary.heal(train="all", learning_rate=0.001)) == whole
+
+
+def test_a_size_that_divides_no_depth_is_refused(desk: Desk) -> None:
+    depth = 3  # of 5 blocks, at a sparsity of 0.4
+    asked = desk.recipe(method="foldgpt", heal={"share": 2, "batch": 2, "held_out": 2})
+    with pytest.raises(UserError, match=f"does not divide the {depth} blocks that are left") as e:
+        plan(Recipe.parse(asked), Display())
+    assert e.value.key == "heal.share"
+    asked["heal"]["share"] = 3
+    assert plan(Recipe.parse(asked), Display()).targets
+
+
+def test_a_group_learns_its_weights_once(desk: Desk) -> None:
+    """So there are fewer masters, and their optimizer state."""
+    recipe = Recipe.parse(desk.recipe(method="mi", heal={"train": "all", "batch": 2}))
+    dense = plan(recipe, Display()).model.stack
+    assert recipe.heal
+    needed = [
+        healing_bytes(
+            recipe.model_copy(update={"heal": Heal(**{**vars(recipe.heal), "share": share})}),
+            dense,
+            torch.float32,
+            4,
+        )
+        for share in (None, 2)
+    ]
+    assert needed[1] < needed[0]
