@@ -99,8 +99,7 @@ class Compression:
                 drawing | {"heal": recipe.heal.model_dump(mode="json")},
                 partial(healing_windows, workers, recipe, leading["calibration"], show),
             )
-            healed, chosen_by = healing
-            healing = (licensed(healed, recipe.healing_texts[0].parts), chosen_by)
+            healing = (licensed(healing[0], recipe.healing_texts[0].parts), healing[1])
             texts += healing
         every = [item.tokens_WT for item in texts]
         check_tokens(model.source, model.stack, *every)
@@ -318,6 +317,7 @@ class Compression:
         """What the manifest tells of the run."""
         recipe, records = self.plan.recipe, [round.record for round in done]
         healing = {"healing": healed.record} if healed else {}
+        gpu = self.workers.hardware.get("gpu", "")
         return healing | {
             "run": self.id,
             "arithmetic": self.identity["arithmetic"],
@@ -328,7 +328,8 @@ class Compression:
             "removed": [record["removed"] for record in records if record["removed"] is not None],
             "inserted": [copy for record in records for copy in record.get("inserted", ())],
             **({"width": width} if (width := records[-1].get("width")) else {}),
-            "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
+            "planned": self.plan.stages_of(target, gpu),
+            **({"gpu": gpu} if gpu else {}),
             "rounds": records,
             "fewer_at_once": fewer_at_once(recipe, records),
         }

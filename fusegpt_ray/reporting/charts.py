@@ -64,7 +64,9 @@ def _perplexities(facts: Facts) -> Iterator[Chart]:
             stages,
             alt.layer(
                 dense,
-                base.mark_line(color=COLOURS[0], point=alt.OverlayMarkDef(size=60)),
+                base.mark_line(
+                    color=COLOURS[0], point=alt.OverlayMarkDef(size=60, color=COLOURS[0])
+                ),
                 base.mark_text(dy=-14).encode(text=value),
             ),
             extra={"dense": row.dense},

@@ -183,6 +183,8 @@ class Facts(_Part):
     source: Source
     method: str
     arithmetic: str = ""
+    gpu: str = ""
+    """What torch calls the one that it ran on; empty: none, or nobody has told."""
     recipe: dict[str, Any]
     dense_blocks: NonNegativeInt | None = None
     width: Width | None = None
@@ -231,13 +233,13 @@ class Facts(_Part):
 
     @property
     def price_per_second(self) -> float | None:
-        """Of all GPUs that the recipe asks for, if it says what one costs."""
+        """Of all GPUs that the recipe asks for, if it says what one costs and there were any."""
         cluster = self.recipe.get("cluster")
         try:
             told = _Priced.model_validate(cluster)
         except ValidationError:  # it is said nowhere else what a recipe looks like
             return None
-        if told.gpu_hour_price is None:
+        if told.gpu_hour_price is None or not self.gpu:
             return None
         gpus = max(told.replicas, told.workers) * (told.gpus_per_replica or 1)
         return told.gpu_hour_price * gpus / 3600
