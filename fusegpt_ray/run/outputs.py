@@ -262,7 +262,7 @@ def beside(folder: str, run: object) -> list[Mapping[str, Any]]:
         return []
     try:
         names = storage.folders(place)
-    except PermissionError:
+    except (PermissionError, ValueError, NotImplementedError):  # the hub lists no repositories
         return []
     found = []
     for name in names:

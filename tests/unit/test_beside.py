@@ -16,6 +16,7 @@ from test_report import drawn
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.reporting import page
+from fusegpt_ray.run.outputs import beside
 
 PICTURES = {"scores.png", "groups.png", "healing.png"}
 
@@ -118,3 +119,7 @@ def test_the_last_of_several_shows_perplexity_over_sparsity(desk: Desk, tmp_path
     assert again(folders[0]) == [point for point in wanted if point[1] != 0.4]
     (folders[2] / "fusegpt.json").write_text("{")
     assert again(folders[0]) == []
+
+
+def test_nothing_is_known_beside_a_repository_of_the_hub() -> None:
+    assert beside("hf://somebody/demo-p40", "this run") == []
