@@ -1,7 +1,9 @@
 """What the dense and the published model write after the same prompts, to be read side by side.
 
 The continuations are greedy, so they are the same each time on the same hardware. They are for
-people: a model that cannot write them here is published all the same, and a line says why.
+people: a model that cannot write them here, for want of memory or because its class's `generate`
+fails, is published all the same, and a line says why. Lost replicas and a failing store are no such
+reasons.
 """
 
 from __future__ import annotations
@@ -27,6 +29,10 @@ from fusegpt_ray.workers.base import Workers
 TOKENS = 32
 """The most that are written after a prompt."""
 _KEY = "output.samples"
+
+
+class _Unable(Exception):
+    """A replica's model cannot write, as it says."""
 
 
 def before_and_after(
@@ -56,9 +62,7 @@ def before_and_after(
 
         before = shared.measured("continuations", key, dense, show.say)
         after = _written(workers, ids, published)
-    except StorageError:
-        raise
-    except Exception as error:  # whatever a class's own `generate` raises
+    except (MemoryError, UserError, _Unable) as error:
         show.say(f"no text samples: the models cannot write them here ({first_line(error)})")
         return []
     return [
@@ -100,16 +104,25 @@ def _written(workers: Workers, prompts: Sequence[np.ndarray], stack: Stack) -> l
     tokenizer = workers.setup.source.tokenizer()
     task = (stack, prompts, _positions(stack), ends_of(workers, tokenizer))
     ((_, rows),) = workers.map(_continued, [task], workers.setup.importance.batch)
+    if isinstance(rows, str):
+        raise _Unable(rows)
     return [str(tokenizer.decode(row.tolist(), skip_special_tokens=True)) for row in rows]
 
 
 def _continued(
     runner: Runner, stack: Stack, prompts: Sequence[np.ndarray], positions: int, ends: Sequence[int]
-) -> list[np.ndarray]:
-    """One prompt at a time: without padding, no class of models can be misled by it."""
+) -> list[np.ndarray] | str:
+    """One prompt at a time: without padding, no class of models can be misled by it. In words, why
+    the model cannot write.
+    """
     there = runner.for_trunk_of(stack)
     rows = []
     for prompt in prompts:
         length = min(positions, len(prompt) + TOKENS)
-        rows += continuations(there, [prompt], length, 0.0, 1.0, ends, 0)
+        try:
+            rows += continuations(there, [prompt], length, 0.0, 1.0, ends, 0)
+        except StorageError:
+            raise
+        except Exception as error:  # memory ran out, or whatever a class's own `generate` raises
+            return first_line(error)
     return rows

@@ -35,6 +35,7 @@ from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.targets import Target
+from fusegpt_ray.text.licence import licensed
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
@@ -86,9 +87,10 @@ class Compression:
                 drawing | {"text": held.model_dump(mode="json")},
                 partial(evaluation_windows, workers, held, length, leading[key], *more),
             )
+            held_out[name] = licensed(held_out[name], [held])
         # After those that are only read: the dense model may have to write some of it.
         draw = partial(calibration_windows, workers, recipe, leading["calibration"], show)
-        windows = shared.once("calibration", drawing, draw)
+        windows = licensed(shared.once("calibration", drawing, draw), text.parts)
         healing = None
         texts = [windows, *held_out.values()]
         if recipe.heal:
@@ -97,6 +99,7 @@ class Compression:
                 drawing | {"heal": recipe.heal.model_dump(mode="json")},
                 partial(healing_windows, workers, recipe, leading["calibration"], show),
             )
+            healing = (licensed(healing[0], recipe.healing_texts[0].parts), healing[1])
             texts += healing
         every = [item.tokens_WT for item in texts]
         check_tokens(model.source, model.stack, *every)
@@ -219,7 +222,7 @@ class Compression:
             stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             events = partial(self.log.whole, show.say)
-            beside = partial(beside_model, target.name, show.say, recipe.output.report, events)
+            beside = partial(beside_model, target.folder, show.say, recipe.output.report, events)
             with journal.creating():
                 published[target.folder] = publish(
                     target.folder,
@@ -314,6 +317,7 @@ class Compression:
         """What the manifest tells of the run."""
         recipe, records = self.plan.recipe, [round.record for round in done]
         healing = {"healing": healed.record} if healed else {}
+        gpu = self.workers.hardware.get("gpu", "")
         return healing | {
             "run": self.id,
             "arithmetic": self.identity["arithmetic"],
@@ -324,7 +328,8 @@ class Compression:
             "removed": [record["removed"] for record in records if record["removed"] is not None],
             "inserted": [copy for record in records for copy in record.get("inserted", ())],
             **({"width": width} if (width := records[-1].get("width")) else {}),
-            "planned": self.plan.stages_of(target, self.workers.hardware.get("gpu", "")),
+            "planned": self.plan.stages_of(target, gpu),
+            **({"gpu": gpu} if gpu else {}),
             "rounds": records,
             "fewer_at_once": fewer_at_once(recipe, records),
         }

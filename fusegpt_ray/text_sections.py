@@ -6,7 +6,7 @@ Of the other sections, `sections.py` tells. No torch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -31,6 +31,7 @@ def _without_secret(uri: str) -> str:
     return uri
 
 
+Licence = Annotated[str, Field(min_length=1, max_length=500, pattern=r"^[^\x00-\x1f\x7f]+$")]
 Uri = Annotated[str, Field(min_length=1), AfterValidator(_without_secret)]
 
 
@@ -56,6 +57,21 @@ class Text(Section):
     """`datasets` only: branch, tag or commit."""
     column: str = "text"
     """The column that holds the text, in all of these but plain text."""
+    licence: Licence | None = None
+    """Under which licence the text stands, for the model's card; left out: what the dataset's card
+    on the hub, or the README.md of a local folder, says. It shapes nothing."""
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without keys that are left out and are newer than runs that are to keep their
+        identity."""
+        found: dict[str, Any] = dumped(self)
+        for key in self._newer:
+            if found.get(key, "") is None:
+                del found[key]
+        return found
+
+    _newer: ClassVar[tuple[str, ...]] = ("licence",)
 
     @property
     def label(self) -> str:
@@ -71,14 +87,7 @@ class WeightedText(Text):
     images: bool | None = None
     """Whether its rows are conversations with images; left out: `calibration.images`."""
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, dumped: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `images` where it is left out, so that runs from before there was this key keep
-        their identity."""
-        found: dict[str, Any] = dumped(self)
-        if self.images is None:
-            found.pop("images", None)
-        return found
+    _newer: ClassVar[tuple[str, ...]] = ("licence", "images")
 
     @model_validator(mode="before")
     @classmethod
@@ -183,7 +192,7 @@ class Texts(Text):
         if not value:
             raise UserError("", value, "an empty list of texts", "list at least one text")
         parts = _SEVERAL.validate_python(value)
-        texts = [part.model_dump(exclude={"weight"}) for part in parts]
+        texts = [part.model_dump(exclude={"weight", "licence"}) for part in parts]
         for number, text in enumerate(texts):
             if (first := texts.index(text)) < number:
                 problem = f"texts {first} and {number} of the list (from 0) are the same"
@@ -191,7 +200,7 @@ class Texts(Text):
                 raise UserError("", value, problem, "list it once, with the sum of weights")
         return parts
 
-    @field_validator("config", "split", "revision", "column")
+    @field_validator("config", "split", "revision", "column", "licence")
     @classmethod
     def _check_alone(cls, value: Any, info: ValidationInfo) -> Any:
         """Of a list, each text has keys of its own. What says no more than the default is taken:

@@ -33,7 +33,12 @@ WEIGHTS = (
 CONFIG = "config.json"
 CARD = "README.md"
 REPORT = "report.html"
-PICTURES = {"scores": "scores.png", "groups": "groups.png", "healing": "healing.png"}
+PICTURES = {
+    "sparsities": "sparsities.png",
+    "scores": "scores.png",
+    "groups": "groups.png",
+    "healing": "healing.png",
+}
 """The charts of a report that a model card shows, by what `reporting/charts.py` calls them."""
 OWN = {CONFIG, INDEX, MANIFEST, METRICS, CARD, REPORT, *PICTURES.values()}
 """Written anew for the published model."""

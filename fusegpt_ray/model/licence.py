@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import yaml
-
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model.companions import CARD
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.front_matter import front_matter, is_name
 
-_HEADER = re.compile(r"\s*---\r?\n(.*?)\r?\n---\r?\n", re.DOTALL)
 _FILE = re.compile(r"(licen[cs]e|copying)[^/]*", re.IGNORECASE)
 
 Licence = dict[str, str | list[str]]
@@ -41,26 +39,15 @@ def licence_of(source: Source) -> Licence:
 def _header(source: Source) -> Any:
     """The YAML at the top of the card; anybody may have written it."""
     try:
-        text = storage.read(storage.join(source.folder, CARD), storage.SMALL).decode()
-        found = _HEADER.match(text)
-        return yaml.safe_load(found[1]) if found else None
+        return front_matter(storage.read(storage.join(source.folder, CARD), storage.SMALL))
     except StorageError:
         raise
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):  # no card, or none that is one
-        return None
-    except (LookupError, AttributeError, TypeError):  # PyYAML's, of values that are not their tag's
+    except (OSError, ValueError):  # no card, or a huge one
         return None
 
 
 def _said(header: Any) -> Licence:
-    if not isinstance(header, dict) or not _is_name(header.get("license")):
+    if not isinstance(header, dict) or not is_name(header.get("license")):
         return {}
     keys = ("license", "license_name", "license_link")
-    return {key: header[key] for key in keys if _is_name(header.get(key))}
-
-
-def _is_name(value: Any) -> bool:
-    """A line of text, or several."""
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(item, str) and _is_name(item) for item in value)
-    return isinstance(value, str) and 0 < len(value) <= 500 and value.isprintable()
+    return {key: header[key] for key in keys if is_name(header.get(key))}

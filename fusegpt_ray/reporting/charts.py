@@ -9,7 +9,8 @@ from typing import Any
 
 import altair as alt
 
-from fusegpt_ray.reporting.facts import Facts, Round
+from fusegpt_ray.reporting import sparsities
+from fusegpt_ray.reporting.facts import Facts, Other, Round
 from fusegpt_ray.specs import METHOD_SPECS
 
 Cell = int | float | str | None
@@ -22,7 +23,7 @@ ROW = 24
 @dataclass(frozen=True)
 class Chart:
     name: str
-    """For programs; unique, but that of a perplexity, of which there is one for each text."""
+    """For programs; unique, but that of what there is one of for each text."""
     title: str
     caption: str
     """One sentence: what is to be seen."""
@@ -36,6 +37,7 @@ class Chart:
 def charts(facts: Facts) -> list[Chart]:
     """Those that there is something to draw of."""
     made = [
+        *_sparsities(facts),
         *_perplexities(facts),
         _scores(facts),
         _groups(facts),
@@ -63,11 +65,74 @@ def _perplexities(facts: Facts) -> Iterator[Chart]:
             stages,
             alt.layer(
                 dense,
-                base.mark_line(color=COLOURS[0], point=alt.OverlayMarkDef(size=60)),
+                base.mark_line(
+                    color=COLOURS[0], point=alt.OverlayMarkDef(size=60, color=COLOURS[0])
+                ),
                 base.mark_text(dy=-14).encode(text=value),
             ),
             extra={"dense": row.dense},
         )
+
+
+def _sparsities(facts: Facts) -> Iterator[Chart]:
+    """Of all models of the run that are there, where these are several."""
+    models: list[Facts | Other] = [facts, *facts.others]
+    models.sort(key=lambda model: model.sparsity or 0.0)
+    shares = {model.sparsity for model in models if model.sparsity}
+    if len(shares) < 2:
+        return
+    for text, row in facts.perplexity.items():
+        lines: dict[str, list[tuple[Cell, ...]]] = {facts.method: [], DROPPED: []}
+        for model in models:
+            if not model.sparsity or text not in model.perplexity:
+                continue
+            *_, (stage, value) = (stages := model.perplexity[text].by_stage).items()
+            lines[facts.method].append((facts.method, model.sparsity, value))
+            if DROPPED in stages and stage != DROPPED:
+                lines[DROPPED].append((DROPPED, model.sparsity, stages[DROPPED]))
+        if [row[1:] for row in lines[DROPPED]] == [row[1:] for row in lines[facts.method]]:
+            del lines[DROPPED]
+        rows = [row for line in lines.values() for row in line]
+        methods = [method for method, line in lines.items() if line]
+        beside = " The thin line is that of the same blocks removed, nothing trained."
+        yield over_sparsity(
+            "sparsities",
+            f"Perplexity on {text} over sparsity",
+            "Lower is better; the dashed line is the dense model." + beside * (DROPPED in methods),
+            rows,
+            row.dense,
+            sparsities.lines(methods, shares, [facts.method], "bottom"),
+        )
+
+
+DROPPED = "dropped"
+"""What `text.protocol.STAGES` calls the same blocks removed and nothing trained."""
+
+
+def over_sparsity(
+    name: str,
+    title: str,
+    caption: str,
+    rows: Sequence[Sequence[Cell]],
+    dense: float,
+    drawn: alt.LayerChart | alt.FacetChart,
+) -> Chart:
+    """Of rows of `sparsities.COLUMNS`; every method begins at the dense model.
+
+    Args:
+        drawn: see `sparsities.lines`.
+    """
+    return chart(
+        name,
+        title,
+        caption,
+        sparsities.COLUMNS,
+        rows,
+        drawn,
+        height=300,
+        extra={"dense": dense},
+        also=[(method, 0.0, dense) for method in dict.fromkeys(row[0] for row in rows)],
+    )
 
 
 def _scores(facts: Facts) -> Chart | None:

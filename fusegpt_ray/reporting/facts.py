@@ -7,14 +7,15 @@ journal bear checksums.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.reporting.under_way import under_way
-from fusegpt_ray.run.outputs import Folder, Outputs
+from fusegpt_ray.run.outputs import Folder, Outputs, beside
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.text.protocol import stages
@@ -38,6 +39,7 @@ class Protocol(_Part):
     bos_once: bool | None = None
     left_out: int | None = None
     repeated: float | None = None
+    licence: str | None = None
     warning: str | None = None
     parts: list[Protocol] | None = None
 
@@ -166,6 +168,13 @@ class _Priced(_Part):
     workers: NonNegativeInt = 1
 
 
+class Other(_Part):
+    """Another model that the same run published."""
+
+    sparsity: FiniteFloat
+    perplexity: dict[str, Perplexity] = {}
+
+
 class Facts(_Part):
     """What a report shows."""
 
@@ -174,6 +183,8 @@ class Facts(_Part):
     source: Source
     method: str
     arithmetic: str = ""
+    gpu: str = ""
+    """What torch calls the one that it ran on; empty: none, or nobody has told."""
     recipe: dict[str, Any]
     dense_blocks: NonNegativeInt | None = None
     width: Width | None = None
@@ -182,6 +193,9 @@ class Facts(_Part):
     """Of the published model's weights."""
     planned: list[Planned] = []
     samples: list[Sample] = []
+    sparsity: FiniteFloat | None = None
+    """None: it was made deeper, or nothing is published yet."""
+    others: list[Other] = []
     rounds: list[Round]
     perplexity: dict[str, Perplexity] = {}
     healing: Healing | None = None
@@ -221,13 +235,13 @@ class Facts(_Part):
 
     @property
     def price_per_second(self) -> float | None:
-        """Of all GPUs that the recipe asks for, if it says what one costs."""
+        """Of all GPUs that the recipe asks for, if it says what one costs and there were any."""
         cluster = self.recipe.get("cluster")
         try:
             told = _Priced.model_validate(cluster)
         except ValidationError:  # it is said nowhere else what a recipe looks like
             return None
-        if told.gpu_hour_price is None:
+        if told.gpu_hour_price is None or not self.gpu:
             return None
         gpus = max(told.replicas, told.workers) * (told.gpus_per_replica or 1)
         return told.gpu_hour_price * gpus / 3600
@@ -298,7 +312,7 @@ def facts(uri: str) -> Facts:
             return Facts.model_validate({**under_way(folder.run), "name": name})
         manifest = Manifest.read(folder.uri)  # says what is wrong where there is none
         weights = (file.size for key, file in manifest.files.items() if key.endswith(WEIGHTS))
-        return of_manifest(name, manifest.data, sum(weights))
+        return of_manifest(name, manifest.data, sum(weights), others(folder.uri, manifest.data))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part)[:99] for part in first["loc"])
@@ -311,11 +325,27 @@ def facts(uri: str) -> Facts:
         ) from error
 
 
-def of_manifest(name: str, manifest: Mapping[str, Any], size: int) -> Facts:
+def of_manifest(
+    name: str, manifest: Mapping[str, Any], size: int, others: Sequence[Other] = ()
+) -> Facts:
     """Of a published model called `name`, whose weights have `size` bytes.
+
+    Args:
+        others: see `others`.
 
     Raises:
         ValidationError: the manifest has another shape.
     """
-    told = {**manifest, "name": name, "state": "published", "bytes": size}
+    told = {**manifest, "name": name, "state": "published", "bytes": size, "others": others}
     return Facts.model_validate(told)
+
+
+def others(folder: str, manifest: Mapping[str, Any]) -> list[Other]:
+    """What the run that published the model in `folder` has published beside it, as far as that
+    can be told: another model's damage is no matter of this one's.
+    """
+    found = []
+    for data in beside(folder, manifest.get("run")):
+        with suppress(ValidationError):
+            found.append(Other.model_validate(data))
+    return found

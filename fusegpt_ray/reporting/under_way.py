@@ -35,6 +35,7 @@ def under_way(run: Run) -> dict[str, Any]:
         "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
         "method": recipe["method"],
         "arithmetic": identity["arithmetic"],
+        "gpu": identity.get("hardware", {}).get("gpu", ""),
         "recipe": recipe,
         "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
         "rounds": [*rounds, *_begun(run, len(rounds) + 1)],

@@ -61,7 +61,7 @@ def healing_identity(recipe: Recipe, *windows_sha256: str) -> dict[str, Any]:
     It is no part of the run's identity: with another `heal` the same rounds are gone on from.
     """
     assert recipe.heal
-    settings = recipe.heal.model_dump(mode="json")
+    settings = _shaping(recipe.heal.model_dump(mode="json"))
     return {"heal": settings, "seed": recipe.seed, "windows_sha256": list(windows_sha256)}
 
 
@@ -84,7 +84,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         outside.add("sparsity")
     if recipe.search is None:
         outside.add("heal")  # it comes after the rounds
-    shaping = recipe.model_dump(mode="json", exclude=outside)
+    shaping = _shaping(recipe.model_dump(mode="json", exclude=outside))
     return {"method_version": METHOD_VERSION, "recipe": shaping}
 
 
@@ -95,8 +95,15 @@ def same_way(recipe: Recipe, made_by: Mapping[str, Any]) -> bool:
     free = {"cluster", "output", "evaluation"}
     if METHOD_SPECS[recipe.method].nested:
         free.add("sparsity")
-    shaping = recipe.model_dump(mode="json", exclude=free)
-    return all(made_by.get(key) == value for key, value in shaping.items())
+    shaping = _shaping(recipe.model_dump(mode="json", exclude=free))
+    return all(_shaping(made_by.get(key)) == value for key, value in shaping.items())
+
+
+def _shaping(dumped: Any) -> Any:
+    """Without what is only told of texts."""
+    if isinstance(dumped, dict):
+        return {key: _shaping(value) for key, value in dumped.items() if key != "licence"}
+    return [_shaping(value) for value in dumped] if isinstance(dumped, list) else dumped
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

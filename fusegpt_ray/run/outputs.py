@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -249,6 +250,27 @@ class Outputs:
         }
         folders = tuple(Folder.look(storage.join(uri, name)) for name in ours)
         return cls(uri, folders, files, _comparisons(uri) if COMPARISONS in names else ())
+
+
+def beside(folder: str, run: object) -> list[Mapping[str, Any]]:
+    """The manifests of the other models in the same place that this run has published; none where
+    that place may not be listed, or the folder's name is not a model's.
+    """
+    place, _, own = storage.absolute(folder).rstrip("/").rpartition("/")
+    named = MODEL.fullmatch(own)
+    if not named or not isinstance(run, str):
+        return []
+    try:
+        names = storage.folders(place)
+    except (PermissionError, ValueError, NotImplementedError):  # the hub lists no repositories
+        return []
+    found = []
+    for name in names:
+        other = MODEL.fullmatch(name)
+        if name != own and other and other["name"] == named["name"]:
+            with suppress(UserError):  # it is not finished, or damaged
+                found.append(Manifest.read(storage.join(place, name)).data)
+    return [data for data in found if data.get("run") == run]
 
 
 def _comparisons(uri: str) -> tuple[Folder, ...]:

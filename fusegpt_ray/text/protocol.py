@@ -29,9 +29,12 @@ def described(protocol: Mapping[str, Any]) -> str:
     """A protocol in words. Older manifests lack parts; then no window began with the token."""
     windows, data = protocol.get("windows"), protocol.get("data")
     count = "windows" if windows is None else "1 window" if windows == 1 else f"{windows} windows"
-    of = f" of {data}{_repeated(protocol)}" if data else ""
+    of = f" of {data}{_repeated(protocol)}{_licence(protocol)}" if data else ""
     if parts := protocol.get("parts"):
-        of = "; ".join(f"{part['windows']} of {part['data']}{_repeated(part)}" for part in parts)
+        of = "; ".join(
+            f"{part['windows']} of {part['data']}{_repeated(part)}{_licence(part)}"
+            for part in parts
+        )
         of = f" ({of})"
     token = "with" if protocol.get("bos") or protocol.get("bos_once") else "without"
     told = f"{count} of {protocol['length']} tokens{of}, {token} a beginning-of-sequence token"
@@ -51,3 +54,9 @@ def warnings(protocol: Mapping[str, Any]) -> list[str]:
 def _repeated(protocol: Mapping[str, Any]) -> str:
     longer = f", {left} longer left out" if (left := protocol.get("left_out")) else ""
     return longer + (f", each {protocol['repeated']:g} times" if "repeated" in protocol else "")
+
+
+def _licence(protocol: Mapping[str, Any]) -> str:
+    """Older manifests do not tell, and nor does a text that the dense model wrote."""
+    said = protocol.get("licence")
+    return "" if said is None else f" (licence: {said})"

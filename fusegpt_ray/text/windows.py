@@ -41,6 +41,8 @@ class Drawn:
     """Of a text that the dense model wrote: from which prompts, how, and how much."""
     bos_once: bool = False
     """Whether the beginning-of-sequence token stands before the whole text."""
+    licence: str | None = None
+    """See `text/licence.py`; None: nobody has looked."""
 
     @classmethod
     def of(cls, text: Text | GeneratedText, n_tokens: int, **facts: Any) -> Self:
@@ -65,12 +67,14 @@ class Drawn:
 
     def facts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
         """For the protocol of so many windows: "text_tokens", "times_seen" and, if need be,
-        "warning"; or "repeated"; or "documents" and "cut"; also "generated" and "bos_once", if it
-        is.
+        "warning"; or "repeated"; or "documents" and "cut"; also "generated", "bos_once" and
+        "licence", if it is.
         """
         origin: dict[str, Any] = {"generated": dict(self.generated)} if self.generated else {}
         if self.bos_once:
             origin["bos_once"] = True
+        if self.licence is not None:
+            origin["licence"] = self.licence
         return origin | self._amounts(windows, length, bos)
 
     def _amounts(self, windows: int, length: int, bos: bool) -> dict[str, Any]:
@@ -127,7 +131,8 @@ class Windows:
         "warning"; of windows that were cycled through, "repeated" (how often each is there, on
         average); of padded ones "tokens"; of documents "documents" (how many the text has) and
         "cut" (how many of those taken are longer than a window); of a published text
-        "bos_once" where the token stands before the whole of it alone; of conversations with images
+        "bos_once" where the token stands before the whole of it alone; "licence", where that has
+        been looked for; of conversations with images
         "conversations" (how many the text has) and "left_out" (how many of those looked at are
         longer than a window); of a text that the dense model
         wrote "generated": {"prompts" (None: without), "tokens" (of the whole text), "temperature",

@@ -9,8 +9,9 @@ from typing import cast
 import pytest
 from desk import Desk
 from stopped_runs import Watching
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
+from fusegpt_ray import before_after
 from fusegpt_ray.before_after import TOKENS
 from fusegpt_ray.outlook import Device, outlook
 from fusegpt_ray.pipeline import compress
@@ -61,6 +62,7 @@ def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
     told = {
         "source": {"name": "dense"},
         "method": "fusegpt",
+        "gpu": "NVIDIA H200",
         "planned": [{"stage": "scoring", "flops": 10**15, "seconds": 900.0}],
         "rounds": [{"removed": 1, "seconds": {"score": 1800.0}}],
         "recipe": {"cluster": priced},
@@ -68,8 +70,10 @@ def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
     shown = page.html(of_manifest("demo", told, 10))
     assert "price of that time</dt><dd>3.00<" in shown
     assert "<td>1.50</td><td>3.00</td></tr>" in shown
-    for cluster in ({**priced, "gpu_hour_price": None}, {"gpu_hour_price": "much"}, None):
-        shown = page.html(of_manifest("demo", {**told, "recipe": {"cluster": cluster}}, 10))
+    unpriced = ({**priced, "gpu_hour_price": None}, {"gpu_hour_price": "much"}, None)
+    for cluster, gpu in ((priced, ""), *((cluster, "NVIDIA H200") for cluster in unpriced)):
+        changed = {**told, "gpu": gpu, "recipe": {"cluster": cluster}}
+        shown = page.html(of_manifest("demo", changed, 10))
         assert (
             "price" not in shown.partition("<details><summary>The recipe")[0].partition("<dl>")[2]
         )
@@ -109,6 +113,29 @@ def test_a_plan_tells_the_price_of_a_gpu_that_is_known(desk: Desk) -> None:
     assert (
         outlook(plan(Recipe.load(file), Display()), Device.named("NVIDIA H200"), 4)["price"] is None
     )
+
+
+def test_what_a_class_cannot_write_costs_no_model(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But a failure that is none of the model's ends the run."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("this class does not generate")
+
+    monkeypatch.setattr(GenerationMixin, "generate", broken)
+    show = Watching()
+    (made,) = compress(Recipe.load(written(desk, PROMPTS)), show)
+    told = "no text samples: the models cannot write them here (this class does not generate)"
+    assert told in show.said and "samples" not in made.manifest
+    another = Recipe.load(written(desk, PROMPTS), ["output.name=other"])
+    monkeypatch.setattr(before_after, "_continued", lost)
+    with pytest.raises(ConnectionError, match="a replica was lost"):
+        compress(another)
+
+
+def lost(*_: object) -> None:
+    raise ConnectionError("a replica was lost")
 
 
 def test_none_are_written_where_none_are_wanted(desk: Desk) -> None:

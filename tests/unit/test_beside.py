@@ -16,6 +16,7 @@ from test_report import drawn
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.reporting import page
+from fusegpt_ray.run.outputs import beside
 
 PICTURES = {"scores.png", "groups.png", "healing.png"}
 
@@ -75,3 +76,50 @@ def test_a_report_that_cannot_be_drawn_costs_no_model(
     told = "no report of demo-p40: it cannot be drawn here (no fonts here)"
     assert told in show.said and "report.html" not in made.manifest["files"]
     assert main(["verify", made.uri]) == 0
+
+
+def points(page: str) -> list[tuple[str, float, float]]:
+    """Of the charts of perplexity over sparsity, without the dense model's."""
+    return [
+        (row["method"], row["sparsity"], row["perplexity"])
+        for spec in drawn(page)
+        if "sparsity" in (rows := spec["data"]["values"])[0]
+        for row in rows
+        if row["sparsity"] and row["dense"]
+    ]
+
+
+def test_the_last_of_several_shows_perplexity_over_sparsity(desk: Desk, tmp_path: Path) -> None:
+    """As the manifests of the same run have it; another run's or a damaged one is not shown."""
+    texts = {
+        "heldout": {"data": str(desk.heldout)},
+        "again": {"data": str(desk.folder / "calibration.txt")},
+    }
+    asked = drawing(desk, heal=None, evaluation=texts)
+    made = compress(recipe(desk, sparsity=[0.2, 0.4, 0.6], method="mi", **asked), Watching())
+    folders = [Path(model.uri) for model in made]
+    wanted = [
+        ("mi", model.manifest["sparsity"], model.manifest["perplexity"][text]["fused"])
+        for text in texts
+        for model in made
+    ]
+    assert points((folders[-1] / "report.html").read_text()) == wanted
+    assert points((folders[0] / "report.html").read_text()) == []
+    assert (folders[-1] / "sparsities.png").read_bytes().startswith(b"\x89PNG")
+    titles = "; ".join(f"Perplexity on {text} over sparsity" for text in texts)
+    assert f"![{titles}](sparsities.png)" in (folders[-1] / "README.md").read_text()
+
+    def again(model: Path) -> list[tuple[str, float, float]]:
+        assert main(["report", str(model), "--output", str(tmp_path / "again.html")]) == 0
+        return points((tmp_path / "again.html").read_text())
+
+    assert again(folders[0]) == wanted
+    other = json.loads((folders[1] / "fusegpt.json").read_text()) | {"run": "another"}
+    (folders[1] / "fusegpt.json").write_text(json.dumps(other))
+    assert again(folders[0]) == [point for point in wanted if point[1] != 0.4]
+    (folders[2] / "fusegpt.json").write_text("{")
+    assert again(folders[0]) == []
+
+
+def test_nothing_is_known_beside_a_repository_of_the_hub() -> None:
+    assert beside("hf://somebody/demo-p40", "this run") == []
