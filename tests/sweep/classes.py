@@ -102,7 +102,8 @@ OWN: dict[str, dict[str, Any]] = {
     "Qwen2_5OmniTextConfig": _WITH_MROPE,
     "BailingHybridConfig": {"n_group": 1, "topk_group": 1},
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
-    **dict.fromkeys(("BltLocalEncoderConfig", "BltLocalDecoderConfig"), {"hidden_size_global": 32}),
+    "BltLocalEncoderConfig": {"hidden_size_global": 32},
+    "BltLocalDecoderConfig": {"hidden_size_global": 32},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 270}},
     "ChameleonVQVAEConfig": {"base_channels": 32, "num_embeddings": 8, "latent_channels": 32},
     "CohereCompassTextConfig": {
@@ -125,7 +126,8 @@ OWN: dict[str, dict[str, Any]] = {
     | {"num_heads": (2, 2, 2, 2), "num_groups": (2, 2, 2, 2)},
     "JanusVQVAEConfig": {"base_channels": 32, "num_embeddings": 8, "latent_channels": 32},
     "Mistral4Config": {"head_dim": 16},
-    **dict.fromkeys(("MusicgenDecoderConfig", "MusicgenMelodyDecoderConfig"), {"num_codebooks": 1}),
+    "MusicgenDecoderConfig": {"num_codebooks": 1},
+    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "Molmo2AdapterConfig": {"vision_feature_layer": [3, 1]},
     "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"}
     | {"spatial_target_layers": [1, 2, 3, 4]},
