@@ -128,9 +128,6 @@ OWN: dict[str, dict[str, Any]] = {
     "Mistral4Config": {"head_dim": 16},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
-    "Molmo2AdapterConfig": {"vision_feature_layer": [3, 1]},
-    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"}
-    | {"spatial_target_layers": [1, 2, 3, 4]},
     "Qwen4ExpTextConfig": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}
     | {"indexer_budget": 8, "indexer_compress_ratio": 2, "ngram_vocab_size_base": 300}
     | {"split_ngram_parts": 1, "hc_lowrank": 8},
