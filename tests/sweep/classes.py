@@ -68,9 +68,11 @@ SIZES: dict[str, Any] = {
 }
 """By name of the field; None where the class's own value stays."""
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 MROPE = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 """Rotary embeddings of three axes, for heads of 8."""
-_WITH_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0} | MROPE}
+_WITH_MROPE = {"rope_parameters": _ROPE | MROPE}
+_WITH_ERNIE = {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}
 OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1, 4]},
     "CodeGenConfig": {"rotary_dim": 4},
@@ -98,7 +100,40 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig"), _WITH_MROPE),
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig"), _WITH_MROPE),
     "Qwen2_5OmniTextConfig": _WITH_MROPE,
-    "Zamba2Config": {"layer_types": ["mamba", "hybrid", "mamba"] * 2},
+    "BailingHybridConfig": {"n_group": 1, "topk_group": 1},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 50},
+    "BltLocalEncoderConfig": {"hidden_size_global": 32},
+    "BltLocalDecoderConfig": {"hidden_size_global": 32},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 270}},
+    "ChameleonVQVAEConfig": {"base_channels": 32, "num_embeddings": 8, "latent_channels": 32},
+    "CohereCompassTextConfig": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE)
+    },
+    "DbrxConfig": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_top_k": 2},
+    },
+    "Dots3NoteAudioConfig": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "Dots3NoteVisionConfig": {"adapter_out_dim": 32},
+    "Dots3NoteTextConfig": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
+    | {"swa_q_lora_rank": 8, "swa_kv_lora_rank": 8, "swa_head_dim": 16}
+    | {"swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}
+    | {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 4},
+    "Emu3Config": {"vocabulary_map": {"<image>": 270}},
+    "Emu3VQVAEConfig": {"base_channels": 32, "codebook_size": 8, "embed_dim": 4},
+    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [16, 16]} | _WITH_ERNIE,
+    "Florence2VisionConfig": {"depths": (1, 1, 1, 1), "embed_dim": (8, 8, 16, 32)}
+    | {"num_heads": (2, 2, 2, 2), "num_groups": (2, 2, 2, 2)},
+    "JanusVQVAEConfig": {"base_channels": 32, "num_embeddings": 8, "latent_channels": 32},
+    "Mistral4Config": {"head_dim": 16},
+    "MusicgenDecoderConfig": {"num_codebooks": 1},
+    "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
+    "Qwen4ExpTextConfig": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+    | {"indexer_budget": 8, "indexer_compress_ratio": 2, "ngram_vocab_size_base": 300}
+    | {"split_ngram_parts": 1, "hc_lowrank": 8},
+    "XmodConfig": {"default_language": "en_XX"},
+    "ZayaConfig": {"num_experts_per_tok": 1},
+    "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
     "ZambaConfig": {"layers_block_type": ["mamba", "hybrid", "mamba"] * 2},
 }
 """What single configuration classes need."""

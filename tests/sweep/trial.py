@@ -26,6 +26,9 @@ from fusegpt_ray.report import Display
 
 LENGTH = 16
 REMOVED = 2
+WANTS_MORE = ("required positional", "have to specify", "must specify exactly one")
+WANTS_MORE += ("cannot be None", "has to be not-None", "Bbox is required")
+"""What a model says that runs, but not of tokens alone."""
 EXACT, REFUSED, FAILS, NOT_BUILT = "exact", "refused", "FAILS", "not built"
 
 
@@ -87,8 +90,7 @@ def _does_not_run(name: str, folder: Path) -> str:
         model(input_ids=torch.full((1, LENGTH), len(SPECIAL)), use_cache=False)
     except Exception as error:
         # Of whatever kind; one that wants more than tokens is refused for good.
-        wants_more = "required positional" in str(error) or "have to specify" in str(error)
-        return "" if wants_more else _said(error)
+        return "" if any(words in str(error) for words in WANTS_MORE) else _said(error)
     return ""
 
 
