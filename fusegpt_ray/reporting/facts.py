@@ -236,9 +236,8 @@ class Facts(_Part):
     @property
     def price_per_second(self) -> float | None:
         """Of all GPUs that the recipe asks for, if it says what one costs and there were any."""
-        cluster = self.recipe.get("cluster")
         try:
-            told = _Priced.model_validate(cluster)
+            told = _Priced.model_validate(self.recipe.get("cluster"))
         except ValidationError:  # it is said nowhere else what a recipe looks like
             return None
         if told.gpu_hour_price is None or not self.gpu:
