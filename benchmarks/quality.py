@@ -69,6 +69,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "heal": ALL | {"learning_rate": 3e-4},
     },
     "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
+    "scored on 8 windows, dropped, healed (all, 1 a step)": {
+        "method": "mi",
+        "importance": {"windows": 8},
+        "heal": ALL | ONE,
+    },
     "dropped by kl, healed (all, 1 a step)": {
         "method": "mi",
         "importance": {"metric": "kl"},

@@ -11,8 +11,8 @@ the sum of those of the group's blocks,
     ∂L/∂W_j = Σ over the blocks b of group j of ∂L/∂W_b,
 
 while norms learn apart. FoldGPT has no public code. Groups of one size that are cut by place alone,
-and the first block's weights instead of a mean, are ours: adjacent blocks are the similar ones, and
-groups of equal size leave nothing to choose.
+and the first block's weights instead of a mean, are ours: adjacent blocks are taken to be similar,
+which was not measured, and groups of equal size leave nothing to choose.
 """
 
 from __future__ import annotations
