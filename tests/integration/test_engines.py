@@ -243,6 +243,7 @@ def test_perplexities_are_those_of_real_models(run: Run, name: str) -> None:
         found = manifest["perplexity"]["heldout"]
         protocol = {"data": finished.recipe.evaluation["heldout"].data, "bos": False}
         protocol |= {"windows": ids_WT.shape[0], "length": ids_WT.shape[1]}
+        protocol |= {"licence": "not stated"}
         assert found.keys() == {"dense", "dropped", "fused", *protocol}
         assert {key: found[key] for key in protocol} == protocol
         # The same arithmetic in other batches: float32 rounding through eight blocks.

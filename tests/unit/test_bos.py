@@ -213,7 +213,8 @@ def test_compress_names_the_protocol_everywhere(desk: Desk, capsys: Capture) -> 
     assert manifest["recipe"]["calibration"]["bos"] == "auto"
     data = str(desk.folder / "calibration.txt")
     protocol = {"data": data, "windows": 8, "length": LENGTH, "bos": True, "text_tokens": 200}
-    assert manifest["calibration"] == protocol | {"times_seen": 0.44}
+    protocol |= {"times_seen": 0.44, "licence": "not stated"}
+    assert manifest["calibration"] == protocol
     scores = macro_influence(load_model(desk.model), calibration_by_hand(desk, 4))
     assert manifest["removed"][0] == scores.index(min(scores))
     for name, bos in {"a": True, "b": False}.items():
@@ -224,8 +225,10 @@ def test_compress_names_the_protocol_everywhere(desk: Desk, capsys: Capture) -> 
         for key, model in {"dense": desk.model, "fused": folder}.items():
             expected = perplexity_by_hand(model, desk.heldout, bos)
             assert row[key] == pytest.approx(expected, rel=1e-4)
-        line = f"{name}: {windows} windows of {LENGTH} tokens of {desk.heldout}, "
-        line += f"{'with' if bos else 'without'} a beginning-of-sequence token"
+        line = f"{name}: {windows} windows of {LENGTH} tokens of {desk.heldout} "
+        line += (
+            f"(licence: not stated), {'with' if bos else 'without'} a beginning-of-sequence token"
+        )
         assert line in said and line in card
     line = f"{described(protocol)}"
     assert f"calibration: {line}\n" in said and f"Calibration: {line}." in card

@@ -220,7 +220,9 @@ def test_a_whole_run_on_a_mixture(desk: Desk, capsys: pytest.CaptureFixture[str]
     manifest = json.loads((folder / "fusegpt.json").read_text())
     assert [part["windows"] for part in manifest["calibration"]["parts"]] == [6, 2]
     assert manifest["recipe"]["calibration"]["data"][1]["column"] == "body"
-    line = f"8 windows of {LENGTH} tokens (6 of calibration.txt; 2 of more.jsonl), without"
+    unknown = "(licence: not stated)"
+    texts = f"6 of calibration.txt {unknown}; 2 of more.jsonl {unknown}"
+    line = f"8 windows of {LENGTH} tokens ({texts}), without"
     assert f"calibration: {line}" in said
     assert f"Calibration: {line}" in (folder / "README.md").read_text()
     assert main(["compress", written]) == 0  # the same recipe is the same run
