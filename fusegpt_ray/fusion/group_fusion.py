@@ -135,16 +135,7 @@ class GroupFusion:
             checkpoints: the folder of its training checkpoints.
         """
         settings = self.settings
-        config = TrainingConfig(
-            loss=settings.loss,
-            batch=settings.batch,
-            epochs=settings.epochs,
-            betas=settings.betas,
-            eps=settings.eps,
-            micro_batch=cluster.micro_batch,
-            recompute=cluster.recompute_activations,
-            checkpoint_minutes=cluster.checkpoint_minutes,
-        )
+        config = TrainingConfig.of(settings, cluster, settings.loss)
         identity = {"after": origin, "donor": self.donor}
         return TrainingTask(self, self.source, windows, config, identity, checkpoints, self.fence)
 

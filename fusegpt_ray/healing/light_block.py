@@ -62,16 +62,7 @@ class LightBlock:
             checkpoints: the folder of its training checkpoints.
         """
         settings = self.settings
-        config = TrainingConfig(
-            loss="mse",
-            batch=settings.batch,
-            epochs=settings.epochs,
-            betas=settings.betas,
-            eps=settings.eps,
-            micro_batch=cluster.micro_batch,
-            recompute=cluster.recompute_activations,
-            checkpoint_minutes=cluster.checkpoint_minutes,
-        )
+        config = TrainingConfig.of(settings, cluster, "mse")
         identity = {"after": origin, "first": self.first, "last": self.last}
         return TrainingTask(
             self,

@@ -12,6 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.sections import Fusion
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss
@@ -47,6 +49,20 @@ class TrainingConfig:
     """See `Span`."""
     checkpoint_minutes: float = 5.0
     """At least so many minutes pass between two training checkpoints."""
+
+    @classmethod
+    def of(cls, settings: Fusion, cluster: Cluster, loss: str) -> TrainingConfig:
+        """As a recipe says of the blocks that its rounds train."""
+        return cls(
+            loss=loss,
+            batch=settings.batch,
+            epochs=settings.epochs,
+            betas=settings.betas,
+            eps=settings.eps,
+            micro_batch=cluster.micro_batch,
+            recompute=cluster.recompute_activations,
+            checkpoint_minutes=cluster.checkpoint_minutes,
+        )
 
 
 class Stepper(Protocol):
