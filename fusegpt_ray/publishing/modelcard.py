@@ -100,8 +100,11 @@ def _samples(manifest: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## What it writes", "", "The most probable continuation of each prompt:", ""]
     for sample in samples:
-        fence = "`" * max(3, 1 + max(map(_ticks, sample.values())))
-        lines += [f"{fence}text", f"prompt      {_indented(sample['prompt'])}"]
+        shown = [sample["prompt"], sample["dense"], sample["published"]]
+        name = sample.get("image", {}).get("name", "")
+        fence = "`" * max(3, 1 + max(map(_ticks, [*shown, name])))
+        lines += [f"{fence}text", *([f"image       {_indented(name)}"] if name else [])]
+        lines += [f"prompt      {_indented(sample['prompt'])}"]
         lines += [f"dense model {_indented(sample['dense'])}"]
         lines += [f"this model  {_indented(sample['published'])}", fence, ""]
     return lines
