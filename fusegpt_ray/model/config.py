@@ -302,6 +302,19 @@ def _bounded() -> Iterator[None]:
 
 
 def auto_class(raw: Mapping[str, Any]) -> str:
-    """The class of transformers whose `from_pretrained` loads such a checkpoint."""
-    is_causal = model_class(raw).__name__ in _CAUSAL
-    return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"
+    """The class of transformers whose `from_pretrained` loads such a checkpoint: the auto class, or
+    the model's own, where the auto class does not know what it writes (Emu3's text model).
+    """
+    found, kind = model_class(raw), type(read_config(raw))
+    causal = is_causal(found.__name__)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if kind not in known:
+        return found.__name__
+    return "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
+
+
+def is_causal(name: str) -> bool:
+    """Whether the class of that name, or the auto class, is of causal language models; else it is
+    one of those that see.
+    """
+    return name in _CAUSAL or name == "AutoModelForCausalLM"

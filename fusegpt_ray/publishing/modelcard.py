@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
@@ -123,7 +124,7 @@ def _indented(text: str) -> str:
 
 def _use(auto_class: str, manifest: Mapping[str, Any]) -> list[str]:
     """Commands that load, serve and quantise it."""
-    sees = auto_class == "AutoModelForImageTextToText"
+    sees = not is_causal(auto_class)
     kept = ["re:.*lm_head", *(["re:.*vision.*", "re:.*projector.*"] if sees else [])]
     return [
         "## Use it",
