@@ -31,6 +31,7 @@ from fusegpt_ray.run.identity import healing_identity, identity, model_identity,
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.sample_prompts import asked
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
@@ -184,8 +185,7 @@ class Compression:
     def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
         """Do the rounds, then publish the models that are missing."""
         recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
-        targets = self.plan.targets
-        windows_WT, show = self.windows.tokens_WT, self.show
+        targets, windows_WT, show = self.plan.targets, self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
         drawn = {"windows": self.identity["windows_sha256"]}
         compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
@@ -254,7 +254,7 @@ class Compression:
                 self.id,
                 self.shared,
                 self._measuring,
-                self.plan.recipe.output.samples,
+                asked(self.plan.recipe, model.source, show.say),
             )
 
     def _stages(

@@ -98,7 +98,8 @@ def _prompts(text: Text, tokenizer: Any, length: int, key: str) -> list[np.ndarr
 
 def ends_of(workers: Workers, tokenizer: Any) -> list[int]:
     """The tokens after which the model goes on with nothing."""
-    told = read_config(workers.setup.dense.config).get_text_config().eos_token_id
+    text = read_config(workers.setup.dense.config).get_text_config()
+    told = getattr(text, "eos_token_id", None)  # some have none at all (Molmo2)
     several = told if isinstance(told, list) else [told]
     return sorted({end for end in (*several, tokenizer.eos_token_id) if end is not None})
 

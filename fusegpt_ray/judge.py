@@ -15,6 +15,7 @@ from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal, Note
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.sample_prompts import Prompt
 from fusegpt_ray.samples import Batch, fingerprint
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
@@ -44,7 +45,7 @@ class Judge:
     shared: Shared = field(default_factory=Shared)
     measuring: Mapping[str, Any] = field(default_factory=dict)
     """… unless it is shared: what it was measured with."""
-    prompts: Sequence[str] = ()
+    prompts: Sequence[Prompt] = ()
     """Which the dense and the published model continue, for people."""
 
     def __post_init__(self) -> None:

@@ -30,6 +30,7 @@ from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
 from fusegpt_ray.rates import RATES, known_gpu
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.sample_prompts import named
 from fusegpt_ray.sections import Evaluation, Heal, Model
 from fusegpt_ray.targets import Target, plan_targets
 from fusegpt_ray.text.calibration import leading_token
@@ -204,6 +205,7 @@ def _planned(
         return None
     source, structure = there
     check(check_images, source, recipe.keys_of_images)
+    check(named, recipe, source)
     targets = check(plan_targets, recipe, len(structure.blocks), source.config())
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe

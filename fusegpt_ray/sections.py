@@ -4,9 +4,17 @@ against each other. No torch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationInfo,
+    field_validator,
+)
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.specs import (
@@ -31,6 +39,8 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
+IMAGES_SHOWN = 10
+"""Images that a report shows at most."""
 MOST = 10_000_000
 """The largest count that a recipe may ask for: a larger one is a slip."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -47,6 +57,26 @@ def _unambiguous(uri: str) -> str:
 
 
 Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
+
+
+class ImagePrompt(Section):
+    """A prompt about an image."""
+
+    image: Uri
+    """The image's file, a path or an fsspec URI."""
+    prompt: Prompt
+    """What is asked about it."""
+
+
+def _prompt_as_meant(value: Any) -> Any:
+    """Validates the kind of prompt that was meant: pydantic would complain of both."""
+    if isinstance(value, Mapping):
+        return ImagePrompt.model_validate(value)
+    return value if isinstance(value, ImagePrompt) else _PROMPT.validate_python(value)
+
+
+_PROMPT = TypeAdapter[str](Prompt)
+Sample = Annotated[Prompt | ImagePrompt, BeforeValidator(_prompt_as_meant)]
 Place = Annotated[Uri, AfterValidator(_unambiguous)]
 """A URI that is written to."""
 
@@ -301,6 +331,18 @@ class Output(Section):
     environment variables say. Left out: nowhere; `metrics.jsonl` is written in any case."""
     report: bool = True
     """Whether each model comes with `report.html` and pictures in its card: a few seconds, 1 MB."""
-    samples: Annotated[tuple[Prompt, ...], Field(max_length=100)] = SAMPLE_PROMPTS
+    samples: Annotated[tuple[Sample, ...], Field(max_length=100)] = SAMPLE_PROMPTS
     """Prompts that the dense and the published model continue by up to 32 tokens, to be read side
-    by side in the report and the card; `[]`: none."""
+    by side in the report and the card; `[]`: none. One of at most ten may be about an image:
+    `{image: …, prompt: …}`. Left out, two questions about images are asked besides, where a text
+    of the run has some."""
+
+    @field_validator("samples")
+    @classmethod
+    def _check_images_are_few(cls, samples: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The manifest holds a small copy of each."""
+        about = sum(isinstance(sample, ImagePrompt) for sample in samples)
+        if about > IMAGES_SHOWN:
+            problem = f"more than {IMAGES_SHOWN} are about images"
+            raise UserError("", about, problem, f"ask about {IMAGES_SHOWN} at most")
+        return samples

@@ -45,13 +45,15 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and 0 < len(module) == depth
-        and (len({*map(type, module)}) == 1 or all(isinstance(block, _LAYER) for block in module))
+        and (len({*map(type, module)}) == 1 or _are_layers(module))
         and not re.search(r"vision|visual|image|audio|encoder\b", name)
     ]
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
+    if len(outermost) > 1:  # as many projectors as blocks, say
+        outermost = [name for name in outermost if _are_layers(model.get_submodule(name))]
     if len(outermost) != 1:
         what = (
-            f"{len(outermost)} lists of {depth} decoder blocks found ({', '.join(outermost)})"
+            f"{len(found)} lists of {depth} decoder blocks found ({', '.join(found)})"
             if found
             else "no decoder blocks found"
         )
@@ -61,6 +63,10 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
         )
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]
+
+
+def _are_layers(modules: nn.Module) -> bool:
+    return all(isinstance(block, _LAYER) for block in modules.children())
 
 
 def build_meta_blocks(raw: Mapping[str, Any]) -> list[EmptyBlock]:

@@ -58,7 +58,7 @@ def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
 
     Raises:
         UserError: the model type is unknown to transformers (custom code is never run), a value is
-            invalid, or the weights are quantized.
+            invalid, the model is an encoder–decoder, or the weights are quantized.
     """
     return copy.deepcopy(_read(json.dumps(raw)))
 
@@ -75,6 +75,10 @@ def _read(text: str) -> transformers.PretrainedConfig:
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)
+    if _has_an_encoder(raw):
+        problem = "an encoder–decoder; only decoder-only models can be made shallower or deeper"
+        fix = "use a decoder-only model, such as LLaMA, Mistral, Qwen, Gemma or LLaVA"
+        raise UserError(KEY, raw.get("architectures") or kind, problem, fix)
     again = "download the checkpoint again"
     if absurd := _absurd(raw):
         raise UserError(KEY, kind, f"config.json is not valid ({absurd})", again)
@@ -100,6 +104,29 @@ def _read(text: str) -> transformers.PretrainedConfig:
             raise
         problem = f"{error.problem}, as its {' or '.join(keys[:3])} is wrong"
         raise UserError(KEY, kind, problem, again) from error
+
+
+def _has_an_encoder(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json, or the text model's in it, is an encoder–decoder's: it says so, its
+    class does, or it has a part for either. The decoder alone may be a causal language model
+    (BartForCausalLM), and is then named as such.
+    """
+    name, text = raw.get("model_type"), raw.get("text_config")
+    known = isinstance(name, str) and name in transformers.CONFIG_MAPPING
+    if not known or _named(raw) in _CAUSAL:
+        return False
+    kind = transformers.CONFIG_MAPPING[name]
+    parts = kind.sub_configs
+    both = "decoder" in parts and any(part.endswith("encoder") for part in parts)
+    told = bool(raw.get("is_encoder_decoder", kind.is_encoder_decoder))
+    return told or both or (isinstance(text, dict) and _has_an_encoder(text))
+
+
+def _named(raw: Mapping[str, Any]) -> str:
+    """The class that config.json names; nothing where it names none."""
+    names = raw.get("architectures")
+    name = names[0] if isinstance(names, list) and names else names
+    return name if isinstance(name, str) else ""
 
 
 def _loaded(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
@@ -173,16 +200,15 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
     Raises:
         UserError: none of transformers' own causal or image-text-to-text models.
     """
-    names = raw.get("architectures")
-    name = names[0] if isinstance(names, list) and names else names
-    known_name = name if isinstance(name, str) and name in _ARCHITECTURES else ""
+    names, name = raw.get("architectures"), _named(raw)
+    known_name = name if name in _ARCHITECTURES else ""
     usual = _usual_class(raw, known_name)
     if usual and (known_name or not names):
         return usual
     if known_name:
         found: type[transformers.PreTrainedModel] = getattr(transformers, known_name)
         return found
-    known = isinstance(name, str) and isinstance(getattr(transformers, name, None), type)
+    known = bool(name) and isinstance(getattr(transformers, name, None), type)
     problem = "config.json names no architecture that transformers knows"
     if known or not names:
         problem = _other_kind(read_config(raw), name) or problem
@@ -200,15 +226,13 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
     raise UserError(KEY, names, problem, fix)
 
 
-def _other_kind(config: transformers.PretrainedConfig, name: object) -> str:
+def _other_kind(config: transformers.PretrainedConfig, name: str) -> str:
     """What the class of that name is, which is none of ours, in words; nothing if that is not known
     and there is no name.
     """
-    if config.is_encoder_decoder:
-        return "an encoder–decoder model, whose decoder does nothing without its encoder"
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
         return "an encoder, which sees all of a text and predicts no next token"
-    if not isinstance(name, str):
+    if not name:
         return ""
     if name.endswith("Model") and type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return _HEADLESS
@@ -278,6 +302,19 @@ def _bounded() -> Iterator[None]:
 
 
 def auto_class(raw: Mapping[str, Any]) -> str:
-    """The class of transformers whose `from_pretrained` loads such a checkpoint."""
-    is_causal = model_class(raw).__name__ in _CAUSAL
-    return "AutoModelForCausalLM" if is_causal else "AutoModelForImageTextToText"
+    """The class of transformers whose `from_pretrained` loads such a checkpoint: the auto class, or
+    the model's own, where the auto class does not know what it writes (Emu3's text model).
+    """
+    found, kind = model_class(raw), type(read_config(raw))
+    causal = is_causal(found.__name__)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if kind not in known:
+        return found.__name__
+    return "AutoModelForCausalLM" if causal else "AutoModelForImageTextToText"
+
+
+def is_causal(name: str) -> bool:
+    """Whether the class of that name, or the auto class, is of causal language models; else it is
+    one of those that see.
+    """
+    return name in _CAUSAL or name == "AutoModelForCausalLM"

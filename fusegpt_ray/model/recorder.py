@@ -9,12 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import pairwise
 from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
@@ -248,7 +248,28 @@ def _empty(
     for module in empty.modules():
         if has_experts(module):
             module.config._experts_implementation = "batched_mm"
-    return partial(empty, states, *args, **kwargs)
+
+    def call() -> Any:
+        with _OneHit():
+            return empty(states, *args, **kwargs)
+
+    return call
+
+
+class _OneHit(TorchDispatchMode):
+    """Where a mixture without a kernel for all experts together asks which of them have tokens, the
+    first has all: on the meta device there are no values to tell, and it could not be asked.
+    """
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function is not torch.ops.aten.nonzero.default or not args[0].is_meta:
+            return function(*args, **(kwargs or {}))
+        mask = args[0]
+        if mask.dim() == 1:  # of experts, whose number is looked at
+            return torch.zeros(1, 1, dtype=torch.int64)
+        return torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device="meta")
 
 
 def has_experts(module: nn.Module) -> TypeGuard[Any]:

@@ -5,13 +5,14 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
 from fusegpt_ray.model.device import deterministic_where_possible
+from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.model.finite import finite
 from fusegpt_ray.model.runner import Runner
 
@@ -25,6 +26,7 @@ def continuations(
     top_p: float,
     ends: Sequence[int],
     seed: int,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> list[np.ndarray]:
     """What the model of the runner writes after each prompt, int32 [tokens]: up to `length` tokens
     with the longest of the prompts beside it, or up to the first of the tokens `ends`, which is the
@@ -37,6 +39,8 @@ def continuations(
         prompts: int [tokens], none empty.
         length: larger than any prompt's.
         temperature: 0: each token is the most probable one.
+        inputs: what else the model's class takes for the prompts, such as an image's pixels; of
+            one prompt alone.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
@@ -50,6 +54,10 @@ def continuations(
         pad_token_id=0,
         use_cache=True,
     )
+    given = {
+        name: in_arithmetic(torch.tensor(value, device=runner.device), runner.trunk.dtype)
+        for name, value in (inputs or {}).items()
+    }
     gpus = [runner.device] if runner.device.type == "cuda" else []
     written = []
     with torch.random.fork_rng(gpus), deterministic_where_possible():
@@ -63,6 +71,7 @@ def continuations(
                 attention_mask=mask_BT.to(runner.device),
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([_check_finite]),
+                **given,
             )
             new_BT = found_BT[:, ids_BT.shape[1] :].cpu().numpy().astype(np.int32)
             written += [_ended(new_T, ends) for new_T in new_BT]

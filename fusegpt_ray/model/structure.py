@@ -6,6 +6,7 @@ with the hidden states of the one before and otherwise with what no other block 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedModel
 
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model.architecture import find_blocks
@@ -25,8 +27,13 @@ TOKENS = 8
 """Tokens a row of the passes through an empty model."""
 _ROWS = 10_000_000
 """More than any vocabulary has."""
-_NO_VALUES = "meta tensor"
+_NO_VALUES = ("meta tensor", "torch.nonzero()", "expected device meta")
 """In what torch says where the values of an empty tensor are asked for."""
+LOOKS_AT_VALUES = (
+    "its blocks look at values while they run, such as how many tokens go to an expert, so that"
+    " what they compute cannot be checked before weights are read"
+)
+"""The problem with such a model."""
 _FIX = "use a decoder-only model that transformers runs block after block (LLaMA, Mistral, Qwen, …)"
 
 
@@ -65,8 +72,10 @@ def observe(raw: Mapping[str, Any]) -> Structure:
     """
     model = build_skeleton(raw)
     name = type(model).__name__
-    with _running(name):
-        recorded = Recorded(model, find_blocks(model))
+    path = find_blocks(model)
+    _check_untied(model, path)
+    with running(name):
+        recorded = Recorded(model, path)
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         filled_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
@@ -85,8 +94,23 @@ def observe(raw: Mapping[str, Any]) -> Structure:
     return Structure(name, recorded.blocks, contexts, h_BTD, trunk, after, by_sample)
 
 
+def _check_untied(model: PreTrainedModel, path: str) -> None:
+    """
+    Raises:
+        UserError: blocks share weights with one another, which a checkpoint holds once.
+    """
+    in_block = re.compile(rf"{re.escape(path)}\.(\d+)\.")
+    for pair in model.all_tied_weights_keys.items():
+        first, second = map(in_block.match, pair)
+        if first and second and first[1] != second[1]:
+            problem = f"its blocks {second[1]} and {first[1]} share weights, so that neither can be"
+            problem += " removed or trained alone"
+            fix = "use an architecture whose blocks have weights of their own"
+            raise UserError(KEY, type(model).__name__, problem, fix)
+
+
 @contextmanager
-def _running(name: str) -> Iterator[None]:
+def running(name: str) -> Iterator[None]:
     """While blocks run without weights.
 
     Raises:
@@ -96,13 +120,9 @@ def _running(name: str) -> Iterator[None]:
         with reading_users_file(KEY, name, "its blocks cannot be run one by one", _FIX):
             yield
     except UserError as error:
-        if _NO_VALUES not in str(error.__cause__):
+        if not any(said in str(error.__cause__) for said in _NO_VALUES):
             raise
-        problem = (
-            "its blocks look at values while they run, such as how many tokens go to an expert, so"
-            " that what they compute cannot be checked before weights are read"
-        )
-        raise UserError(KEY, name, problem, _FIX) from error
+        raise UserError(KEY, name, LOOKS_AT_VALUES, _FIX) from error
 
 
 def _check_alone(

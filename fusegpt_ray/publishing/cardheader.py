@@ -8,27 +8,27 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.text.corpus import names_a_dataset
 from fusegpt_ray.text.protocol import stages
 
-TASKS = {
-    "AutoModelForCausalLM": ("text-generation", "Text Generation"),
-    "AutoModelForImageTextToText": ("image-text-to-text", "Image-Text-to-Text"),
-}
+_WRITES = ("text-generation", "Text Generation")
 """The hub's word for what such a model does, and its title."""
+_SEES = ("image-text-to-text", "Image-Text-to-Text")
 
 
 def header(name: str, manifest: Mapping[str, Any], auto_class: str) -> str:
     """The YAML between the two lines of dashes, with them."""
     source = manifest["source"]
+    task = _WRITES if is_causal(auto_class) else _SEES
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=TASKS[auto_class][0],
+        pipeline_tag=task[0],
         tags=["fusegpt", _kind(manifest)],
         base_model=source["name"] if source["on_hub"] else None,
         datasets=[*_datasets(manifest["recipe"])] or None,
         model_name=name,
-        eval_results=[*_results(manifest, TASKS[auto_class])] or None,
+        eval_results=[*_results(manifest, task)] or None,
         **manifest.get("license", {}),
     )
     if data.eval_results is None:

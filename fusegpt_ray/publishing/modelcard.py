@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
@@ -100,8 +101,11 @@ def _samples(manifest: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## What it writes", "", "The most probable continuation of each prompt:", ""]
     for sample in samples:
-        fence = "`" * max(3, 1 + max(map(_ticks, sample.values())))
-        lines += [f"{fence}text", f"prompt      {_indented(sample['prompt'])}"]
+        shown = [sample["prompt"], sample["dense"], sample["published"]]
+        name = sample.get("image", {}).get("name", "")
+        fence = "`" * max(3, 1 + max(map(_ticks, [*shown, name])))
+        lines += [f"{fence}text", *([f"image       {_indented(name)}"] if name else [])]
+        lines += [f"prompt      {_indented(sample['prompt'])}"]
         lines += [f"dense model {_indented(sample['dense'])}"]
         lines += [f"this model  {_indented(sample['published'])}", fence, ""]
     return lines
@@ -120,7 +124,7 @@ def _indented(text: str) -> str:
 
 def _use(auto_class: str, manifest: Mapping[str, Any]) -> list[str]:
     """Commands that load, serve and quantise it."""
-    sees = auto_class == "AutoModelForImageTextToText"
+    sees = not is_causal(auto_class)
     kept = ["re:.*lm_head", *(["re:.*vision.*", "re:.*projector.*"] if sees else [])]
     return [
         "## Use it",

@@ -24,7 +24,7 @@ from fusegpt_ray.model.operations import Operations, is_plain
 from fusegpt_ray.model.recorder import Context, empty_call
 from fusegpt_ray.model.removable import Removable
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.model.structure import Structure, observe, same
+from fusegpt_ray.model.structure import LOOKS_AT_VALUES, Structure, observe, running, same
 from fusegpt_ray.publishing.shrink import shrink_config
 
 _FIX = "use an architecture whose blocks are the same at every depth"
@@ -146,6 +146,8 @@ class _Attempt:
                 return known[key].difference(other.kinds)
         except UserError as error:
             said = error.problem
+            if said == LOOKS_AT_VALUES:  # whichever blocks go
+                raise
             return said if said.startswith(what) else f"{what} ({said})"
 
 
@@ -159,7 +161,8 @@ class _Observed:
     def operations(self, number: int) -> list[Any]:
         """Of a block. To watch them is nearly all that a rehearsal costs."""
         if number not in self._operations:
-            self._operations[number] = _operations(*self.found.calls[number])
+            with running(self.found.name):
+                self._operations[number] = _operations(*self.found.calls[number])
         return self._operations[number]
 
 

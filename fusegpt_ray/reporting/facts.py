@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, Validat
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.reporting.under_way import under_way
+from fusegpt_ray.reporting.written import Sample
 from fusegpt_ray.run.outputs import Folder, Outputs, beside
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
@@ -144,14 +145,6 @@ class Planned(_Part):
     flops: NonNegativeInt
     seconds: FiniteFloat | None = None
     """None: no rates were known."""
-
-
-class Sample(_Part):
-    """What two models write after a prompt."""
-
-    prompt: str
-    dense: str
-    published: str
 
 
 class Source(_Part):

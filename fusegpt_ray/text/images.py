@@ -80,7 +80,7 @@ class Processing:
         """
         messages = conversation.messages
         self.processor.image_processor.forget()
-        images = [self._opened(image, conversation.where) for image in conversation.images]
+        images = self._opened(conversation)
         whole = self._processed(conversation, messages, images)
         tokens_n = whole["input_ids"][0].astype(np.int64)
         if len(tokens_n) > self.length:
@@ -92,10 +92,24 @@ class Processing:
                 end = self._upto(tokens_n, conversation, messages[: number + 1], images, False)
                 targets_n[begin:end] = True
         targets_n &= tokens_n != self.image_token
-        inputs = {
-            name: np.asarray(value) for name, value in whole.items() if name not in _NOT_GIVEN
-        }
-        return Sample(tokens_n, targets_n, Held(inputs))
+        return Sample(tokens_n, targets_n, _inputs(whole))
+
+    def question(self, conversation: Conversation) -> Sample:
+        """Of messages that nobody answers: up to where the answer begins.
+
+        Raises:
+            UserError: as `sample`; or it is longer than `length`.
+        """
+        self.processor.image_processor.forget()
+        images = self._opened(conversation)
+        made = self._processed(conversation, conversation.messages, images, asks=True)
+        tokens_n = made["input_ids"][0].astype(np.int64)
+        if len(tokens_n) > self.length:
+            problem = f"{len(tokens_n)} tokens with its image, of which the model takes"
+            problem += f" {self.length} and an answer"
+            fix = "use a smaller image or a shorter prompt"
+            raise UserError(self.key, conversation.where, problem, fix)
+        return Sample(tokens_n, np.zeros(len(tokens_n), dtype=bool), _inputs(made))
 
     def _upto(
         self,
@@ -140,14 +154,31 @@ class Processing:
             raise UserError(self.key, conversation.where, problem, fix) from error
         return made
 
-    def _opened(self, image: Image, where: str) -> Any:
-        from PIL import Image as Pillow
+    def _opened(self, conversation: Conversation) -> list[Any]:
+        where, key = conversation.where, self.key
+        return [opened(image, where, key)[1] for image in conversation.images]
 
-        name = image if isinstance(image, str) else "bytes"
-        problem = f"an image of {where} cannot be read"
-        with reading_users_file(self.key, name, problem, "check the path and the file"):
-            data = storage.read(image, _MOST) if isinstance(image, str) else image
-            return Pillow.open(io.BytesIO(data)).convert("RGB")
+
+def opened(image: Image, where: str, key: str) -> tuple[bytes, Any]:
+    """An image's file and its pixels, as pillow has them.
+
+    Args:
+        where: for messages.
+
+    Raises:
+        UserError: it is missing, or none.
+    """
+    from PIL import Image as Pillow
+
+    name = image if isinstance(image, str) else "bytes"
+    problem = "it cannot be read" if name == where else f"an image of {where} cannot be read"
+    with reading_users_file(key, name, problem, "check the path and the file"):
+        data = storage.read(image, _MOST) if isinstance(image, str) else image
+        return data, Pillow.open(io.BytesIO(data)).convert("RGB")
+
+
+def _inputs(made: Mapping[str, np.ndarray]) -> Held:
+    return Held({name: np.asarray(value) for name, value in made.items() if name not in _NOT_GIVEN})
 
 
 class _Once:

@@ -73,6 +73,9 @@ MROPE = {"mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 """Rotary embeddings of three axes, for heads of 8."""
 _WITH_MROPE = {"rope_parameters": _ROPE | MROPE}
 _WITH_ERNIE = {"rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}}
+_WAVES = {"codebook_dim": 32, "codebook_size": 8}
+_SIGLIP = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 48}
+_SIGLIP |= {"num_hidden_layers": 6, "num_attention_heads": 4, "image_size": 8, "patch_size": 8}
 OWN: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1, 4]},
     "CodeGenConfig": {"rotary_dim": 4},
@@ -100,6 +103,9 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig"), _WITH_MROPE),
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig"), _WITH_MROPE),
     "Qwen2_5OmniTextConfig": _WITH_MROPE,
+    "Apertus1p5Config": {"image_token_offset": 270, "audio_token_offset": 278},
+    "Apertus1p5VisionTokenizerConfig": {"codebook_size": 8},
+    **dict.fromkeys(("WavTokenizerConfig", "WavTokenizerEncoderConfig"), _WAVES),
     "BailingHybridConfig": {"n_group": 1, "topk_group": 1},
     "BltConfig": {"encoder_hash_byte_group_vocab": 50},
     "BltLocalEncoderConfig": {"hidden_size_global": 32},
@@ -113,6 +119,10 @@ OWN: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
         "ffn_config": {"hidden_size": 32, "ffn_hidden_size": 16, "moe_top_k": 2},
     },
+    "DeepseekOcr2SamVisionConfig": {"downsample_channels": [16, 32], "output_channels": 16}
+    | {"global_attn_indexes": [2, 5], "window_size": 2},
+    "DeepseekOcr2TextConfig": {"mlp_layer_types": ["dense"] + ["sparse"] * (DEPTH - 1)},
+    "DiffusionGemmaTextConfig": {"top_k_experts": 2},
     "Dots3NoteAudioConfig": {"adapter_input_size": 32, "adapter_out_dim": 32},
     "Dots3NoteVisionConfig": {"adapter_out_dim": 32},
     "Dots3NoteTextConfig": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 4}
@@ -124,13 +134,20 @@ OWN: dict[str, dict[str, Any]] = {
     "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [16, 16]} | _WITH_ERNIE,
     "Florence2VisionConfig": {"depths": (1, 1, 1, 1), "embed_dim": (8, 8, 16, 32)}
     | {"num_heads": (2, 2, 2, 2), "num_groups": (2, 2, 2, 2)},
+    "Glm5NextTextConfig": {"qk_rope_head_dim": 0, "index_topk": 4, "index_kpool": 2}
+    | {"index_head_dim": 8, "index_n_heads": 4},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-2, 0], [-1, 2]], "downsample_rate": "1/2"}
+    | {"spatial_target_layers": [3], "vision_config": _SIGLIP},
     "JanusVQVAEConfig": {"base_channels": 32, "num_embeddings": 8, "latent_channels": 32},
     "Mistral4Config": {"head_dim": 16},
+    "Molmo2AdapterConfig": {"vision_feature_layer": [5, 3]},
+    "MuseSparkAudioConfig": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32]},
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "Qwen4ExpTextConfig": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}
     | {"indexer_budget": 8, "indexer_compress_ratio": 2, "ngram_vocab_size_base": 300}
     | {"split_ngram_parts": 1, "hc_lowrank": 8},
+    "RadioConfig": {"video_temporal_patch_size": 2},
     "XmodConfig": {"default_language": "en_XX"},
     "ZayaConfig": {"num_experts_per_tok": 1},
     "Zamba2Config": {"layers_block_type": ["linear_attention", "hybrid"] * 3},

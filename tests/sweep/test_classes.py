@@ -14,8 +14,10 @@ CLASSES = {
     "BambaForCausalLM": EXACT,  # attention in some blocks, a state space in others
     "BartForCausalLM": EXACT,  # the decoder of an encoder-decoder
     "BloomForCausalLM": EXACT,  # ALiBi, fused query, key and value
+    "DbrxForCausalLM": EXACT,  # experts that are run one by one, those that have tokens
     "DeepseekV4ForCausalLM": REFUSED,  # blocks are given the tokens
     "DiffLlamaForCausalLM": EXACT,  # a constant of each block comes of its number
+    "Emu3ForCausalLM": EXACT,  # no auto class loads what it writes
     "FalconMambaForCausalLM": EXACT,  # no attention at all
     "GPTNeoXJapaneseForCausalLM": EXACT,  # the last block alone has a bias
     "Gemma3ForConditionalGeneration": EXACT,  # sliding and full attention, images
@@ -25,9 +27,13 @@ CLASSES = {
     "LlavaForConditionalGeneration": EXACT,
     "Qwen3NextForCausalLM": EXACT,  # one block of attention, without which it cannot generate
     "BertLMHeadModel": REFUSED,  # an encoder
+    "Qwen4ExpForCausalLM": REFUSED,  # which tokens are attended to is looked at as values
+    "Zamba2ForCausalLM": REFUSED,  # several blocks have one set of weights
     "xLSTMForCausalLM": EXACT,  # its depth has a second name
 }
 
+REASONS = {"Qwen4ExpForCausalLM": "look at values", "Zamba2ForCausalLM": "share weights"}
+"""In the messages of some that are refused."""
 FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM")
 """Fusing blocks of several kinds; elsewhere it is tried by the sweep alone."""
 
@@ -36,5 +42,6 @@ FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM")
 def test_exact_or_refused(name: str, tmp_path: Path) -> None:
     outcomes = try_class(name, tmp_path, fuse=name in FUSED)
     assert outcomes["mi"].kind == CLASSES[name], outcomes["mi"].why
+    assert REASONS.get(name, "") in outcomes["mi"].why
     if name in FUSED:
         assert outcomes["fusegpt"].kind == EXACT, outcomes["fusegpt"].why

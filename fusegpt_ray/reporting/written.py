@@ -1,0 +1,32 @@
+"""What a manifest tells of what two models write; whoever wrote it. Light: no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Thumbnail = Annotated[
+    str, Field(max_length=30_000, pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$")
+]
+"""A data URI, which a page shows as it is."""
+
+
+class Picture(BaseModel):
+    """An image that a prompt is about."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    thumbnail: Thumbnail
+
+
+class Sample(BaseModel):
+    """What two models write after a prompt."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    prompt: str
+    image: Picture | None = None
+    dense: str
+    published: str
