@@ -1,7 +1,8 @@
 """The verbs for a person at a terminal; `jobs/` calls the same functions from a Ray job.
 
 Exit codes: 0 done; 1 the run failed (it says where it stopped); 2 the user's mistake (one message:
-key, value, fix); 130 stopped by Ctrl-C.
+key, value, fix); 3 the run stopped because its budget is spent; 130 stopped by Ctrl-C, 143 by
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from fusegpt_ray.commands.report import report
 from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.commands.speed import speed
 from fusegpt_ray.commands.tasks import tasks
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import BudgetSpent, StorageError, UserError
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (init, validate, plan, compress, compare),
@@ -80,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say_outcome("error:", error)
         return 2
+    except BudgetSpent as spent:
+        say_outcome("stopped:", spent)
+        return 3
     except KeyboardInterrupt as stop:
         notes = [f"; {note[0].lower()}{note[1:-1]}" for note in getattr(stop, "__notes__", ())]
         click.echo("".join(["stopped", *dict.fromkeys(notes)]), err=True)

@@ -36,6 +36,11 @@ class Cluster(Section):
     work."""
     gpu_hour_price: float | None = Field(None, gt=0, allow_inf_nan=False)
     """What you pay for a GPU and hour, in any currency, for `fusegpt plan` and the report."""
+    max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """After so many hours of work a run stops at the next thing that it saves. Hours of all its
+    sessions count; with a larger number the same command goes on. Left out: no limit."""
+    max_cost: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The same, once the GPUs of a run have cost so much by `gpu_hour_price`."""
     wait_minutes: float = Field(10, ge=0, allow_inf_nan=False)
     """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for
     them."""

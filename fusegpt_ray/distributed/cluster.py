@@ -51,9 +51,9 @@ class RayWorkers:
         if self._shares:  # every training worker shares its GPU with a replica
             self.replicas = max(cluster.replicas, cluster.workers)
         workers = cluster.workers if trains else 0
-        gpus = max(self.gpus * self.replicas, workers if self.gpus else 0)
+        self.gpus_held = max(self.gpus * self.replicas, workers if self.gpus else 0.0)
         wait_for_resources(
-            gpus, max(self.replicas, workers), cluster, grows=not self._connection.own
+            self.gpus_held, max(self.replicas, workers), cluster, grows=not self._connection.own
         )
         check_paths(setup)
         # Decided here, once, so that every process of the run computes alike.
