@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -29,8 +29,9 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds, fewer_at_once
 from fusegpt_ray.run.budget import SPENT, Budget
+from fusegpt_ray.run.done import Done, moved
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
-from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import fingerprint
@@ -206,8 +207,10 @@ class Compression:
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.rounds], journal)
+            worked = [*done[: target.rounds], *([healed] if healed else [])]
             stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
+            judged = partial(judge.measure, target.folder, stages)
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.folder, show.say, recipe.output.report, events)
             with journal.creating():
@@ -218,7 +221,7 @@ class Compression:
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
                     searched | self._facts(target, done[: target.rounds], healed),
-                    partial(self._measured, judge, target.folder, stages, journal),
+                    partial(self._measured, judged, journal, worked),
                     journal.fence,
                     partial(put_shards, workers),
                     beside,
@@ -228,11 +231,11 @@ class Compression:
         return published
 
     def _measured(
-        self, judge: Judge, folder: str, stages: dict[str, Stack], journal: Journal, model: Stack
+        self, judged: Callable[[Stack], Any], journal: Journal, done: list[Done], model: Stack
     ) -> dict[str, Any]:
         """What the judge says, and what the run has spent until then."""
         assert journal.budget
-        return {**judge.measure(folder, stages, model), SPENT: journal.budget.spent}
+        return {**judged(model), SPENT: journal.budget.spent | moved(done)}
 
     def _judge(self, journal: Journal) -> Judge:
         """The dense model is measured here, unless that is known."""

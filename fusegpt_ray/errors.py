@@ -47,6 +47,10 @@ class StorageError(OSError):
         return type(self), (self.uri, self.problem, self.fix)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the process stops as after Ctrl-C, with exit code 143."""
+
+
 class BudgetSpent(Exception):
     """A run stopped because `cluster.max_hours` or `cluster.max_cost` is spent (exit code 3). The
     message says what was spent, where that is kept, and how to go on.

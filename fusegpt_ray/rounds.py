@@ -161,8 +161,13 @@ class Rounds:
         assert choose is not None
 
         def measure() -> dict[str, Any]:
-            with self._explained(trained=number > 1):
-                ranking = choose(asked)
+            try:
+                with self._explained(trained=number > 1):
+                    ranking = choose(asked)
+            except KeyboardInterrupt:  # or SIGTERM
+                if sums.known:
+                    self.journal.keep("sums", number, sums.to_json())
+                raise
             seconds = round(time.monotonic() - began, 3)
             return {"seconds": seconds, "ranking": ranking.to_record()}
 

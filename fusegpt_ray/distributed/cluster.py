@@ -19,6 +19,7 @@ from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
+from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
@@ -81,7 +82,8 @@ class RayWorkers:
         if ray.is_initialized():
             self._pool.close()
             if self._job:
-                self._job.close(wait=not self._connection.own)
+                # A notice of preemption leaves seconds; Ray ends what is not waited for.
+                self._job.close(wait=not self._connection.own and kind is not Terminated)
         self._connection.close()
 
     @property

@@ -33,6 +33,14 @@ class Done:
         return cls(data["round"], Stack.from_json(data["stack"]), files)
 
 
+def moved(done: Sequence[Done]) -> dict[str, int]:
+    """Bytes of blocks that rounds, or a healing, read to score and for states, and wrote."""
+    counted = ("bytes_read", "states_bytes_read")
+    read = sum(one.record.get(key) or 0 for one in done for key in counted)
+    written = sum(file.size for one in done for file in one.files.values())
+    return {"bytes_read": read, "bytes_written": written}
+
+
 def record_file(folder: str, number: int) -> str:
     """Of a round, in the run's folder."""
     return storage.join(folder, f"round-{number:03d}.json")
