@@ -16,7 +16,7 @@ import torch
 
 from fusegpt_ray.distributed import images, monitor, text
 from fusegpt_ray.distributed.connection import Connection, gpus_of
-from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
+from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, resources, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import Terminated
@@ -66,10 +66,10 @@ class RayWorkers:
             self.replicas,
             cpus=1,
             gpus=REPLICA_GPU if self._shares and self.gpus == 1 else self.gpus,
+            labels=cluster.labels,
         )
-        if self.replicas * setup.sets < ray.cluster_resources().get(
-            "CPU", 0
-        ):  # one is left for Ray Data
+        # One is left for Ray Data.
+        if self.replicas * setup.sets < resources(cluster).get("CPU", 0):
             self._pool.start()  # while texts are read, they import what they need
         return self
 
@@ -168,6 +168,7 @@ class RayWorkers:
                 zero_stage=cluster.zero_stage,
                 runner=self._runner_config(cluster.workers, "streamed", 1.0),
                 folder=storage.join(setup.run_folder, "blocks", "train"),
+                labels=cluster.labels,
             )
             self._job = TrainingJob(setup.dense, config)
 
@@ -190,7 +191,7 @@ class RayWorkers:
         """Whether there is a place for all training workers while replicas live, and a CPU for Ray
         Data. Found out once, before the job takes its place.
         """
-        total, workers = ray.cluster_resources(), self.setup.cluster.workers
+        total, workers = resources(self.setup.cluster), self.setup.cluster.workers
         cpus = self.replicas + workers + 1
         gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
         sets = self.setup.sets
@@ -199,7 +200,7 @@ class RayWorkers:
     def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
         """`count`: of such processes in the cluster."""
         setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
-        processes = math.ceil(count * setup.sets / len(alive_nodes()))
+        processes = math.ceil(count * setup.sets / len(alive_nodes(setup.cluster.labels)))
         return RunnerConfig(
             self.dtype,
             setup.importance.batch,

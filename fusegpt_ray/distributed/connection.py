@@ -15,6 +15,7 @@ import ray
 from ray._private import ray_constants
 
 from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.distributed.nodes import resources
 from fusegpt_ray.errors import UserError
 
 UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
@@ -88,7 +89,7 @@ def gpus_of(cluster: Cluster) -> float:
     """GPUs that each process takes."""
     if cluster.gpus_per_replica is not None:
         return cluster.gpus_per_replica
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if resources(cluster).get("GPU", 0) else 0.0
 
 
 @contextmanager
