@@ -60,8 +60,8 @@ class Compression:
     """What this run may not change and still be resumed."""
     shared: Shared
     """With other runs of the same model."""
-    began: float = field(default_factory=time.monotonic)
-    """When the workers were there."""
+    took: float = 0.0
+    """Seconds until this was known."""
     log: MetricsLog = field(default_factory=MetricsLog)
     """Hears what happens, and is kept beside the journal."""
 
@@ -93,7 +93,8 @@ class Compression:
             "model", {"of": model.source.folder}, partial(model_identity, model.stack)
         )
         this = identity(recipe, drawn, files, workers.dtype, hardware)
-        return cls(planned, workers, show, windows, held_out, healing, this, shared, began)
+        took = time.monotonic() - began
+        return cls(planned, workers, show, windows, held_out, healing, this, shared, took)
 
     @property
     def id(self) -> str:
@@ -131,7 +132,8 @@ class Compression:
         """
         targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
         recipe, workers = self.plan.recipe, self.workers
-        budget = Budget(recipe.cluster, journal.folder, workers.gpus_held, self.began)
+        began = time.monotonic() - self.took
+        budget = Budget(recipe.cluster, journal.folder, workers.gpus_held, began)
         journal.budget = budget
         with ExitStack() as life:
             if not restart:

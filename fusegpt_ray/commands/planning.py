@@ -193,7 +193,7 @@ def _show(result: dict[str, Any]) -> None:
 def _budget(rows: list[dict[str, Any]]) -> Iterator[str]:
     """What is said of limits that are not enough, or of which nobody knows."""
     for row in rows:
-        limit = f"{row['key']} = {row['limit']:g}"
+        limit = f"{row['key']} = {row['limit']:.9g}"
         if row["enough"] is None:
             yield f"whether {limit} is enough, is not known"
         elif not row["enough"]:

@@ -90,7 +90,7 @@ class Budget:
             ("max_cost", self.cluster.max_cost, cost, ""),
         ):
             if limit is not None and so_far >= limit:
-                told = f"cluster.{key} = {limit:g} is spent: {so_far:.3g}{unit} by now"
+                told = f"cluster.{key} = {limit:.9g} is spent: {so_far:,.2f}{unit} by now"
                 where = f"what is saved stays in {self.folder}, and the same command goes on"
                 return f"{told}; {where} from there with a larger cluster.{key}"
         return ""

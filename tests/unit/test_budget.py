@@ -85,7 +85,7 @@ def test_a_run_stops_at_the_next_thing_saved_and_goes_on_to_the_same_bytes(
 ) -> None:
     folder = run_folder(desk)
     told = spent_after(desk, clock, text)
-    assert told.startswith("cluster.max_hours = 0.5 is spent: 1 hours by now; what is saved")
+    assert told.startswith("cluster.max_hours = 0.5 is spent: 1.00 hours by now; what is saved")
     assert all((folder / name).exists() for name in left)
     assert not (folder / "round-002.json").exists()
     show, clock.passed = Watching(), 0.0
@@ -109,7 +109,7 @@ def test_the_same_budget_is_refused_before_workers_start(
         assert main(command) == 3
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == (
-        f"stopped: cluster.max_hours = 1 is spent: 1 hours by now; what is saved stays in "
+        f"stopped: cluster.max_hours = 1 is spent: 1.00 hours by now; what is saved stays in "
         f"{run_folder(desk)}, and the same command goes on from there with a larger "
         "cluster.max_hours"
     )
@@ -119,7 +119,7 @@ def test_the_same_budget_is_refused_before_workers_start(
 def test_what_earlier_sessions_spent_counts(desk: Desk, clock: Clock) -> None:
     spent_after(desk, clock, "round 2/3: scoring")
     told = spent_after(desk, clock, "round 3/3: scoring", hours=1.5)
-    assert "is spent: 2 hours by now" in told
+    assert "is spent: 2.00 hours by now" in told
     clock.passed = 0.0
     compress(recipe(desk))  # no limit
     manifest = json.loads((desk.out / "demo-p60/fusegpt.json").read_text())
@@ -137,7 +137,7 @@ def test_gpus_cost_their_price_for_as_long_as_they_are_held(tmp_path: Path, cloc
     clock.passed += 0.2 * HOUR
     hours = {key: value / HOUR for key, value in found.spent.items()}
     assert hours == pytest.approx({"seconds": 4.1, "gpu_seconds": 10.4}, abs=0.01)
-    with pytest.raises(BudgetSpent, match=r"cluster\.max_cost = 25 is spent: 26 by now"):
+    with pytest.raises(BudgetSpent, match=r"cluster\.max_cost = 25 is spent: 26.00 by now"):
         found.check()
     found.forget()
     assert found.spent["seconds"] < 60, "the hours are forgotten"
