@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 LOOK = """
 import json, sys
+from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Nodes
 from models import open_stack
@@ -40,7 +41,7 @@ def workers(**keys):
     cluster = Cluster(address=nodes.address, replicas=2, workers=2, **keys)
     source, more = Source.find(model, None), {"trains": True, "output_uri": out}
     parts = (cluster, "float32", Importance(batch=2))
-    return RayWorkers(Setup(source, open_stack(model), *parts, **more, run_folder=out + "/run"))
+    return RayWorkers(Setup(source, open_stack(Path(model)), *parts, **more, run_folder=out + "/run"))
 
 found = {"asked": asked.node_id}
 with workers(labels={"pool": "train"}) as opened:
