@@ -16,7 +16,7 @@ from ray._private import ray_constants
 
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.nodes import resources
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import Terminated, UserError
 
 UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,
@@ -98,6 +98,10 @@ def _own_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as left:  # Ray's handler exits with the signal's number
+        if left.code == signal.SIGTERM:
+            raise Terminated from left
+        raise
     finally:
         mine = threading.current_thread() is threading.main_thread()
         if mine and before not in (signal.SIG_DFL, None):

@@ -41,7 +41,8 @@ def workers(**keys):
     cluster = Cluster(address=nodes.address, replicas=2, workers=2, **keys)
     source, more = Source.find(model, None), {"trains": True, "output_uri": out}
     parts = (cluster, "float32", Importance(batch=2))
-    return RayWorkers(Setup(source, open_stack(Path(model)), *parts, **more, run_folder=out + "/run"))
+    stack = open_stack(Path(model))
+    return RayWorkers(Setup(source, stack, *parts, **more, run_folder=out + "/run"))
 
 found = {"asked": asked.node_id}
 with workers(labels={"pool": "train"}) as opened:
