@@ -1,15 +1,19 @@
 """The verbs for a person at a terminal; `jobs/` calls the same functions from a Ray job.
 
 Exit codes: 0 done; 1 the run failed (it says where it stopped); 2 the user's mistake (one message:
-key, value, fix); 130 stopped by Ctrl-C.
+key, value, fix); 3 the run stopped because its budget is spent; 130 stopped by Ctrl-C, 143 by
+SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import click
 from click.shell_completion import shell_complete
@@ -24,7 +28,7 @@ from fusegpt_ray.commands.report import report
 from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.commands.speed import speed
 from fusegpt_ray.commands.tasks import tasks
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import BudgetSpent, StorageError, Terminated, UserError
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (init, validate, plan, compress, compare),
@@ -69,7 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet()
     try:
         # Not `app.main`, which takes an EOFError of ours for Ctrl-C.
-        with app.make_context("fusegpt", list(sys.argv[1:] if argv is None else argv)) as context:
+        with (
+            _sigterm_stops(),
+            app.make_context("fusegpt", list(sys.argv[1:] if argv is None else argv)) as context,
+        ):
             app.invoke(context)
         return 0
     except click.exceptions.Exit as done:
@@ -80,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         say_outcome("error:", error)
         return 2
+    except BudgetSpent as spent:
+        say_outcome("stopped:", spent)
+        return 3
     except KeyboardInterrupt as stop:
         notes = [f"; {note[0].lower()}{note[1:-1]}" for note in getattr(stop, "__notes__", ())]
         click.echo("".join(["stopped", *dict.fromkeys(notes)]), err=True)
-        return 130
+        return 143 if isinstance(stop, Terminated) else 130
     except StorageError as error:
         # No trace: it would show what the store's libraries say, secrets included.
         told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
@@ -95,6 +105,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(err=True)
         say_outcome("failed:", f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
         return 1
+
+
+@contextmanager
+def _sigterm_stops() -> Iterator[None]:
+    """Kubernetes, `ray job stop` and notices of preemption send it. One is enough: another must not
+    disturb the end.
+    """
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # it alone may decide
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet() -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 
 from fusegpt_ray.text_sections import Section, Uri
 
 MOST = 10_000_000
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
+LabelKey = Annotated[str, StringConstraints(pattern=rf"^([a-z0-9.-]{{1,253}}/)?{_NAME}$")]
+LabelValue = Annotated[str, StringConstraints(pattern=rf"^{_NAME}$")]
+"""As Kubernetes and Ray have them. Ray's operators (`in(…)`, `!…`) are no values here."""
 
 
 class Cluster(Section):
@@ -24,6 +28,9 @@ class Cluster(Section):
     gpus_per_replica: float | None = Field(None, ge=0, allow_inf_nan=False)
     """GPUs a replica and a training worker each take; left out: 1 if the cluster has GPUs, else 0.
     """
+    labels: dict[LabelKey, LabelValue] = Field(default_factory=dict)
+    """Replicas and training workers run only on nodes of the Ray cluster that have all these
+    labels, such as `ray.io/accelerator-type: H100`, which Ray gives by itself; left out: on any."""
     workers: int = Field(1, ge=1, le=MOST)
     """Data-parallel training workers; divides `fusion.batch`, and `heal.batch` if that is used."""
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -36,6 +43,11 @@ class Cluster(Section):
     work."""
     gpu_hour_price: float | None = Field(None, gt=0, allow_inf_nan=False)
     """What you pay for a GPU and hour, in any currency, for `fusegpt plan` and the report."""
+    max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """After so many hours of work a run stops at the next thing that it saves. Hours of all its
+    sessions count; with a larger number the same command goes on. Left out: no limit."""
+    max_cost: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """The same, once the GPUs of a run have cost so much by `gpu_hour_price`."""
     wait_minutes: float = Field(10, ge=0, allow_inf_nan=False)
     """How long a run waits for GPUs and CPUs that the cluster lacks. An autoscaler is asked for
     them."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusegpt_ray.comparing import compare_source
-from fusegpt_ray.drawing import calibration_windows, evaluation_windows, healing_windows
+from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.fusion.repair import repaired_only
@@ -27,8 +28,10 @@ from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds, fewer_at_once
+from fusegpt_ray.run.budget import SPENT, Budget
+from fusegpt_ray.run.done import Done, moved
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
-from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sample_prompts import asked
@@ -36,7 +39,6 @@ from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.targets import Target
-from fusegpt_ray.text.licence import licensed
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
@@ -59,6 +61,8 @@ class Compression:
     """What this run may not change and still be resumed."""
     shared: Shared
     """With other runs of the same model."""
+    took: float = 0.0
+    """Seconds until this was known."""
     log: MetricsLog = field(default_factory=MetricsLog)
     """Hears what happens, and is kept beside the journal."""
 
@@ -74,34 +78,11 @@ class Compression:
         Raises:
             UserError: a text cannot be used.
         """
+        began = time.monotonic()
         recipe, model, shared = planned.recipe, planned.model, shared or Shared()
         show.stage("tokenising")
-        text, leading = recipe.calibration, planned.leading
-        held_out = {}
-        drawing = {"calibration": text.model_dump(mode="json"), "leading": dict(leading)}
-        for name, held in recipe.evaluation.items():
-            key = f"evaluation.{name}"
-            length = held.length_or(text.length)
-            more = (f"{key}.data", text.pack, text.images)
-            held_out[name] = shared.once(
-                key,
-                drawing | {"text": held.model_dump(mode="json")},
-                partial(evaluation_windows, workers, held, length, leading[key], *more),
-            )
-            held_out[name] = licensed(held_out[name], [held])
-        # After those that are only read: the dense model may have to write some of it.
-        draw = partial(calibration_windows, workers, recipe, leading["calibration"], show)
-        windows = licensed(shared.once("calibration", drawing, draw), text.parts)
-        healing = None
-        texts = [windows, *held_out.values()]
-        if recipe.heal:
-            healing = shared.once(
-                "heal",
-                drawing | {"heal": recipe.heal.model_dump(mode="json")},
-                partial(healing_windows, workers, recipe, leading["calibration"], show),
-            )
-            healing = (licensed(healing[0], recipe.healing_texts[0].parts), healing[1])
-            texts += healing
+        windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
+        texts = [windows, *held_out.values(), *(healing or ())]
         every = [item.tokens_WT for item in texts]
         check_tokens(model.source, model.stack, *every)
         planned = planned.seeing(blocks_added_behind(workers, every), show.say)
@@ -113,7 +94,8 @@ class Compression:
             "model", {"of": model.source.folder}, partial(model_identity, model.stack)
         )
         this = identity(recipe, drawn, files, workers.dtype, hardware)
-        return cls(planned, workers, show, windows, held_out, healing, this, shared)
+        took = time.monotonic() - began
+        return cls(planned, workers, show, windows, held_out, healing, this, shared, took)
 
     @property
     def id(self) -> str:
@@ -150,6 +132,10 @@ class Compression:
             UserError: another run has the name.
         """
         targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
+        recipe, workers = self.plan.recipe, self.workers
+        began = time.monotonic() - self.took
+        budget = Budget(recipe.cluster, journal.folder, workers.gpus_held, began)
+        journal.budget = budget
         with ExitStack() as life:
             if not restart:
                 journal.check(self.identity)
@@ -160,7 +146,11 @@ class Compression:
                     "rounds": self.plan.rounds,
                     "models": [target.name for target in targets],
                 }
-                owned = journal.owned(self.show.say, lambda: self.show.doing, facts, self.log)
+
+                def told() -> dict[str, Any]:
+                    return {**facts, SPENT: budget.spent}
+
+                owned = journal.owned(self.show.say, lambda: self.show.doing, told, self.log)
                 journal = life.enter_context(owned)
                 published = self._published_before()  # perhaps while we waited
                 if restart:
@@ -219,8 +209,10 @@ class Compression:
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.rounds], journal)
+            worked = [*done[: target.rounds], *([healed] if healed else [])]
             stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
+            judged = partial(judge.measure, target.folder, stages)
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.folder, show.say, recipe.output.report, events)
             with journal.creating():
@@ -231,7 +223,7 @@ class Compression:
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
                     searched | self._facts(target, done[: target.rounds], healed),
-                    partial(judge.measure, target.folder, stages),
+                    partial(self._measured, judged, journal, worked),
                     journal.fence,
                     partial(put_shards, workers),
                     beside,
@@ -239,6 +231,13 @@ class Compression:
             publishing = published[target.folder].manifest["publishing"]
             show.published(target.name, target.fewer, publishing)
         return published
+
+    def _measured(
+        self, judged: Callable[[Stack], Any], journal: Journal, done: list[Done], model: Stack
+    ) -> dict[str, Any]:
+        """What the judge says, and what the run has spent until then."""
+        assert journal.budget
+        return {**judged(model), SPENT: journal.budget.spent | moved(done)}
 
     def _judge(self, journal: Journal) -> Judge:
         """The dense model is measured here, unless that is known."""

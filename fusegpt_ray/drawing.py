@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.preflight import image_token
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
 from fusegpt_ray.text.album import Album
@@ -14,10 +18,54 @@ from fusegpt_ray.text.documents import APART
 from fusegpt_ray.text.formats import beside
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.images import Processing
+from fusegpt_ray.text.licence import licensed
 from fusegpt_ray.text.published import published_windows
 from fusegpt_ray.text.windows import Opened, Windows
 from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 from fusegpt_ray.workers.base import Workers
+
+Drawn = tuple[Windows, dict[str, Windows], tuple[Windows, Windows] | None]
+"""Of the calibration text; of the texts to evaluate on, by name; to heal on, and held-out ones, or
+None where nothing is healed."""
+
+
+def all_windows(
+    workers: Workers,
+    recipe: Recipe,
+    leading: Mapping[str, int | None],
+    show: Display,
+    shared: Shared,
+) -> Drawn:
+    """All that a run reads, drawn once for the runs that share it.
+
+    `leading`: see `Plan.leading`.
+
+    Raises:
+        UserError: a text cannot be used.
+    """
+    text, held_out = recipe.calibration, dict[str, Windows]()
+    drawing = {"calibration": text.model_dump(mode="json"), "leading": dict(leading)}
+    for name, held in recipe.evaluation.items():
+        key = f"evaluation.{name}"
+        length = held.length_or(text.length)
+        more = (f"{key}.data", text.pack, text.images)
+        held_out[name] = shared.once(
+            key,
+            drawing | {"text": held.model_dump(mode="json")},
+            partial(evaluation_windows, workers, held, length, leading[key], *more),
+        )
+        held_out[name] = licensed(held_out[name], [held])
+    # After those that are only read: the dense model may have to write some of it.
+    draw = partial(calibration_windows, workers, recipe, leading["calibration"], show)
+    windows = licensed(shared.once("calibration", drawing, draw), text.parts)
+    if not recipe.heal:
+        return windows, held_out, None
+    healed, kept_out = shared.once(
+        "heal",
+        drawing | {"heal": recipe.heal.model_dump(mode="json")},
+        partial(healing_windows, workers, recipe, leading["calibration"], show),
+    )
+    return windows, held_out, (licensed(healed, recipe.healing_texts[0].parts), kept_out)
 
 
 def calibration_windows(

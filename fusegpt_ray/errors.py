@@ -1,5 +1,5 @@
-"""Errors with one clear message: a user's mistake (exit code 2), and a store that failed for good
-(exit code 1).
+"""Errors with one clear message: a user's mistake (exit code 2), a store that failed for good
+(exit code 1), and a budget that is spent (3).
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class StorageError(OSError):
 
     def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, str]]:
         return type(self), (self.uri, self.problem, self.fix)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the process stops as after Ctrl-C, with exit code 143."""
+
+
+class BudgetSpent(Exception):
+    """A run stopped because `cluster.max_hours` or `cluster.max_cost` is spent (exit code 3). The
+    message says what was spent, where that is kept, and how to go on.
+    """
 
 
 def reason(error: BaseException) -> str:

@@ -67,6 +67,7 @@ class Healer:
         about = {key: healed.record[key] for key in told}
         fewer = len(self.dense) - len(stack)
         self.show.tell("healed", model=name, removed=fewer, **about, bytes_written=written)
+        self.journal.pause()
         return healed
 
     def _train(self, name: str, number: int, stack: Stack, key: str) -> Trained:
@@ -93,7 +94,7 @@ class Healer:
                 number, loss, held_out = item
                 self.show.epoch(number, parts, loss, "part", held_out)
 
-        trained = train_span(self.workers, task, news)
+        trained = train_span(self.workers, task, news, self.journal.pause_training)
         at = lowest(trained.held_out)
         first, best = trained.held_out[0], trained.held_out[at]
         what = "loss" if settings.hidden or settings.loss == "tokens" else "KL"

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.footprint import (
     activation_bytes,
     gating_bytes,
@@ -59,7 +60,8 @@ def outlook(
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
     "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
-    "seconds"} …], "flops", "seconds", "price", "probed", "memory": [{"what", "bytes", "room",
+    "seconds", "price"} …], "flops", "seconds", "price", "budget": [{"key", "limit", "needs",
+    "enough"} …], "probed", "memory": [{"what", "bytes", "room",
     "fits", "advice"} …], "storage": [{"what", "bytes"} …]}.
 
     "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
@@ -75,7 +77,9 @@ def outlook(
     stages = cost.rows(rates, recipe.cluster, gpus)
     seconds = sum(row["seconds"] for row in stages) if rates else None
     hourly = recipe.cluster.gpu_hour_price if device.kind == "cuda" else None
-    price = None if seconds is None or hourly is None else seconds / 3600 * gpus * hourly
+    for row in stages:
+        row["price"] = _price(row["seconds"], gpus, hourly)
+    price = _price(seconds, gpus, hourly)
     targets = [
         {
             "name": target.name,
@@ -100,10 +104,26 @@ def outlook(
         "flops": cost.flops,
         "seconds": seconds,
         "price": price,
+        "budget": [*_budget(recipe.cluster, seconds, price)],
         "probed": measured is not None,
         "memory": [*_memory(plan, device)],
         "storage": [*_storage(plan, device)],
     }
+
+
+def _price(seconds: float | None, gpus: int, hourly: float | None) -> float | None:
+    return None if seconds is None or hourly is None else seconds / 3600 * gpus * hourly
+
+
+def _budget(
+    cluster: Cluster, seconds: float | None, price: float | None
+) -> Iterator[dict[str, Any]]:
+    """What is limited, and whether the computing alone keeps to it, where that is known."""
+    hours = None if seconds is None else seconds / 3600
+    for key, needed in (("max_hours", hours), ("max_cost", price)):
+        if (limit := getattr(cluster, key)) is not None:
+            enough = None if needed is None else needed <= limit
+            yield {"key": f"cluster.{key}", "limit": limit, "needs": needed, "enough": enough}
 
 
 def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,8 @@ from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.budget import Budget
+from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.workers.base import Setup, Workers
 
@@ -36,6 +38,7 @@ def compress(
 
     Raises:
         UserError: the recipe cannot be carried out; nothing was written then.
+        BudgetSpent: `cluster.max_hours` or `cluster.max_cost` is spent; the run can go on.
     """
     with display or Display() as show:
         planned = plan(recipe, show, restart)
@@ -48,6 +51,8 @@ def compress(
         show.say(planned.cost.in_words())
         if limits := planned.removable.in_words():
             show.say(limits)
+        if not restart:  # before anything is started that costs more
+            Budget(recipe.cluster, Journal.of(recipe).folder, began=None).check()
         with open_workers(planned.setup, show) as workers:
             show.say(workers.description)
             run = Compression.begin(planned, workers, show)

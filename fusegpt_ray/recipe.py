@@ -19,7 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from fusegpt_ray import deeper
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe_checks import shares, whole_batches
+from fusegpt_ray.recipe_checks import budget, shares, whole_batches
 from fusegpt_ray.recipe_errors import Several, explained
 from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.sections import (
@@ -105,7 +105,8 @@ class Recipe(Section):
     def _check(self) -> Self:
         checks = [self._between_keys, self._search_fits, self._start_fits]
         checks += [self._choice_fits, self._width_fits, self._documents_fit, self._depth_fits]
-        if found := [mistake for check in checks for mistake in check()]:
+        found = [mistake for check in checks for mistake in check()]
+        if found := [*found, *budget(self.cluster)]:
             raise Several(found)
         return self
 

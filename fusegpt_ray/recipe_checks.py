@@ -1,4 +1,4 @@
-"""Checks of a recipe that concern how loss batches are cut."""
+"""Checks of a recipe that concern how loss batches are cut, and what a run may cost."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ def shares(cluster: Cluster, batch_key: str, batch: int) -> Iterator[UserError]:
         yield UserError(
             "cluster.micro_batch", micro_batch, problem, f"use one of {_divisors(share)}"
         )
+
+
+def budget(cluster: Cluster) -> Iterator[UserError]:
+    if cluster.max_cost is not None and cluster.gpu_hour_price is None:
+        problem = "nobody knows what a GPU costs"
+        fix = "give cluster.gpu_hour_price as well, or cluster.max_hours instead"
+        yield UserError("cluster.max_cost", cluster.max_cost, problem, fix)
 
 
 def _divisors(number: int) -> list[int]:

@@ -79,6 +79,7 @@ class Rounds:
             self.journal.let_go(done, wanted)
             written = sum(file.size for file in done[-1].files.values())
             self.show.round_ends(number, total, done[-1].record, written)
+            self.journal.pause()
         return done
 
     def _round(self, number: int, before: list[Done], total: int) -> Done:
@@ -114,6 +115,7 @@ class Rounds:
                     self.journal.checkpoints_folder(number),
                     self.journal.fence,
                     self.show,
+                    self.journal.pause_training,
                 )
             )
         record = _record(change, removes, ranking, score_seconds)
@@ -145,7 +147,8 @@ class Rounds:
 
         def keep() -> None:
             nonlocal kept
-            if time.monotonic() - kept >= KEEP_SECONDS:
+            spent = self.journal.budget and self.journal.budget.over
+            if spent or time.monotonic() - kept >= KEEP_SECONDS:
                 self.journal.keep("sums", number, sums.to_json())
                 kept = time.monotonic()
 
@@ -158,8 +161,13 @@ class Rounds:
         assert choose is not None
 
         def measure() -> dict[str, Any]:
-            with self._explained(trained=number > 1):
-                ranking = choose(asked)
+            try:
+                with self._explained(trained=number > 1):
+                    ranking = choose(asked)
+            except KeyboardInterrupt:  # or SIGTERM
+                if sums.known:
+                    self.journal.keep("sums", number, sums.to_json())
+                raise
             seconds = round(time.monotonic() - began, 3)
             return {"seconds": seconds, "ranking": ranking.to_record()}
 

@@ -33,6 +33,8 @@ SLOW = (
     # test_local_ray; of submitted jobs, one that is refused.
     f"{INTEGRATION}submit.py::test_a_job_compresses_from_its_folder_to_s3",
     f"{INTEGRATION}evaluate_on_ray.py",
+    f"{INTEGRATION}sigterm.py::test_a_run_that_is_terminated_says_so_and_goes_on[ray]",
+    f"{INTEGRATION}placement.py",  # which nodes count has unit tests
     f"{INTEGRATION}metrics_on_ray.py",
     # The job of a cluster: what its files say, and the rights of its keys, stay.
     f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",

@@ -83,7 +83,9 @@ def say_outcome(outcome: str, *lines: object) -> None:
 def display(quiet: bool) -> Display | None:
     """What a verb shows on the way; None: as usual."""
     if not quiet:
-        return None
+        from fusegpt_ray.log_lines import LogLines, asked
+
+        return LogLines() if asked() else None
     from rich.console import Console
 
     from fusegpt_ray.report import Display

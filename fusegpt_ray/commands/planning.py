@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,14 +151,17 @@ def _show(result: dict[str, Any]) -> None:
             change = f"the hidden size becomes {width}, {become} stay"
         say(f"  {target['name']}: {change}")
     timed = result["seconds"] is not None
-    work = Table("stage", "block-forwards", "FLOP", "share", *["time"] * timed)
+    priced = result["price"] is not None
+    more = ["time"] * timed + ["price"] * priced
+    work = Table("stage", "block-forwards", "FLOP", "share", *more)
     for column in work.columns[1:]:
         column.justify = "right"
     for row in result["stages"]:
         share = f"{row['flops'] / result['flops']:.0%}"
-        time = [duration(row["seconds"])] * timed if timed else []
+        more = [duration(row["seconds"])] if timed else []
+        more += [f"{row['price']:,.2f}"] if priced else []
         work.add_row(
-            row["stage"], f"{row['block_forwards']:,}", flop_count(row["flops"]), share, *time
+            row["stage"], f"{row['block_forwards']:,}", flop_count(row["flops"]), share, *more
         )
     console.print(work)
     total = f"at most {flop_count(result['flops'])}"
@@ -166,7 +170,7 @@ def _show(result: dict[str, Any]) -> None:
         many = result["device"]
         if not many.endswith("CPU"):
             many = f"{result['gpus']} × {many}"
-        price = "" if result["price"] is None else f", for {result['price']:,.2f}"
+        price = f", for {result['price']:,.2f}" if priced else ""
         say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}{price}")
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
@@ -181,6 +185,16 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["storage"]:
         storage.add_row(row["what"], byte_count(row["bytes"]))
     console.print(storage)
-    for row in result["memory"]:
-        if row["advice"]:
-            say(row["advice"])
+    for line in (*_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
+        if line:
+            say(line)
+
+
+def _budget(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What is said of limits that are not enough, or of which nobody knows."""
+    for row in rows:
+        limit = f"{row['key']} = {row['limit']:.9g}"
+        if row["enough"] is None:
+            yield f"whether {limit} is enough, is not known"
+        elif not row["enough"]:
+            yield f"{limit} is not enough: {row['needs']:,.2f} are needed to compute alone"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 
 import click
@@ -12,18 +13,33 @@ from fusegpt_ray.commands.options import json_option
 
 @click.command()
 @click.argument("uri", metavar="URI", help="An output.uri, or the folder of one run or model.")
+@click.option("--watch", is_flag=True, help="Again and again, until no run is at work any more.")
+@click.option(
+    "--every",
+    type=click.FloatRange(min=0.1),
+    default=5,
+    metavar="SECONDS",
+    help="Between two looks of --watch (default: 5).",
+)
 @json_option
-def status(uri: str, as_json: bool) -> None:
+def status(uri: str, watch: bool, every: float, as_json: bool) -> None:
     """Show the models and runs below an output URI, and what they are doing."""
-    from fusegpt_ray.run import status as runs
-
-    result = runs.status(uri)
-    if as_json:
-        click.echo(json.dumps(result))
-        return
     from rich.console import Console
 
-    runs.show(result, Console())
+    from fusegpt_ray.run import status as runs
+
+    console = Console()
+    while True:
+        result = runs.status(uri)
+        if as_json:
+            click.echo(json.dumps(result))
+        else:
+            if watch and console.is_terminal:
+                console.clear()
+            runs.show(result, console)
+        if not watch or all(run["state"] != "alive" for run in result["runs"]):
+            return
+        time.sleep(every)
 
 
 @click.command()

@@ -42,7 +42,8 @@ def apiece(
             wait_for_resources(gpus, 1, cluster, grows=not connection.own)
         except UserError as error:  # it names keys of runs, which have replicas and workers
             raise _unfit(error.problem) from error
-        task = ray.remote(_call).options(num_cpus=1, num_gpus=gpus)
+        where = {"label_selector": cluster.labels} if cluster.labels else {}
+        task = ray.remote(_call).options(num_cpus=1, num_gpus=gpus, **where)
         threads = _threads(len(calls))
         numbers = {
             task.remote(function, gpus, threads, call): number for number, call in enumerate(calls)

@@ -16,9 +16,10 @@ import torch
 
 from fusegpt_ray.distributed import images, monitor, text
 from fusegpt_ray.distributed.connection import Connection, gpus_of
-from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, wait_for_resources
+from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, resources, wait_for_resources
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
+from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
@@ -51,9 +52,9 @@ class RayWorkers:
         if self._shares:  # every training worker shares its GPU with a replica
             self.replicas = max(cluster.replicas, cluster.workers)
         workers = cluster.workers if trains else 0
-        gpus = max(self.gpus * self.replicas, workers if self.gpus else 0)
+        self.gpus_held = max(self.gpus * self.replicas, workers if self.gpus else 0.0)
         wait_for_resources(
-            gpus, max(self.replicas, workers), cluster, grows=not self._connection.own
+            self.gpus_held, max(self.replicas, workers), cluster, grows=not self._connection.own
         )
         check_paths(setup)
         # Decided here, once, so that every process of the run computes alike.
@@ -65,10 +66,10 @@ class RayWorkers:
             self.replicas,
             cpus=1,
             gpus=REPLICA_GPU if self._shares and self.gpus == 1 else self.gpus,
+            labels=cluster.labels,
         )
-        if self.replicas * setup.sets < ray.cluster_resources().get(
-            "CPU", 0
-        ):  # one is left for Ray Data
+        # One is left for Ray Data.
+        if self.replicas * setup.sets < resources(cluster).get("CPU", 0):
             self._pool.start()  # while texts are read, they import what they need
         return self
 
@@ -81,7 +82,8 @@ class RayWorkers:
         if ray.is_initialized():
             self._pool.close()
             if self._job:
-                self._job.close(wait=not self._connection.own)
+                # A notice of preemption leaves seconds; Ray ends what is not waited for.
+                self._job.close(wait=not self._connection.own and kind is not Terminated)
         self._connection.close()
 
     @property
@@ -166,6 +168,7 @@ class RayWorkers:
                 zero_stage=cluster.zero_stage,
                 runner=self._runner_config(cluster.workers, "streamed", 1.0),
                 folder=storage.join(setup.run_folder, "blocks", "train"),
+                labels=cluster.labels,
             )
             self._job = TrainingJob(setup.dense, config)
 
@@ -188,7 +191,7 @@ class RayWorkers:
         """Whether there is a place for all training workers while replicas live, and a CPU for Ray
         Data. Found out once, before the job takes its place.
         """
-        total, workers = ray.cluster_resources(), self.setup.cluster.workers
+        total, workers = resources(self.setup.cluster), self.setup.cluster.workers
         cpus = self.replicas + workers + 1
         gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
         sets = self.setup.sets
@@ -197,7 +200,7 @@ class RayWorkers:
     def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
         """`count`: of such processes in the cluster."""
         setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
-        processes = math.ceil(count * setup.sets / len(alive_nodes()))
+        processes = math.ceil(count * setup.sets / len(alive_nodes(setup.cluster.labels)))
         return RunnerConfig(
             self.dtype,
             setup.importance.batch,

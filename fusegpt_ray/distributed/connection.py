@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ import ray
 from ray._private import ray_constants
 
 from fusegpt_ray.cluster_section import Cluster
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.distributed.nodes import resources
+from fusegpt_ray.errors import Terminated, UserError
 
 UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,
@@ -43,6 +46,11 @@ class Connection:
         """
         if ray.is_initialized():
             return cls(False, False)
+        with _own_sigterm():
+            return cls._joined(cluster, sets)
+
+    @classmethod
+    def _joined(cls, cluster: Cluster, sets: int) -> Self:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
         address = cluster.address or os.environ.get("RAY_ADDRESS")
         # What a submitted job sets is here, too, and Ray refuses to be told the same twice.
@@ -81,7 +89,23 @@ def gpus_of(cluster: Cluster) -> float:
     """GPUs that each process takes."""
     if cluster.gpus_per_replica is not None:
         return cluster.gpus_per_replica
-    return 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
+    return 1.0 if resources(cluster).get("GPU", 0) else 0.0
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself and would leave without a word; what the program does stays."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as left:  # Ray's handler exits with the signal's number
+        if left.code == signal.SIGTERM:
+            raise Terminated from left
+        raise
+    finally:
+        mine = threading.current_thread() is threading.main_thread()
+        if mine and before not in (signal.SIG_DFL, None):
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -7,7 +7,10 @@ from __future__ import annotations
 import math
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -33,12 +36,14 @@ def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: boo
     wanted = {"GPU": gpus, "CPU": float(processes)}
 
     def lacking() -> list[str]:
-        total = ray.cluster_resources()
+        total = resources(cluster)
         return [kind for kind, number in wanted.items() if number > total.get(kind, 0)]
 
     if lacking() and grows and cluster.wait_minutes:
         # A node with a GPU has CPUs, too, which serve the second kind of bundle.
-        request_resources(bundles=[{"GPU": 1}] * math.ceil(gpus) + [{"CPU": 1}] * processes)
+        bundles = [{"GPU": 1}] * math.ceil(gpus) + [{"CPU": 1}] * processes
+        where = {"bundle_label_selectors": [cluster.labels] * len(bundles)}
+        request_resources(bundles=bundles, **(where if cluster.labels else {}))
         until = time.monotonic() + 60 * cluster.wait_minutes
         try:
             while lacking() and time.monotonic() < until:
@@ -47,9 +52,13 @@ def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: boo
             request_resources(bundles=[])
     if not (kinds := lacking()):
         return
-    kind, there = kinds[0], ray.cluster_resources().get(kinds[0], 0)
+    kind, there = kinds[0], resources(cluster).get(kinds[0], 0)
     waited = f" after {cluster.wait_minutes:g} minutes" if grows and cluster.wait_minutes else ""
     problem = f"{wanted[kind]:g} {kind}s are needed, the cluster has {there:g}{waited}"
+    if cluster.labels:
+        problem = problem.replace("the cluster has", "the nodes with these labels have")
+        fix = "check the nodes' labels (`ray list nodes --detail`), or lower cluster.replicas"
+        raise UserError("cluster.labels", cluster.labels, problem, f"{fix} or cluster.workers")
     if kind == "GPU":
         fix = "lower it, cluster.replicas or cluster.workers"
         raise UserError("cluster.gpus_per_replica", cluster.gpus_per_replica, problem, fix)
@@ -91,9 +100,25 @@ def check_paths(setup: Setup) -> None:
                 )
 
 
-def alive_nodes() -> set[str]:
-    """The ids of the nodes that are alive."""
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+def alive_nodes(labels: Mapping[str, str] | None = None) -> set[str]:
+    """The ids of the nodes that are alive and have these labels."""
+    return {node["NodeID"] for node in _labelled(labels or {})}
+
+
+def resources(cluster: Cluster) -> dict[str, float]:
+    """What there is, free or not, where `cluster.labels` lets processes run."""
+    if not cluster.labels:
+        found: dict[str, float] = ray.cluster_resources()
+        return found
+    total: Counter[str] = Counter()
+    for node in _labelled(cluster.labels):
+        total.update(node["Resources"])
+    return dict(total)
+
+
+def _labelled(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return [node for node in nodes if labels.items() <= node.get("Labels", {}).items()]
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:

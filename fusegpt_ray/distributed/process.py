@@ -5,7 +5,8 @@ and training workers form a group.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -76,3 +77,5 @@ class JobConfig:
     """Where Ray Train keeps files of its own, in reach of all nodes."""
     timeout: float = TIMEOUT
     """Seconds that a worker may be silent before the others give it up."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the nodes on which they run."""

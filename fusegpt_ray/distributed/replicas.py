@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -94,11 +94,17 @@ class Replicas:
     """
 
     def __init__(
-        self, dense: Stack, config: RunnerConfig, count: int, cpus: float, gpus: float
+        self,
+        dense: Stack,
+        config: RunnerConfig,
+        count: int,
+        cpus: float,
+        gpus: float,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        """`cpus`, `gpus`: what each takes of the cluster."""
+        """`cpus`, `gpus`: what each takes of the cluster; `labels`: of the nodes that it takes."""
         self.dense, self.config, self.count = dense, config, count
-        self.cpus, self.gpus = cpus, gpus
+        self.cpus, self.gpus, self.labels = cpus, gpus, dict(labels or {})
         self._idle: list[Any] = []
         self._calls: dict[ray.ObjectRef, _Call] = {}
 
@@ -205,7 +211,9 @@ class Replicas:
         self._idle, self._calls = [], {}
 
     def _start(self) -> Any:
-        options = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}
+        if self.labels:
+            options["label_selector"] = self.labels
         new = _Replica.options(**options)  # type: ignore[attr-defined]
         return new.remote(self.dense, self.config, self.gpus)
 

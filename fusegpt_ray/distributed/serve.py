@@ -41,6 +41,8 @@ class Job:
     max_failures: int
     folder: str
     """Where Ray Train keeps files of its own, in reach of all nodes."""
+    labels: dict[str, str]
+    """Of the nodes on which workers run."""
 
     def fit(self) -> None:
         """Run the job to its end."""
@@ -56,6 +58,7 @@ class Job:
                 num_workers=self.workers,
                 use_gpu=self.resources.get("GPU", 0) > 0,
                 resources_per_worker=self.resources,
+                label_selector=self.labels or None,
             ),
             run_config=RunConfig(
                 name=f"training-{secrets.token_hex(4)}",  # a known name would be gone on from

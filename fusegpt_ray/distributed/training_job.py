@@ -49,6 +49,7 @@ class TrainingJob:
             config.timeout,
             MAX_RESTARTS,
             config.folder,
+            dict(config.labels),
         )
         self._ended = self._mailbox.hold.remote(job)
 

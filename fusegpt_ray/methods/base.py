@@ -14,6 +14,7 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Importance
 from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.training.finetune import Pause
 from fusegpt_ray.workers.base import Workers
 
 
@@ -75,6 +76,8 @@ class Round:
     fence: Callable[[], None]
     """Called before every write; raises if another run writes here."""
     show: Display
+    pause: Pause = lambda folder, part: None
+    """See `train_span`."""
 
     @property
     def donor(self) -> int:

@@ -47,7 +47,7 @@ def train_group(round: Round, fuse: bool) -> Change:
             round.show.epoch(item[0], settings.epochs, item[1])
 
     task = fusion.task(round.windows, round.recipe.cluster, origin, round.checkpoints)
-    trained = train_span(round.workers, task, news)
+    trained = train_span(round.workers, task, news, round.pause)
     change = Change(
         round.stack.drop(round.donor).swap(trained.saved.blocks),
         trained.saved.files,

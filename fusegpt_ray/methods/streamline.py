@@ -71,7 +71,7 @@ def _replace(round: Round) -> Change:
         round.dense, first, last, settings, round.recipe.seed, round.folder, round.fence
     )
     task = light.task(round.windows, round.recipe.cluster, round.origin, round.checkpoints)
-    trained = train_span(round.workers, task, news)
+    trained = train_span(round.workers, task, news, round.pause)
     return Change(
         stack.replace((first, round.donor), trained.saved.blocks[first]),
         trained.saved.files,

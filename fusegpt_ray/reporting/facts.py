@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.reporting.prices import Prices, Spent
 from fusegpt_ray.reporting.under_way import under_way
 from fusegpt_ray.reporting.written import Sample
 from fusegpt_ray.run.outputs import Folder, Outputs, beside
@@ -152,15 +153,6 @@ class Source(_Part):
     revision: str | None = None
 
 
-class _Priced(_Part):
-    """Of a recipe's `cluster`."""
-
-    gpu_hour_price: FiniteFloat | None = None
-    gpus_per_replica: FiniteFloat | None = None
-    replicas: NonNegativeInt = 1
-    workers: NonNegativeInt = 1
-
-
 class Other(_Part):
     """Another model that the same run published."""
 
@@ -185,6 +177,7 @@ class Facts(_Part):
     bytes: int | None = None
     """Of the published model's weights."""
     planned: list[Planned] = []
+    spent: Spent | None = None
     samples: list[Sample] = []
     sparsity: FiniteFloat | None = None
     """None: it was made deeper, or nothing is published yet."""
@@ -228,15 +221,8 @@ class Facts(_Part):
 
     @property
     def price_per_second(self) -> float | None:
-        """Of all GPUs that the recipe asks for, if it says what one costs and there were any."""
-        try:
-            told = _Priced.model_validate(self.recipe.get("cluster"))
-        except ValidationError:  # it is said nowhere else what a recipe looks like
-            return None
-        if told.gpu_hour_price is None or not self.gpu:
-            return None
-        gpus = max(told.replicas, told.workers) * (told.gpus_per_replica or 1)
-        return told.gpu_hour_price * gpus / 3600
+        """See `Prices.per_second`."""
+        return Prices.of(self.recipe).per_second if self.gpu else None
 
     @property
     def healing_loss(self) -> str:

@@ -16,6 +16,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import byte_count, duration, flop_count
 from fusegpt_ray.reporting.charts import Chart, charts
 from fusegpt_ray.reporting.facts import Facts, facts
+from fusegpt_ray.reporting.prices import Prices
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.protocol import STAGES, described, warnings
 from fusegpt_ray.uris import refuse_secret
@@ -126,12 +127,28 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
         told.append(("time at work", duration(seconds)))
         if price := found.price_per_second:
             told.append(("price of that time", _money(seconds, price)))
+    told += _spent(found)
     for text, row in found.perplexity.items():
         if row.undone is not None:
             told.append((f"damage undone on {text}", f"{row.undone:.0%}"))
     for text, row in found.perplexity.items():
         values = (f"{stage} {value:.2f}" for stage, value in row.by_stage.items())
         told.append((f"perplexity on {text}", " → ".join(values)))
+    return told
+
+
+def _spent(found: Facts) -> list[tuple[str, str]]:
+    """By the whole run until this model was published: also where it waited or began again."""
+    if (spent := found.spent) is None:
+        return []
+    told = [("time of the run so far", duration(spent.seconds))]
+    if spent.gpu_seconds:
+        told.append(("GPU hours of the run", f"{spent.gpu_seconds / 3600:,.2f}"))
+        if price := Prices.of(found.recipe).gpu_hour_price:
+            told.append(("price of these", _money(spent.gpu_seconds / 3600, price)))
+    if spent.bytes_read is not None and spent.bytes_written is not None:
+        read, written = byte_count(spent.bytes_read), byte_count(spent.bytes_written)
+        told.append(("blocks read, and written", f"{read}, {written}"))
     return told
 
 

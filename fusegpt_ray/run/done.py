@@ -1,4 +1,4 @@
-"""A finished round, and which files are needed of it."""
+"""A finished round, where its record lies, and which files are needed of it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Self
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import DamagedRecord, FileRecord, opened
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,38 @@ class Done:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         files = {uri: FileRecord.from_json(file) for uri, file in data["files"].items()}
         return cls(data["round"], Stack.from_json(data["stack"]), files)
+
+
+def moved(done: Sequence[Done]) -> dict[str, int]:
+    """Bytes of blocks that rounds, or a healing, read to score and for states, and wrote."""
+    counted = ("bytes_read", "states_bytes_read")
+    read = sum(one.record.get(key) or 0 for one in done for key in counted)
+    written = sum(file.size for one in done for file in one.files.values())
+    return {"bytes_read": read, "bytes_written": written}
+
+
+def record_file(folder: str, number: int) -> str:
+    """Of a round, in the run's folder."""
+    return storage.join(folder, f"round-{number:03d}.json")
+
+
+def numbers(folder: str) -> list[int]:
+    """Of the rounds that have a record, in order."""
+    names = [name for name in storage.names(folder) if name.startswith("round-")]
+    return sorted(int(name.removeprefix("round-").removesuffix(".json")) for name in names)
+
+
+def records(folder: str) -> tuple[list[Done], str]:
+    """The records that can be read, from the first on, and what is wrong with the next one."""
+    done: list[Done] = []
+    for number in numbers(folder):
+        if number != len(done) + 1:
+            return done, f"{record_file(folder, len(done) + 1)} is missing"
+        try:
+            done.append(Done.from_json(opened(storage.read(record_file(folder, number)))))
+        except DamagedRecord as error:
+            return done, f"{record_file(folder, number)} is damaged ({error})"
+    return done, ""
 
 
 def needed_files(done: Sequence[Done], numbers: Collection[int]) -> set[str]:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from fusegpt_ray.errors import GOES_ON, StorageError, UserError
+from fusegpt_ray.errors import GOES_ON, BudgetSpent, StorageError, UserError
 from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.done import Done as Done
-from fusegpt_ray.run.done import let_go_of, needed_files
+from fusegpt_ray.run.done import let_go_of, needed_files, numbers, record_file, records
 from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
@@ -50,6 +51,7 @@ class Journal:
     """Whether something is saved from which the same command goes on."""
     ours: bool = False
     """Whether no round is done and nothing in the folder comes from an earlier attempt."""
+    budget: Budget | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Journal:
@@ -92,7 +94,7 @@ class Journal:
         self,
         say: Callable[[str], None],
         doing: Callable[[], str],
-        facts: Mapping[str, Any],
+        facts: Callable[[], Mapping[str, Any]],
         log: MetricsLog | None = None,
     ) -> Iterator[Journal]:
         """This journal for writing: while the block lasts, no other run has the name.
@@ -108,7 +110,7 @@ class Journal:
         with Lease.take(self.folder, say, doing, facts, log) as lease:
             names = storage.names(self.folder)
             saved = any(name.startswith(_GOES_ON) for name in names)
-            journal = Journal(self.folder, lease, saved, ours="identity.json" not in names)
+            journal = Journal(self.folder, lease, saved, "identity.json" not in names, self.budget)
             try:
                 yield journal
             except BaseException as error:
@@ -130,7 +132,7 @@ class Journal:
         except StorageError as failed:
             error.add_note(f"what the run left was not looked at: {failed}")
         # These would end the run in the same way again: they need another recipe.
-        if self.saved and not isinstance(error, UserError | FloatingPointError):
+        if self.saved and not isinstance(error, UserError | FloatingPointError | BudgetSpent):
             error.add_note(GOES_ON)
 
     def begin(self, this: Mapping[str, Any], say: Callable[[str], None] = lambda _: None) -> None:
@@ -156,7 +158,7 @@ class Journal:
             UserError: another run with finished rounds is here, as far as `this` part of an
                 identity tells.
         """
-        if self._numbers() and (problem := self._other(this)):
+        if numbers(self.folder) and (problem := self._other(this)):
             name = self.folder.rsplit("/", 1)[-1].removesuffix(".run")
             raise UserError("output.name", name, problem, fix)
 
@@ -179,7 +181,7 @@ class Journal:
     def commit(self, number: int, done: Done) -> None:
         """Record round `number` (from 1) as done, then remove its training checkpoints."""
         with self.creating():
-            storage.create(self._file(number), sealed(done.to_json()))
+            storage.create(record_file(self.folder, number), sealed(done.to_json()))
         self.saved, self.ours = True, False
         self._forget_checkpoints(number)
 
@@ -225,6 +227,17 @@ class Journal:
         self.fence()
         storage.write(self._note(kind, number), sealed({"note": note}))
         self.saved |= f"{kind}-" in _GOES_ON
+        self.pause()
+
+    def pause(self) -> None:
+        """Everything so far is saved: raises BudgetSpent where the run is to stop."""
+        if self.budget and self.saved:
+            self.budget.check()
+
+    def pause_training(self, folder: str, part: int) -> None:
+        """The same after a part of a training whose checkpoints are in `folder`."""
+        if self.budget:
+            self.budget.check_training(folder, part)
 
     def kept(self, kind: Note, number: int, say: Callable[[str], None]) -> Any:
         """What `keep` noted, or None."""
@@ -250,7 +263,7 @@ class Journal:
         Raises:
             UserError: a model is asked for of which this run no longer has the blocks.
         """
-        done, problem = self._records()
+        done, problem = records(self.folder)
         good: set[str] = set()
         while done:
             written = {
@@ -273,9 +286,9 @@ class Journal:
         if problem:
             say(f"WARNING: {problem}; going back to the end of round {len(done)}")
             self.fence()
-            for number in self._numbers():
+            for number in numbers(self.folder):
                 if number > len(done):
-                    storage.remove(self._file(number))
+                    storage.remove(record_file(self.folder, number))
                     for kind in get_args(Note):
                         self.forget(kind, number + 1)  # of the stack after it
         if done:  # what a kill just after its commit may have left
@@ -305,6 +318,8 @@ class Journal:
         self.fence()
         remove_run(self.folder, keep_lease=True)
         self.saved, self.ours = False, True
+        if self.budget:
+            self.budget.forget()
 
     def remove(self) -> None:
         """Forget the run and give up its name, once all its models are published."""
@@ -327,24 +342,5 @@ class Journal:
     def _identity(self) -> str:
         return storage.join(self.folder, "identity.json")
 
-    def _file(self, number: int) -> str:
-        return storage.join(self.folder, f"round-{number:03d}.json")
-
     def _note(self, kind: Note, number: int) -> str:
         return storage.join(self.folder, f"{kind}-{number:03d}.json")
-
-    def _numbers(self) -> list[int]:
-        names = [name for name in storage.names(self.folder) if name.startswith("round-")]
-        return sorted(int(name.removeprefix("round-").removesuffix(".json")) for name in names)
-
-    def _records(self) -> tuple[list[Done], str]:
-        """The records that can be read, from the first on, and what is wrong with the next one."""
-        done: list[Done] = []
-        for number in self._numbers():
-            if number != len(done) + 1:
-                return done, f"{self._file(len(done) + 1)} is missing"
-            try:
-                done.append(Done.from_json(opened(storage.read(self._file(number)))))
-            except DamagedRecord as error:
-                return done, f"{self._file(number)} is damaged ({error})"
-        return done, ""

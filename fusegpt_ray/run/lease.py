@@ -100,7 +100,7 @@ class Standing:
     @classmethod
     def look(cls, folder: str) -> Standing | None:
         """Nothing where nobody has ever had the name, or its last owner has finished."""
-        last, sign = _last(folder), _read_sign(folder)
+        last, sign = _last(folder), read_sign(folder)
         if last is None:
             return _without_lease(sign)
         generation, owner = last
@@ -157,7 +157,7 @@ class Lease:
         folder: str,
         owner: Owner,
         doing: Callable[[], str],
-        facts: Mapping[str, Any],
+        facts: Callable[[], Mapping[str, Any]],
         log: MetricsLog,
     ) -> None:
         self.folder, self.fence = folder, Fence(folder, owner.id)
@@ -171,10 +171,13 @@ class Lease:
         folder: str,
         say: Say,
         doing: Callable[[], str] = str,
-        facts: Mapping[str, Any] | None = None,
+        facts: Callable[[], Mapping[str, Any]] = dict,
         log: MetricsLog | None = None,
     ) -> Lease:
         """Own the name: at once, or when its last owner has ended or its lease has expired.
+
+        Args:
+            doing, facts: what signs of life tell.
 
         Raises:
             OwnedByAnother: a process that is alive owns it, or was faster.
@@ -186,7 +189,7 @@ class Lease:
             now = Standing.look(folder)  # what is there tells who won
             if now and now.owner.id == owner.id:
                 log = log or MetricsLog()
-                lease = cls(folder, owner, doing, facts or {}, log)
+                lease = cls(folder, owner, doing, facts, log)
                 log.begin(folder, now.generation, lease.fence.check)
                 return lease
             if now:
@@ -235,9 +238,10 @@ class Lease:
 
     def _beat(self, **more: str) -> None:
         owner = {"owner": self._owner.id, "host": self._owner.host, "pid": self._owner.pid}
-        sign = {"time": time.time(), **owner, "doing": self._doing(), **self._facts, **more}
+        sign = {"time": time.time(), **owner, "doing": self._doing(), **more}
         with contextlib.suppress(Exception):  # whatever the store raises; or the name is lost
             self.fence.check()
+            sign = {**self._facts(), **sign}
             storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), retry_for=0)
             self._log.write()
 
@@ -305,7 +309,8 @@ def _without_lease(sign: Mapping[str, Any]) -> Standing | None:
     return Standing(0, Owner("", sign["host"], "", sign["pid"], 0, ""), sign)
 
 
-def _read_sign(folder: str) -> dict[str, Any]:
+def read_sign(folder: str) -> dict[str, Any]:
+    """The last sign of life, whoever gave it; empty if there is none that can be read."""
     try:
         sign = storage.read_json(storage.join(folder, SIGN))
     except StorageError:

@@ -39,7 +39,7 @@ class MetricsLog:
 
     def __call__(self, event: str, values: Mapping[str, Any]) -> None:
         line = {"time": round(time.time(), 3), "event": event, **values}
-        self._lines.append(json.dumps(_finite(line)) + "\n")
+        self._lines.append(json.dumps(finite(line)) + "\n")
         if self._at_once:
             # A disk that is full, or a name that is lost: whoever needs them finds out itself.
             with contextlib.suppress(Exception):
@@ -94,10 +94,10 @@ class MetricsLog:
         return earlier + "".join(self._lines).encode()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity and no NaN: they become null."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value if not isinstance(value, float) or math.isfinite(value) else None

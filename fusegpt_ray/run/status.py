@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import duration
+from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.outputs import Folder, Outputs, Run
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.text.protocol import STAGES, described, stages
@@ -83,6 +84,7 @@ def _run(run: Run) -> dict[str, Any]:
         "heartbeat_age": round(time.time() - sign["time"], 1) if sign else None,
         "host": sign.get("host"),
         "pid": sign.get("pid"),
+        "spent": sign.get(SPENT),
         "rounds": total,
         "rounds_done": len(rounds),
         "epochs_saved": run.epochs_saved,

@@ -25,6 +25,9 @@ from fusegpt_ray.training.task import HELD_OUT, SavedBlocks, TrainingTask
 from fusegpt_ray.training.validation import Validation
 from fusegpt_ray.workers.base import News, TrainingWorker, Workers
 
+Pause = Callable[[str, int], None]
+"""Told of the folder with training checkpoints, and of the part that is done."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,14 +73,28 @@ class Trained:
     """Including the time before a checkpoint from which training went on."""
 
 
-def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None]) -> Trained:
+def train_span(
+    workers: Workers,
+    task: TrainingTask,
+    news: Callable[[News], None],
+    pause: Pause = lambda folder, part: None,
+) -> Trained:
     """Train a span and write its new blocks; goes on from its training checkpoint.
+
+    Args:
+        pause: called after `news` of a part of the training; what it raises ends the training.
 
     Raises:
         FloatingPointError: the loss is not finite.
         MemoryError: not even a single window fits.
     """
     began = time.monotonic()
+
+    def told(item: News) -> None:
+        news(item)
+        if not isinstance(item, str):
+            pause(task.folder, item[0])
+
     batch, config = workers.setup.importance.batch, task.config
 
     def states(batch_size: int) -> int:
@@ -96,7 +113,7 @@ def train_span(workers: Workers, task: TrainingTask, news: Callable[[News], None
 
     def steps(micro_batch: int) -> list[Outcome]:
         kept = checkpoints.with_micro_batch(micro_batch)
-        return workers.spmd(train_and_save, task, states_batch, kept, news=news)
+        return workers.spmd(train_and_save, task, states_batch, kept, news=told)
 
     results, micro_batch = find_batch_size(steps, checkpoints.micro_batch, share, task.what)
     return Trained(

@@ -138,6 +138,10 @@ class Workers(Protocol):
         """Memory of a worker's device: of a GPU all, of a CPU a process's part of what is free."""
 
     @property
+    def gpus_held(self) -> float:
+        """GPUs that all of them hold together."""
+
+    @property
     def streams(self) -> bool:
         """Whether a replica reads the weights for every walk, so that its tasks should be large."""
 

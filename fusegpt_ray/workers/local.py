@@ -84,6 +84,10 @@ class LocalWorkers:
         return device_bytes(self.device)
 
     @property
+    def gpus_held(self) -> float:
+        return float(self.device.type == "cuda")
+
+    @property
     def streams(self) -> bool:
         return not self.runner.resident
 

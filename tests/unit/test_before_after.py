@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
 from fusegpt_ray import before_after
 from fusegpt_ray.before_after import TOKENS
+from fusegpt_ray.cli import main
 from fusegpt_ray.outlook import Device, outlook
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
@@ -67,12 +68,20 @@ def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
         "rounds": [{"removed": 1, "seconds": {"score": 1800.0}}],
         "recipe": {"cluster": priced},
     }
+    told["spent"] = {"seconds": 2700.0, "gpu_seconds": 5400.0} | {
+        "bytes_read": 4_000_000,
+        "bytes_written": 2_000_000,
+    }
     shown = page.html(of_manifest("demo", told, 10))
     assert "price of that time</dt><dd>3.00<" in shown
+    assert "time of the run so far</dt><dd>45 min 00 s<" in shown
+    assert "GPU hours of the run</dt><dd>1.50<" in shown
+    assert "price of these</dt><dd>4.50<" in shown
+    assert "blocks read, and written</dt><dd>4.0 MB, 2.0 MB<" in shown
     assert "<td>1.50</td><td>3.00</td></tr>" in shown
     unpriced = ({**priced, "gpu_hour_price": None}, {"gpu_hour_price": "much"}, None)
     for cluster, gpu in ((priced, ""), *((cluster, "NVIDIA H200") for cluster in unpriced)):
-        changed = {**told, "gpu": gpu, "recipe": {"cluster": cluster}}
+        changed = {**told, "gpu": gpu, "spent": None, "recipe": {"cluster": cluster}}
         shown = page.html(of_manifest("demo", changed, 10))
         assert (
             "price" not in shown.partition("<details><summary>The recipe")[0].partition("<dl>")[2]
@@ -109,10 +118,27 @@ def test_a_plan_tells_the_price_of_a_gpu_that_is_known(desk: Desk) -> None:
     file = desk.write(method="mi", cluster={"engine": "local", "gpu_hour_price": 2.5})
     found = outlook(plan(Recipe.load(file), Display(), looks=True), Device.named("NVIDIA H200"), 4)
     assert found["price"] == pytest.approx(found["seconds"] / 3600 * 4 * 2.5) and found["price"] > 0
+    assert sum(row["price"] for row in found["stages"]) == pytest.approx(found["price"])
     file = desk.write(method="mi")
     assert (
         outlook(plan(Recipe.load(file), Display()), Device.named("NVIDIA H200"), 4)["price"] is None
     )
+
+
+def test_a_plan_tells_whether_the_budget_is_enough(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"engine": "local", "gpu_hour_price": 2.5, "max_hours": 9, "max_cost": 1e-12}
+    command = ["plan", desk.write(method="mi", cluster=told), "--gpu", "H200"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "cluster.max_cost = 1e-12 is not enough" in shown and "max_hours" not in shown
+    assert main([*command, "--json"]) == 0
+    hours, cost = json.loads(capsys.readouterr().out)["budget"]
+    assert (hours["key"], hours["limit"], hours["enough"]) == ("cluster.max_hours", 9, True)
+    assert cost["enough"] is False and cost["needs"] == pytest.approx(hours["needs"] * 2.5)
+    assert main(command[:2]) == 0
+    assert "whether cluster.max_hours = 9 is enough, is not known" in capsys.readouterr().out
 
 
 def test_what_a_class_cannot_write_costs_no_model(

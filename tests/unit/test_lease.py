@@ -123,7 +123,7 @@ def test_the_heart_beats_while_the_block_lasts(tmp_path: Path, hasty: None) -> N
         beats.release()
         return "thinking"
 
-    with Lease.take(str(tmp_path), quiet, doing, {"rounds": 3}):
+    with Lease.take(str(tmp_path), quiet, doing, lambda: {"rounds": 3}):
         for _ in range(5):
             assert beats.acquire(timeout=60)
     last = read_sign(tmp_path)

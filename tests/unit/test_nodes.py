@@ -67,6 +67,43 @@ def test_an_autoscaler_is_asked_until_it_is_there(
     assert fake.now == fake.when
 
 
+def test_only_nodes_with_the_labels_count(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 GPUs, 2 are on nodes that are alive and have both labels."""
+    want = {"ray.io/accelerator-type": "H100", "pool": "train"}
+    told = [
+        (True, want | {"zone": "b"}, 2.0),
+        (True, {"pool": "train"}, 4.0),
+        (True, want | {"pool": "serve"}, 1.0),
+        (False, want, 1.0),
+    ]
+    there = [
+        {"NodeID": str(n), "Alive": alive, "Labels": labels, "Resources": {"GPU": gpus, "CPU": 4.0}}
+        for n, (alive, labels, gpus) in enumerate(told)
+    ]
+    fake = cluster({"CPU": 16, "GPU": 8})
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: there)
+    labelled = Cluster(labels=want, gpus_per_replica=1, wait_minutes=0)
+    assert nodes.resources(labelled) == {"GPU": 2.0, "CPU": 4.0}
+    assert nodes.alive_nodes(want) == {"0"}
+    wait_for_resources(2, 4, labelled, grows=True)
+    with pytest.raises(UserError, match=r"cluster\.labels = .*: 3 GPUs are needed, the nodes with"):
+        wait_for_resources(3, 3, labelled, grows=True)
+    assert fake.asked == []
+
+
+def test_nodes_with_labels_are_asked_for(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster({"CPU": 1})
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(nodes.ray, "nodes", list)
+    monkeypatch.setattr(nodes, "request_resources", lambda **request: asked.append(request))
+    with pytest.raises(UserError, match="after 1 minutes"):
+        wait_for_resources(0, 2, Cluster(labels={"pool": "a"}, wait_minutes=1), grows=True)
+    assert asked == [
+        {"bundles": [{"CPU": 1}] * 2, "bundle_label_selectors": [{"pool": "a"}] * 2},
+        {"bundles": []},
+    ]
+
+
 def test_after_the_wait_it_is_said_how_long_it_was(cluster: Any) -> None:
     fake = cluster({"CPU": 4})
     with pytest.raises(UserError) as caught:

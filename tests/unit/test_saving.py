@@ -98,7 +98,7 @@ def test_the_fence_is_asked_where_a_shard_is_written(workers: Elsewhere, tmp_pat
     dense = workers.setup.dense
     shards = plan_shards(model_entries(dense, dense), SHARD)
     run, out = str(tmp_path / "demo.run"), tmp_path / "out"
-    with Lease.take(run, lambda text: None, lambda: "saving", {}) as lease:
+    with Lease.take(run, lambda text: None, lambda: "saving") as lease:
         put_on_workers(workers, str(out), shards, lease.fence.check)
         before = contents(out)
         storage.create(f"{run}/lease-000002.json", _lease_of_another())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,12 @@ def test_status_as_json(out: Path, capsys: Capture) -> None:
     )
     (run,) = result["runs"]
     seconds = sum(record["seconds"].values())
+    assert run["spent"]["seconds"] >= seconds and run["spent"]["gpu_seconds"] == 0
     assert run["heartbeat_age"] == pytest.approx(7200, abs=600)
     assert {
-        key: run[key] for key in run if key not in ("heartbeat_age", "host", "pid", "doing")
+        key: run[key]
+        for key in run
+        if key not in ("heartbeat_age", "host", "pid", "doing", "spent")
     } == {
         "name": "demo",
         "uri": str(out / "demo.run"),
@@ -55,6 +59,26 @@ def test_status_as_json(out: Path, capsys: Capture) -> None:
         "round_seconds": round(seconds, 1),
         "seconds_left": round(2 * seconds, 1),
     }
+
+
+def test_a_watch_ends_when_no_run_is_at_work(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It looks again after each pause, in the second of which the run ends."""
+    alive(out)
+    paused: list[float] = []
+
+    def pause(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 2:
+            aged(out, seconds=7200)
+
+    monkeypatch.setattr(time, "sleep", pause)
+    assert main(["status", str(out), "--json", "--watch", "--every", "7"]) == 0
+    told = [json.loads(line)["runs"][0]["state"] for line in capsys.readouterr().out.splitlines()]
+    assert told == ["alive", "alive", "unfinished"] and paused == [7, 7]
+    assert main(["status", str(out), "--watch"]) == 0
+    assert capsys.readouterr().out.count("other-p20") == 1 and len(paused) == 2
 
 
 def test_status_of_one_run_or_model(out: Path) -> None:

@@ -1,0 +1,37 @@
+"""`FUSEGPT_LOG=json`: what a run shows, for those who collect logs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from desk import Desk
+
+from fusegpt_ray.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_everything_is_a_line_of_json_with_its_place(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("FUSEGPT_LOG", "json")
+    assert main(["compress", desk.write()]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert all({"time", "event", "run", "round", "stage"} <= line.keys() for line in lines)
+    events = [line["event"] for line in lines]
+    assert {"run", "said", "scores", "epoch", "round", "published"} <= set(events)
+    assert [line["round"] for line in lines if line["event"] == "epoch"] == [1, 1, 2, 2]
+    began = events.index("run")
+    assert {line["run"] for line in lines[began:]} == {"demo"} and lines[began]["run_id"]
+    (fusing,) = [line for line in lines if str(line.get("message")).startswith("round 2: fusing")]
+    assert (fusing["round"], fusing["stage"]) == (2, fusing["message"])
+
+
+def test_another_format_is_refused(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("FUSEGPT_LOG", "xml")
+    assert main(["compress", desk.write()]) == 2
+    assert "FUSEGPT_LOG = 'xml': not a format of logs" in capsys.readouterr().err
+    assert not desk.out.exists()
