@@ -88,6 +88,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion": {"epochs": 5, "start": "linear"},
         "heal": {"train": "all", "learning_rate": 3e-4},
     },
+    # The others: a block or an MLP in place of a run, gates, width.
+    "streamline": {"method": "streamline", "fusion": {"epochs": 4}},
+    "streamline, healed (all)": {"method": "streamline", "fusion": {"epochs": 4}, "heal": ALL},
+    "foldgpt": {"method": "foldgpt"},
+    "foldgpt, healed (all)": {"method": "foldgpt", "heal": ALL},
+    "slicegpt": {"method": "slicegpt"},
 }
 
 

@@ -39,8 +39,10 @@ def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
     if heal.train == "lora":
         one = matrices(dense, dense.blocks)
         update = int(2 * heal.rank * one.active_sides / len(dense) * length)
-    # Frozen matrices have no gradients of their own.
-    back = 3 * (attention + update) + (2 if update else 3) * matrix
+    # Frozen matrices have no gradients of their own. (Nor does anything below the first block that
+    # learns, which is not counted here.)
+    learned = {"lora": 0.0, "all": 1.0, "new": 1 - len(dense) / kept}[heal.train]
+    back = 3 * (attention + update) + int((2 + learned) * matrix)
     again = (matrix + attention + update) * recipe.cluster.recompute_activations
     return kept * (back + again) + 3 * head_flops(dense, length)
 

@@ -94,6 +94,9 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     low_rank = heal.train == "lora"
     updates = kept * heal.rank * all_matrices.sides // len(dense)
     learns, frozen = (updates, weights) if low_rank else (weights, 0)
+    if heal.train == "new":
+        learns = weights * (kept - len(dense)) // kept
+        frozen = weights - learns
     formed = learns  # each block has its own of these; a group learns them once
     learns = ceil(learns / (heal.share or 1))
     parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
@@ -190,7 +193,8 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
     """As `shortage`, for healing a model of `kept` blocks."""
     if recipe.heal is None or (needed := healing_bytes(recipe, dense, dtype, kept)) <= room:
         return ""
-    keys = ["a lower heal.rank" if recipe.heal.train == "lora" else "heal.train: lora"]
+    fewer = {"lora": ["a lower heal.rank"], "all": ["heal.train: lora"]}
+    keys = fewer.get(recipe.heal.train, [])
     if recipe.cluster.workers > 1 and recipe.cluster.zero_stage < 3:
         keys.insert(0, "cluster.zero_stage: 3")
     if not recipe.cluster.recompute_activations:
@@ -199,7 +203,7 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
         keys.insert(0, "cluster.micro_batch: 1")
     return (
         f"healing needs about {byte_count(needed)} on each worker, which has {byte_count(room)}; "
-        f"less is needed with {' or '.join(keys)}"
+        f"less is needed with {' or '.join(keys or ['fewer new blocks'])}"
     )
 
 

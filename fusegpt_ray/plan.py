@@ -207,8 +207,8 @@ def _planned(
     targets = check(plan_targets, recipe, len(structure.blocks), source.config())
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe
-    if recipe.heal and recipe.heal.train == "all" and recipe.heal.rank != Heal().rank:
-        show.say("heal.rank plays no part: with heal.train: all there are no low-rank updates")
+    if (heal := recipe.heal) and heal.train != "lora" and heal.rank != Heal().rank:
+        show.say(f"heal.rank plays no part: heal.train: {heal.train} has no low-rank updates")
     if targets:
         check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)

@@ -191,11 +191,9 @@ class Recipe(Section):
 
     def _depth_fits(self) -> Iterator[UserError]:
         yield from deeper.mistakes(self.method, self.depth, self.every, self.sparsity)
-        if METHOD_SPECS[self.method].stays_itself and self.heal and self.heal.loss == "kl":
-            problem = (
-                f"with method {self.method} it is 0 from the beginning, and nothing would learn"
-            )
-            yield UserError("heal.loss", "kl", problem, "leave it out, or use tokens")
+        if self.heal:
+            heal = self.heal
+            yield from deeper.healing_mistakes(self.method, heal.loss, heal.train, heal.share)
         if self.heal and self.heal.loss == "tokens" and self.heal.hidden:
             problem = "with heal.loss: tokens no dense model is run whose states there could be"
             yield UserError("heal.hidden", self.heal.hidden, problem, "leave one of them out")

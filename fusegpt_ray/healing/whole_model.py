@@ -145,6 +145,8 @@ class WholeModel:
         put in; of those, a router has none.
         """
         learned: dict[str, nn.Module] = {}
+        if self.settings.train == "new" and block.like is None:
+            return learned
         low_rank = self.settings.train == "lora"
         layers = dict(linear_layers(plain)) if low_rank else {}
         experts = expert_layers(plain) if low_rank else {}
@@ -189,6 +191,8 @@ class WholeModel:
         for block, plain, learned in list(blocks)[part::parts]:
             empty = span.meta_blocks[block.kind]
             tensors = _plain_tensors(block, plain, learned, empty)
+            if not tensors:  # it stays what it is
+                continue
             entries = entries_of(empty.stored(tensors, block.weights))
             self.fence()
             uri = storage.join(self.folder, f"block-{block.dense:03d}.safetensors")
