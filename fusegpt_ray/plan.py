@@ -21,6 +21,7 @@ from fusegpt_ray.model.structure import Structure
 from fusegpt_ray.preflight import (
     check_copies,
     check_images,
+    check_light,
     check_method,
     check_model,
     check_output,
@@ -212,6 +213,7 @@ def _planned(
     if targets:
         check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)
+    check(check_light, recipe, structure)
     if targets:
         check(check_copies, recipe, structure)
     model = check(open_model, source, show, looks)

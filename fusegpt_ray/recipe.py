@@ -179,6 +179,9 @@ class Recipe(Section):
             problem = f"method {self.method} goes by {spec.metric}"
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
             yield UserError("importance.metric", metric, problem, fix)
+        if self.fusion.light != "block" and not spec.light:
+            problem, fix = f"method {self.method} has no light block", "use method: streamline"
+            yield UserError("fusion.light", self.fusion.light, problem, f"leave it out, or {fix}")
         if not spec.nested and len(self.sparsity) > 1 and not spec.inserts:
             what = "makes another model" if spec.narrows else "chooses other blocks"
             problem = f"method {self.method} {what} for each of them"

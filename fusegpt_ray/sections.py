@@ -193,6 +193,10 @@ class Fusion(Section):
     linear layer takes over what the removed block added, as a function of the layer's inputs.
     `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number. `auto`:
     `linear`, or `none` where the model has no such layer or the windows too few tokens."""
+    light: Literal["block", "mlp"] = "block"
+    """What `streamline` puts in place of its run. `block`: a whole block. `mlp`: one whose
+    attention gives nothing, so that its MLP alone learns. As a file, one is as large as the other.
+    """
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)

@@ -4,7 +4,7 @@ again the dense model's, or to predict a text. What is built, what learns, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class WholeModel:
     """Where the new blocks' files go."""
     fence: Fence = nobody_else
     """Called before every write, in whichever process: it raises if another run writes here."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not learn, by name in the block."""
 
     uses_head = True
 
@@ -168,7 +170,7 @@ class WholeModel:
                 learned[path] = Masters(updates, dtype)
                 plain.set_submodule(path, LowRankExperts(module, own))
             elif not low_rank or is_norm(module):
-                values = _floating(path, module, stored)
+                values = _floating(path, module, stored, self.frozen)
                 masters = {key: value.to(device, torch.float32) for key, value in values.items()}
                 if masters:
                     learned[path] = Masters(masters, dtype)
@@ -206,11 +208,12 @@ def _has_matrix(learned: nn.Module) -> bool:
 
 
 def _floating(
-    path: str, module: nn.Module, stored: Mapping[str, torch.Tensor]
+    path: str, module: nn.Module, stored: Mapping[str, torch.Tensor], frozen: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """A module's own parameters, as they are stored, without those that cannot learn."""
+    """A module's own parameters, as they are stored, without those that cannot or do not learn."""
     names = {key: f"{path}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
-    return {key: stored[name] for key, name in names.items() if stored[name].is_floating_point()}
+    learn = {key: name for key, name in names.items() if name not in frozen}
+    return {key: stored[name] for key, name in learn.items() if stored[name].is_floating_point()}
 
 
 @torch.no_grad()
