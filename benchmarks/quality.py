@@ -91,9 +91,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The others: a block or an MLP in place of a run, gates, width.
     "streamline": {"method": "streamline", "fusion": {"epochs": 4}},
     "streamline, healed (all)": {"method": "streamline", "fusion": {"epochs": 4}, "heal": ALL},
+    "streamline, MLP": {"method": "streamline", "fusion": {"epochs": 4, "light": "mlp"}},
+    "streamline, MLP, healed (all)": {
+        "method": "streamline",
+        "fusion": {"epochs": 4, "light": "mlp"},
+        "heal": ALL,
+    },
     "foldgpt": {"method": "foldgpt"},
     "foldgpt, healed (all)": {"method": "foldgpt", "heal": ALL},
     "slicegpt": {"method": "slicegpt"},
+    "slicegpt, healed (all)": {"method": "slicegpt", "heal": ALL},
 }
 
 

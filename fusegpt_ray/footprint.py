@@ -78,9 +78,9 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
 
 def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:
     """What a training worker holds on its device while a model of `kept` blocks is healed, its
-    states aside: the trunk; the blocks' weights; all that learns, once in the arithmetic's dtype
-    with the gradients of a loss batch, once as masters with gradients and optimizer state;
-    activations; and the logits of a chunk of tokens.
+    states aside: the trunk, and that of a narrower model beside it; the blocks' weights; all that
+    learns, once in the arithmetic's dtype with the gradients of a loss batch, once as masters with
+    gradients and optimizer state; activations; and the logits of a chunk of tokens.
 
     Of several workers, ZeRO 1 shares the optimizer state, ZeRO 2 its gradients too, and ZeRO 3 also
     the masters and the frozen weights. Some blocks' worth is whole at a time.
@@ -118,7 +118,8 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     passing += low_rank * largest.expert_elements * dtype.itemsize
     vocabulary = read_config(dense.config).get_text_config().vocab_size
     logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
-    return int(held) + passing + logits + _in(dtype, dense.trunk)
+    trunks = 1 + recipe.spec.narrows  # a narrower model has one of its own
+    return int(held) + passing + logits + trunks * _in(dtype, dense.trunk)
 
 
 def waiting_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:

@@ -188,9 +188,9 @@ class Recipe(Section):
             yield UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
 
     def _width_fits(self) -> Iterator[UserError]:
-        if self.spec.narrows and self.heal:
-            problem = f"method {self.method} makes it narrower; healing takes models of one width"
-            yield UserError("heal", "given", problem, "leave heal out")
+        if self.spec.narrows and self.heal and self.heal.hidden:
+            problem = f"method {self.method} makes it narrower: its states have another size"
+            yield UserError("heal.hidden", self.heal.hidden, problem, "leave it out")
 
     def _depth_fits(self) -> Iterator[UserError]:
         yield from deeper.mistakes(self.method, self.depth, self.every, self.sparsity)

@@ -192,7 +192,7 @@ class GatedModel:
         own = [contexts[number].to(device) for number in numbers]
         return Span(plain, learned, own, recompute, run, _gated, meta_blocks, list(numbers))
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return LogitsKL(trunk.head)
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

@@ -104,7 +104,7 @@ class LightBlock:
     ) -> Span:
         return self._alone.build(meta_blocks, contexts, device, dtype, recompute, run, partition)
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return mse
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

@@ -181,10 +181,10 @@ class WholeModel:
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         return [{"params": [*span.learned.parameters()], "lr": self.settings.rate}]
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         if self.settings.loss == "tokens":
             return NextToken(trunk.head)
-        return LogitsKL(trunk.head, self.settings.hidden)
+        return LogitsKL(trunk.head, self.settings.hidden, teacher=teacher.head if teacher else None)
 
     def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
         """Write every `parts`-th of the blocks, in float32 where something learned."""
