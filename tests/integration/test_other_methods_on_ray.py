@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import TWO_WORKERS
+from engine_runs import LIGHT, TWO_WORKERS
 from safetensors.torch import load_file
 from test_engines import REORDERED
 
@@ -27,6 +27,7 @@ HEAL: dict[str, Any] = {
     "learning_rate": 0.001,
 }
 WAYS: dict[str, tuple[dict[str, Any], int]] = {
+    "streamline": (LIGHT | {"method": "streamline"}, 1),
     "tli, new blocks alone": (
         {"method": "tli", "sparsity": [], "every": 4, "heal": HEAL | {"train": "new"}},
         3,
