@@ -88,6 +88,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion": {"epochs": 5, "start": "linear"},
         "heal": {"train": "all", "learning_rate": 3e-4},
     },
+    # The others: a block or an MLP in place of a run, gates, width.
+    "streamline": {"method": "streamline", "fusion": {"epochs": 4}},
+    "streamline, healed (all)": {"method": "streamline", "fusion": {"epochs": 4}, "heal": ALL},
+    "streamline, MLP": {"method": "streamline", "fusion": {"epochs": 4, "light": "mlp"}},
+    "streamline, MLP, healed (all)": {
+        "method": "streamline",
+        "fusion": {"epochs": 4, "light": "mlp"},
+        "heal": ALL,
+    },
+    "foldgpt": {"method": "foldgpt"},
+    "foldgpt, healed (all)": {"method": "foldgpt", "heal": ALL},
+    "slicegpt": {"method": "slicegpt"},
+    "slicegpt, healed (all)": {"method": "slicegpt", "heal": ALL},
 }
 
 

@@ -153,7 +153,8 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage("fine-tuning", done, done * flops))
     if heal := recipe.heal:
         kept = [len(dense) - target.fewer for target in targets]
-        stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks))
+        share = width.share if width else 1.0
+        stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks, share))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(_evaluation(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
@@ -289,25 +290,31 @@ def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:
 
 
 def _healing(
-    recipe: Recipe, dense: Stack, depths: Sequence[int], windows: int, looks: int
+    recipe: Recipe,
+    dense: Stack,
+    depths: Sequence[int],
+    windows: int,
+    looks: int,
+    width: float = 1.0,
 ) -> Stage:
     """Of models of so many blocks: the teacher, where there is one, once over all windows; each
     model there and back over those that it is trained on, and there over the held-out ones at each
-    look.
+    look. `width`: see `healing_flops`.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
     looked = heal.held_out * (looks + 1)
     passes = 3 + recipe.cluster.recompute_activations
     block, head = block_flops(dense, length), head_flops(dense, length)
-    done = flops = 0
+    student = matrix_flops(dense, length) * width + attention_flops(dense, length)
+    done, flops = 0, 0.0
     for kept in depths:
         taught = (windows + heal.held_out) * len(dense) if heal.loss == "kl" else 0
-        walked = taught + looked * kept
-        done += walked + passes * windows * kept
-        flops += walked * block + (2 if heal.loss == "kl" else 1) * looked * head
-        flops += windows * healing_flops(recipe, dense, kept)
-    return Stage("healing", done, flops)
+        done += taught + looked * kept + passes * windows * kept
+        flops += taught * block + looked * kept * student
+        flops += ((heal.loss == "kl") + width) * looked * head
+        flops += windows * healing_flops(recipe, dense, kept, width)
+    return Stage("healing", done, int(flops))
 
 
 def _evaluation(

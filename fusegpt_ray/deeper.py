@@ -65,3 +65,17 @@ def mistakes(
     elif not given:
         keys = "depth: +25%, or every: 4" if spec.inserts == "at_intervals" else "depth: +50%"
         yield UserError("depth", None, f"method {method} needs it", f"add {keys}")
+
+
+def healing_mistakes(method: str, loss: str, train: str, share: int | None) -> Iterator[UserError]:
+    """What of `heal` does not fit to this method."""
+    spec = METHOD_SPECS[method]
+    if spec.stays_itself and loss == "kl":
+        problem = f"with method {method} it is 0 from the beginning, and nothing would learn"
+        yield UserError("heal.loss", loss, problem, "leave it out, or use tokens")
+    if spec.inserts and share is not None:
+        problem = f"method {method} puts in copies that are to learn what their originals do not"
+        yield UserError("heal.share", share, problem, "leave it out")
+    if not spec.inserts and train == "new":
+        problem = f"method {method} puts in no new blocks"
+        yield UserError("heal.train", train, problem, f"use lora or all, or method: {DEEPER}")

@@ -28,21 +28,26 @@ def attention_flops(dense: Stack, length: int) -> int:
     return 4 * heads * width * length**2
 
 
-def healing_flops(recipe: Recipe, dense: Stack, kept: int) -> int:
+def healing_flops(recipe: Recipe, dense: Stack, kept: int, width: float = 1.0) -> int:
     """Of one window that a model of `kept` blocks is trained on, there and back, the teacher's
     logits included.
+
+    Args:
+        width: its hidden size, as a share of the dense model's.
     """
     heal, length = recipe.heal, recipe.calibration.length
     assert heal is not None
-    matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
+    matrix, attention = matrix_flops(dense, length) * width, attention_flops(dense, length)
     update = 0
     if heal.train == "lora":
         one = matrices(dense, dense.blocks)
         update = int(2 * heal.rank * one.active_sides / len(dense) * length)
-    # Frozen matrices have no gradients of their own.
-    back = 3 * (attention + update) + (2 if update else 3) * matrix
+    # Frozen matrices have no gradients of their own. (Nor does anything below the first block that
+    # learns, which is not counted here.)
+    learned = {"lora": 0.0, "all": 1.0, "new": 1 - len(dense) / kept}[heal.train]
+    back = 3 * (attention + update) + int((2 + learned) * matrix)
     again = (matrix + attention + update) * recipe.cluster.recompute_activations
-    return kept * (back + again) + 3 * head_flops(dense, length)
+    return int(kept * (back + again) + (1 + 2 * width) * head_flops(dense, length))
 
 
 def gating_flops(dense: Stack, length: int) -> int:

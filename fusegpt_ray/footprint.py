@@ -78,9 +78,9 @@ def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
 
 def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> int:
     """What a training worker holds on its device while a model of `kept` blocks is healed, its
-    states aside: the trunk; the blocks' weights; all that learns, once in the arithmetic's dtype
-    with the gradients of a loss batch, once as masters with gradients and optimizer state;
-    activations; and the logits of a chunk of tokens.
+    states aside: the trunk, and that of a narrower model beside it; the blocks' weights; all that
+    learns, once in the arithmetic's dtype with the gradients of a loss batch, once as masters with
+    gradients and optimizer state; activations; and the logits of a chunk of tokens.
 
     Of several workers, ZeRO 1 shares the optimizer state, ZeRO 2 its gradients too, and ZeRO 3 also
     the masters and the frozen weights. Some blocks' worth is whole at a time.
@@ -94,6 +94,9 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     low_rank = heal.train == "lora"
     updates = kept * heal.rank * all_matrices.sides // len(dense)
     learns, frozen = (updates, weights) if low_rank else (weights, 0)
+    if heal.train == "new":
+        learns = weights * (kept - len(dense)) // kept
+        frozen = weights - learns
     formed = learns  # each block has its own of these; a group learns them once
     learns = ceil(learns / (heal.share or 1))
     parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
@@ -115,7 +118,8 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     passing += low_rank * largest.expert_elements * dtype.itemsize
     vocabulary = read_config(dense.config).get_text_config().vocab_size
     logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
-    return int(held) + passing + logits + _in(dtype, dense.trunk)
+    trunks = 1 + recipe.spec.narrows  # a narrower model has one of its own
+    return int(held) + passing + logits + trunks * _in(dtype, dense.trunk)
 
 
 def waiting_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
@@ -190,7 +194,8 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
     """As `shortage`, for healing a model of `kept` blocks."""
     if recipe.heal is None or (needed := healing_bytes(recipe, dense, dtype, kept)) <= room:
         return ""
-    keys = ["a lower heal.rank" if recipe.heal.train == "lora" else "heal.train: lora"]
+    fewer = {"lora": ["a lower heal.rank"], "all": ["heal.train: lora"]}
+    keys = fewer.get(recipe.heal.train, [])
     if recipe.cluster.workers > 1 and recipe.cluster.zero_stage < 3:
         keys.insert(0, "cluster.zero_stage: 3")
     if not recipe.cluster.recompute_activations:
@@ -199,7 +204,7 @@ def healing_shortage(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int
         keys.insert(0, "cluster.micro_batch: 1")
     return (
         f"healing needs about {byte_count(needed)} on each worker, which has {byte_count(room)}; "
-        f"less is needed with {' or '.join(keys)}"
+        f"less is needed with {' or '.join(keys or ['fewer new blocks'])}"
     )
 
 

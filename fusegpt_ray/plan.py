@@ -21,6 +21,7 @@ from fusegpt_ray.model.structure import Structure
 from fusegpt_ray.preflight import (
     check_copies,
     check_images,
+    check_light,
     check_method,
     check_model,
     check_output,
@@ -209,11 +210,12 @@ def _planned(
     targets = check(plan_targets, recipe, len(structure.blocks), source.config())
     decided = check(with_start, recipe, structure, show.say)
     recipe = decided or recipe
-    if recipe.heal and recipe.heal.train == "all" and recipe.heal.rank != Heal().rank:
-        show.say("heal.rank plays no part: with heal.train: all there are no low-rank updates")
+    if (heal := recipe.heal) and heal.train != "lora" and heal.rank != Heal().rank:
+        show.say(f"heal.rank plays no part: heal.train: {heal.train} has no low-rank updates")
     if targets:
         check(check_output, recipe, targets, restart, not looks, extends)
     check(check_method, recipe, structure)
+    check(check_light, recipe, structure)
     if targets:
         check(check_copies, recipe, structure)
     model = check(open_model, source, show, looks)

@@ -15,7 +15,7 @@ from fusegpt_ray.fusion.compensation import (
     needed_windows,
 )
 from fusegpt_ray.fusion.student import all_layers
-from fusegpt_ray.fusion.writers import writers
+from fusegpt_ray.fusion.writers import mixers, writers
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
@@ -82,6 +82,15 @@ def check_copies(recipe: Recipe, structure: Structure) -> None:
     if growth and growth.zero:
         copies = growth.place(recipe, len(structure.blocks))
         writers(structure, [copy.like for copy in copies])
+
+
+def check_light(recipe: Recipe, structure: Structure) -> None:
+    """
+    Raises:
+        UserError: an MLP is asked for in place of a run, and a block has none by itself.
+    """
+    if recipe.spec.light and recipe.fusion.light == "mlp":
+        mixers(structure, 0)
 
 
 def with_start(recipe: Recipe, structure: Structure, say: Callable[[str], None]) -> Recipe:

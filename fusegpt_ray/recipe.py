@@ -180,23 +180,24 @@ class Recipe(Section):
             problem = f"method {self.method} goes by {spec.metric}"
             fix = f"leave it out, or use method: mi, which goes by any metric, {metric} too"
             yield UserError("importance.metric", metric, problem, fix)
+        if self.fusion.light != "block" and not spec.light:
+            problem, fix = f"method {self.method} has no light block", "use method: streamline"
+            yield UserError("fusion.light", self.fusion.light, problem, f"leave it out, or {fix}")
         if not spec.nested and len(self.sparsity) > 1 and not spec.inserts:
             what = "makes another model" if spec.narrows else "chooses other blocks"
             problem = f"method {self.method} {what} for each of them"
             yield UserError("sparsity", list(self.sparsity), problem, "give one in each recipe")
 
     def _width_fits(self) -> Iterator[UserError]:
-        if self.spec.narrows and self.heal:
-            problem = f"method {self.method} makes it narrower; healing takes models of one width"
-            yield UserError("heal", "given", problem, "leave heal out")
+        if self.spec.narrows and self.heal and self.heal.hidden:
+            problem = f"method {self.method} makes it narrower: its states have another size"
+            yield UserError("heal.hidden", self.heal.hidden, problem, "leave it out")
 
     def _depth_fits(self) -> Iterator[UserError]:
         yield from deeper.mistakes(self.method, self.depth, self.every, self.sparsity)
-        if METHOD_SPECS[self.method].stays_itself and self.heal and self.heal.loss == "kl":
-            problem = (
-                f"with method {self.method} it is 0 from the beginning, and nothing would learn"
-            )
-            yield UserError("heal.loss", "kl", problem, "leave it out, or use tokens")
+        if self.heal:
+            heal = self.heal
+            yield from deeper.healing_mistakes(self.method, heal.loss, heal.train, heal.share)
         if self.heal and self.heal.loss == "tokens" and self.heal.hidden:
             problem = "with heal.loss: tokens no dense model is run whose states there could be"
             yield UserError("heal.hidden", self.heal.hidden, problem, "leave one of them out")

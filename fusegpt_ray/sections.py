@@ -223,6 +223,10 @@ class Fusion(Section):
     linear layer takes over what the removed block added, as a function of the layer's inputs.
     `matrix`: as one of its outputs (ReplaceMe). `scale`: its outputs times a number. `auto`:
     `linear`, or `none` where the model has no such layer or the windows too few tokens."""
+    light: Literal["block", "mlp"] = "block"
+    """What `streamline` puts in place of its run. `block`: a whole block. `mlp`: one whose
+    attention gives nothing, so that its MLP alone learns. As a file, one is as large as the other.
+    """
     group_size: int = Field(7, ge=1, le=MOST)
     """Neighbours that take the donor in; with the donor, one block more."""
     rank: int = Field(128, ge=1, le=MOST)
@@ -265,16 +269,17 @@ class Heal(Texts):
     many as the calibration has, or fewer where the text has no more."""
     repeat: bool = False
     """Whether a text with fewer than `tokens` is passed several times, instead of refused."""
-    train: Literal["lora", "all"] = "lora"
+    train: Literal["lora", "all", "new"] = "lora"
     """What learns in the blocks. `lora`: low-rank updates of all linear layers, and the norms.
-    `all`: every weight, for four times as many bytes in float32."""
+    `all`: every weight, for four times as many bytes in float32. `new`: every weight of the blocks
+    that `tli` or `dus` has put in, and nothing else (LLaMA Pro, arXiv 2401.02415)."""
     share: int | None = Field(None, ge=2, le=MOST)
     """So many adjacent blocks form a group that shares one set of matrices, the first one's at
     first, as FoldGPT does; norms stay each block's own. The files are no smaller."""
     rank: int = Field(64, ge=1, le=MOST)
-    """Rank of the low-rank updates; with `train: all` there are none."""
+    """Rank of the low-rank updates, which only `train: lora` has."""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Adam's highest rate; left out: 2e-4 for `lora`, 2e-5 for `all`."""
+    """Adam's highest rate; left out: 2e-4 for `lora` and `new`, 2e-5 for `all`."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the learning rate grows; then it falls to 0 on a cosine."""
     batch: int = Field(8, ge=1, le=MOST)
@@ -298,7 +303,7 @@ class Heal(Texts):
     @property
     def rate(self) -> float:
         """The learning rate, given or by default."""
-        return self.learning_rate or {"lora": 2e-4, "all": 2e-5}[self.train]
+        return self.learning_rate or {"all": 2e-5}.get(self.train, 2e-4)
 
 
 class Search(Section):

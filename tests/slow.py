@@ -100,6 +100,8 @@ SLOW = (
     ),
     # The order in which replicas answer, in one process, stays.
     f"{INTEGRATION}slicegpt_on_ray.py",
+    # The ways of one process, and healing on workers, stay.
+    f"{INTEGRATION}other_methods_on_ray.py",
     # Replicas: a lost one and a stopped one stay.
     f"{INTEGRATION}replicas.py::test_a_task_that_kills_every_replica_is_given_up",
     f"{INTEGRATION}replicas.py::test_every_task_is_done_once_and_both_work",

@@ -179,7 +179,7 @@ class GroupFusion:
 
     uses_head = False
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return LOSSES[self.settings.loss]
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

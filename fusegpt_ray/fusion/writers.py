@@ -7,6 +7,9 @@ the layers get their values back one after another, in the order in which they a
 as that stays so. Those that stay zero are the last of each branch: o_proj and down_proj, say,
 whatever an architecture calls them.
 
+In the same way those are found that have to be zero for a block to treat each token by itself: the
+last of its attention.
+
 Shapes: B rows, T tokens, D hidden size.
 """
 
@@ -30,6 +33,12 @@ from fusegpt_ray.model.structure import Structure, filled_without_memory
 SCALE = 0.02
 """Of the random values: small, so that nothing overflows in a wide block."""
 _FIX = "use method: dus, whose new blocks are copies as they are"
+_NO_MLP = "use fusion.light: block"
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+"""States that enter a block → those that leave it."""
+Kept = Callable[[Run, torch.Tensor], bool]
+"""What is to be so of a block, tried with these states."""
 
 
 def writers(structure: Structure, numbers: Sequence[int]) -> dict[int, list[str]]:
@@ -47,7 +56,7 @@ def writers(structure: Structure, numbers: Sequence[int]) -> dict[int, list[str]
         if kind not in known:
             what = f"block {number} cannot be tried with output layers at zero"
             with reading_users_file(KEY, structure.name, what, _FIX):
-                names = _writers_of(block, h_BTD, context)
+                names = _least_zero(block, h_BTD, context, _hands_on)
             if not names:
                 problem = (
                     f"with its linear layers at zero, block {number} does not hand on its states"
@@ -57,6 +66,27 @@ def writers(structure: Structure, numbers: Sequence[int]) -> dict[int, list[str]
             known[kind] = names
         found[number] = known[kind]
     return found
+
+
+def mixers(structure: Structure, number: int) -> list[str]:
+    """The parameters of the layers by which this block adds to a token's states what it read of
+    others: the last of its attention. With these at zero, an MLP is left.
+
+    Raises:
+        UserError: there are none, or nothing is left with them at zero.
+    """
+    block, h_BTD, context = structure.calls[number]
+    what = f"block {number} cannot be tried with its attention's output at zero"
+    with reading_users_file(KEY, structure.name, what, _NO_MLP):
+        names = _least_zero(block, h_BTD, context, _token_by_token)
+        every = _least_zero(block, h_BTD, context, _hands_on)
+    if not names or {*names} >= {*every} != set():
+        problem = (
+            f"no layers were found in block {number} that leave an MLP when they are zero, and an"
+            " MLP is what fusion.light asks for"
+        )
+        raise UserError(KEY, structure.name, problem, _NO_MLP)
+    return names
 
 
 def zeros(empty: EmptyBlock, names: Sequence[str], refs: Refs) -> Mapping[str, torch.Tensor]:
@@ -70,8 +100,10 @@ def zeros(empty: EmptyBlock, names: Sequence[str], refs: Refs) -> Mapping[str, t
 
 
 @torch.no_grad()
-def _writers_of(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> list[str]:
-    """Nothing, if it does not hand on its states with all of them at zero."""
+def _least_zero(block: nn.Module, h_BTD: torch.Tensor, context: Context, kept: Kept) -> list[str]:
+    """The parameters of the last layers that have to be zero for this to be so; nothing, if it is
+    not so with all of them at zero.
+    """
     tried = copy.deepcopy(block)
     filled_without_memory(tried, SCALE)
     for module in tried.modules():
@@ -82,8 +114,8 @@ def _writers_of(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> list
     order = _call_order(tried, layers, lambda: run_block(tried, h_BTD, context))
     values = {name: tried.get_parameter(name).data for names in layers.values() for name in names}
 
-    def hands_on() -> bool:
-        return torch.equal(run_block(tried, h_BTD, context), h_BTD)
+    def so() -> bool:
+        return kept(lambda entering_BTD: run_block(tried, entering_BTD, context), h_BTD)
 
     def set_to(names: Sequence[str], zero: bool) -> None:
         for name in names:
@@ -92,15 +124,27 @@ def _writers_of(block: nn.Module, h_BTD: torch.Tensor, context: Context) -> list
 
     for layer in order:
         set_to(layers[layer], zero=True)
-    if not hands_on():
+    if not so():
         return []
     stay = []
     for layer in order:
         set_to(layers[layer], zero=False)
-        if not hands_on():
+        if not so():
             set_to(layers[layer], zero=True)
             stay += layers[layer]
     return stay
+
+
+def _hands_on(run: Run, h_BTD: torch.Tensor) -> bool:
+    """Whether what leaves is what entered, to the last bit."""
+    return torch.equal(run(h_BTD), h_BTD)
+
+
+def _token_by_token(run: Run, h_BTD: torch.Tensor) -> bool:
+    """Whether the states of the other tokens do not depend on those of the first."""
+    other_BTD = h_BTD.clone()
+    other_BTD[:, 0] = -h_BTD[:, 0]
+    return torch.equal(run(h_BTD)[:, 1:], run(other_BTD)[:, 1:])
 
 
 def _candidates(block: nn.Module, width: int) -> dict[str, list[str]]:

@@ -4,18 +4,28 @@ A gate g_l weighs what block l adds: with block l as f_l,
 
     h_l+1 = h_l + g_l · (f_l(h_l) − h_l),
 
-so at 1 the model is the dense one, and at 0 the block is gone. All weights are frozen, and the
-gates of all blocks are trained together, from 1 on, to the least of
+so at 1 the block is the dense model's, and at 0 it is gone. All weights are frozen, and the gates
+of all blocks are trained together to the least of
 
-    KL(dense ‖ gated) + P · mean over l of g_l (1 − g_l) + B · (Σ_l s_l · g_l − k)².
+    F(g) = KL(dense ‖ gated) + P · mean over l of g_l (1 − g_l)
+    where  0 ≤ g_l ≤ 1  and  Σ_l s_l · g_l = k.
 
 The KL divergence is that of healing, in nats a token. The second term draws each gate to 0 or 1.
-The third is the budget: s_l is the block's share of all blocks' parameters, and k what may stay of
-them. A block's gate so falls while others may fall too, and is held up where these make it needed.
+The last condition is the budget: s_l is the block's share of all blocks' parameters, and k what may
+stay of them. It is true in every step, by gradient projection (Rosen, 1960). What learns are
+numbers r_l, 1 at first, and the gates are the nearest point of the budget,
 
-FoldGPT has no public code, and its abstract leaves open what is in capitals here, that one gate
-weighs a whole block, that gates lie between 0 and 1 by being cut off there, and that the least ones
-go: these choices are ours.
+    g_l = min(max(r_l − ν · s_l, 0), 1),    ν such that Σ_l s_l · g_l = k.
+
+Adam is given v_l − λ · s_l, where v is the gradient of F at g and λ the multiplier of the budget,
+by least squares over the gates that are neither 0 nor 1 (over all of them, if not two are):
+
+    λ = Σ s_l · v_l / Σ s_l².
+
+So a gate falls that costs less than the others do for its parameters, and these rise for it.
+
+FoldGPT has no public code, and its abstract leaves open what P is, that one gate weighs a whole
+block, how the budget is kept, and that the least ones go: these choices are ours.
 
 Shapes: B windows, T tokens, D hidden size, N blocks.
 """
@@ -42,7 +52,7 @@ from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import learn
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
-from fusegpt_ray.training.span import Learned, Span
+from fusegpt_ray.training.span import Learned, Span, Weights
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
 from fusegpt_ray.training.task import SavedBlocks, TrainingTask
@@ -54,8 +64,10 @@ BATCH = 4
 """Windows a step, or fewer where that does not divide them."""
 RATE = 0.05
 """Adam's at the beginning; it falls to 0 on a cosine."""
-POLARISE, BUDGET = 1.0, 8.0
-"""P and B, in nats."""
+POLARISE = 1.0
+"""P, in nats."""
+HALVINGS = 64
+"""Of the interval in which ν lies: more than float64 can tell."""
 
 
 def batch_of(windows: int) -> int:
@@ -68,51 +80,63 @@ def passes_over(windows: int) -> int:
     return ceil(STEPS * batch_of(windows) / windows)
 
 
-class _Pulled(torch.autograd.Function):
-    """A gate cut off at 0 and 1, with a gradient of its own beside the loss's."""
+def within(raw_N: torch.Tensor, shares_N: torch.Tensor, keep: float) -> torch.Tensor:
+    """r − ν · s, in float64 on the CPU: cut off at 0 and 1, these are the gates that keep the
+    budget.
 
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-        ctx.pull = pull
-        return gate.clamp(0, 1)
+    Args:
+        raw_N, shares_N, keep: r, s and k of the formula.
+    """
+    raw_N, shares_N = raw_N.detach().double().cpu(), shares_N.double().cpu()
+    # Between all gates at 1 and all at 0; what they add up to falls as ν grows.
+    low, high = ((raw_N - 1) / shares_N).min(), (raw_N / shares_N).max()
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if (shares_N * (raw_N - middle * shares_N).clamp(0, 1)).sum() > keep:
+            low = middle
+        else:
+            high = middle
+    return raw_N - high * shares_N
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0] + ctx.pull, None
 
-
-class Gate(nn.Module):
-    """One block's gate. The gradients of the two penalties are added where the loss batch's
-    gradient enters it, once a step.
+class _Projected(torch.autograd.Function):
+    """r → g. The gradient of the polarising term is added where the loss batch's gradient enters,
+    once a step, and what of both would change the budget is taken out.
     """
 
-    def __init__(
-        self,
-        number: int,
-        shares: torch.Tensor,
-        keep: float,
-        all_gates: list[nn.Parameter],
-        dtype: torch.dtype,
-    ) -> None:
+    @staticmethod
+    def forward(ctx: Any, raw_N: torch.Tensor, shares_N: torch.Tensor, keep: float) -> torch.Tensor:
+        gates_N = within(raw_N, shares_N, keep).clamp(0, 1).to(raw_N)
+        ctx.gates_N, ctx.shares_N = gates_N, shares_N
+        return gates_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gates_N, shares_N = ctx.gates_N, ctx.shares_N
+        slope_N = grads[0] + POLARISE * (1 - 2 * gates_N) / len(gates_N)
+        free_N = (gates_N > 0) & (gates_N < 1)
+        over_N = shares_N * free_N if free_N.sum() > 1 else shares_N
+        multiplier = (over_N * slope_N).sum() / over_N.square().sum()
+        return slope_N - multiplier * shares_N, None, None
+
+
+class Gates(Learned):
+    """The gates of all blocks."""
+
+    def __init__(self, shares: torch.Tensor, keep: float, dtype: torch.dtype) -> None:
         """
         Args:
-            shares: s [N], of all blocks, of which this is the one at `number`.
+            shares: s [N].
             keep: k.
-            all_gates: of all blocks, in order; this one is added.
+            dtype: of the arithmetic.
         """
-        super().__init__()
-        self.gate = nn.Parameter(torch.ones((), device=shares.device))
-        self.number, self.shares_N, self.keep, self.dtype = number, shares, keep, dtype
-        self.all_gates = all_gates
-        all_gates.append(self.gate)
+        super().__init__([{} for _ in shares])
+        self.raw_N = nn.Parameter(torch.ones_like(shares))
+        self.shares_N, self.keep, self.dtype = shares, keep, dtype
 
-    def forward(self) -> dict[str, torch.Tensor]:
-        gates_N = torch.stack([gate.detach() for gate in self.all_gates]).clamp(0, 1)
-        over = (self.shares_N * gates_N).sum() - self.keep
-        polarise = POLARISE * (1 - 2 * gates_N[self.number]) / len(gates_N)
-        pull = polarise + 2 * BUDGET * over * self.shares_N[self.number]
-        gate: torch.Tensor = _Pulled.apply(self.gate, pull)
-        return {"gate": gate.to(self.dtype)}
+    def forward(self) -> list[Weights]:
+        gates_N: torch.Tensor = _Projected.apply(self.raw_N, self.shares_N, self.keep)
+        return [{"gate": gate} for gate in gates_N.to(self.dtype)]
 
 
 def _gated(run: RunBlock) -> RunBlock:
@@ -164,14 +188,11 @@ class GatedModel:
             )
             for block in blocks
         ]
-        keep, gates = 1 - self.remove / len(blocks), list[nn.Parameter]()
-        learned = [{"": Gate(place, shares_N, keep, gates, dtype)} for place in range(len(blocks))]
+        learned = Gates(shares_N, 1 - self.remove / len(blocks), dtype)
         own = [contexts[number].to(device) for number in numbers]
-        return Span(
-            plain, Learned(learned), own, recompute, run, _gated, meta_blocks, list(numbers)
-        )
+        return Span(plain, learned, own, recompute, run, _gated, meta_blocks, list(numbers))
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return LogitsKL(trunk.head)
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
@@ -191,7 +212,9 @@ def train_gates(runner: Runner, model: GatedModel, windows: Batch) -> list[float
     worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
     try:
         span = learn(worker, model.task(windows), runner.batch_size, runner.batch_size).span
-        return [gate.item() for gate in span.learned.parameters()]
+        learned = span.learned
+        assert isinstance(learned, Gates)
+        return within(learned.raw_N, learned.shares_N, learned.keep).tolist()
     finally:
         worker.memory.clear()
         empty_cache()

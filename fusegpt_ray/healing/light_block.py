@@ -7,7 +7,7 @@ Shapes: b windows of a loss batch on this worker, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
-from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.samples import Batch
 from fusegpt_ray.sections import Fusion, Heal
@@ -33,7 +33,8 @@ from fusegpt_ray.training.task import SavedBlocks, TrainingTask
 @dataclass(frozen=True)
 class LightBlock:
     """Block `first` of the dense model, trained to do what the blocks `first` … `last` do; see
-    `training.finetune.Trainable`. Every weight learns, in float32.
+    `training.finetune.Trainable`. Every weight learns, in float32, but for those that are to stay
+    zero.
     """
 
     dense: Stack
@@ -46,6 +47,12 @@ class LightBlock:
     """Where the new block's file goes."""
     fence: Fence = nobody_else
     """Called before the write, in whichever process: it raises if another run writes here."""
+
+    zeros: Refs = field(default_factory=dict)
+    """Weights of it that are zero and stay so, instead of the block's own: those of its attention's
+    last layer, where it is to be an MLP."""
+    frozen: frozenset[str] = frozenset()
+    """The parameters that these make."""
 
     uses_head = False
 
@@ -64,6 +71,7 @@ class LightBlock:
         settings = self.settings
         config = TrainingConfig.of(settings, cluster, "mse")
         identity = {"after": origin, "first": self.first, "last": self.last}
+        identity["light"] = settings.light
         return TrainingTask(
             self,
             self.source,
@@ -78,9 +86,11 @@ class LightBlock:
     @property
     def _alone(self) -> WholeModel:
         """It is built and saved as the only block of a model all of whose weights learn."""
-        one = replace(self.dense, blocks=(self.dense.blocks[self.first],))
+        block = self.dense.blocks[self.first]
+        one = replace(self.dense, blocks=(replace(block, weights={**block.weights, **self.zeros}),))
         all_weights = Heal(train="all", learning_rate=self.settings.learning_rate)
-        return WholeModel(one, self.dense, all_weights, self.seed, self.folder, self.fence)
+        own = (self.seed, self.folder, self.fence, self.frozen)
+        return WholeModel(one, self.dense, all_weights, *own)
 
     def build(
         self,
@@ -94,7 +104,7 @@ class LightBlock:
     ) -> Span:
         return self._alone.build(meta_blocks, contexts, device, dtype, recompute, run, partition)
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return mse
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ again the dense model's, or to predict a text. What is built, what learns, and w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,6 +47,8 @@ class WholeModel:
     """Where the new blocks' files go."""
     fence: Fence = nobody_else
     """Called before every write, in whichever process: it raises if another run writes here."""
+    frozen: frozenset[str] = frozenset()
+    """Parameters that do not learn, by name in the block."""
 
     uses_head = True
 
@@ -145,6 +147,8 @@ class WholeModel:
         put in; of those, a router has none.
         """
         learned: dict[str, nn.Module] = {}
+        if self.settings.train == "new" and block.like is None:
+            return learned
         low_rank = self.settings.train == "lora"
         layers = dict(linear_layers(plain)) if low_rank else {}
         experts = expert_layers(plain) if low_rank else {}
@@ -166,7 +170,7 @@ class WholeModel:
                 learned[path] = Masters(updates, dtype)
                 plain.set_submodule(path, LowRankExperts(module, own))
             elif not low_rank or is_norm(module):
-                values = _floating(path, module, stored)
+                values = _floating(path, module, stored, self.frozen)
                 masters = {key: value.to(device, torch.float32) for key, value in values.items()}
                 if masters:
                     learned[path] = Masters(masters, dtype)
@@ -177,10 +181,10 @@ class WholeModel:
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         return [{"params": [*span.learned.parameters()], "lr": self.settings.rate}]
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         if self.settings.loss == "tokens":
             return NextToken(trunk.head)
-        return LogitsKL(trunk.head, self.settings.hidden)
+        return LogitsKL(trunk.head, self.settings.hidden, teacher=teacher.head if teacher else None)
 
     def save(self, span: Span, part: int, parts: int) -> SavedBlocks:
         """Write every `parts`-th of the blocks, in float32 where something learned."""
@@ -189,6 +193,8 @@ class WholeModel:
         for block, plain, learned in list(blocks)[part::parts]:
             empty = span.meta_blocks[block.kind]
             tensors = _plain_tensors(block, plain, learned, empty)
+            if not tensors:  # it stays what it is
+                continue
             entries = entries_of(empty.stored(tensors, block.weights))
             self.fence()
             uri = storage.join(self.folder, f"block-{block.dense:03d}.safetensors")
@@ -202,11 +208,12 @@ def _has_matrix(learned: nn.Module) -> bool:
 
 
 def _floating(
-    path: str, module: nn.Module, stored: Mapping[str, torch.Tensor]
+    path: str, module: nn.Module, stored: Mapping[str, torch.Tensor], frozen: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """A module's own parameters, as they are stored, without those that cannot learn."""
+    """A module's own parameters, as they are stored, without those that cannot or do not learn."""
     names = {key: f"{path}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)}
-    return {key: stored[name] for key, name in names.items() if stored[name].is_floating_point()}
+    learn = {key: name for key, name in names.items() if name not in frozen}
+    return {key: stored[name] for key, name in learn.items() if stored[name].is_floating_point()}
 
 
 @torch.no_grad()

@@ -16,19 +16,32 @@ another. The n lowest scores, of which equal ones go by number, are then those o
 equally good ones the first. Another n is another run.
 
 The light network is the paper's Transformer layer, initialised from the run's first block. The
-paper also has an MLP as one, which in a block that the architecture's class loads would be no
-lighter.
+paper also has an MLP as one. With `fusion.light: mlp` it is the MLP of a plain block,
+
+    f(h) = h + MLP(norm(h)),
+
+whose attention is there and gives nothing, because its output layer is zero and stays so: what else
+the class would load. It begins as that of the run's first block. As a file it is no lighter, and
+fewer weights learn. Which layer that is is found by trying (`fusion/writers.py`).
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.fusion.writers import mixers, zeros
 from fusegpt_ray.healing.light_block import LightBlock
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.removals import run_distances
 from fusegpt_ray.methods.base import Change, Method, Question, Round
 from fusegpt_ray.methods.choosing import once
+from fusegpt_ray.model.architecture import build_meta_blocks
+from fusegpt_ray.model.structure import observe
 from fusegpt_ray.samples import lengths, tokens_of
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.workers.base import News
 
@@ -49,6 +62,20 @@ def _best_run(asked: Question) -> Ranking:
     return Ranking.without_work(scores)
 
 
+def _light_block(round: Round, first: int, last: int) -> tuple[LightBlock, dict[str, FileRecord]]:
+    """It, and what was written for it: the zeros that are its attention's output, of an MLP."""
+    settings, dense, files = round.recipe.fusion, round.dense, dict[str, FileRecord]()
+    light = LightBlock(dense, first, last, settings, round.recipe.seed, round.folder, round.fence)
+    if settings.light == "block":
+        return light, files
+    names, refs = mixers(observe(dense.config), first), dense.blocks[first].weights
+    tensors = zeros(build_meta_blocks(dense.config)[first], names, refs)
+    uri = storage.join(round.folder, "zeros.safetensors")
+    round.fence()
+    files[uri], written = write_safetensors(uri, entries_of(tensors))
+    return replace(light, zeros=written, frozen=frozenset(names)), files
+
+
 def _replace(round: Round) -> Change:
     """The block goes. Once no other has to, the one before it learns to do what the run did."""
     if round.left > 1:
@@ -67,14 +94,12 @@ def _replace(round: Round) -> Change:
         else:
             show.epoch(item[0], settings.epochs, item[1])
 
-    light = LightBlock(
-        round.dense, first, last, settings, round.recipe.seed, round.folder, round.fence
-    )
+    light, files = _light_block(round, first, last)
     task = light.task(round.windows, round.recipe.cluster, round.origin, round.checkpoints)
     trained = train_span(round.workers, task, news, round.pause)
     return Change(
         stack.replace((first, round.donor), trained.saved.blocks[first]),
-        trained.saved.files,
+        {**files, **trained.saved.files},
         (first,),
         tuple(trained.losses),
         trained.states_batch_size,

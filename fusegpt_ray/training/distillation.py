@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class LogitsKL:
     hidden: float = 0.0
     """Weight of a second term, `normalized_mse` of the last hidden states."""
     chunk: int = CHUNK
+    teacher: Head | None = None
+    """Of the teacher, whose hidden size may be another; None: `head`."""
 
     def __call__(
         self,
@@ -44,7 +47,8 @@ class LogitsKL:
         weights_bT: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `losses.Loss`; a mean over rows."""
-        kl = _by_token(student_bTD, teacher_bTD, weights_bT, self.head, self.chunk, _kl)
+        against = partial(_kl, head=self.teacher or self.head)
+        kl = _by_token(student_bTD, teacher_bTD, weights_bT, self.head, self.chunk, against)
         if not self.hidden:
             return kl
         return kl + self.hidden * normalized_mse(student_bTD, teacher_bTD, shared, weights_bT)
@@ -72,7 +76,7 @@ class NextToken:
         return _by_token(student_bTD, targets_bT, weights_bT, self.head, self.chunk, _cross_entropy)
 
 
-Compare = Callable[[torch.Tensor, torch.Tensor, Head], tuple[torch.Tensor, torch.Tensor]]
+Compare = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Of log q [n, t, V], which may be overwritten, and of the aim of these tokens: the loss of each
 token [n, t], and its gradient by the logits [n, t, V]."""
 
@@ -87,7 +91,7 @@ def _kl(
 
 
 def _cross_entropy(
-    log_q: torch.Tensor, targets_nt: torch.Tensor, head: Head
+    log_q: torch.Tensor, targets_nt: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     terms_nt = -log_q.gather(-1, targets_nt[..., None])[..., 0]
     # Not scattered: a comparison has the same bits on every device.
@@ -131,7 +135,7 @@ class _ByToken(torch.autograd.Function):
                 h_ntD = student_bTD[at].detach().requires_grad_(grad_bTD is not None)
                 logits_ntV = head(h_ntD)
             log_q = logits_ntV.detach().float().log_softmax(-1)
-            terms_nt, by_logits = compare(log_q, aim[at], head)
+            terms_nt, by_logits = compare(log_q, aim[at])
             terms_nt = terms_nt.double()
             if weights_bT is not None:
                 terms_nt = terms_nt * weights_bT[at]

@@ -13,9 +13,11 @@ from typing import Any
 from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.rows import Own, as_rows
+from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
+from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.partition import Partition
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.span import Span
@@ -196,9 +198,11 @@ def learn(
     worker.runner.reload()
     begins = [_states(worker, task, states_batch, part) for part in task.first_states]
     first = next(begins[0].batches(size)).rows(slice(micro_batch))
-    span, moved = _span(worker, task, first)
+    student = worker.runner.for_trunk_of(task.source.stack)
+    span, moved = _span(worker, task, student, first)
     worker.meet(moved + _bytes_read(task))
-    stepper = _stepper(worker, task, span, micro_batch, moved)
+    loss = task.trainable.loss(student.trunk, worker.runner.trunk)
+    stepper = _stepper(worker, task, span, micro_batch, moved, loss)
 
     def part(number: int) -> Iterable[Batch]:
         states = _states(worker, task, states_batch, 1 + (number - 1) % config.parts)
@@ -229,22 +233,27 @@ def learn(
     return Learned(losses, validation.losses if validation else [], span, stepper, moved)
 
 
-def _span(worker: TrainingWorker, task: TrainingTask, first: Batch) -> tuple[Span, int]:
+def _span(
+    worker: TrainingWorker, task: TrainingTask, student: Runner, first: Batch
+) -> tuple[Span, int]:
     """The span, rehearsed with the first micro-batch; and a bound for the bytes that a worker
     reads or writes by itself between two steps.
+
+    Args:
+        student: the worker's runner, or one with the trunk of the model that is trained.
     """
     runner, trainable = worker.runner, task.trainable
     runner.reload()
-    contexts = runner.trunk.contexts(*first.entering_bTD.shape[:2])
+    contexts = student.trunk.contexts(*first.entering_bTD.shape[:2])
     runner.offload(trunk=not trainable.uses_head)
     partitioned = worker.count > 1 and worker.zero_stage == 3
     span = trainable.build(
-        runner.trunk.meta_blocks,
+        student.trunk.meta_blocks,
         contexts,
         worker.device,
         worker.dtype,
         task.config.recompute,
-        runner.run_block,
+        student.run_block,
         Partition(worker.rank, worker.count) if partitioned else None,
     )
     # What one worker reads or writes by itself is no more than all of this in float32, and for a
@@ -276,11 +285,15 @@ def _save(worker: TrainingWorker, task: TrainingTask, learned: Learned) -> Saved
 
 
 def _stepper(
-    worker: TrainingWorker, task: TrainingTask, span: Span, micro_batch: int, moved: int
+    worker: TrainingWorker,
+    task: TrainingTask,
+    span: Span,
+    micro_batch: int,
+    moved: int,
+    loss: Loss,
 ) -> Any:
     """Plain torch's, or DeepSpeed's where the worker belongs to a process group."""
     groups, config = task.trainable.parameter_groups(span), task.config
-    loss = task.trainable.loss(worker.runner.trunk)
     steps = config.epochs * len(task.windows) // config.batch
     if worker.zero_stage is None:
         return TorchStepper.make(span, groups, config, steps, worker.device, micro_batch, loss)

@@ -34,17 +34,25 @@ class StatesSource:
     def walk(
         self, runner: Runner, windows: Rows, owning: list[Own] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """States entering the span and the teacher's leaving it, [W, T, D] each.
+        """States entering the span and the teacher's leaving it, [W, T, D] each; of a narrower
+        student, which has a trunk of its own, with another D.
 
         One walk serves both where the blocks before the span are the teacher's. Else each stack is
         walked once. The two sets of states are all that is held of them, and lie wherever there is
         room (see `placement.py`). `owning`: see `Runner.walk`.
         """
-        entering_WTD, leaving_WTD = runner.empty_states(windows, sets=2)
+        student = runner.for_trunk_of(self.stack)
+        if student is runner:
+            entering_WTD, leaving_WTD = runner.empty_states(windows, sets=2)
+        else:
+            (entering_WTD,), (leaving_WTD,) = (
+                each.empty_states(windows) for each in (student, runner)
+            )
         shared = self.stack.blocks[: self.start] == self.teacher.blocks[: self.start]
+        shared = shared and student is runner
         assert self.start <= self.stop or not shared, (self.start, self.stop)
         if not shared:
-            for _ in runner.walk(self.stack, windows, self.start, entering_WTD):
+            for _ in student.walk(self.stack, windows, self.start, entering_WTD):
                 pass
         teacher = runner.walk(self.teacher, windows, self.stop, leaving_WTD, owning)
         for position, h_WTD in enumerate(teacher):
@@ -73,6 +81,7 @@ class TokensSource:
         self, runner: Runner, windows: Rows, owning: list[Own] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States [W, T, D] and tokens [W, T]; no block is run. `owning`: see `Runner.walk`."""
+        runner = runner.for_trunk_of(self.stack)
         (entering_WTD,) = runner.empty_states(windows)
         for _ in runner.walk(self.stack, windows, 0, entering_WTD, owning):
             pass

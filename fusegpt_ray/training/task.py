@@ -68,8 +68,13 @@ class Trainable(Protocol):
     def uses_head(self) -> bool:
         """Whether the loss needs the model's norm and head, which are then kept on the device."""
 
-    def loss(self, trunk: Trunk) -> Loss:
-        """What is trained to."""
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
+        """What is trained to.
+
+        Args:
+            trunk: of the model that is trained.
+            teacher: of the model whose states are the aim; None: the same.
+        """
 
     def parameter_groups(self, span: Span) -> list[dict[str, Any]]:
         """What learns: {"params", "lr"} for each learning rate."""

@@ -67,7 +67,7 @@ class Disturbed:
     """A file that says that it has happened."""
     uses_head = False
 
-    def loss(self, trunk: Trunk) -> Loss:
+    def loss(self, trunk: Trunk, teacher: Trunk | None = None) -> Loss:
         return self.group.loss(trunk)
 
     def build(self, *arguments: Any) -> Span:

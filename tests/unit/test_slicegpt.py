@@ -209,7 +209,6 @@ def test_padding_counts_nowhere(desk: Desk, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"heal": {"tokens": 96, "batch": 4, "held_out": 4}}, "models of one width"),
         ({"sparsity": [0.25, 0.5]}, "makes another model for each"),
         ({"sparsity": 0.01}, "the nearest multiple of 8"),
     ],

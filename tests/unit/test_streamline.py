@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from desk import Desk
 from infirmary import BATCH, TRAINED, Infirmary
 from models import load_model
-from stopped_runs import Watching, recipe
+from stopped_runs import Watching, published, recipe
 from test_compared_methods import removed, states
 from test_tournament import workers
 from torch.nn.functional import cosine_similarity
@@ -21,7 +23,9 @@ from torch.nn.functional import cosine_similarity
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.footprint import activation_bytes, shortage, training_bytes
+from fusegpt_ray.fusion.writers import mixers
 from fusegpt_ray.healing.light_block import LightBlock
+from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
@@ -29,11 +33,13 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.sections import Fusion
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.losses import mse
 
 SETTINGS = Fusion(learning_rate=1e-3, epochs=3, batch=BATCH)
 FIRST, LAST = 1, 3
+OUT = "self_attn.o_proj.weight"
 # Float32 through a few steps of Adam, where only the order of additions differs. A step moves a
 # weight by about the rate, so a step of the wrong sign would be 100 times as much.
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
@@ -44,8 +50,12 @@ def _infirmary(checkpoint: Callable[[str], Path], tmp_path: Path) -> Infirmary:
     return Infirmary("llama", checkpoint("llama"), tmp_path)
 
 
-def train(place: Infirmary, cluster: Cluster) -> Trained:
+def train(place: Infirmary, cluster: Cluster, kind: str = "block") -> Trained:
     light = LightBlock(place.dense, FIRST, LAST, SETTINGS, 0, str(place.out / "blocks"))
+    if kind == "mlp":
+        zeros = {OUT: torch.zeros(32, 32)}
+        _, refs = write_safetensors(str(place.out / "zeros.safetensors"), entries_of(zeros))
+        light = replace(light, zeros=refs, frozen=frozenset(zeros))
     task = light.task(TRAINED.numpy(), cluster, "these", str(place.out / "checkpoints"))
     with workers(place) as here:
         return train_span(here, task, lambda _: None)
@@ -64,11 +74,12 @@ def test_the_run_is_the_one_across_which_all_tokens_turn_least(infirmary: Infirm
         assert gone == list(range(first + 1, first + count + 1))
 
 
-@pytest.mark.parametrize("micro_batch", [None, 1])
+@pytest.mark.parametrize(("micro_batch", "kind"), [(None, "block"), (1, "block"), (None, "mlp")])
 def test_the_light_block_is_what_plain_torch_trains(
-    infirmary: Infirmary, micro_batch: int | None
+    infirmary: Infirmary, micro_batch: int | None, kind: str
 ) -> None:
-    trained = train(infirmary, Cluster(engine="local", micro_batch=micro_batch))
+    """An MLP is h + MLP(norm(h)), written out: the block's attention plays no part."""
+    trained = train(infirmary, Cluster(engine="local", micro_batch=micro_batch), kind)
 
     h, model = states(infirmary), load_model(infirmary.folder)
     block = copy.deepcopy(infirmary.blocks_of(model)[FIRST]).requires_grad_(True)
@@ -80,7 +91,10 @@ def test_the_light_block_is_what_plain_torch_trains(
         rows = slice(step * BATCH % len(TRAINED), step * BATCH % len(TRAINED) + BATCH)
         for group in adam.param_groups:
             group["lr"] = 1e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
-        out = block(h[FIRST][rows], attention_mask=None, **context)
+        if kind == "mlp":
+            out = h[FIRST][rows] + block.mlp(block.post_attention_layernorm(h[FIRST][rows]))
+        else:
+            out = block(h[FIRST][rows], attention_mask=None, **context)
         out = out[0] if isinstance(out, tuple) else out
         loss = ((out - h[LAST + 1][rows]) ** 2).mean()
         adam.zero_grad()
@@ -95,6 +109,9 @@ def test_the_light_block_is_what_plain_torch_trains(
     assert [*trained.saved.blocks] == [FIRST]
     found = read_tensors(trained.saved.blocks[FIRST].weights)
     wanted = block.state_dict()
+    if kind == "mlp":
+        assert torch.equal(found["self_attn.q_proj.weight"], wanted["self_attn.q_proj.weight"])
+        wanted[OUT] = torch.zeros_like(wanted[OUT])
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, **CLOSE)
@@ -133,6 +150,40 @@ def test_a_run_publishes_the_dense_model_with_one_block_changed(desk: Desk) -> N
     assert METHOD_SPECS["streamline"].about in " ".join(card.split())
 
 
+def test_an_mlp_in_place_of_a_run(desk: Desk, tmp_path: Path) -> None:
+    """Its attention gives nothing, its MLP has learned; and a stopped run ends with these bytes."""
+    fusion = desk.recipe()["fusion"] | {"light": "mlp"}
+    asked = recipe(desk, method="streamline", sparsity=0.4, fusion=fusion)
+    (done,) = compress(asked, Watching())
+    first = done.manifest["removed"][0] - 1
+    dense, model = load_model(desk.model), load_model(Path(done.uri))
+    old, new = (each.model.layers[first].state_dict() for each in (dense, model))
+    assert not new[OUT].any()
+    changed = {name for name in new if not torch.equal(new[name], old[name])} - {OUT}
+    assert changed == {name for name in new if name.startswith(("mlp.", "post_attention"))}
+    expected = published(desk)
+    desk.out.rename(tmp_path / "undisturbed")
+    with pytest.raises(KeyboardInterrupt):
+        compress(asked, Watching(2))
+    compress(asked, Watching())
+    assert published(desk) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("gpt2", {"attn.c_proj.weight", "attn.c_proj.bias"}),
+        ("opt", {"self_attn.out_proj.weight", "self_attn.out_proj.bias"}),
+        ("gemma3", {"self_attn.o_proj.weight"}),
+    ],
+)
+def test_the_attentions_last_layer_is_found(
+    checkpoint: Callable[[str], Path], name: str, names: set[str]
+) -> None:
+    raw = json.loads((checkpoint(name) / "config.json").read_text())
+    assert {*mixers(observe(raw), 1)} == names
+
+
 def test_a_healed_run_has_a_perplexity_of_each_stage(desk: Desk) -> None:
     held = {"heldout": {"data": str(desk.heldout)}}
     heal = {"tokens": 96, "train": "all", "batch": 4, "held_out": 4, "looks": 2}
@@ -169,6 +220,7 @@ def test_a_light_block_is_one_that_learns_whole(desk: Desk) -> None:
         ({"sparsity": [0.2, 0.4]}, "sparsity", "other blocks for each"),
         ({"fusion": {"start": "linear"}}, "fusion.start", "all that method streamline does"),
         ({"fusion": {"batch": 3}}, "calibration.windows", "not a multiple"),
+        ({"method": "mi", "fusion": {"light": "mlp"}}, "fusion.light", "has no light block"),
         ({"heal": {}, "search": {}}, "search", "chooses the blocks itself"),
     ],
 )
@@ -176,5 +228,5 @@ def test_what_it_cannot_do_is_refused(
     desk: Desk, changes: dict[str, Any], key: str, problem: str
 ) -> None:
     with pytest.raises(UserError, match=problem) as caught:
-        Recipe.parse(desk.recipe(method="streamline", **changes))
+        Recipe.parse(desk.recipe(**{"method": "streamline"} | changes))
     assert caught.value.key == key
