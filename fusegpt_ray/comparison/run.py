@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fusegpt_ray.comparison import tables
-from fusegpt_ray.comparison.cells import SECTION, Comparison, Run
+from fusegpt_ray.comparison.cells import SECTION, Comparison
 from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
+from fusegpt_ray.scheduling.grid import Run
 from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST

@@ -39,8 +39,10 @@ CURVES = ".tensorboard"
 CURVES_FILE = re.compile(r"\.?events\.out\.tfevents\.[^/]+")
 COMPARISONS = "compare"
 """The folder in which comparisons have theirs; see `comparison/`."""
+FAMILIES = "family"
+"""The folder in which families have theirs; see `family/`."""
 SHARED_FOLDER, TRAINING_FOLDER = "measured", "blocks"
-"""In that of a comparison: what cells share, and files that live while it works."""
+"""In that of a comparison or family: what cells share, and files that live while it works."""
 COMPARISON_FILE = re.compile(
     r"\.?(table\.(md|csv|json)|perplexity\.png|report\.html|measured/\.?[a-z]+-[0-9a-f]{32}\.json)"
     r"(\.[0-9a-f]{8})?|blocks/.+"
