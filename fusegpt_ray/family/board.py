@@ -23,12 +23,12 @@ from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.scheduling.slots import Job
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_index
+from fusegpt_ray.store.family import BOARD, FORMAT
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.protocol import stages
 
-BOARD, PAGE, TABLE = "family.json", "index.html", "leaderboard.md"
-FORMAT = 1
+PAGE, TABLE = "index.html", "leaderboard.md"
 Row = Mapping[str, Any]
 
 
@@ -43,8 +43,10 @@ class Board:
             for (member, run), job in zip(runs, jobs, strict=True)
             for target in job.plan.targets
         ]
-        self._published: dict[str, dict[str, Any]] = {}
-        """What manifests tell of finished models, by folder."""
+        self._parameters = {id(job): job.plan.cost.parameters for job in jobs}
+        """Of the dense models."""
+        self._final: dict[str, dict[str, Any] | None] = {}
+        """What manifests tell of models whose jobs have ended, by folder; None: they failed."""
         self._writing = threading.Lock()
 
     def changed(self, job: Job) -> None:
@@ -75,10 +77,10 @@ class Board:
         return storage.join(self.members.folder, name)
 
     def _row(self, name: str, method: str, job: Job, target: Target) -> dict[str, Any]:
-        """{"member", "method", "sparsity", "source", "status", "doing", "folder", "problem",
-        "parameters": {"dense", "published"}, "perplexity": {text: {"dense", "published"}},
-        "seconds", "gpu_hours", "cost", "report"}. The folder is a name beside that of families;
-        "gpu_hours" and "cost" are None where no price was given or nothing ran on a GPU.
+        """{"member", "method", "sparsity", "source", "status", "doing", "folder", "run",
+        "problem", "parameters": {"dense", "published"}, "report", "perplexity": {text: {"dense",
+        "published"}}, "seconds", "gpu_hours", "cost"}. The folder is a name beside that of
+        families; "gpu_hours" and "cost" are None where no price was given or no GPU was used.
         """
         found = self._found(job, target) if job.ended else None
         status = "waiting" if job.show is None else "working"
@@ -92,7 +94,7 @@ class Board:
             "cost": None,
         }
         told = {"published": None, "report": False, **unknown, **(found or {})}
-        dense, published = job.plan.cost.parameters, told.pop("published")
+        dense, published = self._parameters[id(job)], told.pop("published")
         return {
             "member": name,
             "method": method,
@@ -101,6 +103,7 @@ class Board:
             "status": status,
             "doing": doing,
             "folder": target.name,
+            "run": job.id,
             "problem": job.problem if status == "failed" else "",
             "parameters": {"dense": dense, "published": published},
             **told,
@@ -108,13 +111,12 @@ class Board:
 
     def _found(self, job: Job, target: Target) -> dict[str, Any] | None:
         """Of a model that this very run has published; None if there is none."""
-        if target.folder not in self._published:
+        if target.folder not in self._final:
             file = storage.join(target.folder, MANIFEST)
             manifest = storage.read_json(file) if storage.exists(file) else {}
-            if not manifest or manifest.get("run") != job.id:
-                return None
-            self._published[target.folder] = _told(target, manifest)
-        return self._published[target.folder]
+            ours = bool(manifest) and manifest.get("run") == job.id
+            self._final[target.folder] = _told(target, manifest) if ours else None
+        return self._final[target.folder]
 
 
 def _told(target: Target, manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +140,17 @@ def _told(target: Target, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json(result: Mapping[str, Any]) -> bytes:
     return (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def total(rows: Iterable[Row], key: str) -> float | None:
+    """Of "seconds", "gpu_hours" or "cost": what all runs took, each of which may have published
+    several models on its way; None where nothing is known.
+    """
+    by_run: dict[str, float] = {}
+    for row in rows:
+        if row[key] is not None:
+            by_run[row["run"]] = max(row[key], by_run.get(row["run"], 0.0))
+    return sum(by_run.values()) if by_run else None
 
 
 def ranked(rows: Iterable[Row]) -> list[Row]:

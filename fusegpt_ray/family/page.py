@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fusegpt_ray.family.board import cells, columns, ranked
+from fusegpt_ray.family.board import cells, columns, ranked, total
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.report import duration
 from fusegpt_ray.reporting.charts import Chart, over_sparsity
@@ -42,11 +42,11 @@ def _headline(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     failed = sum(row["status"] == "failed" for row in rows)
     yield "models", f"{len(done)} done" + (f", {failed} failed" if failed else "")
     yield "members", str(len({row["member"] for row in rows}))
-    if seconds := sum(row["seconds"] for row in done):
+    if seconds := total(done, "seconds"):
         yield "time at work", duration(seconds)
     for key, name in (("gpu_hours", "GPU hours"), ("cost", "cost")):
-        if any(row[key] is not None for row in done):
-            yield name, f"{sum(row[key] or 0.0 for row in done):,.2f}"
+        if (value := total(done, key)) is not None:
+            yield name, f"{value:,.2f}"
 
 
 def _charts(result: Mapping[str, Any]) -> Iterator[Chart]:
