@@ -29,9 +29,9 @@ def asked(material: Any, output: Path, other: Path, engine: str, **section: Any)
     cluster = {"engine": engine, "wait_minutes": 0}
     recipe = material.recipe(output, sparsity=0.125, cluster=cluster, method="mi")
     recipe["output"]["report"] = False
-    tuned = {"name": "tuned", "method": "mi+ft", "fusion": {"epochs": 1}}
+    # Sets of workers that train beside each other: test_compare_on_ray.py.
     members = [
-        {"name": "one", "methods": [tuned]},
+        {"name": "one", "methods": ["mi+linear"]},
         {"name": "two", "model": {"source": str(other)}, "methods": ["mi"]},
     ]
     return Members.parse(recipe | {"family": {"members": members, **section}})
