@@ -52,6 +52,8 @@ class Board:
     def changed(self, job: Job) -> None:
         """Tell it to whoever follows family.json."""
         try:
+            if job.ended:
+                self._look(job)
             with self._writing:
                 storage.write(self._file(BOARD), _json(self.result("working")))
         except StorageError as error:  # what is lost is only the news
@@ -62,9 +64,16 @@ class Board:
                     self.show.say(in_words(self._row(name, method, job, target)))
 
     def result(self, state: str) -> dict[str, Any]:
-        """{"format", "name", "state", "rows": see `_row`}."""
+        """{"format", "name", "state", "rows": see `_row`}; of what is known, without reading."""
         about = {"format": FORMAT, "name": self.members.name, "state": state}
         return {**about, "rows": [self._row(*entry) for entry in self._entries]}
+
+    def ended(self) -> dict[str, Any]:
+        """See `result`; once all jobs have ended."""
+        for _, _, job, _ in self._entries:
+            self._look(job)
+        failed = any(job.problem for _, _, job, _ in self._entries)
+        return self.result("failed" if failed else "done")
 
     def write(self, result: Mapping[str, Any], page: bytes | None) -> None:
         """The files of a family, family.json last."""
@@ -82,9 +91,8 @@ class Board:
         "published"}}, "seconds", "gpu_hours", "cost"}. The folder is a name beside that of
         families; "gpu_hours" and "cost" are None where no price was given or no GPU was used.
         """
-        found = self._found(job, target) if job.ended else None
-        status = "waiting" if job.show is None else "working"
-        if job.ended:
+        found, status = self._final.get(target.folder), "waiting" if job.show is None else "working"
+        if target.folder in self._final:
             status = "done" if found else "failed"
         doing = job.show.doing if job.show and not job.ended else ""
         unknown: dict[str, Any] = {
@@ -109,14 +117,14 @@ class Board:
             **told,
         }
 
-    def _found(self, job: Job, target: Target) -> dict[str, Any] | None:
-        """Of a model that this very run has published; None if there is none."""
-        if target.folder not in self._final:
-            file = storage.join(target.folder, MANIFEST)
-            manifest = storage.read_json(file) if storage.exists(file) else {}
-            ours = bool(manifest) and manifest.get("run") == job.id
-            self._final[target.folder] = _told(target, manifest) if ours else None
-        return self._final[target.folder]
+    def _look(self, job: Job) -> None:
+        """At what a job that has ended has published: only models of this very run count."""
+        for _, _, of, target in self._entries:
+            if of is job and target.folder not in self._final:
+                file = storage.join(target.folder, MANIFEST)
+                manifest = storage.read_json(file) if storage.exists(file) else {}
+                ours = bool(manifest) and manifest.get("run") == job.id
+                self._final[target.folder] = _told(target, manifest) if ours else None
 
 
 def _told(target: Target, manifest: Mapping[str, Any]) -> dict[str, Any]:

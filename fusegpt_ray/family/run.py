@@ -52,8 +52,7 @@ def compress_family(
         )
         Slots(jobs, asked, show).run()
         storage.remove(storage.join(members.folder, TRAINING_FOLDER), recursive=True)
-        failed = any(job.problem for job in jobs)
-        result = board.result("failed" if failed else "done")
+        result = board.ended()
         board.write(result, _page(members, result, show))
         show.say(f"the leaderboard is in {members.folder}")
     return result
