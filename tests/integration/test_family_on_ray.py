@@ -58,11 +58,12 @@ def test_members_at_the_same_time_are_those_of_one_process(
     compress_family(asked(material, alone, other, "local"), Watching())
     assert len(weights(alone)) == 2
     show = Watching("] — ")  # both of them meet there
-    result = compress_family(asked(material, together, other, "ray", at_once=2), show)
+    family = asked(material, together, other, "ray", at_once=2)
+    result = compress_family(family, show)
     assert result["state"] == "done" and "up to 2 runs at once" in show.said
     assert weights(together) == weights(alone)
-    assert json.loads((together / "family/demo/family.json").read_text()) == result
-    assert not [*(together / "family/demo").glob("blocks")]
+    assert json.loads((Path(family.folder) / "family.json").read_text()) == result
+    assert not [*Path(family.folder).glob("blocks")]
 
 
 def test_a_quota_decides_how_many_work_and_a_set_may_need_all_of_it() -> None:
