@@ -25,6 +25,7 @@ from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.workers.base import Setup, Workers
+from fusegpt_ray.workers.room import Need, Room
 
 
 def compress(
@@ -151,16 +152,16 @@ def evaluate(
 
 
 def room_for_sets(
-    setup: Setup, asked: int | None, most: int, key: str
-) -> AbstractContextManager[int]:
-    """A context in which so many sets of workers may be open at once: see `distributed/sets.py`.
+    setups: Sequence[Setup], asked: int | None, quota: float | None, key: str
+) -> AbstractContextManager[Room]:
+    """A context in which several sets of workers may be open at once: see `distributed/sets.py`.
     With `cluster.engine: local` it is one.
     """
-    if setup.cluster.engine == "local":
-        return nullcontext(1)
+    if setups[0].cluster.engine == "local":
+        return nullcontext(Room([Need()] * len(setups)))
     from fusegpt_ray.distributed.sets import joined
 
-    return joined(setup, asked, most, key)
+    return joined(setups, asked, quota, key)
 
 
 def open_workers(setup: Setup, show: Display) -> Workers:

@@ -59,6 +59,7 @@ SLOW = (
         for run in ("ray", "ray, 2 workers", "ray mi+ft, 2 workers", "ray mi")
     ),
     f"{INTEGRATION}compare_on_ray.py",
+    f"{INTEGRATION}family_on_ray.py",
     f"{INTEGRATION}mistakes_on_ray.py::test_nan_is_told_on_ray",
     f"{INTEGRATION}local_ray.py::test_a_run_that_fails_with_a_trace",
     f"{INTEGRATION}submit.py::test_a_job_that_fails_with_a_trace_tells_no_secret",
@@ -165,6 +166,8 @@ SLOW = (
             "compare.py::test_several_models_stand_apart",
             "compare.py::test_stopped_between_cells_it_does_what_is_missing",
             "compare.py::test_what_cells_have_in_common_is_done_once",
+            "family.py::test_a_text_too_short_for_one_member_is_its_own_failure",
+            "family.py::test_workers_are_opened_once_for_all_methods_of_a_member",
             "formats.py::test_one_text_has_one_perplexity",
             "generated_runs.py::test_a_whole_run_on_a_mixture_with_it",
             "generated_runs.py::test_clean_removes_it_where_no_run_needs_it",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import click
 
 from fusegpt_ray.commands.options import PUBLISHED, json_option, quiet_option, say_outcome
+from fusegpt_ray.errors import UserError
 
 GOES_ON = "The same command goes on with what has arrived."
 """A note to what stops a pull."""
@@ -16,11 +18,31 @@ GOES_ON = "The same command goes on with what has arrived."
 @click.command()
 @click.argument("uri", metavar="URI", help=PUBLISHED)
 @click.argument("folder", metavar="DIR", help="Local folder; it appears once it is whole.")
+@click.option(
+    "--family",
+    is_flag=True,
+    help="URI is the folder of a family; each of its models gets a folder in DIR.",
+)
+@click.option(
+    "--member",
+    "members",
+    multiple=True,
+    metavar="NAME",
+    help="Of a family: only the models of this member; may be given several times.",
+)
 @json_option
 @quiet_option
 @click.pass_context
-def pull(context: click.Context, uri: str, folder: str, as_json: bool, quiet: bool) -> None:
-    """Download a published model and check it.
+def pull(
+    context: click.Context,
+    uri: str,
+    folder: str,
+    family: bool,
+    members: tuple[str, ...],
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Download a published model, or a whole family, and check it.
 
     Run again after a failure, it goes on with what has arrived.
     """
@@ -29,17 +51,34 @@ def pull(context: click.Context, uri: str, folder: str, as_json: bool, quiet: bo
     from fusegpt_ray.publishing import download
     from fusegpt_ray.report import Transfer
 
-    show = Transfer(Console(stderr=True, quiet=True)) if quiet else None
-    try:
-        path = download.pull(uri, folder, show)
-    except download.Incomplete as error:
-        say_outcome("failed:", error)
+    if members and not family:
+        raise UserError("--member", members[0], "only a family has members", "add --family")
+    pulled, failed = [], False
+    for source, target in _to_pull(uri, folder, members, quiet) if family else [(uri, folder)]:
+        show = Transfer(Console(stderr=True, quiet=True)) if quiet else None
+        try:
+            pulled.append(str(download.pull(source, target, show)))
+        except download.Incomplete as error:
+            say_outcome("failed:", error)
+            failed = True
+        except KeyboardInterrupt as stop:
+            stop.add_note(GOES_ON)
+            raise
+    if failed:
         context.exit(1)
-    except KeyboardInterrupt as stop:
-        stop.add_note(GOES_ON)
-        raise
     if as_json:
-        click.echo(json.dumps({"folder": str(path)}))
+        click.echo(json.dumps({"folders": pulled} if family else {"folder": pulled[0]}))
+
+
+def _to_pull(uri: str, folder: str, members: Sequence[str], quiet: bool) -> list[tuple[str, str]]:
+    """Where the models of a family are, and where each of them goes."""
+    from fusegpt_ray.store.family import FamilyBoard
+
+    board = FamilyBoard.read(uri)
+    found = [(place, f"{folder}/{model.folder}") for model, place in board.chosen(members)]
+    if not board.finished and not quiet:
+        click.echo("the family is not finished: what is published so far is pulled", err=True)
+    return found
 
 
 @click.command()

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 from fusegpt_ray.comparison import tables
-from fusegpt_ray.comparison.cells import Comparison, Run
-from fusegpt_ray.comparison.slots import Job, Slots
+from fusegpt_ray.comparison.cells import SECTION, Comparison
 from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
+from fusegpt_ray.scheduling.grid import Run
+from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
-from fusegpt_ray.store.records import checksum
 from fusegpt_ray.targets import Target
 from fusegpt_ray.uris import shown
 
@@ -36,13 +35,14 @@ def compare(
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        jobs = [Job(run, _planned(run, show, restart)) for run in comparison.runs]
-        worked = False
-        for _, group in groupby(jobs, key=lambda job: _same_workers(job.plan)):
-            Slots([*group], comparison, show, restart, worked).run()
-            worked = True
+        plans = [_planned(run, show, restart) for run in comparison.runs]
+        named = zip(comparison.runs, plans, strict=True)
+        jobs = [Job(f"{run.model}: {run.method}", planned) for run, planned in named]
+        folder, key = comparison.folder, f"{SECTION}.at_once"
+        asked = Asked(folder, "cells", comparison.at_once, key, restart=restart)
+        Slots(jobs, asked, show).run()
         storage.remove(storage.join(comparison.folder, TRAINING_FOLDER), recursive=True)
-        models = _models(jobs)
+        models = _models(comparison.runs, jobs)
         result = tables.result(comparison, models)
         for name, data in tables.files(result).items():
             storage.write(storage.join(comparison.folder, name), data.encode())
@@ -79,31 +79,18 @@ def _planned(run: Run, show: Display, restart: bool) -> Plan:
         raise UserError(error.key, error.value, problem, error.fix) from error
 
 
-def _same_workers(planned: Plan) -> str:
-    """Runs for which this is the same can use the same workers."""
-    setup, recipe = planned.setup, planned.recipe
-    return checksum(
-        {
-            "model": recipe.model.model_dump(mode="json"),
-            "cluster": setup.cluster.model_dump(mode="json"),
-            "batch": setup.importance.batch,
-            "piece_mb": setup.piece_mb,
-        }
-    )
-
-
-def _models(jobs: Sequence[Job]) -> list[tables.Model]:
+def _models(runs: Sequence[Run], jobs: Sequence[Job]) -> list[tables.Model]:
     """Every model that was to be published, with its manifest if it was."""
     return [
         tables.Model(
-            job.run.model,
-            job.run.method,
+            run.model,
+            run.method,
             _sparsity(target),
             target.folder,
             _manifest(job, target.folder),
             job.problem,
         )
-        for job in jobs
+        for run, job in zip(runs, jobs, strict=True)
         for target in job.plan.targets
     ]
 

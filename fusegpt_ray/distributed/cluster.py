@@ -191,11 +191,12 @@ class RayWorkers:
         """Whether there is a place for all training workers while replicas live, and a CPU for Ray
         Data. Found out once, before the job takes its place.
         """
+        if self.setup.sets > 1:
+            return self.setup.roomy
         total, workers = resources(self.setup.cluster), self.setup.cluster.workers
         cpus = self.replicas + workers + 1
         gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
-        sets = self.setup.sets
-        return sets * cpus <= total.get("CPU", 0) and sets * gpus <= total.get("GPU", 0)
+        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
 
     def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
         """`count`: of such processes in the cluster."""

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
@@ -34,12 +34,13 @@ class Connection:
     """Whether that started a Ray on this machine, which no other joins."""
 
     @classmethod
-    def open(cls, cluster: Cluster, sets: int = 1) -> Self:
+    def open(cls, cluster: Cluster, sets: Sequence[Cluster] = ()) -> Self:
         """Join the cluster that the recipe or RAY_ADDRESS names, else start a local Ray on the
         loopback interface; nothing happens where this process is in one already. Processes of this
         run see the GPUs they were given, and no others.
 
-        `sets`: how many sets of the recipe's processes a local Ray is to have room for.
+        `sets`: what several sets of processes ask for, for which a local Ray is to have room at the
+        same time; none: for one of this `cluster`.
 
         Raises:
             UserError: no cluster answers at the address.
@@ -66,7 +67,9 @@ class Connection:
                 raise UserError(key, address, problem, fix) from error
             return cls(True, False)
         store = cluster.object_store_gb
-        processes = sets * (max(cluster.replicas, cluster.workers) + cluster.workers + 1)
+        processes = sum(
+            max(one.replicas, one.workers) + one.workers + 1 for one in sets or [cluster]
+        )
         with _loopback(), _inherited(unseen):
             ray.init(
                 address="local",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -11,48 +12,78 @@ from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Need, Room
 
 
 @contextmanager
-def joined(setup: Setup, asked: int | None, most: int, key: str) -> Iterator[int]:
-    """Be in the cluster while the block lasts; yields how many sets of workers may be opened there.
+def joined(
+    setups: Sequence[Setup], asked: int | None, quota: float | None, key: str
+) -> Iterator[Room]:
+    """Be in the cluster while the block lasts; yields the room that sets of workers have there.
 
     Args:
-        asked: so many, for which the cluster must have room; None: as many as are sure to find
-            free GPUs, or one where the cluster has none, because sets share cores and memory.
-        most: so many are of use.
+        setups: of the set that each job needs.
+        asked: so many sets at once, for which the cluster must have room; None: as many as are sure
+            to find free GPUs, or one where a set has none, because sets share cores and memory.
+        quota: GPUs that all sets together may take; None: those that are free.
         key: of `asked`, for messages.
 
     Raises:
         UserError: no cluster answers, or it lacks GPUs or CPUs.
     """
-    cluster, sets = setup.cluster, min(asked or 1, most)
-    connection = Connection.open(cluster, sets)
+    sets = min(asked or 1, len(setups))
+    widest = sorted(setups, key=_processes)[-sets:]
+    connection = Connection.open(setups[0].cluster, [setup.cluster for setup in widest])
     try:
-        processes = max(cluster.replicas, cluster.workers if setup.trains else 0)
-        gpus = max(gpus_of(cluster) * cluster.replicas, _training_gpus(setup))
+        gpus = sum(sorted(_gpus_alone(setup) for setup in setups)[-sets:])
+        cpus = sum(map(_processes, widest))
+        wanted = gpus if quota is None else min(gpus, quota)
+        cluster = max((setup.cluster for setup in setups), key=lambda one: one.wait_minutes)
         try:
-            wait_for_resources(sets * gpus, sets * processes, cluster, grows=not connection.own)
+            wait_for_resources(wanted, cpus, cluster, grows=not connection.own)
         except UserError as error:
             if sets == 1:
                 raise
             raise UserError(key, asked, error.problem, "lower it, or leave it out") from error
-        yield sets if asked else max(1, min(most, _room(setup)))
+        yield _room([_need(setup) for setup in setups], asked, quota)
     finally:
         connection.close()
 
 
-def _room(setup: Setup) -> int:
-    """For so many sets there are GPUs that nothing else uses, one for each process of theirs, and
-    CPUs, one of which each set leaves to Ray Data.
+def _room(needs: Sequence[Need], asked: int | None, quota: float | None) -> Room:
+    sets = min(asked or 1, len(needs))
+    if not all(need.gpus for need in needs) or (asked and quota is None):
+        there = ray.cluster_resources()
+        most = Need(*(sum(sorted(kind)[-sets:]) for kind in zip(*map(_pair, needs), strict=True)))
+        roomy = most.within(Need(there.get("GPU", 0), there.get("CPU", 0)))
+        return Room(needs, sets, Need(quota or math.inf, math.inf), roomy)
+    free = ray.available_resources()
+    total = Need(min(free.get("GPU", 0), quota or math.inf), free.get("CPU", 0))
+    small = sorted(needs, key=_pair)
+    fitting = [n for n in range(1, len(needs) + 1) if Need.of_all(small[:n]).within(total)]
+    return Room(needs, max(1, min([asked or len(needs), len(fitting)])), total, roomy=True)
+
+
+def _pair(need: Need) -> tuple[float, float]:
+    return need.gpus, need.cpus
+
+
+def _need(setup: Setup) -> Need:
+    """GPUs and CPUs that nothing else uses, one for each of its processes, and a CPU more, which it
+    leaves to Ray Data.
     """
-    cluster, free = setup.cluster, ray.available_resources()
-    gpus = gpus_of(cluster) * cluster.replicas + _training_gpus(setup)
-    if not gpus:
-        return 1
-    cpus = cluster.replicas + (cluster.workers if setup.trains else 0) + 1
-    return int(min(free.get("GPU", 0) // gpus, free.get("CPU", 0) // cpus))
+    cluster, gpu = setup.cluster, gpus_of(setup.cluster)
+    workers = cluster.workers if setup.trains else 0
+    gpus = gpu * cluster.replicas + (workers if gpu else 0)
+    return Need(gpus, cluster.replicas + workers + 1)
 
 
-def _training_gpus(setup: Setup) -> int:
-    return setup.cluster.workers if setup.trains and gpus_of(setup.cluster) else 0
+def _processes(setup: Setup) -> int:
+    """That compute at the same time where replicas and training workers take turns."""
+    return max(setup.cluster.replicas, setup.cluster.workers if setup.trains else 0)
+
+
+def _gpus_alone(setup: Setup) -> float:
+    """Of a set that has no others beside it: training workers share the replicas' GPUs."""
+    gpu = gpus_of(setup.cluster)
+    return max(gpu * setup.cluster.replicas, setup.cluster.workers if setup.trains and gpu else 0)

@@ -15,6 +15,7 @@ from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.run.outputs import (
     CURVES,
     DEAD_AFTER,
+    FAMILIES,
     IDENTITY,
     MODEL,
     RUN_FILE,
@@ -172,16 +173,19 @@ def _run(run: Run, age: float, unfinished: bool) -> tuple[str, bool]:
 def _comparison(
     folder: Folder, runs: Sequence[Run], age: float, unfinished: bool
 ) -> Iterator[Leftover]:
-    """What it needs while it works, and what an unfinished one goes on from; tables stay."""
+    """What it, or a family, needs while it works, and what an unfinished one goes on from; tables
+    stay.
+    """
+    kind = "family" if folder.uri.split("/")[-2:-1] == [FAMILIES] else "comparison"
     cells = [run for run in runs if run.name.startswith(f"{folder.name}-")]
     alive = any(run.state(age) == "alive" for run in cells)
     dead = not alive and folder.silent() >= age
     if (training := folder.part(TRAINING_FOLDER)).files:
-        what = "files of training workers, of a comparison"
+        what = f"files of training workers, of a {kind}"
         yield Leftover(training.uri, training.size, what, dead)
     shared = folder.part(SHARED_FOLDER)
-    if shared.files and "table.json" not in folder.files:
-        what = "measurements that cells share, of a comparison that can be resumed"
+    if shared.files and not folder.finished_comparison:
+        what = f"measurements that runs share, of a {kind} that can be resumed"
         yield Leftover(shared.uri, shared.size, what, dead and unfinished)
 
 

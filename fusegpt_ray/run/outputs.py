@@ -39,11 +39,13 @@ CURVES = ".tensorboard"
 CURVES_FILE = re.compile(r"\.?events\.out\.tfevents\.[^/]+")
 COMPARISONS = "compare"
 """The folder in which comparisons have theirs; see `comparison/`."""
+FAMILIES = "family"
+"""The folder in which families have theirs; see `family/`."""
 SHARED_FOLDER, TRAINING_FOLDER = "measured", "blocks"
-"""In that of a comparison: what cells share, and files that live while it works."""
+"""In that of a comparison or family: what cells share, and files that live while it works."""
 COMPARISON_FILE = re.compile(
-    r"\.?(table\.(md|csv|json)|perplexity\.png|report\.html|measured/\.?[a-z]+-[0-9a-f]{32}\.json)"
-    r"(\.[0-9a-f]{8})?|blocks/.+"
+    r"\.?(table\.(md|csv|json)|perplexity\.png|report\.html|family\.json|index\.html|leaderboard\.md"
+    r"|measured/\.?[a-z]+-[0-9a-f]{32}\.json)(\.[0-9a-f]{8})?|blocks/.+"
 )
 MODEL_FILE = re.compile(r"[^/]+\.safetensors(\.index\.json|\.[0-9a-f]{8})?|config\.json")
 """Of a model, or of one whose writer was killed in the middle of a file."""
@@ -103,8 +105,13 @@ class Folder:
         return self.name.endswith(CURVES) and ours
 
     @property
+    def finished_comparison(self) -> bool:
+        """A comparison or family has written here what it writes in the end."""
+        return not {"table.json", "leaderboard.md"}.isdisjoint(self.files)
+
+    @property
     def comparison(self) -> bool:
-        """It is what a comparison wrote beside the models, and nothing else."""
+        """It is what a comparison or family wrote beside the models, and nothing else."""
         return bool(self.files) and all(map(COMPARISON_FILE.fullmatch, self.files))
 
     def part(self, name: str) -> Folder:
@@ -209,6 +216,7 @@ class Outputs:
     """Finished and half models, runs, their curves, generated texts, and half-pulled folders."""
     files: Mapping[str, File]
     comparisons: tuple[Folder, ...] = ()
+    """And families."""
 
     @classmethod
     def look(cls, uri: str) -> Outputs:
@@ -249,7 +257,9 @@ class Outputs:
             if entry["name"] != path
         }
         folders = tuple(Folder.look(storage.join(uri, name)) for name in ours)
-        return cls(uri, folders, files, _comparisons(uri) if COMPARISONS in names else ())
+        kinds = [kind for kind in (COMPARISONS, FAMILIES) if kind in names]
+        comparisons = tuple(found for kind in kinds for found in _comparisons(uri, kind))
+        return cls(uri, folders, files, comparisons)
 
 
 def beside(folder: str, run: object) -> list[Mapping[str, Any]]:
@@ -273,8 +283,8 @@ def beside(folder: str, run: object) -> list[Mapping[str, Any]]:
     return [data for data in found if data.get("run") == run]
 
 
-def _comparisons(uri: str) -> tuple[Folder, ...]:
-    every = Folder.look(storage.join(uri, COMPARISONS))
+def _comparisons(uri: str, kind: str) -> tuple[Folder, ...]:
+    every = Folder.look(storage.join(uri, kind))
     names = dict.fromkeys(file.partition("/")[0] for file in every.files if "/" in file)
     found = (every.part(name) for name in names)
     return tuple(folder for folder in found if folder.comparison)

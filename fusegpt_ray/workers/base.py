@@ -57,7 +57,9 @@ class Setup:
     run_folder: str | None = None
     """The folder of the run, for files that live as long as it does."""
     sets: int = 1
-    """How many sets of such workers compute in the cluster at the same time."""
+    """How many sets of workers compute in the cluster at the same time."""
+    roomy: bool = False
+    """Where there are others: whether training workers have a place beside the replicas."""
 
     @classmethod
     def of(cls, recipe: Recipe, source: Source, dense: Stack) -> Self:

@@ -5,8 +5,8 @@ process: what fails in one set leaves the others alone. Sets on Ray: test_compar
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -15,10 +15,11 @@ from stopped_runs import Watching
 from test_compare import asked
 from test_compare_at_once import PATIENCE
 
-from fusegpt_ray.comparison import slots
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.compression import Compression
+from fusegpt_ray.scheduling import slots
+from fusegpt_ray.workers.room import Need, Room
 
 METHODS = ("mi", "angular", "last")
 WARNING = "WARNING: a set of workers is given up"
@@ -33,6 +34,10 @@ class Counting(Watching):
 
     def part(self, number: int, parts: int) -> None:
         self.parts.append((number, parts))
+
+
+def _room_for_two(setups: Sequence[Any], *asked: Any) -> AbstractContextManager[Room]:
+    return nullcontext(Room([Need()] * len(setups), at_once=2))
 
 
 class Sets:
@@ -77,7 +82,7 @@ class Sets:
             with self._turn:
                 return publishes(compression, restart)
 
-        monkeypatch.setattr(slots, "room_for_sets", lambda *_: nullcontext(2))
+        monkeypatch.setattr(slots, "room_for_sets", _room_for_two)
         monkeypatch.setattr(slots, "open_workers", open_workers)
         monkeypatch.setattr(Compression, "publish_all", publish_all)
 

@@ -1,0 +1,197 @@
+"""What a family asks for: members × methods × sparsities over shared defaults. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe_errors import explained
+from fusegpt_ray.recipe_text import read_recipe
+from fusegpt_ray.run.outputs import FAMILIES
+from fusegpt_ray.scheduling.grid import (
+    Base,
+    Run,
+    check_apart,
+    check_once,
+    check_same,
+    merged,
+    named,
+    of_model,
+    one_or_many,
+    slug,
+)
+from fusegpt_ray.sections import MOST
+from fusegpt_ray.store import storage
+from fusegpt_ray.text_sections import Section
+from fusegpt_ray.uris import shown
+
+SECTION = FAMILIES
+OWN = ("priority", "methods", "sparsities")
+"""What a member says beside keys of the recipe."""
+
+Methods = Annotated[tuple[str | dict[str, Any], ...] | None, Field(min_length=1)]
+Sparsities = Annotated[tuple[float, ...] | None, BeforeValidator(one_or_many)]
+
+
+class Family(Section):
+    """The section `family` of a recipe. Everything beside it is the base of every member."""
+
+    members: tuple[str | dict[str, Any], ...] = Field(min_length=1)
+    """Sources of models, or mappings: a `name` of one's own, and the keys of the recipe that differ
+    from the base, such as `{name: 13b, model: {source: …}, cluster: {workers: 2}}`; beside these
+    `methods`, `sparsities` and `priority` (a whole number, 0 if left out: the highest goes first).
+    """
+    methods: Methods = None
+    """As in `compare`; left out: the base's `method`."""
+    sparsities: Sparsities = None
+    """Left out: the base's `sparsity`."""
+    at_once: int | None = Field(None, ge=1, le=MOST)
+    """How many runs work at the same time on Ray, each on workers of its own; left out: as many as
+    the cluster's free GPUs, or `gpus`, suffice for. In one process it is always one."""
+    gpus: float | None = Field(None, gt=0, le=MOST)
+    """GPUs that all members together may take; left out: those that are free."""
+
+
+class _Own(Section):
+    priority: int = Field(0, ge=-MOST, le=MOST)
+    methods: Methods = None
+    sparsities: Sparsities = None
+
+
+@dataclass(frozen=True)
+class Member:
+    """A model, and what becomes of it."""
+
+    name: str
+    priority: int
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Members:
+    """All that is to be done."""
+
+    name: str
+    uri: str
+    members: tuple[Member, ...]
+    at_once: int | None
+    gpus: float | None
+    settings: Mapping[str, Any]
+    """All that was asked, as it was written."""
+
+    @property
+    def folder(self) -> str:
+        """Where the page and the tables go."""
+        return storage.join(storage.absolute(self.uri), SECTION, self.name)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML recipe with a section `family`; see `Recipe.load`.
+
+        Raises:
+            UserError: a key or value is wrong, also of a single member.
+        """
+        return cls.parse(read_recipe(path, overrides))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """See `load`."""
+        base = {key: value for key, value in data.items() if key != SECTION}
+        if SECTION not in data:
+            fix = "add family: {members: [a/model, another/model]}"
+            raise UserError(SECTION, None, "missing", fix)
+        try:
+            asked = Family.model_validate(data[SECTION])
+        except ValidationError as error:
+            raise explained(Family, error, SECTION)[0] from error
+        given = named(map(_with_name, asked.members), "name", f"{SECTION}.members")
+        members = [_member(base, name, keys, asked) for name, keys in given.items()]
+        runs = [run for member in members for run in member.runs]
+        check_apart(runs, f"{SECTION}.members")
+        if asked.gpus is not None:
+            for run in runs:
+                _check_quota(run, asked.gpus)
+        name = str((base.get("output") or {}).get("name"))
+        uri = runs[0].recipe.output.uri
+        return cls(name, uri, tuple(members), asked.at_once, asked.gpus, dict(data))
+
+
+def _with_name(member: str | Mapping[str, Any]) -> dict[str, Any]:
+    """A member that has none is called as the last part of its model's source."""
+    keys: dict[str, Any] = (
+        {"model": {"source": member}} if isinstance(member, str) else dict(member)
+    )
+    model = keys.get("model")
+    source = model.get("source") if isinstance(model, Mapping) else None
+    if "name" not in keys and isinstance(source, str):
+        keys["name"] = source.rstrip("/").rpartition("/")[2]
+    return keys
+
+
+def _member(base: Mapping[str, Any], name: str, keys: Mapping[str, Any], asked: Family) -> Member:
+    key = f"{SECTION}.members"
+    try:
+        own = _Own.model_validate({each: keys[each] for each in OWN if each in keys})
+    except ValidationError as error:
+        raise explained(_Own, error, f"{key}.{name}")[0] from error
+    changes = {each: value for each, value in keys.items() if each not in OWN}
+    output = changes.get("output")
+    _check_output(output, f"{key}.{name}")
+    model = changes.pop("model", None)
+    data = of_model(base, model) if isinstance(model, Mapping) else dict(base)
+    if model is not None and not isinstance(model, Mapping):
+        data["model"] = model  # `Recipe.parse` says what is wrong with it
+    sparsities = own.sparsities
+    if sparsities is None and "sparsity" not in changes:
+        sparsities = asked.sparsities
+    if sparsities is not None:
+        check_once(sparsities, f"{SECTION}.sparsities")
+        data["sparsity"] = list(sparsities)
+    runs = _runs(Base(merged(data, changes), name, [slug(name)], "method"), own.methods, asked)
+    try:
+        return Member(name, own.priority, tuple(runs))
+    except UserError as error:
+        problem = f"{error.problem} (of the member {shown(name)})"
+        raise UserError(error.key, error.value, problem, error.fix) from error
+
+
+def _runs(base: Base, own: Methods, asked: Family) -> Iterator[Run]:
+    methods = own or asked.methods
+    if methods is None:
+        yield from base.runs(str(base.data.get("method", "fusegpt")), {})
+        return
+    key = f"{SECTION}.methods"
+    for name, changes in named(methods, "method", key).items():
+        check_same(changes, ("model", "output", "sparsity"), name, key, "set it in family.members")
+        yield from base.runs(name, changes, slug(name))
+
+
+def _check_output(output: Any, key: str) -> None:
+    """
+    Raises:
+        UserError: a member has another place or name, where `pull --family` would not find it.
+    """
+    if isinstance(output, Mapping):
+        fix = "set it beside family; a member's name is its own `name`"
+        check_same(output, ("uri", "name"), "a member's output", f"{key}.output", fix)
+
+
+def _check_quota(run: Run, gpus: float) -> None:
+    """
+    Raises:
+        UserError: the workers of this run need more than all members together may take.
+    """
+    recipe: Recipe = run.recipe
+    cluster = recipe.cluster
+    each = 1.0 if cluster.gpus_per_replica is None else cluster.gpus_per_replica
+    needed = max(each * cluster.replicas, cluster.workers if recipe.trains and each else 0)
+    if cluster.engine == "ray" and needed > gpus:
+        problem = f"the member {shown(run.model)} needs {needed:g}"
+        fix = "raise it, or lower the member's cluster.replicas and cluster.workers"
+        raise UserError(f"{SECTION}.gpus", gpus, problem, fix)

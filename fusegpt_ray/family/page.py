@@ -1,0 +1,77 @@
+"""The page of a family: one file of HTML that needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fusegpt_ray.family.board import cells, columns, ranked, total
+from fusegpt_ray.model.companions import REPORT
+from fusegpt_ray.report import duration
+from fusegpt_ray.reporting.charts import Chart, over_sparsity
+from fusegpt_ray.reporting.page import filled
+from fusegpt_ray.reporting.sparsities import lines
+
+
+def html(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """The whole page.
+
+    Args:
+        result: see `Board.result`.
+        settings: what was asked, as it was written.
+    """
+    rows = result["rows"]
+    return filled(
+        "family.html.jinja",
+        result["name"],
+        [*_charts(result)],
+        [*_headline(result)],
+        members=[*dict.fromkeys(row["member"] for row in rows)],
+        columns=columns(rows),
+        rows=[(row["folder"], row["report"], [*cells(row, rows)]) for row in ranked(rows)],
+        report=REPORT,
+        failed=[(row["folder"], row["problem"]) for row in rows if row["status"] == "failed"],
+        settings=json.dumps(settings, indent=1, ensure_ascii=False, default=str),
+    )
+
+
+def _headline(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    rows = result["rows"]
+    done = [row for row in rows if row["status"] == "done"]
+    failed = sum(row["status"] == "failed" for row in rows)
+    yield "models", f"{len(done)} done" + (f", {failed} failed" if failed else "")
+    yield "members", str(len({row["member"] for row in rows}))
+    if seconds := total(done, "seconds"):
+        yield "time at work", duration(seconds)
+    for key, name in (("gpu_hours", "GPU hours"), ("cost", "cost")):
+        if (value := total(done, key)) is not None:
+            yield name, f"{value:,.2f}"
+
+
+def _charts(result: Mapping[str, Any]) -> Iterator[Chart]:
+    """For each member of several sparsities and each text."""
+    found = [row for row in result["rows"] if row["sparsity"] is not None and row["perplexity"]]
+    members = dict.fromkeys(row["member"] for row in found)
+    for member, text in ((m, t) for m in members for t in dict.fromkeys(_texts(found))):
+        rows = [row for row in found if row["member"] == member and text in row["perplexity"]]
+        shares = {row["sparsity"] for row in rows}
+        if len(shares) < 2:
+            continue
+        methods = [*dict.fromkeys(row["method"] for row in rows)]
+        points = [
+            (row["method"], row["sparsity"], row["perplexity"][text]["published"]) for row in rows
+        ]
+        yield over_sparsity(
+            "perplexity",
+            f"Perplexity on {text}: {member}",
+            "Lower is better; the dashed line is the dense model.",
+            points,
+            rows[0]["perplexity"][text]["dense"],
+            lines(methods, shares, (), "bottom"),
+        )
+
+
+def _texts(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        yield from row["perplexity"]

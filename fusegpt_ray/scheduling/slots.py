@@ -1,0 +1,276 @@
+"""Jobs on sets of workers, one after another or several at once: each slot takes the next job that
+waits, opens workers for it, and keeps them as long as the next job can use them.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from fusegpt_ray.compression import Compression
+from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.pipeline import open_workers, room_for_sets
+from fusegpt_ray.plan import Plan
+from fusegpt_ray.report import Display
+from fusegpt_ray.run.outputs import SHARED_FOLDER, TRAINING_FOLDER
+from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.scheduling.threads import Threads
+from fusegpt_ray.scheduling.waiting import Entry, Waiting
+from fusegpt_ray.store import storage
+from fusegpt_ray.store.records import checksum
+from fusegpt_ray.workers.base import Setup, Workers
+
+
+@dataclass(eq=False)
+class Job:
+    """A run, and what became of it."""
+
+    name: str
+    plan: Plan
+    priority: int = 0
+    begun: Compression | None = None
+    """Its texts are drawn."""
+    show: Display | None = None
+    """What it tells, since it is at work."""
+    ended: bool = False
+    problem: str = ""
+    """Why it failed."""
+
+    @property
+    def id(self) -> str:
+        """The run's; see `run_id`."""
+        return self.begun.id if self.begun else ""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How jobs are to be done."""
+
+    folder: str
+    """Where they keep what they share."""
+    what: str
+    """They are called, in the plural."""
+    at_once: int | None
+    key: str
+    """Of `at_once` in the recipe."""
+    quota: float | None = None
+    """GPUs that all of them together may take."""
+    ends_early: bool = True
+    """Whether a mistake of the user that is found before anything works ends everything."""
+    restart: bool = False
+    """Unfinished runs of these names are forgotten."""
+    changed: Callable[[Job], None] = lambda job: None
+    """Is told of a job that begins to work, or has ended; from several threads."""
+
+
+@dataclass
+class Group:
+    """Jobs that can use the same workers."""
+
+    setup: Setup
+    shared: Shared
+    drawing: threading.Lock = field(default_factory=threading.Lock)
+    """Its texts are drawn by one set of workers at a time."""
+
+
+class Slots:
+    """Carries out jobs."""
+
+    def __init__(self, jobs: Sequence[Job], asked: Asked, show: Display) -> None:
+        self.jobs, self.asked, self.show = jobs, asked, show
+        self.worked = False
+        """Whether anything has been worked on."""
+        self._ended, self._telling = 0, threading.Lock()
+
+    def run(self) -> None:
+        """All jobs; one that fails is told. Those in one place share it; places follow one another.
+
+        Raises:
+            Exception: nothing has been worked on yet, and nothing can be; or the only workers,
+                which had done everything, could not be ended.
+        """
+        by_place: dict[object, list[Job]] = {}
+        for job in self.jobs:
+            cluster = job.plan.setup.cluster
+            by_place.setdefault((cluster.engine, cluster.address), []).append(job)
+        for jobs in by_place.values():
+            try:
+                self._at_one_place(jobs)
+            except Exception as error:
+                missing = [job for job in jobs if not job.ended]
+                if not self.worked or not missing:
+                    raise
+                for job in missing:
+                    self._failed(job, error, self.show)
+
+    def _at_one_place(self, jobs: Sequence[Job]) -> None:
+        self._groups, numbers = self._grouped(jobs)
+        setups, asked = [self._groups[number].setup for number in numbers], self.asked
+        with (
+            room_for_sets(setups, asked.at_once, asked.quota, asked.key) as room,
+            Threads() as threads,
+        ):
+            self._room, self._threads = room, threads
+            entries = [
+                Entry(job, number, need, job.priority)
+                for job, number, need in zip(jobs, numbers, room.needs, strict=True)
+            ]
+            self._waiting: Waiting[Job] = Waiting(entries, room.total)
+            if not asked.ends_early:
+                self._start_others()
+            self._slot(0)
+            threads.wait()
+            while self._waiting:  # jobs whose workers could not be opened
+                self._slot(0, last=True)
+
+    def _grouped(self, jobs: Sequence[Job]) -> tuple[list[Group], list[int]]:
+        """The groups, and each job's number of its group."""
+        names = [_same_workers(job.plan) for job in jobs]
+        order = [*dict.fromkeys(names)]
+        groups = []
+        for name in order:
+            plans = [job.plan for job, of in zip(jobs, names, strict=True) if of == name]
+            trains = any(plan.setup.trains for plan in plans)
+            shared = Shared(storage.join(self.asked.folder, SHARED_FOLDER))
+            groups.append(Group(replace(plans[0].setup, trains=trains), shared))
+        return groups, [order.index(name) for name in names]
+
+    def _start_others(self) -> None:
+        if not self._threads.started and self._room.at_once > 1:
+            self.show.say(f"up to {self._room.at_once} {self.asked.what} at once")
+            self._threads.start(self._slot, range(1, self._room.at_once))
+
+    def _slot(self, slot: int, last: bool = False) -> None:
+        """Do jobs until none waits that this slot can open workers for. The `last` one leaves none
+        to others.
+        """
+        given_up = set[int]()
+        while entry := self._waiting.take(given_up):
+            try:
+                self._on_workers(slot, entry, last, given_up)
+            finally:
+                self._waiting.release(entry)
+
+    def _on_workers(self, slot: int, first: Entry[Job], last: bool, given_up: set[int]) -> None:
+        opened = False
+        try:
+            with self._workers(slot, first) as workers:
+                opened, entry = True, first
+                while self._begin(entry, workers) and self._work(entry, workers):
+                    if not (another := self._waiting.next_like(entry)):
+                        break
+                    entry = another
+        except Exception as error:
+            # Workers that cannot be started or ended again.
+            if self.asked.ends_early and not self.worked:
+                raise
+            if not opened:
+                if last or not self._threads.started:
+                    self._failed(first.job, error, self.show)
+                    return
+                given_up.add(first.group)
+                self._waiting.give_back(first)
+            elif not self._threads.started and not self._waiting:
+                raise
+            told = f"{type(error).__name__}: {first_line(error)}"
+            self.show.say(f"WARNING: a set of workers is given up, the others go on ({told})")
+
+    def _workers(self, slot: int, entry: Entry[Job]) -> Workers:
+        folder = storage.join(self.asked.folder, TRAINING_FOLDER, f"{slot}-{entry.group}")
+        sets = 1 if self._waiting.alone(entry) else self._room.at_once
+        setup = self._groups[entry.group].setup
+        setup = replace(setup, run_folder=folder, sets=sets, roomy=self._room.roomy)
+        return open_workers(setup, self.show)
+
+    def _begin(self, first: Entry[Job], workers: Workers) -> bool:
+        """Draw the texts of this job and of all of its group that wait. Whether nothing failed:
+        these workers may be in any state then.
+        """
+        group = self._groups[first.group]
+        with group.drawing:
+            entries = [first, *self._waiting.of_group(first.group)]
+            entries = [entry for entry in entries if not entry.job.begun]
+            if entries:
+                self.show.say(workers.description)
+            for entry in entries:
+                job = entry.job
+                try:
+                    begun = Compression.begin(job.plan, workers, self.show, group.shared)
+                    begun.check(self.asked.restart)
+                except Exception as error:
+                    if self.asked.ends_early and not self.worked and isinstance(error, UserError):
+                        raise
+                    if entry is first or self._waiting.remove(entry):
+                        self._failed(job, error, self.show)
+                    if entry is not first and not first.job.ended:
+                        self._waiting.give_back(first)
+                    return False
+                job.begun = begun
+        self.worked = True
+        self._start_others()
+        return True
+
+    def _work(self, entry: Entry[Job], workers: Workers) -> bool:
+        """Whether it did not fail."""
+        job, show = entry.job, self.show
+        assert job.begun is not None
+        if self._room.at_once > 1:
+            show = OneOfSeveral(show, job.name)
+        show.say(f"— {job.name} —")
+        job.show = show
+        self.asked.changed(job)
+        try:
+            replace(job.begun, workers=workers, show=show).publish_all(self.asked.restart)
+        except Exception as error:
+            self._failed(job, error, show)
+            return False
+        self._end(job)
+        return True
+
+    def _end(self, job: Job) -> None:
+        """Tell how many have ended, where several work and none has a bar for itself."""
+        job.ended = True
+        with self._telling:
+            self._ended += 1
+            if self._room.at_once > 1:
+                self.show.stage(f"{self.asked.what} that have ended", len(self.jobs))
+                self.show.part(self._ended, len(self.jobs))
+        self.asked.changed(job)
+
+    def _failed(self, job: Job, error: Exception, show: Display) -> None:
+        self.worked = True
+        told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
+        job.problem = str(told)
+        if not isinstance(told, UserError | StorageError):
+            job.problem = f"{type(told).__name__}: {first_line(told)}"
+            show.say("".join(traceback.format_exception(error)))
+        show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
+        self._end(job)
+
+
+def _same_workers(planned: Plan) -> str:
+    """Runs for which this is the same can use the same workers."""
+    setup, recipe = planned.setup, planned.recipe
+    return checksum(
+        {
+            "model": recipe.model.model_dump(mode="json"),
+            "cluster": setup.cluster.model_dump(mode="json"),
+            "batch": setup.importance.batch,
+            "piece_mb": setup.piece_mb,
+        }
+    )
+
+
+class OneOfSeveral(Display):
+    """Of a run beside others: the lines that stay, in the display of all, with its name before
+    them. Each run has its own listeners.
+    """
+
+    def __init__(self, whole: Display, name: str) -> None:
+        super().__init__(whole.console)  # its bar is never started
+        self._whole, self._name = whole, name
+
+    def say(self, text: str) -> None:
+        self._whole.say(f"[{self._name}] {text}")

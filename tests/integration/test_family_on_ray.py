@@ -1,0 +1,94 @@
+"""A family on Ray: members of different models at the same time, each on workers of its own, give
+the bytes of one process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from test_compare_on_ray import Watching
+
+from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.distributed import sets
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.family.members import Members
+from fusegpt_ray.family.run import compress_family
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Need
+
+pytestmark = pytest.mark.integration
+
+
+def asked(material: Any, output: Path, other: Path, engine: str, **section: Any) -> Members:
+    cluster = {"engine": engine, "wait_minutes": 0}
+    recipe = material.recipe(output, sparsity=0.125, cluster=cluster, method="mi")
+    recipe["output"]["report"] = False
+    # Sets of workers that train beside each other: test_compare_on_ray.py.
+    members = [
+        {"name": "one", "methods": ["mi+linear"]},
+        {"name": "two", "model": {"source": str(other)}, "methods": ["mi"]},
+    ]
+    return Members.parse(recipe | {"family": {"members": members, **section}})
+
+
+def weights(output: Path) -> dict[str, str]:
+    return {
+        path.parent.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in output.glob("*/*.safetensors")
+    }
+
+
+@pytest.fixture
+def other(material: Any, tmp_path: Path) -> Path:
+    """The same weights as another model: so long as its folder is another one, so are workers."""
+    source = Path(material.recipe(tmp_path)["model"]["source"])
+    return shutil.copytree(source, tmp_path / "another")
+
+
+def test_members_at_the_same_time_are_those_of_one_process(
+    material: Any, tmp_path: Path, other: Path
+) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    compress_family(asked(material, alone, other, "local"), Watching())
+    assert len(weights(alone)) == 2
+    show = Watching("] — ")  # both of them meet there
+    family = asked(material, together, other, "ray", at_once=2)
+    result = compress_family(family, show)
+    assert result["state"] == "done" and "up to 2 runs at once" in show.said
+    assert weights(together) == weights(alone)
+    assert json.loads((Path(family.folder) / "family.json").read_text()) == result
+    assert not [*Path(family.folder).glob("blocks")]
+
+
+def test_a_quota_decides_how_many_work_and_a_set_may_need_all_of_it() -> None:
+    """Rooms on a Ray of a claimed number of GPUs, which nobody uses."""
+    one, two = Cluster(replicas=1), Cluster(replicas=2, workers=2)
+    setups = [Setup(None, None, cluster, trains=True) for cluster in (one, one, two)]  # type: ignore[arg-type]
+    ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False)
+    try:
+        for asked, quota, at_once, gpus in (
+            (None, None, 3, 8),  # 2 + 2 + 4
+            (None, 5, 2, 5),
+            (None, 3, 1, 3),
+            (2, 5, 2, 5),
+            (2, None, 2, float("inf")),
+        ):
+            with sets.joined(setups, asked, quota, "family.at_once") as room:
+                assert [need.gpus for need in room.needs] == [2, 2, 4]
+                assert (room.at_once, room.total.gpus) == (at_once, gpus)
+                assert room.roomy and room.total.within(Need(float("inf"), float("inf")))
+        many = [Setup(None, None, Cluster(replicas=5, wait_minutes=0)) for _ in range(2)]  # type: ignore[arg-type]
+        with (
+            pytest.raises(UserError, match="10 GPUs are needed") as refused,
+            sets.joined(many, 2, None, "family.at_once"),
+        ):
+            pass
+        assert refused.value.key == "family.at_once"
+    finally:
+        ray.shutdown()

@@ -1,0 +1,284 @@
+"""`fusegpt family`: members are ordinary runs of different models, what fails or is stopped is done
+later, and what came of each is told. Members at the same time on Ray: test_family_on_ray.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from browser import CHROMIUM, charts_drawn
+from desk import Desk
+from mistakes import tree
+from rich.console import Console
+from stopped_runs import Watching, published
+from test_compare import fails
+from test_report import Page, drawn
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.family import board, page
+from fusegpt_ray.family.members import Members
+from fusegpt_ray.family.run import compress_family
+from fusegpt_ray.pipeline import compress
+from fusegpt_ray.scheduling import slots
+from fusegpt_ray.store.family import FamilyBoard
+
+FIRST, SECOND = "demo-first-mi-p20", "demo-second-mi-p20"
+
+
+def asked(desk: Desk, **section: Any) -> dict[str, Any]:
+    """Two members of different models."""
+    base = desk.recipe(evaluation={"heldout": {"data": str(desk.heldout)}}, method="mi")
+    second = {"name": "second", "model": {"source": str(desk.folder / "second/model")}}
+    members = [{"name": "first", "sparsities": [0.2, 0.4]}, second | {"priority": 1}]
+    return base | {
+        "family": {"members": members, "methods": ["mi"], "sparsities": [0.2], **section}
+    }
+
+
+@pytest.fixture
+def two(desk: Desk, checkpoint: Callable[[str], Path]) -> Desk:
+    """A desk with a second model."""
+    Desk.make(desk.folder / "second", checkpoint("llama-tied"))
+    return desk
+
+
+@pytest.fixture(scope="module")
+def done(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Desk, dict[str, Any], Watching]:
+    """A family that nothing disturbed."""
+    desk = Desk.make(tmp_path_factory.mktemp("done"), checkpoint("llama"))
+    Desk.make(desk.folder / "second", checkpoint("llama-tied"))
+    show = Watching()
+    asks = asked(desk)
+    asks["output"] = asks["output"] | {"report": True}
+    return desk, compress_family(Members.parse(asks), show), show
+
+
+def test_members_are_the_runs_that_they_stand_for(
+    done: tuple[Desk, dict[str, Any], Watching], tmp_path: Path
+) -> None:
+    desk, result, show = done
+    assert result["state"] == "done"
+    assert [row["folder"] for row in result["rows"]] == [FIRST, FIRST.replace("20", "40"), SECOND]
+    begun = [line for line in show.said if line.startswith("—")]
+    assert begun == ["— second: mi —", "— first: mi —"], "by priority"
+    weights = published(desk)
+    assert len(weights) == 6
+    for member in Members.parse(asked(desk)).members:
+        (run,) = member.runs
+        alone = run.recipe.output.model_copy(update={"uri": str(tmp_path)})
+        compress(run.recipe.model_copy(update={"output": alone}), Watching())
+    for name, data in weights.items():
+        assert (tmp_path / name).read_bytes() == data
+
+
+def test_its_rows_are_the_manifests(done: tuple[Desk, dict[str, Any], Watching]) -> None:
+    desk, result, _ = done
+    assert json.loads((desk.out / "family/demo/family.json").read_text()) == result
+    for row in result["rows"]:
+        told = json.loads((desk.out / row["folder"] / "fusegpt.json").read_text())
+        perplexity = told["perplexity"]["heldout"]
+        numbers = {"dense": perplexity["dense"], "published": perplexity["dropped"]}
+        assert row["perplexity"] == {"heldout": numbers} and row["run"] == told["run"]
+        assert row["status"] == "done" and row["sparsity"] == told["sparsity"]
+        assert row["cost"] is None and row["gpu_hours"] is None, "there is no GPU here"
+    first, more, second = (row["parameters"] for row in result["rows"])
+    assert first["dense"] - first["published"] == (first["dense"] - more["published"]) / 2
+    assert second["dense"] < first["dense"], "its head is its embedding"
+
+
+def test_the_page_shows_them_and_needs_no_network(
+    done: tuple[Desk, dict[str, Any], Watching], tmp_path: Path
+) -> None:
+    desk, result, _ = done
+    file = desk.out / "family/demo/index.html"
+    html = file.read_text()
+    text = Page(html).text
+    (chart,) = drawn(html)  # of the member of two sparsities
+    rows = [row for row in result["rows"] if row["member"] == "first"]
+    numbers = [row["perplexity"]["heldout"] for row in rows]
+    assert {value["perplexity"] for value in chart["data"]["values"]} == {
+        numbers[0]["dense"], *(one["published"] for one in numbers),
+    }  # fmt: skip
+    for row in result["rows"]:
+        link = f'href="../../{row["folder"]}/report.html"'
+        assert link in html and (file.parent / f"../../{row['folder']}/report.html").is_file()
+        assert f"{row['parameters']['published']:,}" in text
+    markdown = (file.parent / "leaderboard.md").read_text()
+    assert all(f"{one['dense']:.2f} → {one['published']:.2f}" in markdown for one in numbers)
+    if CHROMIUM:
+        assert charts_drawn(file, tmp_path / "profile") == 1
+
+
+def test_hostile_names_stay_text(done: tuple[Desk, dict[str, Any], Watching]) -> None:
+    hostile = "</script><script>console.error('in')</script>"
+    rows = [{**row, "member": hostile, "problem": hostile} for row in done[1]["rows"]]
+    rows[0]["status"] = "failed"
+    html = page.html({**done[1], "rows": rows}, {"name": hostile})
+    assert "<script>console" not in html and hostile in Page(html).text
+
+
+def test_what_runs_took_is_counted_once() -> None:
+    rows = [{"run": "a", "cost": 1.0}, {"run": "a", "cost": 3.0}, {"run": "b", "cost": 2.0}]
+    assert board.total([*rows, {"run": "c", "cost": None}], "cost") == 5.0
+    assert board.total([{"run": "c", "cost": None}], "cost") is None
+
+
+def test_the_least_damaged_comes_first() -> None:
+    def row(name: str, sparsity: float | None, *factors: float, status: str = "done") -> Any:
+        texts = {f"{n}": {"dense": 2.0, "published": 2.0 * f} for n, f in enumerate(factors)}
+        return {"folder": name, "sparsity": sparsity, "perplexity": texts, "status": status}
+
+    rows = [
+        row("failed", 0.1, status="failed"), row("worse", 0.2, 1.5, 1.5), row("more", 0.4, 1.1),
+        row("better", 0.2, 2.0, 1.05), row("deeper", None, 0.9),
+    ]  # fmt: skip
+    found = [one["folder"] for one in board.ranked(rows)]
+    assert found == ["deeper", "better", "worse", "more", "failed"]
+
+
+def test_a_member_that_fails_leaves_the_others_and_is_tried_again(
+    two: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asks = asked(two)
+    bad = fails(two) | {"name": "first"}
+    bad["methods"] = [{"name": "mi", "method": bad.pop("method")}]
+    asks["family"]["members"][0] = bad
+    file = two.folder / "family.yaml"
+    file.write_text(yaml.safe_dump(asks))
+    assert main(["family", str(file), "--quiet", "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    first, second = result["rows"]
+    assert (first["status"], second["status"], result["state"]) == ("failed", "done", "failed")
+    assert first["problem"] and first["problem"] in err and FIRST in err
+    before = published(two)
+    assert len(before) == 2
+    asks["family"]["members"][0] = {"name": "first"}
+    shutil.rmtree(two.out / "demo-first-mi.run")
+    show = Watching()
+    assert compress_family(Members.parse(asks), show)["state"] == "done"
+    assert "nothing is left to do: this very run has published everything" in show.said
+    assert published(two).items() > before.items()
+
+
+def test_stopped_between_members_it_ends_with_the_same_bytes(
+    two: Desk, done: tuple[Desk, dict[str, Any], Watching]
+) -> None:
+    class Stopped(Watching):
+        def say(self, text: str) -> None:
+            if text.startswith("— first"):
+                followed = json.loads((two.out / "family/demo/family.json").read_text())
+                assert followed["state"] == "working"
+                assert [row["status"] for row in followed["rows"]] == ["waiting"] * 2 + ["done"]
+                raise KeyboardInterrupt
+            super().say(text)
+
+    with pytest.raises(KeyboardInterrupt):
+        compress_family(Members.parse(asked(two)), Stopped())
+    assert [path.name for path in two.out.glob("demo-*")] == [SECOND]
+    show = Watching()
+    assert compress_family(Members.parse(asked(two)), show)["state"] == "done"
+    assert published(two) == published(done[0])
+    assert f"evaluating and publishing {SECOND}" not in show.said
+
+
+def test_a_text_too_short_for_one_member_is_its_own_failure(two: Desk) -> None:
+    asks = asked(two)
+    short = two.folder / "short.txt"
+    short.write_text("w20 w21 w22\n")
+    # That of the highest priority, which is begun first.
+    asks["family"]["members"][1]["calibration"] = {"data": str(short)}
+    result = compress_family(Members.parse(asks), Watching())
+    assert [row["status"] for row in result["rows"]] == ["done", "done", "failed"]
+    assert "calibration" in result["rows"][2]["problem"]
+
+
+def test_workers_are_opened_once_for_all_methods_of_a_member(
+    two: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, opens = list[str](), slots.open_workers
+
+    def opening(setup: Any, show: Any) -> Any:
+        opened.append(Path(setup.source.folder).parent.name)
+        return opens(setup, show)
+
+    monkeypatch.setattr(slots, "open_workers", opening)
+    compress_family(Members.parse(asked(two, methods=["mi", "last"])), Watching())
+    assert opened == ["second", two.folder.name]
+
+
+# --- what a person sees, and takes away ---
+
+
+def test_the_table_on_a_terminal_follows(done: tuple[Desk, dict[str, Any], Watching]) -> None:
+    console = Console(width=80, record=True)
+    console.print(board.on_terminal(done[1]))
+    text = console.export_text()
+    assert all(row["member"] in text for row in done[1]["rows"]) and "12.5" not in text
+    working = {**done[1]["rows"][0], "status": "working", "doing": "round 1/2", "perplexity": {}}
+    console.print(board.on_terminal({**done[1], "rows": [working]}))
+    assert "round 1/2" in console.export_text()
+
+
+def test_a_family_is_pulled_whole_or_by_member_and_nothing_else_is_written(
+    done: tuple[Desk, dict[str, Any], Watching],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    desk, uri = done[0], f"{done[0].out}/family/demo"
+    before = tree(desk.folder)
+    target = tmp_path / "deep" / "models"
+    pulled = ["pull", "--family", uri, str(target), "--quiet", "--json"]
+    assert main([*pulled, "--member", "second"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"folders": [str(target / SECOND)]}
+    assert [path.name for path in target.iterdir()] == [SECOND]
+    assert main(pulled) == 0, "what is there already stays"
+    assert {path.name for path in target.iterdir()} == {row["folder"] for row in done[1]["rows"]}
+    for name in (path.relative_to(target) for path in target.rglob("*.safetensors")):
+        digests = [hashlib.sha256((place / name).read_bytes()) for place in (target, desk.out)]
+        assert digests[0].digest() == digests[1].digest()
+    assert tree(desk.folder) == before
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("folder", ["../above", "a/b", ".hidden", "", "C:x", "\x1b[1m", SECOND])
+def test_a_list_that_would_leave_the_folder_is_refused(
+    done: tuple[Desk, dict[str, Any], Watching], folder: str
+) -> None:
+    rows = [{**row} for row in done[1]["rows"]]
+    rows[0]["folder"] = folder
+    with pytest.raises(UserError, match=r"lists the model"):
+        FamilyBoard.parse({**done[1], "rows": rows}, "somewhere")
+
+
+@pytest.mark.parametrize("data", [[], {}, {"rows": [1]}, {"rows": [{}]}, {"format": 2, "rows": []}])
+def test_a_list_that_is_none_is_refused(data: Any) -> None:
+    with pytest.raises(UserError):
+        FamilyBoard.parse(data, "somewhere")
+
+
+def test_mistakes_of_a_pull(
+    done: tuple[Desk, dict[str, Any], Watching],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    uri, target = f"{done[0].out}/family/demo", str(tmp_path / "there")
+    for arguments, said in (
+        ([uri, target, "--member", "second"], "--family"),
+        (["--family", uri, target, "--member", "third"], "first, second"),
+        (["--family", str(done[0].out), target], "holds no family.json"),
+    ):
+        assert main(["pull", *arguments]) == 2
+        assert said in capsys.readouterr().err
+    assert not Path(target).exists()
