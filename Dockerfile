@@ -1,18 +1,20 @@
-# The image of every node of a GPU cluster: driver, replicas and training workers alike. The same install path and the same pinned torch
-# as on a laptop; from PyPI, that is the CUDA build.
+# The image of every node of a GPU cluster: driver, replicas and training workers alike. Each package is the one that
+# cluster/requirements.lock names by version and hash (`make lock`); torch is the CUDA build.
 FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
 
 # wget: KubeRay asks by it whether a node is well. rsync: Ray's launcher brings files by it.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev make git openssh-client rsync wget \
+    && apt-get install --yes --no-install-recommends python3 python3-venv python3-dev git openssh-client rsync wget \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /app
-COPY pyproject.toml constraints.txt Makefile README.md ./
+COPY cluster/requirements.lock ./
+RUN python3 -m venv .venv && .venv/bin/pip install --no-cache-dir --require-hashes --requirement requirements.lock
+COPY pyproject.toml README.md ./
 COPY fusegpt_ray fusegpt_ray
 COPY jobs jobs
 COPY examples examples
-RUN make install
+RUN .venv/bin/pip install --no-cache-dir --no-deps --no-build-isolation --editable .
 ENV PATH=/app/.venv/bin:$PATH \
     HF_HUB_DISABLE_TELEMETRY=1 \
     RAY_USAGE_STATS_ENABLED=0

@@ -7,6 +7,8 @@
 #   make sweep        tries every class of transformers, and writes docs/models.md: a quarter of an hour
 # One builds the documentation:
 #   make docs         the site in site/, every warning an error
+# One chooses what the image has, each package by version and hash:
+#   make lock         writes cluster/requirements.lock anew
 # All make .venv first, with the torch that constraints.txt pins; TORCH=… CONSTRAINTS=… take another.
 
 PYTHON ?= python3
@@ -14,7 +16,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all style chaos sweep docs install clean
+.PHONY: quickstart test test-all style chaos sweep docs lock install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
@@ -48,6 +50,13 @@ docs: .venv/docs-installed
 .venv/docs-installed: .venv/installed
 	$(BIN)/pip install --quiet $(CONSTRAINTS) --editable '.[docs]'
 	@touch $@
+
+# For the Python and the system of the Dockerfile's base image.
+lock: install
+	$(BIN)/pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --extra vision --extra eval $(CONSTRAINTS) --upgrade \
+		--generate-hashes --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
+		--no-annotate --custom-compile-command "make lock" --output-file cluster/requirements.lock
 
 install: .venv/installed
 

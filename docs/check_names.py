@@ -2,8 +2,8 @@
 
 - A file, such as `model/stack.py` or `tests/slow.py`: somewhere in this repository.
 - A test, such as `test_a_live_run_is_left_alone`: somewhere in `tests/`.
-- A key of a recipe, such as `cluster.replicas`: in `recipe.py`, `sections.py` or
-  `text_sections.py`; that of a text in a list, such as `calibration.data.1.weight`, too.
+- A key of a recipe, such as `cluster.replicas`: in one of the files that define its sections; that
+  of a text in a list, such as `calibration.data.1.weight`, too.
 
 What is wrong is a warning, which `mkdocs build --strict` takes for an error.
 """
@@ -57,5 +57,5 @@ TESTS = "\n".join(
 )
 KEYS = "\n".join(
     (ROOT / "fusegpt_ray" / name).read_text()
-    for name in ("recipe.py", "sections.py", "text_sections.py")
+    for name in ("recipe.py", "sections.py", "text_sections.py", "cluster_section.py")
 )

@@ -36,15 +36,17 @@ class Entrant:
     """That lead to it, of `search.candidates`."""
     removed: Removal
     held_out: list[float] | None = None
-    """Loss before and after its healing, once that is done."""
+    """Loss before and after its healing, once that is done; empty if it diverged."""
     micro_batch: int | None = None
     """Windows that passed its blocks at once."""
 
     def in_words(self) -> str:
-        assert self.held_out
-        first, last = self.held_out[0], self.held_out[-1]
+        assert self.held_out is not None
+        came = "its healing diverged"
+        if self.held_out:
+            came = f"held-out loss {self.held_out[0]:.4g} → {self.held_out[-1]:.4g}"
         blocks = ", ".join(map(str, self.removed))
-        return f"{' = '.join(self.ways)}: blocks {blocks}; held-out loss {first:.4g} → {last:.4g}"
+        return f"{' = '.join(self.ways)}: blocks {blocks}; {came}"
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Tournament:
         the journal has is not tried again.
 
         Raises:
-            FloatingPointError: a sum or a loss is not finite.
+            FloatingPointError: a sum is not finite, or every healing diverged.
             MemoryError: not even a single window fits.
             UserError: no way leads to a set.
         """
@@ -90,6 +92,8 @@ class Tournament:
                 problem = f"none of these ways finds {count} blocks that may go"
                 raise UserError("search.candidates", ways, problem, "add a metric, such as mi")
             self._try(entrants)
+            if all(entrant.held_out == [] for entrant in entrants):
+                raise FloatingPointError("the healing of every set of blocks diverged")
         best = min(entrants, key=_loss)
         self.show.say(f"  chosen: {' = '.join(best.ways)}")
         record = {
@@ -170,5 +174,5 @@ class Tournament:
 
 
 def _loss(entrant: Entrant) -> float:
-    assert entrant.held_out
-    return min(entrant.held_out)
+    assert entrant.held_out is not None
+    return min(entrant.held_out, default=math.inf)

@@ -21,16 +21,15 @@ def trial(
     held_out: Batch,
     cluster: Cluster,
 ) -> list[float]:
-    """The task of a replica: the held-out loss before the training and after each part. As many
-    windows pass a block at once as the runner is set to.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
+    """The task of a replica: the held-out loss before the training and after each part; nothing if
+    the training diverged. As many windows pass a block at once as the runner is set to.
     """
     worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
     task = model.task(windows, held_out, cluster, {}, "")
     try:
         return learn(worker, task, runner.batch_size, runner.batch_size).held_out
+    except FloatingPointError:
+        return []
     finally:
         worker.memory.clear()
         empty_cache()

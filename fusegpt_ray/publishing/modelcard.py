@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fusegpt_ray.publishing.cardheader import header
@@ -223,11 +223,16 @@ def _search(manifest: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *(
             f"| {', '.join(map(str, tried['removed']))} | {', '.join(tried['ways'])} |"
-            f" {tried['held_out'][0]:.4g} | {tried['held_out'][-1]:.4g} |"
+            f" {_first_and_last(tried['held_out'])} |"
             for tried in search["tried"]
         ),
         "",
     ]
+
+
+def _first_and_last(losses: Sequence[float]) -> str:
+    """Two cells of a row."""
+    return f"{losses[0]:.4g} | {losses[-1]:.4g}" if losses else "diverged | –"
 
 
 def _between(manifest: Mapping[str, Any]) -> list[str]:

@@ -86,14 +86,14 @@ def test_spaced_blocks_are_never_side_by_side(infirmary: Infirmary) -> None:
     assert found(infirmary, "spaced", (depth + 1) // 2 + 1) is None
 
 
-def parsed(place: Infirmary, **search: Any) -> Recipe:
+def parsed(place: Infirmary, learning_rate: float = HEAL["learning_rate"], **search: Any) -> Recipe:
     return Recipe.parse(
         {
             "model": {"source": str(place.folder)},
             "method": "mi",
             "calibration": {"data": "t", "windows": 16, "length": TRAINED.shape[1]},
             "importance": {"windows": 16},
-            "heal": HEAL,
+            "heal": HEAL | {"learning_rate": learning_rate},
             "search": search,
             "cluster": {"engine": "local"},
             "output": {"uri": str(place.out), "name": "demo", "report": False},
@@ -119,6 +119,34 @@ def test_the_winner_has_the_lowest_loss_after_the_same_healing(infirmary: Infirm
         infirmary.forget()
     best = min(record["tried"], key=lambda tried: min(tried["held_out"]))
     assert chosen == best["removed"]
+
+
+def test_a_set_whose_healing_diverges_loses(infirmary: Infirmary) -> None:
+    texts = WINDOWS_WT, WINDOWS_WT, HELD.numpy()
+
+    def contest(name: str, **heal: float) -> Tournament:
+        asked = parsed(infirmary, tokens=8 * TRAINED.shape[1], **heal)
+        journal = Journal(str(infirmary.out / name))
+        return Tournament(asked, here, journal, infirmary.dense, *texts, Watching())
+
+    with workers(infirmary) as here:
+        steady = contest("run")
+        chosen, record = steady.removal(2)
+        ways = [*asked_ways(record)]
+        for tried in record["tried"]:
+            if tried["removed"] == chosen:
+                tried["held_out"] = []
+        steady.journal.keep("search", 0, {"looked": ways, "entrants": record["tried"]})
+        others = [tried for tried in record["tried"] if tried["removed"] != chosen]
+        second, again = steady.removal(2)
+        assert second == min(others, key=lambda tried: min(tried["held_out"]))["removed"]
+        assert [] in [tried["held_out"] for tried in again["tried"]]
+        with pytest.raises(FloatingPointError, match="every set of blocks diverged"):
+            contest("diverging", learning_rate=1e30).removal(2)
+
+
+def asked_ways(record: dict[str, Any]) -> list[str]:
+    return [way for tried in record["tried"] for way in tried["ways"]]
 
 
 def changes(desk: Desk) -> dict[str, Any]:
