@@ -44,7 +44,7 @@ from fusegpt_ray.workers.room import Need
 MODELS = ("llama2-7b", "llama2-13b", "llama2-70b")
 SPARSITIES = (0.125, 0.25, 0.375)
 SECONDS_A_ROUND, PUBLISHED_A_SECOND = 10, 1e9
-HEADER = "| loss batch | runs | GPUs | GPUs of 7B, 13B, 70B | hours | efficiency |\n" + "|---" * 6
+COLUMNS = ("loss batch", "runs", "GPUs", "GPUs of 7B, 13B, 70B", "hours", "efficiency")
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,13 @@ def line(members: Sequence[Member], each: Sequence[int], gpus: int) -> Waiting[f
     return Waiting(entries, Need(gpus))
 
 
+def several(
+    kinds: Sequence[Member], each: Sequence[int], copies: int
+) -> tuple[list[Member], list[int]]:
+    """So many runs of each kind, and their GPUs."""
+    return [one for one in kinds for _ in range(copies)], [n for n in each for _ in range(copies)]
+
+
 def hours(members: Sequence[Member], each: Sequence[int], gpus: int) -> float:
     """Until the last one ends, by a clock that jumps from end to end."""
     waiting, clock, order = line(members, each, gpus), 0.0, itertools.count()
@@ -134,9 +141,7 @@ def best(kinds: Sequence[Member], copies: int, batch: int, gpus: int) -> tuple[f
     """The shortest, and the GPUs of a run of each kind."""
     found = []
     for each in itertools.product(shares(batch, gpus), repeat=len(kinds)):
-        spread = [n for n in each for _ in range(copies)]
-        members = [one for one in kinds for _ in range(copies)]
-        found.append((hours(members, spread, gpus), [*each]))
+        found.append((hours(*several(kinds, each, copies), gpus), [*each]))
     return min(found)
 
 
@@ -149,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32], help="of fine-tuning")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args(argv)
-    print(HEADER + ("| in threads that sleep |" if arguments.check else "|"))
+    columns = [*COLUMNS, *(["in threads that sleep"] if arguments.check else [])]
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for batch, copies in itertools.product(arguments.batch, arguments.copies):
         kinds = [Member.of(name, batch) for name in MODELS]
         alone = sum(one.seconds(1) for one in kinds) * copies / 3600
@@ -158,9 +164,7 @@ def main(argv: list[str] | None = None) -> int:
             cells = [batch, copies * len(kinds), gpus, ", ".join(map(str, each)), f"{took:.1f}"]
             cells.append(f"{alone / gpus / took:.2f}")
             if arguments.check:
-                spread = [n for n in each for _ in range(copies)]
-                members = [one for one in kinds for _ in range(copies)]
-                cells.append(f"{slept(members, spread, gpus, hour=0.5):.1f}")
+                cells.append(f"{slept(*several(kinds, each, copies), gpus, hour=0.5):.1f}")
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
     return 0
 
