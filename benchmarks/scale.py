@@ -71,7 +71,7 @@ class Member:
 
     def seconds(self, gpus: int) -> float:
         """On so many GPUs, all of which are held for the whole run."""
-        spent = self.rounds * SECONDS_A_ROUND
+        spent: float = self.rounds * SECONDS_A_ROUND
         spent += sum(self.cost.published_bytes.values()) / PUBLISHED_A_SECOND
         for stage in self.cost.stages:
             alone = stage.flops / RATES[MEASURED][stage.name]
