@@ -57,6 +57,14 @@ class Waiting(Generic[T]):
                 self._changed.wait(PATIENCE)
         return None
 
+    def take_now(self) -> Entry[T] | None:
+        """The next one; None if none fits."""
+        with self._changed:
+            if found := self._fitting(self._line) if self._line else None:
+                self._line.remove(found)
+                self._taken.append(found)
+            return found
+
     def next_like(self, entry: Entry[T]) -> Entry[T] | None:
         """The next one that can use the same workers, unless others go before it."""
         with self._changed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import gpu_parts
 import publishing
 import pytest
 import reading
+import scale
 
 
 def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,3 +82,26 @@ def test_the_plain_way_and_ours_remove_the_same_and_learn_alike(material, tmp_pa
     # They start from other random coefficients, and learn little in four steps at the paper's
     # rates.
     assert found["plain"]["perplexity"] == pytest.approx(found["paper"]["perplexity"], rel=1e-3)
+
+
+@pytest.mark.parametrize("gpus", [1, 2, 4])
+def test_a_family_lasts_as_long_as_its_line_says(gpus: int) -> None:
+    kinds = [scale.Member.of(name, batch=8) for name in scale.MODELS[:2]]
+    seconds = {n: [one.seconds(n) for one in kinds] for n in (1, 2)}
+    assert all(
+        half < both < 2 * half
+        for half, both in zip(seconds[2], seconds[1], strict=True)  # scoring is divided unevenly
+    )
+    if gpus == 1:
+        assert scale.hours(kinds, [1, 1], gpus) == pytest.approx(sum(seconds[1]) / 3600)
+    if gpus == 2:
+        assert scale.hours(kinds, [1, 1], gpus) == pytest.approx(max(seconds[1]) / 3600)
+        # One that takes both has them for itself, whoever is first.
+        assert scale.hours(kinds, [2, 2], gpus) == pytest.approx(sum(seconds[2]) / 3600)
+    if gpus == 4:
+        assert scale.hours(kinds, [2, 2], gpus) == pytest.approx(max(seconds[2]) / 3600)
+    every = [
+        scale.hours(kinds, each, gpus)
+        for each in itertools.product([n for n in (1, 2, 4, 8) if n <= gpus], repeat=2)
+    ]
+    assert scale.best(kinds, 1, 8, gpus)[0] == min(every)
