@@ -51,7 +51,7 @@ class Connection:
             return cls._joined(cluster, sets)
 
     @classmethod
-    def _joined(cls, cluster: Cluster, sets: int) -> Self:
+    def _joined(cls, cluster: Cluster, sets: Sequence[Cluster]) -> Self:
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # our display is the only one
         address = cluster.address or os.environ.get("RAY_ADDRESS")
         # What a submitted job sets is here, too, and Ray refuses to be told the same twice.
