@@ -161,6 +161,7 @@ class FusedExperts(nn.ModuleDict):
         return {
             key if kind == "weight" else bias_of(key): value
             for key, layer in self.items()
+            if isinstance(layer, FusedLinear)  # a norm among the experts' own is beside them here
             for kind, value in layer().items()
         }
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from fusegpt_ray.compression import Compression
-from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.errors import BudgetSpent, StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers, room_for_sets
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.report import Display
@@ -243,7 +243,7 @@ class Slots:
         self.worked = True
         told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
         job.problem = str(told)
-        if not isinstance(told, UserError | StorageError):
+        if not isinstance(told, UserError | StorageError | BudgetSpent):
             job.problem = f"{type(told).__name__}: {first_line(told)}"
             show.say("".join(traceback.format_exception(error)))
         show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))

@@ -25,6 +25,7 @@ CLASSES = {
     "GptOssForCausalLM": EXACT,  # experts whose layout on disk is the model's
     "HYV4ForCausalLM": REFUSED,  # blocks hand on more than states
     "LlavaForConditionalGeneration": EXACT,
+    "MuseSparkForConditionalGeneration": EXACT,  # a norm among the experts' own tensors
     "Qwen3NextForCausalLM": EXACT,  # one block of attention, without which it cannot generate
     "BertLMHeadModel": REFUSED,  # an encoder
     "Qwen4ExpForCausalLM": REFUSED,  # which tokens are attended to is looked at as values
@@ -34,8 +35,8 @@ CLASSES = {
 
 REASONS = {"Qwen4ExpForCausalLM": "look at values", "Zamba2ForCausalLM": "share weights"}
 """In the messages of some that are refused."""
-FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM")
-"""Fusing blocks of several kinds; elsewhere it is tried by the sweep alone."""
+FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM", "MuseSparkForConditionalGeneration")
+"""Fusing, too: blocks of several kinds, experts with more than layers. Elsewhere it is tried by the sweep alone."""
 
 
 @pytest.mark.parametrize("name", CLASSES)
