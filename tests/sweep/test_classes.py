@@ -36,8 +36,8 @@ CLASSES = {
 REASONS = {"Qwen4ExpForCausalLM": "look at values", "Zamba2ForCausalLM": "share weights"}
 """In the messages of some that are refused."""
 FUSED = ("BambaForCausalLM", "GPTNeoXJapaneseForCausalLM", "MuseSparkForConditionalGeneration")
-"""Fusing, too: blocks of several kinds, and experts that have more than layers. Elsewhere it is tried
-by the sweep alone."""
+"""Fusing, too: blocks of several kinds, and experts with more than layers. Elsewhere it is tried by
+the sweep alone."""
 
 
 @pytest.mark.parametrize("name", CLASSES)
