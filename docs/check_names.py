@@ -57,5 +57,8 @@ TESTS = "\n".join(
 )
 KEYS = "\n".join(
     (ROOT / "fusegpt_ray" / name).read_text()
-    for name in ("recipe.py", "sections.py", "text_sections.py", "cluster_section.py")
+    for name in (
+        *("recipe.py", "sections.py", "text_sections.py", "cluster_section.py"),
+        "output_section.py",
+    )
 )

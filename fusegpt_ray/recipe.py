@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from fusegpt_ray import deeper
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.output_section import Output
 from fusegpt_ray.recipe_checks import budget, shares, whole_batches
 from fusegpt_ray.recipe_errors import Several, explained
 from fusegpt_ray.recipe_text import read_recipe
@@ -30,7 +31,6 @@ from fusegpt_ray.sections import (
     Importance,
     Method,
     Model,
-    Output,
     Preset,
     Search,
     Seed,

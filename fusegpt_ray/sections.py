@@ -4,14 +4,10 @@ against each other. No torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    AfterValidator,
-    BeforeValidator,
     Field,
-    TypeAdapter,
     ValidationInfo,
     field_validator,
 )
@@ -21,13 +17,12 @@ from fusegpt_ray.specs import (
     METRIC_SPECS,
     PUBLISHED_LENGTH,
     PUBLISHED_SPECS,
-    SAMPLE_PROMPTS,
     Counting,
     MetricSpec,
     PublishedSpec,
 )
 from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
-from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
+from fusegpt_ray.uris import refuse_secret
 
 _Other = Literal["slicegpt", "sleb", "shortgpt", "angular", "foldgpt", "last", "random"]
 Shallower = Literal["mi", "mi+linear", "mi+ft", "fusegpt", "streamline", _Other]
@@ -35,12 +30,9 @@ Method = Literal[Shallower, "tli", "dus"]
 Preset = Literal["best", "rounds", "paper"]
 Metric = Literal["mi", "kl", "loss", "bi"]
 Candidate = Literal["mi", "kl", "loss", "bi", "run", "spaced"]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 Bos = Literal["auto", "always", "never"]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "float32", "bfloat16"]
-IMAGES_SHOWN = 10
-"""Images that a report shows at most."""
 MOST = 10_000_000
 """The largest count that a recipe may ask for: a larger one is a slip."""
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -49,36 +41,6 @@ Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 def one_or_many(value: Any) -> Any:
     """A list may be left out around a single value."""
     return value if isinstance(value, list | tuple) else [value]
-
-
-def _unambiguous(uri: str) -> str:
-    refuse_ambiguous("", uri)
-    return uri
-
-
-Prompt = Annotated[str, Field(min_length=1, max_length=4000)]
-
-
-class ImagePrompt(Section):
-    """A prompt about an image."""
-
-    image: Uri
-    """The image's file, a path or an fsspec URI."""
-    prompt: Prompt
-    """What is asked about it."""
-
-
-def _prompt_as_meant(value: Any) -> Any:
-    """Validates the kind of prompt that was meant: pydantic would complain of both."""
-    if isinstance(value, Mapping):
-        return ImagePrompt.model_validate(value)
-    return value if isinstance(value, ImagePrompt) else _PROMPT.validate_python(value)
-
-
-_PROMPT = TypeAdapter[str](Prompt)
-Sample = Annotated[Prompt | ImagePrompt, BeforeValidator(_prompt_as_meant)]
-Place = Annotated[Uri, AfterValidator(_unambiguous)]
-"""A URI that is written to."""
 
 
 class Model(Section):
@@ -318,36 +280,3 @@ class Search(Section):
     blocks side by side."""
     tokens: int | None = Field(None, ge=1, le=1_000 * MOST)
     """How many tokens each is healed on, as `heal` says; left out: an eighth of the healing's."""
-
-
-class Output(Section):
-    """Where finished models go."""
-
-    uri: Place
-    """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`, deeper ones as
-    `<name>-d<blocks>/`. A URI may not have any of `* ? [ ]` in it, nor `::` or `..`."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """First part of the published folders' names."""
-    shard_gb: float = Field(5.0, gt=0, allow_inf_nan=False)
-    """Largest safetensors file."""
-    track: Annotated[tuple[Tracker, ...], BeforeValidator(one_or_many)] = ()
-    """Where curves of the run are drawn while it works, one or a list. `tensorboard`: files in
-    `<uri>/<name>.tensorboard/`. `wandb`, `mlflow`, `trackio`: by these libraries, as their own
-    environment variables say. Left out: nowhere; `metrics.jsonl` is written in any case."""
-    report: bool = True
-    """Whether each model comes with `report.html` and pictures in its card: a few seconds, 1 MB."""
-    samples: Annotated[tuple[Sample, ...], Field(max_length=100)] = SAMPLE_PROMPTS
-    """Prompts that the dense and the published model continue by up to 32 tokens, to be read side
-    by side in the report and the card; `[]`: none. One of at most ten may be about an image:
-    `{image: …, prompt: …}`. Left out, two questions about images are asked besides, where a text
-    of the run has some."""
-
-    @field_validator("samples")
-    @classmethod
-    def _check_images_are_few(cls, samples: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The manifest holds a small copy of each."""
-        about = sum(isinstance(sample, ImagePrompt) for sample in samples)
-        if about > IMAGES_SHOWN:
-            problem = f"more than {IMAGES_SHOWN} are about images"
-            raise UserError("", about, problem, f"ask about {IMAGES_SHOWN} at most")
-        return samples

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from fusegpt_ray.output_section import ImagePrompt
 from fusegpt_ray.samples import Inputs
-from fusegpt_ray.sections import ImagePrompt
 from fusegpt_ray.text.conversations import (
     Conversation,
     Image,
