@@ -74,6 +74,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "importance": {"windows": 8},
         "heal": ALL | ONE,
     },
+    "scored on 4 windows, dropped, healed (all, 1 a step)": {
+        "method": "mi",
+        "importance": {"windows": 4},
+        "heal": ALL | ONE,
+    },
     "dropped by kl, healed (all, 1 a step)": {
         "method": "mi",
         "importance": {"metric": "kl"},

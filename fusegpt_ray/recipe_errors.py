@@ -21,6 +21,10 @@ class Several(ValueError):
         super().__init__("; ".join(map(str, found)))
 
 
+_OF_A_COMMAND = ("compare", "family")
+"""Sections that commands of the same name read."""
+
+
 def explained(root: type[BaseModel], error: ValidationError, name: str = "") -> list[UserError]:
     """All complaints. `name`: what a message calls the section, if it is not the whole recipe."""
     found: list[UserError] = []
@@ -37,6 +41,9 @@ def _one(root: type[BaseModel], first: Any, name: str) -> UserError:
     if isinstance(cause, UserError):
         return cause if cause.key else UserError(key, cause.value, cause.problem, cause.fix)
     if first["type"] == "extra_forbidden":
+        if root.__name__ == "Recipe" and key in _OF_A_COMMAND:
+            fix = f"give this file to `fusegpt {key}`, or leave {key} out"
+            return UserError(key, "{…}", "not a key of a single run", fix)
         known = _keys_at(root, path[:-1])
         near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
         prefix = "".join(f"{part}." for part in path[:-1])

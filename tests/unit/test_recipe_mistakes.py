@@ -77,6 +77,12 @@ def test_unknown_keys_of_overrides_too(override: str, key: str, fix: str, tmp_pa
     assert (error.key, error.fix) == (key, fix)
 
 
+@pytest.mark.parametrize("section", ["compare", "family"])
+def test_a_recipe_of_another_command_names_that(section: str) -> None:
+    error = mistake(merged(SMALLEST, {section: {"methods": ["mi"]}}))
+    assert error.key == section and f"`fusegpt {section}`" in str(error)
+
+
 @pytest.mark.parametrize(
     "key",
     [
