@@ -79,7 +79,7 @@ def test_unknown_keys_of_overrides_too(override: str, key: str, fix: str, tmp_pa
 
 @pytest.mark.parametrize("section", ["compare", "family"])
 def test_a_recipe_of_another_command_names_that(section: str) -> None:
-    error = mistake(merged(SMALLEST, {section: {"methods": ["mi"]}}))
+    error = mistake({**SMALLEST, section: {"methods": ["mi"]}})
     assert error.key == section and f"`fusegpt {section}`" in str(error)
 
 
