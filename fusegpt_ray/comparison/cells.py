@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.run.outputs import COMPARISONS
 from fusegpt_ray.scheduling.grid import (
@@ -23,6 +22,7 @@ from fusegpt_ray.scheduling.grid import (
     named,
     of_model,
     one_or_many,
+    own_section,
     slug,
 )
 from fusegpt_ray.sections import MOST
@@ -91,12 +91,8 @@ class Comparison:
     def parse(cls, data: Mapping[str, Any]) -> Self:
         """See `load`."""
         base = {key: value for key, value in data.items() if key != SECTION}
-        if SECTION not in data:
-            raise UserError(SECTION, None, "missing", "add compare: {methods: [mi, fusegpt]}")
-        try:
-            asked = Compare.model_validate(data[SECTION])
-        except ValidationError as error:
-            raise explained(Compare, error, SECTION)[0] from error
+        fix = "add compare: {methods: [mi, fusegpt]}"
+        asked = own_section(data, SECTION, Compare, fix)
         methods = named(asked.methods, "method", f"{SECTION}.methods")
         own = base.get("model")  # if it is no mapping, `Recipe.parse` says so
         sources = asked.models or (own if isinstance(own, Mapping) else {},)

@@ -24,6 +24,7 @@ from fusegpt_ray.scheduling.grid import (
     named,
     of_model,
     one_or_many,
+    own_section,
     slug,
 )
 from fusegpt_ray.sections import MOST
@@ -103,13 +104,8 @@ class Members:
     def parse(cls, data: Mapping[str, Any]) -> Self:
         """See `load`."""
         base = {key: value for key, value in data.items() if key != SECTION}
-        if SECTION not in data:
-            fix = "add family: {members: [a/model, another/model]}"
-            raise UserError(SECTION, None, "missing", fix)
-        try:
-            asked = Family.model_validate(data[SECTION])
-        except ValidationError as error:
-            raise explained(Family, error, SECTION)[0] from error
+        fix = "add family: {members: [a/model, another/model]}"
+        asked = own_section(data, SECTION, Family, fix)
         given = named(map(_with_name, asked.members), "name", f"{SECTION}.members")
         members = [_member(base, name, keys, asked) for name, keys in given.items()]
         runs = [run for member in members for run in member.runs]

@@ -9,13 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
+from fusegpt_ray.recipe_errors import explained
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
 
@@ -154,6 +158,23 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         nested = isinstance(old, dict) and isinstance(value, Mapping)
         both[key] = merged(old, value) if nested else value  # type: ignore[arg-type]
     return both
+
+
+S = TypeVar("S", bound=Section)
+
+
+def own_section(data: Mapping[str, Any], name: str, kind: type[S], fix: str) -> S:
+    """What a recipe says in a command's own section of this name.
+
+    Raises:
+        UserError: it is missing (`fix` says what to add), or wrong.
+    """
+    if name not in data:
+        raise UserError(name, None, "missing", fix)
+    try:
+        return kind.model_validate(data[name])
+    except ValidationError as error:
+        raise explained(kind, error, name)[0] from error
 
 
 def one_or_many(value: Any) -> Any:
