@@ -4,6 +4,7 @@ before weights are read and before anything is written.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
@@ -45,6 +46,9 @@ from fusegpt_ray.workers.base import Setup
 P = ParamSpec("P")
 R = TypeVar("R")
 WINDOWS = "calibration.windows"
+_REHEARSED: dict[tuple[str, tuple[int, ...]], Removable] = {}
+"""By config.json and numbers of blocks to remove: what a comparison or a family asks for each of
+its runs."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,11 @@ def _rehearsed(
         return ANY
     if recipe.spec.narrows:  # `check_width` has built what comes of it
         return ANY
-    return rehearse(dense, structure, [target.remove for target in targets])
+    counts = tuple(sorted({target.remove for target in targets}))
+    known = json.dumps(dense.config, sort_keys=True, default=str), counts
+    if known not in _REHEARSED:
+        _REHEARSED[known] = rehearse(dense, structure, counts)
+    return _REHEARSED[known]
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:

@@ -20,6 +20,8 @@ import psutil
 import pytest
 import yaml
 
+from fusegpt_ray import Recipe, compress
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
@@ -68,6 +70,5 @@ def test_a_run_that_is_terminated_says_so_and_goes_on(
     assert start(recipe, tmp_path, temp).wait() == 0, log.read_text()
     assert "going on after part" in log.read_text()
     here = recipe | {"output": {"uri": str(tmp_path / "undisturbed"), "name": "tiny"}}
-    here |= {"cluster": {"engine": "local"}}
-    assert start(here, tmp_path, temp).wait() == 0
+    compress(Recipe.parse(here | {"cluster": {"engine": "local"}}))
     assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed") != {}

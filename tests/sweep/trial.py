@@ -104,7 +104,7 @@ def _recipe(model: Path, folder: Path, out: Path, method: str) -> dict[str, Any]
         "importance": {"windows": 2, "batch": 2},
         "fusion": {"group_size": 2, "rank": 2, "lora_rank": 2, "epochs": 1, "batch": 2},
         "cluster": {"engine": "local"},
-        "output": {"uri": str(out), "name": "tiny", "report": False},
+        "output": {"uri": str(out), "name": "tiny", "report": False, "samples": []},
     }
 
 

@@ -33,7 +33,7 @@ ALL = HEAL | {"train": "all", "learning_rate": RATE}
 
 
 def healed(desk: Desk, name: str, show: Display | None = None, **heal: Any) -> Any:
-    output = {"uri": str(desk.out), "name": name, "report": False}
+    output = {"uri": str(desk.out), "name": name, "report": False, "samples": []}
     (published,) = compress(recipe(desk, output=output, heal=heal or None), show or Watching())
     return published
 
