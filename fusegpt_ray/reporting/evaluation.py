@@ -12,6 +12,8 @@ from fusegpt_ray.reporting.charts import COLOURS, ROW, Chart, chart
 from fusegpt_ray.reporting.page import filled
 
 Row = Mapping[str, Any]
+_END = "length(datum.value) > 22 ? '…' + slice(datum.value, -21) : datum.value"
+"""In Vega's language: models often differ at the end of their names alone."""
 
 
 def html(results: Sequence[Row], versions: Mapping[str, str]) -> str:
@@ -65,14 +67,15 @@ def _charts(results: Sequence[Row], models: Sequence[str], texts: Sequence[str])
         return
     for text in texts:
         rows = [(row["model"], row["perplexity"]) for row in results if row["data"] == text]
-        first = alt.Chart().mark_rule(strokeDash=[4, 4]).encode(x=alt.X("first:Q"))
-        label = alt.Axis(labelLimit=150)
+        line = alt.Chart().mark_rule(strokeDash=[4, 4])
+        first = line.encode(x=alt.X("first:Q", title="perplexity"))
+        label = alt.Axis(labelExpr=_END)
         level = alt.Scale(zero=False, padding=16)
         points = (
             alt.Chart()
             .mark_point(filled=True, size=90, opacity=1, color=COLOURS[0])
             .encode(
-                x=alt.X("perplexity:Q", title="perplexity", scale=level),
+                x=alt.X("perplexity:Q", scale=level, axis=alt.Axis(tickCount=6)),
                 y=alt.Y("model:N", sort=None, title=None, axis=label),
             )
         )

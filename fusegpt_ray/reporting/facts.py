@@ -192,7 +192,7 @@ def told_by(there: Outputs) -> Facts:
         names = ", ".join(folder.name for folder in found)
         problem = f"holds several models or runs: {names}"
         tables = [other.uri.removeprefix(f"{there.uri}/") for other in there.comparisons]
-        fix = " or ".join(["give the folder of one of them", *tables])
+        fix = ", or ".join(["give the folder of one of them", *tables])
         raise UserError(KEY, there.uri, problem, fix)
     folder = found[0] if found else Folder(there.uri, there.files)
     name = folder.name.removesuffix(".run")

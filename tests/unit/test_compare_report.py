@@ -133,7 +133,7 @@ def test_it_is_made_again_from_its_folder_alone(
     assert main(["report", str(alone), "--output", str(again)]) == 0
     assert again.read_text() == (folder / "report.html").read_text()
     assert main(["report", str(compared[0].out), "--output", str(again)]) == 2
-    assert "one of them or compare/demo" in capsys.readouterr().err, "it tells of the comparison"
+    assert "one of them, or compare/demo" in capsys.readouterr().err, "it tells of the comparison"
 
 
 def test_one_that_is_under_way_tells_what_is_done_and_what_is_to_come(
