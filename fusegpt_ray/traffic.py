@@ -51,7 +51,7 @@ def traffic(
     """
     whole = stored_bytes(dense.blocks)
     found = [
-        Traffic("scoring", read=_scoring(recipe, dense, targets, held, streams)),
+        Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
         Traffic("states", read=_states(recipe, dense, cost, held)),
         Traffic("fine-tuning", written=_rounds(recipe, dense, targets, cost)),
     ]
@@ -70,13 +70,15 @@ def _learned(dense: Stack) -> int:
 
 
 def _scoring(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost, held: Held, streams: bool
 ) -> int:
     choice, settings, whole = recipe.spec.choice, recipe.importance, stored_bytes(dense.blocks)
     if recipe.search or choice in ("unseen", "none"):
         return 0
     if not streams:
         return held.replicas * (whole + _changed(recipe, dense, targets[-1].rounds - 1))
+    if choice == "gates":  # one replica walks there and back
+        return _walked(dense, cost, "scoring", settings.windows)
     rounds = 1 if choice in ("once", "run") else targets[-1].rounds
     by_metric = METHOD_SPECS[recipe.method].by_metric
     waves = WAVES if by_metric and settings.spec.walks_on and not settings.all else 1
@@ -111,10 +113,14 @@ def _terms(recipe: Recipe, dense: Stack, rounds: int) -> int:
 
 def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Held) -> int:
     """Every process walks what a window does."""
-    walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "states")
-    blocks = -(-walked // recipe.calibration.windows)
-    size = stored_bytes(dense.blocks) // len(dense)
-    return max(held.replicas, held.workers) * blocks * size
+    each = _walked(dense, cost, "states", recipe.calibration.windows)
+    return max(held.replicas, held.workers) * each
+
+
+def _walked(dense: Stack, cost: Cost, name: str, windows: int) -> int:
+    """Bytes of the blocks that each of so many windows passes in a stage."""
+    forwards = sum(stage.block_forwards for stage in cost.stages if stage.name == name)
+    return -(-forwards // windows) * (stored_bytes(dense.blocks) // len(dense))
 
 
 def _rounds(recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost) -> int:

@@ -17,7 +17,8 @@ from fusegpt_ray.errors import UserError
 @click.argument("model", metavar="MODEL", help="Folder, hub id or URI of a checkpoint.")
 @click.option("--data", metavar="TEXT", help="Text to calibrate on (default: WikiText-2).")
 @click.option("--output", default="recipe.yaml", show_default=True, help="The file to write.")
-def init(model: str, data: str | None, output: str) -> None:
+@json_option
+def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     """Write a commented recipe for a model and this machine."""
     if Path(output).exists():
         raise UserError("--output", output, "there is such a file already", "give another name")
@@ -29,7 +30,8 @@ def init(model: str, data: str | None, output: str) -> None:
     text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, _silent())
     with open(output, "x") as file:
         file.write(text)
-    click.echo(f"{output}: look it through, then: fusegpt plan {output}")
+    told = f"{output}: look it through, then: fusegpt plan {output}"
+    click.echo(json.dumps({"recipe": output}) if as_json else told)
 
 
 @click.command()

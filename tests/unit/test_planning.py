@@ -147,7 +147,8 @@ def test_a_first_recipe_can_be_planned(
 ) -> None:
     monkeypatch.chdir(desk.folder)
     text = str(desk.folder / "calibration.txt")
-    assert main(["init", str(desk.model), "--data", text]) == 0
+    assert main(["init", str(desk.model), "--data", text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"recipe": "recipe.yaml"}
     assert main(["validate", "recipe.yaml"]) == 0
     recipe = Recipe.load("recipe.yaml")
     assert recipe.calibration.length == 64, "the model has no more positions"
