@@ -41,7 +41,9 @@ from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
 from fusegpt_ray.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.tracking.trackers import check_trackers
+from fusegpt_ray.traffic import Traffic, traffic
 from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Held
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -116,16 +118,20 @@ class Plan:
         """What it will compute and write."""
         return cost(self.recipe, self.model.stack, self.targets)
 
-    def stages_of(self, target: Target, gpu: str = "") -> list[dict[str, Any]]:
+    def stages_of(self, target: Target, gpu: str, held: Held) -> list[dict[str, Any]]:
         """The work of one model alone, to hold beside what it took; see `Cost.rows`.
 
         Args:
             gpu: what torch calls the one that it runs on; its rates need not be known.
         """
-        cluster, name = self.recipe.cluster, known_gpu(gpu)
+        name = known_gpu(gpu)
         rates = RATES[name] if name else None
-        gpus = max(cluster.replicas, cluster.workers)
-        return cost(self.recipe, self.model.stack, [target]).rows(rates, cluster, gpus)
+        return cost(self.recipe, self.model.stack, [target]).rows(rates, held)
+
+    def traffic_of(self, targets: Sequence[Target], held: Held, streams: bool) -> list[Traffic]:
+        """Bytes of weights that these models take to be read and written; see `traffic.py`."""
+        recipe, dense = self.recipe, self.model.stack
+        return traffic(recipe, dense, targets, cost(recipe, dense, targets), held, streams)
 
     @property
     def rounds(self) -> int:

@@ -316,12 +316,12 @@ def perplexity_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
         for row in rows:
             if row["data"] == text:
                 cells = [escape(row["model"]), f"{row['perplexity']:.4f}"]
-                table.add_row(*cells, *(_difference(row.get("against")) if beside else ()))
+                table.add_row(*cells, *(difference(row.get("against")) if beside else ()))
         yield table
 
 
-def _difference(found: Mapping[str, Any] | None) -> Iterator[str]:
-    """The cells of a row's "against"."""
+def difference(found: Mapping[str, Any] | None) -> Iterator[str]:
+    """The cells of a row's "against": ratio, interval, and whether there is a difference."""
     if found is None or "problem" in found:
         yield from "–––"
         return

@@ -12,6 +12,7 @@ from typing import Any
 from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.publishing.cardheader import header
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.store.public import public
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 FOLDER = "<this folder>"
@@ -33,11 +34,13 @@ def model_card(
         auto_class: the class of transformers whose `from_pretrained` loads the model.
         pictures: their titles by the names of their files, which lie beside the card.
     """
+    front = header(name, manifest, auto_class)  # which asks what is on the hub
+    manifest = public(manifest)
     source = manifest["source"]
     revision = f" (revision {source['revision']})" if source["revision"] else ""
     about = _about(manifest)
     lines = [
-        header(name, manifest, auto_class),
+        front,
         f"# {name}",
         "",
         f"{source['name']}{revision} with {_change(manifest)}: {about}.",
