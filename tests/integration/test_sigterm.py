@@ -61,7 +61,7 @@ def test_a_run_that_is_terminated_says_so_and_goes_on(
         time.sleep(0.05)
     started = run.children(recursive=True)
     run.send_signal(signal.SIGTERM)
-    assert run.wait(60) == 143, log.read_text()
+    assert run.wait(120) == 143, log.read_text()
     end = log.read_text().rstrip().splitlines()[-1]
     assert end == "stopped; the same command goes on from what is saved", log.read_text()
     _, left = psutil.wait_procs(started, timeout=30)

@@ -5,7 +5,6 @@ each moves there from its GPU is no more than its share.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,11 +29,11 @@ def _node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
 
-def most_at_once(needed: int, processes: int) -> int:
-    """How many were in their turn at the same time. (A lock is that of an open file, so threads
-    keep each other out as processes do.)
+def most_at_once(needed: int, processes: int, expected: int) -> int:
+    """How many were in their turn at the same time; each stays there until so many are. (A lock is
+    that of an open file, so threads keep each other out as processes do.)
     """
-    inside, most, counting = 0, 0, threading.Lock()
+    inside, most, counting, together = 0, 0, threading.Lock(), threading.Barrier(expected)
 
     def load() -> None:
         nonlocal inside, most
@@ -42,7 +41,7 @@ def most_at_once(needed: int, processes: int) -> int:
             with counting:
                 inside += 1
                 most = max(most, inside)
-            time.sleep(0.05)
+            together.wait(30)
             with counting:
                 inside -= 1
 
@@ -50,7 +49,7 @@ def most_at_once(needed: int, processes: int) -> int:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert inside == 0
     return most
 
@@ -59,7 +58,7 @@ def most_at_once(needed: int, processes: int) -> int:
 def test_no_more_load_at_once_than_half_of_the_free_memory_allows(
     needed: int, at_once: int
 ) -> None:
-    assert most_at_once(needed, processes=4) == at_once
+    assert most_at_once(needed, 4, at_once) == at_once
 
 
 def test_a_folder_that_is_not_ours_costs_the_turns_and_is_told(
@@ -77,7 +76,7 @@ def test_blocks_that_make_room_on_a_gpu_take_this_process_s_share_of_the_host(
     """Without a GPU no memory can be pinned: a block that is moved would raise."""
     stack = open_stack(checkpoint("llama"))
     runner = Runner(stack, torch.device("cpu"), torch.float32, 2, "resident")
-    runner.walk(stack, token_windows(2, 8).numpy())
+    list(runner.walk(stack, token_windows(2, 8)))
     one = max(stored_bytes([block]) for block in stack.blocks)
     monkeypatch.setattr(weights, "free_bytes", lambda device: int(2 * one / OFFLOAD_SHARE))
     assert runner.weights.kept == len(stack)
