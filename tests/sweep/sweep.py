@@ -120,7 +120,12 @@ def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
     order = (EXACT, REFUSED, FAILS, NOT_BUILT)
     counted = ", ".join(f"{counts[kind]} {kind}" for kind in order)
     fused = sum(f.get("fusegpt", Outcome("")).kind == EXACT for f in outcomes.values())
-    summary = f"{len(outcomes)} classes: {counted}. {fused} are fused."
+    settled = counts[EXACT] + counts[REFUSED]
+    longest = max(found["mi"].seconds for found in outcomes.values())
+    summary = (
+        f"{len(outcomes)} classes: {counted}. {fused} are fused. {settled / len(outcomes):.1%} are"
+        f" exact, or refused\nin seconds: the slowest refusal took {longest:.1f}."
+    )
     yield HEAD.format(version=tf.__version__, counts=summary)
     yield "| class | outcome | why, or how fusing goes |\n|---|---|---|"
     for name, found in outcomes.items():
