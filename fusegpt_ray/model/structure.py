@@ -141,9 +141,8 @@ def _of_text(recorded: Recorded) -> Iterator[None]:
             raise
         name = type(recorded.model).__name__
         problem = f"it does not run on the tokens of a text alone ({first_line(error)})"
-        raise UserError(
-            KEY, name, problem, "use a model that runs on text by itself, as LLaVA does"
-        ) from error
+        fix = "use a model that runs on text by itself, as LLaVA does"
+        raise UserError(KEY, name, problem, fix) from error
 
 
 def _asks_for_values(error: BaseException | None) -> bool:
