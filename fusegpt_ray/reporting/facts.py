@@ -6,7 +6,6 @@ journal bear checksums.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -20,7 +19,7 @@ from fusegpt_ray.reporting.written import Sample
 from fusegpt_ray.run.outputs import Folder, Outputs, beside
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.text.protocol import stages
+from fusegpt_ray.text.protocol import stages, undone
 
 WEIGHTS = ".safetensors"
 
@@ -52,7 +51,9 @@ class Perplexity(Protocol):
     dense: float
     dropped: float | None = None
     repaired: float | None = None
+    trained: float | None = None
     fused: float | None = None
+    replaced: float | None = None
     sliced: float | None = None
     inserted: float | None = None
     healed: float | None = None
@@ -65,11 +66,8 @@ class Perplexity(Protocol):
 
     @property
     def undone(self) -> float | None:
-        """The share of the damage of dropping the blocks that is undone, if there was damage."""
-        last = [*self.by_stage.values()][-1]
-        if self.dropped is None or not self.dense < self.dropped < math.inf:
-            return None
-        return (self.dropped - last) / (self.dropped - self.dense)
+        """See `text.protocol.undone`."""
+        return undone(self.by_stage)
 
 
 class Estimate(_Part):
@@ -92,6 +90,8 @@ class Copy(_Part):
 class Round(_Part):
     removed: int | None = None
     """None: the round is under way, or inserts blocks."""
+    replaced: list[int] = []
+    """Consecutive blocks of which the first now stands for all."""
     inserted: list[Copy] = []
     scores: dict[int, float] = {}
     stopped: dict[int, Estimate] = {}
@@ -117,6 +117,8 @@ class Width(_Part):
 class Healing(_Part):
     losses: list[float]
     held_out: list[float] = []
+    groups: list[list[int]] = []
+    """Of blocks that share weights."""
     tokens: int | None = None
     seconds: dict[str, FiniteFloat] = {}
     data: Protocol | None = None
@@ -198,6 +200,11 @@ class Facts(_Part):
     @property
     def inserted(self) -> list[Copy]:
         return [copy for round in self.rounds for copy in round.inserted]
+
+    @property
+    def replaced(self) -> list[int]:
+        """The run in whose place its first block stands."""
+        return [block for round in self.rounds for block in round.replaced]
 
     @property
     def changed(self) -> str:
