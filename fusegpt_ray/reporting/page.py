@@ -18,7 +18,7 @@ from fusegpt_ray.reporting.charts import Chart, charts
 from fusegpt_ray.reporting.facts import Facts, facts
 from fusegpt_ray.reporting.prices import Prices
 from fusegpt_ray.store import storage
-from fusegpt_ray.text.protocol import STAGES, described, warnings
+from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 from fusegpt_ray.uris import refuse_secret
 
 OURS = b"<!doctype html>\n<!-- a report of fusegpt -->\n"
@@ -63,6 +63,7 @@ def write(uri: str, output: str) -> str:
 
 def html(found: Facts) -> str:
     """The whole page of one model or run."""
+    shown = stages(row.by_stage for row in found.perplexity.values())
     return filled(
         "page.html.jinja",
         found.name,
@@ -71,9 +72,10 @@ def html(found: Facts) -> str:
         facts=found,
         rounds=_rounds(found),
         inserted=[[copy.like, copy.after] for copy in found.inserted],
+        shared=_shared(found),
         protocols=_protocols(found),
         work=_work(found),
-        stages=STAGES,
+        stages={stage: STAGES[stage] for stage in shown},
         recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
     )
 
@@ -116,11 +118,11 @@ def _vega() -> str:
 def _headline(found: Facts) -> list[tuple[str, str]]:
     """What one wants to know first: names and values."""
     blocks = str(found.dense_blocks or "?")
-    if found.dense_blocks:
+    if found.dense_blocks and not found.width:
         blocks += f" → {found.dense_blocks - len(found.removed) + len(found.inserted)}"
     told = [("blocks", blocks), ("method", found.method)]
     if found.width:
-        told.insert(1, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
+        told.insert(0, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
     if found.bytes is not None:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):
@@ -165,6 +167,12 @@ def _rounds(found: Facts) -> list[list[Any]]:
         for number, round in enumerate(found.rounds, 1)
         if round.removed is not None
     ]
+
+
+def _shared(found: Facts) -> list[list[Any]]:
+    """The groups of blocks that share weights."""
+    groups = found.healing.groups if found.healing else []
+    return [[number, ", ".join(map(str, group))] for number, group in enumerate(groups, 1)]
 
 
 def _work(found: Facts) -> list[list[str]]:
