@@ -257,7 +257,7 @@ class Compression:
     ) -> dict[str, Stack]:
         """The model on its way."""
         stages = stages_of(self.plan.recipe, rounds[-1].stack, healed.stack if healed else None)
-        if "fused" in stages and self.plan.recipe.repairs and self.held_out:
+        if self.plan.recipe.trains_groups and self.plan.recipe.repairs and self.held_out:
             self.show.stage("repairing the gaps alone, to compare with")
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")

@@ -140,7 +140,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         walked = recipe.calibration.windows * len(dense)
         stages.append(Stage("states", walked, walked * flops))
         tokens = recipe.calibration.windows * length
-        stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
+        stages.append(Stage("slicing", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if recipe.spec.light:
