@@ -7,17 +7,16 @@ from typing import Any
 
 from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import SECTION, Comparison
-from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.companions import REPORT
-from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.grid import Run
+from fusegpt_ray.scheduling.planned import planned
 from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.targets import Target
-from fusegpt_ray.uris import shown
 
 PICTURE = "perplexity.png"
 
@@ -35,9 +34,9 @@ def compare(
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        plans = [_planned(run, show, restart) for run in comparison.runs]
+        plans = [planned(run, show, restart) for run in comparison.runs]
         named = zip(comparison.runs, plans, strict=True)
-        jobs = [Job(f"{run.model}: {run.method}", planned) for run, planned in named]
+        jobs = [Job(f"{run.model}: {run.method}", plan) for run, plan in named]
         folder, key = comparison.folder, f"{SECTION}.at_once"
         asked = Asked(folder, "cells", comparison.at_once, key, restart=restart)
         Slots(jobs, asked, show).run()
@@ -69,14 +68,6 @@ def _drawn(
         made = next((model.manifest for model in models if model.manifest), {})
         versions = made.get("versions", {})
         yield REPORT, page.html(result, comparison.settings, versions).encode(errors="replace")
-
-
-def _planned(run: Run, show: Display, restart: bool) -> Plan:
-    try:
-        return plan(run.recipe, show, restart, extends=True)
-    except UserError as error:
-        problem = f"{error.problem} (in the cell {shown(run.method)})"
-        raise UserError(error.key, error.value, problem, error.fix) from error
 
 
 def _models(runs: Sequence[Run], jobs: Sequence[Job]) -> list[tables.Model]:
