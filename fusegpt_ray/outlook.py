@@ -4,7 +4,7 @@ known from the recipe and the headers of the model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,18 @@ def _budget(
         if (limit := getattr(cluster, key)) is not None:
             enough = None if needed is None else needed <= limit
             yield {"key": f"cluster.{key}", "limit": limit, "needs": needed, "enough": enough}
+
+
+def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What is said of the "budget" of an outlook: limits that are not enough, or of which nobody
+    knows whether they are.
+    """
+    for row in rows:
+        limit = f"{row['key']} = {row['limit']:.9g}"
+        if row["enough"] is None:
+            yield f"whether {limit} is enough, is not known"
+        elif not row["enough"]:
+            yield f"{limit} is not enough: {row['needs']:,.2f} are needed to compute alone"
 
 
 def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
