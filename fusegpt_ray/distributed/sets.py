@@ -12,7 +12,7 @@ from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Need, Room
+from fusegpt_ray.workers.room import Held, Need, Room, Way
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def joined(
     widest = sorted(setups, key=_processes)[-sets:]
     connection = Connection.open(setups[0].cluster, [setup.cluster for setup in widest])
     try:
-        gpus = sum(sorted(_gpus_alone(setup) for setup in setups)[-sets:])
+        gpus = sum(sorted(_held(setup, "turns").gpus for setup in setups)[-sets:])
         cpus = sum(map(_processes, widest))
         wanted = gpus if quota is None else min(gpus, quota)
         cluster = max((setup.cluster for setup in setups), key=lambda one: one.wait_minutes)
@@ -72,18 +72,15 @@ def _need(setup: Setup) -> Need:
     """GPUs and CPUs that nothing else uses, one for each of its processes, and a CPU more, which it
     leaves to Ray Data.
     """
-    cluster, gpu = setup.cluster, gpus_of(setup.cluster)
-    workers = cluster.workers if setup.trains else 0
-    gpus = gpu * cluster.replicas + (workers if gpu else 0)
-    return Need(gpus, cluster.replicas + workers + 1)
+    held = _held(setup, "apart")
+    return Need(held.gpus, held.replicas + held.workers + 1)
 
 
 def _processes(setup: Setup) -> int:
     """That compute at the same time where replicas and training workers take turns."""
-    return max(setup.cluster.replicas, setup.cluster.workers if setup.trains else 0)
+    held = _held(setup, "turns")
+    return max(held.replicas, held.workers)
 
 
-def _gpus_alone(setup: Setup) -> float:
-    """Of a set that has no others beside it: training workers share the replicas' GPUs."""
-    gpu = gpus_of(setup.cluster)
-    return max(gpu * setup.cluster.replicas, setup.cluster.workers if setup.trains and gpu else 0)
+def _held(setup: Setup, way: Way) -> Held:
+    return Held.of(setup.cluster, gpus_of(setup.cluster), setup.trains, way)

@@ -6,6 +6,7 @@ blocks than a lower one has each a run of its own.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -175,6 +176,12 @@ def own_section(data: Mapping[str, Any], name: str, kind: type[S], fix: str) -> 
         return kind.model_validate(data[name])
     except ValidationError as error:
         raise explained(kind, error, name)[0] from error
+
+
+def as_written(data: Mapping[str, Any]) -> dict[str, Any]:
+    """All that was asked, as JSON has it."""
+    written: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return written
 
 
 def one_or_many(value: Any) -> Any:

@@ -22,6 +22,8 @@ import psutil
 import pytest
 import yaml
 
+from fusegpt_ray import Recipe, compress
+
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
@@ -70,6 +72,5 @@ def test_a_run_that_is_terminated_says_so_and_goes_on(
     assert start(recipe, tmp_path, temp).wait() == 0, log.read_text()
     assert re.search(r"going on after part [1-9]\d* of 60", log.read_text()), log.read_text()
     here = recipe | {"output": {"uri": str(tmp_path / "undisturbed"), "name": "tiny"}}
-    here |= {"cluster": {"engine": "local"}}
-    assert start(here, tmp_path, temp).wait() == 0
+    compress(Recipe.parse(here | {"cluster": {"engine": "local"}}))
     assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed") != {}
