@@ -164,10 +164,10 @@ def plan(
     return found
 
 
-def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
+def mistakes(recipe: Recipe, show: Display, extends: bool = False) -> list[UserError]:
     """All mistakes that `plan` finds and that do not follow from one another. Nothing is written.
     Also whether files of text are there, of which the beginnings are read; datasets are not asked
-    for.
+    for. `extends`: see `check_output`.
     """
     checks = Checks()
     for text, key in named_texts(recipe):
@@ -177,7 +177,7 @@ def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
             checks(conversation_sources, text, key)
         elif recipe.calibration.pack:  # else rows are no plain text
             checks(sources, text, key)
-    _planned(recipe, show, checks, looks=True)
+    _planned(recipe, show, checks, looks=True, extends=extends)
     return checks.found
 
 

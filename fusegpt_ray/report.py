@@ -38,10 +38,10 @@ class _Live:
     """A bar that moves on a terminal, and lines that stay."""
 
     console: Console
-    _bar: Progress
+    _moves: Any  # a Progress, or what draws it
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._moves.start()
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class _Live:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._moves.stop()
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -64,7 +64,7 @@ class Display(_Live):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
+        self._bar = self._moves = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[note]}"),
@@ -242,7 +242,7 @@ class Transfer(_Live):
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(
+        self._bar = self._moves = Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         )
         self._task = self._bar.add_task("looking", total=None)

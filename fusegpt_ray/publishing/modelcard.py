@@ -89,10 +89,11 @@ def _about(manifest: Mapping[str, Any]) -> str:
     if "healing" not in manifest:
         return about
     heal = manifest["recipe"].get("heal") or {}
-    about = (
-        about.replace(", nothing trained but these", "").replace(", nothing trained", "")
-        + HEALED[heal.get("loss", "kl")]
-    )
+    healed = HEALED[heal.get("loss", "kl")]
+    if heal.get("train") == "new":
+        healed = healed.replace("all blocks trained together", "the new blocks alone trained")
+    about = about.replace(", nothing trained but these", "").replace(", nothing trained", "")
+    about += healed
     if size := heal.get("share"):
         about += f", in groups of {size} blocks that share weights"
     return about

@@ -12,17 +12,28 @@ from fusegpt_ray.uris import is_local
 
 _PARTS = ("recipe", "source", "calibration", "healing", "perplexity")
 """Of a manifest, those that tell of places."""
-_PLACES = ("data", "generate", "image", "source", "uri")
+_PLACES = ("data", "generate", "image", "prompts", "source", "uri")
 """Keys whose text names one."""
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Of the hub; or a path of two parts, which tells no more."""
+_LABEL = re.compile(r"(text generated from )?(.+?)( \([^/()]*, [^/()]*\))?", re.DOTALL)
+"""See `label` of texts: the path may stand behind how a text was made, and before a dataset's
+parts."""
 
 
 def named(place: str) -> str:
-    """What a reader can use: an address or an id as it is, of a local path the last part."""
-    if not is_local(place) or (_ID.fullmatch(place) and not place.startswith(".")):
+    """What a reader can use: an address or an id as it is, of a local path the last part.
+
+    Args:
+        place: or the label of a text, which says more before it and behind it.
+    """
+    label = _LABEL.fullmatch(place)
+    if not label:
         return place
-    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
+    before, path, behind = label.groups("")
+    if is_local(path) and (not _ID.fullmatch(path) or path.startswith(".")):
+        path = re.split(r"[/\\]", path.rstrip("/\\"))[-1] or path
+    return f"{before}{path}{behind}"
 
 
 def public(manifest: Mapping[str, Any]) -> dict[str, Any]:

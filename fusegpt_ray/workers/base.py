@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -76,6 +76,12 @@ class Setup:
             recipe.output.uri,
             storage.join(output, f"{recipe.output.name}.run"),
         )
+
+    @property
+    def publisher(self) -> Self:
+        """For the least workers that can publish."""
+        cluster = self.cluster.model_copy(update={"replicas": 1, "workers": 1})
+        return replace(self, cluster=cluster, trains=False)
 
     @property
     def cache_gb(self) -> float | None:

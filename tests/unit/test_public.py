@@ -13,6 +13,9 @@ from fusegpt_ray.store.public import named, public
         ("/home/me/texts/*.jsonl", "*.jsonl"), ("~/model/", "model"), ("../own.txt", "own.txt"),
         ("file:///data/own.txt", "own.txt"), ("C:\\texts\\own.txt", "own.txt"), ("/", "/"),
         ("a/b/c", "c"), ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf"),
+        ("text generated from /home/me/own.txt", "text generated from own.txt"),
+        ("Salesforce/wikitext (wikitext-2-raw-v1, test)",) * 2,
+        ("/data/sets/own (plain, test)", "own (plain, test)"),
         ("gpt2", "gpt2"), ("s3://bucket/texts/own.txt", "s3://bucket/texts/own.txt"),
     ],
 )  # fmt: skip
