@@ -8,7 +8,7 @@ reasons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.preflight import check_tokens
 from fusegpt_ray.report import Display, byte_count
-from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.run.known import Known
 from fusegpt_ray.sample_prompts import KEY, TOKENS, Prompt, positions
 from fusegpt_ray.samples import Held, Inputs
 from fusegpt_ray.text.calibration import leading_token, tokenize
@@ -40,8 +40,7 @@ def before_and_after(
     workers: Workers,
     prompts: Sequence[Prompt],
     published: Stack,
-    shared: Shared,
-    measuring: Mapping[str, Any],
+    known: Known,
     show: Display,
 ) -> list[dict[str, Any]]:
     """[{"prompt", "dense", "published"} …]: each prompt with what either model writes after it, up
@@ -49,14 +48,14 @@ def before_and_after(
 
     Args:
         published: a stack that is a whole checkpoint, as `open_published` has it.
-        measuring: what the dense model's text depends on beside the prompts, for `shared`.
+        known: holds what the dense model writes.
     """
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     questions = [prompt for prompt in prompts if isinstance(prompt, Question)]
     found = []
     for what, part in (("text samples", texts), ("samples about images", questions)):
         try:
-            found += _side_by_side(workers, part, published, shared, measuring, show)
+            found += _side_by_side(workers, part, published, known)
         except (MemoryError, UserError, _Unable) as error:
             show.say(f"no {what}: the models cannot write them here ({first_line(error)})")
     return found
@@ -66,23 +65,21 @@ def _side_by_side(
     workers: Workers,
     prompts: Sequence[Prompt],
     published: Stack,
-    shared: Shared,
-    measuring: Mapping[str, Any],
-    show: Display,
+    known: Known,
 ) -> list[dict[str, Any]]:
     """Of prompts that are all of text, or all about images."""
     if not prompts:
         return []
     ids = _tokens(workers, prompts)
     inputs = [prompt.inputs if isinstance(prompt, Question) else _NONE for prompt in prompts]
-    key = {**measuring, "prompts": [row.tolist() for row in ids], "tokens": TOKENS}
+    key: dict[str, Any] = {"prompts": [row.tolist() for row in ids], "tokens": TOKENS}
     if seen := [own.digest.hex() for own in inputs if own is not _NONE]:
         key["images"] = seen
 
     def dense() -> list[str]:
         return _written(workers, ids, inputs, workers.setup.dense)
 
-    before = shared.measured("continuations", key, dense, show.say)
+    before = known.measured("continuations", key, dense)
     after = _written(workers, ids, inputs, published)
     return [
         {**_told(prompt), "dense": old, "published": new}

@@ -28,9 +28,9 @@ from fusegpt_ray.preflight import check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.reporting.beside import beside_model
-from fusegpt_ray.rounds import Rounds, fewer_at_once
+from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.budget import SPENT, Budget
-from fusegpt_ray.run.done import Done, moved
+from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.metrics_log import MetricsLog
@@ -39,10 +39,12 @@ from fusegpt_ray.sample_prompts import asked
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.public import named
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
+from fusegpt_ray.worked import Worked, planned
 from fusegpt_ray.workers.base import Workers
 
 
@@ -171,7 +173,7 @@ class Compression:
         """A context in which whoever follows the run hears of it."""
         recipe, workers = self.plan.recipe, self.workers
         listeners = (self.log, monitor)
-        facts = {"source": self.plan.model.source.name, "blocks": len(self.plan.model.stack)}
+        facts = {"source": named(self.plan.model.source.name), "blocks": len(self.plan.model.stack)}
         facts |= {"rounds": self.plan.rounds, "workers": workers.description}
         return followed(self.show, recipe, self.id, facts, *listeners, saved=lambda: journal.saved)
 
@@ -180,6 +182,7 @@ class Compression:
         recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
         targets, windows_WT, show = self.plan.targets, self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
+        journal.keep("plan", 0, planned(self.plan, targets[-1], workers))
         drawn = {"windows": self.identity["windows_sha256"]}
         compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
         self.shared.once("source", drawn, compare)
@@ -212,7 +215,7 @@ class Compression:
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.rounds], journal)
-            worked = [*done[: target.rounds], *([healed] if healed else [])]
+            worked = Worked(target, done[: target.rounds], healed)
             if target == missing[-1 if healed else 0] and self.puts_off():
                 raise PutOff("waits to be published")
             stages = self._stages(done[: target.rounds], healed, journal)
@@ -227,8 +230,8 @@ class Compression:
                     model.stack,
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
-                    searched | self._facts(target, done[: target.rounds], healed),
-                    partial(self._measured, judged, journal, worked),
+                    searched | self._facts(worked),
+                    partial(worked.measured, judged, journal),
                     journal.fence,
                     partial(put_shards, workers),
                     beside,
@@ -236,13 +239,6 @@ class Compression:
             publishing = published[target.folder].manifest["publishing"]
             show.published(target.name, target.fewer, publishing)
         return published
-
-    def _measured(
-        self, judged: Callable[[Stack], Any], journal: Journal, done: list[Done], model: Stack
-    ) -> dict[str, Any]:
-        """What the judge says, and what the run has spent until then."""
-        assert journal.budget
-        return {**judged(model), SPENT: journal.budget.spent | moved(done)}
 
     def _judge(self, journal: Journal) -> Judge:
         """The dense model is measured here, unless that is known."""
@@ -266,7 +262,7 @@ class Compression:
     ) -> dict[str, Stack]:
         """The model on its way."""
         stages = stages_of(self.plan.recipe, rounds[-1].stack, healed.stack if healed else None)
-        if "fused" in stages and self.plan.recipe.repairs and self.held_out:
+        if self.plan.recipe.trains_groups and self.plan.recipe.repairs and self.held_out:
             self.show.stage("repairing the gaps alone, to compare with")
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
@@ -308,26 +304,10 @@ class Compression:
         )
         return healer.heal(target.name, rounds)
 
-    def _facts(self, target: Target, done: Sequence[Done], healed: Done | None) -> dict[str, Any]:
+    def _facts(self, worked: Worked) -> dict[str, Any]:
         """What the manifest tells of the run."""
-        recipe, records = self.plan.recipe, [round.record for round in done]
-        healing = {"healing": healed.record} if healed else {}
-        gpu = self.workers.hardware.get("gpu", "")
-        return healing | {
-            "run": self.id,
-            "arithmetic": self.identity["arithmetic"],
-            "method": recipe.method,
-            "sparsity": target.sparsity,
-            "recipe": recipe.model_dump(mode="json"),
-            "calibration": self.windows.protocol,
-            "removed": [record["removed"] for record in records if record["removed"] is not None],
-            "inserted": [copy for record in records for copy in record.get("inserted", ())],
-            **({"width": width} if (width := records[-1].get("width")) else {}),
-            "planned": self.plan.stages_of(target, gpu),
-            **({"gpu": gpu} if gpu else {}),
-            "rounds": records,
-            "fewer_at_once": fewer_at_once(recipe, records),
-        }
+        this = {"run": self.id, "arithmetic": self.identity["arithmetic"]}
+        return this | worked.facts(self.plan, self.workers, self.windows)
 
     def _published_before(self) -> dict[str, Published]:
         """By folder, what this very run published before it died.

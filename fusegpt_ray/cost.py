@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.flops import attention_flops as attention_flops
 from fusegpt_ray.flops import block_flops, gating_flops, head_flops, healing_flops
 from fusegpt_ray.flops import matrix_flops as matrix_flops
@@ -32,6 +31,7 @@ from fusegpt_ray.sections import Evaluation, Importance
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.text_sections import GeneratedText
+from fusegpt_ray.workers.room import Held
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Stage:
     batches: int = 0
     """Of windows, which processes take whole; 0: what they share can be divided evenly."""
 
-    def longest_part(self, processes: int) -> float:
-        """Of the work, done by one of so many."""
+    def longest_part(self, processes: float) -> float:
+        """Of the work, the share of one of so many that divide it."""
         return -(-self.batches // processes) / self.batches if self.batches else 1 / processes
 
 
@@ -72,21 +72,19 @@ class Cost:
         """Of computing alone, on so many GPUs that share all of it evenly."""
         return sum(stage.flops / rates[stage.name] for stage in self.stages) / gpus / 3600
 
-    def seconds(self, rates: Mapping[str, float], cluster: Cluster, gpus: int) -> dict[str, float]:
-        """Of computing alone, by stage, if so many GPUs are there for the cluster's processes."""
-        most = {stage: min(gpus, processes(stage.name, cluster)) for stage in self.stages}
+    def seconds(self, rates: Mapping[str, float], held: Held) -> dict[str, float]:
+        """Of computing alone, by stage, on these processes and GPUs."""
+        most = {stage: min(held.gpus, processes(stage, held)) for stage in self.stages}
         return {
             stage.name: stage.flops / rates[stage.name] * stage.longest_part(count)
             for stage, count in most.items()
         }
 
-    def rows(
-        self, rates: Mapping[str, float] | None, cluster: Cluster, gpus: int
-    ) -> list[dict[str, Any]]:
+    def rows(self, rates: Mapping[str, float] | None, held: Held) -> list[dict[str, Any]]:
         """[{"stage", "block_forwards", "flops", "seconds"} …]: see `seconds`, which are None where
         the rates are not known.
         """
-        seconds = self.seconds(rates, cluster, gpus) if rates else {}
+        seconds = self.seconds(rates, held) if rates else {}
         return [
             {
                 "stage": stage.name,
@@ -109,12 +107,9 @@ TRAINED = ("states", "fine-tuning", "healing")
 """The stages that training workers compute; replicas compute all others."""
 
 
-def processes(stage: str, cluster: Cluster) -> int:
-    """How many processes compute a stage at the same time."""
-    if cluster.engine == "local":
-        return 1
-    # Where workers train on GPUs, replicas are added until there is one beside each of them.
-    return cluster.workers if stage in TRAINED else max(cluster.replicas, cluster.workers)
+def processes(stage: Stage, held: Held) -> int:
+    """How many of these compute a stage at the same time."""
+    return held.workers if stage.name in TRAINED and held.workers else held.replicas
 
 
 def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
@@ -152,7 +147,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         walked = recipe.calibration.windows * len(dense)
         stages.append(Stage("states", walked, walked * flops))
         tokens = recipe.calibration.windows * length
-        stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
+        stages.append(Stage("slicing", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if recipe.spec.light:

@@ -13,15 +13,13 @@ from fusegpt_ray.before_after import before_and_after
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
-from fusegpt_ray.run.journal import Journal, Note
+from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sample_prompts import Prompt
 from fusegpt_ray.samples import Batch, fingerprint
-from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
-
-_NOTE: Note = "perplexities"
 
 
 @dataclass
@@ -29,8 +27,8 @@ class Judge:
     """Proves a published model, and measures it beside the dense and the dropped one on the
     held-out texts.
 
-    The perplexities of the last two are kept in the journal of the run, so that it measures them
-    once, however often it is stopped.
+    The perplexities of the last two, and what the dense one writes, are kept in the journal of the
+    run, so that it measures them once, however often it is stopped.
     """
 
     workers: Workers
@@ -41,15 +39,16 @@ class Judge:
     show: Display
     journal: Journal
     run: str
-    """Names the run: its model, arithmetic and batches. What another measured does not count…"""
+    """See `Known`, as of the next two."""
     shared: Shared = field(default_factory=Shared)
     measuring: Mapping[str, Any] = field(default_factory=dict)
-    """… unless it is shared: what it was measured with."""
     prompts: Sequence[Prompt] = ()
     """Which the dense and the published model continue, for people."""
 
     def __post_init__(self) -> None:
-        self._known: dict[str, float] = self.journal.kept(_NOTE, 0, self.show.say) or {}
+        about = (self.run, self.shared, self.measuring, self.show.say)
+        self._known = Known(self.journal, "perplexities", *about)
+        self._written = Known(self.journal, "samples", *about)
         self._dense = {
             name: self._of_dense_blocks(self.dense, windows.tokens_WT, "evaluating the dense model")
             for name, windows in self.held_out.items()
@@ -71,8 +70,8 @@ class Judge:
         found = {name: self._perplexities(name, stages, published) for name in self.held_out}
         told = {"model": folder.rsplit("/", 1)[-1], "removed": len(self.dense) - len(stack)}
         self.show.tell("perplexity", **told, perplexity=found)
-        how = (self.shared, self.measuring, self.show)
-        samples = before_and_after(self.workers, self.prompts, published, *how)
+        how = (self.workers, self.prompts, published, self._written, self.show)
+        samples = before_and_after(*how)
         written = {"samples": samples} if samples else {}
         return {"perplexity": found, "proof": asdict(proof), **written}
 
@@ -116,17 +115,9 @@ class Judge:
             return evaluation.perplexity(self.workers, stack, given)
 
         shape = list(given.shape)
-        windows = fingerprint(given)
-        what = {"kept": list(stack.kept), "windows": windows, "shape": shape}
-        if (key := checksum({"run": self.run, **what})) not in self._known:
-            self._known[key] = self.shared.measured(
-                "perplexity",
-                {**self.measuring, **what},
-                measure,
-                self.show.say,
-            )
-            self.journal.keep(_NOTE, 0, self._known)
-        return self._known[key]
+        what = {"kept": list(stack.kept), "windows": fingerprint(given), "shape": shape}
+        found: float = self._known.measured("perplexity", what, measure)
+        return found
 
 
 def stages_of(recipe: Recipe, last: Stack, healed: Stack | None) -> dict[str, Stack]:
@@ -135,13 +126,8 @@ def stages_of(recipe: Recipe, last: Stack, healed: Stack | None) -> dict[str, St
     Args:
         last: after the last round.
     """
-    end = {"healed": healed} if healed else {}
-    if recipe.spec.narrows:
-        return {"sliced": last, **end}
-    if recipe.inserts:
-        return {"inserted": last, **end}
-    if not recipe.trains_groups and recipe.repairs:
-        return {"repaired": last, **end}
-    if healed and not recipe.spec.trains:  # dropped is all that it was
-        return end
-    return {"fused": last, **end}
+    if not healed:
+        return {recipe.spec.stage: last}
+    if recipe.spec.stage == "dropped":  # which is measured beside all others
+        return {"healed": healed}
+    return {recipe.spec.stage: last, "healed": healed}

@@ -5,7 +5,7 @@ known from the recipe and the headers of the model's files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.footprint import (
     activation_bytes,
+    elements,
     gating_bytes,
     healing_bytes,
     healing_shortage,
@@ -25,10 +26,10 @@ from fusegpt_ray.footprint import (
 )
 from fusegpt_ray.model.device import pick_device, pick_dtype
 from fusegpt_ray.model.memory import device_bytes
-from fusegpt_ray.model.weights import stored_bytes
+from fusegpt_ray.model.weights import RESIDENT_SHARE
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.rates import GPUS, RATES, known_gpu
-from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.workers.room import Held
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ class Device:
 
 
 def outlook(
-    plan: Plan, device: Device, gpus: int, measured: Mapping[str, float] | None = None
+    plan: Plan, device: Device, gpus: float, measured: Mapping[str, float] | None = None
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
     "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
     "seconds", "price"} …], "flops", "seconds", "price", "budget": [{"key", "limit", "needs",
     "enough"} …], "probed", "memory": [{"what", "bytes", "room",
-    "fits", "advice"} …], "storage": [{"what", "bytes"} …]}.
+    "fits", "advice"} …], "traffic": [{"stage", "read", "written"} …] in bytes, "storage":
+    [{"what", "bytes"} …]}.
 
     "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
     computing alone, and None where the device's rates are not known. "price" is that of all GPUs
@@ -70,11 +72,13 @@ def outlook(
     is no GPU.
 
     Args:
+        gpus: that all processes hold together.
         measured: the device's rates, where they were probed; None: what `rates.py` has.
     """
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
     rates = measured or RATES.get(device.name)
-    stages = cost.rows(rates, recipe.cluster, gpus)
+    held = replace(Held.alone(recipe.cluster, recipe.trains), gpus=gpus)
+    stages = cost.rows(rates, held)
     seconds = sum(row["seconds"] for row in stages) if rates else None
     hourly = recipe.cluster.gpu_hour_price if device.kind == "cuda" else None
     for row in stages:
@@ -107,11 +111,12 @@ def outlook(
         "budget": [*_budget(recipe.cluster, seconds, price)],
         "probed": measured is not None,
         "memory": [*_memory(plan, device)],
+        "traffic": [*map(asdict, plan.traffic_of(plan.targets, held, _streams(plan, device)))],
         "storage": [*_storage(plan, device)],
     }
 
 
-def _price(seconds: float | None, gpus: int, hourly: float | None) -> float | None:
+def _price(seconds: float | None, gpus: float, hourly: float | None) -> float | None:
     return None if seconds is None or hourly is None else seconds / 3600 * gpus * hourly
 
 
@@ -124,6 +129,16 @@ def _budget(
         if (limit := getattr(cluster, key)) is not None:
             enough = None if needed is None else needed <= limit
             yield {"key": f"cluster.{key}", "limit": limit, "needs": needed, "enough": enough}
+
+
+def _streams(plan: Plan, device: Device) -> bool:
+    """Whether replicas read the weights for every walk; `auto` is decided by all of the memory."""
+    if (asked := plan.recipe.cluster.weights) != "auto":
+        return asked == "streamed"
+    dense = plan.model.stack
+    dtype = pick_dtype(plan.recipe.model.dtype, dense, torch.device(device.kind))
+    held = sum(elements(block.weights) for block in dense.blocks) * dtype.itemsize
+    return held > RESIDENT_SHARE * device.memory
 
 
 def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
@@ -139,25 +154,13 @@ def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
-    """What is read and written beside the work, and what waits for it."""
-    recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
+    """What is read before the work, and what waits for it."""
+    recipe, dense = plan.recipe, plan.model.stack
     dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    yield {"what": "read first, by each process", "bytes": cost.source_bytes}
+    yield {"what": "read first, by each process", "bytes": plan.cost.source_bytes}
     if waiting := waiting_bytes(recipe, dense, dtype):
         what = "states on each worker's node, in its memory or in TMPDIR"
         yield {"what": what, "bytes": waiting}
-    block = max(map(stored_bytes, ([block] for block in dense.blocks)))
-    if recipe.spec.trains:
-        group = plan.rounds * min(recipe.fusion.group_size, len(dense))
-        saved = (1 if recipe.spec.light else group) * block
-        yield {"what": "blocks written to the output in all rounds", "bytes": saved}
-    if METHOD_SPECS[recipe.method].narrows:
-        written = max(cost.published_bytes.values())
-        yield {"what": "sliced tensors written to the output", "bytes": written}
-    if recipe.heal:
-        healed = sum(len(dense) - target.fewer for target in plan.targets) * block
-        yield {"what": "blocks written by healing", "bytes": healed}
-    yield {"what": "published", "bytes": sum(cost.published_bytes.values())}
 
 
 def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:

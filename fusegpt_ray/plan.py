@@ -4,6 +4,7 @@ before weights are read and before anything is written.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
@@ -40,11 +41,16 @@ from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
 from fusegpt_ray.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.tracking.trackers import check_trackers
+from fusegpt_ray.traffic import Traffic, traffic
 from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Held
 
 P = ParamSpec("P")
 R = TypeVar("R")
 WINDOWS = "calibration.windows"
+_REHEARSED: dict[tuple[str, tuple[int, ...]], Removable] = {}
+"""By config.json and numbers of blocks to remove: what a comparison or a family asks for each of
+its runs."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +118,20 @@ class Plan:
         """What it will compute and write."""
         return cost(self.recipe, self.model.stack, self.targets)
 
-    def stages_of(self, target: Target, gpu: str = "") -> list[dict[str, Any]]:
+    def stages_of(self, target: Target, gpu: str, held: Held) -> list[dict[str, Any]]:
         """The work of one model alone, to hold beside what it took; see `Cost.rows`.
 
         Args:
             gpu: what torch calls the one that it runs on; its rates need not be known.
         """
-        cluster, name = self.recipe.cluster, known_gpu(gpu)
+        name = known_gpu(gpu)
         rates = RATES[name] if name else None
-        gpus = max(cluster.replicas, cluster.workers)
-        return cost(self.recipe, self.model.stack, [target]).rows(rates, cluster, gpus)
+        return cost(self.recipe, self.model.stack, [target]).rows(rates, held)
+
+    def traffic_of(self, targets: Sequence[Target], held: Held, streams: bool) -> list[Traffic]:
+        """Bytes of weights that these models take to be read and written; see `traffic.py`."""
+        recipe, dense = self.recipe, self.model.stack
+        return traffic(recipe, dense, targets, cost(recipe, dense, targets), held, streams)
 
     @property
     def rounds(self) -> int:
@@ -246,7 +256,11 @@ def _rehearsed(
         return ANY
     if recipe.spec.narrows:  # `check_width` has built what comes of it
         return ANY
-    return rehearse(dense, structure, [target.remove for target in targets])
+    counts = tuple(sorted({target.remove for target in targets}))
+    known = json.dumps(dense.config, sort_keys=True, default=str), counts
+    if known not in _REHEARSED:
+        _REHEARSED[known] = rehearse(dense, structure, counts)
+    return _REHEARSED[known]
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:

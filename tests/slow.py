@@ -33,6 +33,7 @@ SLOW = (
     # test_local_ray; of submitted jobs, one that is refused.
     f"{INTEGRATION}submit.py::test_a_job_compresses_from_its_folder_to_s3",
     f"{INTEGRATION}evaluate_on_ray.py",
+    "tests/chaos/test_networks.py::test_a_node_cut_off_in_scoring_changes_no_byte",
     f"{INTEGRATION}sigterm.py::test_a_run_that_is_terminated_says_so_and_goes_on[ray]",
     f"{INTEGRATION}placement.py",  # which nodes count has unit tests
     f"{INTEGRATION}metrics_on_ray.py",

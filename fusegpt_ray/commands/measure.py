@@ -91,6 +91,7 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
     help="Default: one process, no Ray.",
 )
 @click.option("--replicas", type=int, default=1, help="Ray only: replicas that share the windows.")
+@click.option("--report", metavar="FILE", help="Write a page of HTML, too.")
 @json_option
 @quiet_option
 def evaluate(
@@ -100,6 +101,7 @@ def evaluate(
     dtype: str,
     engine: str,
     replicas: int,
+    report: str | None,
     as_json: bool,
     quiet: bool,
     **text: Any,
@@ -110,15 +112,23 @@ def evaluate(
     """
     from fusegpt_ray.cluster_section import Cluster
     from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.reporting.place import free, write
 
     with as_arguments():
         texts = _texts(data, **text)
         cluster = Recipe.check(Cluster, {"engine": engine, "replicas": replicas}, "cluster")
+        if report:
+            free(report, "--report")  # rather than after all has been measured
         from fusegpt_ray import pipeline
 
         result = pipeline.evaluate(
             models, texts, revision=revision, dtype=dtype, cluster=cluster, display=display(quiet)
         )
+    if report:
+        from fusegpt_ray.publishing.publish import versions
+        from fusegpt_ray.reporting import evaluation
+
+        write(evaluation.html(result["results"], versions()), report, "--report")
     if as_json:
         click.echo(json.dumps(result))
         return

@@ -17,7 +17,8 @@ from fusegpt_ray.errors import UserError
 @click.argument("model", metavar="MODEL", help="Folder, hub id or URI of a checkpoint.")
 @click.option("--data", metavar="TEXT", help="Text to calibrate on (default: WikiText-2).")
 @click.option("--output", default="recipe.yaml", show_default=True, help="The file to write.")
-def init(model: str, data: str | None, output: str) -> None:
+@json_option
+def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     """Write a commented recipe for a model and this machine."""
     if Path(output).exists():
         raise UserError("--output", output, "there is such a file already", "give another name")
@@ -29,7 +30,8 @@ def init(model: str, data: str | None, output: str) -> None:
     text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, silent())
     with open(output, "x") as file:
         file.write(text)
-    click.echo(f"{output}: look it through, then: fusegpt plan {output}")
+    told = f"{output}: look it through, then: fusegpt plan {output}"
+    click.echo(json.dumps({"recipe": output}) if as_json else told)
 
 
 @click.command()
@@ -126,12 +128,13 @@ def _planned(
     checked = Recipe.parse(data)
     from fusegpt_ray import outlook
     from fusegpt_ray import plan as plans
+    from fusegpt_ray.workers.room import Held
 
     planned = plans.plan(checked, silent(), looks=True)
-    cluster = planned.recipe.cluster
     device = outlook.Device.named(gpu) if gpu else outlook.Device.here()
+    held = Held.alone(planned.recipe.cluster, planned.recipe.trains)
     # Processes on a CPU share its cores.
-    count = gpus or (max(cluster.replicas, cluster.workers) if device.kind == "cuda" else 1)
+    count = gpus or (held.gpus or 1 if device.kind == "cuda" else 1)
     measured = None
     if probe:
         from fusegpt_ray.probe import probe as measure
@@ -181,7 +184,7 @@ def _show(result: dict[str, Any]) -> None:
         probed = " (measured now)" if result["probed"] else ""
         many = result["device"]
         if not many.endswith("CPU"):
-            many = f"{result['gpus']} × {many}"
+            many = f"{result['gpus']:g} × {many}"
         price = f", for {result['price']:,.2f}" if priced else ""
         say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}{price}")
     else:
@@ -192,6 +195,13 @@ def _show(result: dict[str, Any]) -> None:
         fits = "fits" if row["fits"] else "does not fit"
         memory.add_row(row["what"], byte_count(row["bytes"]), byte_count(row["room"]), fits)
     console.print(memory)
+    traffic = Table("weights, at most", "read", "written")
+    for column in traffic.columns[1:]:
+        column.justify = "right"
+    for row in result["traffic"]:
+        moved = (byte_count(row[key]) if row[key] else "–" for key in ("read", "written"))
+        traffic.add_row(row["stage"], *moved)
+    console.print(traffic)
     storage = Table("storage, at most", "bytes")
     storage.columns[1].justify = "right"
     for row in result["storage"]:

@@ -1,4 +1,4 @@
-"""Look at what became of a run: `report`."""
+"""Look at what became of a run, a comparison or a family: `report`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import click
 
 from fusegpt_ray.commands.options import json_option
 
+_WHOSE = "Folder of a published model, a run, a comparison or a family."
+
 
 @click.command()
-@click.argument("uri", metavar="URI", help="Folder of a published model, or of a run.")
+@click.argument("uri", metavar="URI", help=_WHOSE)
 @click.option(
     "--output",
     default="report.html",
@@ -19,11 +21,34 @@ from fusegpt_ray.commands.options import json_option
 )
 @json_option
 def report(uri: str, output: str, as_json: bool) -> None:
-    """Draw a published model, or a run that is under way, as one page of HTML.
+    """Draw a model, a run, a comparison or a family as one page of HTML.
 
-    It is made from the manifest or the journal alone, and needs no network to be looked at.
+    Also of what is under way. It is made from the manifest, the journal, table.json or family.json
+    alone, and needs no network to be looked at.
     """
-    from fusegpt_ray.reporting import page
+    from fusegpt_ray.reporting.place import write
 
-    path = page.write(uri, output)
+    path = write(_page(uri, output), output)
     click.echo(json.dumps({"report": path}) if as_json else path)
+
+
+def _page(uri: str, output: str) -> str:
+    """By what lies in the folder."""
+    from fusegpt_ray.run.outputs import Outputs
+    from fusegpt_ray.store import comparison, family, storage
+
+    there = Outputs.look(uri)
+    if comparison.TABLE in there.files:
+        from fusegpt_ray.comparison import page as of_comparison
+
+        return of_comparison.html(comparison.Told.read(there.uri).model_dump())
+    if family.BOARD in there.files:
+        from fusegpt_ray.family import page as of_family
+
+        board = family.FamilyBoard.read(there.uri)
+        inside = storage.absolute(output).rpartition("/")[0] == there.uri
+        return of_family.html(board.told.model_dump(), linked=inside)
+    from fusegpt_ray.reporting import page
+    from fusegpt_ray.reporting.facts import told_by
+
+    return page.html(told_by(there))

@@ -16,6 +16,7 @@ from fusegpt_ray.scheduling.grid import (
     Base,
     Grid,
     Run,
+    as_written,
     check_apart,
     check_once,
     check_same,
@@ -125,7 +126,7 @@ class Comparison:
         output = runs[0].recipe.output
         name = str((base.get("output") or {}).get("name"))
         sparsities = sorted({value for run in runs for value in run.recipe.sparsity})
-        about = (baseline, asked.at_once, dict(data))
+        about = (baseline, asked.at_once, as_written(data))
         return cls(name, output.uri, tuple(runs), tuple(sparsities), *about)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,24 +9,29 @@ from fusegpt_ray.comparison.plot import charts
 from fusegpt_ray.comparison.tables import Row, protocols
 from fusegpt_ray.recipe import percent
 from fusegpt_ray.report import byte_count, duration
-from fusegpt_ray.reporting.page import filled
+from fusegpt_ray.reporting.page import filled, how_made
 
 
-def html(
-    result: Mapping[str, Any], settings: Mapping[str, Any], versions: Mapping[str, str]
-) -> str:
+def html(result: Mapping[str, Any]) -> str:
     """The whole page.
 
     Args:
         result: see `tables.result`.
-        settings: what was asked, as it was written.
-        versions: of the program and its libraries.
     """
     rows = result["rows"]
     texts = list(dict.fromkeys(row["text"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in (*rows, *result["failed"])))
+    ended = (*rows, *result["failed"])
+    models = list(dict.fromkeys(row["model"] for row in (*ended, *result["unfinished"])))
     which = ["model"] if len(models) > 1 else []  # else the page's head names it
     skipped = 1 - len(which)
+
+    def told(kind: str, about: str) -> list[list[str]]:
+        named = ("model", "method")
+        return [
+            [*(row[key] for key in named), f"{percent(row['sparsity'])} %", row[about]][skipped:]
+            for row in result[kind]
+        ]
+
     return filled(
         "comparison.html.jinja",
         result["name"],
@@ -36,21 +40,20 @@ def html(
         models=models,
         columns=[*which, "method", "removed", "blocks removed", *_per_text(texts), "size", "time"],
         cells=[row[skipped:] for row in _cells(rows, texts)],
-        failed_columns=[*which, "method", "removed", "why"],
-        failed=[
-            [row["model"], row["method"], f"{percent(row['sparsity'])} %", row["problem"]][skipped:]
-            for row in result["failed"]
-        ],
+        named=[*which, "method", "removed"],
+        failed=told("failed", "problem"),
+        unfinished=told("unfinished", "status"),
         protocols=protocols(rows),
-        versions=versions,
-        settings=json.dumps(settings, indent=1, ensure_ascii=False, default=str),
+        **how_made(result),
     )
 
 
 def _headline(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows, failed = result["rows"], len(result["failed"])
     done = len({(row["model"], row["method"], row["sparsity"]) for row in rows})
-    yield "cells", f"{done} done" + (f", {failed} failed" if failed else "")
+    left = len(result["unfinished"])
+    told = ((done, "done"), (failed, "failed"), (left, "to come"))
+    yield "cells", ", ".join(f"{count} {what}" for count, what in told if count or what == "done")
     models = {row["model"] for row in rows}
     for model, text in dict.fromkeys((row["model"], row["text"]) for row in rows):
         of_text = [row for row in rows if (row["model"], row["text"]) == (model, text)]

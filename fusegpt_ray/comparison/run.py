@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import SECTION, Comparison
 from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.companions import REPORT
+from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.grid import Run
+from fusegpt_ray.scheduling.news import News, as_json
 from fusegpt_ray.scheduling.planned import planned
 from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.manifest import MANIFEST
+from fusegpt_ray.store.comparison import TABLE
 from fusegpt_ray.targets import Target
 
 PICTURE = "perplexity.png"
@@ -38,61 +40,67 @@ def compare(
         named = zip(comparison.runs, plans, strict=True)
         jobs = [Job(f"{run.model}: {run.method}", plan) for run, plan in named]
         folder, key = comparison.folder, f"{SECTION}.at_once"
-        asked = Asked(folder, "cells", comparison.at_once, key, restart=restart)
+        cells = Cells(comparison, jobs)
+        news = News(storage.join(folder, TABLE), lambda: cells.result("working"), show)
+
+        def changed(job: Job) -> None:
+            news.write()
+
+        asked = Asked(folder, "cells", comparison.at_once, key, restart=restart, changed=changed)
         Slots(jobs, asked, show).run()
-        storage.remove(storage.join(comparison.folder, TRAINING_FOLDER), recursive=True)
-        models = _models(comparison.runs, jobs)
-        result = tables.result(comparison, models)
+        storage.remove(storage.join(folder, TRAINING_FOLDER), recursive=True)
+        result = cells.result("done")
         for name, data in tables.files(result).items():
-            storage.write(storage.join(comparison.folder, name), data.encode())
+            storage.write(storage.join(folder, name), data.encode())
         try:
-            for name, drawn in _drawn(comparison, result, models):
-                storage.write(storage.join(comparison.folder, name), drawn)
+            for name, drawn in _drawn(comparison, result):
+                storage.write(storage.join(folder, name), drawn)
         except Exception as error:  # whatever the charting libraries raise
             if isinstance(error, StorageError):
                 raise
             show.say(f"no pictures: they cannot be drawn here ({first_line(error)})")
-        show.say(f"tables are in {comparison.folder}")
+        storage.write(storage.join(folder, TABLE), as_json(result))
+        show.say(f"tables are in {folder}")
     return result
 
 
-def _drawn(
-    comparison: Comparison, result: Mapping[str, Any], models: Sequence[tables.Model]
-) -> Iterator[tuple[str, bytes]]:
+def _drawn(comparison: Comparison, result: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
     """Names and contents of the pictures and the report."""
     from fusegpt_ray.comparison import page, plot  # altair: takes a second
 
     if image := plot.png(result):
         yield PICTURE, image
     if any(run.recipe.output.report for run in comparison.runs):
-        made = next((model.manifest for model in models if model.manifest), {})
-        versions = made.get("versions", {})
-        yield REPORT, page.html(result, comparison.settings, versions).encode(errors="replace")
+        yield REPORT, page.html(result).encode(errors="replace")
 
 
-def _models(runs: Sequence[Run], jobs: Sequence[Job]) -> list[tables.Model]:
-    """Every model that was to be published, with its manifest if it was."""
-    return [
-        tables.Model(
+class Cells:
+    """What became of each cell, while they work and afterwards."""
+
+    def __init__(self, comparison: Comparison, jobs: Sequence[Job]) -> None:
+        self.comparison = comparison
+        self._jobs = [*zip(comparison.runs, jobs, strict=True)]
+        self._manifests: dict[str, dict[str, Any] | None] = {}
+        """By the folders of models whose jobs have ended."""
+
+    def result(self, state: Literal["working", "done"]) -> dict[str, Any]:
+        """See `tables.result`."""
+        models = [
+            self._model(run, job, target) for run, job in self._jobs for target in job.plan.targets
+        ]
+        return tables.result(self.comparison, models, state, versions())
+
+    def _model(self, run: Run, job: Job, target: Target) -> tables.Model:
+        folder = target.folder
+        if job.ended and folder not in self._manifests:
+            self._manifests[folder] = job.published(target)
+        assert target.sparsity is not None, "a comparison has no methods that make models deeper"
+        return tables.Model(
             run.model,
             run.method,
-            _sparsity(target),
-            target.folder,
-            _manifest(job, target.folder),
+            target.sparsity,
+            folder,
+            "ended" if job.ended else "waiting" if job.show is None else "working",
+            self._manifests.get(folder),
             job.problem,
         )
-        for run, job in zip(runs, jobs, strict=True)
-        for target in job.plan.targets
-    ]
-
-
-def _sparsity(target: Target) -> float:
-    assert target.sparsity is not None, "a comparison has no methods that make models deeper"
-    return target.sparsity
-
-
-def _manifest(job: Job, folder: str) -> dict[str, Any] | None:
-    """Only of this very run: another's model may lie there, which is why the cell failed."""
-    file = storage.join(folder, MANIFEST)
-    found: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {}
-    return found if found and found.get("run") == job.id else None

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +19,7 @@ from rich.text import Text
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.recipe import percent
 from fusegpt_ray.reporting.facts import of_manifest
+from fusegpt_ray.store.comparison import FORMAT
 from fusegpt_ray.text.protocol import described, stages
 
 Row = Mapping[str, Any]
@@ -26,26 +27,36 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Model:
-    """A model that was to be published."""
+    """A model that is to be published."""
 
     model: str
     method: str
     sparsity: float
     uri: str
+    status: Literal["waiting", "working", "ended"]
+    """Of its run."""
     manifest: Mapping[str, Any] | None
-    """None: it was not."""
+    """None: it is not published, or its run has not ended."""
     problem: str = ""
 
+    @property
+    def named(self) -> dict[str, Any]:
+        return {"model": self.model, "method": self.method, "sparsity": self.sparsity}
 
-def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
-    """{"name", "baseline", "paper": names of the methods that are the paper's preset, "rows":
-    [{"model", "method", "sparsity", "text", "dense", "dropped", "width", "perplexity",
-    "damage_left", "removed", "bytes", "seconds", "uri", "protocol"} …], "failed": [{"model",
-    "method", "sparsity", "problem"} …]}. "width" is {"dense", "kept"}, the hidden sizes, where that
-    became smaller, else None; "bytes" are those of the weights, "seconds" those of the work.
 
-    "damage_left" is the log-perplexity lost to the dense model, relative to what the baseline lost
-    of the same model at the same sparsity on the same text; None where that lost nothing.
+def result(
+    comparison: Comparison,
+    models: Sequence[Model],
+    state: Literal["working", "done"],
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """What is in table.json, see `store.comparison.Told`: {"format", "name", "state": "failed"
+    where all is done and something failed, "time", "baseline", "paper", "rows", "failed",
+    "unfinished", "settings", "versions"}.
+
+    "damage_left" of a row is the log-perplexity lost to the dense model, relative to what the
+    baseline lost of the same model at the same sparsity on the same text; None where that lost
+    nothing. "bytes" are those of the weights, "seconds" those of the work.
     """
     rows = [row for model in models for row in _rows(model)]
     lost = {
@@ -57,13 +68,23 @@ def result(comparison: Comparison, models: Sequence[Model]) -> dict[str, Any]:
         base = lost.get((row["model"], row["sparsity"], row["text"]), 0.0)
         own = math.log(row["perplexity"] / row["dense"])
         row["damage_left"] = own / base if base > 0 else None
-    failed = [
-        {"model": m.model, "method": m.method, "sparsity": m.sparsity, "problem": m.problem}
-        for m in _failed(models)
-    ]
+    ended = [model for model in models if model.status == "ended"]
+    failed = [{**model.named, "problem": model.problem} for model in _failed(ended)]
+    left = [{**one.named, "status": one.status} for one in models if one.status != "ended"]
     paper = dict.fromkeys(run.method for run in comparison.runs if run.recipe.preset == "paper")
-    about = {"name": comparison.name, "baseline": comparison.baseline, "paper": [*paper]}
-    return {**about, "rows": rows, "failed": failed}
+    return {
+        "format": FORMAT,
+        "name": comparison.name,
+        "state": "failed" if failed and state == "done" else state,
+        "time": round(time.time(), 3),
+        "baseline": comparison.baseline,
+        "paper": [*paper],
+        "rows": rows,
+        "failed": failed,
+        "unfinished": left,
+        "settings": comparison.settings,
+        "versions": dict(versions),
+    }
 
 
 def _failed(models: Sequence[Model]) -> Iterator[Model]:
@@ -81,9 +102,7 @@ def _rows(model: Model) -> Iterator[dict[str, Any]]:
     seconds = sum(of_manifest(model.uri, model.manifest, size).seconds.values())
     for text, row in model.manifest.get("perplexity", {}).items():
         yield {
-            "model": model.model,
-            "method": model.method,
-            "sparsity": model.sparsity,
+            **model.named,
             "text": text,
             "dense": row["dense"],
             "dropped": row.get("dropped"),
@@ -98,7 +117,7 @@ def _rows(model: Model) -> Iterator[dict[str, Any]]:
 
 
 def files(result: Mapping[str, Any]) -> dict[str, str]:
-    """The contents of table.md, table.csv and table.json."""
+    """The contents of the tables for people and for spreadsheets."""
     text = io.StringIO()
     columns = ["model", "method", "sparsity", "text", "dense", "dropped", "perplexity"]
     columns += ["damage_left", "removed", "width", "bytes", "seconds", "uri"]
@@ -107,11 +126,7 @@ def files(result: Mapping[str, Any]) -> dict[str, str]:
     for row in result["rows"]:
         removed, width = " ".join(map(str, row["removed"])), (row["width"] or {}).get("kept")
         writer.writerow({**row, "removed": removed, "width": width})
-    return {
-        "table.md": _markdown(result),
-        "table.csv": text.getvalue(),
-        "table.json": json.dumps(result, indent=1) + "\n",
-    }
+    return {"table.md": _markdown(result), "table.csv": text.getvalue()}
 
 
 def _of(rows: Sequence[Row], key: str) -> list[Any]:

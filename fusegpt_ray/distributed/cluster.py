@@ -28,6 +28,7 @@ from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup
+from fusegpt_ray.workers.room import Held, Way, way_alone
 
 R = TypeVar("R")
 REPLICA_GPU = 0.6
@@ -48,14 +49,9 @@ class RayWorkers:
         setup, cluster = self.setup, self.setup.cluster
         self._connection = Connection.open(cluster)
         self.gpus = gpus_of(cluster)
-        trains = setup.trains
-        if self._shares:  # every training worker shares its GPU with a replica
-            self.replicas = max(cluster.replicas, cluster.workers)
-        workers = cluster.workers if trains else 0
-        self.gpus_held = max(self.gpus * self.replicas, workers if self.gpus else 0.0)
-        wait_for_resources(
-            self.gpus_held, max(self.replicas, workers), cluster, grows=not self._connection.own
-        )
+        least = Held.of(cluster, self.gpus, setup.trains, "shared" if self._shares else "turns")
+        self.replicas, processes = least.replicas, max(least.replicas, least.workers)
+        wait_for_resources(least.gpus, processes, cluster, grows=not self._connection.own)
         check_paths(setup)
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
@@ -65,7 +61,7 @@ class RayWorkers:
             self._runner_config(self.replicas, cluster.weights, min(1.0, self.gpus)),
             self.replicas,
             cpus=1,
-            gpus=REPLICA_GPU if self._shares and self.gpus == 1 else self.gpus,
+            gpus=REPLICA_GPU if self._shares else self.gpus,
             labels=cluster.labels,
         )
         # One is left for Ray Data.
@@ -100,6 +96,13 @@ class RayWorkers:
     @property
     def device_bytes(self) -> int:
         return self._pool.device_bytes
+
+    @property
+    def gpus_held(self) -> float:
+        way: Way = "shared"
+        if not self._shares:
+            way = "apart" if self._fits_beside_replicas else "turns"
+        return Held.of(self.setup.cluster, self.gpus, self.setup.trains, way).gpus
 
     @property
     def streams(self) -> bool:
@@ -177,14 +180,12 @@ class RayWorkers:
         """A training worker's part: 0 or 1 GPU, or what a replica leaves of one."""
         if not self.gpus:
             return 0
-        return 1 - REPLICA_GPU if self._shares and self.gpus == 1 else 1
+        return 1 - REPLICA_GPU if self._shares else 1
 
     @property
     def _shares(self) -> bool:
-        """Whether training workers are put where replicas are. Not beside other sets of workers:
-        Ray might put them beside a replica of another set, which does not make room for them.
-        """
-        return self.setup.trains and bool(self.gpus) and self.setup.sets == 1
+        """Whether each training worker takes the rest of a replica's GPU; see `way_alone`."""
+        return self.setup.trains and self.setup.sets == 1 and way_alone(self.gpus) == "shared"
 
     @cached_property
     def _fits_beside_replicas(self) -> bool:

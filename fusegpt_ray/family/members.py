@@ -20,6 +20,7 @@ from fusegpt_ray.scheduling.grid import (
     Methods,
     Run,
     Sparsities,
+    as_written,
     check_apart,
     check_once,
     check_same,
@@ -34,6 +35,7 @@ from fusegpt_ray.sections import MOST
 from fusegpt_ray.store import storage
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
+from fusegpt_ray.workers.room import Held
 
 SECTION = FAMILIES
 OWN = ("priority", "methods", "sparsities")
@@ -124,7 +126,7 @@ class Members:
             return None
         name = str((base.get("output") or {}).get("name"))
         uri = runs[0].recipe.output.uri
-        return cls(name, uri, tuple(members), asked.at_once, asked.gpus, dict(data))
+        return cls(name, uri, tuple(members), asked.at_once, asked.gpus, as_written(data))
 
     @property
     def runs(self) -> list[Run]:
@@ -203,7 +205,7 @@ def _check_quota(run: Run, gpus: float) -> None:
     recipe: Recipe = run.recipe
     cluster = recipe.cluster
     each = 1.0 if cluster.gpus_per_replica is None else cluster.gpus_per_replica
-    needed = max(each * cluster.replicas, cluster.workers if recipe.trains and each else 0)
+    needed = Held.of(cluster, each, recipe.trains, "turns").gpus  # the least that it can work with
     if cluster.engine == "ray" and needed > gpus:
         problem = f"the member {shown(run.model)} needs {needed:g}"
         fix = "raise it, or lower the member's cluster.replicas and cluster.workers"

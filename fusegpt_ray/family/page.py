@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,16 +9,16 @@ from fusegpt_ray.family.board import cells, columns, ranked, total
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.report import duration
 from fusegpt_ray.reporting.charts import Chart, over_sparsity
-from fusegpt_ray.reporting.page import filled
+from fusegpt_ray.reporting.page import filled, how_made
 from fusegpt_ray.reporting.sparsities import lines
 
 
-def html(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+def html(result: Mapping[str, Any], linked: bool) -> str:
     """The whole page.
 
     Args:
-        result: see `Board.result`.
-        settings: what was asked, as it was written.
+        result: what is in family.json, see `store.family.Told`.
+        linked: it will lie in the family's folder, from where links lead to its models.
     """
     rows = result["rows"]
     return filled(
@@ -29,10 +28,11 @@ def html(result: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         [*_headline(result)],
         members=[*dict.fromkeys(row["member"] for row in rows)],
         columns=columns(rows),
-        rows=[(row["folder"], row["report"], [*cells(row, rows)]) for row in ranked(rows)],
+        rows=[(row, [*cells(row, rows)]) for row in ranked(rows)],
+        linked=linked,
         report=REPORT,
         failed=[(row["folder"], row["problem"]) for row in rows if row["status"] == "failed"],
-        settings=json.dumps(settings, indent=1, ensure_ascii=False, default=str),
+        **how_made(result),
     )
 
 
@@ -40,7 +40,8 @@ def _headline(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     rows = result["rows"]
     done = [row for row in rows if row["status"] == "done"]
     failed = sum(row["status"] == "failed" for row in rows)
-    yield "models", f"{len(done)} done" + (f", {failed} failed" if failed else "")
+    told = ((len(done), "done"), (failed, "failed"), (len(rows) - len(done) - failed, "to come"))
+    yield "models", ", ".join(f"{count} {what}" for count, what in told if count or what == "done")
     yield "members", str(len({row["member"] for row in rows}))
     if seconds := total(done, "seconds"):
         yield "time at work", duration(seconds)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fusegpt_ray.errors import StorageError, first_line
-from fusegpt_ray.family.board import PAGE, Board, on_terminal
+from fusegpt_ray.family.board import on_terminal
+from fusegpt_ray.family.follow import PAGE, Board
 from fusegpt_ray.family.members import SECTION, Members
 from fusegpt_ray.family.watch import TableDisplay
 from fusegpt_ray.report import Display
@@ -50,17 +51,17 @@ def compress_family(
         Slots(jobs, asked, show).run()
         storage.remove(storage.join(members.folder, TRAINING_FOLDER), recursive=True)
         result = board.ended()
-        board.write(result, _page(members, result, show))
+        board.write(result, _page(result, show))
         show.say(f"the leaderboard is in {members.folder}")
     return result
 
 
-def _page(members: Members, result: dict[str, Any], show: Display) -> bytes | None:
+def _page(result: dict[str, Any], show: Display) -> bytes | None:
     """None where it cannot be drawn: models are worth more than their pictures."""
     try:
         from fusegpt_ray.family import page  # altair: takes a second
 
-        return page.html(result, members.settings).encode(errors="replace")
+        return page.html(result, linked=True).encode(errors="replace")
     except Exception as error:  # whatever the charting libraries raise
         if isinstance(error, StorageError):
             raise

@@ -10,7 +10,8 @@ from typing import Any
 import altair as alt
 
 from fusegpt_ray.reporting import sparsities
-from fusegpt_ray.reporting.facts import Facts, Other, Round
+from fusegpt_ray.reporting.facts import Facts
+from fusegpt_ray.reporting.shapes import Other, Round
 from fusegpt_ray.specs import METHOD_SPECS
 
 Cell = int | float | str | None
@@ -141,7 +142,7 @@ def _scores(facts: Facts) -> Chart | None:
     if not rows:
         return None
     positive = all(isinstance(row[2], float) and row[2] > 0 for row in rows)
-    how = facts.chosen_by
+    how, estimated = facts.chosen_by, any(round.stopped for round in facts.rounds)
     base = alt.Chart().encode(
         x=alt.X("block:O", axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4)),
         y=alt.Y("round:O"),
@@ -150,7 +151,7 @@ def _scores(facts: Facts) -> Chart | None:
         "score:Q",
         title=None,
         scale=alt.Scale(type="log" if positive else "linear", scheme="viridis"),
-        legend=alt.Legend(orient="top", gradientLength=200, format=".2~g", tickCount=3),
+        legend=alt.Legend(orient="top", gradientLength=200, format=".2~g", values=_ends(rows)),
     )
     tips = [alt.Tooltip(f"{key}:{kind}") for key, kind in zip(_SCORED, "OOQNN", strict=True)]
     removed = (
@@ -161,13 +162,20 @@ def _scores(facts: Facts) -> Chart | None:
     return chart(
         "scores",
         f"{how[0].upper()}{how[1:]} of each block, round by round",
-        "Each round removes the block marked with a cross, the one with the lowest score; scores of"
-        " blocks that could no longer be the lowest were left as estimates.",
+        "Each round removes the block marked with a cross, the one with the lowest score"
+        + "; scores of blocks that could no longer be the lowest were left as estimates" * estimated
+        + ".",
         _SCORED,
         rows,
         alt.layer(base.mark_rect().encode(color=score, tooltip=tips), removed),
         height=ROW * max(3, len({row[0] for row in rows})),
     )
+
+
+def _ends(rows: Sequence[Sequence[Cell]]) -> list[float]:
+    """The lowest and the highest score: ticks between them would overlap on a narrow scale."""
+    scores = [row[2] for row in rows if isinstance(row[2], float) and math.isfinite(row[2])]
+    return [min(scores), max(scores)] if scores else []
 
 
 _SCORED = ("round", "block", "score", "known", "outcome")

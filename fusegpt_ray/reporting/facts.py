@@ -6,161 +6,41 @@ journal bear checksums.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, ValidationError
+from pydantic import FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.reporting.prices import Prices, Spent
+from fusegpt_ray.reporting.prices import Spent, gpu_hour_price
+from fusegpt_ray.reporting.shapes import (
+    Copy,
+    Healing,
+    Moved,
+    Other,
+    Perplexity,
+    Planned,
+    PlannedBytes,
+    Protocol,
+    Publishing,
+    Round,
+    Search,
+    Source,
+    Width,
+)
 from fusegpt_ray.reporting.under_way import under_way
 from fusegpt_ray.reporting.written import Sample
 from fusegpt_ray.run.outputs import Folder, Outputs, beside
 from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.store.foreign import Part, nonsense
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.text.protocol import stages
+from fusegpt_ray.store.public import public
 
 WEIGHTS = ".safetensors"
 
 
-class _Part(BaseModel):
-    """Keys that a report does not show may be anything."""
-
-    model_config = ConfigDict(extra="ignore")
-
-
-class Protocol(_Part):
-    """How a text was cut; see `text.protocol.described`."""
-
-    data: str | None = None
-    windows: int | None = None
-    length: int
-    bos: bool = False
-    bos_once: bool | None = None
-    left_out: int | None = None
-    repeated: float | None = None
-    licence: str | None = None
-    warning: str | None = None
-    parts: list[Protocol] | None = None
-
-
-class Perplexity(Protocol):
-    """On one text, at each stage; see `text.protocol.STAGES`."""
-
-    dense: float
-    dropped: float | None = None
-    repaired: float | None = None
-    fused: float | None = None
-    sliced: float | None = None
-    inserted: float | None = None
-    healed: float | None = None
-
-    @property
-    def by_stage(self) -> dict[str, float]:
-        """In order; the last stage is the published model's."""
-        values = self.model_dump(exclude_none=True)
-        return {stage: values[stage] for stage in stages([values])}
-
-    @property
-    def undone(self) -> float | None:
-        """The share of the damage of dropping the blocks that is undone, if there was damage."""
-        last = [*self.by_stage.values()][-1]
-        if self.dropped is None or not self.dense < self.dropped < math.inf:
-            return None
-        return (self.dropped - last) / (self.dropped - self.dense)
-
-
-class Estimate(_Part):
-    """The score of a block that was not walked to the end."""
-
-    mean: float
-
-
-class Repair(_Part):
-    block: int
-
-
-class Copy(_Part):
-    """A block that was inserted."""
-
-    after: int
-    like: int
-
-
-class Round(_Part):
-    removed: int | None = None
-    """None: the round is under way, or inserts blocks."""
-    inserted: list[Copy] = []
-    scores: dict[int, float] = {}
-    stopped: dict[int, Estimate] = {}
-    group: list[int] = []
-    repair: Repair | None = None
-    losses: list[float] = []
-    seconds: dict[str, FiniteFloat] = {}
-
-    @property
-    def into(self) -> list[int]:
-        """The blocks that took over from the removed one."""
-        changed = [*self.group, *([self.repair.block] if self.repair else [])]
-        return sorted({*changed} - {self.removed})
-
-
-class Width(_Part):
-    """A hidden size, before and after."""
-
-    dense: int
-    kept: int
-
-
-class Healing(_Part):
-    losses: list[float]
-    held_out: list[float] = []
-    tokens: int | None = None
-    seconds: dict[str, FiniteFloat] = {}
-    data: Protocol | None = None
-
-
-class Tried(_Part):
-    """A set of blocks in a tournament."""
-
-    ways: list[str]
-    removed: list[int]
-    held_out: list[float] = []
-
-
-class Search(_Part):
-    tokens: int | None = None
-    tried: list[Tried]
-
-
-class Publishing(_Part):
-    seconds: FiniteFloat
-
-
-class Planned(_Part):
-    """A stage as it was counted before the run."""
-
-    stage: str
-    flops: NonNegativeInt
-    seconds: FiniteFloat | None = None
-    """None: no rates were known."""
-
-
-class Source(_Part):
-    name: str
-    revision: str | None = None
-
-
-class Other(_Part):
-    """Another model that the same run published."""
-
-    sparsity: FiniteFloat
-    perplexity: dict[str, Perplexity] = {}
-
-
-class Facts(_Part):
+class Facts(Part):
     """What a report shows."""
 
     name: str
@@ -170,6 +50,8 @@ class Facts(_Part):
     arithmetic: str = ""
     gpu: str = ""
     """What torch calls the one that it ran on; empty: none, or nobody has told."""
+    gpus: FiniteFloat = 0.0
+    """That all of its processes held together."""
     recipe: dict[str, Any]
     dense_blocks: NonNegativeInt | None = None
     width: Width | None = None
@@ -177,6 +59,9 @@ class Facts(_Part):
     bytes: int | None = None
     """Of the published model's weights."""
     planned: list[Planned] = []
+    planned_bytes: list[PlannedBytes] = []
+    moved: dict[str, Moved] = {}
+    """By stage, what it was."""
     spent: Spent | None = None
     samples: list[Sample] = []
     sparsity: FiniteFloat | None = None
@@ -200,6 +85,11 @@ class Facts(_Part):
         return [copy for round in self.rounds for copy in round.inserted]
 
     @property
+    def replaced(self) -> list[int]:
+        """The run in whose place its first block stands."""
+        return [block for round in self.rounds for block in round.replaced]
+
+    @property
     def changed(self) -> str:
         """What happened to how many blocks, or to the width."""
         if self.width:
@@ -221,8 +111,20 @@ class Facts(_Part):
 
     @property
     def price_per_second(self) -> float | None:
-        """See `Prices.per_second`."""
-        return Prices.of(self.recipe).per_second if self.gpu else None
+        """Of all GPUs that the run held, if it had any and the recipe says what one costs."""
+        price = gpu_hour_price(self.recipe)
+        return None if price is None or not self.gpus else price * self.gpus / 3600
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """That the run has held GPUs until this model was published; None: it had none."""
+        return self.spent.gpu_seconds / 3600 if self.spent and self.spent.gpu_seconds else None
+
+    @property
+    def cost(self) -> float | None:
+        """Of these, if the recipe says what one costs."""
+        hours, price = self.gpu_hours, gpu_hour_price(self.recipe)
+        return None if hours is None or price is None else hours * price
 
     @property
     def healing_loss(self) -> str:
@@ -243,6 +145,14 @@ class Facts(_Part):
             )
         } | {"healing": sum(healing.values())}
         return [(row, taken[row.stage]) for row in self.planned if taken.get(row.stage)]
+
+    @property
+    def traffic(self) -> list[tuple[PlannedBytes, Moved]]:
+        """The planned bytes of each stage that has ended, beside what they were."""
+        moved = dict(self.moved)
+        if self.publishing and (size := self.publishing.bytes) is not None:
+            moved["publishing"] = Moved(read=size, written=size)
+        return [(row, moved[row.stage]) for row in self.planned_bytes if row.stage in moved]
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -273,7 +183,11 @@ def facts(uri: str) -> Facts:
     Raises:
         UserError: there is none, there are several, or it is damaged.
     """
-    there = Outputs.look(uri)
+    return told_by(Outputs.look(uri))
+
+
+def told_by(there: Outputs) -> Facts:
+    """The same, of what has been looked at."""
     if MANIFEST in there.files or there.uri.endswith(".run"):
         found = [Folder.look(there.uri)]
     else:
@@ -282,7 +196,9 @@ def facts(uri: str) -> Facts:
     if len(found) > 1:
         names = ", ".join(folder.name for folder in found)
         problem = f"holds several models or runs: {names}"
-        raise UserError(KEY, there.uri, problem, "give the folder of one of them")
+        tables = [other.uri.removeprefix(f"{there.uri}/") for other in there.comparisons]
+        fix = ", or ".join(["give the folder of one of them", *tables])
+        raise UserError(KEY, there.uri, problem, fix)
     folder = found[0] if found else Folder(there.uri, there.files)
     name = folder.name.removesuffix(".run")
     try:
@@ -292,13 +208,11 @@ def facts(uri: str) -> Facts:
         weights = (file.size for key, file in manifest.files.items() if key.endswith(WEIGHTS))
         return of_manifest(name, manifest.data, sum(weights), others(folder.uri, manifest.data))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part)[:99] for part in first["loc"])
+        file = MANIFEST if folder.finished else "journal"
         raise UserError(
             KEY,
             folder.uri,
-            f"its {MANIFEST if folder.finished else 'journal'} says nonsense: {key}:"
-            f" {first['msg'].lower()}",
+            f"its {file} says {nonsense(error)}",
             "give one that this version of fusegpt wrote",
         ) from error
 
@@ -314,7 +228,7 @@ def of_manifest(
     Raises:
         ValidationError: the manifest has another shape.
     """
-    told = {**manifest, "name": name, "state": "published", "bytes": size, "others": others}
+    told = {**public(manifest), "name": name, "state": "published", "bytes": size, "others": others}
     return Facts.model_validate(told)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,53 +13,11 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import byte_count, duration, flop_count
 from fusegpt_ray.reporting.charts import Chart, charts
-from fusegpt_ray.reporting.facts import Facts, facts
-from fusegpt_ray.reporting.prices import Prices
-from fusegpt_ray.store import storage
-from fusegpt_ray.text.protocol import STAGES, described, warnings
-from fusegpt_ray.uris import refuse_secret
-
-OURS = b"<!doctype html>\n<!-- a report of fusegpt -->\n"
-"""How every report begins."""
-_NO_PLACE = (
-    ValueError,  # the protocol is unknown …
-    ImportError,  # … or its package is missing
-    PermissionError,
-    IsADirectoryError,
-    NotADirectoryError,
-    FileExistsError,  # a folder above it is a file
-)
-
-
-def write(uri: str, output: str) -> str:
-    """Make the report of a published model or a run; returns where it is.
-
-    Args:
-        uri: see `facts.facts`.
-        output: the file, anywhere fsspec reaches. Only another report may be there.
-
-    Raises:
-        UserError: there is nothing to report, or the file may not be written.
-    """
-    page = html(facts(uri)).encode(errors="replace")
-    refuse_secret("--output", output)
-    place, taken = storage.absolute(output), False
-    try:
-        if storage.exists(place):
-            with storage.reading(place) as file:
-                taken = file.read(len(OURS)) != OURS
-        if not taken:
-            storage.write(place, page)
-    except _NO_PLACE as error:
-        problem = f"cannot be written ({error})"
-        raise UserError("--output", output, problem, "give another file") from error
-    if taken:
-        problem = "there is something else than a report"
-        raise UserError("--output", output, problem, "give another file")
-    return place
+from fusegpt_ray.reporting.facts import Facts
+from fusegpt_ray.reporting.place import OURS
+from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 
 def html(found: Facts) -> str:
@@ -71,9 +30,11 @@ def html(found: Facts) -> str:
         facts=found,
         rounds=_rounds(found),
         inserted=[[copy.like, copy.after] for copy in found.inserted],
+        shared=_shared(found),
         protocols=_protocols(found),
         work=_work(found),
-        stages=STAGES,
+        traffic=[*_traffic(found)],
+        stages={stage: STAGES[stage] for stage in _stages(found)},
         recipe=json.dumps(found.recipe, indent=1, ensure_ascii=False),
     )
 
@@ -104,6 +65,20 @@ def filled(
     return OURS.decode() + page
 
 
+def how_made(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a comparison or family: what its template shows of how it was made, and how far it is.
+
+    Args:
+        result: what its file says; see `store.comparison` and `store.family`.
+    """
+    when = datetime.fromtimestamp(result["time"], UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return {
+        "told_at": when if result["state"] == "working" else "",
+        "versions": result["versions"],
+        "settings": json.dumps(result["settings"], indent=1, ensure_ascii=False),
+    }
+
+
 @cache
 def _vega() -> str:
     """Vega, Vega-Lite and vega-embed in the version that altair writes for."""
@@ -113,20 +88,23 @@ def _vega() -> str:
     return code
 
 
+def _stages(found: Facts) -> list[str]:
+    """Those of which there is a perplexity."""
+    return stages(row.by_stage for row in found.perplexity.values())
+
+
 def _headline(found: Facts) -> list[tuple[str, str]]:
     """What one wants to know first: names and values."""
     blocks = str(found.dense_blocks or "?")
-    if found.dense_blocks:
+    if found.dense_blocks and not found.width:
         blocks += f" → {found.dense_blocks - len(found.removed) + len(found.inserted)}"
     told = [("blocks", blocks), ("method", found.method)]
     if found.width:
-        told.insert(1, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
+        told.insert(0, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
     if found.bytes is not None:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):
         told.append(("time at work", duration(seconds)))
-        if price := found.price_per_second:
-            told.append(("price of that time", _money(seconds, price)))
     told += _spent(found)
     for text, row in found.perplexity.items():
         if row.undone is not None:
@@ -142,13 +120,10 @@ def _spent(found: Facts) -> list[tuple[str, str]]:
     if (spent := found.spent) is None:
         return []
     told = [("time of the run so far", duration(spent.seconds))]
-    if spent.gpu_seconds:
-        told.append(("GPU hours of the run", f"{spent.gpu_seconds / 3600:,.2f}"))
-        if price := Prices.of(found.recipe).gpu_hour_price:
-            told.append(("price of these", _money(spent.gpu_seconds / 3600, price)))
-    if spent.bytes_read is not None and spent.bytes_written is not None:
-        read, written = byte_count(spent.bytes_read), byte_count(spent.bytes_written)
-        told.append(("blocks read, and written", f"{read}, {written}"))
+    if found.gpu_hours is not None:
+        told.append(("GPU hours of the run", f"{found.gpu_hours:,.2f}"))
+    if found.cost is not None:
+        told.append(("price of these hours", f"{found.cost:,.2f}"))
     return told
 
 
@@ -167,6 +142,12 @@ def _rounds(found: Facts) -> list[list[Any]]:
     ]
 
 
+def _shared(found: Facts) -> list[list[Any]]:
+    """The groups of blocks that share weights."""
+    groups = found.healing.groups if found.healing else []
+    return [[number, ", ".join(map(str, group))] for number, group in enumerate(groups, 1)]
+
+
 def _work(found: Facts) -> list[list[str]]:
     """What was planned beside what it took, in money, too, where a price was given."""
     price = found.price_per_second
@@ -181,6 +162,16 @@ def _work(found: Facts) -> list[list[str]]:
         ]
         for row, taken in found.worked
     ]
+
+
+def _traffic(found: Facts) -> Iterator[list[str]]:
+    """Planned bytes beside those that were moved."""
+
+    def shown(planned: int, moved: int) -> list[str]:
+        return [byte_count(planned), byte_count(moved)] if planned or moved else ["–", "–"]
+
+    for row, moved in found.traffic:
+        yield [row.stage, *shown(row.read, moved.read), *shown(row.written, moved.written)]
 
 
 def _money(seconds: float | None, price: float) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.reporting.prices import Spent
+from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.outputs import IDENTITY, Run
 from fusegpt_ray.store.manifest import KEY
 
@@ -30,14 +32,18 @@ def under_way(run: Run) -> dict[str, Any]:
     if run.state() == "alive":
         state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
     healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
+    planned = (run.body("plan-000.json") or {}).get("note") or {}
     return {
+        "gpu": identity.get("hardware", {}).get("gpu", ""),
+        **planned,
         "state": state,
         "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
         "method": recipe["method"],
         "arithmetic": identity["arithmetic"],
-        "gpu": identity.get("hardware", {}).get("gpu", ""),
         "recipe": recipe,
+        "spent": Spent.told(run.heartbeat.get(SPENT)),
         "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
+        "width": rounds[-1].get("width") if rounds else None,
         "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
         "healing": next(filter(None, healed), None),
         "search": _search(run),

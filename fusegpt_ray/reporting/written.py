@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from fusegpt_ray.store.foreign import Part
 
 Thumbnail = Annotated[
     str, Field(max_length=30_000, pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$")
@@ -12,19 +14,15 @@ Thumbnail = Annotated[
 """A data URI, which a page shows as it is."""
 
 
-class Picture(BaseModel):
+class Picture(Part):
     """An image that a prompt is about."""
-
-    model_config = ConfigDict(extra="ignore")
 
     name: str
     thumbnail: Thumbnail
 
 
-class Sample(BaseModel):
+class Sample(Part):
     """What two models write after a prompt."""
-
-    model_config = ConfigDict(extra="ignore")
 
     prompt: str
     image: Picture | None = None

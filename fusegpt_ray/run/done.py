@@ -33,12 +33,25 @@ class Done:
         return cls(data["round"], Stack.from_json(data["stack"]), files)
 
 
-def moved(done: Sequence[Done]) -> dict[str, int]:
-    """Bytes of blocks that rounds, or a healing, read to score and for states, and wrote."""
-    counted = ("bytes_read", "states_bytes_read")
-    read = sum(one.record.get(key) or 0 for one in done for key in counted)
-    written = sum(file.size for one in done for file in one.files.values())
-    return {"bytes_read": read, "bytes_written": written}
+def moved(rounds: Sequence[Done], healed: Done | None) -> dict[str, dict[str, int]]:
+    """Bytes of blocks by stage: {"read", "written"} by all processes together."""
+
+    def read(done: Sequence[Done], key: str) -> int:
+        return sum(one.record.get(key) or 0 for one in done)
+
+    def written(done: Sequence[Done]) -> int:
+        return sum(file.size for one in done for file in one.files.values())
+
+    found = {
+        "scoring": {"read": read(rounds, "bytes_read"), "written": 0},
+        "states": {"read": read(rounds, "states_bytes_read"), "written": 0},
+        "fine-tuning": {"read": 0, "written": written(rounds)},
+    }
+    if healed:
+        ended = [healed]
+        both = {"read": read(ended, "states_bytes_read"), "written": written(ended)}
+        found["healing"] = both
+    return found
 
 
 def record_file(folder: str, number: int) -> str:

@@ -26,6 +26,8 @@ from fusegpt_ray.run.outputs import (
     Run,
 )
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.comparison import TABLE
+from fusegpt_ray.store.family import BOARD
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 from fusegpt_ray.uris import refuse_ambiguous
 
@@ -183,10 +185,16 @@ def _comparison(
     if (training := folder.part(TRAINING_FOLDER)).files:
         what = f"files of training workers, of a {kind}"
         yield Leftover(training.uri, training.size, what, dead)
-    shared = folder.part(SHARED_FOLDER)
-    if shared.files and not folder.finished_comparison:
+    if folder.finished_comparison:
+        return
+    may_go = dead and unfinished
+    if (shared := folder.part(SHARED_FOLDER)).files:
         what = f"measurements that runs share, of a {kind} that can be resumed"
-        yield Leftover(shared.uri, shared.size, what, dead and unfinished)
+        yield Leftover(shared.uri, shared.size, what, may_go)
+    for name in {TABLE, BOARD} & folder.files.keys():
+        what = f"what is known so far of a {kind} that can be resumed"
+        size, uri = folder.files[name].size, storage.join(folder.uri, name)
+        yield Leftover(uri, size, what, may_go, folder=False)
 
 
 def _locked(folder: str) -> bool:

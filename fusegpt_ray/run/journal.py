@@ -31,12 +31,13 @@ from fusegpt_ray.store.threads import at_once
 
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
 """What to do where another run is in the folder."""
-Note = Literal["sums", "scores", "perplexities", "search"]
+Note = Literal["sums", "scores", "perplexities", "samples", "search", "plan"]
 """What is noted of a round that is under way: what its scoring has measured so far, and what it
-found. Before the first round: perplexities of dense blocks, and the tournament so far."""
+found. Before the first round: perplexities of dense blocks, what the dense model writes after
+prompts, the tournament so far, and the planned work."""
 _GOES_ON = ("round-", "heal-", "sums-", "scores-", "search-")
-"""How files begin from which it is worth to go on. Perplexities alone are not: they are soon
-measured again, and a run that fails so early leaves nothing."""
+"""How files begin from which it is worth to go on. Perplexities and samples alone are not: they are
+soon measured again, and a run that fails so early leaves nothing."""
 
 
 @dataclass

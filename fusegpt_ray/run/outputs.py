@@ -28,7 +28,7 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-(p\d+(\.\d+)?|d\d+)")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|search|lease)-\d+"
+_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|samples|search|plan|lease)-\d+"
 RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 GENERATED = "generated-{}"
@@ -107,7 +107,7 @@ class Folder:
     @property
     def finished_comparison(self) -> bool:
         """A comparison or family has written here what it writes in the end."""
-        return not {"table.json", "leaderboard.md"}.isdisjoint(self.files)
+        return not {"table.md", "leaderboard.md"}.isdisjoint(self.files)
 
     @property
     def comparison(self) -> bool:

@@ -5,7 +5,7 @@ given GPUs. All is known from the recipe and the headers of the models' files.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
@@ -18,7 +18,7 @@ from fusegpt_ray.scheduling.schedule import Schedule, Span, Work, schedule
 from fusegpt_ray.scheduling.sharing import shared
 from fusegpt_ray.scheduling.slots import same_workers
 from fusegpt_ray.scheduling.waiting import Entry
-from fusegpt_ray.workers.room import Need, Room
+from fusegpt_ray.workers.room import Held, Need, Room
 
 ROUND_SECONDS = 10.0
 """Of a round, which no GPU shortens."""
@@ -148,7 +148,8 @@ def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus:
         cost: of what it computes itself.
         gpus: that there are for its processes.
     """
-    seconds = cost.seconds(rates, recipe.cluster, gpus)
+    held = replace(Held.of(recipe.cluster, 1.0, recipe.trains, "turns"), gpus=gpus)
+    seconds = cost.seconds(rates, held)
     written = sum(cost.published_bytes.values()) / PUBLISHED_A_SECOND
     measuring = seconds.pop("evaluation", 0.0)
     alone = sum(s.flops for s in cost.stages if s.name == "evaluation") / rates["evaluation"]

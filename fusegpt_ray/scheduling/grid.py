@@ -6,6 +6,7 @@ blocks than a lower one has each a run of its own.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -206,6 +207,12 @@ def own_section(
     except ValidationError as error:
         mistakes.note(explained(kind, error, name))
         return None
+
+
+def as_written(data: Mapping[str, Any]) -> dict[str, Any]:
+    """All that was asked, as JSON has it."""
+    written: dict[str, Any] = json.loads(json.dumps(data, default=str))
+    return written
 
 
 def slug(name: str) -> str:

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.errors import BudgetSpent, PutOff, StorageError, UserError, first_line
@@ -21,7 +22,9 @@ from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.scheduling.threads import Threads
 from fusegpt_ray.scheduling.waiting import Entry, Waiting
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.targets import Target
 from fusegpt_ray.workers.base import Setup, Workers
 
 
@@ -44,6 +47,14 @@ class Job:
     def id(self) -> str:
         """The run's; see `run_id`."""
         return self.begun.id if self.begun else ""
+
+    def published(self, target: Target) -> dict[str, Any] | None:
+        """The manifest of one of its models, if it is there. Only of this very run: another's may
+        lie there, which is why the job failed.
+        """
+        file = storage.join(target.folder, MANIFEST)
+        found: dict[str, Any] = storage.read_json(file) if storage.exists(file) else {}
+        return found if found and found.get("run") == self.id else None
 
 
 @dataclass(frozen=True)

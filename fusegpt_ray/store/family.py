@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.store import storage
-from fusegpt_ray.store.manifest import KEY, unusable
+from fusegpt_ray.store.foreign import KEY, Amount, Level, Part, Share, checked, told
+from fusegpt_ray.store.manifest import unusable
 from fusegpt_ray.uris import refuse_secret, shown
 
 BOARD = "family.json"
@@ -17,15 +19,55 @@ FORMAT = 1
 FIX = "give the folder of a family: OUTPUT_URI/family/NAME"
 
 
-@dataclass(frozen=True)
-class Listed:
-    """A model that is published."""
+class Parameters(Part):
+    dense: NonNegativeInt
+    published: NonNegativeInt | None = None
+
+
+class Levels(Part):
+    """Perplexities on one text."""
+
+    dense: Level
+    published: Level
+
+
+class Row(Part):
+    """A model that is to be published."""
 
     member: str
+    method: str
+    sparsity: Share | None = None
+    """None: it becomes deeper."""
+    source: str
+    status: Literal["waiting", "working", "done", "failed"]
+    doing: str = ""
     folder: str
     """Its name beside the folder of families."""
     run: str
-    """The id of the run that made it."""
+    """The id of the run that makes it."""
+    problem: str = ""
+    """Why it failed."""
+    parameters: Parameters
+    report: bool = False
+    """Whether one lies beside it."""
+    perplexity: dict[str, Levels] = Field(default_factory=dict)
+    seconds: Amount | None = None
+    gpu_hours: Amount | None = None
+    cost: Amount | None = None
+
+
+class Told(Part):
+    """What the file says."""
+
+    format: int
+    name: str
+    state: Literal["working", "done", "failed"]
+    time: Annotated[float, Field(ge=0, lt=1e11)] = 0.0
+    """When this was so, in seconds since 1970."""
+    rows: list[Row]
+    settings: dict[str, Any] = Field(default_factory=dict)
+    """What was asked, as it was written."""
+    versions: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,9 +75,7 @@ class FamilyBoard:
     """What a family says of itself."""
 
     uri: str
-    finished: bool
-    members: tuple[str, ...]
-    models: tuple[Listed, ...]
+    told: Told
 
     @classmethod
     def read(cls, uri: str) -> FamilyBoard:
@@ -46,16 +86,7 @@ class FamilyBoard:
         """
         refuse_secret(KEY, uri)
         uri = storage.absolute(uri).rstrip("/")
-        try:
-            data = json.loads(storage.read(storage.join(uri, BOARD), storage.SMALL))
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(KEY, uri, f"holds no {BOARD}", FIX) from error
-        except PermissionError as error:
-            problem = f"may not be read ({error})"
-            raise UserError(KEY, uri, problem, "check your rights and credentials") from error
-        except (ValueError, RecursionError, ImportError) as error:
-            raise UserError(KEY, uri, f"{BOARD} cannot be read ({error})", FIX) from error
-        return cls.parse(data, uri)
+        return cls._safe(told(Told, uri, BOARD, FORMAT, FIX), uri)
 
     @classmethod
     def parse(cls, data: Any, uri: str) -> FamilyBoard:
@@ -64,29 +95,35 @@ class FamilyBoard:
         Raises:
             UserError: see `read`.
         """
-        rows = data.get("rows") if isinstance(data, dict) else None
-        if not isinstance(rows, list) or not all(_is_row(row) for row in rows):
-            raise UserError(KEY, uri, f"{BOARD} is not that of a family", FIX)
-        if data.get("format") != FORMAT:
-            problem = f"{BOARD} has the format {shown(data.get('format'))!r}"
-            raise UserError(KEY, uri, problem, f"this version knows {FORMAT}")
-        models = [
-            Listed(row["member"], row["folder"], row["run"])
-            for row in rows
-            if row["status"] == "done"
-        ]
-        names = [model.folder.casefold() for model in models]
-        for name in (model.folder for model in models):
+        return cls._safe(checked(Told, data, uri, BOARD, FORMAT, FIX), uri)
+
+    @classmethod
+    def _safe(cls, told: Told, uri: str) -> FamilyBoard:
+        board = cls(uri, told)
+        names = [model.folder.casefold() for model in board.models]
+        for name in (model.folder for model in board.models):
             problem = unusable(name) or ("/" in name and "which is no name") or ""
             if names.count(name.casefold()) > 1:
                 problem = "twice, as far as some file systems can tell"
             if problem or name.startswith("."):
                 problem = f"{BOARD} lists the model {name[:260]!r}, {problem or 'a hidden folder'}"
                 raise UserError(KEY, uri, problem, "use one from a source you trust")
-        members = dict.fromkeys(row["member"] for row in rows)
-        return cls(uri, data.get("state") != "working", tuple(members), tuple(models))
+        return board
 
-    def chosen(self, members: Collection[str]) -> Iterator[tuple[Listed, str]]:
+    @property
+    def finished(self) -> bool:
+        return self.told.state != "working"
+
+    @property
+    def members(self) -> list[str]:
+        return [*dict.fromkeys(row.member for row in self.told.rows)]
+
+    @property
+    def models(self) -> list[Row]:
+        """Those that are published."""
+        return [row for row in self.told.rows if row.status == "done"]
+
+    def chosen(self, members: Collection[str]) -> Iterator[tuple[Row, str]]:
         """The models of these members, or of all if none is named, and where each of them is.
 
         Raises:
@@ -103,8 +140,3 @@ class FamilyBoard:
             raise UserError(KEY, self.uri, problem, "wait for it, or look at its index.html")
         for model in found:
             yield model, storage.join(place, model.folder)
-
-
-def _is_row(row: Any) -> bool:
-    keys = ("member", "folder", "status", "run")
-    return isinstance(row, Mapping) and all(isinstance(row.get(key), str) for key in keys)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from fusegpt_ray.errors import StorageError, UserError
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.foreign import KEY as KEY
+from fusegpt_ray.store.foreign import read_foreign
 from fusegpt_ray.store.records import FileRecord
-from fusegpt_ray.uris import refuse_secret, shown
+from fusegpt_ray.uris import shown
 
 MANIFEST = "fusegpt.json"
 METRICS = "metrics.jsonl"
@@ -23,8 +25,6 @@ PULLING = ".fusegpt-pull"
 """Marks a folder that `fusegpt pull` is filling."""
 _DEEPEST = 8
 """Folders in folders, the file itself among them, that a model has."""
-KEY = "URI"
-"""What messages call the argument that names a model."""
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,8 @@ class Manifest:
         Raises:
             UserError: there is none, or not one that this version can trust.
         """
-        refuse_secret(KEY, folder)
-        try:
-            raw = storage.read(storage.join(folder, MANIFEST), storage.SMALL)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            fix = (
-                "give the folder of a published model; one without its manifest was never finished"
-            )
-            raise UserError(KEY, folder, f"holds no {MANIFEST}", fix) from error
-        except PermissionError as error:
-            raise UserError(
-                KEY, folder, f"may not be read ({error})", "check your rights and credentials"
-            ) from error
-        except (
-            ValueError,
-            ImportError,
-        ) as error:  # the protocol is unknown, or its package is missing
-            raise UserError(
-                KEY, folder, f"cannot be reached ({error})", "check the URI's protocol"
-            ) from error
-        except StorageError:
-            raise
-        except OSError as error:  # too large, a device, a link to itself, …
-            raise UserError(
-                KEY, folder, f"its {MANIFEST} cannot be read ({error})", "check the path"
-            ) from error
+        fix = "give the folder of a published model; one without its manifest was never finished"
+        raw = read_foreign(folder, MANIFEST, fix)
         return cls.parse(raw, folder)
 
     @classmethod

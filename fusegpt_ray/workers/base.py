@@ -94,6 +94,21 @@ class Setup:
         return self.cluster.cache_gb if any(map(storage.is_remote, places)) else 0
 
 
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Notices:
+    """What a training worker has been told."""
+
+    ended: Callable[[], bool] = _never
+    """Whether the run is to end as soon as a training checkpoint is made."""
+    leaving: Callable[[], bool] = _never
+    """Whether, since the last call, it became known that a worker's node will be taken away.
+    Called by all workers at once, which get the same answer."""
+
+
 @dataclass
 class TrainingWorker:
     """One of the processes that train together, as a function given to `spmd` sees it."""
@@ -112,6 +127,7 @@ class TrainingWorker:
     bytes that one of them reads or writes by itself on the way."""
     timeout: float = math.inf
     """Seconds that a worker may be silent before the others give it up."""
+    notices: Notices = field(default_factory=Notices)
     memory: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
     """What one task leaves for the next. A process that is lost loses it."""
 
@@ -213,5 +229,6 @@ class Workers(Protocol):
 
         Raises:
             MemoryError: a worker's memory ran out.
+            Terminated: SIGTERM came, and what the function had learned is saved.
             Exception: what the function raised, at last, on one of the workers.
         """

@@ -58,30 +58,30 @@ def test_samples_are_what_transformers_writes(desk: Desk) -> None:
 
 
 def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
-    """Two workers with a GPU each, at 3 an hour: half an hour costs 3."""
-    priced = {"gpu_hour_price": 3.0, "replicas": 1, "workers": 2, "gpus_per_replica": None}
+    """Two GPUs were held, at 3 an hour: half an hour costs 3."""
+    priced = {"gpu_hour_price": 3.0, "replicas": 1, "workers": 1, "gpus_per_replica": None}
     told = {
         "source": {"name": "dense"},
         "method": "fusegpt",
         "gpu": "NVIDIA H200",
+        "gpus": 2.0,
+        "planned_bytes": [{"stage": "scoring", "read": 4_000_000, "written": 0}],
+        "moved": {"scoring": {"read": 2_000_000, "written": 0}},
         "planned": [{"stage": "scoring", "flops": 10**15, "seconds": 900.0}],
         "rounds": [{"removed": 1, "seconds": {"score": 1800.0}}],
         "recipe": {"cluster": priced},
     }
-    told["spent"] = {"seconds": 2700.0, "gpu_seconds": 5400.0} | {
-        "bytes_read": 4_000_000,
-        "bytes_written": 2_000_000,
-    }
+    told["spent"] = {"seconds": 2700.0, "gpu_seconds": 5400.0}
     shown = page.html(of_manifest("demo", told, 10))
-    assert "price of that time</dt><dd>3.00<" in shown
     assert "time of the run so far</dt><dd>45 min 00 s<" in shown
     assert "GPU hours of the run</dt><dd>1.50<" in shown
-    assert "price of these</dt><dd>4.50<" in shown
-    assert "blocks read, and written</dt><dd>4.0 MB, 2.0 MB<" in shown
+    assert "price of these hours</dt><dd>4.50<" in shown
+    row = ("scoring", "4.0 MB", "2.0 MB", "–", "–")
+    assert "".join(f"<td>{cell}</td>" for cell in row) in shown
     assert "<td>1.50</td><td>3.00</td></tr>" in shown
     unpriced = ({**priced, "gpu_hour_price": None}, {"gpu_hour_price": "much"}, None)
-    for cluster, gpu in ((priced, ""), *((cluster, "NVIDIA H200") for cluster in unpriced)):
-        changed = {**told, "gpu": gpu, "spent": None, "recipe": {"cluster": cluster}}
+    for cluster, gpus in ((priced, 0.0), *((cluster, 2.0) for cluster in unpriced)):
+        changed = {**told, "gpus": gpus, "spent": None, "recipe": {"cluster": cluster}}
         shown = page.html(of_manifest("demo", changed, 10))
         assert (
             "price" not in shown.partition("<details><summary>The recipe")[0].partition("<dl>")[2]

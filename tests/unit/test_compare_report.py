@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import pytest
 from browser import CHROMIUM, charts_drawn
 from desk import Desk
+from mistakes import MESSAGE, tree
 from stopped_runs import Watching
 from test_compare import asked, fails
 from test_report import KNOWN, Page, drawn
 
+from fusegpt_ray.cli import main
 from fusegpt_ray.comparison import page as pages
 from fusegpt_ray.comparison import plot, tables
 from fusegpt_ray.comparison.cells import Comparison
@@ -70,8 +73,8 @@ def test_a_model_that_became_narrower_tells_its_hidden_size(
     result = compared[1]
     width, told = {"dense": 128, "kept": 112}, "hidden size 128 → 112"
     narrow = {**result, "rows": [{**row, "width": width} for row in result["rows"]]}
-    assert told in Page(pages.html(narrow, {}, {})).text
-    assert told not in Page(pages.html(result, {}, {})).text
+    assert told in Page(pages.html(narrow)).text
+    assert told not in Page(pages.html(result)).text
     for some, kept in ((narrow, "112"), (result, "")):
         table = csv.DictReader(io.StringIO(tables.files(some)["table.csv"]))
         assert {row["width"] for row in table} == {kept}
@@ -104,17 +107,104 @@ def hostile(result: dict[str, Any]) -> dict[str, Any]:
     """With names that an enemy chose, in two models."""
     rows = [{**row, "model": HOSTILE, "method": HOSTILE + row["method"]} for row in result["rows"]]
     failed = [{**row, "problem": HOSTILE} for row in result["failed"]]
-    return {**result, "name": HOSTILE, "rows": rows, "failed": failed, "paper": [HOSTILE + "mi"]}
+    told = {HOSTILE: HOSTILE}
+    names = {"name": HOSTILE, "paper": [HOSTILE + "mi"], "settings": told, "versions": told}
+    return {**result, "rows": rows, "failed": failed, **names}
 
 
 def test_names_are_only_text(compared: tuple[Desk, dict[str, Any]]) -> None:
-    page = pages.html(hostile(compared[1]), {HOSTILE: HOSTILE}, {HOSTILE: HOSTILE})
+    page = pages.html(hostile(compared[1]))
     assert HOSTILE not in page and HOSTILE in Page(page).text
 
 
 def test_where_all_failed_there_is_still_a_page(compared: tuple[Desk, dict[str, Any]]) -> None:
-    page = pages.html({**compared[1], "rows": []}, {}, {})
+    page = pages.html({**compared[1], "rows": []})
     assert drawn(page) == [] and "too fast" in Page(page).text
+
+
+def test_it_is_made_again_from_its_folder_alone(
+    compared: tuple[Desk, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, again = compared[0].out / "compare/demo", tmp_path / "again.html"
+    assert json.loads((folder / "table.json").read_text()) == compared[1]
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(folder / "table.json", alone)
+    assert main(["report", str(alone), "--output", str(again)]) == 0
+    assert again.read_text() == (folder / "report.html").read_text()
+    assert main(["report", str(compared[0].out), "--output", str(again)]) == 2
+    assert "one of them, or compare/demo" in capsys.readouterr().err, "it tells of the comparison"
+
+
+def test_one_that_is_under_way_tells_what_is_done_and_what_is_to_come(
+    desk: Desk, tmp_path: Path
+) -> None:
+    class Stopped(Watching):
+        def say(self, text: str) -> None:
+            super().say(text)
+            if text.startswith("— ") and "last" in text:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compare(Comparison.parse(asked(desk, ["mi", "last"])), Stopped())
+    folder, file = desk.out / "compare/demo", tmp_path / "page.html"
+    assert main(["report", str(folder), "--output", str(file)]) == 0
+    page = file.read_text()
+    text = Page(page).text
+    assert "Not finished when this was told" in text and "2 done, 2 to come" in text
+    (chart,) = drawn(page)
+    assert {value["method"] for value in chart["data"]["values"]} == {"mi"}
+    told = json.loads((folder / "table.json").read_text())
+    assert [(row["method"], row["sparsity"]) for row in told["unfinished"]] == [
+        ("last", 0.2),
+        ("last", 0.4),
+    ]
+
+
+def _without(key: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda told: {name: value for name, value in told.items() if name != key}
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "cut": (lambda told: json.dumps(told)[:-9], "is not JSON"),
+    "a list": (lambda told: [told], "has the format None"),
+    "another format": (lambda told: told | {"format": 2}, "has the format 2"),
+    "no rows": (_without("rows"), "nonsense: rows"),
+    "no state": (_without("state"), "nonsense: state"),
+    "settings in words": (lambda told: told | {"settings": "none"}, "nonsense: settings"),
+    "a time that never comes": (lambda told: told | {"time": 1e300}, "nonsense: time"),
+    "a perplexity of zero": (
+        lambda told: told | {"rows": [{**told["rows"][0], "dense": 0.0}]},
+        "nonsense: rows.0.dense",
+    ),
+    "a sparsity of all": (
+        lambda told: told | {"rows": [{**told["rows"][0], "sparsity": 1.0}]},
+        "nonsense: rows.0.sparsity",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_table_is_refused(
+    name: str,
+    compared: tuple[Desk, dict[str, Any]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damage, problem = DAMAGED[name]
+    told = damage(json.loads(json.dumps(compared[1])))
+    file = tmp_path / "table.json"
+    file.write_text(told if isinstance(told, str) else json.dumps(told))
+    before = tree(tmp_path)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
+    stdout, stderr = capsys.readouterr()
+    message = MESSAGE.fullmatch(stderr.rstrip("\n"))
+    assert (
+        stdout == ""
+        and message
+        and f"table.json {problem}" in message["problem"].replace("says ", "")
+    )
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="it draws in a real browser: install Chromium")
@@ -125,5 +215,5 @@ def test_a_browser_draws_all_charts(
     page = compared[0].out / "compare/demo/report.html"
     if names == "hostile":
         page = tmp_path / "report.html"
-        page.write_text(pages.html(hostile(compared[1]), {}, {}))
+        page.write_text(pages.html(hostile(compared[1])))
     assert charts_drawn(page, tmp_path / "profile") == 1

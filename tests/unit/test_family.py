@@ -122,11 +122,47 @@ def test_the_page_shows_them_and_needs_no_network(
         assert charts_drawn(file, tmp_path / "profile") == 1
 
 
+def test_the_page_is_made_again_from_its_folder_alone(
+    done: tuple[Desk, dict[str, Any], Watching], tmp_path: Path
+) -> None:
+    """The same in its place; elsewhere without links, which would lead nowhere."""
+    folder = done[0].out / "family/demo"
+    before, elsewhere = (folder / "index.html").read_text(), tmp_path / "page.html"
+    assert main(["report", str(folder), "--output", str(elsewhere)]) == 0
+    assert "<a href" not in elsewhere.read_text() and FIRST in elsewhere.read_text()
+    assert main(["report", str(folder), "--output", str(folder / "index.html")]) == 0
+    assert (folder / "index.html").read_text() == before and "<a href" in before
+    assert done[1]["versions"]["torch"] in before and "The settings" in before
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"format": 2}, "has the format 2"),
+        ({"rows": None}, "says nonsense: rows"),
+        ({"state": "asleep"}, "says nonsense: state"),
+        ({"versions": ["torch"]}, "says nonsense: versions"),
+    ],
+)
+def test_no_page_is_made_of_a_damaged_file(
+    done: tuple[Desk, dict[str, Any], Watching],
+    changes: dict[str, Any],
+    problem: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "family.json").write_text(json.dumps(done[1] | changes))
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "page.html")]) == 2
+    assert f"family.json {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_hostile_names_stay_text(done: tuple[Desk, dict[str, Any], Watching]) -> None:
     hostile = "</script><script>console.error('in')</script>"
     rows = [{**row, "member": hostile, "problem": hostile} for row in done[1]["rows"]]
     rows[0]["status"] = "failed"
-    html = page.html({**done[1], "rows": rows}, {"name": hostile})
+    told = {hostile: hostile}
+    html = page.html({**done[1], "rows": rows, "settings": told, "versions": told}, linked=True)
     assert "<script>console" not in html and hostile in Page(html).text
 
 
@@ -182,6 +218,9 @@ def test_stopped_between_members_it_ends_with_the_same_bytes(
             if text.startswith("— first"):
                 followed = json.loads((two.out / "family/demo/family.json").read_text())
                 assert followed["state"] == "working"
+                uri, file = str(two.out / "family/demo"), two.folder / "page.html"
+                assert main(["report", uri, "--output", str(file)]) == 0
+                assert "1 done, 2 to come" in Page(file.read_text()).text
                 assert [row["status"] for row in followed["rows"]] == ["waiting"] * 2 + ["done"]
                 raise KeyboardInterrupt
             super().say(text)

@@ -51,7 +51,7 @@ def test_the_card_tells_it_of_each_text(desk: Desk) -> None:
     assert made.manifest["perplexity"]["words"]["licence"] == "cc-by-sa-3.0, gfdl"
     card = (Path(made.uri) / "README.md").read_text()
     assert "(licence: CC0 1.0)" in card and "heldout.txt (licence: not stated)" in card
-    assert f"of {words} (licence: cc-by-sa-3.0, gfdl), " in card
+    assert f"of {words.name} (licence: cc-by-sa-3.0, gfdl), " in card
 
 
 def test_it_shapes_nothing(desk: Desk) -> None:

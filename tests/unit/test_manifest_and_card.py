@@ -58,7 +58,7 @@ def test_the_card_tells_the_truth(checkpoint: Callable[[str], Path], tmp_path: P
     assert front["library_name"] == "transformers" and "base_model" not in front
     assert "# demo-p40\n" in body
     assert (
-        f"{checkpoint('llama')} with 2 of its 5 decoder blocks removed: "
+        f"{checkpoint('llama').name} with 2 of its 5 decoder blocks removed: "
         "blocks with the lowest Macro Influence dropped" in body
     )
     assert "in order (numbers in the dense model): 3, 0." in body

@@ -1,4 +1,6 @@
-"""Perplexities that a stopped run has measured are not measured again."""
+"""Perplexities that a stopped run has measured are not measured again, nor does the dense model
+write its samples again.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import pytest
 from desk import Desk
 from stopped_runs import BeforeItsSecondModel, Watching, flip, recipe, run_folder
 
+from fusegpt_ray import before_after
 from fusegpt_ray.evaluation import perplexity
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
@@ -35,6 +38,19 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     return found
 
 
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many blocks each model has that writes samples."""
+    found, writes = list[int](), before_after._written
+
+    def written(workers: Workers, ids: Any, inputs: Any, stack: Stack) -> list[str]:
+        found.append(len(stack))
+        return writes(workers, ids, inputs, stack)
+
+    monkeypatch.setattr(before_after, "_written", written)
+    return found
+
+
 def held_out(desk: Desk, **changes: Any) -> dict[str, Any]:
     return {"evaluation": {"heldout": {"data": str(desk.heldout)} | changes}}
 
@@ -46,13 +62,17 @@ def perplexities(desk: Desk) -> dict[str, Any]:
     }
 
 
-def test_perplexities_of_dense_blocks_are_measured_once(desk: Desk, measuring: Measuring) -> None:
+def test_perplexities_of_dense_blocks_are_measured_once(
+    desk: Desk, measuring: Measuring, writing: list[int]
+) -> None:
     compress(recipe(desk, **held_out(desk)), Watching())
     assert measuring.depths == [5, 4, 4, 2, 2], "dense; of each model the fused and the dropped one"
+    assert writing == [5, 4, 2]
     expected = perplexities(desk)
     shutil.rmtree(desk.out)
 
     measuring.depths.clear()
+    writing.clear()
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk, **held_out(desk)), Watching(2))
     assert measuring.depths == [5]
@@ -67,6 +87,7 @@ def test_perplexities_of_dense_blocks_are_measured_once(desk: Desk, measuring: M
     assert measuring.depths == [5, 4, 4, 2, 2]
     compress(recipe(desk, **held_out(desk)), Watching())
     assert measuring.depths == [5, 4, 4, 2, 2, 2], "only the published weights once more"
+    assert writing == [5, 4, 2, 2]
     assert perplexities(desk) == expected and len(expected) == 2
 
 

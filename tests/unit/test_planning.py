@@ -51,8 +51,10 @@ def test_a_plan_is_that_of_the_run(
     assert all(row["fits"] and not row["advice"] for row in told["memory"])
     storage = {row["what"]: row["bytes"] for row in told["storage"]}
     assert storage["read first, by each process"] == cost.source_bytes
-    assert storage["published"] == sum(cost.published_bytes.values())
-    assert len(storage) == 5 and all(storage.values())
+    assert len(storage) == 2 and all(storage.values())
+    traffic = {row["stage"]: (row["read"], row["written"]) for row in told["traffic"]}
+    assert traffic["publishing"] == (sum(cost.published_bytes.values()),) * 2
+    assert traffic.keys() == {"scoring", "states", "fine-tuning", "healing", "publishing"}
 
 
 def test_what_does_not_fit_is_told_with_what_helps(
@@ -145,7 +147,8 @@ def test_a_first_recipe_can_be_planned(
 ) -> None:
     monkeypatch.chdir(desk.folder)
     text = str(desk.folder / "calibration.txt")
-    assert main(["init", str(desk.model), "--data", text]) == 0
+    assert main(["init", str(desk.model), "--data", text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"recipe": "recipe.yaml"}
     assert main(["validate", "recipe.yaml"]) == 0
     recipe = Recipe.load("recipe.yaml")
     assert recipe.calibration.length == 64, "the model has no more positions"

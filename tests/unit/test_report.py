@@ -181,6 +181,7 @@ def test_a_run_that_is_under_way(desk: Desk, capsys: Capture) -> None:
     ]
     assert [epoch for number, epoch, _ in losses if number == 3] == [1]
     text = Page(page).text
+    assert "What was planned, and what it took" in text, "as far as it has come"
     assert "2 of 3 rounds done" in text and "5 → 3" in text and "stopped" in text
 
 

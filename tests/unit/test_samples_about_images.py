@@ -111,11 +111,14 @@ def test_the_image_is_shown_and_its_place_is_not_told(model: Path, tmp_path: Pat
     assert sample["image"]["name"] == "cat ```.png"
     assert sample["image"]["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
     assert str(tmp_path) not in json.dumps(made.manifest["samples"])
+    for file in ("README.md", "metrics.jsonl"):
+        assert str(tmp_path) not in (Path(made.uri) / file).read_text(), "nor any other place"
     small = thumb(sample)
     assert max(small.size) <= SIDE and small.width > small.height
     shutil.rmtree(tmp_path / "out" / "shallow.run", ignore_errors=True)
     image.unlink()
     shown, card = page.html(facts(made.uri)), (Path(made.uri) / "README.md").read_text()
+    assert str(tmp_path) not in shown and '"image": "cat ```.png"' in card
     assert f'<img src="{sample["image"]["thumbnail"]}"' in shown
     assert 'alt="The image cat ```.png, which the prompt is about"' in shown
     assert "what is &lt;b&gt;this" in shown
@@ -172,7 +175,7 @@ def refused(given: dict[str, Any]) -> UserError:
 
 def test_mistakes_are_found_before_the_run(model: Path, tmp_path: Path) -> None:
     (tmp_path / "none.png").write_text("no image")
-    for name, problem in (("missing.png", "No such file"), ("none.png", "cannot identify")):
+    for name, problem in (("missing.png", "No such file"), ("none.png", "no image that pillow")):
         about = {"image": str(tmp_path / name), "prompt": "what is this"}
         error = refused(sampling(model, tmp_path, ["w20", about]))
         assert error.key == "output.samples.1.image" and error.value == about["image"]

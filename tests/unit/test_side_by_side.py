@@ -17,6 +17,7 @@ from expected import perplexity, tokens_of
 from mistakes import tree
 from models import load_model
 from safetensors.torch import load_file, save_file
+from test_report import Page, drawn
 
 from fusegpt_ray import Evaluation, evaluate, pipeline
 from fusegpt_ray.bootstrap import paired_difference
@@ -62,9 +63,14 @@ def losses_by_hand(folder: Path, text: Path) -> list[float]:
 
 def test_every_model_on_every_text_beside_the_first(three: Desk, capsys: Capture) -> None:
     models, texts = ("model", "near", "far"), ("a.txt", "b.txt")
-    found = measured(capsys, *models, "--data", "a.txt", "--data", "b.txt")
+    asked = ("--data", "a.txt", "--data", "b.txt", "--report", "page.html")
+    found = measured(capsys, *models, *asked)
     assert list(found) == ["results"]
     rows = found["results"]
+    page = Path("page.html").read_text()
+    assert [chart["data"]["values"][1]["model"] for chart in drawn(page)] == ["near", "near"]
+    for row in rows:
+        assert f"{row['perplexity']:.4f}" in Page(page).text
     assert [(row["data"], row["model"]) for row in rows] == [(t, m) for t in texts for m in models]
     for row in rows:
         folder, text = three.folder / row["model"], three.folder / row["data"]

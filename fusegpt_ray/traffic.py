@@ -1,0 +1,134 @@
+"""Bytes of weights that a run will read and write, by stage, known before it begins.
+
+All is the most that it can be, as far as states of all windows fit into a process at once: blocks
+are read once for each walk of each process where weights are streamed, and once by each replica
+where it keeps them. Training workers stream them. What learns is written in float32. The headers of
+files are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fusegpt_ray.cost import Cost
+from fusegpt_ray.footprint import elements
+from fusegpt_ray.matrices import largest_block, matrices
+from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.model.weights import stored_bytes
+from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.targets import Target
+from fusegpt_ray.workers.room import Held
+
+WAVES = 4
+"""In which scoring asks replicas for walks, at most; see `importance/search.py`."""
+FLOAT32 = 4
+"""Bytes."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one stage, of all processes and rounds together."""
+
+    stage: str
+    read: int = 0
+    written: int = 0
+
+
+def traffic(
+    recipe: Recipe,
+    dense: Stack,
+    targets: Sequence[Target],
+    cost: Cost,
+    held: Held,
+    streams: bool,
+) -> list[Traffic]:
+    """
+    Args:
+        cost: of these targets.
+        streams: whether replicas read the weights for every walk.
+    """
+    whole = stored_bytes(dense.blocks)
+    found = [
+        Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
+        Traffic("states", read=_states(recipe, dense, cost, held)),
+        Traffic("fine-tuning", written=_rounds(recipe, dense, targets, cost)),
+    ]
+    if heal := recipe.heal:
+        read = len(targets) * (heal.looks + 1) * held.workers * whole if heal.loss == "kl" else 0
+        written = sum(len(dense) - target.fewer for target in targets) * _learned(dense)
+        found.append(Traffic("healing", read, written))
+    published = sum(cost.published_bytes.values())
+    found.append(Traffic("publishing", published, published))
+    return [row for row in found if row.read or row.written]
+
+
+def _learned(dense: Stack) -> int:
+    """Of the largest block in which something learned."""
+    return FLOAT32 * elements(largest_block(dense).weights)
+
+
+def _scoring(
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost, held: Held, streams: bool
+) -> int:
+    choice, settings, whole = recipe.spec.choice, recipe.importance, stored_bytes(dense.blocks)
+    if recipe.search or choice in ("unseen", "none"):
+        return 0
+    if not streams:
+        return held.replicas * (whole + _changed(recipe, dense, targets[-1].rounds - 1))
+    if choice == "gates":  # one replica walks there and back
+        return _walked(dense, cost, "scoring", settings.windows)
+    rounds = 1 if choice in ("once", "run") else targets[-1].rounds
+    by_metric = METHOD_SPECS[recipe.method].by_metric
+    waves = WAVES if by_metric and settings.spec.walks_on and not settings.all else 1
+    beside = whole if settings.spec.against == "dense" else 0
+    walked = sum(
+        whole * (len(dense) - done) // len(dense) + beside * bool(done) for done in range(rounds)
+    )
+    return held.replicas * waves * walked
+
+
+def _changed(recipe: Recipe, dense: Stack, rounds: int) -> int:
+    """Of the blocks that so many rounds change, as they are stored then."""
+    if recipe.trains_groups:
+        return rounds * min(recipe.fusion.group_size, len(dense)) * _learned(dense)
+    return rounds * _learned(dense) if recipe.repairs else 0
+
+
+def _terms(recipe: Recipe, dense: Stack, rounds: int) -> int:
+    """Of the low-rank terms that are kept beside the blocks of so many rounds, where they are
+    folded at the end: of each block's own, and of each donor so far.
+    """
+    settings = recipe.fusion
+    if not recipe.trains_groups or settings.fold != "at_end":
+        return 0
+    donors = sum(range(1, rounds + 1)) * recipe.fuses
+    ranks = rounds * settings.lora_rank + donors * settings.rank
+    largest = largest_block(dense)
+    sides = matrices(dense, [largest]).sides
+    others = elements(largest.weights) - matrices(dense, [largest]).elements
+    return min(settings.group_size, len(dense)) * FLOAT32 * (ranks * sides + rounds * others)
+
+
+def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Held) -> int:
+    """Every process walks what a window does."""
+    each = _walked(dense, cost, "states", recipe.calibration.windows)
+    return max(held.replicas, held.workers) * each
+
+
+def _walked(dense: Stack, cost: Cost, name: str, windows: int) -> int:
+    """Bytes of the blocks that each of so many windows passes in a stage."""
+    forwards = sum(stage.block_forwards for stage in cost.stages if stage.name == name)
+    return -(-forwards // windows) * (stored_bytes(dense.blocks) // len(dense))
+
+
+def _rounds(recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost) -> int:
+    if METHOD_SPECS[recipe.method].narrows:
+        return max(cost.published_bytes.values())
+    if recipe.spec.light:
+        return _learned(dense)
+    if targets[-1].add:
+        return targets[-1].add * max(stored_bytes([block]) for block in dense.blocks)
+    rounds = targets[-1].rounds
+    return _changed(recipe, dense, rounds) + _terms(recipe, dense, rounds)

@@ -1,0 +1,80 @@
+"""How many GPUs a set of workers holds: the same number in the plan, in what is waited for and kept
+free, and in what is paid for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from desk import Desk
+
+from fusegpt_ray.cli import main
+from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.distributed import sets
+from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.model.source import Source
+from fusegpt_ray.rates import RATES
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Held, Need, Way
+
+
+@pytest.mark.parametrize(
+    ("replicas", "workers", "each", "trains", "way", "held"),
+    [
+        (2, 1, 1.0, True, "shared", (2, 1, 2)), (1, 4, 1.0, True, "shared", (4, 4, 4)),
+        (2, 1, 1.0, True, "apart", (2, 1, 3)), (2, 4, 1.0, True, "turns", (2, 4, 4)),
+        (2, 4, 1.0, False, "apart", (2, 0, 2)), (3, 2, 0.5, True, "apart", (3, 2, 3.5)),
+        (3, 2, 0.0, True, "apart", (3, 2, 0)),
+    ],
+)  # fmt: skip
+def test_gpus_of_a_set(
+    replicas: int, workers: int, each: float, trains: bool, way: Way, held: tuple[int, int, float]
+) -> None:
+    assert Held.of(Cluster(replicas=replicas, workers=workers), each, trains, way) == Held(*held)
+
+
+def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> None:
+    """Beside others a training worker has a GPU of its own, and alone it shares a replica's."""
+    source = Source.find(str(desk.model), None)
+    cluster = Cluster(replicas=2, workers=1, gpus_per_replica=1)
+    setup = Setup(source, source.stack(), cluster, trains=True, sets=2, roomy=True)
+    assert sets._need(setup) == Need(gpus=3, cpus=4)
+    for changes, gpus in (({}, 3.0), ({"roomy": False}, 2.0), ({"sets": 1}, 2.0)):
+        found = RayWorkers(replace(setup, **changes))  # type: ignore[arg-type]
+        found.gpus = 1.0
+        assert found.gpus_held == gpus, changes
+
+
+def test_a_plan_counts_the_processes_that_there_will_be(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without training there are no more replicas than were asked for, whatever `workers` says."""
+    cluster = {"engine": "ray", "replicas": 2, "workers": 4, "gpu_hour_price": 1}
+
+    def planned(method: str) -> dict[str, float]:
+        recipe = desk.write(method=method, cluster=cluster)
+        assert main(["plan", recipe, "--gpu", "H100", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        (scoring,) = [row for row in told["stages"] if row["stage"] == "scoring"]
+        assert told["price"] == pytest.approx(told["seconds"] / 3600 * told["gpus"])
+        alone = scoring["flops"] / RATES["NVIDIA H100"]["scoring"]
+        return {"gpus": told["gpus"], "scoring": round(alone / scoring["seconds"])}
+
+    assert planned("mi") == {"gpus": 2, "scoring": 2}
+    assert planned("fusegpt") == {"gpus": 4, "scoring": 4}
+
+
+def test_a_manifest_tells_what_moved(desk: Desk) -> None:
+    """Never more than was planned, but for the headers of such small files."""
+    assert main(["compress", desk.write(), "--quiet"]) == 0
+    manifest = json.loads((desk.out / "demo-p40/fusegpt.json").read_text())
+    planned = {row["stage"]: row for row in manifest["planned_bytes"]}
+    for stage, moved in manifest["moved"].items():
+        assert moved["read"] <= planned[stage]["read"], stage
+        assert moved["written"] <= 1.1 * planned[stage]["written"], stage
+    wrote = manifest["moved"]["fine-tuning"]["written"]
+    assert wrote > 0.5 * planned["fine-tuning"]["written"]
+    published = manifest["publishing"]["bytes"]
+    assert planned["publishing"]["written"] == pytest.approx(published, rel=0.05)
