@@ -3,7 +3,7 @@
 #   make test         style, types, imports, and the tests of every promise in docs/reliability.md
 # Three more take longer:
 #   make test-all     the same with every test, the slow ones among them (tests/slow.py)
-#   make chaos        breaks readers and runs for three quarters of an hour
+#   make chaos        breaks readers, runs and networks for an hour and a quarter
 #   make sweep        tries every class of transformers, and writes docs/models.md: a quarter of an hour
 # One builds the documentation:
 #   make docs         the site in site/, every warning an error
@@ -40,6 +40,7 @@ chaos: install
 	$(BIN)/python tests/chaos/fuzz.py
 	$(BIN)/python tests/chaos/kills.py
 	$(BIN)/python tests/chaos/races.py
+	$(BIN)/python tests/chaos/networks.py
 
 sweep: install
 	$(BIN)/python tests/sweep/sweep.py

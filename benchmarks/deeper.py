@@ -1,8 +1,8 @@
-"""Deeper models of the embedded example: what each way begins with, how many tokens it takes to be
-as good as the old model again, and how good it is in the end.
+"""Deeper models, of the embedded example or another one: what each way begins with, how many tokens
+it takes to be as good as the old model again, and how good it is in the end.
 
-    python benchmarks/deeper.py [--depth 0.25] [--tokens 16384] [--rates 1e-4 3e-4]
-    [--train all new] [--json FILE]
+    python benchmarks/deeper.py [--model MODEL --calibration TEXT --test TEXT] [--depth 0.25]
+    [--tokens 16384] [--rates 1e-4 3e-4] [--train all new] [--json FILE]
 
 Every row is a whole run of the same pipeline (float32, in one process) on the same windows: tli and
 dus by the same share, then all blocks trained on next tokens, or the new ones alone. *Dense* is the
@@ -34,6 +34,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.training.finetune import train_span
 
 ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ROOT / "examples/text"
 LENGTH, BATCH, HELD_OUT = 256, 4, 8
 
 
@@ -41,13 +42,16 @@ def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--model", default=str(ROOT / "examples/tiny-llama"))
+    parser.add_argument("--calibration", default=str(TEXTS / "calibration.txt"))
+    parser.add_argument("--test", default=str(TEXTS / "heldout.txt"))
     parser.add_argument("--depth", type=float, default=0.25)
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4])
     parser.add_argument("--methods", nargs="+", default=["dense", "tli", "dus"])
     parser.add_argument("--train", nargs="+", default=["all", "new"], help="what learns")
     parser.add_argument("--looks", type=int, default=8)
-    parser.add_argument("--windows", type=int, default=48, help="of the held-out file")
+    parser.add_argument("--windows", type=int, default=48, help="of the test text")
     parser.add_argument("--json", help="write every manifest to this file")
     arguments = parser.parse_args(given)
 
@@ -92,15 +96,14 @@ def recipe(
     arguments: argparse.Namespace, method: str, learns: str, rate: float, folder: str
 ) -> Recipe:
     """One run."""
-    text = ROOT / "examples/text"
-    held_out = {"data": str(text / "heldout.txt"), "windows": arguments.windows}
+    held_out = {"data": arguments.test, "windows": arguments.windows}
     return Recipe.parse(
         {
-            "model": {"source": str(ROOT / "examples/tiny-llama"), "dtype": "float32"},
+            "model": {"source": arguments.model, "dtype": "float32"},
             "method": method,
             "depth": arguments.depth,
             "calibration": {
-                "data": str(text / "calibration.txt"),
+                "data": arguments.calibration,
                 "windows": 64,
                 "length": LENGTH,
             },

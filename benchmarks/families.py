@@ -2,7 +2,7 @@
 and lose a quarter of their blocks in three ways.
 
     python benchmarks/families.py [--family neox qwen3 mixtral] [--steps 600] [--blocks 8]
-        [--models DIR]
+        [--models DIR] [--seed 0]
 
 Each is trained on `examples/text/calibration.txt` with the example's tokenizer, and then dropped
 (`method: mi`), fused by the paper's recipe with few epochs, and by the default (`fusegpt`, healed),
@@ -94,15 +94,15 @@ def train(model: Any, tokens: torch.Tensor, steps: int) -> None:
             print(f"  step {step}: loss {loss.item():.3f}, {seconds:.0f} s", flush=True)
 
 
-def trained(family: str, blocks: int, steps: int, folder: Path) -> Path:
+def trained(family: str, blocks: int, steps: int, seed: int, folder: Path) -> Path:
     """The folder of the trained model, which is made if it is not there."""
-    out = folder / f"{family}-{blocks}-{steps}"
+    out = folder / f"{family}-{blocks}-{steps}-{seed}"
     if (out / "config.json").exists():
         return out
     tokenizer = tf.AutoTokenizer.from_pretrained(EXAMPLES / "tiny-llama")
     text = CALIBRATION.read_text(encoding="utf-8")
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     described = config(family, blocks, len(tokenizer))
     model = tf.AutoModelForCausalLM.from_config(described, dtype=torch.float32)
     train(model, torch.tensor(ids), steps)
@@ -111,8 +111,9 @@ def trained(family: str, blocks: int, steps: int, folder: Path) -> Path:
     return out
 
 
-def recipe(model: Path, way: str, windows: int, folder: Path) -> dict[str, Any]:
+def recipe(model: Path, way: str, windows: int, seed: int, folder: Path) -> dict[str, Any]:
     return {
+        "seed": seed,
         "model": {"source": str(model), "dtype": "float32"},
         "sparsity": 0.25,
         "method": "fusegpt",
@@ -134,16 +135,17 @@ def main(given: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--windows", type=int, default=64, help="of calibration")
     parser.add_argument("--models", type=Path, help="a folder to keep trained models in")
+    parser.add_argument("--seed", type=int, default=0, help="of training, and of each recipe")
     arguments = parser.parse_args(given)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for family in arguments.family:
             kept = arguments.models or folder / "models"
-            model = trained(family, arguments.blocks, arguments.steps, kept)
+            model = trained(family, arguments.blocks, arguments.steps, arguments.seed, kept)
             for number, way in enumerate(WAYS):
                 out = folder / f"{family}-{number}"
-                asked = recipe(model, way, arguments.windows, out)
+                asked = recipe(model, way, arguments.windows, arguments.seed, out)
                 (published,) = compress(Recipe.parse(asked), Display())
                 found = published.manifest
                 values = found["perplexity"]["heldout"]

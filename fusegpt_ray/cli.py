@@ -8,12 +8,9 @@ SIGTERM.
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import click
 from click.shell_completion import shell_complete
@@ -30,6 +27,7 @@ from fusegpt_ray.commands.runs import clean, status
 from fusegpt_ray.commands.speed import speed
 from fusegpt_ray.commands.tasks import tasks
 from fusegpt_ray.errors import BudgetSpent, StorageError, Terminated, UserError
+from fusegpt_ray.termination import sigterm_stops
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
     "Make models": (init, validate, plan, compress, compare, family),
@@ -75,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Not `app.main`, which takes an EOFError of ours for Ctrl-C.
         with (
-            _sigterm_stops(),
+            sigterm_stops(),
             app.make_context("fusegpt", list(sys.argv[1:] if argv is None else argv)) as context,
         ):
             app.invoke(context)
@@ -106,26 +104,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(err=True)
         say_outcome("failed:", f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
         return 1
-
-
-@contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    """Kubernetes, `ray job stop` and notices of preemption send it. One is enough: another must not
-    disturb the end.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():  # it alone may decide
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _quiet() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -13,6 +13,7 @@ import numpy as np
 
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.drawing import all_windows
+from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.fusion.repair import repaired_only
@@ -25,7 +26,7 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.preflight import check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
-from fusegpt_ray.report import Display
+from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.budget import SPENT, Budget
@@ -67,6 +68,8 @@ class Compression:
     """Seconds until this was known."""
     log: MetricsLog = field(default_factory=MetricsLog)
     """Hears what happens, and is kept beside the journal."""
+    puts_off: Callable[[], bool] = lambda: False
+    """Asked once all that is left to do is to publish: whether that is to be done later."""
 
     @classmethod
     def begin(
@@ -132,24 +135,23 @@ class Compression:
 
         Raises:
             UserError: another run has the name.
+            PutOff: see `puts_off`; the same run goes on from there.
         """
         targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
         recipe, workers = self.plan.recipe, self.workers
         began = time.monotonic() - self.took
         budget = Budget(recipe.cluster, journal.folder, workers.gpus_held, began)
-        journal.budget = budget
+        journal.budget, monitor = budget, workers.monitor(recipe.output.name)
         with ExitStack() as life:
             if not restart:
                 journal.check(self.identity)
             published = self._published_before()
             if journal.exists or len(published) < len(targets):
-                facts = {
-                    "run": self.id,
-                    "rounds": self.plan.rounds,
-                    "models": [target.name for target in targets],
-                }
+                names = [target.name for target in targets]
+                facts = {"run": self.id, "rounds": self.plan.rounds, "models": names}
 
-                def told() -> dict[str, Any]:
+                def told() -> dict[str, Any]:  # with every sign of life
+                    monitor(SPENT, budget.told)
                     return {**facts, SPENT: budget.spent}
 
                 owned = journal.owned(self.show.say, lambda: self.show.doing, told, self.log)
@@ -158,18 +160,19 @@ class Compression:
                 if restart:
                     journal.clear()
             if missing := [target for target in targets if target.folder not in published]:
-                with self._followed(journal):
+                with self._followed(journal, monitor):
                     published |= self._publish(missing, journal)
+                monitor(SPENT, budget.told)
             else:
                 self.show.say("nothing is left to do: this very run has published everything")
             if journal.lease:
                 journal.remove()
         return published
 
-    def _followed(self, journal: Journal) -> AbstractContextManager[None]:
+    def _followed(self, journal: Journal, monitor: Listener) -> AbstractContextManager[None]:
         """A context in which whoever follows the run hears of it."""
         recipe, workers = self.plan.recipe, self.workers
-        listeners = (self.log, workers.monitor(recipe.output.name))
+        listeners = (self.log, monitor)
         facts = {"source": named(self.plan.model.source.name), "blocks": len(self.plan.model.stack)}
         facts |= {"rounds": self.plan.rounds, "workers": workers.description}
         return followed(self.show, recipe, self.id, facts, *listeners, saved=lambda: journal.saved)
@@ -213,6 +216,8 @@ class Compression:
         for target in missing:
             healed = self._heal(target, done[: target.rounds], journal)
             worked = Worked(target, done[: target.rounds], healed)
+            if target == missing[-1 if healed else 0] and self.puts_off():
+                raise PutOff("waits to be published")
             stages = self._stages(done[: target.rounds], healed, journal)
             show.stage(f"evaluating and publishing {target.name}")
             judged = partial(judge.measure, target.folder, stages)
@@ -257,7 +262,7 @@ class Compression:
     ) -> dict[str, Stack]:
         """The model on its way."""
         stages = stages_of(self.plan.recipe, rounds[-1].stack, healed.stack if healed else None)
-        if "fused" in stages and self.plan.recipe.repairs and self.held_out:
+        if self.plan.recipe.trains_groups and self.plan.recipe.repairs and self.held_out:
             self.show.stage("repairing the gaps alone, to compare with")
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
@@ -276,19 +281,10 @@ class Compression:
         if self.plan.recipe.search is None:
             return None, {}
         assert self.healing is not None
-        dense = self.plan.model.stack
-        healed, held_out = self.healing
-        found = Tournament(
-            self.plan.recipe,
-            self.workers,
-            journal,
-            dense,
-            self.windows.tokens_WT,
-            healed.tokens_WT,
-            held_out.tokens_WT,
-            self.show,
-            self.plan.removable,
-        )
+        recipe, dense = self.plan.recipe, self.plan.model.stack
+        windows, healed, held = (text.tokens_WT for text in (self.windows, *self.healing))
+        about, rest = (recipe, self.workers, journal, dense), (self.show, self.plan.removable)
+        found = Tournament(*about, windows, healed, held, *rest)
         removed, record = found.removal(self.plan.rounds)
         return removed, {"search": record}
 

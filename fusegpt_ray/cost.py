@@ -44,6 +44,12 @@ class Stage:
     flops: int
     """Of matrix products, a multiplication and an addition counted as two (as torch's
     `FlopCounterMode` does)."""
+    batches: int = 0
+    """Of windows, which processes take whole; 0: what they share can be divided evenly."""
+
+    def longest_part(self, processes: float) -> float:
+        """Of the work, the share of one of so many that divide it."""
+        return -(-self.batches // processes) / self.batches if self.batches else 1 / processes
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,10 @@ class Cost:
 
     def seconds(self, rates: Mapping[str, float], held: Held) -> dict[str, float]:
         """Of computing alone, by stage, on these processes and GPUs."""
+        most = {stage: min(held.gpus, processes(stage, held)) for stage in self.stages}
         return {
-            stage.name: stage.flops / rates[stage.name] / min(held.gpus, processes(stage, held))
-            for stage in self.stages
+            stage.name: stage.flops / rates[stage.name] * stage.longest_part(count)
+            for stage, count in most.items()
         }
 
     def rows(self, rates: Mapping[str, float] | None, held: Held) -> list[dict[str, Any]]:
@@ -123,7 +130,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(_gates(recipe, dense))
     elif choice not in ("unseen", "none"):
         scored = depths[:1] if choice == "once" else depths
-        stages.append(_scoring(recipe.importance, dense, scored, length))
+        stages.append(scoring_stage(recipe.importance, dense, scored, length))
     # Where groups are trained, the gaps are repaired once more alone, to compare with.
     repairs = [target.remove for target in targets] if recipe.evaluation else []
     repairs = recipe.repairs * [rounds, *(repairs if recipe.trains_groups else [])]
@@ -140,7 +147,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         walked = recipe.calibration.windows * len(dense)
         stages.append(Stage("states", walked, walked * flops))
         tokens = recipe.calibration.windows * length
-        stages.append(Stage("repair", 0, slicing_flops(dense, tokens, width.kept)))
+        stages.append(Stage("slicing", 0, slicing_flops(dense, tokens, width.kept)))
     if recipe.trains_groups:
         stages.append(_training(recipe, dense, depths, flops))
     if recipe.spec.light:
@@ -151,7 +158,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         share = width.share if width else 1.0
         stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks, share))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
-        stages.append(_evaluation(recipe, dense, targets, held_out))
+        stages.append(evaluation_stage(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
     published = {
@@ -249,14 +256,15 @@ def _training(recipe: Recipe, dense: Stack, depths: Sequence[int], flops: int) -
     return Stage("fine-tuning", done, done * flops + products)
 
 
-def _scoring(
+def scoring_stage(
     settings: Importance, dense: Stack, depths: Sequence[int], length: int, name: str = "scoring"
 ) -> Stage:
     """In a round for each of these depths."""
     walks = [_scoring_forwards(settings, len(dense), depth) for depth in depths]
     scored = settings.windows * sum(walks)
     logits = settings.windows * sum(scored_tokens(settings, depth, length) for depth in depths)
-    return Stage(name, scored, scored * block_flops(dense, length) + logits * head_flops(dense, 1))
+    flops = scored * block_flops(dense, length) + logits * head_flops(dense, 1)
+    return Stage(name, scored, flops, ceil(settings.windows / settings.batch))
 
 
 def _gates(recipe: Recipe, dense: Stack) -> Stage:
@@ -279,7 +287,7 @@ def _search(recipe: Recipe, dense: Stack, depths: Sequence[int]) -> Stage:
             parts.append(Stage(way, walked, walked * block_flops(dense, length)))
             continue
         change = {"all": True} if way == "spaced" else {"metric": way}
-        parts.append(_scoring(settings.model_copy(update=change), dense, depths, length))
+        parts.append(scoring_stage(settings.model_copy(update=change), dense, depths, length))
     forwards = sum(part.block_forwards for part in parts)
     return Stage("search", forwards, sum(part.flops for part in parts))
 
@@ -312,7 +320,7 @@ def _healing(
     return Stage("healing", done, int(flops))
 
 
-def _evaluation(
+def evaluation_stage(
     recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[Evaluation]
 ) -> Stage:
     """Of the texts whose number of windows the recipe gives: the dense model, and each target as it

@@ -57,6 +57,10 @@ class BudgetSpent(Exception):
     """
 
 
+class PutOff(Exception):
+    """All that is left of a run is to publish, which will be done later, on other workers."""
+
+
 def reason(error: BaseException) -> str:
     """What went wrong, in short: for a message that names the file itself."""
     return error.problem if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.healing.sharing import groups, shared
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
@@ -60,7 +60,7 @@ class Healer:
                 )
             raise
         stack = before.swap(trained.saved.blocks)
-        healed = Done(self._record(trained), stack, trained.saved.files)
+        healed = Done(self._record(trained, stack), stack, trained.saved.files)
         self.journal.commit_healed(number, key, healed)
         told = ("losses", "held_out", "states_bytes_read", "seconds")
         written = sum(file.size for file in healed.files.values())
@@ -83,8 +83,8 @@ class Healer:
             storage.join(folder, "checkpoints"),
         )
         tokens, parts = self.windows.tokens, task.config.parts
-        groups = f", groups of {settings.share} blocks sharing weights" if settings.share else ""
-        self.show.stage(f"healing {name} on {tokens:,} tokens{groups}", parts)
+        sharing = f", groups of {settings.share} blocks sharing weights" if settings.share else ""
+        self.show.stage(f"healing {name} on {tokens:,} tokens{sharing}", parts)
         self.show.training(tokens // parts, model=name)
 
         def news(item: News) -> None:
@@ -109,9 +109,11 @@ class Healer:
             self.show.say(f"  memory ran out, so fewer windows at once: {fewer} in healing")
         return trained
 
-    def _record(self, trained: Trained) -> dict[str, Any]:
+    def _record(self, trained: Trained, stack: Stack) -> dict[str, Any]:
         """For the manifest."""
+        share = self.recipe.heal.share if self.recipe.heal else None
         return {
+            **({"groups": [*map(list, groups(stack, share))]} if share else {}),
             "data": self.windows.protocol,
             "tokens": self.windows.tokens,
             "losses": trained.losses,

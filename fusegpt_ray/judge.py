@@ -126,13 +126,8 @@ def stages_of(recipe: Recipe, last: Stack, healed: Stack | None) -> dict[str, St
     Args:
         last: after the last round.
     """
-    end = {"healed": healed} if healed else {}
-    if recipe.spec.narrows:
-        return {"sliced": last, **end}
-    if recipe.inserts:
-        return {"inserted": last, **end}
-    if not recipe.trains_groups and recipe.repairs:
-        return {"repaired": last, **end}
-    if healed and not recipe.spec.trains:  # dropped is all that it was
-        return end
-    return {"fused": last, **end}
+    if not healed:
+        return {recipe.spec.stage: last}
+    if recipe.spec.stage == "dropped":  # which is measured beside all others
+        return {"healed": healed}
+    return {recipe.spec.stage: last, "healed": healed}

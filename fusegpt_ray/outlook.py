@@ -4,7 +4,7 @@ known from the recipe and the headers of the model's files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -139,6 +139,18 @@ def _streams(plan: Plan, device: Device) -> bool:
     dtype = pick_dtype(plan.recipe.model.dtype, dense, torch.device(device.kind))
     held = sum(elements(block.weights) for block in dense.blocks) * dtype.itemsize
     return held > RESIDENT_SHARE * device.memory
+
+
+def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What is said of the "budget" of an outlook: limits that are not enough, or of which nobody
+    knows whether they are.
+    """
+    for row in rows:
+        limit = f"{row['key']} = {row['limit']:.9g}"
+        if row["enough"] is None:
+            yield f"whether {limit} is enough, is not known"
+        elif not row["enough"]:
+            yield f"{limit} is not enough: {row['needs']:,.2f} are needed to compute alone"
 
 
 def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:

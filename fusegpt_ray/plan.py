@@ -4,6 +4,7 @@ before weights are read and before anything is written.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
@@ -47,6 +48,9 @@ from fusegpt_ray.workers.room import Held
 P = ParamSpec("P")
 R = TypeVar("R")
 WINDOWS = "calibration.windows"
+_REHEARSED: dict[tuple[str, tuple[int, ...]], Removable] = {}
+"""By config.json and numbers of blocks to remove: what a comparison or a family asks for each of
+its runs."""
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,10 @@ def plan(
     return found
 
 
-def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
+def mistakes(recipe: Recipe, show: Display, extends: bool = False) -> list[UserError]:
     """All mistakes that `plan` finds and that do not follow from one another. Nothing is written.
     Also whether files of text are there, of which the beginnings are read; datasets are not asked
-    for.
+    for. `extends`: see `check_output`.
     """
     checks = Checks()
     for text, key in named_texts(recipe):
@@ -173,7 +177,7 @@ def mistakes(recipe: Recipe, show: Display) -> list[UserError]:
             checks(conversation_sources, text, key)
         elif recipe.calibration.pack:  # else rows are no plain text
             checks(sources, text, key)
-    _planned(recipe, show, checks, looks=True)
+    _planned(recipe, show, checks, looks=True, extends=extends)
     return checks.found
 
 
@@ -252,7 +256,11 @@ def _rehearsed(
         return ANY
     if recipe.spec.narrows:  # `check_width` has built what comes of it
         return ANY
-    return rehearse(dense, structure, [target.remove for target in targets])
+    counts = tuple(sorted({target.remove for target in targets}))
+    known = json.dumps(dense.config, sort_keys=True, default=str), counts
+    if known not in _REHEARSED:
+        _REHEARSED[known] = rehearse(dense, structure, counts)
+    return _REHEARSED[known]
 
 
 def _check_search(recipe: Recipe, removable: Removable) -> None:

@@ -79,6 +79,7 @@ def probe(plan: Plan, seconds: float = SECONDS) -> dict[str, float]:
         "healing": learned,
         "search": learned,
         "repair": solved,
+        "slicing": solved,
         "generating": written,
     }
 

@@ -19,6 +19,7 @@ _MEASURED_RATES: Mapping[str, float] = {
     "search": 565e12,
     "evaluation": 390e12,
     "repair": 30e12,
+    "slicing": 30e12,
     "generating": 7e12,
 }
 

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from fusegpt_ray.store.retry import retries
-from fusegpt_ray.text.protocol import described, stages, warnings
+from fusegpt_ray.text.protocol import described, stages, undone, warnings
 
 SHOWN = 12
 """Names that a line shows."""
@@ -38,10 +38,10 @@ class _Live:
     """A bar that moves on a terminal, and lines that stay."""
 
     console: Console
-    _bar: Progress
+    _moves: Any  # a Progress, or what draws it
 
     def __enter__(self) -> Self:
-        self._bar.start()
+        self._moves.start()
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class _Live:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._moves.stop()
 
     def say(self, text: str) -> None:
         """One line that stays."""
@@ -64,7 +64,7 @@ class Display(_Live):
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
+        self._bar = self._moves = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.fields[note]}"),
@@ -118,7 +118,7 @@ class Display(_Live):
             self.say(f"warning: calibration: {warning}")
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
-        """`blocks`: how many are scored; 0 where it is known already which one goes."""
+        """`blocks`: how many are scored; 0 where none is."""
         self._round_began = time.monotonic()
         scoring = f": scoring {blocks} blocks" if blocks else ""
         self.stage(f"round {number}/{rounds}{scoring}")
@@ -201,19 +201,19 @@ class Display(_Live):
         below it what was measured.
         """
         found = list(rows)
-        shown = stages(row for _, perplexity in found for row in perplexity.values())
-        table = Table("model", "text", *shown, "damage undone", title="perplexity")
+        measured = [row for _, perplexity in found for row in perplexity.values()]
+        shown, mended = stages(measured), any(undone(row) is not None for row in measured)
+        table = Table("model", "text", *shown, *["damage undone"] * mended, title="perplexity")
         for column in table.columns[2:]:
             column.justify = "right"
         protocols: dict[str, None] = {}  # of several models mostly the same
         for name, perplexity in found:
             for data, row in perplexity.items():
                 protocols[f"{data}: {described(row)}"] = None
-                dropped, last = row.get("dropped"), row[stages([row])[-1]]
-                harm = 0.0 if dropped is None else dropped - row["dense"]
-                undone = f"{(dropped - last) / harm:.0%}" if harm > 0 else "–"
-                values = (f"{row[stage]:.2f}" if stage in row else "–" for stage in shown)
-                table.add_row(name, data, *values, undone)
+                values = [f"{row[stage]:.2f}" if stage in row else "–" for stage in shown]
+                share = undone(row)
+                values += ["–" if share is None else f"{share:.0%}"] * mended
+                table.add_row(name, data, *values)
         if table.row_count:
             self.console.print(table)
         for protocol in protocols:
@@ -242,7 +242,7 @@ class Transfer(_Live):
             TransferSpeedColumn(),
             TimeRemainingColumn(),
         )
-        self._bar = Progress(
+        self._bar = self._moves = Progress(
             *columns, console=self.console, transient=True, disable=not self.console.is_terminal
         )
         self._task = self._bar.add_task("looking", total=None)

@@ -63,9 +63,7 @@ class Rounds:
             self.workers.prepare_training()
         while len(done) < total:
             number = len(done) + 1
-            scores = not self.order and METHODS[self.recipe.method].choose
-            scored = len(self.dense) - len(done) if scores else 0
-            self.show.round_begins(number, total, scored)
+            self.show.round_begins(number, total, self._scored(number))
             try:
                 done.append(self._round(number, done, total))
             except Exception as error:
@@ -81,6 +79,12 @@ class Rounds:
             self.show.round_ends(number, total, done[-1].record, written)
             self.journal.pause()
         return done
+
+    def _scored(self, number: int) -> int:
+        """How many blocks a round walks the model for; 0 where it walks it for none."""
+        choice = self.recipe.spec.choice
+        walks = choice == "each_round" or (choice in ("once", "run") and number == 1)
+        return len(self.dense) - number + 1 if walks and not self.order else 0
 
     def _round(self, number: int, before: list[Done], total: int) -> Done:
         stack = before[-1].stack if before else self.dense
@@ -159,6 +163,8 @@ class Rounds:
 
         choose = METHODS[self.recipe.method].choose
         assert choose is not None
+        if self.recipe.spec.choice == "gates" and number == 1:
+            self.show.stage(f"training the gates of {len(stack)} blocks")
 
         def measure() -> dict[str, Any]:
             try:
@@ -197,6 +203,7 @@ def _record(
     losses = list(change.losses)
     return {
         "removed": removes,
+        **({"replaced": list(change.replaced)} if change.replaced else {}),
         **({"inserted": [*map(asdict, change.inserted)]} if change.inserted else {}),
         **({"width": dict(change.width)} if change.width else {}),
         **(ranking.to_record() if ranking else {}),

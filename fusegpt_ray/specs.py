@@ -24,6 +24,8 @@ class MethodSpec(NamedTuple):
 
     about: str
     """For the model card; `{blocks}` stands for which blocks go."""
+    stage: str
+    """What a model is called after the rounds (`text.protocol.STAGES`)."""
     trains: bool
     """Whether something is trained, so that the calibration windows must fill loss batches."""
     fuses: bool
@@ -72,27 +74,32 @@ class MethodSpec(NamedTuple):
 METHOD_SPECS: dict[str, MethodSpec] = {
     "mi": MethodSpec(
         "{blocks} dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
     ),
     "mi+linear": MethodSpec(
         "{blocks} dropped, the block before each changed by a least-squares fit, nothing trained",
+        stage="repaired",
         trains=False,
         fuses=False,
         repairs=True,
     ),
     "mi+ft": MethodSpec(
         "{blocks} dropped, their neighbours fine-tuned",
+        stage="trained",
         trains=True,
         fuses=False,
     ),
     "fusegpt": MethodSpec(
         "{blocks} fused into their neighbours (FuseGPT)",
+        stage="fused",
         trains=True,
         fuses=True,
     ),
     "streamline": MethodSpec(
         "a run of consecutive blocks replaced by one block, trained to its output (LLM-Streamline)",
+        stage="replaced",
         trains=True,
         fuses=False,
         light=True,
@@ -101,12 +108,14 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "sleb": MethodSpec(
         "{blocks} dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
         metric="loss",
     ),
     "shortgpt": MethodSpec(
         "{blocks}, all scored once in the dense model, dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
         metric="bi",
@@ -114,6 +123,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "angular": MethodSpec(
         "the consecutive blocks across which states turn least dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
         choice="run",
@@ -121,6 +131,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "foldgpt": MethodSpec(
         "the blocks of the lowest trained gates dropped, nothing trained but these",
+        stage="dropped",
         trains=False,
         fuses=False,
         choice="gates",
@@ -128,6 +139,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "last": MethodSpec(
         "the last blocks but the final one dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
         choice="unseen",
@@ -135,6 +147,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "random": MethodSpec(
         "blocks drawn at random dropped, nothing trained",
+        stage="dropped",
         trains=False,
         fuses=False,
         choice="unseen",
@@ -143,6 +156,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     "slicegpt": MethodSpec(
         "its norms folded, its residual stream rotated to the principal axes of its states, and the"
         " last of these sliced off, nothing trained (SliceGPT, with one rotation for all blocks)",
+        stage="sliced",
         trains=False,
         fuses=False,
         choice="none",
@@ -150,6 +164,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "tli": MethodSpec(
         "copies of blocks that begin as nothing, their output layers zero, nothing trained (TLI)",
+        stage="inserted",
         trains=False,
         fuses=False,
         choice="none",
@@ -158,6 +173,7 @@ METHOD_SPECS: dict[str, MethodSpec] = {
     ),
     "dus": MethodSpec(
         "the first and the last of its blocks, those between twice, nothing trained (SOLAR)",
+        stage="inserted",
         trains=False,
         fuses=False,
         choice="none",

@@ -33,6 +33,7 @@ SLOW = (
     # test_local_ray; of submitted jobs, one that is refused.
     f"{INTEGRATION}submit.py::test_a_job_compresses_from_its_folder_to_s3",
     f"{INTEGRATION}evaluate_on_ray.py",
+    "tests/chaos/test_networks.py::test_a_node_cut_off_in_scoring_changes_no_byte",
     f"{INTEGRATION}sigterm.py::test_a_run_that_is_terminated_says_so_and_goes_on[ray]",
     f"{INTEGRATION}placement.py",  # which nodes count has unit tests
     f"{INTEGRATION}metrics_on_ray.py",
@@ -63,6 +64,11 @@ SLOW = (
     f"{INTEGRATION}mistakes_on_ray.py::test_nan_is_told_on_ray",
     f"{INTEGRATION}local_ray.py::test_a_run_that_fails_with_a_trace",
     f"{INTEGRATION}submit.py::test_a_job_that_fails_with_a_trace_tells_no_secret",
+    # Putting off in one process, and two sets at once that need not take turns, stay.
+    f"{INTEGRATION}family_on_ray.py::test_sets_that_take_turns_and_put_off_publishing"
+    "_make_the_same_models",
+    # The job's command line is tried with a single run, and families in one process.
+    f"{INTEGRATION}submit.py::test_a_job_compresses_a_family",
     *(
         f"{INTEGRATION}s3.py::test_{name}[ray]"
         for name in (

@@ -91,3 +91,10 @@ def display(quiet: bool) -> Display | None:
     from fusegpt_ray.report import Display
 
     return Display(Console(stderr=True, quiet=True))
+
+
+def silent() -> Display:
+    """One that shows nothing."""
+    shown = display(quiet=True)
+    assert shown is not None
+    return shown

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fusegpt_ray.commands.options import display, json_option, recipe_options, say_outcome
+from fusegpt_ray.commands.options import json_option, recipe_options, say_outcome, silent
 from fusegpt_ray.errors import UserError
 
 
@@ -27,7 +27,7 @@ def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     from fusegpt_ray.first_recipe import first_recipe
     from fusegpt_ray.outlook import Device
 
-    text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, _silent())
+    text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, silent())
     with open(output, "x") as file:
         file.write(text)
     told = f"{output}: look it through, then: fusegpt plan {output}"
@@ -41,8 +41,9 @@ def init(model: str, data: str | None, output: str, as_json: bool) -> None:
 def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
     """List all mistakes of a recipe at once.
 
-    Keys and values first; if they are right, the model, the texts and the output, too. Reads no
-    weights and writes nothing. The exit code is 2 if there is a mistake.
+    Keys and values first; if they are right, the model, the texts and the output, too; of a
+    family or a comparison, those of all its runs. Reads no weights and writes nothing. The exit
+    code is 2 if there is a mistake.
     """
     found = _mistakes(recipe, settings)
     if as_json:
@@ -61,15 +62,18 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
 
 
 def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
+    from fusegpt_ray.commands import planning_many
     from fusegpt_ray.recipe import Recipe
     from fusegpt_ray.recipe_text import read_recipe
 
     data = read_recipe(path, settings)
+    if planning_many.asked_by(data):
+        return planning_many.mistakes(data, silent())
     if found := Recipe.mistakes(data):
         return found
     from fusegpt_ray import plan  # torch: after the recipe has been checked
 
-    return plan.mistakes(Recipe.parse(data), _silent())
+    return plan.mistakes(Recipe.parse(data), silent())
 
 
 @click.command()
@@ -78,7 +82,8 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
 @click.option(
     "--gpus",
     type=click.IntRange(min=1),
-    help="How many there are (default: one for each replica and worker).",
+    help="How many there are (default: one for each replica and worker; for many runs, of the "
+    "largest).",
 )
 @click.option(
     "--probe", is_flag=True, help="Measure for 20 seconds how fast this machine is, and use that."
@@ -95,22 +100,38 @@ def plan(
     """Tell what a run will cost, and whether it fits.
 
     From the headers of the model's files alone: reads no weights and writes nothing. Times are
-    those of computing alone, by rates that were measured on an H200, or here with --probe.
+    those of computing alone, by rates that were measured on an H200, or here with --probe. Of a
+    family or a comparison: each run, what they share, and when it works.
     """
     if gpu and probe:
         problem = "--probe measures the machine that is here"
         raise UserError("--gpu", gpu, problem, "leave out one of the two")
+    from fusegpt_ray.commands import planning_many
     from fusegpt_ray.rates import find_gpu
+    from fusegpt_ray.recipe_text import read_recipe
+
+    data = read_recipe(recipe, settings)
+    known = find_gpu(gpu) if gpu else None
+    many = planning_many.asked_by(data)
+    result = (planning_many.planned if many else _planned)(data, known, gpus, probe)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        (planning_many.show if many else _show)(result)
+
+
+def _planned(
+    data: Mapping[str, Any], gpu: str | None, gpus: int | None, probe: bool
+) -> dict[str, Any]:
     from fusegpt_ray.recipe import Recipe
 
-    checked = Recipe.load(recipe, settings)
-    known = find_gpu(gpu) if gpu else None
+    checked = Recipe.parse(data)
     from fusegpt_ray import outlook
     from fusegpt_ray import plan as plans
     from fusegpt_ray.workers.room import Held
 
-    planned = plans.plan(checked, _silent(), looks=True)
-    device = outlook.Device.named(known) if known else outlook.Device.here()
+    planned = plans.plan(checked, silent(), looks=True)
+    device = outlook.Device.named(gpu) if gpu else outlook.Device.here()
     held = Held.alone(planned.recipe.cluster, planned.recipe.trains)
     # Processes on a CPU share its cores.
     count = gpus or (held.gpus or 1 if device.kind == "cuda" else 1)
@@ -119,23 +140,14 @@ def plan(
         from fusegpt_ray.probe import probe as measure
 
         measured = measure(planned)
-    result = outlook.outlook(planned, device, count, measured)
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        _show(result)
-
-
-def _silent() -> Any:
-    shown = display(quiet=True)
-    assert shown is not None
-    return shown
+    return outlook.outlook(planned, device, count, measured)
 
 
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from fusegpt_ray.outlook import over_budget
     from fusegpt_ray.report import byte_count, duration, flop_count
 
     console = Console(highlight=False)
@@ -195,16 +207,6 @@ def _show(result: dict[str, Any]) -> None:
     for row in result["storage"]:
         storage.add_row(row["what"], byte_count(row["bytes"]))
     console.print(storage)
-    for line in (*_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
+    for line in (*over_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
         if line:
             say(line)
-
-
-def _budget(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """What is said of limits that are not enough, or of which nobody knows."""
-    for row in rows:
-        limit = f"{row['key']} = {row['limit']:.9g}"
-        if row["enough"] is None:
-            yield f"whether {limit} is enough, is not known"
-        elif not row["enough"]:
-            yield f"{limit} is not enough: {row['needs']:,.2f} are needed to compute alone"

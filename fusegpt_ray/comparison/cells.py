@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.run.outputs import COMPARISONS
 from fusegpt_ray.scheduling.grid import (
     Base,
+    Grid,
     Run,
     as_written,
     check_apart,
@@ -22,34 +23,25 @@ from fusegpt_ray.scheduling.grid import (
     merged,
     named,
     of_model,
-    one_or_many,
     own_section,
     slug,
 )
-from fusegpt_ray.sections import MOST
+from fusegpt_ray.scheduling.mistakes import Mistakes
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
-from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
 SECTION = COMPARISONS
 
 
-class Compare(Section):
+class Compare(Grid):
     """The section `compare` of a recipe. Everything beside it is the base of every run."""
 
-    methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)
-    """Names of methods, or mappings: a `name` of one's own, and the keys of the recipe that differ
-    from the base, such as `{name: "fusegpt, paper", method: fusegpt, preset: paper}`."""
-    sparsities: Annotated[tuple[float, ...] | None, BeforeValidator(one_or_many)] = None
-    """Left out: the base's `sparsity`."""
+    methods: tuple[str | dict[str, Any], ...] = Field(min_length=1)  # type: ignore[assignment]
     models: tuple[str | dict[str, Any], ...] | None = Field(None, min_length=1)
     """Sources, or sections `model` with a `name` of one's own; left out: the base's `model`."""
     baseline: str | None = None
     """The name of the method whose damage counts as 1; left out: `mi`, or the first one."""
-    at_once: int | None = Field(None, ge=1, le=MOST)
-    """How many cells work at the same time on Ray, each on workers of its own; left out: as many as
-    the cluster's free GPUs suffice for. In one process it is always one."""
 
 
 @dataclass(frozen=True)
@@ -91,30 +83,46 @@ class Comparison:
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
         """See `load`."""
+        found = cls.read(data, Mistakes())
+        assert found is not None, "the first mistake ends it"
+        return found
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], mistakes: Mistakes) -> Self | None:
+        """As `parse`, without the cells that are wrong; None if none is left."""
         base = {key: value for key, value in data.items() if key != SECTION}
         fix = "add compare: {methods: [mi, fusegpt]}"
-        asked = own_section(data, SECTION, Compare, fix)
-        methods = named(asked.methods, "method", f"{SECTION}.methods")
+        if (asked := own_section(data, SECTION, Compare, fix, mistakes)) is None:
+            return None
+        methods = mistakes.check(named, asked.methods, "method", f"{SECTION}.methods") or {}
         own = base.get("model")  # if it is no mapping, `Recipe.parse` says so
         sources = asked.models or (own if isinstance(own, Mapping) else {},)
-        models = named(sources, "source", f"{SECTION}.models")
+        models = mistakes.check(named, sources, "source", f"{SECTION}.models") or {}
         if asked.sparsities is not None:
-            check_once(asked.sparsities, f"{SECTION}.sparsities")
+            mistakes.check(check_once, asked.sparsities, f"{SECTION}.sparsities")
             base["sparsity"] = list(asked.sparsities)
         runs = [
             run
             for model, section in models.items()
             for name, changes in methods.items()
-            for run in _runs(base, model, section, name, changes, asked.models is not None)
+            for run in mistakes.check(
+                _runs, base, model, section, name, changes, asked.models is not None, mistakes
+            )
+            or ()
         ]
-        baseline = asked.baseline or ("mi" if "mi" in methods else next(iter(methods)))
-        if baseline not in methods:
+        baseline = asked.baseline or ("mi" if "mi" in methods else next(iter(methods), ""))
+        if baseline not in methods and methods:
             fix = f"use one of {', '.join(methods)}"
-            raise UserError(f"{SECTION}.baseline", shown(baseline), "not one of the methods", fix)
-        check_apart(runs, f"{SECTION}.methods")
+            problem = "not one of the methods"
+            mistakes.note([UserError(f"{SECTION}.baseline", shown(baseline), problem, fix)])
+        mistakes.check(check_apart, runs, f"{SECTION}.methods")
+        if not runs:
+            return None
         if not runs[0].recipe.evaluation:
             fix = "add evaluation: {heldout: {data: heldout.txt}}"
-            raise UserError("evaluation", None, "a comparison compares perplexities", fix)
+            mistakes.note(
+                [UserError("evaluation", None, "a comparison compares perplexities", fix)]
+            )
         output = runs[0].recipe.output
         name = str((base.get("output") or {}).get("name"))
         sparsities = sorted({value for run in runs for value in run.recipe.sparsity})
@@ -129,7 +137,8 @@ def _runs(
     name: str,
     changes: Mapping[str, Any],
     several: bool,
-) -> Iterator[Run]:
+    mistakes: Mistakes,
+) -> list[Run]:
     key = f"{SECTION}.methods"
     fix = "set it beside compare, or in compare.sparsities or compare.models"
     check_same(changes, ("output", "sparsity", "evaluation", "model"), name, key, fix)
@@ -142,4 +151,5 @@ def _runs(
         fix = "run it by itself, and set the models side by side with fusegpt evaluate"
         raise UserError(key, shown(str(merged(data, changes)["method"])), problem, fix)
     parts = [slug(model)] if several else []
-    return Base(data, model, parts, "cell").runs(name, changes, slug(name))
+    cells = Base(data, model, parts, "in the cell", mistakes)
+    return [*cells.runs(name, changes, slug(name))]

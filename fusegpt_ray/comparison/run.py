@@ -7,19 +7,18 @@ from typing import Any, Literal
 
 from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import SECTION, Comparison
-from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.companions import REPORT
-from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.grid import Run
 from fusegpt_ray.scheduling.news import News, as_json
+from fusegpt_ray.scheduling.planned import planned
 from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.comparison import TABLE
 from fusegpt_ray.targets import Target
-from fusegpt_ray.uris import shown
 
 PICTURE = "perplexity.png"
 
@@ -37,9 +36,9 @@ def compare(
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        plans = [_planned(run, show, restart) for run in comparison.runs]
+        plans = [planned(run, show, restart) for run in comparison.runs]
         named = zip(comparison.runs, plans, strict=True)
-        jobs = [Job(f"{run.model}: {run.method}", planned) for run, planned in named]
+        jobs = [Job(f"{run.model}: {run.method}", plan) for run, plan in named]
         folder, key = comparison.folder, f"{SECTION}.at_once"
         cells = Cells(comparison, jobs)
         news = News(storage.join(folder, TABLE), lambda: cells.result("working"), show)
@@ -73,14 +72,6 @@ def _drawn(comparison: Comparison, result: Mapping[str, Any]) -> Iterator[tuple[
         yield PICTURE, image
     if any(run.recipe.output.report for run in comparison.runs):
         yield REPORT, page.html(result).encode(errors="replace")
-
-
-def _planned(run: Run, show: Display, restart: bool) -> Plan:
-    try:
-        return plan(run.recipe, show, restart, extends=True)
-    except UserError as error:
-        problem = f"{error.problem} (in the cell {shown(run.method)})"
-        raise UserError(error.key, error.value, problem, error.fix) from error
 
 
 class Cells:

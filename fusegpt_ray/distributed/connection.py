@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+import grpc
 import ray
 from ray._private import ray_constants
+from ray._private.gcs_utils import create_gcs_channel
 
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.nodes import resources
@@ -22,6 +24,9 @@ UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,
 Ray lets them see all GPUs of their node, and a library that takes one takes memory from whom it was
 given to."""
+
+ANSWER_SECONDS = 20.0
+"""In which a cluster answers, if only that it is there."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Connection:
         quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
         if address:
             try:
+                _check_that_it_answers(address)
                 ray.init(address=address, runtime_env={"env_vars": unseen}, **quiet)
             except (ConnectionError, ValueError) as error:
                 key = "cluster.address" if cluster.address else "RAY_ADDRESS"
@@ -93,6 +99,24 @@ def gpus_of(cluster: Cluster) -> float:
     if cluster.gpus_per_replica is not None:
         return cluster.gpus_per_replica
     return 1.0 if resources(cluster).get("GPU", 0) else 0.0
+
+
+def _check_that_it_answers(address: str) -> None:
+    """Ray would wait for minutes where a port is open and nothing comes from it, or nothing comes
+    back at all.
+
+    Raises:
+        ConnectionError: nothing at this address (host:port) speaks as a Ray cluster does.
+    """
+    if "://" in address or ":" not in address:  # "auto", say
+        return
+    channel = create_gcs_channel(address)
+    try:
+        grpc.channel_ready_future(channel).result(ANSWER_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise ConnectionError(f"nothing in {ANSWER_SECONDS:g} s") from None
+    finally:
+        channel.close()
 
 
 @contextmanager

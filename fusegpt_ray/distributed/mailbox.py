@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fusegpt_ray.workers.base import News
 
 MAX_FAILURES = 3
-"""How often a task is begun again after a worker or node was lost. Every attempt gives the same
-result, so more attempts would only hide what is wrong."""
+"""How often a task is begun again after a worker or node was lost, without having come further.
+Every attempt gives the same result, so more attempts would only hide what is wrong."""
 
 
 @dataclass
@@ -43,11 +43,12 @@ class _Mailbox:
         self.task: list[ray.ObjectRef] = []
         self.results: dict[int, Any] = {}
         self.error, self.last_error = b"", b""
-        self.attempts = 0
+        self.attempts, self.furthest = 0, 0
+        """`furthest`: the last part of a training that was done."""
         self.first = ""
         """The process that is worker 0 now."""
         self.news: list[News] = []
-        self.closed = False
+        self.closed = self.ending = False
         self.changed = asyncio.Condition()
 
     # --- the driver's side ---
@@ -55,7 +56,8 @@ class _Mailbox:
     async def post(self, task: list[ray.ObjectRef]) -> int:
         """Give the workers a task; returns its number."""
         self.number, self.task = self.number + 1, task
-        self.results, self.error, self.last_error, self.attempts = {}, b"", b"", 0
+        self.results, self.error, self.last_error = {}, b"", b""
+        self.attempts, self.furthest = 0, 0
         await self._notify()
         return self.number
 
@@ -73,6 +75,11 @@ class _Mailbox:
     async def hold(self, job: Job) -> None:
         """Run the Ray Train job to its end."""
         await asyncio.to_thread(job.fit)
+
+    async def end(self) -> None:
+        """The workers are to end what they train as soon as they have saved it."""
+        self.ending = True
+        await self._notify()
 
     async def close(self) -> None:
         """No more tasks: the workers end."""
@@ -126,7 +133,14 @@ class _Mailbox:
                 self.news.append(f"WARNING: {type(problem).__name__}: {problem}; {again}")
             await self._notify()
 
+    async def told_to_end(self) -> None:
+        """Returns once the driver has said so."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.ending or self.closed)
+
     async def report(self, news: News) -> None:
+        if not isinstance(news, str) and news[0] > self.furthest:
+            self.attempts, self.furthest = 1, news[0]
         self.news.append(news)
         await self._notify()
 

@@ -8,11 +8,12 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -107,12 +108,30 @@ def alive_nodes(labels: Mapping[str, str] | None = None) -> set[str]:
 
 def resources(cluster: Cluster) -> dict[str, float]:
     """What there is, free or not, where `cluster.labels` lets processes run."""
-    if not cluster.labels:
+    return resources_of_any([cluster])
+
+
+def resources_of_any(clusters: Sequence[Cluster]) -> dict[str, float]:
+    """The same of several: each node counts once."""
+    if not all(cluster.labels for cluster in clusters):
         found: dict[str, float] = ray.cluster_resources()
         return found
+    return _total({node["NodeID"]: node["Resources"] for node in ray.nodes()}, clusters)
+
+
+def free_resources(clusters: Sequence[Cluster]) -> dict[str, float]:
+    """What nothing uses now, where the labels of one of these let processes run."""
+    return _total(available_resources_per_node(), clusters)
+
+
+def _total(
+    by_node: Mapping[str, Mapping[str, float]], clusters: Sequence[Cluster]
+) -> dict[str, float]:
+    """Of the nodes that have the labels of one of these."""
+    nodes = set[str]().union(*(alive_nodes(cluster.labels) for cluster in clusters))
     total: Counter[str] = Counter()
-    for node in _labelled(cluster.labels):
-        total.update(node["Resources"])
+    for node in nodes:
+        total.update(by_node.get(node, {}))
     return dict(total)
 
 

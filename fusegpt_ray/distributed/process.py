@@ -7,10 +7,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal
 
 import torch
 
+from fusegpt_ray.distributed.loading import turn
 from fusegpt_ray.distributed.meeting import TIMEOUT
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.compiled import compiles
@@ -49,17 +51,26 @@ class RunnerConfig:
         set_deterministic(device, self.deterministic)
         if self.hub is not None:
             self.hub.fetch()
-        return Runner(
-            dense,
-            device,
-            self.dtype,
-            self.batch_size,
-            self.weights,
-            self.memory_share,
-            BlockCache.open(self.cache_gb),
-            compiles(self.compile, device),
-            host_share=1 / self.processes,
-        )
+        with turn(_loading_bytes(dense, self.dtype), self.processes):
+            return Runner(
+                dense,
+                device,
+                self.dtype,
+                self.batch_size,
+                self.weights,
+                self.memory_share,
+                BlockCache.open(self.cache_gb),
+                compiles(self.compile, device),
+                host_share=1 / self.processes,
+            )
+
+
+def _loading_bytes(dense: Stack, dtype: torch.dtype) -> int:
+    """Of the host's memory: the trunk as it is stored, and as it is computed with. Blocks are read
+    later, one after another.
+    """
+    refs = dense.trunk.values()
+    return sum(ref.end - ref.begin + dtype.itemsize * prod(ref.shape) for ref in refs)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fusegpt_ray.distributed.meeting import Meeting
     from fusegpt_ray.distributed.process import JobConfig
     from fusegpt_ray.model.stack import Stack
-    from fusegpt_ray.workers.base import News, TrainingWorker
+    from fusegpt_ray.workers.base import News, Notices, TrainingWorker
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def serve(job: dict[str, Any]) -> None:
     import ray.train
 
     from fusegpt_ray.distributed.meeting import Meeting
+    from fusegpt_ray.errors import Terminated
     from fusegpt_ray.model.memory import empty_cache
 
     mailbox = job["mailbox"]
@@ -87,6 +88,8 @@ def serve(job: dict[str, Any]) -> None:
                 worker = worker or _worker(dense, config, mailbox, rank, meeting)
                 function, arguments = ray.get(task)
                 result = function(worker, *arguments)
+            except Terminated as told:  # all of them, at the same step
+                ray.get(mailbox.fail.remote(last, pickle.dumps(told), True))
             except Exception as error:
                 if _fails(error, partial(mailbox.fail.remote, last), config.timeout):
                     raise
@@ -118,7 +121,29 @@ def _worker(
         report=report,
         meet=meeting.wait,
         timeout=config.timeout,
+        notices=_notices(mailbox),
     )
+
+
+def _notices(mailbox: Any) -> Notices:
+    """From the driver, and from Ray, which tells all workers of a node that is being drained."""
+    import ray.train
+
+    from fusegpt_ray.workers.base import Notices
+
+    told = mailbox.told_to_end.remote()
+    about: Any = None
+
+    def ended() -> bool:
+        return bool(ray.wait([told], timeout=0)[0])
+
+    def leaving() -> bool:
+        nonlocal about
+        before, about = about, ray.train.get_preemption_info()
+        return about not in (None, before)
+
+    # Older versions of Ray Train tell nothing.
+    return Notices(ended, leaving) if hasattr(ray.train, "get_preemption_info") else Notices(ended)
 
 
 def _fails(error: Exception, fail: Callable[..., Any], timeout: float) -> bool:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import ray
-
+from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.connection import Connection, gpus_of
-from fusegpt_ray.distributed.nodes import wait_for_resources
+from fusegpt_ray.distributed.nodes import free_resources, resources_of_any, wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Held, Need, Room, Way
+from fusegpt_ray.workers.room import Need, Room
 
 
 @contextmanager
@@ -23,9 +21,7 @@ def joined(
 
     Args:
         setups: of the set that each job needs.
-        asked: so many sets at once, for which the cluster must have room; None: as many as are sure
-            to find free GPUs, or one where a set has none, because sets share cores and memory.
-        quota: GPUs that all sets together may take; None: those that are free.
+        asked, quota: see `Room.of`; the cluster must have room for so many sets.
         key: of `asked`, for messages.
 
     Raises:
@@ -35,52 +31,51 @@ def joined(
     widest = sorted(setups, key=_processes)[-sets:]
     connection = Connection.open(setups[0].cluster, [setup.cluster for setup in widest])
     try:
-        gpus = sum(sorted(_held(setup, "turns").gpus for setup in setups)[-sets:])
-        cpus = sum(map(_processes, widest))
-        wanted = gpus if quota is None else min(gpus, quota)
-        cluster = max((setup.cluster for setup in setups), key=lambda one: one.wait_minutes)
-        try:
-            wait_for_resources(wanted, cpus, cluster, grows=not connection.own)
-        except UserError as error:
-            if sets == 1:
-                raise
-            raise UserError(key, asked, error.problem, "lower it, or leave it out") from error
-        yield _room([_need(setup) for setup in setups], asked, quota)
+        for alike in _by_labels(setups):
+            try:
+                _wait(alike, sets, quota, grows=not connection.own)
+            except UserError as error:
+                if sets == 1:
+                    raise
+                raise UserError(key, asked, error.problem, "lower it, or leave it out") from error
+        yield _room(setups, asked, quota)
     finally:
         connection.close()
 
 
-def _room(needs: Sequence[Need], asked: int | None, quota: float | None) -> Room:
-    sets = min(asked or 1, len(needs))
-    if not all(need.gpus for need in needs) or (asked and quota is None):
-        there = ray.cluster_resources()
-        most = Need(*(sum(sorted(kind)[-sets:]) for kind in zip(*map(_pair, needs), strict=True)))
-        roomy = most.within(Need(there.get("GPU", 0), there.get("CPU", 0)))
-        return Room(needs, sets, Need(quota or math.inf, math.inf), roomy)
-    free = ray.available_resources()
-    total = Need(min(free.get("GPU", 0), quota or math.inf), free.get("CPU", 0))
-    small = sorted(needs, key=_pair)
-    fitting = [n for n in range(1, len(needs) + 1) if Need.of_all(small[:n]).within(total)]
-    return Room(needs, max(1, min([asked or len(needs), len(fitting)])), total, roomy=True)
+def _by_labels(setups: Sequence[Setup]) -> Iterator[list[Setup]]:
+    """Those together that run on the same nodes."""
+    labels = [setup.cluster.labels for setup in setups]
+    for number, one in enumerate(labels):
+        if one not in labels[:number]:
+            yield [setup for setup in setups if setup.cluster.labels == one]
 
 
-def _pair(need: Need) -> tuple[float, float]:
-    return need.gpus, need.cpus
+def _wait(setups: Sequence[Setup], sets: int, quota: float | None, grows: bool) -> None:
+    """Until their nodes have what the largest of these sets need."""
+    needs = [_need(setup) for setup in setups]
+    gpus = Need.of_largest(needs, sets).gpus
+    cpus = sum(sorted(map(_processes, setups))[-sets:])
+    cluster: Cluster = max((setup.cluster for setup in setups), key=lambda one: one.wait_minutes)
+    wait_for_resources(gpus if quota is None else min(gpus, quota), cpus, cluster, grows)
 
 
-def _need(setup: Setup) -> Need:
-    """GPUs and CPUs that nothing else uses, one for each of its processes, and a CPU more, which it
-    leaves to Ray Data.
-    """
-    held = _held(setup, "apart")
-    return Need(held.gpus, held.replicas + held.workers + 1)
+def _room(setups: Sequence[Setup], asked: int | None, quota: float | None) -> Room:
+    clusters = [setup.cluster for setup in setups]
+    free, there = (_counted(kind(clusters)) for kind in (free_resources, resources_of_any))
+    needs, at_once = ([_need(setup, both) for setup in setups] for both in (False, True))
+    publishers = [_need(setup.publisher) for setup in setups]
+    return Room.of(needs, at_once, publishers, asked, quota, free, there)
+
+
+def _counted(resources: dict[str, float]) -> Need:
+    return Need(resources.get("GPU", 0), resources.get("CPU", 0))
+
+
+def _need(setup: Setup, at_once: bool = False) -> Need:
+    return Need.of(setup.cluster, setup.trains, gpus_of(setup.cluster), at_once)
 
 
 def _processes(setup: Setup) -> int:
     """That compute at the same time where replicas and training workers take turns."""
-    held = _held(setup, "turns")
-    return max(held.replicas, held.workers)
-
-
-def _held(setup: Setup, way: Way) -> Held:
-    return Held.of(setup.cluster, gpus_of(setup.cluster), setup.trains, way)
+    return max(setup.cluster.replicas, setup.cluster.workers if setup.trains else 0)

@@ -25,6 +25,7 @@ from fusegpt_ray.distributed.process import JobConfig
 from fusegpt_ray.distributed.serve import Job
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store import storage
+from fusegpt_ray.termination import came
 from fusegpt_ray.workers.base import News
 
 MAX_RESTARTS = 100
@@ -62,6 +63,7 @@ class TrainingJob:
         """See `workers.base.Workers.spmd`."""
         task = ray.put((function, arguments))
         ray.get(self._mailbox.post.remote([task]))
+        told = False
         while True:
             ended, _ = ray.wait([self._ended], timeout=0)
             outcome: Outcome = ray.get(self._mailbox.outcome.remote(1.0))
@@ -73,6 +75,9 @@ class TrainingJob:
                 return outcome.results
             if ended:
                 self._raise_end()
+            if came() and not told:
+                told = True
+                self._mailbox.end.remote()
 
     def close(self, wait: bool) -> None:
         """End the job; with `wait`, workers have time to end by themselves, and what they took of

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe
@@ -16,7 +16,10 @@ from fusegpt_ray.recipe_text import read_recipe
 from fusegpt_ray.run.outputs import FAMILIES
 from fusegpt_ray.scheduling.grid import (
     Base,
+    Grid,
+    Methods,
     Run,
+    Sparsities,
     as_written,
     check_apart,
     check_once,
@@ -24,10 +27,10 @@ from fusegpt_ray.scheduling.grid import (
     merged,
     named,
     of_model,
-    one_or_many,
     own_section,
     slug,
 )
+from fusegpt_ray.scheduling.mistakes import Mistakes
 from fusegpt_ray.sections import MOST
 from fusegpt_ray.store import storage
 from fusegpt_ray.text_sections import Section
@@ -38,11 +41,8 @@ SECTION = FAMILIES
 OWN = ("priority", "methods", "sparsities")
 """What a member says beside keys of the recipe."""
 
-Methods = Annotated[tuple[str | dict[str, Any], ...] | None, Field(min_length=1)]
-Sparsities = Annotated[tuple[float, ...] | None, BeforeValidator(one_or_many)]
 
-
-class Family(Section):
+class Family(Grid):
     """The section `family` of a recipe. Everything beside it is the base of every member."""
 
     members: tuple[str | dict[str, Any], ...] = Field(min_length=1)
@@ -50,13 +50,6 @@ class Family(Section):
     from the base, such as `{name: 13b, model: {source: …}, cluster: {workers: 2}}`; beside these
     `methods`, `sparsities` and `priority` (a whole number, 0 if left out: the highest goes first).
     """
-    methods: Methods = None
-    """As in `compare`; left out: the base's `method`."""
-    sparsities: Sparsities = None
-    """Left out: the base's `sparsity`."""
-    at_once: int | None = Field(None, ge=1, le=MOST)
-    """How many runs work at the same time on Ray, each on workers of its own; left out: as many as
-    the cluster's free GPUs, or `gpus`, suffice for. In one process it is always one."""
     gpus: float | None = Field(None, gt=0, le=MOST)
     """GPUs that all members together may take; left out: those that are free."""
 
@@ -105,19 +98,39 @@ class Members:
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> Self:
         """See `load`."""
+        found = cls.read(data, Mistakes())
+        assert found is not None, "the first mistake ends it"
+        return found
+
+    @classmethod
+    def read(cls, data: Mapping[str, Any], mistakes: Mistakes) -> Self | None:
+        """As `parse`, without the members that are wrong; None if none is left."""
         base = {key: value for key, value in data.items() if key != SECTION}
         fix = "add family: {members: [a/model, another/model]}"
-        asked = own_section(data, SECTION, Family, fix)
-        given = named(map(_with_name, asked.members), "name", f"{SECTION}.members")
-        members = [_member(base, name, keys, asked) for name, keys in given.items()]
+        asked = own_section(data, SECTION, Family, fix, mistakes)
+        if asked is None:
+            return None
+        items = map(_with_name, asked.members)
+        given = mistakes.check(named, items, "name", f"{SECTION}.members") or {}
+        found = [
+            mistakes.check(_member, base, name, keys, asked, mistakes)
+            for name, keys in given.items()
+        ]
+        members = [member for member in found if member and member.runs]
         runs = [run for member in members for run in member.runs]
-        check_apart(runs, f"{SECTION}.members")
+        mistakes.check(check_apart, runs, f"{SECTION}.members")
         if asked.gpus is not None:
             for run in runs:
-                _check_quota(run, asked.gpus)
+                mistakes.check(_check_quota, run, asked.gpus)
+        if not runs:
+            return None
         name = str((base.get("output") or {}).get("name"))
         uri = runs[0].recipe.output.uri
         return cls(name, uri, tuple(members), asked.at_once, asked.gpus, as_written(data))
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for member in self.members for run in member.runs]
 
 
 def _with_name(member: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -132,12 +145,19 @@ def _with_name(member: str | Mapping[str, Any]) -> dict[str, Any]:
     return keys
 
 
-def _member(base: Mapping[str, Any], name: str, keys: Mapping[str, Any], asked: Family) -> Member:
+def _member(
+    base: Mapping[str, Any],
+    name: str,
+    keys: Mapping[str, Any],
+    asked: Family,
+    mistakes: Mistakes,
+) -> Member | None:
     key = f"{SECTION}.members"
     try:
         own = _Own.model_validate({each: keys[each] for each in OWN if each in keys})
     except ValidationError as error:
-        raise explained(_Own, error, f"{key}.{name}")[0] from error
+        mistakes.note(explained(_Own, error, f"{key}.{name}"))
+        return None
     changes = {each: value for each, value in keys.items() if each not in OWN}
     output = changes.get("output")
     _check_output(output, f"{key}.{name}")
@@ -151,12 +171,9 @@ def _member(base: Mapping[str, Any], name: str, keys: Mapping[str, Any], asked: 
     if sparsities is not None:
         check_once(sparsities, f"{SECTION}.sparsities")
         data["sparsity"] = list(sparsities)
-    runs = _runs(Base(merged(data, changes), name, [slug(name)], "method"), own.methods, asked)
-    try:
-        return Member(name, own.priority, tuple(runs))
-    except UserError as error:
-        problem = f"{error.problem} (of the member {shown(name)})"
-        raise UserError(error.key, error.value, problem, error.fix) from error
+    called = f"of the member {shown(name)},"
+    whole = Base(merged(data, changes), name, [slug(name)], called, mistakes)
+    return Member(name, own.priority, tuple(_runs(whole, own.methods, asked)))
 
 
 def _runs(base: Base, own: Methods, asked: Family) -> Iterator[Run]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from fusegpt_ray.errors import StorageError, UserError, first_line
+from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.family.board import on_terminal
 from fusegpt_ray.family.follow import PAGE, Board
-from fusegpt_ray.family.members import SECTION, Member, Members
+from fusegpt_ray.family.members import SECTION, Members
 from fusegpt_ray.family.watch import TableDisplay
-from fusegpt_ray.plan import Plan, plan
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
-from fusegpt_ray.scheduling.grid import Run
+from fusegpt_ray.scheduling.planned import planned
 from fusegpt_ray.scheduling.slots import Asked, Job, Slots
 from fusegpt_ray.store import storage
-from fusegpt_ray.uris import shown
 
 
 def compress_family(
@@ -33,8 +31,7 @@ def compress_family(
     with display or TableDisplay() as show:
         runs = [(member, run) for member in members.members for run in member.runs]
         jobs = [
-            Job(f"{member.name}: {run.method}", _planned(member, run, show, restart))
-            for member, run in runs
+            Job(f"{member.name}: {run.method}", planned(run, show, restart)) for member, run in runs
         ]
         for (member, _), job in zip(runs, jobs, strict=True):
             job.priority = member.priority
@@ -57,14 +54,6 @@ def compress_family(
         board.write(result, _page(result, show))
         show.say(f"the leaderboard is in {members.folder}")
     return result
-
-
-def _planned(member: Member, run: Run, show: Display, restart: bool) -> Plan:
-    try:
-        return plan(run.recipe, show, restart, extends=True)
-    except UserError as error:
-        problem = f"{error.problem} (of the member {shown(member.name)}, {shown(run.method)})"
-        raise UserError(error.key, error.value, problem, error.fix) from error
 
 
 def _page(result: dict[str, Any], show: Display) -> bytes | None:

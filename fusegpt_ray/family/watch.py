@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -19,27 +17,15 @@ class TableDisplay(Display):
         super().__init__()
         self.table: Callable[[], RenderableType] | None = None
         """Makes what is shown over the bar."""
-        self._live = Live(
+        live = Live(
             console=self.console,
             get_renderable=self._whole,
             transient=True,
             refresh_per_second=2,
         )
+        if self.console.is_terminal:  # it draws the bar, too, which is never started
+            self._moves = live
 
     def _whole(self) -> RenderableType:
         bar = self._bar.get_renderable()
         return Group(self.table(), bar) if self.table else bar
-
-    def __enter__(self) -> Self:
-        if self.console.is_terminal:  # it draws the bar, too, which is never started
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self.console.is_terminal:
-            self._live.stop()

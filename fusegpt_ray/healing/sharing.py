@@ -25,10 +25,15 @@ def shared(stack: Stack, size: int | None) -> Stack:
     """In groups of so many adjacent blocks; None: as it is."""
     if size is None:
         return stack
-    assert len(stack) % size == 0, (len(stack), size)
-    for first in range(0, len(stack), size):
-        stack = stack.share(*stack.kept[first : first + size])
+    for group in groups(stack, size):
+        stack = stack.share(*group)
     return stack
+
+
+def groups(stack: Stack, size: int) -> list[tuple[int, ...]]:
+    """The numbers of the blocks of each group."""
+    assert len(stack) % size == 0, (len(stack), size)
+    return [stack.kept[first : first + size] for first in range(0, len(stack), size)]
 
 
 def check_groups(size: int | None, dense: Stack, depths: list[int]) -> None:

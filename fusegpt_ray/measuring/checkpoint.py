@@ -18,7 +18,7 @@ from rich.console import Console
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
 from fusegpt_ray.model.companions import CONFIG
-from fusegpt_ray.model.config import auto_class
+from fusegpt_ray.model.config import QuantizedError, auto_class
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing import plain
@@ -33,6 +33,11 @@ from fusegpt_ray.uris import refuse_secret
 
 KEY = "MODEL"
 """What messages call the argument that names a model."""
+_UNQUANTIZED = (
+    "measure the checkpoint that it was made from; on tasks, lm-eval itself measures quantized ones"
+    " (lm_eval --model hf), and on speed whatever serves them"
+)
+"""The fix for a quantized checkpoint, which loads only with its quantizer's own library."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ class Checkpoint:
             tensors = read_index(source.folder, KEY).values()
         except UserError as error:
             key, fix = (text.replace("model.source", KEY) for text in (error.key, error.fix))
+            if isinstance(error, QuantizedError):
+                fix = _UNQUANTIZED
             raise UserError(key, error.value, error.problem, fix) from error
         names = {ref.file.rsplit("/", 1)[-1] for ref in tensors}
         if names != {SINGLE}:

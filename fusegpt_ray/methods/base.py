@@ -130,6 +130,8 @@ class Change:
     train_seconds: float = 0.0
     repair: Mapping[str, Any] | None = None
     """What the record tells of a repair in closed form (see `fusion.repair.Repaired`)."""
+    replaced: tuple[int, ...] = ()
+    """Numbers of consecutive blocks of which the first, trained, now stands for all."""
     inserted: tuple[Copy, ...] = ()
     """Copies that are in it now."""
     width: Mapping[str, Any] | None = None

@@ -3,7 +3,8 @@
 
 SOLAR makes 48 blocks of 32: n = 24, so that the 8 blocks at either end are there once, and the 16
 between them twice. Here `depth` says how many blocks M there are to be, n = M / 2. If M is odd, one
-block more is of the first ones, which is our choice.
+block more is of the first ones, which is our choice. SOLAR then pretrains the whole model further;
+here that is the recipe's `heal`, in which `heal.train` says what learns.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ weights frozen (after FoldGPT, arXiv 2407.00928: its gated block removal).
 `healing/gates.py` has the formula. One replica trains the gates, in the first round, for all of
 them together; the number of blocks to go is in the budget, so another number has other gates. What
 FoldGPT does after that is the recipe's `heal`: `heal.share` for weights shared among the blocks
-that stay (`healing/sharing.py`), and its fine-tuning by distillation, with `heal.hidden` for the
-last states.
+that stay (`healing/sharing.py`), and its fine-tuning by "tail-layer distillation". The abstract
+does not say what is compared there; ours are the next-token distributions of the dense model and,
+with `heal.hidden`, the squared error of the last states, each divided by its root mean square.
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ in the last. A block's score is the least distance 1 − cos of a run in which i
 another. The n lowest scores, of which equal ones go by number, are then those of the best run, of
 equally good ones the first. Another n is another run.
 
+The abstract leaves open, and ours is: that the mean over the tokens of the windows that score
+chooses the run, that all of f learns, in float32 and by Adam on a cosine, on the calibration's
+windows, and that training to the logits, if any, is that of all blocks afterwards (`heal`).
+
 The light network is the paper's Transformer layer, initialised from the run's first block. The
 paper also has an MLP as one. With `fusion.light: mlp` it is the MLP of a plain block,
 
@@ -107,6 +111,7 @@ def _replace(round: Round) -> Change:
         trained.states_bytes_read,
         trained.states_seconds,
         trained.train_seconds,
+        replaced=tuple(round.dense.kept[first : last + 1]),
     )
 
 

@@ -9,7 +9,7 @@ Notable:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from fusegpt_ray.store.checkpoint import TensorRef
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$")
 """Computed nowadays, and ignored by transformers where an old checkpoint still has them."""
+_ENCODER = re.compile(r"(^|\.)encoder\.layers?$")
 _LAYER = GradientCheckpointingLayer
 """What transformers makes all decoder blocks of; those of a hybrid may be of several classes."""
 _RESAVE = "re-save the checkpoint with save_pretrained"
@@ -37,32 +38,48 @@ def find_blocks(model: transformers.PreTrainedModel) -> str:
     """The path of the decoder blocks' ModuleList, such as `model.layers`.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: there is none, or more than one; or it is an encoder's.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = [
+    lists = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and 0 < len(module) == depth
         and (len({*map(type, module)}) == 1 or _are_layers(module))
-        and not re.search(r"vision|visual|image|audio|encoder\b", name)
+        and not re.search(r"vision|visual|image|audio", name)
     ]
+    found = [name for name in lists if not re.search(r"encoder\b", name)]
+    if not found:  # BERT's decoders call theirs so
+        found = [name for name in lists if _ENCODER.search(name)]
+        _check_decoder(model, found)
     outermost = [name for name in found if not any(name.startswith(other + ".") for other in found)]
     if len(outermost) > 1:  # as many projectors as blocks, say
         outermost = [name for name in outermost if _are_layers(model.get_submodule(name))]
     if len(outermost) != 1:
-        what = (
-            f"{len(found)} lists of {depth} decoder blocks found ({', '.join(found)})"
-            if found
-            else "no decoder blocks found"
-        )
+        what = f"no decoder blocks found: its configuration says {depth}, and no list has so many"
+        if found:
+            what = f"{len(found)} lists have {depth} modules ({', '.join(found)}), as many as there"
+            what += " are blocks, and it is not clear which are these"
+        elif depth is None:
+            what = "no decoder blocks found: its configuration does not say how many there are"
         fix = (
             "use a decoder-only model whose blocks lie in one list (LLaMA, LLaVA, Mistral, Qwen,"
             " Gemma, OPT, GPT-2 …)"
         )
         raise UserError(KEY, type(model).__name__, what, fix)
     return outermost[0]
+
+
+def _check_decoder(model: transformers.PreTrainedModel, found: Collection[str]) -> None:
+    """
+    Raises:
+        UserError: the blocks that were found see all of a text.
+    """
+    if found and not getattr(model.config.get_text_config(), "is_decoder", True):
+        problem = "config.json says is_decoder: false: an encoder, which sees all of a text"
+        fix = "use a decoder, such as LLaMA, Mistral, Qwen or Gemma"
+        raise UserError(KEY, type(model).__name__, problem, fix)
 
 
 def _are_layers(modules: nn.Module) -> bool:

@@ -22,6 +22,7 @@ from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
+from transformers.generation import GenerationMixin
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -51,6 +52,10 @@ _KEYS = 100
 _HEADLESS = "a language model without its head, as embedding models are: it predicts no next token"
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 """Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
+
+
+class QuantizedError(UserError):
+    """A checkpoint is quantized."""
 
 
 def read_config(raw: Mapping[str, Any]) -> transformers.PretrainedConfig:
@@ -87,9 +92,8 @@ def _read(text: str) -> transformers.PretrainedConfig:
             "use the checkpoint in its original dtype, or what transformers makes of it"
             " (model.dequantize(), then save_pretrained); quantize what this tool publishes"
         )
-        raise UserError(
-            KEY, kind, f"a quantized checkpoint ({how}), whose weights cannot be fused", fix
-        )
+        problem = f"a quantized checkpoint ({how}), where plain weights are needed"
+        raise QuantizedError(KEY, kind, problem, fix)
     if named := raw.get("transformers_weights"):
         fix = "load the checkpoint with transformers and save_pretrained it, under the usual names"
         raise UserError(KEY, named, "config.json gives its weights a name of their own", fix)
@@ -198,8 +202,22 @@ def model_class(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
     its type.
 
     Raises:
-        UserError: none of transformers' own causal or image-text-to-text models.
+        UserError: none of transformers' own causal or image-text-to-text models, or one that does
+            not predict each token from those before it.
     """
+    kind = _class_named(raw)
+    if not issubclass(kind, GenerationMixin):  # it fills in blocks of text, or moves a robot
+        problem = (
+            "it does not write a text token after token, each from those before it, as"
+            " transformers has no such generation for it"
+        )
+        fix = "use a causal language model, or an image-text-to-text model that answers so"
+        raise UserError(KEY, kind.__name__, problem, fix)
+    return kind
+
+
+def _class_named(raw: Mapping[str, Any]) -> type[transformers.PreTrainedModel]:
+    """See `model_class`."""
     names, name = raw.get("architectures"), _named(raw)
     known_name = name if name in _ARCHITECTURES else ""
     usual = _usual_class(raw, known_name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,9 @@ class Names:
     converters: list[WeightConverter]
     base: str
     config: transformers.PretrainedConfig
+    _known: dict[tuple[str, bool], Place] = field(default_factory=dict, repr=False, compare=False)
+    """Places that were found, by name and whether it was still to be renamed: dozens of patterns
+    are tried for each, and a mixture of experts has ten thousands of names."""
 
     @classmethod
     def of(cls, model: transformers.PreTrainedModel) -> Names:
@@ -59,21 +62,24 @@ class Names:
 
     def place(self, name: str) -> Place:
         """Of a tensor that a checkpoint calls so."""
-        return self._place(name, self.renamings)
+        return self._place(name, True)
 
     def renamed_place(self, name: str) -> Place:
         """Of a tensor that is called so once it is renamed, and not yet converted."""
-        return self._place(name, [])
+        return self._place(name, False)
 
     def inside(self, name: str) -> str:
         """See `Place`."""
         return self.place(name).inside
 
-    def _place(self, name: str, renamings: list[Any]) -> Place:
-        found = rename_source_key(name, renamings, self.converters, self.base, self.expected)
-        if found[0] not in self.expected and name in self.expected:
-            found = rename_source_key(name, [], [], self.base, self.expected)
-        return Place(*found)
+    def _place(self, name: str, rename: bool) -> Place:
+        if (name, rename) not in self._known:
+            steps = self.renamings if rename else []
+            found = rename_source_key(name, steps, self.converters, self.base, self.expected)
+            if found[0] not in self.expected and name in self.expected:
+                found = rename_source_key(name, [], [], self.base, self.expected)
+            self._known[name, rename] = Place(*found)
+        return self._known[name, rename]
 
     def renamed(self, name: str) -> str:
         """What a tensor is called before it is converted."""
@@ -141,9 +147,7 @@ class Names:
             if self.inside(other) == f"{path}.{number + 1}.{tail}":
                 return name[: found.start()]
         inside = f"{path}.{number}.{tail}"
-        raise UserError(
-            KEY,
-            name,
-            f"called {inside} in the model",
-            "re-save the checkpoint with save_pretrained",
-        )
+        problem = f"it is {inside} in the model, but its own name does not tell the block by this"
+        problem += " number, so that it cannot be given another"
+        fix = "re-save the checkpoint with save_pretrained, unless that has written it"
+        raise UserError(KEY, name, problem, fix)

@@ -138,7 +138,9 @@ class Recorded:
         that and what is `added` to it.
         """
         for number, recorder in enumerate(self.recorders):
-            if recorder.calls != 1:
+            if not recorder.calls:
+                return f"leaves block {number} out where there is text alone"
+            if recorder.calls > 1:
                 return f"calls block {number} {recorder.calls} times"
             before, context = self.recorders[number - 1], recorder.context
             known = before.context is not None and before.context.added is not None

@@ -103,7 +103,7 @@ class Runner:
         if self.device.type != "cpu":
             if trunk:
                 self.trunk.model.to("cpu")
-            self.weights.offload()
+            self.weights.offload(self.host_share)
 
     def reload(self) -> None:
         """Undo `offload`; does nothing if there was none."""

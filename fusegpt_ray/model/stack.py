@@ -188,7 +188,9 @@ class Stack:
         assert {*weights} == {*self.kept}, (set(weights), self.kept)
         for block in self.blocks:
             assert weights[block.dense].keys() == block.weights.keys(), block.dense
-        blocks = tuple(Block(block.dense, weights[block.dense]) for block in self.blocks)
+        blocks = tuple(
+            replace(block, weights=weights[block.dense], terms=None) for block in self.blocks
+        )
         return replace(self, config=config, trunk=trunk, blocks=blocks, ignored=())
 
     def to_json(self) -> dict[str, Any]:

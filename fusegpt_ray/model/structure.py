@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 from transformers import PreTrainedModel
 
-from fusegpt_ray.errors import UserError, reading_users_file
+from fusegpt_ray.errors import UserError, first_line, reading_users_file
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.operations import Operations
@@ -79,14 +79,16 @@ def observe(raw: Mapping[str, Any]) -> Structure:
         trunk = {key: tuple(value.shape) for key, value in model.state_dict().items()}
         filled_without_memory(model)
         zeros = torch.zeros(2, TOKENS, dtype=torch.int64)
-        after = _pass(recorded, zeros)
+        with _of_text(recorded):
+            after = _pass(recorded, zeros)
         if problem := recorded.not_in_a_row():
             raise UserError(KEY, name, f"its forward pass {problem}", _FIX)
         contexts = recorded.contexts
         h_BTD = recorded.recorders[0].h_BTD
         assert h_BTD is not None
         if h_BTD.dim() != 3 or h_BTD.shape[:2] != zeros.shape:
-            problem = f"what passes from block to block is {list(h_BTD.shape)}, not hidden states"
+            problem = f"what passes from block to block is {list(h_BTD.shape)}, not the hidden"
+            problem += f" states of {zeros.shape[0]} rows of {zeros.shape[1]} tokens"
             raise UserError(KEY, name, problem, _FIX)
         _pass(recorded, 3 + torch.arange(2 * TOKENS).reshape(2, TOKENS))
         if by_sample := not all(map(same, contexts, recorded.contexts)):
@@ -120,9 +122,31 @@ def running(name: str) -> Iterator[None]:
         with reading_users_file(KEY, name, "its blocks cannot be run one by one", _FIX):
             yield
     except UserError as error:
-        if not any(said in str(error.__cause__) for said in _NO_VALUES):
+        if not _asks_for_values(error.__cause__):
             raise
         raise UserError(KEY, name, LOOKS_AT_VALUES, _FIX) from error
+
+
+@contextmanager
+def _of_text(recorded: Recorded) -> Iterator[None]:
+    """While a model sees a text's tokens for the first time.
+
+    Raises:
+        UserError: it asks for more, such as images, before it comes to its blocks.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a class raises is its word on what it is given
+        if recorded.recorders[0].calls or _asks_for_values(error):
+            raise
+        name = type(recorded.model).__name__
+        problem = f"it does not run on the tokens of a text alone ({first_line(error)})"
+        fix = "use a model that runs on text by itself, as LLaVA does"
+        raise UserError(KEY, name, problem, fix) from error
+
+
+def _asks_for_values(error: BaseException | None) -> bool:
+    return any(said in str(error) for said in _NO_VALUES)
 
 
 def _check_alone(

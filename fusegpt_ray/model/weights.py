@@ -25,6 +25,10 @@ RESIDENT_SHARE = 0.4
 """Share of the free memory that the dense blocks may take for the whole run. Fused blocks come on
 top; the rest is for states, activations and, in a single process, fine-tuning."""
 
+OFFLOAD_SHARE = 0.8
+"""Share of the host's free memory that all processes of a node may take for blocks that make room
+on GPUs. Ray's memory monitor would kill one of them where hardly anything is left."""
+
 
 class Weights:
     """Modules of the dense stack's blocks, and of those that rounds make of them."""
@@ -89,14 +93,15 @@ class Weights:
         self._host.clear()
         empty_cache()
 
-    def offload(self) -> None:
-        """Move the blocks that are kept from the GPU to pinned memory of the host, where they fit.
+    def offload(self, host_share: float = 1.0) -> None:
+        """Move the blocks that are kept from the GPU to pinned memory of the host, where they fit
+        into this process's share of what is free there: others of the node do the same now.
 
         Weights never change, so the copies stay: each block is copied to the host once. A walk
         brings each block back for its turn.
         """
         self._away = True
-        free = free_bytes(torch.device("cpu"))
+        free = OFFLOAD_SHARE * host_share * free_bytes(torch.device("cpu"))
         for key, module in list(self._kept.items()):
             copies = self._host.get(key)
             if copies is None:

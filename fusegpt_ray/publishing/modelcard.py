@@ -89,10 +89,11 @@ def _about(manifest: Mapping[str, Any]) -> str:
     if "healing" not in manifest:
         return about
     heal = manifest["recipe"].get("heal") or {}
-    about = (
-        about.replace(", nothing trained but these", "").replace(", nothing trained", "")
-        + HEALED[heal.get("loss", "kl")]
-    )
+    healed = HEALED[heal.get("loss", "kl")]
+    if heal.get("train") == "new":
+        healed = healed.replace("all blocks trained together", "the new blocks alone trained")
+    about = about.replace(", nothing trained but these", "").replace(", nothing trained", "")
+    about += healed
     if size := heal.get("share"):
         about += f", in groups of {size} blocks that share weights"
     return about
@@ -199,8 +200,15 @@ def _blocks(manifest: Mapping[str, Any]) -> list[str]:
     if inserted := manifest.get("inserted"):
         copies = ", ".join(f"{copy['like']} behind {copy['after']}" for copy in inserted)
         return [f"Copies of blocks added {numbers}: of {copies}."]
-    removed = ", ".join(map(str, manifest["removed"]))
-    return [f"Blocks removed, in order {numbers}: {removed}."] if removed else []
+    lines = []
+    if removed := ", ".join(map(str, manifest["removed"])):
+        lines.append(f"Blocks removed, in order {numbers}: {removed}.")
+    if run := [n for round in manifest.get("rounds", ()) for n in round.get("replaced", ())]:
+        lines.append(f"Block {run[0]} was trained to stand for blocks {run[0]} to {run[-1]}.")
+    if groups := manifest.get("healing", {}).get("groups"):
+        which = "; ".join(", ".join(map(str, group)) for group in groups)
+        lines.append(f"Blocks that share weights {numbers}: {which}.")
+    return ["  \n".join(lines)] if lines else []
 
 
 def _layers(manifest: Mapping[str, Any]) -> str:

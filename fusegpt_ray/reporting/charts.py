@@ -142,7 +142,7 @@ def _scores(facts: Facts) -> Chart | None:
     if not rows:
         return None
     positive = all(isinstance(row[2], float) and row[2] > 0 for row in rows)
-    how = facts.chosen_by
+    how, estimated = facts.chosen_by, any(round.stopped for round in facts.rounds)
     base = alt.Chart().encode(
         x=alt.X("block:O", axis=alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=4)),
         y=alt.Y("round:O"),
@@ -162,8 +162,9 @@ def _scores(facts: Facts) -> Chart | None:
     return chart(
         "scores",
         f"{how[0].upper()}{how[1:]} of each block, round by round",
-        "Each round removes the block marked with a cross, the one with the lowest score; scores of"
-        " blocks that could no longer be the lowest were left as estimates.",
+        "Each round removes the block marked with a cross, the one with the lowest score"
+        + "; scores of blocks that could no longer be the lowest were left as estimates" * estimated
+        + ".",
         _SCORED,
         rows,
         alt.layer(base.mark_rect().encode(color=score, tooltip=tips), removed),

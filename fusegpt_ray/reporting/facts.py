@@ -85,6 +85,11 @@ class Facts(Part):
         return [copy for round in self.rounds for copy in round.inserted]
 
     @property
+    def replaced(self) -> list[int]:
+        """The run in whose place its first block stands."""
+        return [block for round in self.rounds for block in round.replaced]
+
+    @property
     def changed(self) -> str:
         """What happened to how many blocks, or to the width."""
         if self.width:

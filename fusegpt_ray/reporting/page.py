@@ -30,6 +30,7 @@ def html(found: Facts) -> str:
         facts=found,
         rounds=_rounds(found),
         inserted=[[copy.like, copy.after] for copy in found.inserted],
+        shared=_shared(found),
         protocols=_protocols(found),
         work=_work(found),
         traffic=[*_traffic(found)],
@@ -95,11 +96,11 @@ def _stages(found: Facts) -> list[str]:
 def _headline(found: Facts) -> list[tuple[str, str]]:
     """What one wants to know first: names and values."""
     blocks = str(found.dense_blocks or "?")
-    if found.dense_blocks:
+    if found.dense_blocks and not found.width:
         blocks += f" → {found.dense_blocks - len(found.removed) + len(found.inserted)}"
     told = [("blocks", blocks), ("method", found.method)]
     if found.width:
-        told.insert(1, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
+        told.insert(0, ("hidden size", f"{found.width.dense} → {found.width.kept}"))
     if found.bytes is not None:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):
@@ -139,6 +140,12 @@ def _rounds(found: Facts) -> list[list[Any]]:
         for number, round in enumerate(found.rounds, 1)
         if round.removed is not None
     ]
+
+
+def _shared(found: Facts) -> list[list[Any]]:
+    """The groups of blocks that share weights."""
+    groups = found.healing.groups if found.healing else []
+    return [[number, ", ".join(map(str, group))] for number, group in enumerate(groups, 1)]
 
 
 def _work(found: Facts) -> list[list[str]]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from pydantic import FiniteFloat, NonNegativeInt
 
 from fusegpt_ray.store.foreign import Part
-from fusegpt_ray.text.protocol import stages
+from fusegpt_ray.text.protocol import stages, undone
 
 
 class Protocol(Part):
@@ -31,7 +29,9 @@ class Perplexity(Protocol):
     dense: float
     dropped: float | None = None
     repaired: float | None = None
+    trained: float | None = None
     fused: float | None = None
+    replaced: float | None = None
     sliced: float | None = None
     inserted: float | None = None
     healed: float | None = None
@@ -44,11 +44,8 @@ class Perplexity(Protocol):
 
     @property
     def undone(self) -> float | None:
-        """The share of the damage of dropping the blocks that is undone, if there was damage."""
-        last = [*self.by_stage.values()][-1]
-        if self.dropped is None or not self.dense < self.dropped < math.inf:
-            return None
-        return (self.dropped - last) / (self.dropped - self.dense)
+        """See `text.protocol.undone`."""
+        return undone(self.by_stage)
 
 
 class Estimate(Part):
@@ -71,6 +68,8 @@ class Copy(Part):
 class Round(Part):
     removed: int | None = None
     """None: the round is under way, or inserts blocks."""
+    replaced: list[int] = []
+    """Consecutive blocks of which the first now stands for all."""
     inserted: list[Copy] = []
     scores: dict[int, float] = {}
     stopped: dict[int, Estimate] = {}
@@ -96,6 +95,8 @@ class Width(Part):
 class Healing(Part):
     losses: list[float]
     held_out: list[float] = []
+    groups: list[list[int]] = []
+    """Of blocks that share weights."""
     tokens: int | None = None
     seconds: dict[str, FiniteFloat] = {}
     data: Protocol | None = None

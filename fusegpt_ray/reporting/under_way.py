@@ -43,6 +43,7 @@ def under_way(run: Run) -> dict[str, Any]:
         "recipe": recipe,
         "spent": Spent.told(run.heartbeat.get(SPENT)),
         "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
+        "width": rounds[-1].get("width") if rounds else None,
         "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
         "healing": next(filter(None, healed), None),
         "search": _search(run),

@@ -62,6 +62,14 @@ class Budget:
         told = {"seconds": seconds + now, "gpu_seconds": gpu_seconds + now * self.gpus}
         return {key: round(value, 3) for key, value in told.items()}
 
+    @property
+    def told(self) -> dict[str, float]:
+        """{"hours", "gpu_hours", "money"} until now; the last one only where a price is given."""
+        spent, price = self.spent, self.cluster.gpu_hour_price
+        gpu_hours = spent["gpu_seconds"] / 3600
+        money = {} if price is None else {"money": gpu_hours * price}
+        return {"hours": spent["seconds"] / 3600, "gpu_hours": gpu_hours, **money}
+
     def check(self) -> None:
         """
         Raises:
@@ -83,16 +91,15 @@ class Budget:
     @property
     def over(self) -> str:
         """What to say where nothing is left, else nothing."""
-        spent, price = self.spent, self.cluster.gpu_hour_price or 0.0
-        hours, cost = spent["seconds"] / 3600, spent["gpu_seconds"] / 3600 * price
+        told = self.told
         for key, limit, so_far, unit in (
-            ("max_hours", self.cluster.max_hours, hours, " hours"),
-            ("max_cost", self.cluster.max_cost, cost, ""),
+            ("max_hours", self.cluster.max_hours, told["hours"], " hours"),
+            ("max_cost", self.cluster.max_cost, told.get("money", 0.0), ""),
         ):
             if limit is not None and so_far >= limit:
-                told = f"cluster.{key} = {limit:.9g} is spent: {so_far:,.2f}{unit} by now"
+                what = f"cluster.{key} = {limit:.9g} is spent: {so_far:,.2f}{unit} by now"
                 where = f"what is saved stays in {self.folder}, and the same command goes on"
-                return f"{told}; {where} from there with a larger cluster.{key}"
+                return f"{what}; {where} from there with a larger cluster.{key}"
         return ""
 
 

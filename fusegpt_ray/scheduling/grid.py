@@ -9,19 +9,43 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import Recipe, percent
 from fusegpt_ray.recipe_errors import explained
+from fusegpt_ray.scheduling.mistakes import Mistakes
+from fusegpt_ray.sections import MOST
 from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
+
+
+def one_or_many(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Methods = Annotated[tuple[str | dict[str, Any], ...] | None, Field(min_length=1)]
+Sparsities = Annotated[tuple[float, ...] | None, BeforeValidator(one_or_many)]
+
+
+class Grid(Section):
+    """What a comparison and a family say alike."""
+
+    methods: Methods = None
+    """Names of methods, or mappings: a `name` of one's own, and the keys of the recipe that differ
+    from the base, such as `{name: "fusegpt, paper", method: fusegpt, preset: paper}`. Left out: the
+    base's `method`; a comparison needs them."""
+    sparsities: Sparsities = None
+    """Left out: the base's `sparsity`."""
+    at_once: int | None = Field(None, ge=1, le=MOST)
+    """How many runs work at the same time on Ray, each on workers of its own; left out: as many as
+    the cluster's free GPUs suffice for. In one process it is always one."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +56,8 @@ class Run:
     method: str
     """As they are called in the tables."""
     recipe: Recipe
+    where: str
+    """Which one it is, for messages: "in the cell mi"."""
 
     def folder(self, sparsity: float) -> str:
         """Where its model of this sparsity will be."""
@@ -50,7 +76,9 @@ class Base:
     parts: Sequence[str]
     """Of the runs' names, behind that of the recipe."""
     called: str
-    """What one of its runs is called in messages: "cell"."""
+    """What one of its runs is called in messages, before its method: "in the cell"."""
+    mistakes: Mistakes = field(default_factory=Mistakes)
+    """Hears of those that are no recipes, which are left out."""
 
     def runs(self, method: str, changes: Mapping[str, Any], *part: str) -> Iterator[Run]:
         """The runs of one method.
@@ -68,23 +96,24 @@ class Base:
         if spec and spec.inserts:  # the others' sparsities are nothing to it
             data.pop("sparsity", None)
         if spec is None or spec.nested or spec.inserts:
-            yield self._run(method, data, *part)
+            yield from self._run(method, data, *part)
             return
         for value in one_or_many(data.get("sparsity", 0.25)):
-            named = self._run(method, data | {"sparsity": value}, *part).recipe.sparsity[0]
-            yield self._run(method, data | {"sparsity": named}, *part, percent(named))
+            for run in self._run(method, data | {"sparsity": value}, *part):
+                named = run.recipe.sparsity[0]
+                yield from self._run(method, data | {"sparsity": named}, *part, percent(named))
 
-    def _run(self, method: str, data: Mapping[str, Any], *part: str) -> Run:
+    def _run(self, method: str, data: Mapping[str, Any], *part: str) -> Iterator[Run]:
         output = data.get("output")
         stem = output.get("name") if isinstance(output, dict) else None
         if isinstance(stem, str) and stem:  # else `Recipe.parse` says so
             name = "-".join([stem, *self.parts, *part])
             data = merged(data, {"output": {"name": name}})
-        try:
-            return Run(self.model, method, Recipe.parse(data))
-        except UserError as error:
-            problem = f"{error.problem} (in the {self.called} {shown(method)})"
-            raise UserError(error.key, error.value, problem, error.fix) from error
+        where = f"{self.called} {shown(method)}"
+        if found := Recipe.mistakes(data):
+            self.mistakes.note(found, where)
+        else:
+            yield Run(self.model, method, Recipe.parse(data), where)
 
 
 def named(
@@ -164,28 +193,26 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 S = TypeVar("S", bound=Section)
 
 
-def own_section(data: Mapping[str, Any], name: str, kind: type[S], fix: str) -> S:
-    """What a recipe says in a command's own section of this name.
-
-    Raises:
-        UserError: it is missing (`fix` says what to add), or wrong.
+def own_section(
+    data: Mapping[str, Any], name: str, kind: type[S], fix: str, mistakes: Mistakes
+) -> S | None:
+    """What a recipe says in a command's own section of this name; None if it is missing (`fix` says
+    what to add), or wrong.
     """
     if name not in data:
-        raise UserError(name, None, "missing", fix)
+        mistakes.note([UserError(name, None, "missing", fix)])
+        return None
     try:
         return kind.model_validate(data[name])
     except ValidationError as error:
-        raise explained(kind, error, name)[0] from error
+        mistakes.note(explained(kind, error, name))
+        return None
 
 
 def as_written(data: Mapping[str, Any]) -> dict[str, Any]:
     """All that was asked, as JSON has it."""
     written: dict[str, Any] = json.loads(json.dumps(data, default=str))
     return written
-
-
-def one_or_many(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def slug(name: str) -> str:

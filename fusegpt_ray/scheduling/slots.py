@@ -8,13 +8,15 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from fusegpt_ray.compression import Compression
-from fusegpt_ray.errors import BudgetSpent, StorageError, UserError, first_line
+from fusegpt_ray.errors import BudgetSpent, PutOff, StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers, room_for_sets
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.outputs import SHARED_FOLDER, TRAINING_FOLDER
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.scheduling.threads import Threads
@@ -93,7 +95,7 @@ class Slots:
         self.jobs, self.asked, self.show = jobs, asked, show
         self.worked = False
         """Whether anything has been worked on."""
-        self._ended, self._telling = 0, threading.Lock()
+        self._ended, self._late, self._telling = 0, 0, threading.Lock()
 
     def run(self) -> None:
         """All jobs; one that fails is told. Those in one place share it; places follow one another.
@@ -124,9 +126,11 @@ class Slots:
             Threads() as threads,
         ):
             self._room, self._threads = room, threads
+            self._several = room.at_once > 1 or (len(jobs) > 1 and any(room.publishers))
+            each = zip(jobs, numbers, room.needs, room.publishers, strict=True)
             entries = [
-                Entry(job, number, need, job.priority)
-                for job, number, need in zip(jobs, numbers, room.needs, strict=True)
+                Entry(job, number, need, job.priority, publisher)
+                for job, number, need, publisher in each
             ]
             self._waiting: Waiting[Job] = Waiting(entries, room.total)
             if not asked.ends_early:
@@ -136,9 +140,11 @@ class Slots:
             while self._waiting:  # jobs whose workers could not be opened
                 self._slot(0, last=True)
 
-    def _grouped(self, jobs: Sequence[Job]) -> tuple[list[Group], list[int]]:
-        """The groups, and each job's number of its group."""
-        names = [_same_workers(job.plan) for job in jobs]
+    def _grouped(self, jobs: Sequence[Job]) -> tuple[dict[int, Group], list[int]]:
+        """The groups, with those that `Waiting.put_off` makes of them, and each job's number of its
+        group.
+        """
+        names = [same_workers(job.plan) for job in jobs]
         order = [*dict.fromkeys(names)]
         groups = []
         for name in order:
@@ -146,7 +152,10 @@ class Slots:
             trains = any(plan.setup.trains for plan in plans)
             shared = Shared(storage.join(self.asked.folder, SHARED_FOLDER))
             groups.append(Group(replace(plans[0].setup, trains=trains), shared))
-        return groups, [order.index(name) for name in names]
+        numbered = dict(enumerate(groups))
+        for number, group in enumerate(groups):
+            numbered[-1 - number] = Group(group.setup.publisher, group.shared)
+        return numbered, [order.index(name) for name in names]
 
     def _start_others(self) -> None:
         if not self._threads.started and self._room.at_once > 1:
@@ -227,25 +236,41 @@ class Slots:
         """Whether it did not fail."""
         job, show = entry.job, self.show
         assert job.begun is not None
-        if self._room.at_once > 1:
+        if self._several:
             show = OneOfSeveral(show, job.name)
         show.say(f"— {job.name} —")
         job.show = show
         self.asked.changed(job)
+        run = replace(job.begun, workers=workers, show=show, puts_off=partial(self._put_off, entry))
+        if entry.publishes:  # it goes on, as another process would
+            run = replace(run, took=0.0, log=MetricsLog())
         try:
-            replace(job.begun, workers=workers, show=show).publish_all(self.asked.restart)
+            run.publish_all(self.asked.restart and not entry.publishes)
+        except PutOff as later:
+            show.stage(f"{later}")
+            return True
         except Exception as error:
             self._failed(job, error, show)
             return False
         self._end(job)
         return True
 
+    def _put_off(self, entry: Entry[Job]) -> bool:
+        """See `Waiting.put_off`: it needs a slot of its own then."""
+        late = self._waiting.put_off(entry)
+        if late:
+            with self._telling:
+                number = self._room.at_once + self._late
+                self._late += 1
+            self._threads.start(self._slot, range(number, number + 1))
+        return late
+
     def _end(self, job: Job) -> None:
         """Tell how many have ended, where several work and none has a bar for itself."""
         job.ended = True
         with self._telling:
             self._ended += 1
-            if self._room.at_once > 1:
+            if self._several:
                 self.show.stage(f"{self.asked.what} that have ended", len(self.jobs))
                 self.show.part(self._ended, len(self.jobs))
         self.asked.changed(job)
@@ -261,7 +286,7 @@ class Slots:
         self._end(job)
 
 
-def _same_workers(planned: Plan) -> str:
+def same_workers(planned: Plan) -> str:
     """Runs for which this is the same can use the same workers."""
     setup, recipe = planned.setup, planned.recipe
     return checksum(

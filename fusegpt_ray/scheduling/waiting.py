@@ -25,6 +25,13 @@ class Entry(Generic[T]):
     need: Need = Need()  # noqa: RUF009
     """Of these workers."""
     priority: int = 0
+    publisher: Need | None = None
+    """Of workers on which it may publish later, if others wait for its own; None: it does not."""
+
+    @property
+    def publishes(self) -> bool:
+        """Whether that is all that is left to do."""
+        return self.group < 0
 
 
 class Waiting(Generic[T]):
@@ -39,7 +46,7 @@ class Waiting(Generic[T]):
 
     def __init__(self, entries: Iterable[Entry[T]], total: Need = ANY) -> None:
         self._line = [*entries]
-        self._total = total
+        self._every, self._total = [*self._line], total
         self._taken: list[Entry[T]] = []
         self._changed = threading.Condition()
 
@@ -93,6 +100,18 @@ class Waiting(Generic[T]):
             self._line.insert(0, entry)
             self._changed.notify_all()
 
+    def put_off(self, entry: Entry[T]) -> bool:
+        """A job that only has to publish goes to the end of the line, so that its workers are free
+        for others; whether any wait for them. Those that publish of one group are a group, too.
+        """
+        with self._changed:
+            need = entry.publisher
+            if not self._line or need is None or entry.publishes or entry.need.within(need):
+                return False
+            self._line.append(Entry(entry.job, -1 - entry.group, need, entry.priority))
+            self._changed.notify_all()
+            return True
+
     def release(self, entry: Entry[T]) -> None:
         """The workers that were opened for this one are closed."""
         with self._changed:
@@ -100,8 +119,9 @@ class Waiting(Generic[T]):
             self._changed.notify_all()
 
     def alone(self, entry: Entry[T]) -> bool:
-        """Whether it is done while nobody else does anything."""
-        return not entry.need.within(self._total)
+        """Whether no other job has room beside it; those that publish do not count."""
+        others = (other.need for other in self._every if other is not entry)
+        return not any(Need.of_all([entry.need, need]).within(self._total) for need in others)
 
     def _fitting(self, able: Sequence[Entry[T]]) -> Entry[T] | None:
         at_work = Counter(entry.group for entry in self._taken)
@@ -116,6 +136,4 @@ class Waiting(Generic[T]):
     def _fits(self, entry: Entry[T]) -> bool:
         if not self._taken:
             return True
-        if self.alone(entry) or any(map(self.alone, self._taken)):
-            return False
         return Need.of_all([other.need for other in (*self._taken, entry)]).within(self._total)

@@ -2,7 +2,7 @@
 by an absolute URI or held as bytes.
 
 Two layouts are read, row by row: `messages` with parts of content, and LLaVA's `conversations` of
-"human" and "gpt", in whose text `<image>` stands for an image.
+"human" and "gpt" (or "user" and "assistant"), in whose text `<image>` stands for an image.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Image = str | bytes
 """A URI, or the bytes of a file."""
 _PLACEHOLDER = "<image>"
 _ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+_ROLES |= {role: role for role in _ROLES.values()}
 _NAMES = ("image", "path", "url", "bytes")
 """Where a part of content may hold its image."""
 
@@ -66,7 +67,9 @@ def conversations(source: Source) -> Iterator[Conversation]:
                 messages, images = _read(record)
                 placed = tuple(_placed(image, folder) for image in images)
             except (KeyError, TypeError, ValueError) as error:
-                problem = f"{where} is no conversation with images ({_said(error)})"
+                columns = ", ".join(str(name)[:60] for name in islice(record, 20))
+                problem = f"{where} is no conversation with images ({_said(error)}; its columns:"
+                problem += f" {columns})"
                 fix = (
                     "give rows of {image, conversations: [{from, value}]} or of {messages: [{role,"
                     " content: [{type: image, path}, {type: text, text}]}]}"

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import count
 
 import numpy as np
 
@@ -183,17 +184,19 @@ class _Documents(_Tokens):
     """Documents, each a window."""
 
     def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
-        self.stream, self.bos, self.begin = stream, bos, bos is not None
-        sizes = [len(tokens) for tokens in telling(stream)]
-        self.windows, self.tokens = len(sizes), sum(sizes)
+        self.bos, self.begin = bos, bos is not None
+        numbers = count()
+        self.tokens, self.again = counted(
+            lambda: (tokens for tokens, _ in zip(telling(stream), numbers, strict=False))
+        )
+        self.windows = next(numbers)
         self.found = f"has {self.windows} documents of two tokens or more"
 
     def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
-        """The text is read and tokenised once more."""
         places: dict[int, list[np.ndarray]] = {}
         for row, number in zip(rows, numbers, strict=True):
             places.setdefault(number, []).append(row)
-        for number, tokens in enumerate(telling(self.stream)):
+        for number, tokens in enumerate(self.again()):
             for row in places.get(number, ()):
                 put(tokens, row, self.bos)
 

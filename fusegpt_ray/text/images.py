@@ -169,12 +169,16 @@ def opened(image: Image, where: str, key: str) -> tuple[bytes, Any]:
         UserError: it is missing, or none.
     """
     from PIL import Image as Pillow
+    from PIL import UnidentifiedImageError
 
     name = image if isinstance(image, str) else "bytes"
     problem = "it cannot be read" if name == where else f"an image of {where} cannot be read"
     with reading_users_file(key, name, problem, "check the path and the file"):
         data = storage.read(image, _MOST) if isinstance(image, str) else image
-        return data, Pillow.open(io.BytesIO(data)).convert("RGB")
+        try:
+            return data, Pillow.open(io.BytesIO(data)).convert("RGB")
+        except UnidentifiedImageError as error:  # which names our copy in memory
+            raise ValueError(f"its {len(data)} bytes are no image that pillow knows") from error
 
 
 def _inputs(made: Mapping[str, np.ndarray]) -> Held:

@@ -4,14 +4,17 @@ too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 STAGES = {
     "dense": "the model as it was given",
-    "dropped": "the same blocks removed, nothing fused or trained",
+    "dropped": "the same blocks removed, and nothing else done",
     "repaired": "the gaps repaired in closed form, nothing trained",
-    "fused": "after the rounds",
+    "trained": "the blocks around each gap trained, nothing fused",
+    "fused": "the removed blocks' weights fused into their neighbours, and these trained",
+    "replaced": "one trained block in place of the run",
     "sliced": "its hidden size made smaller in closed form, nothing trained",
     "inserted": "the new blocks put in, nothing trained",
     "healed": "after whole-model training",
@@ -23,6 +26,19 @@ def stages(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """Those that any of these rows of perplexities has, in order."""
     keys = {key for row in rows for key in row}
     return [stage for stage in STAGES if stage in keys]
+
+
+def undone(row: Mapping[str, Any]) -> float | None:
+    """Of what the first step did to a perplexity, the share that later ones undid; None where it
+    did no damage that can be told, or was the only one.
+
+    Args:
+        row: perplexities by stage, and whatever else.
+    """
+    first, *later = [row[stage] for stage in stages([row]) if stage != "dense"]
+    if not later or not row["dense"] < first < math.inf:
+        return None
+    return float((first - later[-1]) / (first - row["dense"]))
 
 
 def described(protocol: Mapping[str, Any]) -> str:

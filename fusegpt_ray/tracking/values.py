@@ -35,6 +35,9 @@ METRICS = {
     "bytes_read": Metric("counter", "Bytes of weights read by workers", ("stage",)),
     "bytes_written": Metric("counter", "Bytes of blocks and models written", ("stage",)),
     "retries": Metric("counter", "Calls of a store that the driver repeated", ("stage",)),
+    "spent_hours": Metric("gauge", "Hours for which the run has had workers, in all its processes"),
+    "spent_gpu_hours": Metric("gauge", "GPU hours that these have held"),
+    "spent_money": Metric("gauge", "What these cost by cluster.gpu_hour_price, where it is given"),
 }
 
 
@@ -95,6 +98,9 @@ def _measured(event: str, values: Mapping[str, Any]) -> Iterator[Value]:
             yield Value("stage_seconds", values["seconds"], {"stage": "publish"})
             yield from _moved("publish", values["bytes"], values["bytes"])
             yield Value("retries", values["retries"], {"stage": "publish"})
+        case "spent":
+            for what, amount in values.items():
+                yield Value(f"spent_{what}", amount)
         case "perplexity":
             for text, row in values["perplexity"].items():
                 for stage in row.keys() & STAGES.keys():

@@ -14,8 +14,8 @@ the last one and ends with the same bytes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import safetensors.torch
@@ -28,8 +28,29 @@ from fusegpt_ray.training.stepper import Stepper
 from fusegpt_ray.training.validation import Validation
 
 RECORD = "checkpoint.json"
+LOSSES = "losses"
+"""In a worker's file: those of the steps after the last whole part, on this worker."""
 Log = Callable[[str], None]
 """Takes a line for the person who waits."""
+
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    means: list[float] = field(default_factory=list)
+    """Mean losses of the whole parts."""
+    losses: list[torch.Tensor] = field(default_factory=list)
+    """Of the steps since then, on this worker: scalars on the device."""
+    held_out: list[float] = field(default_factory=list)
+    """See `Validation`."""
+    seconds: float = 0.0
+    """That it took until now."""
+
+    def in_words(self, parts: int) -> str:
+        steps = len(self.losses)
+        some = f" and {steps} step{'s' * (steps > 1)}" if steps else ""
+        return f"part {len(self.means)} of {parts}{some}"
 
 
 @dataclass(frozen=True)
@@ -80,73 +101,62 @@ class Checkpoints:
         if micro_batch == self.micro_batch:
             return self
         fewer = replace(self, micro_batch=micro_batch, seconds=0.0)
-        fewer._write([], 0.0, {})
+        fewer._write(Progress(), {})
         return fewer
 
     def restore(
         self, stepper: Stepper, parts: int, log: Log, validation: Validation | None = None
-    ) -> tuple[list[float], float]:
+    ) -> Progress:
         """Load the last checkpoint, if there is a good one.
 
         Called by all workers at once; where one finds damage, all begin anew.
-
-        Returns:
-            The losses of the parts that need not be repeated, and the seconds these took.
         """
-        losses, seconds, state = list[float](), 0.0, dict[str, torch.Tensor]()
-        held_out = list[float]()
+        so_far, state = Progress(), dict[str, torch.Tensor]()
         good, anew = True, "training from the beginning"
         try:
-            losses, held_out, seconds, state = self._read(stepper.worker, log)
+            so_far, state = self._read(stepper.worker, log)
         except DamagedRecord as error:
             good = False
             log(f"WARNING: {error}; {anew}")
-        found = stepper.gather([len(losses), good])
-        if found != [[len(losses), True]] * len(found):
+        found = stepper.gather([len(so_far.means), len(so_far.losses), good])
+        if any(row != [*found[0][:2], True] for row in found):
             if stepper.worker == 0:
                 if good:
                     log(f"WARNING: not every worker finds the training checkpoint good; {anew}")
-                self._write([], 0.0, {})  # keeps the number of windows at once
-            return [], 0.0
-        if losses:
+                self._write(Progress(), {})  # keeps the number of windows at once
+            return Progress()
+        if state:
             stepper.load(state)
             if validation:
-                validation.load(held_out, state, stepper)
+                validation.load(so_far.held_out, state, stepper)
+            so_far.losses = [loss.to(stepper.device) for loss in so_far.losses]
             if stepper.worker == 0:
-                log(f"  going on after part {len(losses)} of {parts}")
-        return losses, seconds
+                log(f"  going on after {so_far.in_words(parts)}")
+        return so_far
 
-    def due(self, stepper: Stepper, since: float) -> bool:
-        """Whether, on all workers, the last checkpoint or the beginning is long enough ago.
-
-        Args:
-            since: a monotonic time.
+    def due(self, since: float) -> bool:
+        """Whether the last checkpoint or the beginning, at that monotonic time, is long enough ago,
+        by this worker's clock.
         """
-        waited = time.monotonic() - since >= 60 * self.minutes
-        return all(flag for (flag,) in stepper.gather([waited]))
+        return time.monotonic() - since >= 60 * self.minutes
 
     def save(
-        self,
-        stepper: Stepper,
-        losses: list[float],
-        seconds: float,
-        validation: Validation | None = None,
+        self, stepper: Stepper, so_far: Progress, validation: Validation | None = None
     ) -> None:
-        """Make a checkpoint after the parts with these losses, which took so many seconds.
-
-        Called by all workers at once.
-        """
+        """Make a checkpoint. Called by all workers at once."""
         self.fence()
-        state = stepper.state() | (validation.state() if validation else {})
-        entries = entries_of(state)
-        file, _ = write_safetensors(self._uri(len(losses), stepper.worker), entries)
+        state = stepper.state()
+        if validation:
+            state |= validation.state(moved=bool(so_far.losses))
+        if so_far.losses:
+            state[LOSSES] = torch.stack(so_far.losses)
+        file, _ = write_safetensors(self._uri(so_far, stepper.worker), entries_of(state))
         # Once the rows are here, so are all files.
         rows = stepper.gather([file.size, *bytes.fromhex(file.sha256)])
         if stepper.worker == 0:
-            names = (self._name(len(losses), worker) for worker in range(len(rows)))
+            names = (self._name(so_far, worker) for worker in range(len(rows)))
             records = (FileRecord(size, bytes(digest).hex()) for size, *digest in rows)
-            files = dict(zip(names, records, strict=True))
-            self._write(losses, seconds, files, validation.losses if validation else [])
+            self._write(so_far, dict(zip(names, records, strict=True)))
 
     def _record(self) -> dict[str, Any] | None:
         """
@@ -161,16 +171,14 @@ class Checkpoints:
         except DamagedRecord as error:
             raise DamagedRecord(f"{uri} is damaged ({error})") from error
 
-    def _read(
-        self, worker: int, log: Log
-    ) -> tuple[list[float], list[float], float, dict[str, torch.Tensor]]:
-        """Losses, held-out losses, seconds and this worker's state, if there is a checkpoint of
-        this owner.
+    def _read(self, worker: int, log: Log) -> tuple[Progress, dict[str, torch.Tensor]]:
+        """How far training has come, and this worker's state, if there is a checkpoint of this
+        owner.
 
         Raises:
             DamagedRecord: it cannot be trusted.
         """
-        nothing = list[float](), list[float](), 0.0, dict[str, torch.Tensor]()
+        nothing = Progress(), dict[str, torch.Tensor]()
         record = self._record()
         if record is None:
             return nothing
@@ -187,33 +195,29 @@ class Checkpoints:
                     "training from the beginning"
                 )
             return nothing
-        losses = record["losses"]
-        if not losses:
+        if not record["files"]:
             return nothing
-        uri = self._uri(len(losses), worker)
+        name = next(name for name in record["files"] if name.endswith(_of(worker)))
+        uri = storage.join(self.folder, name)
         try:
             data = storage.read(uri)
         except FileNotFoundError as error:
             raise DamagedRecord(f"{uri} is missing") from error
-        if FileRecord.of(data).to_json() != record["files"][self._name(len(losses), worker)]:
+        if FileRecord.of(data).to_json() != record["files"][name]:
             raise DamagedRecord(f"{uri} is not what was written")
-        return losses, record["held_out"], record["seconds"], safetensors.torch.load(data)
+        state = safetensors.torch.load(data)
+        losses = [*state.pop(LOSSES, torch.empty(0))]
+        return Progress(record["losses"], losses, record["held_out"], record["seconds"]), state
 
-    def _write(
-        self,
-        losses: list[float],
-        seconds: float,
-        files: Mapping[str, FileRecord],
-        held_out: Sequence[float] = (),
-    ) -> None:
+    def _write(self, so_far: Progress, files: Mapping[str, FileRecord]) -> None:
         """Replace the record, then remove the files that it does not name."""
         self.fence()
         body = {
             "owner": dict(self.owner),
             "micro_batch": self.micro_batch,
-            "losses": losses,
-            "held_out": list(held_out),
-            "seconds": seconds,
+            "losses": so_far.means,
+            "held_out": so_far.held_out,
+            "seconds": so_far.seconds,
             "files": {name: file.to_json() for name, file in files.items()},
         }
         storage.write(storage.join(self.folder, RECORD), sealed(body))
@@ -221,15 +225,21 @@ class Checkpoints:
             if name not in (RECORD, *files):
                 storage.remove(storage.join(self.folder, name))
 
-    def _name(self, part: int, worker: int) -> str:
-        """Files of another set-up have other names, so that none is overwritten while a record
-        counts on it.
+    def _name(self, so_far: Progress, worker: int) -> str:
+        """Files of another set-up, or after another step, have other names, so that none is
+        overwritten while a record counts on it.
         """
         owner = checksum(self._whose())[:8]
-        return f"part-{part:03d}-{owner}-worker-{worker}.safetensors"
+        steps = f"-step-{len(so_far.losses):06d}" if so_far.losses else ""
+        return f"part-{len(so_far.means):03d}{steps}-{owner}{_of(worker)}"
 
-    def _uri(self, part: int, worker: int) -> str:
-        return storage.join(self.folder, self._name(part, worker))
+    def _uri(self, so_far: Progress, worker: int) -> str:
+        return storage.join(self.folder, self._name(so_far, worker))
 
     def _whose(self) -> dict[str, Any]:
         return {**self.owner, "micro_batch": self.micro_batch}
+
+
+def _of(worker: int) -> str:
+    """The end of the name of a worker's file."""
+    return f"-worker-{worker}.safetensors"

@@ -14,6 +14,7 @@ from fusegpt_ray.model.device import full_products, tensor_core_products
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.rows import Own, as_rows
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.termination import saving_first
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
@@ -89,6 +90,7 @@ def train_span(
     Raises:
         FloatingPointError: the loss is not finite.
         MemoryError: not even a single window fits.
+        Terminated: SIGTERM came; a training checkpoint is made, if there was time.
     """
     began = time.monotonic()
 
@@ -115,7 +117,8 @@ def train_span(
 
     def steps(micro_batch: int) -> list[Outcome]:
         kept = checkpoints.with_micro_batch(micro_batch)
-        return workers.spmd(train_and_save, task, states_batch, kept, news=told)
+        with saving_first():
+            return workers.spmd(train_and_save, task, states_batch, kept, news=told)
 
     results, micro_batch = find_batch_size(steps, checkpoints.micro_batch, share, task.what)
     return Trained(
@@ -229,6 +232,7 @@ def learn(
             worker.report,
             validation,
             task.rate_key,
+            worker.notices,
         )
     return Learned(losses, validation.losses if validation else [], span, stepper, moved)
 

@@ -68,6 +68,8 @@ class TrainingConfig:
 class Stepper(Protocol):
     """Trains a span, alone or as one of several workers."""
 
+    device: torch.device
+
     @property
     def worker(self) -> int:
         """Its number, from 0."""

@@ -56,9 +56,13 @@ class Validation:
             self._best = {}  # before there is a second copy
             self._best = _values(stepper)
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """What a training checkpoint keeps of it, unless the present state is the best."""
-        if self.best == len(self.losses) - 1:
+    def state(self, moved: bool = False) -> dict[str, torch.Tensor]:
+        """What a training checkpoint keeps of it, unless the present state is the best.
+
+        Args:
+            moved: steps have been made since the last look.
+        """
+        if self.best == len(self.losses) - 1 and not moved:
             return {}
         return {_BEST + name: value for name, value in self._best.items()}
 

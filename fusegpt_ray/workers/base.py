@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
@@ -78,6 +78,12 @@ class Setup:
         )
 
     @property
+    def publisher(self) -> Self:
+        """For the least workers that can publish."""
+        cluster = self.cluster.model_copy(update={"replicas": 1, "workers": 1})
+        return replace(self, cluster=cluster, trains=False)
+
+    @property
     def cache_gb(self) -> float | None:
         """The recipe's `cluster.cache_gb` where weights are read from object storage, else 0, so
         that no cache is made for nothing.
@@ -86,6 +92,21 @@ class Setup:
         if self.output_uri is not None:
             places.append(self.output_uri)
         return self.cluster.cache_gb if any(map(storage.is_remote, places)) else 0
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Notices:
+    """What a training worker has been told."""
+
+    ended: Callable[[], bool] = _never
+    """Whether the run is to end as soon as a training checkpoint is made."""
+    leaving: Callable[[], bool] = _never
+    """Whether, since the last call, it became known that a worker's node will be taken away.
+    Called by all workers at once, which get the same answer."""
 
 
 @dataclass
@@ -106,6 +127,7 @@ class TrainingWorker:
     bytes that one of them reads or writes by itself on the way."""
     timeout: float = math.inf
     """Seconds that a worker may be silent before the others give it up."""
+    notices: Notices = field(default_factory=Notices)
     memory: dict[tuple[Hashable, ...], Any] = field(default_factory=dict)
     """What one task leaves for the next. A process that is lost loses it."""
 
@@ -207,5 +229,6 @@ class Workers(Protocol):
 
         Raises:
             MemoryError: a worker's memory ran out.
+            Terminated: SIGTERM came, and what the function had learned is saved.
             Exception: what the function raised, at last, on one of the workers.
         """

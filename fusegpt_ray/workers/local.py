@@ -17,12 +17,13 @@ from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_dete
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.report import Listener
+from fusegpt_ray.termination import came
 from fusegpt_ray.text import album
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, token_stream
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
-from fusegpt_ray.workers.base import News, Setup, TrainingWorker
+from fusegpt_ray.workers.base import News, Notices, Setup, TrainingWorker
 
 R = TypeVar("R")
 
@@ -125,7 +126,16 @@ class LocalWorkers:
         self, function: Callable[..., R], *arguments: Any, news: Callable[[News], None]
     ) -> list[R]:
         self.runner.reload()
-        worker = TrainingWorker(0, 1, self.device, None, self.runner, news, memory=self._memory)
+        worker = TrainingWorker(
+            0,
+            1,
+            self.device,
+            None,
+            self.runner,
+            news,
+            notices=Notices(ended=came),
+            memory=self._memory,
+        )
         try:
             return [function(worker, *arguments)]
         except Exception as error:

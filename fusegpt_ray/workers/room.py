@@ -63,12 +63,32 @@ class Need:
     gpus: float = 0
     cpus: float = 0
 
+    @classmethod
+    def of(cls, cluster: Cluster, trains: bool, gpu: float, at_once: bool = False) -> Self:
+        """Of replicas and training workers that take turns, or live `at_once` beside each other.
+        Each has a CPU, and one more is left to Ray Data.
+
+        Args:
+            trains: whether there are training workers.
+            gpu: GPUs of a replica; a training worker has a whole one, or none if a replica has
+                none.
+        """
+        held = Held.of(cluster, gpu, trains, "apart" if at_once else "turns")
+        together = sum if at_once else max
+        return cls(held.gpus, together((held.replicas, held.workers)) + 1)
+
     def within(self, other: Need) -> bool:
         return self.gpus <= other.gpus and self.cpus <= other.cpus
 
     @classmethod
     def of_all(cls, needs: Sequence[Need]) -> Need:
         return cls(sum(need.gpus for need in needs), sum(need.cpus for need in needs))
+
+    @classmethod
+    def of_largest(cls, needs: Sequence[Need], sets: int) -> Need:
+        """Of so many sets, whichever these are."""
+        gpus, cpus = (sorted(kind)[-sets:] for kind in zip(*map(_pair, needs), strict=True))
+        return cls(sum(gpus), sum(cpus))
 
 
 ANY = Need(math.inf, math.inf)
@@ -81,9 +101,52 @@ class Room:
     needs: Sequence[Need]
     """Of the set of each job, beside others."""
     at_once: int = 1
-    """At most so many sets."""
+    """At most so many sets, but for those that only publish."""
     total: Need = ANY
-    """All sets together. One that needs more can still work by itself: its training workers share
-    the GPUs of its replicas then."""
+    """All sets together."""
     roomy: bool = False
-    """Whether the replicas and the training workers of all sets can be there at once."""
+    """Whether the replicas and the training workers of all sets can be there at once, so that they
+    need not take turns."""
+    publishers: Sequence[Need | None] = ()
+    """Of a set that is enough to publish, of each job, where jobs wait for GPUs: one that only
+    publishes is to leave its own to others. None: it does not, as all do if nothing is given."""
+
+    def __post_init__(self) -> None:
+        if not self.publishers:
+            object.__setattr__(self, "publishers", [None] * len(self.needs))
+
+    @classmethod
+    def of(
+        cls,
+        needs: Sequence[Need],
+        at_once: Sequence[Need],
+        publishers: Sequence[Need],
+        asked: int | None,
+        quota: float | None,
+        free: Need,
+        there: Need,
+    ) -> Self:
+        """For the jobs of these needs.
+
+        Args:
+            at_once: the same where replicas and training workers need not take turns.
+            publishers: of what is enough to publish.
+            asked: so many sets; None: as many as find free GPUs, or one where a set needs none,
+                because sets share cores and memory.
+            quota: GPUs that all sets together may take; None: those that are free.
+            there: all that there is, free or not.
+        """
+        if not all(need.gpus for need in needs) or (asked and quota is None):
+            sets = min(asked or 1, len(needs))
+            roomy = Need.of_largest(at_once, sets).within(there)
+            return cls(needs, sets, Need(quota or math.inf, math.inf), roomy)
+        total = Need(min(free.gpus, quota or math.inf), free.cpus)
+        small = sorted(needs, key=_pair)
+        fitting = [n for n in range(1, len(needs) + 1) if Need.of_all(small[:n]).within(total)]
+        sets = max(1, min(asked or len(needs), len(fitting)))
+        roomy = Need.of_largest(at_once, sets).within(total)
+        return cls(needs, sets, total, roomy, () if asked else publishers)
+
+
+def _pair(need: Need) -> tuple[float, float]:
+    return need.gpus, need.cpus

@@ -16,10 +16,12 @@ import torch.distributed as dist
 from groups import Group, fusion, process_group
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.training import deepspeed_stepper
+from fusegpt_ray.errors import Terminated
+from fusegpt_ray.training import deepspeed_stepper, pauses
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper, deepspeed_config
 from fusegpt_ray.training.loop import train
+from fusegpt_ray.workers.base import Notices
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -35,6 +37,8 @@ MODES = [
 ]
 """Arithmetic and all that learns in it, and stage."""
 DAMAGED = ("float32", "3")
+TOLD = (("float32", "3 in parts"), ("bfloat16", "2"))
+"""In these, one worker is told to end within an epoch."""
 
 Mode = tuple[str, str]
 
@@ -59,6 +63,7 @@ def work(rank: int, workers: int, folder: Path, out: Path) -> None:
     gone on, and with a damaged file.
     """
     found: dict[tuple[Mode, str], Outcome] = {}
+    pauses.ASK_SECONDS = 0.0  # of this process alone
     with process_group(rank, workers, out):
         for mode in MODES:
             place = f"{out}/{workers}-{'-'.join(mode)}-"
@@ -67,6 +72,9 @@ def work(rank: int, workers: int, folder: Path, out: Path) -> None:
             found[mode, "recomputed"] = tune(f"{place}recomputed", minutes=1e6, recompute=True)
             tune(f"{place}stopped", stop=STOP)
             found[mode, "stopped"] = tune(f"{place}stopped")
+            if mode in TOLD:
+                tune(f"{place}told", minutes=1e6, told=True)
+                found[mode, "told"] = tune(f"{place}told", minutes=1e6)
             if (workers, mode) == (2, DAMAGED):
                 tune(f"{place}damaged", stop=STOP)
                 if rank == 0:
@@ -95,8 +103,16 @@ class Tune:
     mode: Mode
 
     def __call__(
-        self, out: str, stop: int = 0, minutes: float = 0, recompute: bool = False
+        self,
+        out: str,
+        stop: int = 0,
+        minutes: float = 0,
+        recompute: bool = False,
+        told: bool = False,
     ) -> Outcome:
+        """`stop`: the epoch after which it is killed; `told`: the last worker is to end after an
+        epoch and a step.
+        """
         name, label = self.mode
         dtype = getattr(torch, name)
         trained = "float32" if dtype == torch.float32 else "model"
@@ -131,6 +147,13 @@ class Tune:
             if number == stop:
                 raise Stopped
 
+        asked = 0
+
+        def ended() -> bool:
+            nonlocal asked
+            asked += 1
+            return told and self.rank == self.workers - 1 and asked == WINDOWS // BATCH + 2
+
         losses, files = list[float](), dict[str, str]()
         try:
             losses = train(
@@ -140,8 +163,9 @@ class Tune:
                 done,
                 checkpoints,
                 said.append,
+                notices=Notices(ended),
             )
-        except Stopped:
+        except (Stopped, Terminated):
             pass
         else:
             with stepper.whole(span.learned.blocks):
@@ -196,6 +220,15 @@ def test_going_on_ends_with_the_same_bytes(mode: Mode, workers: int, found: Foun
     assert stopped.said == [f"  going on after part {STOP} of {EPOCHS}"]
     assert stopped.losses == undisturbed.losses
     assert files(found, workers, mode, "stopped") == files(found, workers, mode, "undisturbed")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("mode", TOLD, ids=" ".join)
+def test_told_to_end_it_goes_on_within_an_epoch(mode: Mode, workers: int, found: Found) -> None:
+    undisturbed, told = (found[workers][0][mode, way] for way in ("undisturbed", "told"))
+    assert told.said == [f"  going on after part 1 of {EPOCHS} and 1 step"]
+    assert (told.epochs, told.losses) == ([2, 3, 4], undisturbed.losses)
+    assert files(found, workers, mode, "told") == files(found, workers, mode, "undisturbed")
 
 
 def test_damage_that_one_worker_finds_is_damage_to_all(found: Found) -> None:

@@ -20,7 +20,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Need
+from fusegpt_ray.workers.room import Need, Room
 
 pytestmark = pytest.mark.integration
 
@@ -66,23 +66,51 @@ def test_members_at_the_same_time_are_those_of_one_process(
     assert not [*Path(family.folder).glob("blocks")]
 
 
+def test_sets_that_take_turns_and_put_off_publishing_make_the_same_models(
+    material: Any, tmp_path: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three runs in a room that claims two GPUs, one for each set: two work side by side, and the
+    third waits for the GPU of the first one that has only to publish.
+    """
+    tuned = {"method": "mi+ft", "fusion": {"epochs": 1}}
+
+    def family(output: Path, engine: str) -> Members:
+        cluster = {"engine": engine, "wait_minutes": 0}
+        recipe = material.recipe(output, sparsity=0.125, cluster=cluster, **tuned)
+        recipe["output"]["report"] = False
+        members = [{"name": "one", "seed": 1}, {"name": "two", "seed": 2}, {"name": "three"}]
+        members[2]["model"] = {"source": str(other)}
+        return Members.parse(recipe | {"family": {"members": members}})
+
+    compress_family(family(tmp_path / "alone", "local"), Watching())
+    room = Room([Need(1)] * 3, 2, Need(2), publishers=[Need(0.5)] * 3)
+    monkeypatch.setattr(sets, "_room", lambda *_: room)
+    show = Watching()
+    assert compress_family(family(tmp_path / "beside", "ray"), show)["state"] == "done"
+    waited = [line for line in show.said if line.endswith("waits to be published")]
+    assert waited and weights(tmp_path / "beside") == weights(tmp_path / "alone")
+    assert len(weights(tmp_path / "beside")) == 3 and "up to 2 runs at once" in show.said
+    assert not list((tmp_path / "beside").glob("*.run"))
+
+
 def test_a_quota_decides_how_many_work_and_a_set_may_need_all_of_it() -> None:
     """Rooms on a Ray of a claimed number of GPUs, which nobody uses."""
     one, two = Cluster(replicas=1), Cluster(replicas=2, workers=2)
     setups = [Setup(None, None, cluster, trains=True) for cluster in (one, one, two)]  # type: ignore[arg-type]
     ray.init(address="local", num_cpus=32, num_gpus=8, include_dashboard=False)
     try:
-        for asked, quota, at_once, gpus in (
-            (None, None, 3, 8),  # 2 + 2 + 4
-            (None, 5, 2, 5),
-            (None, 3, 1, 3),
-            (2, 5, 2, 5),
-            (2, None, 2, float("inf")),
+        for asked, quota, at_once, gpus, roomy in (
+            (None, None, 3, 8, True),  # 2 + 2 + 4, where they need not take turns
+            (None, 5, 3, 5, False),
+            (None, 3, 2, 3, False),
+            (2, 5, 2, 5, False),
+            (2, None, 2, float("inf"), True),
         ):
             with sets.joined(setups, asked, quota, "family.at_once") as room:
-                assert [need.gpus for need in room.needs] == [2, 2, 4]
+                assert [need.gpus for need in room.needs] == [1, 1, 2]
                 assert (room.at_once, room.total.gpus) == (at_once, gpus)
-                assert room.roomy and room.total.within(Need(float("inf"), float("inf")))
+                assert room.roomy == roomy
+                assert room.publishers == [None if asked else Need(1, 2)] * 3
         many = [Setup(None, None, Cluster(replicas=5, wait_minutes=0)) for _ in range(2)]  # type: ignore[arg-type]
         with (
             pytest.raises(UserError, match="10 GPUs are needed") as refused,

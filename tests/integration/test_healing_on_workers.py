@@ -13,6 +13,7 @@ from models import open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 
 from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.sections import Heal
@@ -33,17 +34,18 @@ MODES = [
     ("all", 2, BEST_IN_THE_MIDDLE, 1),
     ("lora", 3, BEST_AT_THE_END, 2),
     ("all", 3, BEST_IN_THE_MIDDLE, 2),
-    ("all", 1, BEST_AT_THE_END, 1, "tokens"),
+    ("all", 1, BEST_AT_THE_END, 1, {"loss": "tokens"}),
+    ("lora", 1, BEST_AT_THE_END, 1, {"share": 2}),
+    ("all", 3, BEST_AT_THE_END, 2, {"share": 2}),
 ]
-"""What learns, ZeRO stage, rate, windows at once, and the loss, where it is not that of the dense
-model's distributions."""
+"""What learns, ZeRO stage, rate, windows at once, and what else `heal` says."""
 Mode = tuple[Any, ...]
 Healed = tuple[list[float], list[float], dict[str, torch.Tensor]]
 """Losses of the parts, losses of the held-out windows, weights by block and name."""
 
 
 def task_of(folder: Path, out: str, mode: Mode, workers: int) -> TrainingTask:
-    train, _, rate, micro_batch, *loss = mode
+    train, _, rate, micro_batch, *more = mode
     heal = Heal(
         batch=BATCH,
         looks=PARTS,
@@ -52,11 +54,12 @@ def task_of(folder: Path, out: str, mode: Mode, workers: int) -> TrainingTask:
         warmup=0.3,
         train=train,
         learning_rate=rate,
-        loss=loss[0] if loss else "kl",
+        **(more[0] if more else {}),
     )
     ids_WT = token_windows(WINDOWS + HELD_OUT, LENGTH).numpy()
     dense = open_stack(folder)
-    model = WholeModel(dense.drop(2), dense, heal, 0, storage.join(out, "blocks"))
+    stack = shared(dense.drop(2), heal.share)
+    model = WholeModel(stack, dense, heal, 0, storage.join(out, "blocks"))
     cluster = Cluster(workers=workers, micro_batch=micro_batch, checkpoint_minutes=0)
     place = storage.join(out, "checkpoints")
     return model.task(ids_WT[:WINDOWS], ids_WT[WINDOWS:], cluster, {"of": "test"}, place)

@@ -22,6 +22,7 @@ EVENTS = (
     ("healed", {"bytes_written": 3, "seconds": {"heal": 1.5}}),
     ("published", {"bytes": 11, "seconds": 0.5, "retries": 2}),
 )
+SPENT = {"hours": 0.5, "gpu_hours": 4.0, "money": 12.0}
 
 
 TOLD = {
@@ -44,6 +45,9 @@ TOLD = {
     "ray_fusegpt_bytes_written_total/publish": 11,
     "ray_fusegpt_retries_total/round": 1,
     "ray_fusegpt_retries_total/publish": 2,
+    "ray_fusegpt_spent_hours": 0.5,
+    "ray_fusegpt_spent_gpu_hours": 4,
+    "ray_fusegpt_spent_money": 12,
 }
 
 
@@ -63,6 +67,7 @@ def test_prometheus_is_told_each_number_by_its_name(ray_session: None) -> None:
     hear = listener("demo")
     for event, values in EVENTS:
         hear(event, {"bytes_read": 10, "states_bytes_read": 5, "retries": 1, **values})
+    hear("spent", SPENT)
     port, end = ray.nodes()[0]["MetricsExportPort"], time.monotonic() + 120
     found: dict[str, float] = {}
     while found != TOLD and time.monotonic() < end:

@@ -24,6 +24,7 @@ from models import open_stack
 from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.apiece import apiece
 from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.distributed.sets import joined
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.sections import Importance
@@ -31,14 +32,17 @@ from fusegpt_ray.workers.base import Setup
 
 model, out = sys.argv[1:]
 room = {"object_store_memory": 100_000_000}
-nodes = Nodes(initialize_head=True, head_node_args=room | {"num_cpus": 8})
-asked = nodes.add_node(num_cpus=5, labels={"pool": "train", "zone": "b"}, **room)
+nodes = Nodes(initialize_head=True, head_node_args=room | {"num_cpus": 8, "num_gpus": 8})
+labelled = {"labels": {"pool": "train", "zone": "b"}}
+asked = nodes.add_node(num_cpus=5, num_gpus=3, **labelled, **room)  # which nobody uses
 
 def here(*_):
     return ray.get_runtime_context().get_node_id()
 
 def workers(**keys):
-    cluster = Cluster(address=nodes.address, replicas=2, workers=2, **keys)
+    cluster = Cluster(
+        address=nodes.address, replicas=2, workers=2, gpus_per_replica=0, **keys
+    )
     source, more = Source.find(model, None), {"trains": True, "output_uri": out}
     parts = (cluster, "float32", Importance(batch=2))
     stack = open_stack(Path(model))
@@ -50,6 +54,11 @@ with workers(labels={"pool": "train"}) as opened:
     found["workers"] = opened.spmd(here, news=print)
 cluster = Cluster(address=nodes.address, labels={"zone": "b"})
 found["tasks"] = [node for _, node in apiece(here, [(n,) for n in range(3)], cluster)]
+for pools in (["train"], ["train", None]):
+    where = [{"pool": pool} if pool else {} for pool in pools]
+    clusters = [Cluster(address=nodes.address, labels=labels) for labels in where]
+    with joined([Setup(None, None, one) for one in clusters], None, None, "at_once") as open_room:
+        found[f"free for {len(pools)}"] = open_room.total.gpus, open_room.total.cpus
 for labels in ({"pool": "train", "zone": "c"}, {"pool": "none"}):
     try:
         with workers(labels=labels, wait_minutes=0.02):
@@ -74,6 +83,7 @@ def test_processes_run_on_nodes_with_the_labels_alone(
     found = json.loads(lines[0].removeprefix("FOUND "))
     for what, number in (("replicas", 8), ("workers", 2), ("tasks", 3)):
         assert found[what] == [found["asked"]] * number, what
+    assert (found["free for 1"], found["free for 2"]) == ([3, 5], [11, 13])
     assert found["refused"] == (
         "cluster.labels = {'pool': 'none'}: 2 CPUs are needed, the nodes with these labels have 0"
         " after 0.02 minutes. Fix: check the nodes' labels (`ray list nodes --detail`), or lower"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as tf
+import yaml
 from planted import MARK, in_objects, leaks, plant
 from ray.job_submission import JobSubmissionClient
 from safetensors.torch import load_file
@@ -111,3 +113,23 @@ def test_a_job_that_fails_with_a_trace_tells_no_secret(head, s3, bucket, materia
     assert any("heartbeat.json" in key for key in s3.objects(bucket))
     assert who_tells_secrets(head, "bad") == in_objects(s3.objects(bucket)) == []
     assert MARK not in done.stdout + done.stderr
+
+
+def test_a_job_compresses_a_family(head, s3, bucket, material, folder) -> None:
+    recipe = write_recipe(material, folder, f"s3://{bucket}/jobs", method="mi")
+    recipe["cluster"]["replicas"] = 1
+    members = [{"name": "one"}, {"name": "two", "method": "last"}]
+    family = recipe | {"family": {"members": members}}
+    (folder / "family.yaml").write_text(yaml.safe_dump(family))
+    command = ("python", "jobs/compress_family.py", "family.yaml")
+    done = submit(head.address, folder, "family", *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    objects = s3.objects(bucket)
+    board = json.loads(objects["jobs/family/tiny/family.json"])
+    assert [row["status"] for row in board["rows"]] == ["done"] * 2 and board["state"] == "done"
+    for row in board["rows"]:
+        assert f"jobs/{row['folder']}/fusegpt.json" in objects
+        assert f"{row['member']}, {row['method']}: {row['folder']} done" in done.stdout
+    left = {name.split("/")[1] for name in objects}
+    assert left == {"family", *(row["folder"] for row in board["rows"])}, "nothing else is there"
+    assert in_objects(objects) == []

@@ -2,7 +2,7 @@
 became of each into docs/models.md. `make sweep` runs this file.
 
     python tests/sweep/sweep.py [--jobs 2] [--only NAME …] [--out docs/models.md]
-        [--kept FILE]
+        [--kept FILE] [--seconds 240]
 
 With `--kept`, outcomes are kept in a file, and a sweep that was stopped goes on from it.
 
@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -33,8 +34,6 @@ import transformers as tf  # noqa: E402
 from classes import all_classes  # noqa: E402
 from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome, try_class  # noqa: E402
 
-SECONDS = 240
-"""A class that takes longer fails."""
 HEAD = """# Models
 
 Every causal language model and every image-text-to-text model of transformers {version}, as
@@ -61,12 +60,15 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="classes; nothing is written then")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "models.md")
     parser.add_argument("--kept", type=Path, help="a JSON file of outcomes")
+    parser.add_argument("--seconds", type=int, default=240, help="a class that takes longer fails")
     arguments = parser.parse_args()
     names = arguments.only or all_classes()
     outcomes = _read(arguments.kept)
     left = [name for name in names if name not in outcomes]
+    _warm_up()
+    attempt = partial(_in_a_process, seconds=arguments.seconds)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for name, found in zip(left, pool.map(_in_a_process, left), strict=True):
+        for name, found in zip(left, pool.map(attempt, left), strict=True):
             outcomes[name] = found
             said = "; ".join(f"{key} {each.kind} {each.why}" for key, each in found.items())
             print(f"{len(outcomes)}/{len(names)} {name}: {said}", flush=True)
@@ -87,7 +89,14 @@ def _read(kept: Path | None) -> dict[str, dict[str, Outcome]]:
     }
 
 
-def _in_a_process(name: str) -> dict[str, Outcome]:
+def _warm_up() -> None:
+    """What the first class imports takes longer than the class itself: it is imported here, once,
+    for all processes that are forked.
+    """
+    _tried("LlamaForCausalLM")
+
+
+def _in_a_process(name: str, seconds: int) -> dict[str, Outcome]:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_try, args=(name, theirs))
@@ -95,7 +104,7 @@ def _in_a_process(name: str) -> dict[str, Outcome]:
     theirs.close()
     began = time.monotonic()
     try:
-        if ours.poll(SECONDS):
+        if ours.poll(seconds):
             return ours.recv()
         return {"mi": Outcome(FAILS, f"not done after {time.monotonic() - began:.0f} s")}
     except EOFError:
@@ -107,12 +116,16 @@ def _in_a_process(name: str) -> dict[str, Outcome]:
 
 
 def _try(name: str, connection: multiprocessing.connection.Connection) -> None:
+    connection.send(_tried(name))
+
+
+def _tried(name: str) -> dict[str, Outcome]:
     torch.set_num_threads(1)
     tf.logging.set_verbosity_error()
     tf.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FUSEGPT_CACHE"] = f"{folder}/cache"
-        connection.send(try_class(name, Path(folder)))
+        return try_class(name, Path(folder))
 
 
 def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
@@ -120,7 +133,12 @@ def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
     order = (EXACT, REFUSED, FAILS, NOT_BUILT)
     counted = ", ".join(f"{counts[kind]} {kind}" for kind in order)
     fused = sum(f.get("fusegpt", Outcome("")).kind == EXACT for f in outcomes.values())
-    summary = f"{len(outcomes)} classes: {counted}. {fused} are fused."
+    settled = counts[EXACT] + counts[REFUSED]
+    longest = max(found["mi"].seconds for found in outcomes.values())
+    summary = (
+        f"{len(outcomes)} classes: {counted}. {fused} are fused. {settled / len(outcomes):.1%} are"
+        f" exact, or refused\nin seconds: the slowest refusal took {longest:.1f}."
+    )
     yield HEAD.format(version=tf.__version__, counts=summary)
     yield "| class | outcome | why, or how fusing goes |\n|---|---|---|"
     for name, found in outcomes.items():

@@ -27,7 +27,7 @@ CLASSES = {
     "LlavaForConditionalGeneration": EXACT,
     "MuseSparkForConditionalGeneration": EXACT,  # a norm among the experts' own tensors
     "Qwen3NextForCausalLM": EXACT,  # one block of attention, without which it cannot generate
-    "BertLMHeadModel": REFUSED,  # an encoder
+    "BertLMHeadModel": EXACT,  # a decoder, whose blocks lie in what it calls its encoder
     "Qwen4ExpForCausalLM": REFUSED,  # which tokens are attended to is looked at as values
     "Zamba2ForCausalLM": REFUSED,  # several blocks have one set of weights
     "xLSTMForCausalLM": EXACT,  # its depth has a second name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,10 @@ class Outcome:
     kind: str
     """One of the four above."""
     why: str = ""
+    seconds: float = 0.0
+    """How long it took to be refused."""
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -63,14 +66,14 @@ def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
     """Publish the model without two of its blocks, and look at what comes out."""
     (folder / "text.txt").write_text(random_text(300))
     out = folder / f"out-{method}"
-    said = io.StringIO()
+    said, began = io.StringIO(), time.monotonic()
     try:
         with Display(Console(file=said, width=200)) as display:
             (result,) = compress(Recipe.parse(_recipe(model, folder, out, method)), display)
     except UserError as error:
         if out.exists():
             return Outcome(FAILS, f"refused, but only after it wrote: {error}")
-        return Outcome(REFUSED, f"{error.problem}. Fix: {error.fix}")
+        return Outcome(REFUSED, f"{error.problem}. Fix: {error.fix}", time.monotonic() - began)
     except Exception as error:  # the outcome that the sweep is there to find
         return Outcome(FAILS, _said(error))
     try:
@@ -104,7 +107,7 @@ def _recipe(model: Path, folder: Path, out: Path, method: str) -> dict[str, Any]
         "importance": {"windows": 2, "batch": 2},
         "fusion": {"group_size": 2, "rank": 2, "lora_rank": 2, "epochs": 1, "batch": 2},
         "cluster": {"engine": "local"},
-        "output": {"uri": str(out), "name": "tiny", "report": False},
+        "output": {"uri": str(out), "name": "tiny", "report": False, "samples": []},
     }
 
 
@@ -168,15 +171,19 @@ def _generates_otherwise(model: tf.PreTrainedModel, ids: torch.Tensor) -> str:
 
 
 def _blocks(model: nn.Module, depth: int) -> nn.ModuleList:
-    """The decoder blocks: the longest list of that depth, by parameters, outside of vision."""
-    lists = [
-        module
+    """The decoder blocks: the longest list of that depth, by parameters, outside of vision; and
+    outside of an encoder, if there is one.
+    """
+    lists = {
+        name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList)
         and len(module) == depth
-        and not any(part in name for part in ("vision", "visual", "audio", "encoder"))
-    ]
-    return max(lists, key=lambda blocks: sum(value.numel() for value in blocks.parameters()))
+        and not any(part in name for part in ("vision", "visual", "audio"))
+    }
+    others = {name: module for name, module in lists.items() if "encoder" not in name}
+    found = (others or lists).values()
+    return max(found, key=lambda blocks: sum(value.numel() for value in blocks.parameters()))
 
 
 def _hands_on(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

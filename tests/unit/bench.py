@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
+from fusegpt_ray.termination import sigterm_stops
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.stepper import TorchStepper
 from fusegpt_ray.workers.base import News, Setup
@@ -48,9 +50,15 @@ class Bench:
     """Steps that have room for any number."""
 
     def tune(
-        self, stop: int | None = None, origin: str = "these rounds", **cluster: Any
+        self,
+        stop: int | None = None,
+        origin: str = "these rounds",
+        terminated: int | None = None,
+        **cluster: Any,
     ) -> Trained:
-        """As one start of a run; `stop`: the epoch after which it is killed."""
+        """As one start of a run; `stop`: the epoch after which it is killed; `terminated`: the step
+        in which SIGTERM comes.
+        """
         recipe = Recipe.parse(
             {
                 "model": {"source": str(self.model)},
@@ -87,11 +95,14 @@ class Bench:
             if rows > self.fits and len(self.steps) >= self.until:
                 raise MemoryError("as if")
             self.steps.append(rows)
+            if len(self.steps) == terminated:
+                signal.raise_signal(signal.SIGTERM)
             return step(stepper, batch)
 
         with (
             pytest.MonkeyPatch.context() as patch,
             LocalWorkers(Setup.of(recipe, Source.find(str(self.model), None), dense)) as engine,
+            sigterm_stops(),
         ):
             patch.setattr(TorchStepper, "step", counted)
             windows_WT = token_windows(WINDOWS, LENGTH).numpy()

@@ -74,7 +74,7 @@ class Desk:
             "fusion": {"group_size": 3, "rank": 2, "lora_rank": 2, "epochs": 2, "batch": 4}
             | {"fold": "at_end"},
             "cluster": {"engine": "local"},
-            "output": {"uri": str(self.out), "name": "demo", "report": False},
+            "output": {"uri": str(self.out), "name": "demo", "report": False, "samples": []},
         } | changes
 
     def write(self, **changes: Any) -> str:

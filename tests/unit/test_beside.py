@@ -99,7 +99,7 @@ def test_the_last_of_several_shows_perplexity_over_sparsity(desk: Desk, tmp_path
     made = compress(recipe(desk, sparsity=[0.2, 0.4, 0.6], method="mi", **asked), Watching())
     folders = [Path(model.uri) for model in made]
     wanted = [
-        ("mi", model.manifest["sparsity"], model.manifest["perplexity"][text]["fused"])
+        ("mi", model.manifest["sparsity"], model.manifest["perplexity"][text]["dropped"])
         for text in texts
         for model in made
     ]

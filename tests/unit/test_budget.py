@@ -137,6 +137,8 @@ def test_gpus_cost_their_price_for_as_long_as_they_are_held(tmp_path: Path, cloc
     clock.passed += 0.2 * HOUR
     hours = {key: value / HOUR for key, value in found.spent.items()}
     assert hours == pytest.approx({"seconds": 4.1, "gpu_seconds": 10.4}, abs=0.01)
+    told = {"hours": 4.1, "gpu_hours": 10.4, "money": 26}  # to Prometheus
+    assert found.told == pytest.approx(told, abs=0.01)
     with pytest.raises(BudgetSpent, match=r"cluster\.max_cost = 25 is spent: 26.00 by now"):
         found.check()
     found.forget()

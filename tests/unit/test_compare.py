@@ -61,7 +61,7 @@ def test_cells_are_the_runs_that_they_stand_for(desk: Desk, tmp_path: Path) -> N
     for run in asked.runs:
         for model in compress(run.recipe, Watching()):
             row = model.manifest["perplexity"]["heldout"]
-            last = row.get("fused", row["dropped"])
+            last = row.get("trained", row["dropped"])
             assert found[model.uri.rsplit("/", 1)[-1]] == (row["dense"], last)
     assert published(desk) == together
 
@@ -203,7 +203,7 @@ def test_the_tables_are_those_of_the_manifests(desk: Desk) -> None:
         manifest = json.loads((Path(row["uri"]) / "fusegpt.json").read_text())
         told = manifest["perplexity"]["heldout"]
         assert float(row["dense"]) == told["dense"]
-        assert float(row["perplexity"]) == told.get("fused", told["dropped"])
+        assert float(row["perplexity"]) == told.get("trained", told["dropped"])
         base = next(
             float(other["perplexity"])
             for other in rows

@@ -32,6 +32,7 @@ from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text_sections import Text
 
 KEY = "calibration.data"
+ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @pytest.fixture(name="model", scope="session")
@@ -52,10 +53,9 @@ def read(file: Path) -> list[Conversation]:
 
 def as_messages(row: dict[str, Any], image: Any) -> dict[str, Any]:
     """The same in the other layout, with this part for its image."""
-    roles = {"human": "user", "gpt": "assistant"}
     messages = [
         {
-            "role": roles[turn["from"]],
+            "role": ROLES[turn["from"]],
             "content": [{"type": "text", "text": turn["value"].removeprefix("<image>\n")}],
         }
         for turn in row["conversations"]
@@ -78,6 +78,15 @@ def test_every_layout_gives_the_same_samples(model: Path, tmp_path: Path) -> Non
             for row, url in zip(rows, data, strict=True)
         ],
         "beside": [{**as_messages(row, {}), "images": [row["image"]]} for row in rows],
+        "roles": [
+            row
+            | {
+                "conversations": [
+                    turn | {"from": ROLES[turn["from"]]} for turn in row["conversations"]
+                ]
+            }
+            for row in rows
+        ],
     }
     files = [write_lines(tmp_path / f"{name}.jsonl", given) for name, given in layouts.items()]
     (tmp_path / "array.json").write_text(json.dumps(rows))
@@ -91,7 +100,7 @@ def test_every_layout_gives_the_same_samples(model: Path, tmp_path: Path) -> Non
         fingerprint(album_of(Text(data=str(file)), processing(model)).drawn(None)[0])
         for file in files
     ]
-    assert len({*found}) == 1 and len(found) == 8
+    assert len({*found}) == 1 and len(found) == 9
 
 
 def test_a_sample_is_what_the_processor_makes_and_its_answers_are_the_targets(
@@ -197,6 +206,10 @@ TURNS = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "
 WRONG = {
     "no conversation": ({"text": "what"}, "it lacks 'conversations'"),
     "no image": ({"conversations": TURNS}, "a place for an image is left without one"),
+    "another column": (
+        {"imag": "0.png", "conversations": TURNS},
+        "left without one; its columns: imag, conversations",
+    ),
     "no place": ({"image": "0.png", "conversations": TURNS[1:]}, "have no place in its text"),
     "a number": ({"image": 5, "conversations": TURNS}, "an image is 5, and neither"),
     "an image of nothing": ({"image": {"size": 3}, "conversations": TURNS}, "it lacks 'url'"),

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.samples import PADDING
+from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import token_stream
 from fusegpt_ray.text.documents import APART, as_windows, drawn, enough
 from fusegpt_ray.text.fresh import fresh_windows
@@ -147,14 +148,24 @@ def test_a_window_is_a_document_cut_or_padded() -> None:
     assert begun.tolist() == [[1, 5, 6, PADDING], [1, 5, 6, PADDING], [1, 5, 6, 7]] and cut == 1
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_no_document_is_trained_on_and_held_out(repeat: bool) -> None:
+def test_no_document_is_trained_on_and_held_out(
+    repeat: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`kept`: the text is short enough to be tokenised once."""
+    monkeypatch.setattr(calibration, "HELD_TOKENS", 10**6 if kept else 10)
     found = [[number, *ids] for number, ids in enumerate(documents(30))]
-    held = []
+    held, passes = [], []
+
+    def stream() -> Iterator[np.ndarray]:
+        passes.append(len(held))
+        yield from stream_of(found)()
+
     for windows in (8, 16, 40 if repeat else 20):
         texts = Texts(data="x")
         trained, out = fresh_windows(
-            [stream_of(found)], texts, windows, 4, 19, 3, repeat, None, "heal", pack=False
+            [stream], texts, windows, 4, 19, 3, repeat, None, "heal", pack=False
         )
         ids = trained.tokens_WT[:, 0].tolist()
         assert len(ids) == windows and (repeat or len(set(ids)) == windows)
@@ -163,6 +174,7 @@ def test_no_document_is_trained_on_and_held_out(repeat: bool) -> None:
             assert row[row != PADDING].tolist() == found[row[0]]
         held.append(out.tokens_WT.tolist())
     assert held[0] == held[1] == held[2]
+    assert passes == ([0, 1, 2] if kept else [0, 0, 1, 1, 2, 2])
     with pytest.raises(UserError, match="has 30 documents"):
         fresh_windows(
             [stream_of(found)], Texts(data="x"), 40, 4, 19, 3, False, None, "heal", None, False

@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from fusegpt_ray.family import board, page
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.run.housekeeping import clean, leftovers
 from fusegpt_ray.scheduling import slots
 from fusegpt_ray.store.family import FamilyBoard
+from fusegpt_ray.workers.room import Need, Room
 
 FIRST, SECOND = "demo-first-mi-p20", "demo-second-mi-p20"
 
@@ -225,10 +228,55 @@ def test_stopped_between_members_it_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         compress_family(Members.parse(asked(two)), Stopped())
     assert [path.name for path in two.out.glob("demo-*")] == [SECOND]
+    folder = two.out / "family/demo"
+    found = [(item.uri, item.dead) for item in leftovers(str(two.out), age=0)]
+    assert found == [(str(folder / "measured"), False)], "what it goes on from"
+    assert [item.dead for item in leftovers(str(two.out), age=0, unfinished=True)] == [True]
+    assert clean(str(two.out), age=0) == [] and published(two)
     show = Watching()
     assert compress_family(Members.parse(asked(two)), show)["state"] == "done"
     assert published(two) == published(done[0])
     assert f"evaluating and publishing {SECOND}" not in show.said
+    assert leftovers(str(two.out), age=0, unfinished=True) == []
+    (folder / "blocks/0-0").mkdir(parents=True)
+    (folder / "blocks/0-0/train").write_text("of one that was killed")
+    before = tree(two.folder)
+    removed = [item.uri for item in clean(str(two.out), age=0)]
+    assert removed == [str(folder / "blocks")]
+    assert before.keys() - tree(two.folder).keys() >= {"out/family/demo/blocks/0-0/train"}
+    assert published(two) == published(done[0]) and (folder / "index.html").exists()
+
+
+def test_what_only_publishes_is_put_off_and_ends_with_the_same_bytes(
+    two: Desk,
+    done: tuple[Desk, dict[str, Any], Watching],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a room for one set of workers, for whose GPUs the other member waits."""
+    whole, publisher = Need(2, 1), Need(1.5, 1)
+    room = Room([whole] * 2, 1, Need(2, 9), publishers=[publisher] * 2)
+    monkeypatch.setattr(slots, "room_for_sets", lambda *_: nullcontext(room))
+    opened, opens = list[int](), slots.open_workers
+
+    def opening(setup: Any, show: Any) -> Any:
+        opened.append(setup.cluster.replicas)
+        return opens(setup, show)
+
+    monkeypatch.setattr(slots, "open_workers", opening)
+    asks, show = asked(two), Watching()
+    asks["cluster"] = {"engine": "local", "replicas": 2, "workers": 2}
+    del asks["family"]["members"][1]["priority"]
+    assert compress_family(Members.parse(asks), show)["state"] == "done"
+    begun = [line for line in show.said if line.startswith("[") and "—" in line]
+    assert [line.split("—")[1] for line in begun] == [
+        " first: mi ", " second: mi ", " first: mi ", " second: mi ",
+    ]  # fmt: skip
+    assert opened == [2, 2, 1, 1]
+    assert published(two) == published(done[0])
+    told = json.loads((two.out / FIRST / "fusegpt.json").read_text())
+    events = [json.loads(line) for line in (two.out / FIRST / "metrics.jsonl").open()]
+    assert [event["event"] for event in events].count("run") == 2 and told["spent"]["seconds"] > 0
+    assert not list(two.out.glob("demo-*.run"))
 
 
 def test_a_text_too_short_for_one_member_is_its_own_failure(two: Desk) -> None:

@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_with_the_same_text(desk: Desk) -> None:
     kept = part.read_bytes(), part.stat().st_mtime_ns
     (published,) = compress(asked(desk), Watching())
     assert (part.read_bytes(), part.stat().st_mtime_ns) == kept
-    place = {"uri": str(desk.folder / "elsewhere"), "name": "demo", "report": False}
+    place = {"uri": str(desk.folder / "elsewhere"), "name": "demo", "report": False, "samples": []}
     compress(asked(desk, {"output": place}), Watching())
     ours, theirs = (contents(folder) for folder in (desk.out, desk.folder / "elsewhere"))
     assert ours.keys() == theirs.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.termination import sigterm_stops
+from fusegpt_ray.training import pauses
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import Trained
 from fusegpt_ray.training.masters import Masters
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Learned, Span
+from fusegpt_ray.training.stepper import TorchStepper
 
 CPU = torch.device("cpu")
 # Float32 through a few blocks, where only the order of additions differs.
@@ -171,6 +176,30 @@ def test_stopped_after_any_part_it_ends_with_the_same_bytes(
         assert result(infirmary.heal(**settings)) == result(undisturbed)
         assert infirmary.said == [f"  going on after part {after} of {PARTS}"]
         assert infirmary.heard == [*range(after + 1, PARTS + 1)]
+
+
+@pytest.mark.parametrize("rate", [0.001, 3.0])  # the best is what the last look saw, or the first
+def test_told_to_end_within_a_part_it_goes_on_to_the_same_bytes(
+    infirmary: Infirmary, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pauses, "ASK_SECONDS", 0.0)
+    settings = {"train": "all", "learning_rate": rate, "looks": 2}
+    undisturbed = infirmary.heal(**settings)
+    infirmary.forget()
+    step, made = TorchStepper.step, []
+
+    def third_is_told(stepper: TorchStepper, batch: Batch) -> torch.Tensor:
+        made.append(batch)
+        if len(made) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return step(stepper, batch)
+
+    with sigterm_stops(), monkeypatch.context() as patch:
+        patch.setattr(TorchStepper, "step", third_is_told)
+        with pytest.raises(Terminated):
+            infirmary.heal(**settings)
+    assert result(infirmary.heal(**settings)) == result(undisturbed)
+    assert infirmary.said == ["  going on after part 1 of 2 and 1 step"]
 
 
 def test_states_are_kept_for_one_part_at_a_time(infirmary: Infirmary) -> None:

@@ -118,6 +118,37 @@ def test_a_task_is_given_up_after_so_many_attempts_and_the_next_begins_anew(know
     asyncio.run(asyncio.wait_for(run(), 10))
 
 
+def test_attempts_are_counted_anew_once_a_training_has_come_further() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        await mailbox.post(TASK)
+        for part in (1, 2):
+            for _ in range(MAX_FAILURES):
+                await mailbox.take(0, 0, PROCESS)
+            await mailbox.report((part, 0.5, None))
+        for _ in range(MAX_FAILURES):  # the same part again is no further
+            assert await mailbox.take(0, 0, PROCESS) == (1, TASK)
+            await mailbox.report((2, 0.5, None))
+        await mailbox.outcome(SOON)
+        await begun(mailbox.take(0, 0, PROCESS))
+        assert isinstance(raised(await mailbox.outcome(SOON)), RuntimeError)
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_workers_hear_that_they_are_to_end() -> None:
+    async def run() -> None:
+        mailbox = _Mailbox(1)
+        waiting = await begun(mailbox.told_to_end())
+        await mailbox.post(TASK)
+        assert not waiting.done()
+        await mailbox.end()
+        await waiting
+        await mailbox.told_to_end()
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
 def test_a_call_that_a_lost_worker_left_behind_is_no_attempt() -> None:
     """Its process is gone, and nobody hears what it is given."""
 

@@ -78,6 +78,8 @@ def test_a_run_leaves_the_old_blocks_and_goes_on_where_it_was_stopped(
     desk: Desk, tmp_path: Path
 ) -> None:
     (one,) = compress(recipe(desk, **changes(desk, DUS) | NEW), Watching())
+    card = (Path(one.uri) / "README.md").read_text()
+    assert "then the new blocks alone trained on the next tokens of text" in card
     dense = load_model(desk.model).state_dict()
     tensors = load_file(Path(one.uri) / "model.safetensors")
     for place, number in enumerate(one.manifest["kept"]):

@@ -127,3 +127,25 @@ def test_what_can_never_come_is_refused_at_once(cluster: Any, grows: bool, minut
     assert caught.value.problem == "3 CPUs are needed, the cluster has 2"
     assert fake.asked == []
     assert fake.now == 0
+
+
+def test_only_nodes_with_some_members_labels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a real cluster: tests/integration/test_placement.py."""
+    there = {"a": 8, "b": 4, "c": 2}
+    labels = {"a": {}, "b": {"pool": "old"}, "c": {"pool": "new", "zone": "z"}}
+    found = [
+        {"NodeID": name, "Alive": True, "Labels": labels[name], "Resources": {"GPU": gpus}}
+        for name, gpus in there.items()
+    ]
+    dead = found[2] | {"NodeID": "d", "Alive": False}
+    free = {"a": {"GPU": 5.0}, "b": {"GPU": 3.0, "CPU": 1.0}, "c": {"GPU": 1.0}}
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: [*found, dead])
+    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"GPU": 14})
+    monkeypatch.setattr(nodes, "available_resources_per_node", lambda: free)
+    old, new, nowhere = (Cluster(labels={"pool": pool}) for pool in ("old", "new", "none"))
+    assert nodes.free_resources([new]) == {"GPU": 1} and nodes.resources(new) == {"GPU": 2}
+    assert nodes.free_resources([old, new, new]) == {"GPU": 4, "CPU": 1}
+    assert nodes.free_resources([new, Cluster()]) == {"GPU": 9, "CPU": 1}
+    assert nodes.resources_of_any([old, new]) == {"GPU": 6}
+    assert nodes.resources_of_any([new, Cluster()]) == {"GPU": 14}
+    assert nodes.free_resources([nowhere]) == {}

@@ -15,7 +15,7 @@ from models import DEPTH, open_stack, rewrite
 from runners import Tensors, config_of
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.model.architecture import dense_stack
+from fusegpt_ray.model.architecture import build_meta_blocks, dense_stack
 from fusegpt_ray.model.config import build_skeleton
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store.checkpoint import TensorRef, read_index
@@ -165,6 +165,7 @@ NOT_DECODERS = {
     ),
     "ModernBertForMaskedLM": lambda: transformers.ModernBertConfig(**SMALL, **IDS_BELOW_VOCAB),
     "BertForMaskedLM": lambda: transformers.BertConfig(**SMALL),
+    "BertLMHeadModel": lambda: transformers.BertConfig(**SMALL),
     "LlamaForSequenceClassification": lambda: transformers.LlamaConfig(**SMALL),
     "LlamaModel": lambda: transformers.LlamaConfig(**SMALL),
 }
@@ -181,6 +182,23 @@ def test_models_that_do_not_predict_the_next_token_are_refused(architecture: str
                 for name, shape in shapes_of(raw).items()
             },
         )
+
+
+OTHERWISE = {
+    "BertLMHeadModel": "is_decoder: false: an encoder",
+    "DiffusionGemmaForBlockDiffusion": "does not write a text token after token",
+    "PI0ForConditionalGeneration": "does not write a text token after token",
+}
+
+
+@pytest.mark.parametrize("architecture", OTHERWISE)
+def test_a_head_over_all_tokens_does_not_make_a_model_that_writes_one_after_another(
+    architecture: str,
+) -> None:
+    """Of classes that the auto classes for language models know."""
+    config = getattr(transformers, architecture).config_class().to_dict()
+    with pytest.raises(UserError, match=OTHERWISE[architecture]):
+        build_meta_blocks(config | {"architectures": [architecture]})
 
 
 def shapes_of(raw: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -175,7 +175,7 @@ def refused(given: dict[str, Any]) -> UserError:
 
 def test_mistakes_are_found_before_the_run(model: Path, tmp_path: Path) -> None:
     (tmp_path / "none.png").write_text("no image")
-    for name, problem in (("missing.png", "No such file"), ("none.png", "cannot identify")):
+    for name, problem in (("missing.png", "No such file"), ("none.png", "no image that pillow")):
         about = {"image": str(tmp_path / name), "prompt": "what is this"}
         error = refused(sampling(model, tmp_path, ["w20", about]))
         assert error.key == "output.samples.1.image" and error.value == about["image"]

@@ -13,12 +13,14 @@ import torch
 from desk import Desk
 from infirmary import BATCH, HELD, STEPS, TRAINED, Infirmary, Stopped, kl, rate
 from safetensors.torch import load_file
+from stopped_runs import Watching
 from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.footprint import healing_bytes
 from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
@@ -62,6 +64,9 @@ def test_a_group_refers_to_the_matrices_of_its_first(infirmary: Infirmary) -> No
         for name, ref in second.weights.items():
             assert ref == (own if "norm" in name else first.weights)[name]
     assert Stack.from_json(stack.to_json()).blocks == stack.blocks
+    for group in ((0, 9), (9, 0)):
+        with pytest.raises(AssertionError):
+            dense.share(*group)
 
 
 @pytest.mark.parametrize("infirmary", ["llama", "qwen2"], indirect=True)
@@ -112,6 +117,45 @@ def test_a_stopped_one_ends_with_the_same_bytes(infirmary: Infirmary) -> None:
     with pytest.raises(Stopped):
         infirmary.heal(2, train="all", learning_rate=0.001)
     assert files_of(infirmary.heal(train="all", learning_rate=0.001)) == whole
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "depth"),
+    [
+        ("fusegpt", {}, 3),  # with terms that go on learning
+        ("mi+linear", {"fusion": {"start": "scale"}}, 3),
+        ("streamline", {}, 3),
+        ("slicegpt", {}, 5),
+    ],
+)
+def test_whatever_the_method_a_group_is_published_with_the_same_matrices(
+    desk: Desk, method: str, changes: dict[str, Any], depth: int
+) -> None:
+    """And the manifest, the card and the report say which blocks are one."""
+    heal: dict[str, Any] = {
+        "tokens": 48,
+        "batch": 2,
+        "held_out": 2,
+        "looks": 2,
+        "train": "all",
+        "share": depth,
+    }
+    output = {"uri": str(desk.out), "name": "demo", "report": method == "slicegpt"}
+    heal["learning_rate"] = 1e-3
+    asked = desk.recipe(method=method, heal=heal, output=output, **changes)
+    (done,) = compress(Recipe.parse(asked), Watching())
+    assert done.manifest["healing"]["groups"] == [done.manifest["kept"]]
+    tensors = load_file(Path(done.uri) / "model.safetensors")
+    names = {name.split(".", 3)[3] for name in tensors if name.startswith("model.layers.")}
+    for name in names:
+        blocks = [tensors[f"model.layers.{n}.{name}"] for n in range(depth)]
+        assert all(torch.equal(one, blocks[0]) for one in blocks) == ("norm" not in name), name
+    which = ", ".join(map(str, done.manifest["kept"]))
+    said = f"Blocks that share weights (numbers in the dense model): {which}."
+    assert said in (Path(done.uri) / "README.md").read_text()
+    if output["report"]:
+        page = (Path(done.uri) / "report.html").read_text()
+        assert "Which blocks share weights" in page and f"<td>{which}</td>" in page
 
 
 def test_a_size_that_divides_no_depth_is_refused(desk: Desk) -> None:

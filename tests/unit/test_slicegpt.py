@@ -90,7 +90,8 @@ def test_what_is_published_is_the_dense_model_on_projected_states(
     monkeypatch.setattr(narrowing.Narrowing, "on", noted)
     output = {"uri": str(desk.out), "name": "demo"}  # with its report
     (published,) = compress(recipe(desk, output=output), Display())
-    assert "32 → 24" in (Path(published.uri) / "report.html").read_text()
+    page = (Path(published.uri) / "report.html").read_text()
+    assert "32 → 24" in page and "<em>sliced</em>" in page and "<em>fused</em>" not in page
     axes_DK = principal_axes_of(desk, drawn[0])
     dense = load_model(desk.model)
     writers = [block.get_submodule(key) for block in dense.model.layers for key in WRITES]
@@ -238,7 +239,7 @@ def test_its_cost_is_known_before(desk: Desk) -> None:
     tensors = [value for file in files for value in load_file(file).values()]
     assert [*planned.cost.published_bytes.values()] == [sum(value.nbytes for value in tensors)]
     walked = {stage.name: stage.block_forwards for stage in planned.cost.stages}
-    assert walked == {"states": 14 * 5, "repair": 0, "evaluation": 4 * 5 * 2}
+    assert walked == {"states": 14 * 5, "slicing": 0, "evaluation": 4 * 5 * 2}
     told = json.loads((Path(published.uri) / "fusegpt.json").read_text())
     assert told["rounds"][0]["width"] == told["width"]
     assert 0.75 < told["width"]["variance"] < 1

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from stopped_runs import Watching
 from test_deeper_runs import Stopped
 from test_slicegpt import recipe
+from torch import nn
 
 from fusegpt_ray.cost import _healing
 from fusegpt_ray.errors import UserError
@@ -33,13 +34,17 @@ ALL = HEAL | {"train": "all", "learning_rate": RATE}
 
 
 def healed(desk: Desk, name: str, show: Display | None = None, **heal: Any) -> Any:
-    output = {"uri": str(desk.out), "name": name, "report": False}
+    output = {"uri": str(desk.out), "name": name, "report": False, "samples": []}
     (published,) = compress(recipe(desk, output=output, heal=heal or None), show or Watching())
     return published
 
 
-def test_healing_is_adam_on_the_sliced_model(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Distributions of each by its own norm and head, of two hidden sizes."""
+@pytest.mark.parametrize("share", [None, 5])
+def test_healing_is_adam_on_the_sliced_model(
+    share: int | None, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Distributions of each by its own norm and head, of two hidden sizes; also where all blocks
+    are one group, as if their layers were the same modules."""
     drawn: list[torch.Tensor] = []
     real = WholeModel.task
 
@@ -49,11 +54,16 @@ def test_healing_is_adam_on_the_sliced_model(desk: Desk, monkeypatch: pytest.Mon
 
     sliced = healed(desk, "sliced")
     monkeypatch.setattr(WholeModel, "task", noted)
-    done = healed(desk, "healed", **ALL)
+    done = healed(desk, "healed", **ALL, share=share)
     student, teacher = load_model(Path(sliced.uri)), load_model(desk.model)
     assert student.config.hidden_size < teacher.config.hidden_size
     for model in (student, teacher):
         model.requires_grad_(False)
+    if share:
+        for path, layer in [*student.model.layers[0].named_modules()]:
+            if isinstance(layer, nn.Linear):
+                for block in student.model.layers[1:]:
+                    block.set_submodule(path, layer)
     student.model.layers.requires_grad_()
     adam = torch.optim.Adam(student.model.layers.parameters(), betas=(0.9, 0.95))
     windows, held_out = drawn

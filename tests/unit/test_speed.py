@@ -15,6 +15,7 @@ from desk import Desk
 from mistakes import MESSAGE, tree
 from models import save_tiny
 from safetensors.torch import load_file
+from spoilt import configured
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.measuring import generators
@@ -152,6 +153,17 @@ def test_a_model_whose_weights_would_be_invented_is_refused(
     weights.write_bytes(weights.read_bytes().replace(b"model.norm.weight", b"model.norm.wrong_"))
     assert main(["speed", "model", *SMALL]) == 2
     assert "missing_keys ['model.norm.weight']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["speed", *SMALL], ["tasks", "--tasks", "piqa"]])
+def test_a_quantized_model_is_refused_with_what_measures_it(
+    command: list[str], desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configured(quantization_config={"quant_method": "awq", "bits": 4})(desk)
+    assert main([command[0], "model", *command[1:]]) == 2
+    message = MESSAGE.search(capsys.readouterr().err)
+    assert message and message["key"] == "MODEL" and "quantized checkpoint (awq)" in message[0]
+    assert "made from" in message["fix"] and "lm_eval" in message["fix"]
 
 
 def test_vllm_is_asked_for_whole_prefills_and_exactly_so_many_tokens(

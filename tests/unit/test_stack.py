@@ -62,6 +62,9 @@ def test_a_sliced_stack_has_other_tensors_everywhere(checkpoint: Callable[[str],
     stack = dense.slice(other.config, other.trunk, weights)
     assert (stack.config, stack.trunk, stack.kept) == (other.config, other.trunk, dense.kept)
     assert stack.blocks == other.blocks and stack.prefix == dense.prefix
+    deeper = dense.insert(1, dense.blocks[1].copied(5))
+    wider = deeper.slice(other.config, other.trunk, {**weights, 5: other.blocks[1].weights})
+    assert wider.blocks[2] == other.blocks[1].copied(5) and wider.kinds == deeper.kinds
     short = stack.drop(1)
     assert Stack.from_json(json.loads(json.dumps(short.to_json()))) == short
     with pytest.raises(AssertionError):

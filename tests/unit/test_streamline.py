@@ -148,6 +148,8 @@ def test_a_run_publishes_the_dense_model_with_one_block_changed(desk: Desk) -> N
         assert any(alike) == (number != first)
     card = (Path(done.uri) / "README.md").read_text()
     assert METHOD_SPECS["streamline"].about in " ".join(card.split())
+    assert done.manifest["rounds"][1]["replaced"] == [first, *gone]
+    assert f"Block {first} was trained to stand for blocks {first} to {gone[-1]}." in card
 
 
 def test_an_mlp_in_place_of_a_run(desk: Desk, tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_a_healed_run_has_a_perplexity_of_each_stage(desk: Desk) -> None:
     asked = recipe(desk, method="streamline", sparsity=0.4, evaluation=held, heal=heal)
     (done,) = compress(asked, Watching())
     row = done.manifest["perplexity"]["heldout"]
-    assert {"dense", "dropped", "fused", "healed"} <= row.keys()
+    assert {"dense", "dropped", "replaced", "healed"} <= row.keys()
 
 
 def asked_for(desk: Desk, **changes: Any) -> Recipe:

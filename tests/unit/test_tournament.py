@@ -96,7 +96,7 @@ def parsed(place: Infirmary, learning_rate: float = HEAL["learning_rate"], **sea
             "heal": HEAL | {"learning_rate": learning_rate},
             "search": search,
             "cluster": {"engine": "local"},
-            "output": {"uri": str(place.out), "name": "demo", "report": False},
+            "output": {"uri": str(place.out), "name": "demo", "report": False, "samples": []},
         }
     )
 

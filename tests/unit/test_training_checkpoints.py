@@ -25,11 +25,13 @@ from bench import (  # noqa: F401 - fixtures
 )
 from models import open_stack, token_windows
 
+from fusegpt_ray.errors import Terminated
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed
+from fusegpt_ray.training import pauses
 from fusegpt_ray.training.states import States
 from fusegpt_ray.training.stepper import TorchStepper, TrainingConfig
 
@@ -56,6 +58,25 @@ def test_stopped_again_and_again(bench: Bench, undisturbed: Any) -> None:
     assert len(bench.steps) == WHOLE
 
 
+def test_a_notice_makes_a_checkpoint_at_the_next_step(
+    bench: Bench, undisturbed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pauses, "ASK_SECONDS", 0.0)
+    for step in range(1, EPOCHS * WHOLE + 1):
+        with pytest.raises(Terminated):
+            bench.tune(terminated=step, checkpoint_minutes=1e6)
+        assert len(bench.steps) == step
+        assert result(bench.tune(checkpoint_minutes=1e6)) == undisturbed
+        assert len(bench.steps) == EPOCHS * WHOLE - step
+        part, more = divmod(step, WHOLE)
+        steps = f" and {more} step" if more else ""
+        assert bench.said in (
+            [f"  going on after part {part} of {EPOCHS}{steps}"],
+            [f"  going on after part {part - 1} of {EPOCHS} and {WHOLE} steps"],
+        )
+        storage.remove(bench.folder, recursive=True)
+
+
 def test_only_the_last_checkpoint_stays(bench: Bench) -> None:
     bench.stopped(1)
     first = bench.state_file()
@@ -68,16 +89,13 @@ def test_checkpoints_are_as_far_apart_as_asked(
 ) -> None:
     bench.tune(checkpoint_minutes=1e6)
     assert bench.files() == {}
-    now = [0.0]
-
-    def later() -> float:  # a quarter of a minute at each look
-        now[0] += 15
-        return now[0]
-
-    monkeypatch.setattr("fusegpt_ray.training.checkpoints.time.monotonic", later)
-    bench.stopped(EPOCHS, checkpoint_minutes=0.7)
+    # A quarter of a minute a step.
+    monkeypatch.setattr(
+        "fusegpt_ray.training.checkpoints.time.monotonic", lambda: 15.0 * len(bench.steps)
+    )
+    bench.stopped(EPOCHS, checkpoint_minutes=1.2)
     losses = opened(bench.files()["checkpoint.json"])["losses"]
-    assert 0 < len(losses) < EPOCHS
+    assert len(losses) == 3
 
 
 def test_the_time_before_counts(bench: Bench) -> None:

@@ -80,6 +80,36 @@ def test_one_that_needs_more_than_there_is_works_alone() -> None:
     assert taken(waiting) is small
 
 
+def test_nobody_is_beside_one_that_leaves_no_room_for_any() -> None:
+    half, most = entry("half", 0, 2), entry("most", 1, 3)
+    assert Waiting([most, half], FOUR).alone(most)
+    waiting = Waiting([half, most, entry("other", 2, 2)], FOUR)
+    assert waiting.alone(most) and not waiting.alone(half)
+    assert Waiting([half], FOUR).alone(half), "there is no other"
+
+
+def test_one_that_only_publishes_leaves_its_workers_to_others() -> None:
+    publisher = Need(gpus=1, cpus=1)
+    entries = [
+        Entry(f"{name}", group, Need(3, 1), publisher=publisher) for group, name in enumerate("abc")
+    ]
+    waiting = Waiting(entries, FOUR)
+    first = taken(waiting)
+    assert waiting.put_off(first), "b waits for its GPUs"
+    assert waiting.next_like(first) is None
+    later = taken(waiting)
+    assert (later.job, later.need, later.publishes) == ("a", publisher, True), "b does not fit"
+    assert not waiting.put_off(later)
+    waiting.release(first)
+    second = taken(waiting)
+    assert second.job == "b" and second.group != later.group and not second.publishes
+    waiting.release(second)
+    third = taken(waiting)
+    assert third.job == "c" and not waiting.put_off(third), "nobody waits"
+    alike = Waiting([Entry("d", 0, publisher, publisher=publisher), entry("e", 1)], FOUR)
+    assert not alike.put_off(taken(alike)), "its own workers are no more than that"
+
+
 def test_a_group_that_was_given_up_is_left_to_others() -> None:
     waiting = Waiting([entry("a"), entry("b", 1)], FOUR)
     first = taken(waiting)
