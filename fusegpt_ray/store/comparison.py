@@ -80,5 +80,5 @@ class Told(Part):
         Raises:
             UserError: there is none, or not one that this version can trust.
         """
-        fix = "give the folder of a comparison: OUTPUT_URI/compare/NAME"
+        fix = "give the folder of a comparison, OUTPUT_URI/compare/NAME; its command writes it anew"
         return told(cls, uri, TABLE, FORMAT, fix)

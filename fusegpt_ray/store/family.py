@@ -16,7 +16,7 @@ from fusegpt_ray.uris import refuse_secret, shown
 
 BOARD = "family.json"
 FORMAT = 1
-FIX = "give the folder of a family: OUTPUT_URI/family/NAME"
+FIX = "give the folder of a family, OUTPUT_URI/family/NAME; its command writes it anew"
 
 
 class Parameters(Part):
