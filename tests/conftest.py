@@ -10,7 +10,6 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     RAY_AUTH_MODE="disabled",
     DS_ACCELERATOR="cpu",
-    RAY_worker_niceness="0",  # else its workers starve beside other tests
 )
 
 from collections.abc import Callable
