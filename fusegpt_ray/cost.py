@@ -73,8 +73,8 @@ class Cost:
         return sum(stage.flops / rates[stage.name] for stage in self.stages) / gpus / 3600
 
     def seconds(self, rates: Mapping[str, float], held: Held) -> dict[str, float]:
-        """Of computing alone, by stage, on these processes and GPUs."""
-        most = {stage: min(held.gpus, processes(stage, held)) for stage in self.stages}
+        """Of computing alone, by stage, on these processes and GPUs; on a CPU they share it."""
+        most = {stage: min(held.gpus or 1, processes(stage, held)) for stage in self.stages}
         return {
             stage.name: stage.flops / rates[stage.name] * stage.longest_part(count)
             for stage, count in most.items()

@@ -213,10 +213,10 @@ def test_the_identity_outlives_the_records(desk: Desk, monkeypatch: pytest.Monke
     )
     compress(recipe(desk, method="mi", sparsity=0.4))
     folder = str(run_folder(desk))
-    notes = ["scores-002.json", "scores-001.json", "samples-000.json"]
+    notes = ["scores-002.json", "scores-001.json"]
     records = ["round-002.json", "round-001.json", "plan-000.json", "metrics-000001.jsonl"]
     files = ["blocks", *notes, *records, "identity.json", "heartbeat.json", "lease-000001.json"]
-    assert removed[-11:] == [f"{folder}/{name}" for name in files]
+    assert removed[-10:] == [f"{folder}/{name}" for name in files]
     assert not run_folder(desk).exists()
 
 

@@ -95,7 +95,7 @@ def test_the_manifest_tells_what_each_stage_contributed(
         card = (Path(item.uri) / "README.md").read_text()
         assert "| perplexity on | dense | dropped | fused | this model |" in card
         values = " | ".join(f"{row[stage]:.2f}" for stage in stages)
-        assert values in card and "*Fused*: after the rounds." in card
+        assert values in card and "*Fused*: the removed blocks' weights fused" in card
         assert f"Healing: 8 windows of {LENGTH} tokens" in card
 
 

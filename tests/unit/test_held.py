@@ -36,11 +36,12 @@ def test_gpus_of_a_set(
 
 
 def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> None:
-    """Beside others a training worker has a GPU of its own, and alone it shares a replica's."""
+    """Beside others, training workers and replicas take turns, unless there is room for both."""
     source = Source.find(str(desk.model), None)
     cluster = Cluster(replicas=2, workers=1, gpus_per_replica=1)
     setup = Setup(source, source.stack(), cluster, trains=True, sets=2, roomy=True)
-    assert sets._need(setup) == Need(gpus=3, cpus=4)
+    assert sets._need(setup) == Need(gpus=2, cpus=3)
+    assert sets._need(setup, at_once=True) == Need(gpus=3, cpus=4)
     for changes, gpus in (({}, 3.0), ({"roomy": False}, 2.0), ({"sets": 1}, 2.0)):
         found = RayWorkers(replace(setup, **changes))  # type: ignore[arg-type]
         found.gpus = 1.0
@@ -54,7 +55,8 @@ def test_a_plan_counts_the_processes_that_there_will_be(
     cluster = {"engine": "ray", "replicas": 2, "workers": 4, "gpu_hour_price": 1}
 
     def planned(method: str) -> dict[str, float]:
-        recipe = desk.write(method=method, cluster=cluster)
+        one_by_one = {"windows": 4, "batch": 1}
+        recipe = desk.write(method=method, cluster=cluster, importance=one_by_one)
         assert main(["plan", recipe, "--gpu", "H100", "--json"]) == 0
         told = json.loads(capsys.readouterr().out)
         (scoring,) = [row for row in told["stages"] if row["stage"] == "scoring"]

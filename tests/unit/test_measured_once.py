@@ -65,7 +65,8 @@ def perplexities(desk: Desk) -> dict[str, Any]:
 def test_perplexities_of_dense_blocks_are_measured_once(
     desk: Desk, measuring: Measuring, writing: list[int]
 ) -> None:
-    compress(recipe(desk, **held_out(desk)), Watching())
+    asks = held_out(desk) | {"output": desk.recipe()["output"] | {"samples": ["w20 w21"]}}
+    compress(recipe(desk, **asks), Watching())
     assert measuring.depths == [5, 4, 4, 2, 2], "dense; of each model the fused and the dropped one"
     assert writing == [5, 4, 2]
     expected = perplexities(desk)
@@ -74,18 +75,18 @@ def test_perplexities_of_dense_blocks_are_measured_once(
     measuring.depths.clear()
     writing.clear()
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk, **held_out(desk)), Watching(2))
+        compress(recipe(desk, **asks), Watching(2))
     assert measuring.depths == [5]
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk, **held_out(desk)), BeforeItsSecondModel())
+        compress(recipe(desk, **asks), BeforeItsSecondModel())
     assert measuring.depths == [5, 4, 4]
 
     # Killed when the second model's dropped form was measured, and nothing of it published.
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:  # noqa: PT012
         patch.setattr("fusegpt_ray.publishing.publish.model_card", interrupt)
-        compress(recipe(desk, **held_out(desk)), Watching())
+        compress(recipe(desk, **asks), Watching())
     assert measuring.depths == [5, 4, 4, 2, 2]
-    compress(recipe(desk, **held_out(desk)), Watching())
+    compress(recipe(desk, **asks), Watching())
     assert measuring.depths == [5, 4, 4, 2, 2, 2], "only the published weights once more"
     assert writing == [5, 4, 2, 2]
     assert perplexities(desk) == expected and len(expected) == 2

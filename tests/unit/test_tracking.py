@@ -21,6 +21,7 @@ from fusegpt_ray.errors import StorageError
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.tracking.follow import followed
@@ -216,6 +217,7 @@ def test_a_run_gives_every_number_that_has_a_name(whole: Desk) -> None:
     # The last event is told when the model, with its metrics, is finished.
     done = {"removed": 2, "bytes": 700, "seconds": 1.5, "retries": 2}
     found += measured("published", done)
+    found += measured(SPENT, {"hours": 2.0, "gpu_hours": 1.0, "money": 3.0})
     assert {item.name for item in found} == METRICS.keys()
     assert all(tuple(item.labels) == METRICS[item.name].labels for item in found)
     assert measured("part", {"loss": float("inf"), "tokens_per_second": 2.0}) == [
