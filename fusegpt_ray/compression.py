@@ -180,23 +180,15 @@ class Compression:
     def _publish(self, missing: Sequence[Target], journal: Journal) -> dict[str, Published]:
         """Do the rounds, then publish the models that are missing."""
         recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
-        targets, windows_WT, show = self.plan.targets, self.windows.tokens_WT, self.show
+        windows_WT, show = self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
-        journal.keep("plan", 0, planned(self.plan, targets[-1], workers))
+        journal.keep("plan", 0, planned(self.plan, self.plan.targets[-1], workers))
         drawn = {"windows": self.identity["windows_sha256"]}
         compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
         self.shared.once("source", drawn, compare)
         show.calibration(self.windows.protocol)
         if recipe.trains:
-            room, last = workers.device_bytes, self.plan.rounds
-            least, most = (len(model.stack) - end.fewer for end in (targets[-1], targets[0]))
-            for lack in (
-                shortage(recipe, model.stack, workers.dtype, last, room),
-                healing_shortage(recipe, model.stack, workers.dtype, most, room),
-                search_shortage(recipe, model.stack, workers.dtype, least, room),
-            ):
-                if lack:
-                    show.say(lack)
+            self._tell_shortages()
         judge = self._judge(journal)
         order, searched = self._search(journal)
         rounds = Rounds(
@@ -239,6 +231,19 @@ class Compression:
             publishing = published[target.folder].manifest["publishing"]
             show.published(target.name, target.fewer, publishing)
         return published
+
+    def _tell_shortages(self) -> None:
+        """Where memory is known to be too short for what is to be trained."""
+        recipe, dense, workers = self.plan.recipe, self.plan.model.stack, self.workers
+        targets, room = self.plan.targets, workers.device_bytes
+        least, most = (len(dense) - end.fewer for end in (targets[-1], targets[0]))
+        for lack in (
+            shortage(recipe, dense, workers.dtype, self.plan.rounds, room),
+            healing_shortage(recipe, dense, workers.dtype, most, room),
+            search_shortage(recipe, dense, workers.dtype, least, room),
+        ):
+            if lack:
+                self.show.say(lack)
 
     def _judge(self, journal: Journal) -> Judge:
         """The dense model is measured here, unless that is known."""

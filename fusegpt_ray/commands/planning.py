@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fusegpt_ray.commands.options import json_option, recipe_options, say_outcome, silent
 from fusegpt_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @click.command()
@@ -190,23 +193,32 @@ def _show(result: dict[str, Any]) -> None:
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
         say("--probe measures it, --gpu H100 tells of another")
+    for table in _of_memory_and_bytes(result):
+        console.print(table)
+    for line in (*over_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
+        if line:
+            say(line)
+
+
+def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
+    from rich.table import Table
+
+    from fusegpt_ray.report import byte_count
+
     memory = Table("memory", "needs", "of", "")
     for row in result["memory"]:
         fits = "fits" if row["fits"] else "does not fit"
         memory.add_row(row["what"], byte_count(row["bytes"]), byte_count(row["room"]), fits)
-    console.print(memory)
+    yield memory
     traffic = Table("weights, at most", "read", "written")
     for column in traffic.columns[1:]:
         column.justify = "right"
     for row in result["traffic"]:
         moved = (byte_count(row[key]) if row[key] else "–" for key in ("read", "written"))
         traffic.add_row(row["stage"], *moved)
-    console.print(traffic)
+    yield traffic
     storage = Table("storage, at most", "bytes")
     storage.columns[1].justify = "right"
     for row in result["storage"]:
         storage.add_row(row["what"], byte_count(row["bytes"]))
-    console.print(storage)
-    for line in (*over_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
-        if line:
-            say(line)
+    yield storage

@@ -54,10 +54,7 @@ def train(
 
     def mean_of(number: int) -> float:
         mean = stepper.mean(torch.stack(so_far.losses))
-        if not math.isfinite(mean):
-            problem = f"the training loss became {mean} in part {number} of {parts}"
-            raise FloatingPointError(f"{problem}: lower {rate_key}")
-        return mean
+        return _trusted(mean, f"part {number} of {parts}", rate_key)
 
     def save() -> None:
         assert checkpoints
@@ -72,17 +69,23 @@ def train(
                 mean_of(number)  # nothing is kept that cannot be trusted
                 save()
                 pauses.made()
-        mean = mean_of(number)
-        so_far.means.append(mean)
+        so_far.means.append(mean_of(number))
         so_far.losses = []
         if validation:
             validation.look(stepper, f" in part {number} of {parts}")
         due = pauses and pauses.after_part()
         if due:
             save()
-        done(number, mean)
+        done(number, so_far.means[-1])
         if pauses and due:
             pauses.made()
     if validation:
         validation.end(stepper)
     return so_far.means
+
+
+def _trusted(loss: float, where: str, rate_key: str) -> float:
+    if not math.isfinite(loss):
+        problem = f"the training loss became {loss} in {where}"
+        raise FloatingPointError(f"{problem}: lower {rate_key}")
+    return loss
