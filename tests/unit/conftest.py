@@ -36,6 +36,12 @@ def desk(
 
 
 @pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process has joined no Ray, although integration tests may have started theirs in it."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+
+
+@pytest.fixture
 def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The safetensors files of which more than the header has been read since (they are really
     read).

@@ -24,6 +24,7 @@ def port(request: pytest.FixtureRequest) -> Iterator[int]:
     yield number
 
 
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.parametrize("key", ["cluster.address", "RAY_ADDRESS"])
 def test_it_is_told_soon(port: int, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)

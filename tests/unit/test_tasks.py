@@ -231,13 +231,12 @@ def test_what_a_tasks_own_code_raises_is_one_message(
     assert "mend the task's files" in message["fix"]
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_cluster_that_does_not_answer_is_told_by_what_names_it(
     desk: Desk, quiz: Quiz, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command has no argument for the address."""
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1")  # without a port
-    # Other tests may have joined a Ray in this process.
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
     command = ["tasks", "model", "--tasks", "quiz", "--tasks-folder", "tasks", "--engine", "ray"]
     check(command, desk, "RAY_ADDRESS", "no Ray cluster answers", "leave RAY_ADDRESS out", capsys)
 
