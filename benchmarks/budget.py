@@ -3,7 +3,7 @@
     python benchmarks/budget.py [--sparsity 0.25]
 
 1024 windows of 2048 tokens, 20 epochs, scores on 32 windows, bfloat16, `preset: rounds`. Nothing
-is run: the work and the memory are those of `fusegpt_ray/cost.py` and `footprint.py`, from the
+is run: the work and the memory are those of `fusegpt_ray/cost/`, from the
 headers that such a model's files would have, and the hours follow from the rates that were measured
 on one GPU (`rates.py`). Reading, saving and publishing are not in them, and eight GPUs are taken
 to share the computing evenly. 70B trains single windows, and activations are computed again.
@@ -23,10 +23,10 @@ import torch
 from random_stack import empty_stack
 from shapes import SHAPES, Shape
 
-from fusegpt_ray.cost import cost
-from fusegpt_ray.footprint import activation_bytes, healing_bytes, training_bytes
-from fusegpt_ray.rates import MEASURED, RATES
-from fusegpt_ray.recipe import Recipe, blocks_to_remove
+from fusegpt_ray.cost.cost import cost
+from fusegpt_ray.cost.footprint import activation_bytes, healing_bytes, training_bytes
+from fusegpt_ray.cost.rates import MEASURED, RATES
+from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
 from fusegpt_ray.targets import Target
 
 LENGTH = 2048

@@ -24,7 +24,7 @@ from fusegpt_ray.model.device import set_deterministic, tensor_core_products
 from fusegpt_ray.model.memory import empty_cache
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack, Terms
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.prefetch import on_device
 from fusegpt_ray.training.states import States

@@ -44,11 +44,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from fusegpt_ray.footprint import replica_bytes, worker_bytes
+from fusegpt_ray.cost.footprint import replica_bytes, worker_bytes
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.publishing.publish import versions
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.store.storage import STEP
 
 VOCABULARY = 256

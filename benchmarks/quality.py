@@ -7,11 +7,11 @@ model: what each choice is worth, for the same work.
 
 Every setting runs the same pipeline in one process (float32 on a CPU) with the same windows and
 seed; several calibration texts are mixed by `--weights`, else in equal parts. Work is counted, not
-timed: the FLOPs of scoring, repairs, states, fine-tuning and healing (`fusegpt_ray/cost.py`), by
-those of the paper's recipe. A setting that heals takes as many tokens as the paper's work, or
-`--work` times as much, has left for it; a text with fewer is passed again. `damage left` is
-log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is better than the paper's
-recipe. Seconds are this machine's and noisy.
+timed: the FLOPs of scoring, repairs, states, fine-tuning and healing
+(`fusegpt_ray/cost/cost.py`), by those of the paper's recipe. A setting that heals takes as many
+tokens as the paper's work, or `--work` times as much, has left for it; a text with fewer is passed
+again. `damage left` is log(finished / dense) ÷ log(paper / dense) where `paper` ran too: below 1 is
+better than the paper's recipe. Seconds are this machine's and noisy.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fusegpt_ray.importance.search import Job, search
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 
 WAYS: dict[str, dict[str, Any]] = {
     "full table": {"all": True},

@@ -34,10 +34,10 @@ from budget import FRUGAL, LENGTH, paper_budget
 from random_stack import empty_stack
 from shapes import SHAPES
 
-from fusegpt_ray.cost import Cost, cost
+from fusegpt_ray.cost.cost import Cost, cost
+from fusegpt_ray.cost.rates import MEASURED, RATES
 from fusegpt_ray.outlook import Device
-from fusegpt_ray.rates import MEASURED, RATES
-from fusegpt_ray.recipe import Recipe, blocks_to_remove
+from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
 from fusegpt_ray.scheduling.forecast import Asked, work
 from fusegpt_ray.scheduling.schedule import Work, schedule
 from fusegpt_ray.scheduling.waiting import Entry

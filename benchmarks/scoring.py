@@ -46,8 +46,8 @@ from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.architecture import find_blocks
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text import calibration
-from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -55,10 +55,4 @@ TESTS = "\n".join(
     [(ROOT / path).read_text() for path in PATHS if path.startswith("tests/")]
     + [Path(path).stem for path in PATHS]
 )
-KEYS = "\n".join(
-    (ROOT / "fusegpt_ray" / name).read_text()
-    for name in (
-        *("recipe.py", "sections.py", "text_sections.py", "cluster_section.py"),
-        "output_section.py",
-    )
-)
+KEYS = "\n".join(path.read_text() for path in (ROOT / "fusegpt_ray/recipe").glob("*.py"))

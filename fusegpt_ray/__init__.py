@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from fusegpt_ray.pipeline import compress, evaluate, score
     from fusegpt_ray.publishing.download import pull
     from fusegpt_ray.publishing.verification import verify
-    from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.sections import Evaluation
+    from fusegpt_ray.recipe.recipe import Recipe
+    from fusegpt_ray.recipe.sections import Evaluation
 
 __all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "pull", "score", "verify"]
 
 _HOMES = {
-    "Recipe": "recipe",
-    "Evaluation": "sections",
+    "Recipe": "recipe.recipe",
+    "Evaluation": "recipe.sections",
     "UserError": "errors",
     "compress": "pipeline",
     "evaluate": "pipeline",

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fusegpt_ray.cost.footprint import generating_bytes
 from fusegpt_ray.errors import StorageError, UserError, first_line
-from fusegpt_ray.footprint import generating_bytes
 from fusegpt_ray.generation import ends_of
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.sampling import continuations

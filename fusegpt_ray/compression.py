@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fusegpt_ray.comparing import compare_source
+from fusegpt_ray.cost.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
-from fusegpt_ray.footprint import healing_shortage, search_shortage, shortage
 from fusegpt_ray.fusion.repair import repaired_only
 from fusegpt_ray.heal import Healer
 from fusegpt_ray.importance.removals import Removal

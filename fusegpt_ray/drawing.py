@@ -7,10 +7,11 @@ from functools import partial
 
 from fusegpt_ray.generation import generated_stream
 from fusegpt_ray.preflight import image_token
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation
+from fusegpt_ray.recipe.text_sections import GeneratedText, Text, Texts, WeightedText
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import mixture, windows
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, Stream
@@ -21,7 +22,6 @@ from fusegpt_ray.text.images import Processing
 from fusegpt_ray.text.licence import licensed
 from fusegpt_ray.text.published import published_windows
 from fusegpt_ray.text.windows import Opened, Windows
-from fusegpt_ray.text_sections import GeneratedText, Text, Texts, WeightedText
 from fusegpt_ray.workers.base import Workers
 
 Drawn = tuple[Windows, dict[str, Windows], tuple[Windows, Windows] | None]

@@ -8,14 +8,14 @@ import re
 import torch
 import yaml
 
-from fusegpt_ray.footprint import elements, healing_bytes
+from fusegpt_ray.cost.footprint import elements, healing_bytes
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import find_model, open_model
-from fusegpt_ray.recipe import Recipe, blocks_to_remove
+from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
+from fusegpt_ray.recipe.sections import Model
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Model
 
 SPARSITY = 0.25
 ROOM = 0.8

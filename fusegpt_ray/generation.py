@@ -19,14 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from fusegpt_ray.cost.footprint import generating_bytes
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.footprint import generating_bytes
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.sampling import continuations
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.text_sections import GeneratedText, Text
 from fusegpt_ray.report import Display, byte_count
 from fusegpt_ray.run.identity import model_identity
 from fusegpt_ray.run.outputs import GENERATED
@@ -35,7 +36,6 @@ from fusegpt_ray.store.records import DamagedRecord, checksum, opened, sealed
 from fusegpt_ray.text.calibration import Stream, leading_token, tokenize
 from fusegpt_ray.text.corpus import items, sources
 from fusegpt_ray.text.mixture import seed_of
-from fusegpt_ray.text_sections import GeneratedText, Text
 from fusegpt_ray.workers.base import Workers
 
 ROWS = 16

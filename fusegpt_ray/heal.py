@@ -12,7 +12,7 @@ from fusegpt_ray.healing.sharing import groups, shared
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.journal import Journal

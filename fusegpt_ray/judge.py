@@ -11,7 +11,7 @@ from typing import Any
 from fusegpt_ray import evaluation
 from fusegpt_ray.before_after import before_and_after
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.known import Known

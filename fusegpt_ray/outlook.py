@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray.cluster_section import Cluster
-from fusegpt_ray.footprint import (
+from fusegpt_ray.cost.footprint import (
     activation_bytes,
     elements,
     gating_bytes,
@@ -24,11 +23,12 @@ from fusegpt_ray.footprint import (
     trial_bytes,
     waiting_bytes,
 )
+from fusegpt_ray.cost.rates import GPUS, RATES, known_gpu
 from fusegpt_ray.model.device import pick_device, pick_dtype
 from fusegpt_ray.model.memory import device_bytes
 from fusegpt_ray.model.weights import RESIDENT_SHARE
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.rates import GPUS, RATES, known_gpu
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.room import Held
 
 

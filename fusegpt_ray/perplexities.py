@@ -18,9 +18,9 @@ from fusegpt_ray.evaluation import Losses
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.plan import OpenedModel, find_model, open_model
 from fusegpt_ray.preflight import check_images, check_tokens
+from fusegpt_ray.recipe.sections import Evaluation, Model
 from fusegpt_ray.report import Display
 from fusegpt_ray.samples import fingerprint
-from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.protocol import described
 from fusegpt_ray.text.windows import Windows

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.comparing import compare_source
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.drawing import calibration_windows
@@ -19,11 +18,12 @@ from fusegpt_ray.perplexities import check_several, measure, naming, open_for, r
 from fusegpt_ray.plan import find_model, leading_tokens, open_model, plan
 from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation, Model
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.journal import Journal
-from fusegpt_ray.sections import Evaluation, Model
 from fusegpt_ray.workers.base import Setup, Workers
 from fusegpt_ray.workers.room import Need, Room
 

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec, TypeVar
 
-from fusegpt_ray.cost import Cost, cost
+from fusegpt_ray.cost.cost import Cost, cost
+from fusegpt_ray.cost.rates import RATES, known_gpu
+from fusegpt_ray.cost.traffic import Traffic, traffic
 from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.generation import check_beginning
 from fusegpt_ray.healing.sharing import check_groups
@@ -29,19 +31,17 @@ from fusegpt_ray.preflight import (
     with_start,
 )
 from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
-from fusegpt_ray.rates import RATES, known_gpu
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation, Heal, Model
+from fusegpt_ray.recipe.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.report import Display
 from fusegpt_ray.sample_prompts import named
-from fusegpt_ray.sections import Evaluation, Heal, Model
 from fusegpt_ray.targets import Target, plan_targets
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
-from fusegpt_ray.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.tracking.trackers import check_trackers
-from fusegpt_ray.traffic import Traffic, traffic
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Held
 

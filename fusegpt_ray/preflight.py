@@ -21,7 +21,7 @@ from fusegpt_ray.model.config import KEY, read_config
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.samples import Batch, tokens_of

@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import torch
 
-from fusegpt_ray.cost import attention_flops
+from fusegpt_ray.cost.cost import attention_flops
+from fusegpt_ray.cost.matrices import matrices
 from fusegpt_ray.generation import ROWS
-from fusegpt_ray.matrices import matrices
 from fusegpt_ray.model.compiled import block_function, compiles
 from fusegpt_ray.model.device import pick_device, pick_dtype
 from fusegpt_ray.model.empty import load_block

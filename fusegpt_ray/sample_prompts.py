@@ -9,12 +9,12 @@ from fusegpt_ray.errors import UserError, first_line
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.preflight import image_token
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.specs import SAMPLE_PROMPTS
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.specs import SAMPLE_PROMPTS
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.images import Processing, check_pillow
 from fusegpt_ray.text.mixture import data_keys
 from fusegpt_ray.text.questions import Question, asked_about, found_in
-from fusegpt_ray.text_sections import Text
 
 TOKENS = 32
 """The most that are written after a prompt."""

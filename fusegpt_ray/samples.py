@@ -19,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fusegpt_ray.specs import Counting
+from fusegpt_ray.recipe.specs import Counting
 
 PADDING = -1
 """In place of a token, behind the last one of a window."""

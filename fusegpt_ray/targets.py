@@ -8,7 +8,7 @@ from typing import Any
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.width import Width, check_width
-from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
+from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove, percent
 from fusegpt_ray.store import storage
 
 

@@ -17,7 +17,7 @@ from fusegpt_ray import evaluation
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers

@@ -21,7 +21,7 @@ def compress(
 
     Run again after a failure, it goes on from what is saved.
     """
-    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.recipe.recipe import Recipe
 
     checked = Recipe.load(recipe, settings)
     from fusegpt_ray import pipeline  # torch: after the recipe has been checked

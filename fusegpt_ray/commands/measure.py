@@ -16,7 +16,7 @@ from fusegpt_ray.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from fusegpt_ray.sections import Evaluation
+    from fusegpt_ray.recipe.sections import Evaluation
 
 
 @click.command()
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @quiet_option
 def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     """Show how much each block of the dense model matters."""
-    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.recipe.recipe import Recipe
 
     checked = Recipe.load(recipe, settings)
     from fusegpt_ray import pipeline  # torch: after the recipe has been checked
@@ -110,8 +110,8 @@ def evaluate(
 
     Of several models it is also said whether they differ from the first by more than noise.
     """
-    from fusegpt_ray.cluster_section import Cluster
-    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.recipe.cluster_section import Cluster
+    from fusegpt_ray.recipe.recipe import Recipe
     from fusegpt_ray.reporting.place import free, write
 
     with as_arguments():
@@ -149,8 +149,8 @@ def _texts(data: tuple[str, ...], apart: bool, **given: Any) -> list[Evaluation]
     """Each with what was given of texts. What says how rows are read is of those that are no
     published ones, if there are others.
     """
-    from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.sections import Evaluation
+    from fusegpt_ray.recipe.recipe import Recipe
+    from fusegpt_ray.recipe.sections import Evaluation
 
     said = {key: value for key, value in given.items() if value is not None and value is not False}
     of_any = {key: said[key] for key in ("length", "windows", "bos") if key in said}

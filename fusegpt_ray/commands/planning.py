@@ -66,8 +66,8 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
 
 def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     from fusegpt_ray.commands import planning_many
-    from fusegpt_ray.recipe import Recipe
-    from fusegpt_ray.recipe_text import read_recipe
+    from fusegpt_ray.recipe.recipe import Recipe
+    from fusegpt_ray.recipe.yaml_text import read_recipe
 
     data = read_recipe(path, settings)
     if planning_many.asked_by(data):
@@ -110,8 +110,8 @@ def plan(
         problem = "--probe measures the machine that is here"
         raise UserError("--gpu", gpu, problem, "leave out one of the two")
     from fusegpt_ray.commands import planning_many
-    from fusegpt_ray.rates import find_gpu
-    from fusegpt_ray.recipe_text import read_recipe
+    from fusegpt_ray.cost.rates import find_gpu
+    from fusegpt_ray.recipe.yaml_text import read_recipe
 
     data = read_recipe(recipe, settings)
     known = find_gpu(gpu) if gpu else None
@@ -126,7 +126,7 @@ def plan(
 def _planned(
     data: Mapping[str, Any], gpu: str | None, gpus: int | None, probe: bool
 ) -> dict[str, Any]:
-    from fusegpt_ray.recipe import Recipe
+    from fusegpt_ray.recipe.recipe import Recipe
 
     checked = Recipe.parse(data)
     from fusegpt_ray import outlook

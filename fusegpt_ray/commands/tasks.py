@@ -67,9 +67,9 @@ def tasks(
     from fusegpt_ray.measuring.harness import USUAL, Asked, check_installed
 
     check_installed()
-    from fusegpt_ray.cluster_section import Cluster
     from fusegpt_ray.measuring import tasks as work  # torch
     from fusegpt_ray.measuring.tables import of_tasks
+    from fusegpt_ray.recipe.cluster_section import Cluster
 
     asked = Asked(USUAL if names is None else _listed(names), tasks_folder, limit, shots)
     how = work.How(dtype, batch, cache)

@@ -10,7 +10,8 @@ from typing import Any, Self
 from pydantic import Field
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe_text import read_recipe
+from fusegpt_ray.recipe.specs import METHOD_SPECS
+from fusegpt_ray.recipe.yaml_text import read_recipe
 from fusegpt_ray.run.outputs import COMPARISONS
 from fusegpt_ray.scheduling.grid import (
     Base,
@@ -27,7 +28,6 @@ from fusegpt_ray.scheduling.grid import (
     slug,
 )
 from fusegpt_ray.scheduling.mistakes import Mistakes
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.uris import shown
 

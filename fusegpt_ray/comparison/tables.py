@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fusegpt_ray.comparison.cells import Comparison
-from fusegpt_ray.recipe import percent
+from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.store.comparison import FORMAT
 from fusegpt_ray.text.protocol import described, stages

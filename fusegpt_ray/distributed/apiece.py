@@ -13,10 +13,10 @@ import ray
 import torch
 from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import alive_nodes, wait_for_resources
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 R = TypeVar("R")
 

@@ -21,12 +21,12 @@ from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
 from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.device import pick_dtype
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
-from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Setup
 from fusegpt_ray.workers.room import Held, Way, way_alone
 

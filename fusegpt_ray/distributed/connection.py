@@ -16,9 +16,9 @@ import ray
 from ray._private import ray_constants
 from ray._private.gcs_utils import create_gcs_channel
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.nodes import resources
 from fusegpt_ray.errors import Terminated, UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 UNSEEN = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}
 """Has Ray set CUDA_VISIBLE_DEVICES to nothing for processes that asked for no GPU. Left to itself,

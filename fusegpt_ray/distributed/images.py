@@ -24,11 +24,11 @@ import ray.data
 
 from fusegpt_ray.distributed.text import context
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import Held
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.conversations import conversation_sources, conversations, picked
 from fusegpt_ray.text.images import Processing, Sample
-from fusegpt_ray.text_sections import Text
 
 Row = dict[str, Any]
 

@@ -17,9 +17,9 @@ from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
 

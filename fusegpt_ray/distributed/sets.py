@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import free_resources, resources_of_any, wait_for_resources
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Need, Room
 

@@ -22,9 +22,9 @@ import numpy as np
 import ray.data
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.corpus import sources
-from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

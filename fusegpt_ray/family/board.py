@@ -11,7 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from fusegpt_ray.recipe import percent
+from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.report import duration
 
 Row = Mapping[str, Any]

@@ -10,9 +10,11 @@ from typing import Any, Self
 from pydantic import Field, ValidationError
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.recipe_errors import explained
-from fusegpt_ray.recipe_text import read_recipe
+from fusegpt_ray.recipe.messages import explained
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import MOST
+from fusegpt_ray.recipe.text_sections import Section
+from fusegpt_ray.recipe.yaml_text import read_recipe
 from fusegpt_ray.run.outputs import FAMILIES
 from fusegpt_ray.scheduling.grid import (
     Base,
@@ -31,9 +33,7 @@ from fusegpt_ray.scheduling.grid import (
     slug,
 )
 from fusegpt_ray.scheduling.mistakes import Mistakes
-from fusegpt_ray.sections import MOST
 from fusegpt_ray.store import storage
-from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 from fusegpt_ray.workers.room import Held
 

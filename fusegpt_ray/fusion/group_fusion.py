@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion.group import group_span
 from fusegpt_ray.fusion.student import (
     DonorCache,
@@ -29,8 +28,9 @@ from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.stack import Block, Stack, Terms
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion
 from fusegpt_ray.samples import Batch
-from fusegpt_ray.sections import Fusion
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import FileRecord, TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else

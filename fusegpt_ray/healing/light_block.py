@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion, Heal
 from fusegpt_ray.samples import Batch
-from fusegpt_ray.sections import Fusion, Heal
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.training.losses import Loss, mse
 from fusegpt_ray.training.partition import Partition

@@ -5,10 +5,10 @@ Shapes: W windows, T tokens.
 
 from __future__ import annotations
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.memory import empty_cache
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.samples import Batch
 from fusegpt_ray.training.finetune import learn
 from fusegpt_ray.workers.base import News, TrainingWorker

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion.linear import Experts, Linear
 from fusegpt_ray.fusion.student import expert_layers, is_norm, linear_layers, seeded
 from fusegpt_ray.healing.low_rank import LowRankExperts, LowRankLinear, start
@@ -20,8 +19,9 @@ from fusegpt_ray.model.empty import EmptyBlock
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.trunk import Trunk
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.samples import Batch
-from fusegpt_ray.sections import Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.writer import entries_of, write_safetensors

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cosine_similarity, cross_entropy
 
-from fusegpt_ray.specs import METRIC_SPECS, MetricSpec
+from fusegpt_ray.recipe.specs import METRIC_SPECS, MetricSpec
 
 AT_ONCE = 1024
 """Tokens whose logits are in memory at once."""

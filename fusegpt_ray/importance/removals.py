@@ -20,9 +20,9 @@ from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe.sections import Importance
+from fusegpt_ray.recipe.specs import METRIC_SPECS, Counting
 from fusegpt_ray.samples import Batch, counting, cut
-from fusegpt_ray.sections import Importance
-from fusegpt_ray.specs import METRIC_SPECS, Counting
 from fusegpt_ray.workers.base import Workers
 
 Removal = tuple[int, ...]

@@ -25,8 +25,8 @@ from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.samples import Batch, counting, cut, lengths
-from fusegpt_ray.sections import Importance
 from fusegpt_ray.workers.base import Workers
 
 

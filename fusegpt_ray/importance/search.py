@@ -44,7 +44,7 @@ import numpy as np
 
 from fusegpt_ray.importance.racing import surely_above
 from fusegpt_ray.importance.ranking import Cost, Ranking, Stopped
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 
 Job = tuple[int, tuple[int, ...]]
 """A batch of windows, by number, and the positions of the candidates to walk it."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import transformers
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError, blaming, reading_users_file
 from fusegpt_ray.measuring.checkpoint import KEY, Checkpoint, load, short_names
 from fusegpt_ray.measuring.harness import (
@@ -29,6 +28,7 @@ from fusegpt_ray.measuring.harness import (
 from fusegpt_ray.measuring.tables import mean
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.preflight import check_writable, image_token
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage

@@ -13,7 +13,7 @@ from functools import partial
 
 from fusegpt_ray.methods.base import Copy, Growth, Method
 from fusegpt_ray.methods.inserting import insert
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 
 def again(recipe: Recipe, blocks: int) -> list[Copy]:

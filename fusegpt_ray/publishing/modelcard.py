@@ -11,7 +11,7 @@ from typing import Any
 
 from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.publishing.cardheader import header
-from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.recipe.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.public import public
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 

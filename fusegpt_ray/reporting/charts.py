@@ -9,10 +9,10 @@ from typing import Any
 
 import altair as alt
 
+from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.reporting import sparsities
 from fusegpt_ray.reporting.facts import Facts
 from fusegpt_ray.reporting.shapes import Other, Round
-from fusegpt_ray.specs import METHOD_SPECS
 
 Cell = int | float | str | None
 COLOURS = ["#3b82f6", "#e8730c"]

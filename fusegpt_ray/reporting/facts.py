@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.reporting.prices import Spent, gpu_hour_price
 from fusegpt_ray.reporting.shapes import (
     Copy,
@@ -32,7 +33,6 @@ from fusegpt_ray.reporting.shapes import (
 from fusegpt_ray.reporting.under_way import under_way
 from fusegpt_ray.reporting.written import Sample
 from fusegpt_ray.run.outputs import Folder, Outputs, beside
-from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.foreign import Part, nonsense
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.public import public

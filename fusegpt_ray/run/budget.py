@@ -15,8 +15,8 @@ from functools import cached_property
 from time import monotonic
 from typing import Any
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import BudgetSpent
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.run.lease import read_sign
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened

@@ -9,8 +9,8 @@ import torch
 
 from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once

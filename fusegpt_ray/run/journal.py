@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fusegpt_ray.errors import GOES_ON, BudgetSpent, StorageError, UserError
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.done import Done as Done
 from fusegpt_ray.run.done import let_go_of, needed_files, numbers, record_file, records

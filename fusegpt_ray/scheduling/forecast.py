@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from math import ceil, inf
 from typing import Any
 
-from fusegpt_ray.cost import Cost
+from fusegpt_ray.cost.cost import Cost
+from fusegpt_ray.cost.rates import RATES
 from fusegpt_ray.outlook import Device, outlook
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.rates import RATES
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.scheduling.schedule import Schedule, Span, Work, schedule
 from fusegpt_ray.scheduling.sharing import shared
 from fusegpt_ray.scheduling.slots import same_workers

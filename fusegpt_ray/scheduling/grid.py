@@ -15,14 +15,14 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, ValidationError
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe, percent
-from fusegpt_ray.recipe_errors import explained
+from fusegpt_ray.recipe.messages import explained
+from fusegpt_ray.recipe.recipe import Recipe, percent
+from fusegpt_ray.recipe.sections import MOST
+from fusegpt_ray.recipe.specs import METHOD_SPECS
+from fusegpt_ray.recipe.text_sections import Section
 from fusegpt_ray.scheduling.mistakes import Mistakes
-from fusegpt_ray.sections import MOST
-from fusegpt_ray.specs import METHOD_SPECS
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
-from fusegpt_ray.text_sections import Section
 from fusegpt_ray.uris import shown
 
 

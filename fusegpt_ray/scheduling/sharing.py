@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fusegpt_ray.cost import Cost, Stage, evaluation_stage, scoring_stage
+from fusegpt_ray.cost.cost import Cost, Stage, evaluation_stage, scoring_stage
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.store.records import checksum
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import Samples
 from fusegpt_ray.text.conversations import (
     conversation_sources,
@@ -20,7 +21,6 @@ from fusegpt_ray.text.conversations import (
     shuffled,
 )
 from fusegpt_ray.text.images import Processing, Sample
-from fusegpt_ray.text_sections import Text
 
 Make = Callable[[Sequence[int]], Iterator[Sample | None]]
 """Samples of the conversations at these places of the text, which ascend; None: too long."""

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Bos
+from fusegpt_ray.recipe.sections import Bos
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.corpus import pieces, sources
 from fusegpt_ray.text.formats import Source, beside, of_all
-from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,11 +16,11 @@ from itertools import islice
 from typing import Any
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.corpus import explained, sources
 from fusegpt_ray.text.formats import Source
 from fusegpt_ray.text.rows import objects
-from fusegpt_ray.text_sections import Text
 
 Image = str | bytes
 """A URI, or the bytes of a file."""

@@ -20,11 +20,11 @@ from contextlib import contextmanager
 from fsspec.implementations.local import LocalFileSystem
 
 from fusegpt_ray.errors import StorageError, UserError, reading_users_file
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.retry import Trouble, cleaned, trouble, with_retries
 from fusegpt_ray.text.formats import Source, beside, check_column, file_format, names_a_file
 from fusegpt_ray.text.rows import check_is_text, lines, loading, opened, rows
-from fusegpt_ray.text_sections import Text
 
 _DATASET_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.text_sections import Text
+from fusegpt_ray.recipe.text_sections import Text
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "arrow", "datasets"]
 FORMATS: dict[str, Format] = {

@@ -17,13 +17,13 @@ from itertools import count
 import numpy as np
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import GeneratedText, Texts
 from fusegpt_ray.samples import PADDING, Samples, mixed
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import Stream, blank_windows, counted, fill
 from fusegpt_ray.text.documents import put, telling
 from fusegpt_ray.text.mixture import Part, apportioned, data_keys, interleaved, seed_of, shares
 from fusegpt_ray.text.windows import Drawn, Opened, Windows, of_album
-from fusegpt_ray.text_sections import GeneratedText, Texts
 
 
 def fresh_windows(

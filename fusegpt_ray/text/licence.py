@@ -7,10 +7,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from fusegpt_ray.recipe.text_sections import GeneratedText, Text
 from fusegpt_ray.store.front_matter import front_matter, is_name
 from fusegpt_ray.text.corpus import names_a_dataset
 from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.text_sections import GeneratedText, Text
 
 NOT_STATED = "not stated"
 _CARD = "README.md"

@@ -17,11 +17,11 @@ from fractions import Fraction
 import numpy as np
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.sections import Calibration
+from fusegpt_ray.recipe.text_sections import GeneratedText, Texts, WeightedText
 from fusegpt_ray.samples import Samples, mixed
-from fusegpt_ray.sections import Calibration
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.windows import Drawn, Opened, Windows, random_windows
-from fusegpt_ray.text_sections import GeneratedText, Texts, WeightedText
 
 
 def data_keys(texts: Texts, key: str) -> list[str]:

@@ -15,15 +15,15 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.sections import Evaluation
-from fusegpt_ray.specs import PublishedSpec
+from fusegpt_ray.recipe.sections import Evaluation
+from fusegpt_ray.recipe.specs import PublishedSpec
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.calibration import consecutive_windows, leading_token, tokenize
 from fusegpt_ray.text.corpus import explained, sources
 from fusegpt_ray.text.formats import Source
 from fusegpt_ray.text.rows import lines, opened, rows
 from fusegpt_ray.text.windows import Drawn, Windows
-from fusegpt_ray.text_sections import Text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
-from fusegpt_ray.output_section import ImagePrompt
+from fusegpt_ray.recipe.output_section import ImagePrompt
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import Inputs
 from fusegpt_ray.text.conversations import (
     Conversation,
@@ -20,7 +21,6 @@ from fusegpt_ray.text.conversations import (
     conversations,
 )
 from fusegpt_ray.text.images import Processing, opened
-from fusegpt_ray.text_sections import Text
 
 SIDE = 256
 """Pixels of a thumbnail's longer side, at most."""

@@ -8,12 +8,12 @@ from typing import Any, Self
 
 import numpy as np
 
+from fusegpt_ray.recipe.sections import Evaluation
+from fusegpt_ray.recipe.text_sections import GeneratedText, Text
 from fusegpt_ray.samples import Batch, lengths
-from fusegpt_ray.sections import Evaluation
 from fusegpt_ray.text import documents
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
-from fusegpt_ray.text_sections import GeneratedText, Text
 
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""

@@ -9,7 +9,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum

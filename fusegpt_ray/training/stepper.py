@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from fusegpt_ray.cluster_section import Cluster
-from fusegpt_ray.sections import Fusion
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss

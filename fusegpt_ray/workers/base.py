@@ -18,18 +18,18 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import torch
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Dtype, Importance
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.report import Listener
-from fusegpt_ray.sections import Dtype, Importance
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
-from fusegpt_ray.text_sections import Text
 
 R = TypeVar("R")
 News = tuple[int, float, float | None] | str

@@ -16,13 +16,13 @@ from fusegpt_ray.model.compiled import compiles
 from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.report import Listener
 from fusegpt_ray.termination import came
 from fusegpt_ray.text import album
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, token_stream
 from fusegpt_ray.text.images import Processing
-from fusegpt_ray.text_sections import Text
 from fusegpt_ray.workers.base import News, Notices, Setup, TrainingWorker
 
 R = TypeVar("R")

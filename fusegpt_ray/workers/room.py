@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 Way = Literal["shared", "apart", "turns"]
 """How training workers come to GPUs: each takes the rest of a replica's, and there is a replica for

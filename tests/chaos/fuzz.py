@@ -38,7 +38,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from hypothesis import strategies as st
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.store.checkpoint import INDEX, read_header, read_weight_map
 from fusegpt_ray.store.manifest import Manifest
 from fusegpt_ray.store.records import DamagedRecord, opened, sealed

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from models import open_stack, token_windows
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.sections import Fusion
-from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.training.deepspeed_stepper import DeepSpeedStepper
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States, own_windows

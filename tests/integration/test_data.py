@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fusegpt_ray.distributed import text as distributed_text
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import consecutive_windows, sample_windows
-from fusegpt_ray.text_sections import Text
 
 pytestmark = pytest.mark.integration
 

@@ -14,11 +14,11 @@ import pytest
 import ray
 from test_compare_on_ray import Watching
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed import sets
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Need, Room
 

@@ -12,11 +12,11 @@ from groups import CPU, process_group
 from models import open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.sections import Heal
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.checkpoints import Checkpoints

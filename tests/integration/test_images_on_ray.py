@@ -18,10 +18,10 @@ from fusegpt_ray import Recipe, compress
 from fusegpt_ray.distributed import images
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.text.album import album as of_one_process
 from fusegpt_ray.text.images import Processing
-from fusegpt_ray.text_sections import Text
 
 pytestmark = pytest.mark.integration
 

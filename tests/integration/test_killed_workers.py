@@ -20,14 +20,14 @@ import ray
 import torch
 from models import open_stack, token_windows
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed import cluster, training_job
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.trunk import Trunk
-from fusegpt_ray.sections import Fusion, Importance
-from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion, Importance
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.training.losses import Loss
 from fusegpt_ray.training.span import Span

@@ -15,7 +15,7 @@ from test_engines import REORDERED
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.pipeline import compress, open_workers
 from fusegpt_ray.plan import Plan, plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.workers.base import Workers
 

@@ -16,13 +16,13 @@ import torch
 from cramped import LENGTH, LIMITS, MB, TRAINED, limit_memory, save_wide
 from models import open_stack, token_windows
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Fusion, Importance
-from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion, Importance
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.training.finetune import train_span
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.task import SavedBlocks

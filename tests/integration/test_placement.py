@@ -21,13 +21,13 @@ from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Nodes
 from models import open_stack
-from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.distributed.apiece import apiece
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.distributed.sets import joined
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.workers.base import Setup
 
 model, out = sys.argv[1:]

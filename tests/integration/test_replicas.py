@@ -32,7 +32,7 @@ from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 
 pytestmark = pytest.mark.integration
 

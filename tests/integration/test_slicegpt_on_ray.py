@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 
 pytestmark = pytest.mark.integration

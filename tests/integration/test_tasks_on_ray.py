@@ -11,11 +11,11 @@ from quiz import Quiz
 from words import add_tokenizer
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.apiece import apiece
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.measuring.harness import Asked
 from fusegpt_ray.measuring.tasks import How, tasks
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 pytestmark = pytest.mark.integration
 RAY, LOCAL = (Cluster(engine=engine) for engine in ("ray", "local"))

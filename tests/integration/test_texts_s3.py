@@ -11,8 +11,8 @@ import pyarrow
 import pytest
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text_sections import Text
 
 pytestmark = pytest.mark.integration
 

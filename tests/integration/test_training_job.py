@@ -16,13 +16,13 @@ import torch
 from groups import LENGTH, SMALL
 from models import open_stack, token_windows
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block
-from fusegpt_ray.sections import Fusion, Importance
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion, Importance
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker, Workers

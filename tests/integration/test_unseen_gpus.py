@@ -18,7 +18,7 @@ import json, os
 import ray
 from ray.cluster_utils import Cluster as Nodes
 from fusegpt_ray.distributed.connection import Connection
-from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 def seen(*_):
     return os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -22,7 +22,7 @@ from torch import nn
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 
 LENGTH = 16

@@ -14,7 +14,7 @@ from models import open_stack, token_windows
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.store import storage
 from fusegpt_ray.termination import sigterm_stops
 from fusegpt_ray.training.finetune import Trained, train_span

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from fusegpt_ray.specs import PublishedSpec
+from fusegpt_ray.recipe.specs import PublishedSpec
 
 
 @dataclass

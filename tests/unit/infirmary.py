@@ -14,10 +14,10 @@ import torch
 from models import MODELS, load_model, open_stack, token_windows, without_blocks
 from torch import nn
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Heal, Importance
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Heal, Importance
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import News, Setup
 from fusegpt_ray.workers.local import LocalWorkers

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 SMALLEST: dict[str, Any] = {
     "model": {"source": "some/model"},

@@ -12,7 +12,7 @@ from models import token_windows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

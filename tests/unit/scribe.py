@@ -13,7 +13,7 @@ from stopped_runs import Watching
 from fusegpt_ray.drawing import calibration_windows
 from fusegpt_ray.generation import ROWS
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.run.outputs import Folder
 from fusegpt_ray.store.records import opened
 from fusegpt_ray.text.windows import Windows

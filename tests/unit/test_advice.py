@@ -82,7 +82,7 @@ KILLED = """
 import os, signal, sys
 from stopped_runs import Watching
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 class Dying(Watching):
     def round_begins(self, number, rounds, blocks):

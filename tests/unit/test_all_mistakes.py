@@ -6,10 +6,10 @@ import pytest
 from desk import Desk
 from mistakes import tree
 
+from fusegpt_ray.cost.rates import GPUS, MEASURED, RATES, find_gpu, known_gpu
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.plan import mistakes
-from fusegpt_ray.rates import GPUS, MEASURED, RATES, find_gpu, known_gpu
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 
 

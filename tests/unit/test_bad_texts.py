@@ -14,8 +14,8 @@ from desk import LENGTH, Desk
 from mistakes import MESSAGE, Bad, check, table, unprivileged
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text_sections import Text
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.outlook import Device, outlook
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting import page
 from fusegpt_ray.reporting.facts import facts, of_manifest

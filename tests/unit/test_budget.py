@@ -20,9 +20,9 @@ from stopped_runs import (  # noqa: F401 - fixtures
 )
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import BudgetSpent
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.run import budget
 from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.workers.local import LocalWorkers

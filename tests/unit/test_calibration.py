@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import (
@@ -23,7 +24,6 @@ from fusegpt_ray.text.calibration import (
     tokenize,
     window_starts,
 )
-from fusegpt_ray.text_sections import Text
 
 
 @pytest.fixture(scope="module")

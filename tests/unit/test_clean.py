@@ -301,7 +301,7 @@ KILLED = """
 import sys, time
 from stopped_runs import Watching
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 class Stuck(Watching):
     def round_begins(self, number, rounds, blocks):

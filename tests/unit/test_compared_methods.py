@@ -25,8 +25,8 @@ from fusegpt_ray.methods.angular import angular_distance
 from fusegpt_ray.methods.base import Question
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
 
 
 @pytest.fixture(name="infirmary")

@@ -20,6 +20,7 @@ from transformers import AutoProcessor
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.samples import fingerprint
 from fusegpt_ray.text.album import album as album_of
 from fusegpt_ray.text.conversations import (
@@ -29,7 +30,6 @@ from fusegpt_ray.text.conversations import (
     shuffled,
 )
 from fusegpt_ray.text.images import Processing
-from fusegpt_ray.text_sections import Text
 
 KEY = "calibration.data"
 ROLES = {"human": "user", "gpt": "assistant"}

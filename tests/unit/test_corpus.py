@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from texts import KEY, LARGE, write_jsonl
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.text.corpus import Source, pieces, sources
-from fusegpt_ray.text_sections import Text
 
 
 def text_source(path: Path | str) -> Source:

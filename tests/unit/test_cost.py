@@ -21,8 +21,8 @@ from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig
 
-from fusegpt_ray.cost import Cost, block_flops, healing_flops, matrix_flops
-from fusegpt_ray.footprint import (
+from fusegpt_ray.cost.cost import Cost, block_flops, healing_flops, matrix_flops
+from fusegpt_ray.cost.footprint import (
     activation_bytes,
     generating_bytes,
     healing_bytes,
@@ -32,17 +32,17 @@ from fusegpt_ray.footprint import (
     training_bytes,
     worker_bytes,
 )
+from fusegpt_ray.cost.matrices import attention_heads
+from fusegpt_ray.cost.rates import MEASURED, RATES
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
-from fusegpt_ray.matrices import attention_heads
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.recorder import has_experts, run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.rates import MEASURED, RATES
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display, flop_count
 from fusegpt_ray.training.batch import Batch
 from fusegpt_ray.training.microbatch import accumulate

@@ -25,7 +25,7 @@ from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.publishing.rehearsal import rehearse_deeper
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.fence import nobody_else

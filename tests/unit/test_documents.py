@@ -20,12 +20,12 @@ from transformers import AutoTokenizer
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text, Texts
 from fusegpt_ray.samples import PADDING
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import token_stream
 from fusegpt_ray.text.documents import APART, as_windows, drawn, enough
 from fusegpt_ray.text.fresh import fresh_windows
-from fusegpt_ray.text_sections import Text, Texts
 
 KEY = "calibration.data"
 TEMPLATE = (

@@ -13,7 +13,7 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
-from fusegpt_ray.recipe_text import read_yaml
+from fusegpt_ray.recipe.yaml_text import read_yaml
 
 
 def asked(desk: Desk, members: Any, **section: Any) -> dict[str, Any]:

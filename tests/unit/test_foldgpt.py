@@ -16,15 +16,15 @@ from models import load_model
 from test_compared_methods import removed
 from test_tournament import workers
 
-from fusegpt_ray.footprint import gating_bytes, trial_bytes
+from fusegpt_ray.cost.footprint import gating_bytes, trial_bytes
 from fusegpt_ray.healing import gates
 from fusegpt_ray.healing.gates import POLARISE, GatedModel, train_gates, within
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Question
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Heal, Importance
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Heal, Importance
 
 STEPS = 8
 """Two passes over the 16 windows, in batches of 4."""

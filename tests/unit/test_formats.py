@@ -26,11 +26,11 @@ from transformers import AutoTokenizer
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.calibration import token_stream
 from fusegpt_ray.text.corpus import pieces, sources
 from fusegpt_ray.text.formats import FORMATS, PLAIN, named_format
-from fusegpt_ray.text_sections import Text
 
 ROWS = ['one, "two"', "", "  three\nfour ", "漢 NA", "NA", "5", "null\ttab"]
 MODULES = {"jsonl": "json", "tsv": "csv"}

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Texts
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.protocol import described
 from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.text_sections import Texts
 
 FAR = 100_000
 

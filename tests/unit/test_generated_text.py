@@ -22,9 +22,9 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.text_sections import GeneratedText
 from fusegpt_ray.store.records import opened
-from fusegpt_ray.text_sections import GeneratedText
 from fusegpt_ray.workers import local
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -29,10 +29,10 @@ from models import SUPPORTED
 from safetensors.torch import load_file
 from torch import nn
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.recorder import Context, run_block
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.termination import sigterm_stops
 from fusegpt_ray.training import pauses
 from fusegpt_ray.training.batch import Batch

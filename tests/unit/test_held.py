@@ -11,11 +11,11 @@ import pytest
 from desk import Desk
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.cost.rates import RATES
 from fusegpt_ray.distributed import sets
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.rates import RATES
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Held, Need, Way
 

@@ -29,8 +29,8 @@ from runners import local_workers
 from fusegpt_ray import evaluation
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.samples import PADDING, Counting, Held, Samples, mixed
-from fusegpt_ray.sections import Importance
 
 CPU = torch.device("cpu")
 Folders = Callable[[str], Path]

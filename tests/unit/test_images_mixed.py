@@ -24,7 +24,7 @@ from fusegpt_ray.drawing import calibration_windows, healing_windows
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress, open_workers, score
 from fusegpt_ray.plan import mistakes, plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.samples import PADDING, Samples, counting, fingerprint, with_an_image
 from fusegpt_ray.text.windows import Windows

@@ -15,11 +15,11 @@ from stopped_runs import Watching, recipe
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.specs import PUBLISHED_SPECS
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.run.identity import settings
-from fusegpt_ray.specs import PUBLISHED_SPECS
 from fusegpt_ray.text.licence import licence
-from fusegpt_ray.text_sections import Text
 
 CARD = "---\nlicense:\n- cc-by-sa-3.0\n- gfdl\ntags: [words]\n---\n# Words\n"
 
@@ -89,7 +89,8 @@ def test_the_card_of_a_dataset_is_fetched_from_the_hub(tmp_path: Path) -> None:
     named = {"repository": "some/words", "revision": "main", "file": "README.md"}
     spec = PUBLISHED_SPECS["wikitext2"]._replace(**named)
     code = (
-        "from fusegpt_ray.text.licence import licence; from fusegpt_ray.text_sections import Text;"
+        "from fusegpt_ray.text.licence import licence;"
+        "from fusegpt_ray.recipe.text_sections import Text;"
         "print([licence(Text(data=name)) for name in ('some/words', 'some/others')])"
     )
 

@@ -18,7 +18,7 @@ from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model import runner, weights
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing import publish, shrink
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

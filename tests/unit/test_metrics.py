@@ -21,7 +21,7 @@ from models import (
 )
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.cost import scored_tokens
+from fusegpt_ray.cost.cost import scored_tokens
 from fusegpt_ray.importance import metrics
 from fusegpt_ray.importance.metrics import METRICS, kl_divergence, token_loss
 from fusegpt_ray.importance.ranking import Ranking
@@ -34,10 +34,10 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.trunk import Trunk
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
+from fusegpt_ray.recipe.specs import METRIC_SPECS
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Importance
-from fusegpt_ray.specs import METRIC_SPECS
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -26,7 +26,7 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.preflight import with_start
 from fusegpt_ray.publishing.publish import Published
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 
 WINDOWS = 12

@@ -19,7 +19,8 @@ from recipes import recipe
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import Calibration
+from fusegpt_ray.recipe.sections import Calibration
+from fusegpt_ray.recipe.text_sections import WeightedText
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import Stream, sample_windows
 from fusegpt_ray.text.mixture import (
@@ -31,7 +32,6 @@ from fusegpt_ray.text.mixture import (
     shares,
 )
 from fusegpt_ray.text.protocol import described, warnings
-from fusegpt_ray.text_sections import WeightedText
 
 KEY = "calibration"
 

@@ -14,9 +14,9 @@ from stopped_runs import contents
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text_sections import Text
 from fusegpt_ray.uris import refuse_ambiguous
 
 NAMES = ["run[1]", "r?n1", "r*", "a::b", "s3::b", "a b%20+#é", "local:run1", "data:run1"]

@@ -17,13 +17,13 @@ from stopped_runs import Watching, published, recipe
 from test_deeper_runs import DUS, HEAL, TLI, Stopped, changes
 from test_next_token import cross_entropy
 
+from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.footprint import healing_bytes
 from fusegpt_ray.methods.base import Copy
 from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.store.checkpoint import read_tensors
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed import nodes
 from fusegpt_ray.distributed.nodes import wait_for_resources
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 
 @dataclass

@@ -12,8 +12,8 @@ from torch import nn
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.sections import Fusion
-from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.recipe.sections import Fusion
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.training import optimizer as optimizers
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.optimizer import cosine_to_zero

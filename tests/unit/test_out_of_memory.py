@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from fusegpt_ray.model.memory import find_batch_size, is_out_of_memory
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.rounds import fewer_at_once
 
 

@@ -21,8 +21,8 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.structure import observe
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.samples import PADDING
-from fusegpt_ray.sections import Importance
 
 BLOCKS = 6
 IDS = token_windows(3, 11)

@@ -18,8 +18,8 @@ from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.recipe.sections import Heal, Importance
 from fusegpt_ray.samples import PADDING
-from fusegpt_ray.sections import Heal, Importance
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.losses import LOSSES, Loss

@@ -16,14 +16,15 @@ from desk import Desk
 from mistakes import tree
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray import probe, rates
+from fusegpt_ray import probe
 from fusegpt_ray.cli import main
-from fusegpt_ray.cost import attention_flops
+from fusegpt_ray.cost import rates
+from fusegpt_ray.cost.cost import attention_flops
 from fusegpt_ray.first_recipe import first_recipe
 from fusegpt_ray.generation import ROWS
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 
 HEAL = {"tokens": 96, "batch": 4, "held_out": 4, "train": "all"}

@@ -11,8 +11,8 @@ import pytest
 from desk import Desk
 from mistakes import tree
 
-from fusegpt_ray import rates
 from fusegpt_ray.cli import main
+from fusegpt_ray.cost import rates
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan

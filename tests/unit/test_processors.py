@@ -26,7 +26,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.processors import load_processor
 from fusegpt_ray.model.recorder import Recorded
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 Saved = Callable[[str], Path]
 

@@ -30,7 +30,7 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.publishing.plain import compare_plain
 from fusegpt_ray.publishing.proof import ProofError, compare, prove
 from fusegpt_ray.publishing.publish import publish
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 # --- a model that computes something else ---
 
@@ -162,9 +162,9 @@ def test_the_manifest_tells_of_the_proof_and_of_the_published_weights(
     assert done.manifest["proof"]["states"] == 0
     assert done.manifest["proof"]["kl"] < 1e-9 and done.manifest["proof"]["plain_kl"] < 1e-6
 
-    from fusegpt_ray.cluster_section import Cluster
     from fusegpt_ray.pipeline import evaluate
-    from fusegpt_ray.sections import Evaluation
+    from fusegpt_ray.recipe.cluster_section import Cluster
+    from fusegpt_ray.recipe.sections import Evaluation
 
     length = done.manifest["perplexity"]["heldout"]["length"]
     text = Evaluation(data=str(desk.heldout), length=length)

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Evaluation
-from fusegpt_ray.specs import PUBLISHED_SPECS
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation
+from fusegpt_ray.recipe.specs import PUBLISHED_SPECS
 from fusegpt_ray.text.protocol import described
 from fusegpt_ray.text.published import published_windows
 

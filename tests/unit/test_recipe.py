@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from recipes import SMALLEST, recipe, written
 
-from fusegpt_ray.recipe import Recipe, blocks_to_remove, percent
+from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove, percent
 
 # --- what is filled in ---
 
@@ -190,7 +190,7 @@ def test_recipes_do_not_change() -> None:
 
 def test_a_recipe_needs_no_torch() -> None:
     code = (
-        "import sys, fusegpt_ray.recipe; print([m for m in ('torch', 'transformers', 'ray',"
+        "import sys, fusegpt_ray.recipe.recipe; print([m for m in ('torch', 'transformers', 'ray',"
         " 'datasets') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

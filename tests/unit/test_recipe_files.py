@@ -10,8 +10,8 @@ import yaml
 from recipes import SMALLEST, merged, mistake, written
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation
 
 
 @pytest.mark.parametrize(

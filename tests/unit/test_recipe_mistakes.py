@@ -13,7 +13,7 @@ import pytest
 from recipes import SMALLEST, merged, mistake, recipe
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.publishing import rehearsal
 from fusegpt_ray.publishing.rehearsal import _sets, rehearse
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 
 def gpt_neox_japanese() -> tf.PretrainedConfig:

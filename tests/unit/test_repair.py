@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion import added
 from fusegpt_ray.fusion.compensation import fitted_windows, last_linears, split
 from fusegpt_ray.fusion.least_squares import GRID
@@ -33,7 +32,8 @@ from fusegpt_ray.fusion.repair import Repair, Repaired
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import observe
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

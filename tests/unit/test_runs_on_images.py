@@ -16,11 +16,11 @@ from PIL import Image
 from test_training_on_images import digests
 from transformers import AutoProcessor
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress, evaluate, score
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.sections import Evaluation
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation
 
 LENGTH = 36
 

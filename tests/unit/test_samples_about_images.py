@@ -24,12 +24,12 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.processors import load_processor
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.specs import SAMPLE_PROMPTS
 from fusegpt_ray.report import Display
 from fusegpt_ray.reporting import page
 from fusegpt_ray.reporting.facts import facts, of_manifest
 from fusegpt_ray.sample_prompts import TOKENS
-from fusegpt_ray.specs import SAMPLE_PROMPTS
 from fusegpt_ray.text.questions import SIDE, thumbnail
 
 MODELS = ("llava", *QWEN)

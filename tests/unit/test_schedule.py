@@ -6,7 +6,7 @@ from math import inf
 
 import pytest
 
-from fusegpt_ray.cluster_section import Cluster
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.scheduling.schedule import Work, schedule
 from fusegpt_ray.scheduling.waiting import Entry
 from fusegpt_ray.workers.room import Need, Room

@@ -20,7 +20,7 @@ from fusegpt_ray.importance.scoring import score, split_evenly
 from fusegpt_ray.importance.search import Job
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

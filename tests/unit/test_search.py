@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fusegpt_ray.importance.racing import surely_above, t_tail
 from fusegpt_ray.importance.ranking import Cost, Ranking, Stopped, lowest
 from fusegpt_ray.importance.search import Job, search
-from fusegpt_ray.sections import Importance
+from fusegpt_ray.recipe.sections import Importance
 
 LENGTH = 7
 

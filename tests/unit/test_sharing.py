@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from stopped_runs import Watching
 from torch import nn
 
+from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.footprint import healing_bytes
 from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.report import Display
-from fusegpt_ray.sections import Heal
 from fusegpt_ray.training.finetune import Trained
 
 

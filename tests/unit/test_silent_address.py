@@ -7,10 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.distributed import connection
 from fusegpt_ray.distributed.connection import Connection
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 
 @pytest.fixture(params=["silent", "closed"])

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from torch import nn
 from words import add_tokenizer
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion import narrowing
 from fusegpt_ray.fusion.rotation import READS, WRITES, principal_axes
@@ -25,11 +24,12 @@ from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.publishing.publish import Published
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.status import status
 from fusegpt_ray.samples import PADDING
-from fusegpt_ray.sections import Importance
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -19,10 +19,10 @@ from test_deeper_runs import Stopped
 from test_slicegpt import recipe
 from torch import nn
 
-from fusegpt_ray.cost import _healing
+from fusegpt_ray.cost.cost import _healing
+from fusegpt_ray.cost.flops import head_flops, healing_flops, matrix_flops
+from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.flops import head_flops, healing_flops, matrix_flops
-from fusegpt_ray.footprint import healing_bytes
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan

@@ -13,10 +13,10 @@ from cramped import LENGTH, MB, limit_memory, save_wide
 from quiz import Quiz
 from words import add_tokenizer
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.measuring.harness import Asked, Suite
 from fusegpt_ray.measuring.tasks import How, tasks
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 
 @pytest.fixture

@@ -16,15 +16,15 @@ from models import load_model
 from stopped_runs import Watching, published, recipe, run_folder
 from torch.nn.functional import cosine_similarity
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.removals import removal
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.run.journal import Journal
-from fusegpt_ray.sections import Importance
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers

@@ -21,7 +21,7 @@ from recipes import merged, mistake
 from stopped_runs import Watching
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.tracking import trackers
 from fusegpt_ray.tracking.apart import Apart
 from fusegpt_ray.tracking.follow import Tracking, followed

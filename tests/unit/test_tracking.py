@@ -19,7 +19,7 @@ from stopped_runs import Watching, published, recipe, run_folder, stopped
 
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.metrics_log import MetricsLog
@@ -94,7 +94,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run import lease
 

@@ -28,7 +28,7 @@ from models import open_stack, token_windows
 from fusegpt_ray.errors import Terminated
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed
 from fusegpt_ray.training import pauses

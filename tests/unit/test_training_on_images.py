@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from torch.nn.functional import pad
 
 from fusegpt_ray import evaluation
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing.publish import publish
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.sections import Fusion, Heal, Importance
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.samples import Samples
-from fusegpt_ray.sections import Fusion, Heal, Importance
-from fusegpt_ray.specs import PRESETS
 from fusegpt_ray.training.batch import Batch, token_weights
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.losses import normalized_mse

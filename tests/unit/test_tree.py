@@ -10,8 +10,8 @@ from typing import get_args
 
 from fusegpt_ray.importance.metrics import METRICS
 from fusegpt_ray.methods import METHODS
-from fusegpt_ray.sections import Method, Metric
-from fusegpt_ray.specs import METHOD_SPECS, METRIC_SPECS
+from fusegpt_ray.recipe.sections import Method, Metric
+from fusegpt_ray.recipe.specs import METHOD_SPECS, METRIC_SPECS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("fusegpt_ray", "jobs", "benchmarks")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.sections import Fusion
-from fusegpt_ray.specs import PRESETS
+from fusegpt_ray.recipe.sections import Fusion
+from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.states import States

@@ -10,13 +10,13 @@ from math import ceil, prod
 
 import torch
 
-from fusegpt_ray.matrices import Matrices, attention_heads, largest_block, matrices
+from fusegpt_ray.cost.matrices import Matrices, attention_heads, largest_block, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.report import byte_count
-from fusegpt_ray.sections import Heal
 from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4

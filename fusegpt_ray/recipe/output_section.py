@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, field_validator
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.sections import one_or_many
-from fusegpt_ray.specs import SAMPLE_PROMPTS
-from fusegpt_ray.text_sections import Section, Uri
+from fusegpt_ray.recipe.sections import one_or_many
+from fusegpt_ray.recipe.specs import SAMPLE_PROMPTS
+from fusegpt_ray.recipe.text_sections import Section, Uri
 from fusegpt_ray.uris import refuse_ambiguous
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]

@@ -13,7 +13,7 @@ from pydantic import (
 )
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.specs import (
+from fusegpt_ray.recipe.specs import (
     METRIC_SPECS,
     PUBLISHED_LENGTH,
     PUBLISHED_SPECS,
@@ -21,7 +21,7 @@ from fusegpt_ray.specs import (
     MetricSpec,
     PublishedSpec,
 )
-from fusegpt_ray.text_sections import Section, Text, TextPart, Texts, Uri
+from fusegpt_ray.recipe.text_sections import Section, Text, TextPart, Texts, Uri
 from fusegpt_ray.uris import refuse_secret
 
 _Other = Literal["slicegpt", "sleb", "shortgpt", "angular", "foldgpt", "last", "random"]

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.recipe.specs import METHOD_SPECS
 
 _SHARE = re.compile(r"\+?\s*(\d+(?:\.\d+)?)\s*%")
 _FIX = "give the share of blocks to add, such as +25%"

@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fusegpt_ray.cost import Cost
-from fusegpt_ray.footprint import elements
-from fusegpt_ray.matrices import largest_block, matrices
+from fusegpt_ray.cost.cost import Cost
+from fusegpt_ray.cost.footprint import elements
+from fusegpt_ray.cost.matrices import largest_block, matrices
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
-from fusegpt_ray.recipe import Recipe
-from fusegpt_ray.specs import METHOD_SPECS
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
 from fusegpt_ray.workers.room import Held
 

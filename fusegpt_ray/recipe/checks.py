@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.cluster_section import Cluster
 
 
 def whole_batches(

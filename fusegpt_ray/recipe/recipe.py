@@ -16,14 +16,13 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from fusegpt_ray import deeper
-from fusegpt_ray.cluster_section import Cluster
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.output_section import Output
-from fusegpt_ray.recipe_checks import budget, shares, whole_batches
-from fusegpt_ray.recipe_errors import Several, explained
-from fusegpt_ray.recipe_text import read_recipe
-from fusegpt_ray.sections import (
+from fusegpt_ray.recipe import deeper
+from fusegpt_ray.recipe.checks import budget, shares, whole_batches
+from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.messages import Several, explained
+from fusegpt_ray.recipe.output_section import Output
+from fusegpt_ray.recipe.sections import (
     Calibration,
     Evaluation,
     Fusion,
@@ -36,8 +35,9 @@ from fusegpt_ray.sections import (
     Seed,
     one_or_many,
 )
-from fusegpt_ray.specs import METHOD_SPECS, PRESETS, MethodSpec
-from fusegpt_ray.text_sections import GeneratedText, Section, Texts, WeightedText
+from fusegpt_ray.recipe.specs import METHOD_SPECS, PRESETS, MethodSpec
+from fusegpt_ray.recipe.text_sections import GeneratedText, Section, Texts, WeightedText
+from fusegpt_ray.recipe.yaml_text import read_recipe
 
 S = TypeVar("S", bound=Section)
 

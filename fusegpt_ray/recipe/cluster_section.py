@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from fusegpt_ray.text_sections import Section, Uri
+from fusegpt_ray.recipe.text_sections import Section, Uri
 
 MOST = 10_000_000
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"

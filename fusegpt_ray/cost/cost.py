@@ -15,22 +15,22 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-from fusegpt_ray.flops import attention_flops as attention_flops
-from fusegpt_ray.flops import block_flops, gating_flops, head_flops, healing_flops
-from fusegpt_ray.flops import matrix_flops as matrix_flops
-from fusegpt_ray.footprint import elements
+from fusegpt_ray.cost.flops import attention_flops as attention_flops
+from fusegpt_ray.cost.flops import block_flops, gating_flops, head_flops, healing_flops
+from fusegpt_ray.cost.flops import matrix_flops as matrix_flops
+from fusegpt_ray.cost.footprint import elements
+from fusegpt_ray.cost.matrices import matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.healing.gates import passes_over
 from fusegpt_ray.importance.search import block_forwards
-from fusegpt_ray.matrices import matrices, narrowed_bytes, slicing_flops
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Evaluation, Importance
+from fusegpt_ray.recipe.text_sections import GeneratedText
 from fusegpt_ray.report import byte_count, flop_count
-from fusegpt_ray.sections import Evaluation, Importance
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.mixture import generated_tokens
-from fusegpt_ray.text_sections import GeneratedText
 from fusegpt_ray.workers.room import Held
 
 

@@ -4,10 +4,10 @@
 
 from __future__ import annotations
 
-from fusegpt_ray.matrices import attention_heads, matrices
+from fusegpt_ray.cost.matrices import attention_heads, matrices
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.recipe import Recipe
+from fusegpt_ray.recipe.recipe import Recipe
 
 
 def block_flops(dense: Stack, length: int) -> int:
