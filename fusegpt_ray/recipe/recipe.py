@@ -2,7 +2,7 @@
 
 Notable:
 - an unknown key is an error that names the nearest valid key;
-- `preset` fills in only what the recipe leaves out;
+- `preset` fills in only what the recipe leaves out (`presets.py`);
 - what depends on the model (its depth, its positions) is checked later, in `preflight.py`, but
   still before weights are read.
 """
@@ -22,6 +22,7 @@ from fusegpt_ray.recipe.checks import budget, shares, whole_batches
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.messages import Several, explained
 from fusegpt_ray.recipe.output_section import Output
+from fusegpt_ray.recipe.presets import filled
 from fusegpt_ray.recipe.sections import (
     Calibration,
     Evaluation,
@@ -35,8 +36,8 @@ from fusegpt_ray.recipe.sections import (
     Seed,
     one_or_many,
 )
-from fusegpt_ray.recipe.specs import METHOD_SPECS, PRESETS, MethodSpec
-from fusegpt_ray.recipe.text_sections import GeneratedText, Section, Texts, WeightedText
+from fusegpt_ray.recipe.specs import METHOD_SPECS, MethodSpec
+from fusegpt_ray.recipe.text_sections import GeneratedText, Section, Text, TextPart, Texts
 from fusegpt_ray.recipe.yaml_text import read_recipe
 
 S = TypeVar("S", bound=Section)
@@ -82,24 +83,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _apply_preset(cls, data: Any) -> Any:
-        if not isinstance(data, Mapping) or not isinstance(data.get("fusion") or {}, Mapping):
-            return data
-        preset = dict(PRESETS.get(str(data.get("preset", "best")), {}))
-        fusion = dict(preset.pop("fusion", {}))
-        spec = METHOD_SPECS.get(str(data.get("method", "fusegpt")))
-        if spec is not None and not spec.trains_groups:  # a start, then, is all there is
-            fusion["start"] = "linear" if spec.repairs else "none"
-        if spec is None or not spec.fuses:
-            preset = {}
-        filled = {**preset, **data, "fusion": {**fusion, **(data.get("fusion") or {})}}
-        importance = data.get("importance") or {}
-        if spec is not None and spec.metric and isinstance(importance, Mapping):
-            filled["importance"] = {"metric": spec.metric, **importance}
-        if spec is not None and spec.inserts:
-            filled = {"sparsity": (), **filled}
-            if isinstance(filled.get("heal"), Mapping):
-                filled["heal"] = {"loss": "tokens", **filled["heal"]}
-        return filled
+        return filled(data) if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -208,23 +192,32 @@ class Recipe(Section):
         if not self.calibration.pack and any(isinstance(text, GeneratedText) for text in texts):
             problem = "text that the dense model writes has no documents"
             yield UserError("calibration.pack", False, problem, "leave one of the two out")
+        for where, text in self._texts():
+            if self.sees(text) and text.column != Text.model_fields["column"].default:
+                problem = "rows are conversations with images, and their columns have fixed names"
+                yield UserError(f"{where}.column", text.column, problem, "leave it out")
 
     @property
     def keys_of_images(self) -> list[str]:
         """The keys that ask for images, those of `calibration` first."""
-        keys = []
-        for name, section in (("calibration", self.calibration), ("heal", self.heal)):
-            parts = section.parts if section and section.data else ()
-            keys += [
-                "calibration.images" if part.images is None else f"{name}.data.{number}.images"
-                for number, part in enumerate(parts)
-                if isinstance(part, WeightedText) and self.sees(part)
-            ]
-        held_out = self.evaluation.items()
-        keys += [f"evaluation.{name}.images" for name, text in held_out if self.sees(text)]
+        keys = [
+            "calibration.images" if text.images is None else f"{where}.images"
+            for where, text in self._texts()
+            if not isinstance(text, GeneratedText) and self.sees(text)
+        ]
         return list(dict.fromkeys(keys))
 
-    def sees(self, text: WeightedText | GeneratedText | Evaluation) -> bool:
+    def _texts(self) -> Iterator[tuple[str, TextPart | Evaluation]]:
+        """All texts, each with the key under which it stands, those of `calibration` first."""
+        for name, section in (("calibration", self.calibration), ("heal", self.heal)):
+            if section and section.data:
+                several = isinstance(section.data, tuple)
+                for number, part in enumerate(section.parts):
+                    yield f"{name}.data.{number}" if several else name, part
+        for name, text in self.evaluation.items():
+            yield f"evaluation.{name}", text
+
+    def sees(self, text: TextPart | Evaluation) -> bool:
         """Whether it is one of conversations with images."""
         if isinstance(text, GeneratedText) or (isinstance(text, Evaluation) and text.published):
             return False

@@ -72,7 +72,7 @@ class Calibration(Texts):
     images: bool = False
     """Whether rows are conversations with images, each a sample of its own, also in `heal` and
     `evaluation`: the model's own processor and chat template make it, and one that is longer than
-    `length` is left out. `column`, `pack`, `bos` and `piece_mb` then play no part."""
+    `length` is left out. `pack`, `bos` and `piece_mb` then play no part."""
     bos: Bos = "auto"
     """Whether each window begins with the tokenizer's beginning-of-sequence token, also in
     `evaluation`. `auto`: if the tokenizer itself puts it before a text; a model trained with it is

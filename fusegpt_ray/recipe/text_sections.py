@@ -27,7 +27,7 @@ from fusegpt_ray.uris import refuse_secret, shown
 
 
 def _without_secret(uri: str) -> str:
-    refuse_secret("", uri)  # `recipe_errors.py` knows the key
+    refuse_secret("", uri)  # `messages.py` knows the key
     return uri
 
 

@@ -65,6 +65,33 @@ def test_unknown_keys_are_refused_with_the_nearest_known_one(
 
 
 @pytest.mark.parametrize(
+    ("sections", "key"),
+    [
+        ({"calibration": {"data": "x.jsonl", "images": True, "column": "c"}}, "calibration"),
+        (
+            {
+                "calibration": {
+                    "data": [{"data": "a"}, {"data": "b", "images": True, "column": "c"}]
+                }
+            },
+            "calibration.data.1",
+        ),
+        (
+            {"calibration": {"images": True}, "heal": {"data": "c.jsonl", "column": "c"}},
+            "heal",
+        ),
+        ({"evaluation": {"seen": {"data": "x", "images": True, "column": "c"}}}, "evaluation.seen"),
+    ],
+)
+def test_conversations_with_images_have_no_column_of_ones_choice(
+    sections: dict[str, Any], key: str
+) -> None:
+    error = mistake(merged(sections))
+    assert (error.key, error.value) == (f"{key}.column", "c")
+    assert "conversations with images" in error.problem
+
+
+@pytest.mark.parametrize(
     ("override", "key", "fix"),
     [
         ("fusion.epoch=5", "fusion.epoch", "did you mean fusion.epochs"),
