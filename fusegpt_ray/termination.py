@@ -30,17 +30,21 @@ def sigterm_stops() -> Iterator[None]:
     """While the block lasts, SIGTERM raises `Terminated` in the main thread. Once it is raised,
     more of them must not disturb the end.
     """
+    over, reminders = threading.Event(), []
 
-    def second() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    timer = threading.Timer(GRACE, second)
-    timer.daemon = True
+    def remind() -> None:
+        """Sends it again once all have saved, or `GRACE` is over: until it is heard, because one
+        that comes just before the main thread begins to wait for something does not wake it."""
+        until = time.monotonic() + GRACE
+        while not over.wait(0.05):
+            if not _savers or time.monotonic() > until:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def stop(number: int, frame: object) -> None:
         if _savers and not _came.is_set():
             _came.set()
-            timer.start()
+            reminders.append(threading.Thread(target=remind, daemon=True))
+            reminders[0].start()
             return
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
@@ -52,7 +56,10 @@ def sigterm_stops() -> Iterator[None]:
     try:
         yield
     finally:
-        timer.cancel()
+        over.set()
+        for thread in reminders:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            thread.join()
         _came.clear()
         signal.signal(signal.SIGTERM, before)
 
@@ -64,8 +71,8 @@ def came() -> bool:
 
 @contextmanager
 def saving_first() -> Iterator[None]:
-    """While the block lasts, SIGTERM waits for it. In another thread than the main one, the main
-    thread is told once all such blocks have ended.
+    """While the block lasts, SIGTERM waits for it, in whichever thread; the main thread is told
+    once all such blocks have ended.
 
     Raises:
         Terminated: SIGTERM came, whatever else the block raised.
@@ -77,15 +84,8 @@ def saving_first() -> Iterator[None]:
     finally:
         _savers.remove(mine)
         if came():
-            _end()
+            if threading.current_thread() is threading.main_thread():
+                while _savers:  # other threads save; the second SIGTERM ends this, too
+                    time.sleep(0.05)
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
             raise Terminated
-
-
-def _end() -> None:
-    if threading.current_thread() is not threading.main_thread():
-        if not _savers:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return
-    while _savers:  # other threads save; the second SIGTERM ends this, too
-        time.sleep(0.05)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

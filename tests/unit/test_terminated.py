@@ -110,8 +110,11 @@ def test_it_ends_whatever_becomes_of_the_saving(
         ended(work)
 
 
-def test_other_threads_are_waited_for() -> None:
-    """As of a family's members: the main thread has nothing to save."""
+def test_other_threads_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a family's members: the main thread has nothing to save, and is told at once, even
+    where a signal comes just before it begins to wait.
+    """
+    monkeypatch.setattr(termination, "GRACE", 60.0)
     here, go_on, saved = threading.Event(), threading.Event(), []
 
     def save() -> None:
