@@ -35,6 +35,7 @@ from fusegpt_ray.text.protocol import stages
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8, "repeat": True}
 ONE = {"batch": 1, "learning_rate": 5e-4}
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
+BEST: dict[str, Any] = {"preset": "best", "fusion": {"epochs": 1}}
 # The paper's recipe, ours, one step between them at a time; and what healing makes of them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mi": {"method": "mi"},
@@ -54,20 +55,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropped, healed (all)": {"method": "mi", "heal": ALL},
     "dropped, healed (all, 2 a step)": {"method": "mi", "heal": ALL | {"batch": 2}},
     "dropped, healed (all, 1 a step)": {"method": "mi", "heal": ALL | ONE},
-    "best, healed (all, 1 a step)": {
-        "preset": "best",
-        "heal": ALL | ONE | {"learning_rate": 2e-4},
-    },
+    "best, healed (all, 1 a step)": BEST | {"heal": ALL | ONE | {"learning_rate": 2e-4}},
+    "scored on 4 windows, best, healed (all, 1 a step)": BEST
+    | {"importance": {"windows": 4}, "heal": ALL | ONE | {"learning_rate": 2e-4}},
+    "scored on 4 windows, best, healed (all, 1 a step at 5e-4)": BEST
+    | {"importance": {"windows": 4}, "heal": ALL | ONE},
     "searched, dropped, healed (all)": {
         "method": "mi",
         "search": {"candidates": ["mi", "kl", "run", "spaced"], "tokens": 16384},
         "heal": ALL,
     },
-    "best, 2 epochs, healed (all)": {
-        "preset": "best",
-        "fusion": {"epochs": 2},
-        "heal": ALL | {"learning_rate": 3e-4},
-    },
+    "best, 2 epochs, healed (all)": BEST
+    | {"fusion": {"epochs": 2}, "heal": ALL | {"learning_rate": 3e-4}},
     "dropped by kl, healed": {"method": "mi", "importance": {"metric": "kl"}, "heal": LOW},
     "scored on 8 windows, dropped, healed (all, 1 a step)": {
         "method": "mi",

@@ -21,6 +21,9 @@ import pytest
 import ray
 from s3fs import S3FileSystem
 
+from fusegpt_ray.distributed.connection import Connection
+from fusegpt_ray.recipe.cluster_section import Cluster
+
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # for what the tests start: the same threads everywhere, so the same sums
 )
@@ -100,24 +103,27 @@ def bucket(new_bucket: Callable[[], str]) -> str:
     return new_bucket()
 
 
-@pytest.fixture(scope="session")
-def ray_session(s3: S3) -> Iterator[None]:
-    """One local Ray for all tests. It starts after the S3 server, because workers inherit the
-    environment."""
+@pytest.fixture(scope="module")
+def ray_session(s3: S3) -> None:
+    """One local Ray for all integration tests of this process, started as a run starts it. It
+    starts after the S3 server, because workers inherit the environment."""
+    if ray.is_initialized():
+        return
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(
-            address="local",
-            num_cpus=4,
-            include_dashboard=False,
-            object_store_memory=500_000_000,
-            log_to_driver=False,
-        )
-        logging.getLogger("ray.data").setLevel(
-            logging.WARNING
-        )  # else a failed test shows pages of its metrics
-        yield
+        patch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # what no process may see that asked for none
+        assert Connection.open(Cluster(object_store_gb=0.5)).own
+    logging.getLogger("ray.data").setLevel(
+        logging.WARNING
+    )  # else a failed test shows pages of its metrics
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
+    """Idle processes of Ray, too, take time, of which other tests need all."""
+    yield
+    if nextitem is None or not nextitem.path.is_relative_to(Path(__file__).parent):
         ray.shutdown()
 
 

@@ -55,7 +55,7 @@ def weights(folder: Path) -> dict[str, str]:
 def test_a_run_that_is_terminated_says_so_and_goes_on(
     engine: str, material: Any, temp: Path, tmp_path: Path
 ) -> None:
-    changes = {"sparsity": 0.125, "fusion": {"epochs": 60}, "evaluation": {}}
+    changes = {"sparsity": 0.125, "fusion": {"epochs": 30}, "evaluation": {}}
     changes["cluster"] = {"engine": engine}  # without the signal, the first checkpoint came later
     recipe = material.recipe(str(tmp_path / "out"), **changes)
     run, log = start(recipe, tmp_path, temp), tmp_path / "log"
@@ -70,7 +70,7 @@ def test_a_run_that_is_terminated_says_so_and_goes_on(
     assert left == [], "what it started ends with it"
 
     assert start(recipe, tmp_path, temp).wait() == 0, log.read_text()
-    assert re.search(r"going on after part [1-9]\d* of 60", log.read_text()), log.read_text()
+    assert re.search(r"going on after part [1-9]\d* of 30", log.read_text()), log.read_text()
     here = recipe | {"output": {"uri": str(tmp_path / "undisturbed"), "name": "tiny"}}
     compress(Recipe.parse(here | {"cluster": {"engine": "local"}}))
     assert weights(tmp_path / "out") == weights(tmp_path / "undisturbed") != {}

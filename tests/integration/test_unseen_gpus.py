@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import ray
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +52,15 @@ ray.shutdown()
 if {joined}:
     nodes.shutdown()
 """
+
+
+def test_in_a_run_of_ones_own(ray_session: None) -> None:
+    class Looking:
+        def seen(self) -> str | None:
+            return os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    actor = ray.remote(num_cpus=0)(Looking).remote()
+    assert ray.get(actor.seen.remote()) == ""
 
 
 def look(joined: bool, libraries: bool) -> dict[str, list[str]]:
