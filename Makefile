@@ -24,7 +24,7 @@ quickstart: install
 # Tests on Ray wait a lot, so two processes share two cores well; those come first. All of the many
 # processes read bytecode that one of them compiled, whatever the environment says.
 PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-	-n 2 --dist loadgroup --no-loadscope-reorder
+	-n 2 --dist loadfile --no-loadscope-reorder
 
 test: style
 	$(PYTEST) -m "not slow"

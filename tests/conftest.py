@@ -15,7 +15,7 @@ os.environ.update(
 import gc
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -29,18 +29,26 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     from slow import mark_slow
 
-    # Processes that test at the same time (`--dist loadgroup`) take whole files, and one takes all
-    # that need Ray, so that it starts once.
-    on_ray = {item.path for item in items if "ray_session" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "ray" if item.path in on_ray else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
     # `-k` and `-m` are applied later; only a name given with `::` leaves out tests of a file here.
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="there is no GPU"))
     mark_slow(items, whole_files=not any("::" in argument for argument in config.args))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Processes that test at the same time take whole files, and one of them takes all that share
+    a Ray, so that it starts once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneHasRay(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "ray" if "ray_session" in (config.rootpath / file).read_text() else file
+
+    return OneHasRay(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_collection_finish() -> None:

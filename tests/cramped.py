@@ -117,7 +117,7 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
             "importance": {"windows": SCORED, "batch": SCORED if what == "score" else 1},
             "fusion": {
                 "group_size": 3,
-                "epochs": 2,
+                "epochs": 1,
                 "batch": TRAINED,
                 "rank": 4,
                 "lora_rank": 4,

@@ -38,8 +38,9 @@ HEALED = LIGHT | {
         "rank": 4,
         "learning_rate": 0.005,
     },
-    "search": {"candidates": ["mi", "run", "spaced"], "tokens": 256},
 }
+SEARCHED = HEALED | {"search": {"candidates": ["mi", "run", "spaced"], "tokens": 256}}
+BOTH = {"cluster": TWO_WORKERS | {"zero_stage": 3, "replicas": 2}}
 RUNS: dict[str, dict[str, Any]] = {
     "local": {},
     "ray": {"cluster": {"engine": "ray", "replicas": 2}},
@@ -49,7 +50,9 @@ RUNS: dict[str, dict[str, Any]] = {
     "local mi": {"method": "mi"},
     "ray mi": {"method": "mi", "cluster": {"engine": "ray", "replicas": 3}},
     "local healed": HEALED,
-    "ray healed, 2 workers": HEALED | {"cluster": TWO_WORKERS | {"zero_stage": 3, "replicas": 2}},
+    "ray healed, 2 workers": HEALED | BOTH,
+    "local searched": SEARCHED,
+    "ray searched, 2 workers": SEARCHED | BOTH,
     "local bf16": {},
 }
 """What each run changes in the tests' recipe."""

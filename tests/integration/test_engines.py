@@ -45,6 +45,7 @@ REORDERED = {"rtol": 0, "atol": 1e-4}
         ("local mi+ft", "ray mi+ft, 2 workers", REORDERED),
         ("local mi", "ray mi", EXACT),
         ("local healed", "ray healed, 2 workers", REORDERED),
+        ("local searched", "ray searched, 2 workers", REORDERED),
     ],
 )
 def test_engines_make_the_same_model(
