@@ -58,7 +58,10 @@ SLOW = (
     *(
         f"{INTEGRATION}engines.py::test_{name}[{run}]"
         for name in ("the_manifest_is_true", "what_is_published_loads_as_any_checkpoint")
-        for run in ("ray", "ray, 2 workers", "ray mi+ft, 2 workers", "ray mi")
+        for run in (
+            *("ray", "ray, 2 workers", "ray mi+ft, 2 workers", "ray mi"),
+            *("local searched", "ray searched, 2 workers"),
+        )
     ),
     f"{INTEGRATION}compare_on_ray.py",
     f"{INTEGRATION}family_on_ray.py",

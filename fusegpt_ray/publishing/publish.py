@@ -30,6 +30,7 @@ from fusegpt_ray.publishing.ties import with_true_ties
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, FileRecord
 from fusegpt_ray.store.fence import Fence, nobody_else
+from fusegpt_ray.store.manifest import encoded
 from fusegpt_ray.store.writer import Entry, plan_shards
 
 PACKAGES = ("fusegpt-ray", "torch", "transformers", "ray", "deepspeed", "datasets")
@@ -116,7 +117,7 @@ def publish(
     put("README.md", card.encode())
     manifest["files"] = {name: record.to_json() for name, record in sorted(files.items())}
     fence()
-    storage.create(storage.join(folder, MANIFEST), (json.dumps(manifest, indent=1) + "\n").encode())
+    storage.create(storage.join(folder, MANIFEST), encoded(manifest))
     return Published(folder, manifest)
 
 

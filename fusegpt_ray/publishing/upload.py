@@ -86,7 +86,8 @@ def upload(
 ) -> Uploaded:
     """Send the published model at `uri` (any fsspec URI) to the hub repository `repo`.
 
-    The files of the manifest and the manifest itself are sent, and nothing else that lies there.
+    The files of the manifest and the manifest itself, with names instead of the maker's local
+    paths, are sent, and nothing else that lies there.
     The token is the one that the hub's own library finds. Run again after a failure, it sends what
     the hub has not received.
 
@@ -102,7 +103,7 @@ def upload(
     """
     _check_names(repo, revision, message)
     folder = storage.absolute(uri).rstrip("/")
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder).public()
     if pickles := [name for name in manifest.files if _may_be_code(name)]:
         fix = "publish a model that this tool made; it writes safetensors alone"
         raise UserError(KEY, uri, f"lists {pickles[0]!r}: weights, but not safetensors", fix)

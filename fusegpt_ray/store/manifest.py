@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,6 +14,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.foreign import KEY as KEY
 from fusegpt_ray.store.foreign import read_foreign
+from fusegpt_ray.store.public import public
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.uris import shown
 
@@ -25,6 +26,11 @@ PULLING = ".fusegpt-pull"
 """Marks a folder that `fusegpt pull` is filling."""
 _DEEPEST = 8
 """Folders in folders, the file itself among them, that a model has."""
+
+
+def encoded(manifest: Mapping[str, Any]) -> bytes:
+    """As its file holds it."""
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,13 @@ class Manifest:
     @property
     def size(self) -> int:
         return sum(record.size for record in self.files.values())
+
+    def public(self) -> Manifest:
+        """For everybody: of places on its maker's machines, their names alone."""
+        data = public(self.data)
+        if data == self.data:
+            return self
+        return replace(self, data=data, raw=encoded(data))
 
     @classmethod
     def recipe_of(cls, folder: str) -> dict[str, Any] | None:

@@ -85,6 +85,14 @@ def on_disk(folder: Path) -> dict[str, bytes]:
     }
 
 
+def to_be_sent(folder: Path) -> dict[str, bytes]:
+    """All of it; where the dense model lay here is told as its name."""
+    files = on_disk(folder)
+    manifest = json.loads(files["fusegpt.json"])
+    manifest["source"]["name"] = Path(manifest["source"]["name"]).name
+    return files | {"fusegpt.json": (json.dumps(manifest, indent=1) + "\n").encode()}
+
+
 def on_hub(hub: Hub, branch: str = "main") -> dict[str, bytes]:
     files = hub.repos[REPO].files(branch)
     return {name: data for name, data in files.items() if name != ".gitattributes"}
@@ -93,7 +101,7 @@ def on_hub(hub: Hub, branch: str = "main") -> dict[str, bytes]:
 def test_a_model_is_there_as_it_was_published(
     hub: Hub, model: Path, tmp_path: Path, publish: Publish
 ) -> None:
-    before = on_disk(model)
+    before = to_be_sent(model)
     (model / "notes.txt").write_text("mine")
     first = publish(model, REPO, "--private", "--message", "A first one", "--json")
     again = publish(model, REPO)
@@ -118,7 +126,20 @@ def test_from_another_store(hub: Hub, model: Path, publish: Publish) -> None:
     fs.store.clear()
     fs.put(str(model), "/bucket/tiny-p40", recursive=True)
     assert publish("memory://bucket/tiny-p40", REPO).code == 0
-    assert on_hub(hub) == on_disk(model)
+    assert on_hub(hub) == to_be_sent(model)
+
+
+def test_no_place_on_this_machine_is_told(hub: Hub, model: Path, publish: Publish) -> None:
+    manifest = json.loads((model / "fusegpt.json").read_text())
+    manifest["recipe"]["calibration"] = {"data": "/home/alice/plans/words.jsonl"}
+    (model / "fusegpt.json").write_text(json.dumps(manifest))
+    assert publish(model, REPO).code == 0
+    told = on_hub(hub)
+    assert not any(b"alice" in data for data in told.values())
+    there = json.loads(told["fusegpt.json"])
+    assert there["recipe"]["calibration"] == {"data": "words.jsonl"}
+    assert there["files"] == manifest["files"] and there.keys() == manifest.keys()
+    assert "holds this model already" in publish(model, REPO).out
 
 
 ROUND_TRIP = f"""
@@ -147,7 +168,7 @@ def test_what_was_sent_loads_and_can_be_pulled(hub: Hub, model: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert TOKEN not in done.stdout + done.stderr
-    assert on_disk(tmp_path / "pulled") == on_disk(model)
+    assert on_disk(tmp_path / "pulled") == to_be_sent(model)
     assert same_logits(load(tmp_path / "loaded"), load(model))
 
 
@@ -161,7 +182,7 @@ def test_a_branch_of_its_own(hub: Hub, model: Path, publish: Publish) -> None:
     hub.failing = ""
     told = publish(model, REPO, "--revision", "p40")
     assert told.code == 0 and told.out == f"{hub.address}/{REPO}/tree/p40\n", told.err
-    assert on_hub(hub, "p40") == on_disk(model) and on_hub(hub) == other
+    assert on_hub(hub, "p40") == to_be_sent(model) and on_hub(hub) == other
     new = publish(model, "me/new", "--revision", "p40")
     assert new.code == 0 and hub.repos["me/new"].files("p40").keys() > on_disk(model).keys()
 
@@ -180,7 +201,7 @@ def test_after_a_failure_it_goes_on(hub: Hub, model: Path, publish: Publish) -> 
     assert "Traceback" not in failed.err and "run the same command again" in failed.err
     assert on_hub(hub) == {}
     hub.failing, sent = "", [path for path in hub.written if path.startswith("/lfs/")]
-    assert publish(model, REPO).code == 0 and on_hub(hub) == on_disk(model)
+    assert publish(model, REPO).code == 0 and on_hub(hub) == to_be_sent(model)
     assert [path for path in hub.written if path.startswith("/lfs/")] == sent
 
 
