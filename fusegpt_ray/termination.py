@@ -20,7 +20,8 @@ from fusegpt_ray.errors import Terminated
 GRACE = 20.0
 """Seconds: Kubernetes gives 30 by default, and a cloud's notice of preemption at least as many."""
 
-_came = threading.Event()
+_came, _heard = threading.Event(), threading.Event()
+"""Whether the signal has come, and whether the main thread has been told that it is to end."""
 _savers: list[object] = []
 """Who holds the end up. Only appended to and removed from, which no signal can interrupt."""
 
@@ -30,13 +31,13 @@ def sigterm_stops() -> Iterator[None]:
     """While the block lasts, SIGTERM raises `Terminated` in the main thread. Once it is raised,
     more of them must not disturb the end.
     """
-    over, reminders = threading.Event(), []
+    reminders: list[threading.Thread] = []
 
     def remind() -> None:
         """Sends it again once all have saved, or `GRACE` is over: until it is heard, because one
         that comes just before the main thread begins to wait for something does not wake it."""
         until = time.monotonic() + GRACE
-        while not over.wait(0.05):
+        while not _heard.wait(0.05):
             if not _savers or time.monotonic() > until:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -46,7 +47,7 @@ def sigterm_stops() -> Iterator[None]:
             reminders.append(threading.Thread(target=remind, daemon=True))
             reminders[0].start()
             return
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _hear()
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():  # it alone may decide
@@ -56,11 +57,11 @@ def sigterm_stops() -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
         for thread in reminders:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            _hear()
             thread.join()
         _came.clear()
+        _heard.clear()
         signal.signal(signal.SIGTERM, before)
 
 
@@ -87,5 +88,11 @@ def saving_first() -> Iterator[None]:
             if threading.current_thread() is threading.main_thread():
                 while _savers:  # other threads save; the second SIGTERM ends this, too
                     time.sleep(0.05)
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                _hear()
             raise Terminated
+
+
+def _hear() -> None:
+    """In the main thread: from here on it ends, and is told no more."""
+    _heard.set()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
