@@ -52,7 +52,7 @@ found = {"asked": asked.node_id}
 with workers(labels={"pool": "train"}) as opened:
     found["replicas"] = [node for _, node in opened.map(here, [()] * 8, 2)]
     found["workers"] = opened.spmd(here, news=print)
-cluster = Cluster(address=nodes.address, labels={"zone": "b"})
+cluster = Cluster(address=nodes.address, labels={"zone": "b"}, gpus_per_replica=0)
 found["tasks"] = [node for _, node in apiece(here, [(n,) for n in range(3)], cluster)]
 for pools in (["train"], ["train", None]):
     where = [{"pool": pool} if pool else {} for pool in pools]
