@@ -53,7 +53,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_finish() -> None:
     """What has been imported stays to the end: no garbage collection is to look at it, which took
-    a tenth of the time of all tests."""
+    a tenth of the time where it was measured."""
     gc.collect()
     gc.freeze()
 

@@ -110,15 +110,14 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
     what comes out to `out`.
     """
     torch.set_num_threads(1)
-    count = SCORED if what == "score" else TRAINED
     recipe = Recipe.parse(
         {
             "model": {"source": str(folder)},
-            "calibration": {"data": "unused", "windows": count, "length": LENGTH},
-            "importance": {"windows": count, "batch": SCORED if what == "score" else 1},
+            "calibration": {"data": "unused", "windows": SCORED, "length": LENGTH},
+            "importance": {"windows": SCORED, "batch": SCORED if what == "score" else 1},
             "fusion": {
                 "group_size": 3,
-                "epochs": 1,
+                "epochs": 2,
                 "batch": TRAINED,
                 "rank": 4,
                 "lora_rank": 4,
@@ -128,7 +127,7 @@ def work(_: int, folder: Path, out: Path, what: str, loss: str, more: int | None
             "output": {"uri": str(out.parent), "name": "x", "report": False},
         }
     )
-    dense, windows = open_stack(folder), token_windows(count, LENGTH).numpy()
+    dense, windows = open_stack(folder), token_windows(SCORED, LENGTH).numpy()
     with LocalWorkers(Setup.of(recipe, Source.find(str(folder), None), dense)) as engine:
         assert (
             evaluation.perplexity(engine, dense, windows[:1]) > 1
