@@ -10,6 +10,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     RAY_AUTH_MODE="disabled",
     DS_ACCELERATOR="cpu",
+    RAY_worker_niceness="0",  # beside another process that tests, others get little of two cores
 )
 
 import gc

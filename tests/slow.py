@@ -29,8 +29,8 @@ SLOW = (
     CHAOS + r"[scoring worker (ray) at \u201cround 1/1: scoring\u201d]",
     CHAOS + r"[training worker (ray) at \u201cround 1: fusing\u201d]",
     CHAOS + r"[node (ray on two nodes) at \u201cround 1: fusing\u201d]",
-    # Whole runs on Ray: one that is dropped and healed on two workers stays, and the fused one of
-    # test_local_ray; of submitted jobs, one that is refused.
+    # Whole runs on Ray: one that is fused and healed stays (test_local_ray), and what two workers
+    # train (test_training_job); of submitted jobs, one that is refused.
     f"{INTEGRATION}submit.py::test_a_job_compresses_from_its_folder_to_s3",
     f"{INTEGRATION}evaluate_on_ray.py",
     "tests/chaos/test_networks.py::test_a_node_cut_off_in_scoring_changes_no_byte",
@@ -48,6 +48,7 @@ SLOW = (
             "engines_make_the_same_model[local-ray, 2 workers-close1]",
             "engines_make_the_same_model[local mi+ft-ray mi+ft, 2 workers-close2]",
             "engines_make_the_same_model[local mi-ray mi-close3]",
+            "engines_make_the_same_model[local healed-ray healed, 2 workers-close4]",
             "engines_make_the_same_model[local searched-ray searched, 2 workers-close5]",
             "engines_write_the_same_text",
             "one_run_publishes_every_sparsity_on_its_way[ray]",
@@ -59,7 +60,7 @@ SLOW = (
         f"{INTEGRATION}engines.py::test_{name}[{run}]"
         for name in ("the_manifest_is_true", "what_is_published_loads_as_any_checkpoint")
         for run in (
-            *("ray", "ray, 2 workers", "ray mi+ft, 2 workers", "ray mi"),
+            *("ray", "ray, 2 workers", "ray mi+ft, 2 workers", "ray mi", "ray healed, 2 workers"),
             *("local searched", "ray searched, 2 workers"),
         )
     ),

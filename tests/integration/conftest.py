@@ -50,9 +50,16 @@ class S3:
 
     def objects(self, bucket: str) -> dict[str, bytes]:
         """All objects of a bucket."""
+        return {
+            key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+            for key in self.listed(bucket)
+        }
+
+    def listed(self, bucket: str) -> dict[str, str]:
+        """All objects of a bucket, by their ETags, which tell one content from another."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=bucket)
-        found = [entry["Key"] for page in pages for entry in page.get("Contents", [])]
-        return {key: self.client.get_object(Bucket=bucket, Key=key)["Body"].read() for key in found}
+        found = [entry for page in pages for entry in page.get("Contents", [])]
+        return {entry["Key"]: entry["ETag"] for entry in found}
 
     def upload(self, files: Iterable[Path], bucket: str, prefix: str) -> None:
         for file in files:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import torch
 import transformers as tf
 import yaml
@@ -106,11 +105,6 @@ def test_training_moved_the_weights_far_more_than_the_tolerance(run: Run) -> Non
     )
     moved = [(fused[name] - dropped[name]).abs().max() for name in fused if "_proj" in name]
     assert max(moved) > 100 * REORDERED["atol"]
-
-
-def test_a_callers_ray_is_left_running(run: Run) -> None:
-    run("ray healed, 2 workers")
-    assert ray.is_initialized()
 
 
 def test_the_local_engine_needs_neither_ray_nor_deepspeed(material, tmp_path) -> None:

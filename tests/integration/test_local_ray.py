@@ -1,6 +1,6 @@
 """A run on a local Ray, started in a terminal with secrets in its environment, killed while it
-trains, and given again: it ends with the bytes of one process, tells no secret, and whatever it
-started listened to this machine only.
+trains, and given again, on the Ray of these tests: it ends with the bytes of one process, healing
+among them, and tells no secret. Whatever it started listened to this machine only.
 """
 
 from __future__ import annotations
@@ -12,17 +12,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
+from engine_runs import HEALED
 from planted import in_objects, leaks, plant
 from safetensors.torch import load_file
 
 from fusegpt_ray import Recipe, compress
+from fusegpt_ray.cli import main
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -83,7 +86,7 @@ class Story:
     """The objects in the store when the run was killed, and at its end."""
     after: dict[str, bytes]
     code: int
-    """Of the command that was given again."""
+    """Of the command that was given again, on another Ray."""
 
     @property
     def log(self) -> str:
@@ -91,10 +94,12 @@ class Story:
 
 
 @pytest.fixture(scope="module")
-def story(planted, s3, new_bucket, material, temp: Path, tmp_path_factory) -> Story:
+def story(
+    planted, s3, new_bucket, material, temp: Path, tmp_path_factory, request: pytest.FixtureRequest
+) -> Story:
     folder, bucket = tmp_path_factory.mktemp("story"), new_bucket()
     changes = {"sparsity": 0.125, "cluster": {"engine": "ray"}, "fusion": {"epochs": 2}}
-    recipe = material.recipe(f"s3://{bucket}/models", **changes)
+    recipe = material.recipe(f"s3://{bucket}/models", **changes, heal=HEALED["heal"])
     run, found = start(recipe, folder, temp), set()
     while run.poll() is None and "  epoch 1/" not in (folder / "log").read_text():
         with suppress(psutil.NoSuchProcess):
@@ -108,7 +113,9 @@ def story(planted, s3, new_bucket, material, temp: Path, tmp_path_factory) -> St
         with suppress(psutil.NoSuchProcess):
             one.kill()
     during = s3.objects(bucket)
-    code = start(recipe, folder, temp).wait()
+    request.getfixturevalue("ray_session")
+    with (folder / "log").open("a") as log, redirect_stderr(log):
+        code = main(["compress", str(folder / "recipe.yaml")])
     return Story(recipe, folder, temp, found, during, s3.objects(bucket), code)
 
 
@@ -117,6 +124,7 @@ def test_it_ends_with_the_bytes_of_one_process(story: Story, tmp_path: Path) -> 
     assert {"identity.json", "heartbeat.json", "scores-001.json"} <= names, story.log
     assert "fusegpt.json" not in names
     assert story.code == 0, story.log
+    assert ray.is_initialized(), "a Ray that was there before is left running"
     assert "models/tiny-p12.5/README.md" in story.after
     here = {"output": {"uri": str(tmp_path), "name": "here"}, "cluster": {"engine": "local"}}
     (local,) = compress(Recipe.parse(story.recipe | here))

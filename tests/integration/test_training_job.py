@@ -19,10 +19,11 @@ from models import open_stack, token_windows
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.group_fusion import GroupFusion
+from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.recipe.cluster_section import Cluster
-from fusegpt_ray.recipe.sections import Fusion, Importance
+from fusegpt_ray.recipe.sections import Fusion, Heal, Importance
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.workers.base import News, Setup, TrainingWorker, Workers
@@ -71,6 +72,16 @@ def fuse(workers: Workers, donor: int, out: Path) -> Trained:
     return train_span(workers, task, nothing)
 
 
+def heal(workers: Workers, out: Path) -> Trained:
+    dense = workers.setup.dense
+    settings = Heal(batch=BATCH, held_out=4, looks=EPOCHS, train="all", learning_rate=3e-4)
+    model = WholeModel(dense.drop(2), dense, settings, 0, str(out / "blocks"))
+    ids_WT = token_windows(WINDOWS + 4, LENGTH).numpy()
+    texts = ids_WT[:WINDOWS], ids_WT[WINDOWS:]
+    place = str(out / "checkpoints")
+    return train_span(workers, model.task(*texts, workers.setup.cluster, {}, place), nothing)
+
+
 def process(worker: TrainingWorker) -> tuple[int, int]:
     return worker.rank, os.getpid()
 
@@ -78,13 +89,13 @@ def process(worker: TrainingWorker) -> tuple[int, int]:
 def test_bf16_with_float32_masters_learns_what_one_process_learns(
     workers: RayWorkers, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Two groups one after the other, by the same two processes. Between both ways, only the order
-    differs in which gradients are added."""
+    """Two groups and the whole model, one after the other, by the same two processes. Between both
+    ways, only the order differs in which gradients are added."""
     before = workers.spmd(process, news=nothing)
-    ours = [fuse(workers, donor, tmp_path / f"ray-{donor}") for donor in (2, 4)]
+    ours = trainings(workers, tmp_path / "ray")
     assert workers.spmd(process, news=nothing) == before
     with LocalWorkers(setup_of(checkpoint("llama"), tmp_path)) as alone:
-        theirs = [fuse(alone, donor, tmp_path / f"local-{donor}") for donor in (2, 4)]
+        theirs = trainings(alone, tmp_path / "local")
     for one, other in zip(ours, theirs, strict=True):
         # A rounding of bf16 is 4e-3; the mean over thousands of numbers hides most of it.
         assert one.losses == pytest.approx(other.losses, rel=2e-3)
@@ -93,6 +104,11 @@ def test_bf16_with_float32_masters_learns_what_one_process_learns(
         for dense, block in other.saved.blocks.items():
             before_training = workers.setup.dense.blocks[dense]
             compare(*(read(each) for each in (one.saved.blocks[dense], block, before_training)))
+
+
+def trainings(workers: Workers, out: Path) -> list[Trained]:
+    groups = [fuse(workers, donor, out / f"without-{donor}") for donor in (2, 4)]
+    return [*groups, heal(workers, out / "healed")]
 
 
 def read(block: Block) -> dict[str, torch.Tensor]:
