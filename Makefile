@@ -21,10 +21,10 @@ BIN := .venv/bin
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
 
-# Tests on Ray wait a lot, so two processes share two cores well; those come first. All of the many
+# Tests wait a lot, so three processes share two cores well; those on Ray come first. All of the many
 # processes read bytecode that one of them compiled, whatever the environment says.
 PYTEST := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 $(BIN)/python -m pytest \
-	-n 2 --dist loadfile --no-loadscope-reorder
+	-n 3 --dist loadfile --no-loadscope-reorder
 
 test: style
 	$(PYTEST) -m "not slow"

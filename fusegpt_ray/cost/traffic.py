@@ -17,6 +17,7 @@ from fusegpt_ray.cost.matrices import largest_block, matrices
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
 from fusegpt_ray.workers.room import Held
@@ -51,6 +52,7 @@ def traffic(
     """
     whole = stored_bytes(dense.blocks)
     found = [
+        Traffic("search", read=_search(recipe, dense, targets, held, streams)),
         Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
         Traffic("states", read=_states(recipe, dense, cost, held)),
         Traffic("fine-tuning", written=_rounds(recipe, dense, targets, cost)),
@@ -79,14 +81,50 @@ def _scoring(
         return held.replicas * (whole + _changed(recipe, dense, targets[-1].rounds - 1))
     if choice == "gates":  # one replica walks there and back
         return _walked(dense, cost, "scoring", settings.windows)
-    rounds = 1 if choice in ("once", "run") else targets[-1].rounds
+    if choice == "run":
+        return _run(recipe, dense)
+    rounds = 1 if choice == "once" else targets[-1].rounds
     by_metric = METHOD_SPECS[recipe.method].by_metric
-    waves = WAVES if by_metric and settings.spec.walks_on and not settings.all else 1
+    return held.replicas * _scored(settings, dense, rounds, by_metric and not settings.all)
+
+
+def _run(recipe: Recipe, dense: Stack) -> int:
+    """For the distances across runs of blocks; each batch of windows is a walk of its own."""
+    return -(-recipe.importance.windows // recipe.importance.batch) * stored_bytes(dense.blocks)
+
+
+def _scored(settings: Importance, dense: Stack, rounds: int, in_waves: bool) -> int:
+    """By each replica, for the scores of so many rounds."""
+    whole = stored_bytes(dense.blocks)
+    waves = WAVES if in_waves and settings.spec.walks_on else 1
     beside = whole if settings.spec.against == "dense" else 0
     walked = sum(
         whole * (len(dense) - done) // len(dense) + beside * bool(done) for done in range(rounds)
     )
-    return held.replicas * waves * walked
+    return waves * walked
+
+
+def _search(
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+) -> int:
+    """Every replica looks for each set; one of them heals it, and walks through the dense model for
+    what it is to learn from.
+    """
+    if recipe.search is None:
+        return 0
+    whole, fewer = stored_bytes(dense.blocks), targets[-1].fewer
+    if not streams:
+        return held.replicas * whole
+    found = 0
+    for way in recipe.search.candidates:
+        if way == "run":
+            found += _run(recipe, dense)
+        else:
+            change = {"all": True} if way == "spaced" else {"metric": way}
+            settings = recipe.importance.model_copy(update=change)
+            found += held.replicas * _scored(settings, dense, fewer, not settings.all)
+        found += 3 * whole
+    return found
 
 
 def _changed(recipe: Recipe, dense: Stack, rounds: int) -> int:

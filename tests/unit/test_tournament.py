@@ -16,6 +16,8 @@ from models import load_model
 from stopped_runs import Watching, published, recipe, run_folder
 from torch.nn.functional import cosine_similarity
 
+from fusegpt_ray.cost.cost import cost
+from fusegpt_ray.cost.traffic import traffic
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.removals import removal
 from fusegpt_ray.importance.scoring import score
@@ -25,9 +27,11 @@ from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.targets import Target
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
+from fusegpt_ray.workers.room import Held
 
 SETTINGS = Importance(windows=len(TRAINED), batch=4)
 HEAL = {"batch": 4, "held_out": 4, "looks": 2, "train": "all", "learning_rate": 1e-3, "warmup": 0.3}
@@ -119,6 +123,24 @@ def test_the_winner_has_the_lowest_loss_after_the_same_healing(infirmary: Infirm
         infirmary.forget()
     best = min(record["tried"], key=lambda tried: min(tried["held_out"]))
     assert chosen == best["removed"]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_it_reads_what_was_planned(infirmary: Infirmary, streams: bool) -> None:
+    """At most: equal sets are healed once, and few windows are scored in fewer walks than four."""
+    asked = parsed(infirmary, tokens=8 * TRAINED.shape[1])
+    cluster = Cluster(engine="local", weights="streamed" if streams else "resident")
+    targets = [Target(sparsity=None, remove=2, folder="demo")]
+    planned_cost = cost(asked, infirmary.dense, targets)
+    rows = traffic(asked, infirmary.dense, targets, planned_cost, Held(1, 1, 0), streams)
+    (planned,) = [row.read for row in rows if row.stage == "search"]
+    source = Source.find(str(infirmary.folder), None)
+    texts = WINDOWS_WT, WINDOWS_WT, HELD.numpy()
+    with LocalWorkers(Setup(source, infirmary.dense, cluster, "float32", SETTINGS)) as here:
+        journal = Journal(str(infirmary.out / "run"))
+        Tournament(asked, here, journal, infirmary.dense, *texts, Watching()).removal(2)
+        read = here.runner.weights.bytes_read
+    assert planned / 3 < read <= planned
 
 
 def test_a_set_whose_healing_diverges_loses(infirmary: Infirmary) -> None:
