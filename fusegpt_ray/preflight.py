@@ -166,8 +166,11 @@ def check_images(source: Source, asked: Sequence[str]) -> None:
     for key in asked[:1]:
         check_pillow(key)
         if image_token(source) is None:
-            problem = f"{source.name} is a model of text alone"
-            raise UserError(key, True, problem, "use a model that sees, or leave images out")
+            problem = (
+                f"{source.name} is a model of text alone, or its class has no token for an image"
+            )
+            fix = "use a model that sees, such as LLaVA, Qwen2-VL or Gemma 3, or leave images out"
+            raise UserError(key, True, problem, fix)
         source.processor()
 
 

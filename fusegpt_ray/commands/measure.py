@@ -72,6 +72,11 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
     help="Rows are conversations with images; the perplexity is that of the answers.",
 )
 @click.option(
+    "--image-folder",
+    metavar="DIR",
+    help="Where relative paths of images begin (default: the file).",
+)
+@click.option(
     "--bos",
     type=click.Choice(["auto", "always", "never"]),
     help="Whether each window begins with a beginning-of-sequence token; auto, the default: as the"

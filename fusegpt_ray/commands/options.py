@@ -69,6 +69,7 @@ def as_arguments() -> Iterator[None]:
 
 def _as_argument(text: str) -> str:
     text = text.replace("model.source", "MODEL").replace("evaluation.data.pack", "--apart")
+    text = text.replace("evaluation.data.image_folder", "--image-folder")
     options = "data|length|windows|config|split|column|images|bos|revision|dtype|engine|replicas"
     return re.sub(rf"\b(?:evaluation\.data|cluster|model)\.({options})\b", r"--\1", text)
 

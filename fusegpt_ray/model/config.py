@@ -50,6 +50,8 @@ _ARCHITECTURES = {
 _KEYS = 100
 """Of a config.json that does not load, among which the wrong one is looked for."""
 _HEADLESS = "a language model without its head, as embedding models are: it predicts no next token"
+_ORIGINAL_LLAVA = re.compile(r"Llava(Llama|Mistral|Mixtral|Mpt|Qwen|Gemma|Cohere)\w*ForCausalLM")
+"""Architectures of LLaVA's own code."""
 _QUANTIZED = ("quantization_config", "quantization", "compression_config")
 """Where quantizers note what they did: most of them, MLX, and older compressed-tensors."""
 
@@ -77,6 +79,10 @@ def _read(text: str) -> transformers.PretrainedConfig:
         named = raw.get("_class_name")
         fix = "give the folder of a causal language model, as save_pretrained writes it"
         raise UserError(KEY, named, "a part of a diffusers pipeline, no language model", fix)
+    if _ORIGINAL_LLAVA.fullmatch(_named(raw)):
+        problem = "the original LLaVA's own layout, whose code transformers does not contain"
+        fix = "use the same model as converted for transformers, such as llava-hf/llava-1.5-7b-hf"
+        raise UserError(KEY, raw["architectures"], problem, fix)
     if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         fix = "use an architecture that transformers itself contains; trust_remote_code stays off"
         raise UserError(KEY, kind, "this model_type is unknown to the installed transformers", fix)

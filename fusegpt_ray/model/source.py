@@ -98,8 +98,18 @@ class Source:
             hub.snapshot(self.name, commit, key, lambda _: sorted(shards))
 
     def _shards(self, listed: Sequence[str]) -> set[str]:
-        """A hub model's files of weights; `listed`: all of its files, if they are known."""
-        if choice(listed or storage.names(self.folder)) == INDEX:
+        """A hub model's files of weights; `listed`: all of its files, if they are known.
+
+        Raises:
+            UserError: there are none that can be read.
+        """
+        found = choice(listed or storage.names(self.folder))
+        if found is None and listed:
+            problem, fix = diagnosis.unusable_folder(*_directly_in(listed))
+            raise UserError(
+                "model.source", self.name, problem or f"holds no {SINGLE} and no {INDEX}", fix
+            )
+        if found == INDEX:
             return set(read_weight_map(self.folder, "model.source").values())
         return {SINGLE}
 
@@ -143,8 +153,12 @@ class Source:
         try:
             data = storage.read(storage.join(self.folder, CONFIG), storage.SMALL)
         except FileNotFoundError as error:
-            folders = storage.folders(self.folder)
-            problem, fix = diagnosis.unusable_folder(storage.names(self.folder), folders)
+            files, folders = (
+                _directly_in(self.listed)
+                if self.listed
+                else (storage.names(self.folder), storage.folders(self.folder))
+            )
+            problem, fix = diagnosis.unusable_folder(files, folders)
             if not problem and (inner := self._with_config(folders)):
                 problem, fix = (
                     f"but in {', '.join(inner)}",
@@ -177,7 +191,8 @@ class Source:
         return [
             name
             for name in folders[:LOOK_INTO]
-            if storage.exists(storage.join(self.folder, name, CONFIG))
+            if f"{name}/{CONFIG}" in self.listed
+            or storage.exists(storage.join(self.folder, name, CONFIG))
         ]
 
     def stack(self, fetches: bool = True) -> Stack:
@@ -264,6 +279,12 @@ def hub_sha256(file: str) -> str | None:
     """
     found = None if "://" in file else _BLOB.search(os.path.realpath(file))
     return found[1] if found else None
+
+
+def _directly_in(paths: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The names of the files, and of the folders, directly in what has files at these paths."""
+    folders = {path.partition("/")[0]: None for path in paths if "/" in path}
+    return [path for path in paths if "/" not in path], [*folders]
 
 
 def _beginning(path: str) -> bytes:

@@ -1,4 +1,6 @@
-"""Checks of a recipe that concern how loss batches are cut, and what a run may cost."""
+"""Checks of a recipe that concern how loss batches are cut, what a run may cost, and what stands
+beside a text of conversations with images.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from collections.abc import Iterator
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.text_sections import Text
 
 
 def whole_batches(
@@ -45,6 +48,20 @@ def budget(cluster: Cluster) -> Iterator[UserError]:
         problem = "nobody knows what a GPU costs"
         fix = "give cluster.gpu_hour_price as well, or cluster.max_hours instead"
         yield UserError("cluster.max_cost", cluster.max_cost, problem, fix)
+
+
+def images(where: str, text: Text, sees: bool) -> Iterator[UserError]:
+    """
+    Args:
+        where: the key of the text's section.
+        sees: whether its rows are conversations with images.
+    """
+    if sees and text.column != Text.model_fields["column"].default:
+        problem = "rows are conversations with images, and their columns have fixed names"
+        yield UserError(f"{where}.column", text.column, problem, "leave it out")
+    if text.image_folder and not sees:
+        problem, fix = "rows of text name no images", "set images: true, or leave it out"
+        yield UserError(f"{where}.image_folder", text.image_folder, problem, fix)
 
 
 def _divisors(number: int) -> list[int]:

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe import deeper
-from fusegpt_ray.recipe.checks import budget, shares, whole_batches
+from fusegpt_ray.recipe.checks import budget, images, shares, whole_batches
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.messages import Several, explained
 from fusegpt_ray.recipe.output_section import Output
@@ -37,7 +37,7 @@ from fusegpt_ray.recipe.sections import (
     one_or_many,
 )
 from fusegpt_ray.recipe.specs import METHOD_SPECS, MethodSpec
-from fusegpt_ray.recipe.text_sections import GeneratedText, Section, Text, TextPart, Texts
+from fusegpt_ray.recipe.text_sections import GeneratedText, Section, TextPart, Texts
 from fusegpt_ray.recipe.yaml_text import read_recipe
 
 S = TypeVar("S", bound=Section)
@@ -193,9 +193,11 @@ class Recipe(Section):
             problem = "text that the dense model writes has no documents"
             yield UserError("calibration.pack", False, problem, "leave one of the two out")
         for where, text in self._texts():
-            if self.sees(text) and text.column != Text.model_fields["column"].default:
-                problem = "rows are conversations with images, and their columns have fixed names"
-                yield UserError(f"{where}.column", text.column, problem, "leave it out")
+            if not isinstance(text, GeneratedText):
+                yield from images(where, text, self.sees(text))
+        if self.importance.tokens == "image" and not any(map(self.sees, self.calibration.parts)):
+            fix = "use all, or calibrate on conversations with images"
+            yield UserError("importance.tokens", "image", "the calibration has no images", fix)
 
     @property
     def keys_of_images(self) -> list[str]:

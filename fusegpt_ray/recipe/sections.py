@@ -130,7 +130,7 @@ class Evaluation(Text):
             refuse_secret("", copy)
         return data
 
-    @field_validator("config", "split", "revision", "column", "pack", "images")
+    @field_validator("config", "split", "revision", "column", "image_folder", "pack", "images")
     @classmethod
     def _check_as_published(cls, value: Any, info: ValidationInfo) -> Any:
         """What says no more than the default is taken: it stands in recipes written as JSON."""

@@ -57,6 +57,9 @@ class Text(Section):
     """`datasets` only: branch, tag or commit."""
     column: str = "text"
     """The column that holds the text, in all of these but plain text."""
+    image_folder: Uri | None = None
+    """Where relative paths of images begin, if rows are conversations with images; left out: beside
+    the file that names them."""
     licence: Licence | None = None
     """Under which licence the text stands, for the model's card; left out: what the dataset's card
     on the hub, or the README.md of a local folder, says. It shapes nothing."""
@@ -71,7 +74,7 @@ class Text(Section):
                 del found[key]
         return found
 
-    _newer: ClassVar[tuple[str, ...]] = ("licence",)
+    _newer: ClassVar[tuple[str, ...]] = ("licence", "image_folder")
 
     @property
     def label(self) -> str:
@@ -87,7 +90,7 @@ class WeightedText(Text):
     images: bool | None = None
     """Whether its rows are conversations with images; left out: `calibration.images`."""
 
-    _newer: ClassVar[tuple[str, ...]] = ("licence", "images")
+    _newer: ClassVar[tuple[str, ...]] = (*Text._newer, "images")
 
     @model_validator(mode="before")
     @classmethod
@@ -200,7 +203,7 @@ class Texts(Text):
                 raise UserError("", value, problem, "list it once, with the sum of weights")
         return parts
 
-    @field_validator("config", "split", "revision", "column", "licence")
+    @field_validator("config", "split", "revision", "column", "image_folder", "licence")
     @classmethod
     def _check_alone(cls, value: Any, info: ValidationInfo) -> Any:
         """Of a list, each text has keys of its own. What says no more than the default is taken:

@@ -8,6 +8,7 @@ Two layouts are read, row by row: `messages` with parts of content, and LLaVA's 
 from __future__ import annotations
 
 import base64
+import os
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +51,8 @@ def conversation_sources(text: Text, key: str) -> list[Source]:
     Raises:
         UserError: see `corpus.sources`; or the first row holds none.
     """
+    if text.image_folder:  # other processes work in other folders
+        text = text.model_copy(update={"image_folder": storage.absolute(text.image_folder)})
     return sources(text, key, _looked_at, column=False)
 
 
@@ -59,7 +62,7 @@ def conversations(source: Source) -> Iterator[Conversation]:
     Raises:
         UserError: a row holds none.
     """
-    folder = source.uri.rpartition("/")[0]
+    folder = _folder(source)
     with explained(source.key, source.uri):
         for row, record in objects(source):
             where = f"{row} of {source.uri}"
@@ -76,6 +79,17 @@ def conversations(source: Source) -> Iterator[Conversation]:
                 )
                 raise UserError(source.key, source.uri, problem, fix) from error
             yield Conversation(where, messages, placed)
+
+
+def _folder(source: Source) -> str:
+    """Where relative paths of images begin: that of the recipe; else a local folder that `datasets`
+    reads, or that of the file. Nothing of a dataset of a hub.
+    """
+    if source.text.image_folder:
+        return source.text.image_folder
+    if source.format == "datasets":
+        return source.uri if os.path.isdir(source.uri) else ""
+    return source.uri.rpartition("/")[0]
 
 
 def _looked_at(source: Source, _: int) -> Iterator[str]:
@@ -158,7 +172,14 @@ def _placed(image: Any, folder: str) -> Image:
         raise ValueError(f"an image is {image!r}, and neither a path nor bytes")
     if image.startswith("data:"):
         return base64.b64decode(image.partition(",")[2], validate=True)
-    return image if "://" in image or image.startswith("/") else storage.join(folder, image)
+    if "://" in image or image.startswith("/"):
+        return image
+    if not folder:
+        raise ValueError(
+            f"its image {image!r} is a path, of which a dataset does not say where it"
+            " begins; image_folder may"
+        )
+    return storage.join(folder, image)
 
 
 def _role(name: str) -> str:

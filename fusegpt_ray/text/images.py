@@ -160,7 +160,7 @@ class Processing:
 
 
 def opened(image: Image, where: str, key: str) -> tuple[bytes, Any]:
-    """An image's file and its pixels, as pillow has them.
+    """An image's file and its pixels, upright as its EXIF data say, as transformers opens it.
 
     Args:
         where: for messages.
@@ -169,14 +169,15 @@ def opened(image: Image, where: str, key: str) -> tuple[bytes, Any]:
         UserError: it is missing, or none.
     """
     from PIL import Image as Pillow
-    from PIL import UnidentifiedImageError
+    from PIL import ImageOps, UnidentifiedImageError
 
     name = image if isinstance(image, str) else "bytes"
     problem = "it cannot be read" if name == where else f"an image of {where} cannot be read"
     with reading_users_file(key, name, problem, "check the path and the file"):
         data = storage.read(image, _MOST) if isinstance(image, str) else image
         try:
-            return data, Pillow.open(io.BytesIO(data)).convert("RGB")
+            upright = ImageOps.exif_transpose(Pillow.open(io.BytesIO(data)))
+            return data, upright.convert("RGB")
         except UnidentifiedImageError as error:  # which names our copy in memory
             raise ValueError(f"its {len(data)} bytes are no image that pillow knows") from error
 

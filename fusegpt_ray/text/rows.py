@@ -20,6 +20,7 @@ from fsspec.utils import infer_compression
 from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.formats import Source, beside, check_column, codec, one_of
+from fusegpt_ray.text.json_array import CHUNK, array_items
 
 ROW = 1 << 26
 """Characters of the longest row, and of the longest line of JSON Lines, which is held as one."""
@@ -123,19 +124,23 @@ def _json_lines(source: Source) -> Iterator[Object]:
 
 
 def _json(source: Source) -> Iterator[Object]:
-    """JSON Lines; or one array of objects, which is held."""
+    """JSON Lines; or one array of objects."""
     with opened(source) as file:
-        line = next((line for _, line in lines(file, source) if line.strip()), "")
-        if not line.lstrip().startswith("["):
+        begun = ""
+        while not begun and (chunk := file.read(CHUNK)):
+            begun = chunk.lstrip()
+        if not begun.startswith("["):
             yield from _json_lines(source)
             return
-        array = line + file.read(storage.SMALL)
-        if len(array) > storage.SMALL:
-            problem = f"a JSON array of more than {storage.SMALL} characters"
-            raise UserError(source.key, source.uri, problem, _JSON)
-        for number, value in enumerate(_parsed(array, "the array", source), 1):
-            where = f"item {number}"
-            yield where, _json_object(value, where, source)
+        try:
+            for number, value in enumerate(array_items(begun, file.read, storage.SMALL), 1):
+                where = f"item {number}"
+                yield where, _json_object(value, where, source)
+        except (UserError, UnicodeDecodeError):
+            raise
+        except (ValueError, RecursionError) as error:
+            problem = f"the array is not JSON ({str(error)[:200]})"
+            raise UserError(source.key, source.uri, problem, _JSON) from error
 
 
 def _parsed(text: str, where: str, source: Source) -> Any:

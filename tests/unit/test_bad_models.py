@@ -246,6 +246,11 @@ MODELS = [
         "LlamaForSequenceClassification",
         "not a causal language model",
     ),
+    model(
+        "original-llava",
+        configured(model_type="llava_llama", architectures=["LlavaLlamaForCausalLM"]),
+        *("LlavaLlamaForCausalLM", "the original LLaVA's own layout", "llava-hf/llava-1.5-7b-hf"),
+    ),
     source("its-own-link", "loop", "no such folder", "existing folder"),
     source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),
     source("half-a-character", "\ud800", "valid string", "change", r"\ud800"),

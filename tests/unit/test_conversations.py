@@ -29,7 +29,7 @@ from fusegpt_ray.text.conversations import (
     conversations,
     shuffled,
 )
-from fusegpt_ray.text.images import Processing
+from fusegpt_ray.text.images import Processing, opened
 
 KEY = "calibration.data"
 ROLES = {"human": "user", "gpt": "assistant"}
@@ -186,14 +186,57 @@ def test_an_image_is_processed_once(model: Path, tmp_path: Path) -> None:
 
 def test_a_dataset_needs_no_column_of_text(model: Path, tmp_path: Path) -> None:
     """A local folder, which `datasets` loads: its rows are those of the file in it."""
-    rows = album(tmp_path, 4)
-    for row in rows:
-        row["image"] = str(tmp_path / row["image"])
-    (tmp_path / "folder").mkdir()
-    file = write_lines(tmp_path / "folder" / "train.jsonl", rows)
-    texts = [Text(data=str(file.parent)), Text(data=str(file))]
-    one, other = (fingerprint(album_of(text, processing(model)).drawn(None)[0]) for text in texts)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = write_lines(folder / "train.jsonl", album(folder, 4))
+    one, other = (drawn(model, Text(data=str(data))) for data in (folder, file))
     assert one == other
+
+
+def drawn(model: Path, text: Text) -> str:
+    return fingerprint(album_of(text, processing(model)).drawn(None)[0])
+
+
+def test_images_may_lie_elsewhere(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As LLaVA's data come: one array of all conversations, and the folder of their images."""
+    rows = album(tmp_path / "images", 4)
+    beside = write_lines(tmp_path / "images" / "chats.jsonl", rows)
+    (tmp_path / "texts").mkdir()
+    array = tmp_path / "texts" / "train.json"
+    array.write_text(json.dumps(rows, indent=1))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("images", str(tmp_path / "images")):
+        found = drawn(model, Text(data=str(array), image_folder=folder))
+        assert found == drawn(model, Text(data=str(beside)))
+
+
+def test_several_images_of_a_conversation_keep_their_order(model: Path, tmp_path: Path) -> None:
+    first, other = paint(tmp_path, 2)
+    turns = [
+        {"from": "human", "value": "<image>\nwhat is this and <image> that"},
+        {"from": "gpt", "value": "red"},
+    ]
+    file = write_lines(
+        tmp_path / "chats.jsonl", [{"image": [first, other], "conversations": turns}]
+    )
+    (one,) = read(file)
+    assert [str(image).rpartition("/")[2] for image in one.images] == [first, other]
+    sample = processing(model).sample(one)
+    assert sample is not None and (sample.tokens_n == IMAGE).sum() == 2 * PATCHES
+
+
+def test_a_photo_is_upright(tmp_path: Path) -> None:
+    """A camera that was turned says so in EXIF data, and leaves the pixels as they were."""
+    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
+    pixels[:, :8, 0] = 255  # the left half is red
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: the left half becomes the upper one
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    found = np.asarray(opened(str(tmp_path / "photo.png"), "here", KEY)[1])
+    assert found.shape == (16, 8, 3)
+    assert (found[:8, :, 0] == 255).all() and not found[8:].any()
 
 
 def test_the_order_follows_from_the_seed() -> None:

@@ -29,8 +29,8 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.text_sections import Text
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.calibration import token_stream
-from fusegpt_ray.text.corpus import pieces, sources
-from fusegpt_ray.text.formats import FORMATS, PLAIN, named_format
+from fusegpt_ray.text.corpus import items, pieces, sources
+from fusegpt_ray.text.formats import FORMATS, PLAIN, Source, named_format
 
 ROWS = ['one, "two"', "", "  three\nfour ", "漢 NA", "NA", "5", "null\ttab"]
 MODULES = {"jsonl": "json", "tsv": "csv"}
@@ -206,12 +206,15 @@ def test_a_table_that_is_none(tmp_path: Path, name: str, data: bytes, problem: s
     assert problem in error.problem
 
 
-def test_a_json_array_is_held_only_so_far(tmp_path: Path) -> None:
+def test_an_item_of_a_json_array_is_held_only_so_far(tmp_path: Path) -> None:
     with (tmp_path / "a.json").open("wb") as file:
-        file.write(b'[\n{"text": "one"}\n,')
-        file.truncate(storage.SMALL + 100)
-    error = refusal(str(tmp_path / "a.json"))
-    assert f"a JSON array of more than {storage.SMALL} characters" in error.problem
+        file.write(b'[\n{"text": "one"},\n{"text": "')
+        file.write(b"a" * (storage.SMALL + 100))
+        file.write(b'"}]')
+    with pytest.raises(UserError) as caught:
+        list(items(Source(str(tmp_path / "a.json"), "json", Text(data="a.json"), KEY)))
+    error = caught.value
+    assert f"item 2 is not JSON, or has more than {storage.SMALL} characters" in error.problem
     assert "JSON Lines" in error.fix
 
 

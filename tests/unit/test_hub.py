@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from models import load_model, save_tiny
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -105,6 +106,23 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     server.server_close()
 
 
+@pytest.fixture
+def reached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub client of this process asks this server: it read its environment at its import."""
+    from huggingface_hub import constants
+
+    address = f"http://127.0.0.1:{hub.server_port}"
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    return hub
+
+
 def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
     """What `code` prints as JSON, run where the hub is this server and its cache is in `home`."""
     address = f"http://127.0.0.1:{hub.server_port}"
@@ -124,20 +142,19 @@ def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
 
 
 def test_configuration_first_then_the_shards_and_never_pickles_or_code(
-    hub: Hub, tmp_path: Path
+    reached: Hub, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    found = in_a_process(
-        f"source = Source.find({NAME!r}, None)\nsource.config()\n"
-        "before = len(source.stack().blocks)\nprint(json.dumps([source.folder, before]))",
-        hub,
-        tmp_path / "home",
-    )
-    assert found[0].endswith(COMMIT)
-    shards = sorted(file.name for file in hub.folder.glob("*.safetensors"))
+    source = Source.find(NAME, None)
+    source.config()
+    assert len(source.stack().blocks) > 0
+    assert source.folder.endswith(COMMIT)
+    shards = sorted(file.name for file in reached.folder.glob("*.safetensors"))
     assert len(shards) > 2
-    assert hub.downloads.index("config.json") < hub.downloads.index(shards[0])
-    assert sorted(name for name in hub.downloads if name.endswith(".safetensors")) == shards
-    assert not {"pytorch_model.bin", "modeling_tiny.py"} & set(hub.downloads)
+    fetched = reached.downloads
+    assert fetched.index("config.json") < fetched.index(shards[0])
+    assert sorted(name for name in fetched if name.endswith(".safetensors")) == shards
+    assert not {"pytorch_model.bin", "modeling_tiny.py"} & {*fetched}
+    assert capfd.readouterr().err == "", "the hub client has nothing to say beside us"
 
 
 def test_headers_alone_tell_the_stack(hub: Hub, tmp_path: Path) -> None:
@@ -238,26 +255,39 @@ def test_a_name_of_one_word(hub: Hub, tmp_path: Path) -> None:
     assert not on_hub and folder == str(tmp_path / "gpt2")
 
 
-ASK = f"""
-from fusegpt_ray.errors import UserError
-try:
-    Source.find("some-org/other", None)
-except UserError as error:
-    print(json.dumps([Source.find({NAME!r}, None).folder, str(error)]))
-"""
+def test_without_a_network_the_cache_or_one_clear_message(reached: Hub) -> None:
+    folder = Source.find(NAME, None).folder
+    with pytest.raises(UserError, match="check the spelling") as unknown:
+        Source.find("some-org/other", None)
+    assert "the hub does not give it (Client error '404" in unknown.value.problem
+    reached.shutdown()
+    reached.server_close()  # whoever asks is refused
+    assert Source.find(NAME, None).folder == folder
+    with pytest.raises(UserError, match="offline, give a local folder") as alone:
+        Source.find("some-org/other", None)
+    problem = alone.value.problem
+    assert "cannot be reached" in problem and "nor is it in the cache here" in problem
 
 
-def test_without_a_network_the_cache_or_one_clear_message(hub: Hub, tmp_path: Path) -> None:
-    folder, unknown = in_a_process(ASK, hub, tmp_path / "home")
-    assert (
-        "the hub does not give it (Client error '404" in unknown and "check the spelling" in unknown
-    )
-    hub.shutdown()
-    hub.server_close()  # whoever asks is refused
-    same, message = in_a_process(ASK, hub, tmp_path / "home")
-    assert same == folder
-    assert (
-        "cannot be reached" in message
-        and "nor is it in the cache here" in message
-        and "offline, give a local folder" in message
-    )
+OTHERS = {
+    "adapter_config.json": "an adapter (adapter_config.json), not a whole model",
+    "tiny.Q4_0.gguf": "a GGUF checkpoint (tiny.Q4_0.gguf)",
+    "pytorch_model.bin": "not a safetensors checkpoint (found pytorch_model.bin)",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_kinds_of_checkpoints_are_told_by_what_the_hub_lists(
+    name: str, reached: Hub, tmp_path: Path
+) -> None:
+    """None of their files is fetched."""
+    for file in reached.folder.iterdir():
+        if file.name != "config.json" or not name.endswith(".bin"):
+            file.unlink()
+    (reached.folder / name).write_bytes(b"none of ours")
+    for fetches in (False, True):
+        with pytest.raises(UserError) as caught:
+            Source.find(NAME, None).stack(fetches)
+        assert OTHERS[name] in caught.value.problem
+        assert caught.value.value == NAME
+    assert name not in reached.downloads

@@ -248,6 +248,12 @@ def test_wrong_combinations_are_refused(model: Path, desk: Desk, tmp_path: Path)
     heal = {"batch": 2, "held_out": 2, "data": [plain]}
     error = refused(asked(model, tmp_path, healed, heal=heal))
     assert error.key == "heal.data.0" and "JSON Lines, JSON or Parquet" in error.fix
+    with pytest.raises(UserError, match="rows of text name no images") as caught:
+        Recipe.parse(asked(model, tmp_path, healed | {"image_folder": str(tmp_path)}))
+    assert caught.value.key == "calibration.image_folder"
+    with pytest.raises(UserError, match="the calibration has no images") as caught:
+        Recipe.parse(asked(model, tmp_path, healed, importance={"tokens": "image", "windows": 4}))
+    assert caught.value.key == "importance.tokens"
     written = [given["calibration"]["data"][1], {"generate": True, "images": True}]
     with pytest.raises(UserError) as caught:
         Recipe.parse(asked(model, tmp_path, {"data": written}))
