@@ -47,3 +47,9 @@ def test_exact_or_refused(name: str, tmp_path: Path) -> None:
     assert REASONS.get(name, "") in outcomes["mi"].why
     if name in FUSED:
         assert outcomes["fusegpt"].kind == EXACT, outcomes["fusegpt"].why
+
+
+def test_the_page_has_every_class_once() -> None:
+    """It is written by `make sweep`; a class that transformers got is to be swept."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    assert re.findall(r"^\| (\w+) \| (?!outcome)", page, re.MULTILINE) == all_classes()
