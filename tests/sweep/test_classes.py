@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from classes import all_classes
 from trial import EXACT, REFUSED, try_class
 
 CLASSES = {
