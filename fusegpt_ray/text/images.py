@@ -24,8 +24,8 @@ from fusegpt_ray.text.conversations import Conversation, Image
 
 _MOST = 100_000_000
 """Bytes of the largest image file."""
-_NOT_GIVEN = ("input_ids", "attention_mask")
-"""What the processor makes, and a walk of a single sample needs no more."""
+_NOT_GIVEN = ("input_ids", "attention_mask", "labels")
+"""What processors make, and a walk of a single sample needs no more."""
 
 
 class Sample(NamedTuple):
