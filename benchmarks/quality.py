@@ -92,6 +92,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "fusion": {"epochs": 5, "start": "linear"},
         "heal": {"train": "all", "learning_rate": 3e-4},
     },
+    # What others drop, and the same healed.
+    "sleb": {"method": "sleb"},
+    "sleb, healed (all)": {"method": "sleb", "heal": ALL},
+    "shortgpt": {"method": "shortgpt"},
+    "shortgpt, healed (all)": {"method": "shortgpt", "heal": ALL},
+    "angular": {"method": "angular"},
+    "angular, healed (all)": {"method": "angular", "heal": ALL},
     # The others: a block or an MLP in place of a run, gates, width.
     "streamline": {"method": "streamline", "fusion": {"epochs": 4}},
     "streamline, healed (all)": {"method": "streamline", "fusion": {"epochs": 4}, "heal": ALL},

@@ -50,8 +50,8 @@ Every causal language model and every image-text-to-text model of transformers {
   run by itself.
 
 Classes that see images are tried on text here. Calibration, healing and evaluation on images are
-tried with the real processors of LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL,
-Gemma 3, InternVL, Idefics3 and PaliGemma.
+tried with the real processors of LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL,
+Qwen3-VL, Gemma 3, InternVL, Idefics3 and PaliGemma.
 
 {counts}
 """
