@@ -11,12 +11,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from experts import save_split
 from models import load_model, save_tiny
+from words import add_tokenizer
 
 from fusegpt_ray.model.source import Source
 
@@ -96,13 +99,21 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling_tiny.py").write_text("raise SystemExit")
+    with serving(folder) as server:
+        yield server
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
@@ -173,6 +184,44 @@ print(json.dumps([shapes, problem]))
         )
         assert told == there
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+def test_what_headers_tell_is_refused_before_any_weights_are_fetched(tmp_path: Path) -> None:
+    """Groups that share weights, and a deeper model, of Jamba, whose blocks are of several kinds by
+    their numbers. A plan without mistakes does fetch.
+    """
+    save_split("jamba", tmp_path / "jamba")
+    add_tokenizer(tmp_path / "jamba")
+    code = f"""
+from pathlib import Path
+import transformers
+from fusegpt_ray.errors import UserError
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.commands.options import silent
+transformers.logging.set_verbosity_error()  # of kernels that are not installed
+common = {{"model": {{"source": {NAME!r}}}, "calibration": {{"data": "text.txt", "length": 12}},
+          "output": {{"uri": {str(tmp_path / "out")!r}, "name": "demo", "samples": []}}}}
+shallower = {{"method": "mi", "sparsity": 0.2}}
+found = []
+for changes in ({{**shallower, "heal": {{"share": 3}}}}, {{**shallower, "heal": {{"share": 2}}}},
+                {{"method": "tli", "every": 2}}, shallower):
+    problem = ""
+    try:
+        plan(Recipe.parse(common | changes), silent())
+    except UserError as error:
+        problem = f"{{error.key}}: {{error.problem}}"
+    shards = [*Path({str(tmp_path / "home")!r}).rglob("*.safetensors")]
+    found.append([problem, len(shards)])
+print(json.dumps(found))
+"""
+    with serving(tmp_path / "jamba") as hub:
+        found = in_a_process(code, hub, tmp_path / "home")
+    (divides, no), (kinds, none), (depth, zero), (fine, some) = found
+    assert "heal.share: does not divide the 4 blocks" in divides
+    assert "heal.share: the model's blocks have matrices of several shapes" in kinds
+    assert "model.source: block" in depth and "would become block" in depth
+    assert no == none == zero == 0 and (fine, some) == ("", 1)
 
 
 def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Path) -> None:
