@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from desk import Desk
+from experts import save_split
 from infirmary import BATCH, HELD, STEPS, TRAINED, Infirmary, Stopped, kl, rate
+from mistakes import Bad, check, table
 from safetensors.torch import load_file
 from stopped_runs import Watching
 from torch import nn
 
 from fusegpt_ray.cost.footprint import healing_bytes
-from fusegpt_ray.errors import UserError
 from fusegpt_ray.healing.sharing import shared
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
@@ -158,14 +159,53 @@ def test_whatever_the_method_a_group_is_published_with_the_same_matrices(
         assert "Which blocks share weights" in page and f"<td>{which}</td>" in page
 
 
-def test_a_size_that_divides_no_depth_is_refused(desk: Desk) -> None:
-    depth = 3  # of 5 blocks, at a sparsity of 0.4
-    asked = desk.recipe(method="foldgpt", heal={"share": 2, "batch": 2, "held_out": 2})
-    with pytest.raises(UserError, match=f"does not divide the {depth} blocks that are left") as e:
-        plan(Recipe.parse(asked), Display())
-    assert e.value.key == "heal.share"
-    asked["heal"]["share"] = 3
-    assert plan(Recipe.parse(asked), Display()).targets
+def asked(share: int, sparsity: float | list[float] = 0.4) -> Callable[[Desk], list[str]]:
+    """Of 5 blocks."""
+    heal = {"share": share, "batch": 2, "held_out": 2}
+    return lambda desk: ["compress", desk.write(method="mi", sparsity=sparsity, heal=heal)]
+
+
+def of_several_kinds(desk: Desk) -> list[str]:
+    """Attention in some blocks, a recurrence in others; four are left."""
+    (desk.model / "model.safetensors").unlink()
+    save_split("jamba", desk.model)
+    return asked(2, 0.2)(desk)
+
+
+KEY = "heal.share"
+MISTAKES = [
+    Bad("a size that divides no depth", asked(2), KEY, "2", "divide the 3 blocks", r"one of \[3\]"),
+    Bad("a size above the depth", asked(6), KEY, "6", "divide the 3 blocks", r"one of \[3\]"),
+    Bad(
+        "a size that divides one depth of two",
+        asked(2, [0.2, 0.4]),
+        KEY,
+        "2",
+        "divide the 3 blocks",
+        "another sparsity",
+    ),
+    Bad("a group of one", asked(1), KEY, "1", "greater than or equal to 2", "change heal.share"),
+    Bad(
+        "blocks of several kinds",
+        of_several_kinds,
+        KEY,
+        "2",
+        "matrices of several shapes or names",
+        "leave it out",
+    ),
+]
+
+
+@table(MISTAKES)
+def test_what_cannot_share_is_refused_before_weights_are_read(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(bad, desk, weight_reads, capsys)
+
+
+def test_a_size_that_divides_the_depth_is_taken(desk: Desk) -> None:
+    recipe = desk.recipe(method="foldgpt", heal={"share": 3, "batch": 2, "held_out": 2})
+    assert plan(Recipe.parse(recipe), Display()).targets
 
 
 def test_a_group_learns_its_weights_once(desk: Desk) -> None:
