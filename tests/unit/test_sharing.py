@@ -19,7 +19,7 @@ from stopped_runs import Watching
 from torch import nn
 
 from fusegpt_ray.cost.footprint import healing_bytes
-from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
@@ -37,7 +37,7 @@ def _infirmary(
     name = getattr(request, "param", "llama")
     place = Infirmary(name, checkpoint(name), tmp_path)
     depth = len(place.dense)
-    place.stack = shared(place.dense.drop(*range(2, 2 + depth - 4)), 2)
+    place.stack = Sharing(2).of(place.dense.drop(*range(2, 2 + depth - 4)))
     assert len(place.stack) == 4
     return place
 
