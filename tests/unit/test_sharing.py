@@ -4,6 +4,8 @@ modules that are tied.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from desk import Desk
 from experts import save_split
 from infirmary import BATCH, HELD, STEPS, TRAINED, Infirmary, Stopped, kl, rate
 from mistakes import Bad, check, table
+from models import load_model
 from safetensors.torch import load_file
 from stopped_runs import Watching
 from torch import nn
@@ -27,6 +30,8 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.report import Display
 from fusegpt_ray.training.finetune import Trained
+
+PAGE = Path(__file__).parents[2] / "docs/output.md"
 
 
 @pytest.fixture(name="infirmary")
@@ -157,6 +162,25 @@ def test_whatever_the_method_a_group_is_published_with_the_same_matrices(
     if output["report"]:
         page = (Path(done.uri) / "report.html").read_text()
         assert "Which blocks share weights" in page and f"<td>{which}</td>" in page
+
+
+def test_the_page_tells_how_to_hold_them_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of docs/output.md, as they are: the model computes the same with fewer bytes."""
+    heal = {"tokens": 48, "batch": 2, "held_out": 2, "train": "all", "share": 2}
+    (done,) = compress(Recipe.parse(desk.recipe(method="mi", sparsity=0.2, heal=heal)), Watching())
+    Path(done.uri).rename(desk.folder / "llama-p25")
+    monkeypatch.chdir(desk.folder)
+    section = PAGE.read_text().split("### Blocks that share weights")[1]
+    lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent(lines), found)
+    once, whole = found["model"].eval(), load_model(desk.folder / "llama-p25")
+    with torch.no_grad():
+        assert torch.equal(once(TRAINED).logits, whole(TRAINED).logits)
+    held, all_of_it = (sum(p.nbytes for p in model.parameters()) for model in (once, whole))
+    block = whole.model.layers[0]
+    linear = sum(m.weight.nbytes for m in block.modules() if isinstance(m, nn.Linear))
+    assert all_of_it - held == 2 * linear
 
 
 def asked(share: int, sparsity: float | list[float] = 0.4) -> Callable[[Desk], list[str]]:
