@@ -6,6 +6,13 @@ A rotation of its own in front of every norm needs a matrix on every residual co
 ordinary checkpoint has. In the coordinates of the dense model it is a projection of the whole
 stream, x ← x·P·Pᵀ, in front of that norm. The common one projects onto the same axes everywhere.
 
+The baseline, `each`, is that of SliceGPT's authors in that each norm's axes are those of states
+that are already sliced at all norms before it. It is not in two respects, and so what it shows is
+the cost of one rotation, found in one walk, alone: the states in front of the final norm are sliced
+too, where their code leaves the head as wide as it was unless asked to, and the axes are those of
+normalised states, where their code takes the states as they are. `common` has the axes of one walk
+of the dense model.
+
 Shapes: W windows, T tokens, D hidden size, K of it kept.
 """
 

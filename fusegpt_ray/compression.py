@@ -17,7 +17,8 @@ from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.fusion.repair import repaired_only
-from fusegpt_ray.heal import Healer
+from fusegpt_ray.heal import Healer, sharing_of
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.importance.removals import Removal
 from fusegpt_ray.judge import Judge, stages_of
 from fusegpt_ray.model.finite import explained
@@ -288,10 +289,16 @@ class Compression:
         assert self.healing is not None
         recipe, dense = self.plan.recipe, self.plan.model.stack
         windows, healed, held = (text.tokens_WT for text in (self.windows, *self.healing))
-        about, rest = (recipe, self.workers, journal, dense), (self.show, self.plan.removable)
+        about = (recipe, self.workers, journal, dense)
+        rest = (self.show, self.plan.removable, self._sharing(journal))
         found = Tournament(*about, windows, healed, held, *rest)
         removed, record = found.removal(self.plan.rounds)
         return removed, {"search": record}
+
+    def _sharing(self, journal: Journal) -> Sharing:
+        recipe, dense = self.plan.recipe, self.plan.model.stack
+        scoring = self.windows.first(recipe.importance.windows).tokens_WT
+        return sharing_of(recipe, self.workers, journal, dense, scoring, self.show)
 
     def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
         """The healed model, if the recipe asks for it."""
@@ -306,6 +313,7 @@ class Compression:
             *self.healing,
             this,
             self.show,
+            self._sharing(journal),
         )
         return healer.heal(target.name, rounds)
 

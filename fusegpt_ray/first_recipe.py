@@ -11,11 +11,10 @@ import yaml
 from fusegpt_ray.cost.footprint import elements, healing_bytes
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import pick_dtype
+from fusegpt_ray.opening import find_model, look_at
 from fusegpt_ray.outlook import Device
-from fusegpt_ray.plan import find_model, open_model
 from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
 from fusegpt_ray.recipe.sections import Model
-from fusegpt_ray.report import Display
 
 SPARSITY = 0.25
 ROOM = 0.8
@@ -60,9 +59,7 @@ ON_GPUS = """\
 """
 
 
-def first_recipe(
-    source: str, device: Device, gpus: int, data: str | None = None, show: Display | None = None
-) -> str:
+def first_recipe(source: str, device: Device, gpus: int, data: str | None = None) -> str:
     """A commented recipe in YAML, which `Recipe.load` takes. Reads no weights.
 
     Args:
@@ -73,7 +70,7 @@ def first_recipe(
         UserError: there is no such model, or it cannot be made shallower.
     """
     found, _ = find_model(Recipe.check(Model, {"source": source}, "model"), {})
-    dense = open_model(found, show or Display(), looks=True).stack
+    dense = look_at(found).stack
     config = read_config(dense.config).get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 0
     on_gpus = device.kind == "cuda"

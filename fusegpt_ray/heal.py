@@ -8,20 +8,47 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fusegpt_ray.healing.sharing import groups, shared
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.importance.removals import run_distances
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.samples import Batch
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.validation import lowest
 from fusegpt_ray.workers.base import News, Workers
+
+
+def sharing_of(
+    recipe: Recipe,
+    workers: Workers,
+    journal: Journal,
+    dense: Stack,
+    windows: Batch,
+    show: Display,
+) -> Sharing:
+    """How blocks form groups in healing. What the journal has is not measured again.
+
+    Args:
+        windows: those that score blocks.
+    """
+    heal = recipe.heal
+    if heal is None or heal.share is None or heal.share_by == "place":
+        return Sharing(heal.share if heal else None)
+    changes = journal.kept("sharing", 0, show.say)
+    if changes is None:
+        show.stage("finding which blocks can share weights")
+        with explained(dense, recipe.model.source, workers.dtype):
+            changes = run_distances(workers, dense, windows, recipe.importance, 1).tolist()
+        journal.keep("sharing", 0, changes)
+    return Sharing(heal.share, tuple(changes))
 
 
 @dataclass
@@ -37,17 +64,21 @@ class Healer:
     identity: Mapping[str, Any]
     """See `run.identity.healing_identity`."""
     show: Display
+    sharing: Sharing
+    """See `sharing_of`."""
 
     def heal(self, name: str, rounds: Sequence[Done]) -> Done:
         """The healed model after these rounds; what the journal has is not done again."""
         number = len(rounds)
         origin = checksum({"rounds": [done.to_json() for done in rounds]})
-        key = checksum({"after": origin, **self.identity})
+        # What is trained is another model wherever the groups could be others.
+        alike = {"changes": self.sharing.changes} if self.sharing.changes else {}
+        key = checksum({"after": origin, **self.identity, **alike})
         if healed := self.journal.healed(number, key, self.show.say):
             self.show.say(f"{name} is healed (found in {self.journal.folder})")
             return healed
         assert self.recipe.heal is not None
-        before = shared(rounds[-1].stack, self.recipe.heal.share)
+        before = self.sharing.of(rounds[-1].stack)
         try:
             with explained(self.dense, self.recipe.model.source, self.workers.dtype, trained=True):
                 trained = self._train(name, number, before, key[:16])
@@ -83,7 +114,8 @@ class Healer:
             storage.join(folder, "checkpoints"),
         )
         tokens, parts = self.windows.tokens, task.config.parts
-        sharing = f", groups of {settings.share} blocks sharing weights" if settings.share else ""
+        groups = len(self.sharing.groups(stack.kept))
+        sharing = f", {groups} groups of blocks sharing weights" if groups else ""
         self.show.stage(f"healing {name} on {tokens:,} tokens{sharing}", parts)
         self.show.training(tokens // parts, model=name)
 
@@ -111,9 +143,9 @@ class Healer:
 
     def _record(self, trained: Trained, stack: Stack) -> dict[str, Any]:
         """For the manifest."""
-        share = self.recipe.heal.share if self.recipe.heal else None
+        groups = [list(group) for group in self.sharing.groups(stack.kept)]
         return {
-            **({"groups": [*map(list, groups(stack, share))]} if share else {}),
+            **({"groups": groups} if groups else {}),
             "data": self.windows.protocol,
             "tokens": self.windows.tokens,
             "losses": trained.losses,

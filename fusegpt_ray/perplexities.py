@@ -16,7 +16,7 @@ from fusegpt_ray.drawing import evaluation_windows
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.evaluation import Losses
 from fusegpt_ray.model.finite import explained
-from fusegpt_ray.plan import OpenedModel, find_model, open_model
+from fusegpt_ray.opening import OpenedModel, find_model, open_model
 from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.recipe.sections import Evaluation, Model
 from fusegpt_ray.report import Display

@@ -14,8 +14,9 @@ from fusegpt_ray.compression import Compression
 from fusegpt_ray.drawing import calibration_windows
 from fusegpt_ray.importance.scoring import score as score_stack
 from fusegpt_ray.model.finite import explained
+from fusegpt_ray.opening import find_model, open_model
 from fusegpt_ray.perplexities import check_several, measure, naming, open_for, rows
-from fusegpt_ray.plan import find_model, leading_tokens, open_model, plan
+from fusegpt_ray.plan import leading_tokens, plan
 from fusegpt_ray.preflight import check_images, check_tokens
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe.cluster_section import Cluster

@@ -12,27 +12,26 @@ from typing import Any, ParamSpec, TypeVar
 from fusegpt_ray.cost.cost import Cost, cost
 from fusegpt_ray.cost.rates import RATES, known_gpu
 from fusegpt_ray.cost.traffic import Traffic, traffic
-from fusegpt_ray.errors import UserError, blaming
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.generation import check_beginning
 from fusegpt_ray.healing.sharing import check_groups
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.model.removable import ANY, Removable
-from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
+from fusegpt_ray.opening import OpenedModel, fetched, find_model, look_at
 from fusegpt_ray.preflight import (
     check_copies,
     check_images,
     check_light,
     check_method,
-    check_model,
     check_output,
     with_start,
 )
 from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.recipe.sections import Evaluation, Heal, Model
+from fusegpt_ray.recipe.sections import Evaluation, Heal
 from fusegpt_ray.recipe.text_sections import GeneratedText, WeightedText
 from fusegpt_ray.report import Display
 from fusegpt_ray.sample_prompts import named
@@ -51,15 +50,6 @@ WINDOWS = "calibration.windows"
 _REHEARSED: dict[tuple[str, tuple[int, ...]], Removable] = {}
 """By config.json and numbers of blocks to remove: what a comparison or a family asks for each of
 its runs."""
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A dense model whose files have been looked at."""
-
-    source: Source
-    stack: Stack
-    tokenizer: Any
 
 
 @dataclass(frozen=True)
@@ -228,7 +218,7 @@ def _planned(
     check(check_light, recipe, structure)
     if targets:
         check(check_copies, recipe, structure)
-    model = check(open_model, source, show, looks)
+    model = check(look_at, source)
     if model is None:
         return None
     leading = check(leading_tokens, recipe, model.tokenizer)
@@ -243,6 +233,8 @@ def _planned(
         check(_check_search, recipe, removable)
     if check.found or leading is None or removable is None:
         return None
+    if not looks:
+        model = fetched(model, show)
     return Plan(recipe, model, tuple(targets), leading, removable)
 
 
@@ -285,36 +277,6 @@ def named_texts(recipe: Recipe) -> Iterator[tuple[WeightedText | Evaluation, str
             yield Evaluation(data=copy, images=False), f"evaluation.{name}.data"
         elif not text.published:
             yield text, f"evaluation.{name}.data"
-
-
-def find_model(model: Model, lengths: Mapping[str, int]) -> tuple[Source, Structure]:
-    """Where a model is, and what its config.json describes.
-
-    Args:
-        lengths: tokens of the windows that it will see, by recipe key.
-
-    Raises:
-        UserError: it cannot be found, or cannot be used with such windows.
-    """
-    with blaming("model.source", model.source):
-        source = Source.find(model.source, model.revision)
-        return source, check_model(source, dict(lengths))
-
-
-def open_model(source: Source, show: Display, looks: bool = False) -> OpenedModel:
-    """The model's tokenizer and its dense stack. Reads headers, no weights; fetches a hub model.
-
-    Args:
-        looks: a hub model is not fetched; its headers are read where it is.
-
-    Raises:
-        UserError: a file is missing or damaged, or does not belong to the others.
-    """
-    with blaming("model.source", source.name):
-        tokenizer = source.tokenizer()
-        if source.on_hub and not looks:
-            show.stage("fetching the model's files from the hub, unless they are here")
-        return OpenedModel(source, source.stack(fetches=not looks), tokenizer)
 
 
 def window_lengths(recipe: Recipe) -> dict[str, int]:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.healing.trial import trial
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.removals import Removal, removal
@@ -64,6 +64,8 @@ class Tournament:
     """See `heal.Healer`."""
     show: Display
     removable: Removable = ANY
+    sharing: Sharing = field(default_factory=Sharing)
+    """Of the blocks of what is healed."""
     looked: list[str] = field(default_factory=list)
     """The ways by which a set was looked for already."""
 
@@ -145,7 +147,7 @@ class Tournament:
             tasks = [
                 (
                     WholeModel(
-                        shared(self.dense.drop(*entrant.removed), once.share),
+                        self.sharing.of(self.dense.drop(*entrant.removed)),
                         self.dense,
                         once,
                         self.recipe.seed,

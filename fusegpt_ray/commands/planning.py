@@ -30,7 +30,7 @@ def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     from fusegpt_ray.first_recipe import first_recipe
     from fusegpt_ray.outlook import Device
 
-    text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, silent())
+    text = first_recipe(model, Device.here(), torch.cuda.device_count(), data)
     with open(output, "x") as file:
         file.write(text)
     told = f"{output}: look it through, then: fusegpt plan {output}"

@@ -156,7 +156,10 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
     if heal := recipe.heal:
         kept = [len(dense) - target.fewer for target in targets]
         share = width.share if width else 1.0
-        stages.append(_healing(recipe, dense, kept, recipe.healing_windows, heal.looks, share))
+        healing = _healing(recipe, dense, kept, recipe.healing_windows, heal.looks, share)
+        walked = recipe.importance.windows * len(dense) * (heal.share_by == "similarity")
+        both = healing.block_forwards + walked, healing.flops + walked * flops
+        stages.append(Stage(healing.name, *both))
     if held_out := [text for text in recipe.evaluation.values() if text.windows]:
         stages.append(evaluation_stage(recipe, dense, targets, held_out))
     blocks = [_bytes(block.weights) for block in dense.blocks]

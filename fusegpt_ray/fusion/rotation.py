@@ -10,9 +10,15 @@ Qᵀ·W, and whose embedding is E·Q, computes what the dense model does, on rot
 of Q are the principal axes of the normalised states, the largest first. Slicing keeps the first K
 of D columns: P = Q[:, :K].
 
-Ours differs in one point. The paper has a Q for every block, and so a matrix Qₗᵀ·Qₗ₊₁ on every
-residual connection, which no ordinary checkpoint has a place for. Here one Q is common to the whole
-stream, of the states that enter all norms. What that costs: benchmarks/slicing.py.
+Ours differs in four points, the first of them from the paper and the others from its authors' code.
+The paper has a Q for every norm, and so a matrix Qₗᵀ·Qₗ₊₁ on every residual connection, which no
+ordinary checkpoint has a place for. Here one Q is common to the whole stream, of the states that
+enter all norms. The code finds each Q in the states of the model that is already sliced up to
+there, so that later axes are those of what is left; here one walk of the dense model finds the one
+there is. The code leaves the last MLP's output and the head as wide as they were, unless asked to
+slice them; here they are sliced like all else, because a configuration has one hidden size. And the
+code finds the axes of the states as they are; here they are those of what the norms give, as in the
+paper's text. What the first point costs: benchmarks/slicing.py.
 
 A norm's mean is then over K numbers instead of D. As the D − K others are zero,
 

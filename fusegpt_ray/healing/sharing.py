@@ -1,39 +1,67 @@
 """Groups of blocks that share one set of matrices (after FoldGPT, arXiv 2407.00928).
 
-The N blocks that are left stand in N / k groups of k adjacent ones,
-
-    group j = (b_jk, …, b_jk+k−1),   j = 0 … N / k − 1,
-
-and each takes the layers with matrices, weights and biases, of its first block b_jk. All else in a
-block, such as its norms, stays its own. Healing then learns one tensor for a group: its gradient is
-the sum of those of the group's blocks,
+The N blocks that are left, b_1 … b_N, stand in N / k groups of adjacent ones. Each group takes the
+layers with matrices, weights and biases, of its first block. All else in a block, such as its
+norms, stays its own. Healing then learns one tensor for a group: its gradient is the sum of those
+of the group's blocks,
 
     ∂L/∂W_j = Σ over the blocks b of group j of ∂L/∂W_b,
 
-while norms learn apart. FoldGPT has no public code. Groups of one size that are cut by place alone,
-and the first block's weights instead of a mean, are ours: adjacent blocks are taken to be similar,
-which was not measured, and groups of equal size leave nothing to choose.
+while norms learn apart. Groups are cut in one of two ways (`heal.share_by`):
+
+- `place`: after every k-th block.
+- `similarity`: so that those blocks get another's matrices which change states least. With
+
+      d_b = 1 − E over t of  cos(h_b,t, h_b+1,t)
+
+  of the states that enter and leave block b in the dense model (its Block Influence, measured once
+  on the windows that score), a partition into N / k groups of any sizes is chosen to
+
+      min of  Σ over blocks b that are not the first of their group of d_b.
+
+  As the sum over all blocks is the same for each partition, that is the one whose groups begin at
+  b_1 and at the N / k − 1 others of the highest d_b, of equal ones the first. It costs one walk of
+  the dense model.
+
+FoldGPT has no public code. Both ways are ours, as are the first block's weights instead of a mean.
+The second can leave one long group beside blocks by themselves. Which heals better is not measured.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.stack import Stack
 
 
-def shared(stack: Stack, size: int | None) -> Stack:
-    """In groups of so many adjacent blocks; None: as it is."""
-    if size is None:
+@dataclass(frozen=True)
+class Sharing:
+    """How the blocks that are left form groups."""
+
+    size: int | None = None
+    """k, of which there are on average so many in a group; None: no groups."""
+    changes: tuple[float, ...] = ()
+    """d by number in the dense model, or a multiple of it; nothing: they are cut by place."""
+
+    def groups(self, kept: Sequence[int]) -> list[tuple[int, ...]]:
+        """The numbers of the blocks of each group."""
+        if self.size is None:
+            return []
+        assert len(kept) % self.size == 0, (len(kept), self.size)
+        first = [*range(0, len(kept), self.size)]
+        if self.changes:
+            others = sorted(range(1, len(kept)), key=lambda place: -self.changes[kept[place]])
+            first = [0, *sorted(others[: len(first) - 1])]
+        return [tuple(kept[begin:end]) for begin, end in pairwise([*first, len(kept)])]
+
+    def of(self, stack: Stack) -> Stack:
+        """The stack in its groups."""
+        for group in self.groups(stack.kept):
+            stack = stack.share(*group)
         return stack
-    for group in groups(stack, size):
-        stack = stack.share(*group)
-    return stack
-
-
-def groups(stack: Stack, size: int) -> list[tuple[int, ...]]:
-    """The numbers of the blocks of each group."""
-    assert len(stack) % size == 0, (len(stack), size)
-    return [stack.kept[first : first + size] for first in range(0, len(stack), size)]
 
 
 def check_groups(size: int | None, dense: Stack, depths: list[int]) -> None:

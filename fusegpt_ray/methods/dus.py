@@ -1,10 +1,15 @@
 """`dus`: the first n blocks of a model, then its last n (depth up-scaling, SOLAR, Kim et al., arXiv
 2312.15166).
 
+With b_0 … b_N−1 the blocks of a model, and M = 2 n those there are to be, the deeper model is
+
+    b_0 … b_n−1, b_N−n … b_N−1.
+
 SOLAR makes 48 blocks of 32: n = 24, so that the 8 blocks at either end are there once, and the 16
-between them twice. Here `depth` says how many blocks M there are to be, n = M / 2. If M is odd, one
-block more is of the first ones, which is our choice. SOLAR then pretrains the whole model further;
-here that is the recipe's `heal`, in which `heal.train` says what learns.
+between them twice. Here `depth` says how many blocks there are to be. If M is odd, one block more
+is of the first ones, which is our choice. Nothing is computed or written for it: a copy refers to
+its original, and is a block of its own in the finished model. SOLAR then pretrains the whole model
+further; here that is the recipe's `heal`, in which `heal.train` says what learns.
 """
 
 from __future__ import annotations

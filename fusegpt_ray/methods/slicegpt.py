@@ -4,10 +4,11 @@ arXiv 2401.15024).
 RMSNorm's weights are folded into the matrices that read its output, the residual stream is rotated
 to the principal axes of the calibration states, and the axes with the least variance are sliced
 off: `sparsity` is the share of the hidden size that goes, as in the paper. Formulas, and where ours
-differs (one rotation for all blocks, so that an ordinary checkpoint comes out):
-`fusion/rotation.py`. It costs one walk of the calibration windows, and no block goes. Ours are also
-the rounding of the hidden size to what configurations take (`fusion/width.py`), and that recovery
-(`heal`) is to the dense model's distributions; the paper's is low-rank fine-tuning on text.
+differs (one rotation for all blocks, found in one walk, and the head sliced as well, so that an
+ordinary checkpoint comes out): `fusion/rotation.py`. It costs one walk of the calibration windows,
+and no block goes. Ours are also the rounding of the hidden size to what configurations take
+(`fusion/width.py`), and that recovery (`heal`) is to the dense model's distributions; the paper's
+is low-rank fine-tuning on text.
 """
 
 from __future__ import annotations

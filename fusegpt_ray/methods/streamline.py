@@ -11,9 +11,11 @@ and its first block f, a plain block of the model, is trained to
     min over f of  E over t and D of  (f(h_l,t) − h_l+n+1,t)²,
 
 the states being those of the dense model. So n blocks fewer, one of them a round, and f is trained
-in the last. A block's score is the least distance 1 − cos of a run in which it stands behind
-another. The n lowest scores, of which equal ones go by number, are then those of the best run, of
-equally good ones the first. Another n is another run.
+in the last. It costs one walk of the dense model over the windows that score, one over all windows
+up to the end of the run, and `fusion.epochs` passes there and back through one block. A block's
+score is the least distance 1 − cos of a run in which it stands behind another. The n lowest scores,
+of which equal ones go by number, are then those of the best run, of equally good ones the first.
+Another n is another run.
 
 The abstract leaves open, and ours is: that the mean over the tokens of the windows that score
 chooses the run, that all of f learns, in float32 and by Adam on a cosine, on the calibration's

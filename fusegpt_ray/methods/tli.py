@@ -6,9 +6,11 @@ stream are zero is h ↦ h, so that
 
     M'(x) = M(x)    for all x, to the last bit,
 
-and what was inserted learns from there. Of the paper there is an abstract and no code. Ours is:
-after every K-th block stands a copy of it; `depth` spreads its copies as evenly, ⌈i N / m⌉ blocks
-before copy i of m; and what is zero is found by trying (`fusion/writers.py`).
+and what was inserted learns from there. No window is walked: the zeros are all that is computed and
+written, and all else of a copy refers to its original. What it costs is the work of the added
+blocks, in healing and ever after. Of the paper there is an abstract and no code. Ours is: after
+every K-th block stands a copy of it; `depth` spreads its copies as evenly, ⌈i N / m⌉ blocks before
+copy i of m; and what is zero is found by trying (`fusion/writers.py`).
 """
 
 from __future__ import annotations

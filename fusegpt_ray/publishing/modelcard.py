@@ -94,8 +94,8 @@ def _about(manifest: Mapping[str, Any]) -> str:
         healed = healed.replace("all blocks trained together", "the new blocks alone trained")
     about = about.replace(", nothing trained but these", "").replace(", nothing trained", "")
     about += healed
-    if size := heal.get("share"):
-        about += f", in groups of {size} blocks that share weights"
+    if groups := manifest["healing"].get("groups"):
+        about += f", in {len(groups)} groups of blocks that share weights"
     return about
 
 

@@ -182,6 +182,11 @@ class Recipe(Section):
         if self.heal:
             heal = self.heal
             yield from deeper.healing_mistakes(self.method, heal.loss, heal.train, heal.share)
+            if heal.share is None and heal.share_by != "place":
+                problem = "without heal.share there are no groups"
+                yield UserError(
+                    "heal.share_by", heal.share_by, problem, "give heal.share, such as 2"
+                )
         if self.heal and self.heal.loss == "tokens" and self.heal.hidden:
             problem = "with heal.loss: tokens no dense model is run whose states there could be"
             yield UserError("heal.hidden", self.heal.hidden, problem, "leave one of them out")

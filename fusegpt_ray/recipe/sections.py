@@ -238,6 +238,9 @@ class Heal(Texts):
     share: int | None = Field(None, ge=2, le=MOST)
     """So many adjacent blocks form a group that shares one set of matrices, the first one's at
     first, as FoldGPT does; norms stay each block's own. The files are no smaller."""
+    share_by: Literal["place", "similarity"] = "place"
+    """How groups are cut. `place`: all of one size. `similarity`: as many groups, of any sizes, so
+    that the blocks that take over others' matrices are those that change states least."""
     rank: int = Field(64, ge=1, le=MOST)
     """Rank of the low-rank updates, which only `train: lora` has."""
     learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)

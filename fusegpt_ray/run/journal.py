@@ -31,10 +31,10 @@ from fusegpt_ray.store.threads import at_once
 
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
 """What to do where another run is in the folder."""
-Note = Literal["sums", "scores", "perplexities", "samples", "search", "plan"]
+Note = Literal["sums", "scores", "perplexities", "samples", "search", "sharing", "plan"]
 """What is noted of a round that is under way: what its scoring has measured so far, and what it
 found. Before the first round: perplexities of dense blocks, what the dense model writes after
-prompts, the tournament so far, and the planned work."""
+prompts, the tournament so far, how far blocks change states, and the planned work."""
 _GOES_ON = ("round-", "heal-", "sums-", "scores-", "search-")
 """How files begin from which it is worth to go on. Perplexities and samples alone are not: they are
 soon measured again, and a run that fails so early leaves nothing."""

@@ -12,7 +12,7 @@ from groups import CPU, process_group
 from models import open_stack, token_windows
 from torch.multiprocessing.spawn import spawn
 
-from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.cluster_section import Cluster
@@ -58,7 +58,7 @@ def task_of(folder: Path, out: str, mode: Mode, workers: int) -> TrainingTask:
     )
     ids_WT = token_windows(WINDOWS + HELD_OUT, LENGTH).numpy()
     dense = open_stack(folder)
-    stack = shared(dense.drop(2), heal.share)
+    stack = Sharing(heal.share).of(dense.drop(2))
     model = WholeModel(stack, dense, heal, 0, storage.join(out, "blocks"))
     cluster = Cluster(workers=workers, micro_batch=micro_batch, checkpoint_minutes=0)
     place = storage.join(out, "checkpoints")

@@ -10,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from backwards import Backwards
 from desk import Desk
 from infirmary import TRAINED, Infirmary
 from models import load_model, without_blocks
@@ -25,8 +27,11 @@ from fusegpt_ray.methods.angular import angular_distance
 from fusegpt_ray.methods.base import Question
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
+from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.local import LocalWorkers
 
 
 @pytest.fixture(name="infirmary")
@@ -103,6 +108,26 @@ def test_the_angle_is_that_of_the_last_token_that_counts() -> None:
     assert angular_distance(entering, leaving, counted).tolist() == pytest.approx([0.5, 1.0])
     counted[1] = False  # a window of text beside images, where those are what counts
     assert angular_distance(entering, leaving, counted).tolist() == pytest.approx([0.5, 0.0])
+
+
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+@pytest.mark.parametrize("method", ["angular", "streamline"])
+def test_replicas_and_their_order_change_no_bit(
+    method: str, weights: Any, infirmary: Infirmary
+) -> None:
+    """Of any score. The angles of seven batches are added in the order of these; cosines in float32
+    add up exactly in float64, whatever the order, but only of the same batches.
+    """
+    source, dense = Source.find(str(infirmary.folder), None), infirmary.dense
+    windows = np.random.default_rng(0).integers(3, 90, (13, 16)).astype(np.int32)
+    settings = Importance(windows=13, batch=2)
+    scores = []
+    for kind in (LocalWorkers, Backwards):
+        cluster = Cluster(engine="local", weights=weights)
+        with kind(Setup(source, dense, cluster, importance=settings)) as here:
+            asked = Question(here, dense, windows, settings, seed=0, left=2)
+            scores.append(METHODS[method].choose(asked).scores)
+    assert scores[0] == scores[1] and len({*scores[0].values()}) > 1
 
 
 def test_last_keeps_the_final_block(infirmary: Infirmary) -> None:

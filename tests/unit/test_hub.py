@@ -11,15 +11,21 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from experts import save_split
 from models import load_model, save_tiny
+from words import add_tokenizer
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.plan import plan
+from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.report import Display
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "some-org/tiny"
@@ -97,17 +103,30 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "modeling_tiny.py").write_text("raise SystemExit")
+    with serving(folder) as server:
+        yield server
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Hub]:
     server = Hub(folder)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 @pytest.fixture
 def reached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    reach(hub, tmp_path / "cache", monkeypatch)
+    return hub
+
+
+def reach(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub client of this process asks this server: it read its environment at its import."""
     from huggingface_hub import constants
 
@@ -116,11 +135,10 @@ def reached(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
         "ENDPOINT": address,
         "HUGGINGFACE_CO_URL_TEMPLATE": address + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_CACHE": str(cache),
         "HF_HUB_DISABLE_XET": True,
     }.items():
         monkeypatch.setattr(constants, name, value)
-    return hub
 
 
 def in_a_process(code: str, hub: Hub, home: Path) -> dict[str, Any]:
@@ -190,6 +208,44 @@ print(json.dumps([shapes, problem]))
         )
         assert told == there
     assert not list((tmp_path / "home").rglob("*.safetensors"))
+
+
+SHALLOWER = {"method": "mi", "sparsity": 0.2}
+
+
+def test_what_headers_tell_is_refused_before_any_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Groups that share weights, and a deeper model, of Jamba, whose blocks are of several kinds by
+    their numbers. A plan without mistakes does fetch.
+    """
+    save_split("jamba", tmp_path / "jamba")
+    add_tokenizer(tmp_path / "jamba")
+    common = {
+        "model": {"source": NAME},
+        "calibration": {"data": "text.txt", "length": 12},
+        "output": {"uri": str(tmp_path / "out"), "name": "demo", "samples": []},
+    }
+
+    def told(changes: dict[str, Any]) -> tuple[str, int]:
+        """The mistake, and how many files of weights are in the cache then."""
+        problem = ""
+        try:
+            plan(Recipe.parse(common | changes), Display())
+        except UserError as error:
+            problem = f"{error.key}: {error.problem}"
+        return problem, len([*(tmp_path / "cache").rglob("*.safetensors")])
+
+    with serving(tmp_path / "jamba") as hub:
+        reach(hub, tmp_path / "cache", monkeypatch)
+        divides, no = told(SHALLOWER | {"heal": {"share": 3}})
+        kinds, none = told(SHALLOWER | {"heal": {"share": 2}})
+        depth, zero = told({"method": "tli", "every": 2})
+        assert told(SHALLOWER) == ("", 1)
+    assert "heal.share: does not divide the 4 blocks" in divides
+    assert "heal.share: the model's blocks have matrices of several shapes" in kinds
+    assert "model.source: block" in depth and "would become block" in depth
+    assert no == none == zero == 0
 
 
 def test_a_node_that_joins_later_fetches_the_same_commit(hub: Hub, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ modules that are tied.
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from desk import Desk
+from experts import save_split
 from infirmary import BATCH, HELD, STEPS, TRAINED, Infirmary, Stopped, kl, rate
+from mistakes import Bad, check, table
+from models import load_model
 from safetensors.torch import load_file
 from stopped_runs import Watching
 from torch import nn
 
 from fusegpt_ray.cost.footprint import healing_bytes
-from fusegpt_ray.errors import UserError
-from fusegpt_ray.healing.sharing import shared
+from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
@@ -26,6 +30,8 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.report import Display
 from fusegpt_ray.training.finetune import Trained
+
+PAGE = Path(__file__).parents[2] / "docs/output.md"
 
 
 @pytest.fixture(name="infirmary")
@@ -36,7 +42,7 @@ def _infirmary(
     name = getattr(request, "param", "llama")
     place = Infirmary(name, checkpoint(name), tmp_path)
     depth = len(place.dense)
-    place.stack = shared(place.dense.drop(*range(2, 2 + depth - 4)), 2)
+    place.stack = Sharing(2).of(place.dense.drop(*range(2, 2 + depth - 4)))
     assert len(place.stack) == 4
     return place
 
@@ -158,14 +164,72 @@ def test_whatever_the_method_a_group_is_published_with_the_same_matrices(
         assert "Which blocks share weights" in page and f"<td>{which}</td>" in page
 
 
-def test_a_size_that_divides_no_depth_is_refused(desk: Desk) -> None:
-    depth = 3  # of 5 blocks, at a sparsity of 0.4
-    asked = desk.recipe(method="foldgpt", heal={"share": 2, "batch": 2, "held_out": 2})
-    with pytest.raises(UserError, match=f"does not divide the {depth} blocks that are left") as e:
-        plan(Recipe.parse(asked), Display())
-    assert e.value.key == "heal.share"
-    asked["heal"]["share"] = 3
-    assert plan(Recipe.parse(asked), Display()).targets
+def test_the_page_tells_how_to_hold_them_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of docs/output.md, as they are: the model computes the same with fewer bytes."""
+    heal = {"tokens": 48, "batch": 2, "held_out": 2, "train": "all", "share": 2}
+    (done,) = compress(Recipe.parse(desk.recipe(method="mi", sparsity=0.2, heal=heal)), Watching())
+    Path(done.uri).rename(desk.folder / "llama-p25")
+    monkeypatch.chdir(desk.folder)
+    section = PAGE.read_text().split("### Blocks that share weights")[1]
+    lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)[0]
+    found: dict[str, Any] = {}
+    exec(textwrap.dedent(lines), found)
+    once, whole = found["model"].eval(), load_model(desk.folder / "llama-p25")
+    with torch.no_grad():
+        assert torch.equal(once(TRAINED).logits, whole(TRAINED).logits)
+    held, all_of_it = (sum(p.nbytes for p in model.parameters()) for model in (once, whole))
+    block = whole.model.layers[0]
+    linear = sum(m.weight.nbytes for m in block.modules() if isinstance(m, nn.Linear))
+    assert all_of_it - held == 2 * linear
+
+
+def asked(share: int, sparsity: float | list[float] = 0.4) -> Callable[[Desk], list[str]]:
+    """Of 5 blocks."""
+    heal = {"share": share, "batch": 2, "held_out": 2}
+    return lambda desk: ["compress", desk.write(method="mi", sparsity=sparsity, heal=heal)]
+
+
+def of_several_kinds(desk: Desk) -> list[str]:
+    """Attention in some blocks, a recurrence in others; four are left."""
+    (desk.model / "model.safetensors").unlink()
+    save_split("jamba", desk.model)
+    return asked(2, 0.2)(desk)
+
+
+KEY = "heal.share"
+MISTAKES = [
+    Bad("a size that divides no depth", asked(2), KEY, "2", "divide the 3 blocks", r"one of \[3\]"),
+    Bad("a size above the depth", asked(6), KEY, "6", "divide the 3 blocks", r"one of \[3\]"),
+    Bad(
+        "a size that divides one depth of two",
+        asked(2, [0.2, 0.4]),
+        KEY,
+        "2",
+        "divide the 3 blocks",
+        "another sparsity",
+    ),
+    Bad("a group of one", asked(1), KEY, "1", "greater than or equal to 2", "change heal.share"),
+    Bad(
+        "blocks of several kinds",
+        of_several_kinds,
+        KEY,
+        "2",
+        "matrices of several shapes or names",
+        "leave it out",
+    ),
+]
+
+
+@table(MISTAKES)
+def test_what_cannot_share_is_refused_before_weights_are_read(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(bad, desk, weight_reads, capsys)
+
+
+def test_a_size_that_divides_the_depth_is_taken(desk: Desk) -> None:
+    recipe = desk.recipe(method="foldgpt", heal={"share": 3, "batch": 2, "held_out": 2})
+    assert plan(Recipe.parse(recipe), Display()).targets
 
 
 def test_a_group_learns_its_weights_once(desk: Desk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from backwards import Backwards
 from desk import LENGTH, Desk
+from mistakes import Bad, check, table
 from models import load_model, save_tiny
 from safetensors.torch import load_file
 from torch import nn
@@ -220,14 +222,31 @@ def test_what_it_cannot_do_is_refused(changes: dict[str, Any], why: str, desk: D
     assert not desk.out.exists()
 
 
-def test_a_model_without_rms_norm_is_refused(desk: Desk) -> None:
-    for file in desk.model.iterdir():
-        file.unlink()
-    save_tiny("gpt2", desk.model)
-    add_tokenizer(desk.model)
-    with pytest.raises(UserError, match="needs RMSNorm") as refused:
-        plan(recipe(desk), Display())
-    assert refused.value.key == "model.source"
+def sliced(name: str) -> Callable[[Desk], list[str]]:
+    """The recipe for another model."""
+
+    def make(desk: Desk) -> list[str]:
+        for file in desk.model.iterdir():
+            file.unlink()
+        save_tiny(name, desk.model)
+        add_tokenizer(desk.model)
+        return ["compress", desk.write(method="slicegpt", sparsity=0.25)]
+
+    return make
+
+
+NORM_BEHIND = "what post_feedforward_layernorm.weight does"
+MISTAKES = [
+    Bad("no RMSNorm", sliced("gpt2"), "model.source", "GPT2", "needs RMSNorm", "method: mi"),
+    Bad("norms behind", sliced("gemma3"), "model.source", "Gemma3", NORM_BEHIND, "method: mi"),
+]
+
+
+@table(MISTAKES)
+def test_a_model_that_cannot_be_sliced_is_refused_before_weights_are_read(
+    bad: Bad, desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(bad, desk, weight_reads, capsys)
 
 
 def test_its_cost_is_known_before(desk: Desk) -> None:
