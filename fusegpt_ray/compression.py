@@ -44,7 +44,7 @@ from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
-from fusegpt_ray.worked import Worked, planned
+from fusegpt_ray.worked import Worked, known_before
 from fusegpt_ray.workers.base import Workers
 
 
@@ -182,7 +182,8 @@ class Compression:
         recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
         windows_WT, show = self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
-        journal.keep("plan", 0, planned(self.plan, self.plan.targets[-1], workers))
+        known = known_before(self.plan, workers)
+        journal.keep("plan", 0, known)
         drawn = {"windows": self.identity["windows_sha256"]}
         compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
         self.shared.once("source", drawn, compare)
@@ -190,6 +191,7 @@ class Compression:
         if recipe.trains:
             self._tell_shortages()
         judge = self._judge(journal)
+        journal.keep("plan", 0, known | {"perplexity": judge.of_dense})
         order, searched = self._search(journal)
         rounds = Rounds(
             recipe,

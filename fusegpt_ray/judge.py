@@ -56,6 +56,12 @@ class Judge:
         found = {name: {"dense": value} for name, value in self._dense.items()}
         self.show.tell("perplexity", model="dense", removed=0, perplexity=found)
 
+    @property
+    def of_dense(self) -> dict[str, dict[str, Any]]:
+        """The dense model's perplexity on each text, with its protocol."""
+        texts = self.held_out.items()
+        return {name: {"dense": self._dense[name], **text.protocol} for name, text in texts}
+
     def measure(self, folder: str, stages: Mapping[str, Stack], published: Stack) -> dict[str, Any]:
         """The proof that the model in `folder` is the stack of the last stage, perplexities, and
         samples of text.

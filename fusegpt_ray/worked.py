@@ -8,6 +8,7 @@ from typing import Any
 
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
+from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.rounds import fewer_at_once
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.done import Done, moved
@@ -55,6 +56,12 @@ class Worked:
         stages, keys = moved(self.rounds, self.healed).values(), ("read", "written")
         total = {f"bytes_{key}": sum(stage[key] for stage in stages) for key in keys}
         return {**judged(model), SPENT: journal.budget.spent | total}
+
+
+def known_before(plan: Plan, workers: Workers) -> dict[str, Any]:
+    """What can be told of a run before its first round, for whoever looks while it is under way."""
+    about = {"dense_blocks": len(plan.model.stack), "versions": versions()}
+    return about | planned(plan, plan.targets[-1], workers)
 
 
 def planned(plan: Plan, target: Target, workers: Workers) -> dict[str, Any]:

@@ -151,5 +151,8 @@ class Source(Part):
 class Other(Part):
     """Another model that the same run published."""
 
-    sparsity: FiniteFloat
+    name: str = ""
+    """Only told of a run that is under way."""
+    sparsity: FiniteFloat | None = None
+    """None: it was made deeper."""
     perplexity: dict[str, Perplexity] = {}
