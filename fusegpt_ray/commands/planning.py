@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusegpt_ray.commands.options import json_option, recipe_options, say_outcome, silent
+from fusegpt_ray.commands.options import (
+    json_option,
+    quiet_option,
+    recipe_options,
+    say_outcome,
+    silent,
+)
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +27,8 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="TEXT", help="Text to calibrate on (default: WikiText-2).")
 @click.option("--output", default="recipe.yaml", show_default=True, help="The file to write.")
 @json_option
-def init(model: str, data: str | None, output: str, as_json: bool) -> None:
+@quiet_option
+def init(model: str, data: str | None, output: str, as_json: bool, quiet: bool) -> None:
     """Write a commented recipe for a model and this machine."""
     if Path(output).exists():
         raise UserError("--output", output, "there is such a file already", "give another name")
@@ -33,15 +40,18 @@ def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     text = first_recipe(model, Device.here(), torch.cuda.device_count(), data, silent())
     with open(output, "x") as file:
         file.write(text)
-    told = f"{output}: look it through, then: fusegpt plan {output}"
+    told = output if quiet else f"{output}: look it through, then: fusegpt plan {output}"
     click.echo(json.dumps({"recipe": output}) if as_json else told)
 
 
 @click.command()
 @recipe_options
 @json_option
+@quiet_option
 @click.pass_context
-def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+def validate(
+    context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
     """List all mistakes of a recipe at once.
 
     Keys and values first; if they are right, the model, the texts and the output, too; of a
@@ -58,7 +68,7 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
     else:
         for error in found:
             say_outcome("error:", error)
-        if not found:
+        if not found and not quiet:
             click.echo(f"good: {recipe}")
     if found:
         context.exit(2)
@@ -92,6 +102,7 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     "--probe", is_flag=True, help="Measure for 20 seconds how fast this machine is, and use that."
 )
 @json_option
+@quiet_option
 def plan(
     recipe: str,
     settings: tuple[str, ...],
@@ -99,6 +110,7 @@ def plan(
     gpus: int | None,
     probe: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Tell what a run will cost, and whether it fits.
 
@@ -115,6 +127,8 @@ def plan(
 
     data = read_recipe(recipe, settings)
     known = find_gpu(gpu) if gpu else None
+    if probe and not quiet:
+        click.echo("measuring this machine, which takes about 20 seconds", err=True)
     many = planning_many.asked_by(data)
     result = (planning_many.planned if many else _planned)(data, known, gpus, probe)
     if as_json:

@@ -154,7 +154,7 @@ def test_the_installed_command_is_this_one() -> None:
     [
         (["scor"], "Did you mean 'score'"),
         (["compress"], "RECIPE"),
-        (["status", "out", "--quiet"], "--quiet"),
+        (["status", "out", "--loud"], "--loud"),
         (["evaluate", "model", "--length", "8"], "--data"),
         (["pull", "s3://bucket/model"], "DIR"),
         (["clean", "out", "--age", "soon"], "'soon'"),

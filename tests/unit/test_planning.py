@@ -89,8 +89,11 @@ def test_a_machine_is_probed_without_weights(
         shutil.copy(file, source)
     recipe = desk.write(model={"source": str(source)}, sparsity=0.2, heal=HEAL)
     before = tree(desk.folder)
+    capsys.readouterr()
     assert main(["plan", recipe, "--json", "--probe"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    stdout, stderr = capsys.readouterr()
+    told = json.loads(stdout)
+    assert stderr == "measuring this machine, which takes about 20 seconds\n"
     assert tree(desk.folder) == before and weight_reads == []
     assert told["probed"] and all(row["seconds"] > 0 for row in told["stages"])
     assert told["seconds"] == pytest.approx(sum(row["seconds"] for row in told["stages"]))
