@@ -21,6 +21,7 @@ from test_healed_runs import HEAL
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.report import flop_count
+from fusegpt_ray.reporting.facts import facts
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "</script><script>console.error('in')</script><b onclick=\"x\">'&"
@@ -35,7 +36,7 @@ def changes(desk: Desk) -> dict[str, Any]:
     return {
         "heal": HEAL,
         "search": {"tokens": 4 * LENGTH, "candidates": ["mi", "run", "spaced"]},
-        "evaluation": {"heldout": {"data": str(desk.heldout)}},
+        "evaluation": {"heldout": {"data": str(desk.heldout), "windows": 5}},
     }
 
 
@@ -130,9 +131,32 @@ def test_a_finished_model(finished: Path, tmp_path: Path, capsys: Capture) -> No
     group = sorted({*manifest["rounds"][0]["group"]} - {manifest["removed"][0]})
     assert ", ".join(map(str, group)) in text
     planned = {stage["stage"]: stage["flops"] for stage in manifest["planned"]}
-    assert {"scoring", "states", "fine-tuning", "healing"} <= planned.keys()
+    assert planned.keys() == {"scoring", "states", "fine-tuning", "healing", "evaluation"}
+    assert [row.stage for row, taken in facts(str(finished)).worked if taken > 0] == [*planned]
+    assert manifest["stage_seconds"].keys() == {"evaluation"}
     rate = planned["scoring"] / seconds["scoring"]
     assert flop_count(planned["scoring"]) in text and f"{flop_count(rate)}/s" in text
+
+
+@pytest.mark.parametrize(("method", "what"), [("mi+linear", "repair"), ("slicegpt", "slicing")])
+def test_what_replicas_do_on_the_same_walk_is_one_row(method: str, what: str, desk: Desk) -> None:
+    """The sums of a repair, or of the axes, are made while the states are walked."""
+    (model,) = compress(recipe(desk, sparsity=0.4, method=method), Watching())
+    found = facts(model.uri)
+    planned = {row.stage: row.flops for row in found.planned}
+    rows = {row.stage: (row.flops, taken) for row, taken in found.worked}
+    taken = sum(round["seconds"]["states"] for round in model.manifest["rounds"])
+    assert rows[f"states and {what}"] == (planned["states"] + planned[what], taken)
+
+
+def test_what_is_repaired_to_compare_with_counts_as_well(desk: Desk) -> None:
+    fusion = desk.recipe()["fusion"] | {"start": "scale"}
+    asked = recipe(desk, sparsity=0.4, fusion=fusion, evaluation=changes(desk)["evaluation"])
+    (model,) = compress(asked, Watching())
+    rows = {row.stage: taken for row, taken in facts(model.uri).worked}
+    repair = model.manifest["stage_seconds"]["repair"]
+    of_rounds = sum(round["seconds"]["states"] for round in model.manifest["rounds"])
+    assert repair > 0 and rows["states and repair"] == pytest.approx(of_rounds + repair)
 
 
 def test_every_chart_has_a_name_and_its_numbers(finished: Path, tmp_path: Path) -> None:

@@ -101,6 +101,8 @@ def test_a_run_stopped_in_healing(desk: Desk) -> None:
     ]
     told = facts(str(run_folder(desk)))
     assert told.search and len(told.search.tried) > 1
+    taken = {row.stage: seconds for row, seconds in told.worked}
+    assert taken["search"] == told.search.seconds > 0 and taken["evaluation"] > 0
     assert "Tournament" in Page(page).text
     for tried in told.search.tried:
         assert ", ".join(map(str, tried.removed)) in page and f"{tried.held_out[-1]:.4g}" in page
@@ -122,7 +124,10 @@ def test_a_run_stopped_in_its_tournament(desk: Desk) -> None:
     told = facts(str(run_folder(desk)))
     assert told.search and len(told.search.tried) > 1
     assert sum(bool(tried.held_out) for tried in told.search.tried) == 1
-    assert drawn(page) == [] and "0 of 2 rounds done" in Page(page).text
+    noted = json.loads((run_folder(desk) / "search-000.json").read_text())["body"]["note"]
+    assert 0 < noted["seconds"] == told.search.seconds
+    assert values(page, "stage", "seconds") == [("tournament", told.search.seconds)]
+    assert len(drawn(page)) == 1 and "0 of 2 rounds done" in Page(page).text
     for tried in told.search.tried:
         assert ", ".join(map(str, tried.removed)) in page
 
