@@ -87,6 +87,6 @@ def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
 
 
 def _search(run: Run) -> dict[str, Any] | None:
-    note = (run.body("search-000.json") or {}).get("note")
-    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
+    note = (run.body("search-000.json") or {}).get("note") or {"entrants": []}
+    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]]
     return {"tried": tried, "seconds": note.get("seconds", 0.0)} if tried else None

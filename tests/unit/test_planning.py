@@ -63,7 +63,8 @@ def test_a_plan_is_that_of_the_run(
     assert told["whole_seconds"] == told["seconds"] + sum(told["beside_computing"].values())
     traffic = {row["stage"]: (row["read"], row["written"]) for row in told["traffic"]}
     assert traffic["publishing"] == (sum(cost.published_bytes.values()),) * 2
-    assert traffic.keys() == {"scoring", "states", "fine-tuning", "healing", "publishing"}
+    stages = {"scoring", "states", "fine-tuning", "healing", "evaluation", "publishing"}
+    assert traffic.keys() == stages
 
 
 def test_what_does_not_fit_is_told_with_what_helps(
