@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as error:
-        error.show()
+        _show_misuse(error)
         return error.exit_code
     except UserError as error:
         say_outcome("error:", error)
@@ -104,6 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(err=True)
         say_outcome("failed:", f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ()))
         return 1
+
+
+def _show_misuse(error: click.ClickException) -> None:
+    """A wrong command line: as click has it, in the words and colours of all other errors."""
+    if context := getattr(error, "ctx", None):
+        usage, path = context.get_usage(), context.command_path
+        click.echo(f"{usage}\nTry '{path} --help' for help.\n", err=True)
+    say_outcome("error:", error.format_message())
 
 
 def _quiet() -> None:

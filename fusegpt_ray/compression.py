@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -17,6 +17,7 @@ from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.fusion.repair import repaired_only
+from fusegpt_ray.generation import GENERATED_EVENT
 from fusegpt_ray.heal import Healer, sharing_of
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.importance.removals import Removal
@@ -45,7 +46,7 @@ from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
-from fusegpt_ray.worked import Worked, planned
+from fusegpt_ray.worked import Begun, Worked, added
 from fusegpt_ray.workers.base import Workers
 
 
@@ -66,7 +67,9 @@ class Compression:
     shared: Shared
     """With other runs of the same model."""
     took: float = 0.0
-    """Seconds until this was known."""
+    """Seconds until this was known, …"""
+    generating: float = 0.0
+    """… and of these, those in which the dense model wrote text."""
     log: MetricsLog = field(default_factory=MetricsLog)
     """Hears what happens, and is kept beside the journal."""
     puts_off: Callable[[], bool] = lambda: False
@@ -87,10 +90,16 @@ class Compression:
         began = time.monotonic()
         recipe, model, shared = planned.recipe, planned.model, shared or Shared()
         show.stage("tokenising")
-        windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
+        generating: list[float] = []
+
+        def hear(event: str, values: Mapping[str, Any]) -> None:
+            if event == GENERATED_EVENT:
+                generating.append(values["seconds"])
+
+        with show.heard(hear):
+            windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
         texts = [windows, *held_out.values(), *(healing or ())]
-        every = [item.tokens_WT for item in texts]
-        check_tokens(model.source, model.stack, *every)
+        check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
         planned = planned.seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
@@ -101,7 +110,8 @@ class Compression:
         )
         this = identity(recipe, drawn, files, workers.dtype, hardware)
         took = time.monotonic() - began
-        return cls(planned, workers, show, windows, held_out, healing, this, shared, took)
+        texts_drawn = (windows, held_out, healing)
+        return cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
 
     @property
     def id(self) -> str:
@@ -183,7 +193,7 @@ class Compression:
         recipe, model, workers = self.plan.recipe, self.plan.model, self.workers
         windows_WT, show = self.windows.tokens_WT, self.show
         journal.begin(self.identity, show.say)
-        journal.keep("plan", 0, planned(self.plan, self.plan.targets[-1], workers))
+        begun = Begun.noted(self.plan, workers, journal, show.say, self.generating)
         drawn = {"windows": self.identity["windows_sha256"]}
         compare = partial(compare_source, workers, model.source, model.stack, windows_WT, show)
         self.shared.once("source", drawn, compare)
@@ -191,6 +201,7 @@ class Compression:
         if recipe.trains:
             self._tell_shortages()
         judge = self._judge(journal)
+        begun.judged(judge)
         order, searched = self._search(journal)
         rounds = Rounds(
             recipe,
@@ -208,12 +219,12 @@ class Compression:
         published = {}
         for target in missing:
             healed = self._heal(target, done[: target.rounds], journal)
-            worked = Worked(target, done[: target.rounds], healed)
             if target == missing[-1 if healed else 0] and self.puts_off():
                 raise PutOff("waits to be published")
-            stages = self._stages(done[: target.rounds], healed, journal)
+            stages, repairing = self._stages(done[: target.rounds], healed, journal)
+            seconds = added(begun.seconds, {"repair": repairing})
+            worked = Worked(target, done[: target.rounds], healed, seconds)
             show.stage(f"evaluating and publishing {target.name}")
-            judged = partial(judge.measure, target.folder, stages)
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.folder, show.say, recipe.output.report, events)
             with journal.creating():
@@ -224,7 +235,7 @@ class Compression:
                     model.source,
                     int(recipe.output.shard_gb * 1e9),
                     searched | self._facts(worked),
-                    partial(worked.measured, judged, journal),
+                    partial(worked.measured, judge, stages, journal),
                     journal.fence,
                     partial(put_shards, workers),
                     beside,
@@ -265,8 +276,9 @@ class Compression:
 
     def _stages(
         self, rounds: Sequence[Done], healed: Done | None, journal: Journal
-    ) -> dict[str, Stack]:
-        """The model on its way."""
+    ) -> tuple[dict[str, Stack], float]:
+        """The model on its way, and the seconds that repairing once more took."""
+        began = time.monotonic()
         stages = stages_of(self.plan.recipe, rounds[-1].stack, healed.stack if healed else None)
         if self.plan.recipe.trains_groups and self.plan.recipe.repairs and self.held_out:
             self.show.stage("repairing the gaps alone, to compare with")
@@ -277,8 +289,8 @@ class Compression:
             assert isinstance(windows_WT, np.ndarray), "`check_repair` refuses images"
             dense, fence = self.plan.model.stack, journal.fence
             stack = repaired_only(self.workers, dense, removed, way, windows_WT, folder, fence)
-            stages = {"repaired": stack, **stages}
-        return stages
+            return {"repaired": stack, **stages}, time.monotonic() - began
+        return stages, 0.0
 
     def _search(self, journal: Journal) -> tuple[Removal | None, dict[str, Any]]:
         """The blocks to remove, in order, and what the manifest tells of their choice; None and

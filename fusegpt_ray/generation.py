@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -40,6 +41,8 @@ from fusegpt_ray.workers.base import Workers
 
 ROWS = 16
 """Prompts of a part."""
+GENERATED_EVENT = "generated"
+"""What a display is told when parts have been written, with the seconds that it took."""
 PROMPTS = 100_000
 """Of more prompts, the first so many are taken."""
 
@@ -186,6 +189,7 @@ class _Written:
         self.show.stage(f"the dense model writes {self.text.label}{again}", len(numbers))
         settings = (self.length, self.text.temperature, self.text.top_p, self.ends)
         done: dict[int, np.ndarray] = {}
+        began = time.monotonic()
 
         def attempt(rows: int) -> None:
             left = [number for number in numbers if number not in done]
@@ -199,6 +203,9 @@ class _Written:
 
         with explained(setup.dense, setup.source.name, self.workers.dtype):
             _, self.rows = find_batch_size(attempt, self.rows, ROWS, "writing text")
+        self.show.tell(
+            GENERATED_EVENT, text=self.text.label, seconds=round(time.monotonic() - began, 3)
+        )
         return done
 
     def _check_memory(self) -> None:

@@ -4,6 +4,7 @@ and what it writes.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,6 +45,8 @@ class Judge:
     measuring: Mapping[str, Any] = field(default_factory=dict)
     prompts: Sequence[Prompt] = ()
     """Which the dense and the published model continue, for people."""
+    seconds: float = field(default=0.0, init=False)
+    """That perplexities have taken so far, as far as they were measured here."""
 
     def __post_init__(self) -> None:
         about = (self.run, self.shared, self.measuring, self.show.say)
@@ -55,6 +58,12 @@ class Judge:
         }
         found = {name: {"dense": value} for name, value in self._dense.items()}
         self.show.tell("perplexity", model="dense", removed=0, perplexity=found)
+
+    @property
+    def of_dense(self) -> dict[str, dict[str, Any]]:
+        """The dense model's perplexity on each text, with its protocol."""
+        texts = self.held_out.items()
+        return {name: {"dense": self._dense[name], **text.protocol} for name, text in texts}
 
     def measure(self, folder: str, stages: Mapping[str, Stack], published: Stack) -> dict[str, Any]:
         """The proof that the model in `folder` is the stack of the last stage, perplexities, and
@@ -83,10 +92,10 @@ class Judge:
         """
         *before, last = stages
         windows = self.held_out[name]
-        this = evaluation.perplexity(self.workers, published, windows.tokens_WT)
+        this = self._of(published, windows.tokens_WT)
         gone = set(self.dense.kept) - set(stages[last].kept)
         if not gone:  # it is narrower instead
-            row = {stage: self._of(stages[stage], windows) for stage in before}
+            row = {stage: self._of(stages[stage], windows.tokens_WT) for stage in before}
             return {"dense": self._dense[name], **row, last: this, **windows.protocol}
         dropped = self.dense.drop(*gone)
         plain = this
@@ -97,11 +106,14 @@ class Judge:
             row["dropped"] = plain
         for stage in before:
             as_dropped = stages[stage] == dropped
-            row[stage] = plain if as_dropped else self._of(stages[stage], windows)
+            row[stage] = plain if as_dropped else self._of(stages[stage], windows.tokens_WT)
         return {**row, last: this, **windows.protocol}
 
-    def _of(self, stack: Stack, windows: Windows) -> float:
-        return evaluation.perplexity(self.workers, stack, windows.tokens_WT)
+    def _of(self, stack: Stack, given: Batch) -> float:
+        began = time.monotonic()
+        found = evaluation.perplexity(self.workers, stack, given)
+        self.seconds += time.monotonic() - began
+        return found
 
     def _of_dense_blocks(self, stack: Stack, given: Batch, stage: str = "") -> float:
         """The perplexity of a model of unchanged blocks, measured unless the journal has it.
@@ -112,7 +124,7 @@ class Judge:
         def measure() -> float:
             if stage:
                 self.show.stage(stage)
-            return evaluation.perplexity(self.workers, stack, given)
+            return self._of(stack, given)
 
         shape = list(given.shape)
         what = {"kept": list(stack.kept), "windows": fingerprint(given), "shape": shape}

@@ -5,66 +5,38 @@ known from the recipe and the headers of the model's files.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from fusegpt_ray.cost.footprint import (
-    activation_bytes,
-    elements,
-    gating_bytes,
-    healing_bytes,
-    healing_shortage,
-    replica_bytes,
-    search_shortage,
-    shortage,
-    training_bytes,
-    trial_bytes,
-    waiting_bytes,
-)
-from fusegpt_ray.cost.rates import GPUS, RATES, known_gpu
-from fusegpt_ray.model.device import pick_device, pick_dtype
-from fusegpt_ray.model.memory import device_bytes
-from fusegpt_ray.model.weights import RESIDENT_SHARE
+from fusegpt_ray.cost.rates import RATES
+from fusegpt_ray.fitting import Device as Device
+from fusegpt_ray.fitting import Fitting, There
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.room import Held
 
-
-@dataclass(frozen=True)
-class Device:
-    """What each process computes on."""
-
-    name: str
-    """As `rates.GPUS` has it, or what torch says."""
-    kind: str
-    """What torch calls it: "cuda" or "cpu"."""
-    memory: int
-    """Bytes."""
-
-    @classmethod
-    def here(cls) -> Device:
-        """This machine's."""
-        device = pick_device()
-        said = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
-        return cls(known_gpu(said) or said, device.type, device_bytes(device))
-
-    @classmethod
-    def named(cls, gpu: str) -> Device:
-        """One of `rates.GPUS`."""
-        return cls(gpu, "cuda", GPUS[gpu].memory)
+BEFORE, ROUNDS, AFTER = (
+    ("generating", "search"),
+    ("scoring", "states", "repair", "slicing", "fine-tuning"),
+    ("healing", "evaluation"),
+)
+"""Stages, as `cost.py` names them: what comes before the rounds, what they are, and what each model
+that is to be published has after them."""
 
 
 def outlook(
-    plan: Plan, device: Device, gpus: float, measured: Mapping[str, float] | None = None
+    plan: Plan,
+    device: Device,
+    gpus: float,
+    measured: Mapping[str, float] | None = None,
+    there: There | None = None,
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
     "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
     "seconds", "price"} …], "flops", "seconds", "price", "budget": [{"key", "limit", "needs",
-    "enough"} …], "probed", "memory": [{"what", "bytes", "room",
-    "fits", "advice"} …], "traffic": [{"stage", "read", "written"} …] in bytes, "storage":
-    [{"what", "bytes"} …]}.
+    "enough"} …], "probed", "order": what is done, one after another, in words,
+    "processes", "memory" and "storage": see `Fitting`, "traffic": [{"stage", "read", "written"} …]
+    in bytes}.
 
     "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
     computing alone, and None where the device's rates are not known. "price" is that of all GPUs
@@ -74,9 +46,11 @@ def outlook(
     Args:
         gpus: that all processes hold together.
         measured: the device's rates, where they were probed; None: what `rates.py` has.
+        there: what is known of where it will work.
     """
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
     rates = measured or RATES.get(device.name)
+    fitting = Fitting(plan, device, there or There())
     held = replace(Held.alone(recipe.cluster, recipe.trains), gpus=gpus)
     stages = cost.rows(rates, held)
     seconds = sum(row["seconds"] for row in stages) if rates else None
@@ -84,24 +58,13 @@ def outlook(
     for row in stages:
         row["price"] = _price(row["seconds"], gpus, hourly)
     price = _price(seconds, gpus, hourly)
-    targets = [
-        {
-            "name": target.name,
-            "removes": target.remove,
-            "adds": target.add,
-            "blocks": len(dense) - target.fewer,
-            "width": target.width.kept if target.width else None,
-            "bytes": cost.published_bytes[target.name],
-        }
-        for target in plan.targets
-    ]
     return {
         "model": plan.model.source.name,
         "method": recipe.method,
         "blocks": len(dense),
         "parameters": cost.parameters,
         "source_bytes": cost.source_bytes,
-        "targets": targets,
+        "targets": _targets(plan),
         "device": device.name,
         "gpus": gpus,
         "stages": stages,
@@ -110,10 +73,47 @@ def outlook(
         "price": price,
         "budget": [*_budget(recipe.cluster, seconds, price)],
         "probed": measured is not None,
-        "memory": [*_memory(plan, device)],
-        "traffic": [*map(asdict, plan.traffic_of(plan.targets, held, _streams(plan, device)))],
-        "storage": [*_storage(plan, device)],
+        "order": order(plan),
+        "processes": [*fitting.processes()],
+        "memory": [*fitting.memory()],
+        "traffic": [*map(asdict, plan.traffic_of(plan.targets, held, fitting.streams))],
+        "storage": [*fitting.storage()],
     }
+
+
+def _targets(plan: Plan) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": target.name,
+            "removes": target.remove,
+            "adds": target.add,
+            "blocks": len(plan.model.stack) - target.fewer,
+            "width": target.width.kept if target.width else None,
+            "bytes": plan.cost.published_bytes[target.name],
+        }
+        for target in plan.targets
+    ]
+
+
+def order(plan: Plan) -> list[str]:
+    """What is done, one after another."""
+    stages = [stage.name for stage in plan.cost.stages]
+    found = [name for name in BEFORE if name in stages]
+    if plan.recipe.evaluation:
+        found.append("evaluation of the dense model")
+    count, once = plan.rounds, plan.recipe.spec.choice in ("once", "run", "gates")
+    of_each = dict.fromkeys(name for name in stages if name in ROUNDS)
+    if once and "scoring" in of_each and count > 1:
+        del of_each["scoring"]
+        found.append("scoring")
+    what = ", ".join(of_each) or ("a block less in each" if plan.targets[-1].remove else "")
+    rounds = "1 round" if count == 1 else f"{count} rounds"
+    found.append(f"{rounds}: {what}" if what else rounds)
+    after = [*(name for name in AFTER if name in stages), "publishing"]
+    if plan.recipe.evaluation and "evaluation" not in after:
+        after.insert(-1, "evaluation")
+    found += [f"{target.name}: {', '.join(after)}" for target in plan.targets]
+    return found
 
 
 def _price(seconds: float | None, gpus: float, hourly: float | None) -> float | None:
@@ -131,16 +131,6 @@ def _budget(
             yield {"key": f"cluster.{key}", "limit": limit, "needs": needed, "enough": enough}
 
 
-def _streams(plan: Plan, device: Device) -> bool:
-    """Whether replicas read the weights for every walk; `auto` is decided by all of the memory."""
-    if (asked := plan.recipe.cluster.weights) != "auto":
-        return asked == "streamed"
-    dense = plan.model.stack
-    dtype = pick_dtype(plan.recipe.model.dtype, dense, torch.device(device.kind))
-    held = sum(elements(block.weights) for block in dense.blocks) * dtype.itemsize
-    return held > RESIDENT_SHARE * device.memory
-
-
 def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """What is said of the "budget" of an outlook: limits that are not enough, or of which nobody
     knows whether they are.
@@ -151,52 +141,3 @@ def over_budget(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
             yield f"whether {limit} is enough, is not known"
         elif not row["enough"]:
             yield f"{limit} is not enough: {row['needs']:,.2f} are needed to compute alone"
-
-
-def _storage(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
-    """What is read before the work, and what waits for it."""
-    recipe, dense = plan.recipe, plan.model.stack
-    dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    yield {"what": "read first, by each process", "bytes": plan.cost.source_bytes}
-    if waiting := waiting_bytes(recipe, dense, dtype):
-        what = "states on each worker's node, in its memory or in TMPDIR"
-        yield {"what": what, "bytes": waiting}
-
-
-def _memory(plan: Plan, device: Device) -> Iterator[dict[str, Any]]:
-    """By the formulas of `footprint.py`, for each kind of process."""
-    recipe, dense, room = plan.recipe, plan.model.stack, device.memory
-    dtype = pick_dtype(recipe.model.dtype, dense, torch.device(device.kind))
-    most, least = (len(dense) - target.fewer for target in (plan.targets[0], plan.targets[-1]))
-
-    def row(what: str, needed: int, advice: str) -> dict[str, Any]:
-        fits = needed <= room
-        return {
-            "what": what,
-            "bytes": needed,
-            "room": room,
-            "fits": fits,
-            "advice": "" if fits else advice,
-        }
-
-    windows, length = recipe.importance.batch, recipe.calibration.length
-    scored = replica_bytes(dense, dtype, windows, length)
-    what = "each replica" if recipe.spec.choice == "none" else "scoring, each replica"
-    yield row(what, scored, "a lower importance.batch needs less")
-    if recipe.spec.choice == "gates":
-        needed, advice = gating_bytes(recipe, dense, dtype), "method: mi needs no gradients"
-        yield row("training the gates, one replica", needed, advice)
-    if recipe.spec.trains:
-        needed = training_bytes(recipe, dense, dtype, plan.rounds)
-        needed += activation_bytes(recipe, dense, dtype)
-        advice = shortage(recipe, dense, dtype, plan.rounds, room)
-        yield row("fine-tuning, each worker", needed, advice)
-    if recipe.heal:
-        needed = healing_bytes(recipe, dense, dtype, most)
-        advice = healing_shortage(recipe, dense, dtype, most, room)
-        yield row("healing, each worker", needed, advice)
-    if recipe.search:
-        needed = trial_bytes(recipe, dense, dtype, least)
-        yield row(
-            "search, each replica", needed, search_shortage(recipe, dense, dtype, least, room)
-        )

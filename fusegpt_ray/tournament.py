@@ -7,6 +7,7 @@ Shapes: W windows, T tokens.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +69,9 @@ class Tournament:
     """Of the blocks of what is healed."""
     looked: list[str] = field(default_factory=list)
     """The ways by which a set was looked for already."""
+    _before: float = field(default=0.0, init=False)
+    """Seconds that attempts took which were stopped, as far as they were noted."""
+    _began: float = field(default=0.0, init=False)
 
     def removal(self, count: int) -> tuple[Removal, dict[str, Any]]:
         """So many blocks in the order in which to remove them; and what the manifest tells. What
@@ -79,6 +83,7 @@ class Tournament:
             UserError: no way leads to a set.
         """
         noted = self.journal.kept("search", 0, self.show.say) or {"looked": [], "entrants": []}
+        self._before, self._began = noted.get("seconds", 0.0), time.monotonic()
         noted_sets = [
             Entrant(**{**item, "removed": tuple(item["removed"])}) for item in noted["entrants"]
         ]
@@ -101,6 +106,7 @@ class Tournament:
         record = {
             "tokens": tokens_of(self._trial).size,
             "tried": [vars(entrant).copy() for entrant in entrants],
+            "seconds": self._seconds,
         }
         return best.removed, record
 
@@ -172,7 +178,12 @@ class Tournament:
 
     def _keep(self, entrants: Sequence[Entrant]) -> None:
         noted = {"looked": self.looked, "entrants": [vars(entrant) for entrant in entrants]}
-        self.journal.keep("search", 0, noted)
+        self.journal.keep("search", 0, noted | {"seconds": self._seconds})
+
+    @property
+    def _seconds(self) -> float:
+        """Until now."""
+        return round(self._before + time.monotonic() - self._began, 3)
 
 
 def _loss(entrant: Entrant) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fusegpt_ray.judge import Judge
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
+from fusegpt_ray.publishing.publish import versions
 from fusegpt_ray.rounds import fewer_at_once
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.done import Done, moved
@@ -17,6 +19,10 @@ from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 from fusegpt_ray.workers.room import Held
 
+STAGE_SECONDS = "stage_seconds"
+"""In journal and manifest: seconds of the planned stages that no record of a round or of healing
+tells of."""
+
 
 @dataclass(frozen=True)
 class Worked:
@@ -25,6 +31,8 @@ class Worked:
     target: Target
     rounds: Sequence[Done]
     healed: Done | None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By stage, of those outside of rounds and healing."""
 
     def facts(self, plan: Plan, workers: Workers, windows: Windows) -> dict[str, Any]:
         """
@@ -48,13 +56,60 @@ class Worked:
         }
 
     def measured(
-        self, judged: Callable[[Stack], Mapping[str, Any]], journal: Journal, model: Stack
+        self, judge: Judge, stages: Mapping[str, Stack], journal: Journal, model: Stack
     ) -> dict[str, Any]:
         """What is said of the published model, and what the run has spent until then."""
         assert journal.budget
-        stages, keys = moved(self.rounds, self.healed).values(), ("read", "written")
-        total = {f"bytes_{key}": sum(stage[key] for stage in stages) for key in keys}
-        return {**judged(model), SPENT: journal.budget.spent | total}
+        moves, keys = moved(self.rounds, self.healed).values(), ("read", "written")
+        total = {f"bytes_{key}": sum(stage[key] for stage in moves) for key in keys}
+        before = judge.seconds
+        told = judge.measure(self.target.folder, stages, model)
+        took = added(self.seconds, {"evaluation": judge.seconds - before})
+        return {**told, STAGE_SECONDS: took, SPENT: journal.budget.spent | total}
+
+
+@dataclass
+class Begun:
+    """What can be told of a run before its first round, noted in its journal for whoever looks
+    while it is under way.
+    """
+
+    journal: Journal
+    facts: Mapping[str, Any]
+    seconds: dict[str, float]
+    """By stage, of those that are over then, also in attempts that were stopped."""
+
+    @classmethod
+    def noted(
+        cls,
+        plan: Plan,
+        workers: Workers,
+        journal: Journal,
+        say: Callable[[str], None],
+        generating: float,
+    ) -> Begun:
+        """`generating`: seconds that the dense model has just written text for."""
+        before = (journal.kept("plan", 0, say) or {}).get(STAGE_SECONDS, {})
+        facts = {"dense_blocks": len(plan.model.stack), "versions": versions()}
+        facts |= planned(plan, plan.targets[-1], workers)
+        found = cls(journal, facts, added(before, {"generating": generating}))
+        found._keep()
+        return found
+
+    def judged(self, judge: Judge) -> None:
+        """The dense model has been measured."""
+        self.facts = {**self.facts, "perplexity": judge.of_dense}
+        self.seconds = added(self.seconds, {"evaluation": judge.seconds})
+        self._keep()
+
+    def _keep(self) -> None:
+        self.journal.keep("plan", 0, {**self.facts, STAGE_SECONDS: self.seconds})
+
+
+def added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """By stage; those that took no time are left out."""
+    sums = {key: seconds.get(key, 0.0) + more.get(key, 0.0) for key in [*seconds, *more]}
+    return {key: round(value, 3) for key, value in sums.items() if value}
 
 
 def planned(plan: Plan, target: Target, workers: Workers) -> dict[str, Any]:

@@ -200,8 +200,8 @@ SLOW = (
                 f"other_processors.py::test_a_run_on_images[{name}]"
                 for name in ("llava_onevision", "idefics3", "gemma3", "internvl", "paligemma")
             ),
-            "report.py::test_a_run_stopped_in_healing",
-            "report.py::test_a_run_stopped_in_its_tournament",
+            "report_under_way.py::test_a_run_stopped_in_healing",
+            "report_under_way.py::test_a_run_stopped_in_its_tournament",
             "samples_about_images.py::test_text_samples_stay_where_images_cannot_be_asked_about",
             "tournament.py::test_a_run_removes_what_won_and_goes_on_after_any_trial",
             "tournament.py::test_a_set_whose_healing_diverges_loses",

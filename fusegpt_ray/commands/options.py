@@ -24,7 +24,7 @@ recipe_argument = click.argument(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet_option = click.option(
-    "--quiet", is_flag=True, help="Say nothing on the way; only errors, and what --json prints."
+    "--quiet", is_flag=True, help="Say nothing on the way: only errors and the result."
 )
 models_argument = click.argument(
     "models",

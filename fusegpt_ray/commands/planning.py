@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fusegpt_ray.commands.options import json_option, recipe_options, say_outcome, silent
+from fusegpt_ray.commands.options import (
+    json_option,
+    quiet_option,
+    recipe_options,
+    say_outcome,
+    silent,
+)
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from fusegpt_ray.fitting import There
+    from fusegpt_ray.recipe.cluster_section import Cluster
 
 
 @click.command()
@@ -21,7 +33,8 @@ if TYPE_CHECKING:
 @click.option("--data", metavar="TEXT", help="Text to calibrate on (default: WikiText-2).")
 @click.option("--output", default="recipe.yaml", show_default=True, help="The file to write.")
 @json_option
-def init(model: str, data: str | None, output: str, as_json: bool) -> None:
+@quiet_option
+def init(model: str, data: str | None, output: str, as_json: bool, quiet: bool) -> None:
     """Write a commented recipe for a model and this machine."""
     if Path(output).exists():
         raise UserError("--output", output, "there is such a file already", "give another name")
@@ -33,15 +46,18 @@ def init(model: str, data: str | None, output: str, as_json: bool) -> None:
     text = first_recipe(model, Device.here(), torch.cuda.device_count(), data)
     with open(output, "x") as file:
         file.write(text)
-    told = f"{output}: look it through, then: fusegpt plan {output}"
+    told = output if quiet else f"{output}: look it through, then: fusegpt plan {output}"
     click.echo(json.dumps({"recipe": output}) if as_json else told)
 
 
 @click.command()
 @recipe_options
 @json_option
+@quiet_option
 @click.pass_context
-def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool) -> None:
+def validate(
+    context: click.Context, recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool
+) -> None:
     """List all mistakes of a recipe at once.
 
     Keys and values first; if they are right, the model, the texts and the output, too; of a
@@ -58,7 +74,7 @@ def validate(context: click.Context, recipe: str, settings: tuple[str, ...], as_
     else:
         for error in found:
             say_outcome("error:", error)
-        if not found:
+        if not found and not quiet:
             click.echo(f"good: {recipe}")
     if found:
         context.exit(2)
@@ -92,6 +108,7 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     "--probe", is_flag=True, help="Measure for 20 seconds how fast this machine is, and use that."
 )
 @json_option
+@quiet_option
 def plan(
     recipe: str,
     settings: tuple[str, ...],
@@ -99,6 +116,7 @@ def plan(
     gpus: int | None,
     probe: bool,
     as_json: bool,
+    quiet: bool,
 ) -> None:
     """Tell what a run will cost, and whether it fits.
 
@@ -115,6 +133,8 @@ def plan(
 
     data = read_recipe(recipe, settings)
     known = find_gpu(gpu) if gpu else None
+    if probe and not quiet:
+        click.echo("measuring this machine, which takes about 20 seconds", err=True)
     many = planning_many.asked_by(data)
     result = (planning_many.planned if many else _planned)(data, known, gpus, probe)
     if as_json:
@@ -131,10 +151,12 @@ def _planned(
     checked = Recipe.parse(data)
     from fusegpt_ray import outlook
     from fusegpt_ray import plan as plans
+    from fusegpt_ray.scheduling import forecast
     from fusegpt_ray.workers.room import Held
 
     planned = plans.plan(checked, silent(), looks=True)
-    device = outlook.Device.named(gpu) if gpu else outlook.Device.here()
+    there, kind = _there(planned.recipe.cluster, gpu, gpus)
+    device = outlook.Device.named(kind) if kind else outlook.Device.here()
     held = Held.alone(planned.recipe.cluster, planned.recipe.trains)
     # Processes on a CPU share its cores.
     count = gpus or (held.gpus or 1 if device.kind == "cuda" else 1)
@@ -143,7 +165,35 @@ def _planned(
         from fusegpt_ray.probe import probe as measure
 
         measured = measure(planned)
-    return outlook.outlook(planned, device, count, measured)
+    told = outlook.outlook(planned, device, count, measured, there)
+    beside = forecast.beside_computing(planned.recipe, planned.cost, planned.rounds)
+    seconds = None if told["seconds"] is None else told["seconds"] + sum(beside.values())
+    return {**told, "beside_computing": beside, "whole_seconds": seconds}
+
+
+def _there(cluster: Cluster, gpu: str | None, gpus: int | None) -> tuple[There, str | None]:
+    """What is known of where the run will work, and its type of GPU, where that is not this
+    machine's: what was said, this machine, or a Ray cluster, which is asked unless something was
+    said.
+    """
+    from fusegpt_ray.cost.rates import find_gpu
+    from fusegpt_ray.fitting import There
+
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if gpu or (gpus and address and cluster.engine == "ray"):
+        return There(gpus), gpu
+    if not address or cluster.engine == "local":
+        return replace(There.here(), **({"gpus": gpus} if gpus else {})), None
+    from fusegpt_ray.distributed.connection import asked
+
+    there, kind = There(), None
+    with suppress(UserError):  # it need not be reached from here, and its GPUs need not be known
+        found = asked(cluster)
+        there = There(found.get("GPU", 0.0), found.get("CPU", 0.0))
+        types = [key.partition(":")[2] for key in found if key.startswith("accelerator_type:")]
+        if len(types) == 1:
+            kind = find_gpu(types[0])
+    return there, kind
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -168,6 +218,9 @@ def _show(result: dict[str, Any]) -> None:
         if width := target["width"]:
             change = f"the hidden size becomes {width}, {become} stay"
         say(f"  {target['name']}: {change}")
+    say("order of the work:")
+    for step in result["order"]:
+        say(f"  {step}")
     timed = result["seconds"] is not None
     priced = result["price"] is not None
     more = ["time"] * timed + ["price"] * priced
@@ -190,14 +243,37 @@ def _show(result: dict[str, Any]) -> None:
             many = f"{result['gpus']:g} × {many}"
         price = f", for {result['price']:,.2f}" if priced else ""
         say(f"{total}, {duration(result['seconds'])} of computing on {many}{probed}{price}")
+        for line in _whole(result):
+            say(line)
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
         say("--probe measures it, --gpu H100 tells of another")
     for table in _of_memory_and_bytes(result):
         console.print(table)
-    for line in (*over_budget(result["budget"]), *(row["advice"] for row in result["memory"])):
+    for line in _lacking(result):
+        say(line)
+    rows = (*result["memory"], *result["storage"])
+    for line in (*over_budget(result["budget"]), *(row["advice"] for row in rows)):
         if line:
             say(line)
+
+
+def _whole(result: Mapping[str, Any]) -> Iterator[str]:
+    from fusegpt_ray.commands.planning_many import assumed
+    from fusegpt_ray.report import duration
+
+    yield f"with starting, rounds and publishing {duration(result['whole_seconds'])};"
+    yield from assumed()
+
+
+def _lacking(result: Mapping[str, Any]) -> Iterator[str]:
+    """Without what the run does not begin."""
+    for row in result["processes"]:
+        there = "not known" if row["there"] is None else f"{row['there']:g}"
+        yield f"{row['what']}: {row['needs']:g} needed, there: {there}"
+        if row["advice"]:
+            yield "  too few, so that the run would not begin;"
+            yield f"  {row['advice']}"
 
 
 def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
@@ -205,11 +281,7 @@ def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
 
     from fusegpt_ray.report import byte_count
 
-    memory = Table("memory", "needs", "of", "")
-    for row in result["memory"]:
-        fits = "fits" if row["fits"] else "does not fit"
-        memory.add_row(row["what"], byte_count(row["bytes"]), byte_count(row["room"]), fits)
-    yield memory
+    yield _rooms("memory", result["memory"])
     traffic = Table("weights, at most", "read", "written")
     for column in traffic.columns[1:]:
         column.justify = "right"
@@ -217,8 +289,19 @@ def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
         moved = (byte_count(row[key]) if row[key] else "–" for key in ("read", "written"))
         traffic.add_row(row["stage"], *moved)
     yield traffic
-    storage = Table("storage, at most", "bytes")
-    storage.columns[1].justify = "right"
-    for row in result["storage"]:
-        storage.add_row(row["what"], byte_count(row["bytes"]))
-    yield storage
+    yield _rooms("storage, at most", result["storage"])
+
+
+def _rooms(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Bytes beside the room for them, where that is known."""
+    from rich.table import Table
+
+    from fusegpt_ray.report import byte_count
+
+    known = any(row["room"] is not None for row in rows)
+    table = Table(title, "needs", *(("of", "") if known else ()))
+    for row in rows:
+        room = "–" if row["room"] is None else byte_count(row["room"])
+        fits = {None: "", True: "fits", False: "does not fit"}[row["fits"]]
+        table.add_row(row["what"], byte_count(row["bytes"]), *((room, fits) if known else ()))
+    return table

@@ -125,7 +125,6 @@ def _table(result: dict[str, Any]) -> Table:
 
 def _times(result: dict[str, Any]) -> Iterator[str]:
     from fusegpt_ray.report import duration
-    from fusegpt_ray.scheduling.forecast import PUBLISHED_A_SECOND, ROUND_SECONDS, START_SECONDS
 
     if result["seconds"] is None:
         yield f"how fast {result['device']} is, is not known:"
@@ -138,6 +137,13 @@ def _times(result: dict[str, Any]) -> Iterator[str]:
         )
         text += f", for {result['price']:,.2f}" if result["price"] is not None else ""
     yield text
+    yield from assumed()
+
+
+def assumed() -> Iterator[str]:
+    """What is counted beside computing."""
+    from fusegpt_ray.scheduling.forecast import PUBLISHED_A_SECOND, ROUND_SECONDS, START_SECONDS
+
     per_second = f"{PUBLISHED_A_SECOND / 1e9:g} GB published a second"
     yield f"assumed beside computing: {ROUND_SECONDS:g} s a round, {START_SECONDS:g} s for a start"
     yield f"of workers, {per_second}; reading texts and models is left out"

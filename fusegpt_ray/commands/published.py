@@ -84,23 +84,28 @@ def _to_pull(uri: str, folder: str, members: Sequence[str], quiet: bool) -> list
 @click.command()
 @click.argument("uri", metavar="URI", help=PUBLISHED)
 @json_option
+@quiet_option
 @click.pass_context
-def verify(context: click.Context, uri: str, as_json: bool) -> None:
+def verify(context: click.Context, uri: str, as_json: bool, quiet: bool) -> None:
     """Compare a published model with what its manifest says.
 
-    The exit code is 1 if something is wrong.
+    The exit code is 1 if something is wrong; --quiet says nothing but that.
     """
-    from fusegpt_ray.publishing import verification
+    from rich.console import Console
 
-    result = verification.verify(uri)
+    from fusegpt_ray.publishing import verification
+    from fusegpt_ray.report import Transfer
+
+    show = Transfer(Console(stderr=True, quiet=True)) if quiet else None
+    result = verification.verify(uri, show)
     if as_json:
         click.echo(json.dumps(result))
     else:
         for row in result["problems"]:
             click.echo(f"{row['file']} {row['problem']}")
-        for row in result["remarks"]:
+        for row in [] if quiet else result["remarks"]:
             click.echo(f"remark: {row['file']} {row['remark']}")
-        if result["good"]:
+        if result["good"] and not quiet:
             told = f"{result['model']}, {result['files']} files, {result['bytes']} bytes"
             click.echo(f"good: {told}")
     if not result["good"]:

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from fusegpt_ray.commands.options import json_option
+from fusegpt_ray.commands.options import json_option, quiet_option
 
 _WHOSE = "Folder of a published model, a run, a comparison or a family."
 
@@ -20,7 +20,8 @@ _WHOSE = "Folder of a published model, a run, a comparison or a family."
     help="Where to write it; an older report is replaced (default: report.html).",
 )
 @json_option
-def report(uri: str, output: str, as_json: bool) -> None:
+@quiet_option
+def report(uri: str, output: str, as_json: bool, quiet: bool) -> None:
     """Draw a model, a run, a comparison or a family as one page of HTML.
 
     Also of what is under way. It is made from the manifest, the journal, table.json or family.json
@@ -28,6 +29,7 @@ def report(uri: str, output: str, as_json: bool) -> None:
     """
     from fusegpt_ray.reporting.place import write
 
+    del quiet  # nothing but the result is said in any case
     path = write(_page(uri, output), output)
     click.echo(json.dumps({"report": path}) if as_json else path)
 

@@ -8,12 +8,17 @@ from dataclasses import asdict
 
 import click
 
-from fusegpt_ray.commands.options import json_option
+from fusegpt_ray.commands.options import json_option, quiet_option
 
 
 @click.command()
 @click.argument("uri", metavar="URI", help="An output.uri, or the folder of one run or model.")
-@click.option("--watch", is_flag=True, help="Again and again, until no run is at work any more.")
+@click.option(
+    "--watch",
+    is_flag=True,
+    help="Again and again, until no run is at work any more; with --json a line each time, with "
+    "--quiet only the last time.",
+)
 @click.option(
     "--every",
     type=click.FloatRange(min=0.1),
@@ -22,7 +27,8 @@ from fusegpt_ray.commands.options import json_option
     help="Between two looks of --watch (default: 5).",
 )
 @json_option
-def status(uri: str, watch: bool, every: float, as_json: bool) -> None:
+@quiet_option
+def status(uri: str, watch: bool, every: float, as_json: bool, quiet: bool) -> None:
     """Show the models and runs below an output URI, and what they are doing."""
     from rich.console import Console
 
@@ -31,13 +37,14 @@ def status(uri: str, watch: bool, every: float, as_json: bool) -> None:
     console = Console()
     while True:
         result = runs.status(uri)
-        if as_json:
+        last = not watch or all(run["state"] != "alive" for run in result["runs"])
+        if as_json and (last or not quiet):
             click.echo(json.dumps(result))
-        else:
-            if watch and console.is_terminal:
+        elif last or not quiet:
+            if watch and console.is_terminal and not quiet:
                 console.clear()
             runs.show(result, console)
-        if not watch or all(run["state"] != "alive" for run in result["runs"]):
+        if last:
             return
         time.sleep(every)
 
@@ -54,7 +61,8 @@ def status(uri: str, watch: bool, every: float, as_json: bool) -> None:
     help="Without a sign of life → dead (default: 10).",
 )
 @json_option
-def clean(uri: str, yes: bool, unfinished: bool, age: float, as_json: bool) -> None:
+@quiet_option
+def clean(uri: str, yes: bool, unfinished: bool, age: float, as_json: bool, quiet: bool) -> None:
     """List, or remove, what dead runs and pulls have left."""
     from fusegpt_ray.run import housekeeping
 
@@ -70,6 +78,8 @@ def clean(uri: str, yes: bool, unfinished: bool, age: float, as_json: bool) -> N
         goes = "would remove" if item.dead and not yes else "kept"
         verb = "removed" if item in removed else goes
         click.echo(f"{verb:<12}  {item.uri}  {byte_count(item.size)}  {item.what}")
+    if quiet:
+        return
     dead = [item for item in found if item.dead]
     if dead and not yes:
         size = byte_count(sum(item.size for item in dead))

@@ -11,6 +11,7 @@ from math import ceil, prod
 import torch
 
 from fusegpt_ray.cost.matrices import Matrices, attention_heads, largest_block, matrices
+from fusegpt_ray.fusion.compensation import PIECES
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
@@ -21,6 +22,10 @@ from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4
 """Values for each that learns: itself, its gradient and Adam's two moments."""
+ADAM_KEPT = 3
+"""Of these, a training checkpoint keeps all but the gradient."""
+FLOAT64 = 8
+"""Bytes."""
 LOGITS = 6
 """Float32 copies of a chunk's logits that exist at once: of both models, as they come, as
 distributions, and as a gradient."""
@@ -90,15 +95,10 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     micro_batch = cluster.micro_batch or heal.batch // cluster.workers
     tokens = micro_batch * recipe.calibration.length
     weights = kept * sum(elements(block.weights) for block in dense.blocks) // len(dense)
-    all_matrices = matrices(dense, dense.blocks)
     low_rank = heal.train == "lora"
-    updates = kept * heal.rank * all_matrices.sides // len(dense)
-    learns, frozen = (updates, weights) if low_rank else (weights, 0)
-    if heal.train == "new":
-        learns = weights * (kept - len(dense)) // kept
-        frozen = weights - learns
-    formed = learns  # each block has its own of these; a group learns them once
-    learns = ceil(learns / (heal.share or 1))
+    formed = _formed(recipe, dense, kept)  # each block has its own of these; …
+    learns = ceil(formed / (heal.share or 1))  # … a group learns them once
+    frozen = weights if low_rank else weights - formed
     parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
     state = 4 * learns * (2 * parts[0] + parts[1] + parts[2])  # Adam's moments, gradients, masters
     gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
@@ -120,6 +120,51 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     logits = LOGITS * 4 * min(CHUNK, tokens) * vocabulary
     trunks = 1 + recipe.spec.narrows  # a narrower model has one of its own
     return int(held) + passing + logits + trunks * _in(dtype, dense.trunk)
+
+
+def _formed(recipe: Recipe, dense: Stack, kept: int) -> int:
+    """Numbers that change when a model of `kept` blocks is healed, of all its blocks."""
+    heal = recipe.heal
+    assert heal is not None
+    if heal.train == "lora":
+        return kept * heal.rank * matrices(dense, dense.blocks).sides // len(dense)
+    weights = kept * sum(elements(block.weights) for block in dense.blocks) // len(dense)
+    return weights * (kept - len(dense)) // kept if heal.train == "new" else weights
+
+
+def checkpoint_bytes(recipe: Recipe, dense: Stack, rounds: int, kept: int) -> int:
+    """Of two training checkpoints of all workers, the last and the one that takes its place, of
+    that training of which they are largest: what learns and Adam's two moments, in float32; in
+    healing also what learned at the best look so far.
+    """
+    learned = [0]
+    if recipe.trains_groups:
+        donors = rounds if recipe.fusion.fold == "at_end" else 1
+        learned.append(ADAM_KEPT * trained_elements(recipe, dense, donors))
+    if recipe.spec.light:
+        learned.append(ADAM_KEPT * max(elements(block.weights) for block in dense.blocks))
+    if recipe.heal:
+        formed = ceil(_formed(recipe, dense, kept) / (recipe.heal.share or 1))
+        learned.append((ADAM_KEPT + 1) * formed)
+    return 2 * 4 * max(learned)
+
+
+def sums_bytes(recipe: Recipe, dense: Stack) -> int:
+    """What replicas send to be solved in closed form, of all pieces of the windows at once: of a
+    repair, or of a smaller hidden size. See `fusion.least_squares.Moments`.
+    """
+    hidden = int(read_config(dense.config).get_text_config().hidden_size)
+    windows, batch = recipe.calibration.windows, recipe.importance.batch
+    pieces = min(PIECES, ceil(windows / batch))
+    if recipe.spec.narrows:
+        return pieces * FLOAT64 * hidden**2
+    if not recipe.repairs:
+        return 0
+    longest = matrices(dense, dense.blocks).longest
+    x, y = {"linear": (longest, hidden), "matrix": (hidden, hidden)}.get(
+        recipe.fusion.start, (1, 1)
+    )
+    return pieces * FLOAT64 * x * (x + y)
 
 
 def waiting_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:

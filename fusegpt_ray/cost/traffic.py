@@ -2,8 +2,9 @@
 
 All is the most that it can be, as far as states of all windows fit into a process at once: blocks
 are read once for each walk of each process where weights are streamed, and once by each replica
-where it keeps them. Training workers stream them. What learns is written in float32. The headers of
-files are not counted.
+where it keeps them; those of a published model are read for each walk. Training workers stream
+them. What learns is written in float32. The headers of files are not counted. Of text that the
+dense model writes, the most is not known, since it may end early: it is counted as if it did not.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from fusegpt_ray.workers.room import Held
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
+TASKS_EACH = 4
+"""Tasks of each replica that keeps the weights, in evaluation; see `evaluation.py`."""
+ROWS = 16
+"""Prompts that are continued on one walk; see `generation.py`."""
+QUESTIONS = 2
+"""About images, that a run finds by itself; see `sample_prompts.py`."""
 FLOAT32 = 4
 """Bytes."""
 
@@ -52,6 +59,7 @@ def traffic(
     """
     whole = stored_bytes(dense.blocks)
     found = [
+        Traffic("generating", read=_generating(recipe, dense, cost, held, streams)),
         Traffic("search", read=_search(recipe, dense, targets, held, streams)),
         Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
         Traffic("states", read=_states(recipe, dense, cost, held)),
@@ -61,6 +69,10 @@ def traffic(
         read = len(targets) * (heal.looks + 1) * held.workers * whole if heal.loss == "kl" else 0
         written = sum(len(dense) - target.fewer for target in targets) * _learned(dense)
         found.append(Traffic("healing", read, written))
+    found += [
+        Traffic("evaluation", read=_evaluation(recipe, dense, targets, held, streams)),
+        Traffic("samples", read=_samples(recipe, dense, targets)),
+    ]
     published = sum(cost.published_bytes.values())
     found.append(Traffic("publishing", published, published))
     return [row for row in found if row.read or row.written]
@@ -125,6 +137,62 @@ def _search(
             found += held.replicas * _scored(settings, dense, fewer, not settings.all)
         found += 3 * whole
     return found
+
+
+def _generating(recipe: Recipe, dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
+    """Each part of the text is written by a walk of its own."""
+    walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "generating")
+    windows = walked // len(dense)
+    # A prompt may take half of a window, so that a part has as many windows twice.
+    walks = -(-2 * windows // ROWS) if streams else min(held.replicas, windows)
+    return walks * stored_bytes(dense.blocks)
+
+
+def _evaluation(
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+) -> int:
+    """Also for the checks that the source is read as it is, and each published model. What a
+    replica keeps of the dense model, it may read here for the first time.
+    """
+    whole, texts = stored_bytes(dense.blocks), len(recipe.evaluation)
+    tasks = held.replicas * (1 if streams else TASKS_EACH)
+    found = 2 * whole + held.replicas * whole * (max(texts, 1) if streams else 1)
+    for target in targets:
+        kept = _kept(dense, target)
+        *others, last = _stages(recipe, dense, target)
+        walks = texts * (tasks * kept + held.replicas * (sum(others) + kept * streams))
+        found += walks + 3 * kept + last
+    return found
+
+
+def _kept(dense: Stack, target: Target) -> int:
+    """Of a published model's blocks."""
+    return stored_bytes(dense.blocks) * (len(dense) - target.fewer) // len(dense)
+
+
+def _stages(recipe: Recipe, dense: Stack, target: Target) -> list[int]:
+    """Bytes of the stacks that a published model was on its way, the last of which it is."""
+    kept, rounds = _kept(dense, target), target.rounds
+    light = _learned(dense) if recipe.spec.light else 0
+    trained = kept + _changed(recipe, dense, rounds) + _terms(recipe, dense, rounds) + light
+    healed = (len(dense) - target.fewer) * _learned(dense)
+    repaired = recipe.trains_groups and recipe.repairs and recipe.evaluation
+    return [
+        *([kept + rounds * _learned(dense)] if repaired else []),
+        trained,
+        *([healed] if recipe.heal else []),
+    ]
+
+
+def _samples(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> int:
+    """Each prompt is continued by a walk of its own, by the dense model once. Where a run has
+    images, it may ask about some of them.
+    """
+    prompts = len(recipe.output.samples)
+    if prompts and recipe.keys_of_images:
+        prompts += QUESTIONS
+    models = stored_bytes(dense.blocks) + sum(_kept(dense, target) for target in targets)
+    return prompts * models
 
 
 def _changed(recipe: Recipe, dense: Stack, rounds: int) -> int:

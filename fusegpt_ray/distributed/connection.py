@@ -94,6 +94,19 @@ class Connection:
             ray.shutdown()
 
 
+def asked(cluster: Cluster) -> dict[str, float]:
+    """What the cluster has that is named, where `cluster.labels` lets processes run; Ray's names.
+
+    Raises:
+        UserError: no cluster answers.
+    """
+    connection = Connection.open(cluster)
+    try:
+        return resources(cluster)
+    finally:
+        connection.close()
+
+
 def gpus_of(cluster: Cluster) -> float:
     """GPUs that each process takes."""
     if cluster.gpus_per_replica is not None:

@@ -146,7 +146,20 @@ def _check_cache(uri: str) -> None:
 def _rows(
     checkpoints: Sequence[Checkpoint], suite: Suite, how: How, cluster: Cluster, show: Display
 ) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
-    """Of each model, as they are done: its number, its numbers, and what is to be said of them."""
+    """Of each model, as they are done: its number, its numbers, and what is to be said of them.
+    What stops it is told what is kept.
+    """
+    try:
+        yield from _each(checkpoints, suite, how, cluster, show)
+    except KeyboardInterrupt as stop:
+        kept = f"What was measured is in {how.cache}; the same command goes on with the rest."
+        stop.add_note(kept if how.cache else f"Nothing is kept without {CACHE}.")
+        raise
+
+
+def _each(
+    checkpoints: Sequence[Checkpoint], suite: Suite, how: How, cluster: Cluster, show: Display
+) -> Iterator[tuple[int, list[dict[str, Any]], list[str]]]:
     if cluster.engine == "local":
         device = "cuda" if torch.cuda.is_available() else "cpu"
         for number, checkpoint in enumerate(checkpoints):

@@ -51,6 +51,8 @@ def charts(facts: Facts) -> list[Chart]:
 def _perplexities(facts: Facts) -> Iterator[Chart]:
     for text, row in facts.perplexity.items():
         stages = [*row.by_stage.items()]
+        if len(stages) == 1:  # so far, the dense model's alone
+            continue
         base = alt.Chart().encode(
             x=alt.X("stage:N", sort=None, title=None, axis=alt.Axis(labelAngle=0)),
             y=alt.Y("perplexity:Q", scale=alt.Scale(zero=False, padding=16)),

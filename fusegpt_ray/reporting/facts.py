@@ -38,6 +38,8 @@ from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.public import public
 
 WEIGHTS = ".safetensors"
+ON_THE_WALK = ("repair", "slicing")
+"""Stages whose sums are made while the states are walked."""
 
 
 class Facts(Part):
@@ -62,6 +64,8 @@ class Facts(Part):
     planned_bytes: list[PlannedBytes] = []
     moved: dict[str, Moved] = {}
     """By stage, what it was."""
+    stage_seconds: dict[str, FiniteFloat] = {}
+    """Of planned stages outside of rounds, healing and the tournament."""
     spent: Spent | None = None
     samples: list[Sample] = []
     sparsity: FiniteFloat | None = None
@@ -136,15 +140,25 @@ class Facts(Part):
     def worked(self) -> list[tuple[Planned, float]]:
         """The planned stages whose time was taken, with the seconds that each took."""
         healing = self.healing.seconds if self.healing else {}
+        of_rounds = self._of_rounds
         taken = {
-            stage: sum(round.seconds.get(key, 0.0) for round in self.rounds)
-            for stage, key in (
-                ("scoring", "score"),
-                ("states", "states"),
-                ("fine-tuning", "finetune"),
-            )
-        } | {"healing": sum(healing.values())}
-        return [(row, taken[row.stage]) for row in self.planned if taken.get(row.stage)]
+            **self.stage_seconds,
+            "search": self.search.seconds if self.search else 0.0,
+            "scoring": of_rounds["score"],
+            "states": of_rounds["states"] + self.stage_seconds.get("repair", 0.0),
+            "fine-tuning": of_rounds["finetune"],
+            "healing": sum(healing.values()),
+        }
+        rows = together(self.planned)
+        return [(row, taken[of]) for of, row in rows.items() if taken.get(of)]
+
+    @property
+    def _of_rounds(self) -> dict[str, float]:
+        """Seconds of all rounds together."""
+        return {
+            key: sum(round.seconds.get(key, 0.0) for round in self.rounds)
+            for key in ("score", "states", "finetune")
+        }
 
     @property
     def traffic(self) -> list[tuple[PlannedBytes, Moved]]:
@@ -159,14 +173,13 @@ class Facts(Part):
         """By stage, those of all rounds together; nothing where no time was taken."""
         healing = self.healing.seconds if self.healing else {}
         publishing = self.publishing.seconds if self.publishing else 0.0
-        of_rounds = {
-            key: sum(round.seconds.get(key, 0.0) for round in self.rounds)
-            for key in ("score", "states", "finetune")
-        }
+        of_rounds = self._of_rounds
         spec = METHOD_SPECS.get(self.method)
         trained = "the light block" if spec and spec.light else "groups"
         states = "states" if spec and not spec.trains_groups else "states of groups"
         found = {
+            "text of the dense model": self.stage_seconds.get("generating", 0.0),
+            "tournament": self.search.seconds if self.search else 0.0,
             "scoring": of_rounds["score"],
             states: of_rounds["states"],
             f"training of {trained}": of_rounds["finetune"],
@@ -175,6 +188,25 @@ class Facts(Part):
             "writing": publishing,
         }
         return {stage: seconds for stage, seconds in found.items() if seconds > 0}
+
+
+def together(planned: Sequence[Planned]) -> dict[str, Planned]:
+    """By stage; those whose time is taken as one, because replicas do them on the same walk, are
+    one row: "states and repair".
+    """
+    rows: dict[str, Planned] = {}
+    for row in planned:
+        if row.stage not in ON_THE_WALK or "states" not in rows:
+            rows[row.stage] = row
+            continue
+        walk = rows["states"]
+        known = walk.seconds is not None and row.seconds is not None
+        rows["states"] = Planned(
+            stage=f"{walk.stage} and {row.stage}",
+            flops=walk.flops + row.flops,
+            seconds=(walk.seconds or 0.0) + (row.seconds or 0.0) if known else None,
+        )
+    return rows
 
 
 def facts(uri: str) -> Facts:

@@ -17,6 +17,7 @@ from fusegpt_ray.report import byte_count, duration, flop_count
 from fusegpt_ray.reporting.charts import Chart, charts
 from fusegpt_ray.reporting.facts import Facts
 from fusegpt_ray.reporting.place import OURS
+from fusegpt_ray.reporting.shapes import Perplexity
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 
@@ -109,10 +110,17 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
     for text, row in found.perplexity.items():
         if row.undone is not None:
             told.append((f"damage undone on {text}", f"{row.undone:.0%}"))
-    for text, row in found.perplexity.items():
-        values = (f"{stage} {value:.2f}" for stage, value in row.by_stage.items())
-        told.append((f"perplexity on {text}", " → ".join(values)))
+    told += [(f"perplexity on {text}", _by_stage(row)) for text, row in found.perplexity.items()]
+    if done := [other for other in found.others if other.name]:
+        told.append(("published so far", ", ".join(other.name for other in done)))
+    for other in done:
+        for text, row in other.perplexity.items():
+            told.append((f"perplexity of {other.name} on {text}", _by_stage(row)))
     return told
+
+
+def _by_stage(row: Perplexity) -> str:
+    return " → ".join(f"{stage} {value:.2f}" for stage, value in row.by_stage.items())
 
 
 def _spent(found: Facts) -> list[tuple[str, str]]:

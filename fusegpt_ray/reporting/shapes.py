@@ -55,7 +55,8 @@ class Estimate(Part):
 
 
 class Repair(Part):
-    block: int
+    block: int | None = None
+    """None: nothing was repaired."""
 
 
 class Copy(Part):
@@ -81,8 +82,8 @@ class Round(Part):
     @property
     def into(self) -> list[int]:
         """The blocks that took over from the removed one."""
-        changed = [*self.group, *([self.repair.block] if self.repair else [])]
-        return sorted({*changed} - {self.removed})
+        changed = {*self.group, self.repair.block if self.repair else None}
+        return sorted(block for block in changed - {self.removed} if block is not None)
 
 
 class Width(Part):
@@ -112,6 +113,7 @@ class Tried(Part):
 
 class Search(Part):
     tokens: int | None = None
+    seconds: FiniteFloat = 0.0
     tried: list[Tried]
 
 
@@ -151,5 +153,8 @@ class Source(Part):
 class Other(Part):
     """Another model that the same run published."""
 
-    sparsity: FiniteFloat
+    name: str = ""
+    """Only told of a run that is under way."""
+    sparsity: FiniteFloat | None = None
+    """None: it was made deeper."""
     perplexity: dict[str, Perplexity] = {}

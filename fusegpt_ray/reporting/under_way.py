@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+from pydantic import ValidationError
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.reporting.prices import Spent
+from fusegpt_ray.reporting.shapes import Other
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.outputs import IDENTITY, Run
 from fusegpt_ray.store.manifest import KEY
@@ -26,28 +30,37 @@ def under_way(run: Run) -> dict[str, Any]:
             "give the folder of a run that has begun, or of a published model",
         )
     rounds = run.rounds
-    recipe, config = identity["recipe"], identity["model"]["config"]
+    recipe = identity["recipe"]
     done = f"{len(rounds)} of {run.heartbeat.get('rounds') or '?'} rounds done"
     state = f"stopped: {done}"
     if run.state() == "alive":
         state = f"at work: {done}, {run.heartbeat.get('doing') or 'starting'}"
     healed = (_healing(run, removed) for removed in range(len(rounds), 0, -1))
-    planned = (run.body("plan-000.json") or {}).get("note") or {}
+    known = (run.body("plan-000.json") or {}).get("note") or {}
     return {
         "gpu": identity.get("hardware", {}).get("gpu", ""),
-        **planned,
+        **known,
         "state": state,
         "source": {"name": recipe["model"]["source"], "revision": recipe["model"].get("revision")},
         "method": recipe["method"],
         "arithmetic": identity["arithmetic"],
         "recipe": recipe,
         "spent": Spent.told(run.heartbeat.get(SPENT)),
-        "dense_blocks": (config.get("text_config") or config).get("num_hidden_layers"),
         "width": rounds[-1].get("width") if rounds else None,
         "rounds": [*rounds, *_begun(run, len(rounds) + 1)],
         "healing": next(filter(None, healed), None),
         "search": _search(run),
+        "others": _published(run),
     }
+
+
+def _published(run: Run) -> list[Other]:
+    """The models that are there already; another hand's damage to one is no matter of this run."""
+    found = []
+    for name, told in run.published.items():
+        with suppress(ValidationError):
+            found.append(Other.model_validate({**told, "name": name}))
+    return found
 
 
 def _begun(run: Run, number: int) -> list[Mapping[str, Any]]:
@@ -74,6 +87,6 @@ def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
 
 
 def _search(run: Run) -> dict[str, Any] | None:
-    note = (run.body("search-000.json") or {}).get("note")
-    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]] if note else []
-    return {"tried": tried} if tried else None
+    note = (run.body("search-000.json") or {}).get("note") or {"entrants": []}
+    tried = [{**one, "held_out": one["held_out"] or []} for one in note["entrants"]]
+    return {"tried": tried, "seconds": note.get("seconds", 0.0)} if tried else None

@@ -34,7 +34,8 @@ ANEW = "use that run's recipe, data and model, another output.name, or --restart
 Note = Literal["sums", "scores", "perplexities", "samples", "search", "sharing", "plan"]
 """What is noted of a round that is under way: what its scoring has measured so far, and what it
 found. Before the first round: perplexities of dense blocks, what the dense model writes after
-prompts, the tournament so far, how far blocks change states, and the planned work."""
+prompts, the tournament so far, how far blocks change states, and the planned work with what else
+can be told then."""
 _GOES_ON = ("round-", "heal-", "sums-", "scores-", "search-")
 """How files begin from which it is worth to go on. Perplexities and samples alone are not: they are
 soon measured again, and a run that fails so early leaves nothing."""

@@ -194,17 +194,18 @@ class Run:
             return "alive"
         if IDENTITY not in self.folder.files:
             return "remains"
-        return "published" if self._published() else "unfinished"
+        wanted = self.heartbeat.get("models", [])
+        return "published" if wanted and len(self.published) == len(wanted) else "unfinished"
 
-    def _published(self) -> bool:
-        """Everything it was to publish is there, and is its own."""
-        parent = self.folder.uri.rsplit("/", 1)[0]
-        names, this = self.heartbeat.get("models", []), self.heartbeat.get("run")
-        try:
-            wanted = [Manifest.read(storage.join(parent, name)) for name in names]
-        except UserError:
-            return False
-        return bool(wanted) and all(model.data.get("run", "") == this for model in wanted)
+    @cached_property
+    def published(self) -> dict[str, Mapping[str, Any]]:
+        """The manifests of the models that it has published, by name."""
+        parent, this = self.folder.uri.rsplit("/", 1)[0], self.heartbeat.get("run")
+        found = {}
+        for name in self.heartbeat.get("models", []):
+            with suppress(UserError):  # it is not finished, or damaged
+                found[name] = Manifest.read(storage.join(parent, name)).data
+        return {name: data for name, data in found.items() if data.get("run", "") == this}
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,17 @@ def forecast(
     }
 
 
+def beside_computing(recipe: Recipe, cost: Cost, rounds: int) -> dict[str, float]:
+    """Seconds that are assumed for the start of workers, for what no GPU shortens of rounds, and
+    for publishing.
+    """
+    return {
+        "starting": START_SECONDS if recipe.cluster.engine == "ray" else 0.0,
+        "rounds": rounds * ROUND_SECONDS,
+        "publishing": sum(cost.published_bytes.values()) / PUBLISHED_A_SECOND,
+    }
+
+
 def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus: int) -> Work:
     """The seconds of a run.
 
@@ -150,13 +161,13 @@ def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus:
     """
     held = replace(Held.of(recipe.cluster, 1.0, recipe.trains, "turns"), gpus=gpus)
     seconds = cost.seconds(rates, held)
-    written = sum(cost.published_bytes.values()) / PUBLISHED_A_SECOND
+    beside = beside_computing(recipe, cost, rounds)
+    start, written = beside["starting"], beside["publishing"]
     measuring = seconds.pop("evaluation", 0.0)
     alone = sum(s.flops for s in cost.stages if s.name == "evaluation") / rates["evaluation"]
     # Where models are healed, each is published before the next one is.
     late = 1 / len(cost.published_bytes) if recipe.heal else 1.0
-    start = START_SECONDS if recipe.cluster.engine == "ray" else 0.0
-    kept = start + rounds * ROUND_SECONDS + sum(seconds.values())
+    kept = start + beside["rounds"] + sum(seconds.values())
     kept += (1 - late) * (measuring + written)
     trained = rounds * recipe.trains_groups + len(cost.published_bytes) * (recipe.heal is not None)
     turns = kept + 2 * trained * start

@@ -111,6 +111,14 @@ class Slots:
         for jobs in by_place.values():
             try:
                 self._at_one_place(jobs)
+            except KeyboardInterrupt as stop:
+                done, every = (
+                    sum(job.ended and not job.problem for job in self.jobs),
+                    len(self.jobs),
+                )
+                finished = f"{done} of {every} {self.asked.what} are finished and stay so"
+                stop.add_note(f"{finished}; the same command goes on with the others.")
+                raise
             except Exception as error:
                 missing = [job for job in jobs if not job.ended]
                 if not self.worked or not missing:

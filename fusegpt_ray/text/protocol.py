@@ -30,15 +30,15 @@ def stages(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def undone(row: Mapping[str, Any]) -> float | None:
     """Of what the first step did to a perplexity, the share that later ones undid; None where it
-    did no damage that can be told, or was the only one.
+    did no damage that can be told, or was the only one, or there is none so far.
 
     Args:
         row: perplexities by stage, and whatever else.
     """
-    first, *later = [row[stage] for stage in stages([row]) if stage != "dense"]
-    if not later or not row["dense"] < first < math.inf:
+    steps = [row[stage] for stage in stages([row]) if stage != "dense"]
+    if len(steps) < 2 or not row["dense"] < steps[0] < math.inf:
         return None
-    return float((first - later[-1]) / (first - row["dense"]))
+    return float((steps[0] - steps[-1]) / (steps[0] - row["dense"]))
 
 
 def described(protocol: Mapping[str, Any]) -> str:

@@ -144,6 +144,25 @@ def test_what_stopped_a_command_is_told(
     assert capsys.readouterr().err.endswith("failed: EOFError: cut off\n")
 
 
+@pytest.mark.parametrize(
+    "arguments", [("compress",), ("scor",), ("compress", "no.yaml")], ids=" ".join
+)
+def test_errors_are_red_on_a_terminal(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    """Those of a wrong command line like all others."""
+    command = [sys.executable, "-m", "fusegpt_ray.cli", *arguments]
+    for variables, coloured in (({}, True), ({"NO_COLOR": "1"}, False)):
+        ours, theirs = os.openpty()
+        environment = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": theirs, "env": environment | variables}
+        assert subprocess.run(command, cwd=tmp_path, timeout=120, **pipes).returncode == 2
+        os.close(theirs)
+        said = os.read(ours, 10_000).decode()
+        os.close(ours)
+        red = "\x1b[31m\x1b[1merror:\x1b[0m" in said
+        assert (red, "\x1b" in said) == (coloured, coloured), said
+        assert "error:" in said
+
+
 def test_the_installed_command_is_this_one() -> None:
     (command,) = entry_points(group="console_scripts", name="fusegpt")
     assert command.load() is main
@@ -154,7 +173,7 @@ def test_the_installed_command_is_this_one() -> None:
     [
         (["scor"], "Did you mean 'score'"),
         (["compress"], "RECIPE"),
-        (["status", "out", "--quiet"], "--quiet"),
+        (["status", "out", "--loud"], "--loud"),
         (["evaluate", "model", "--length", "8"], "--data"),
         (["pull", "s3://bucket/model"], "DIR"),
         (["clean", "out", "--age", "soon"], "'soon'"),

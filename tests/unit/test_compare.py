@@ -144,8 +144,10 @@ def test_stopped_between_cells_it_does_what_is_missing(desk: Desk, tmp_path: Pat
                 raise KeyboardInterrupt
             super().say(text)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stop:
         compare(parsed(desk), Stopped())
+    kept = f"1 of {len(parsed(desk).runs)} cells are finished and stay so"
+    assert stop.value.__notes__ == [f"{kept}; the same command goes on with the others."]
     assert {path.name for path in desk.out.glob("demo-*")} == {"demo-mi-p20", "demo-mi-p40"}
     show = Watching()
     assert perplexities(compare(parsed(desk), show)) == expected

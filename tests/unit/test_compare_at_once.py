@@ -46,6 +46,25 @@ def test_threads_end_with_the_block_that_started_them() -> None:
     assert sorted(ended) == [0, 1, 2]
 
 
+def test_what_is_kept_of_a_threads_work_is_told_by_the_main_thread() -> None:
+    def endless(number: int) -> None:
+        try:
+            while True:
+                threading.Event().wait(0.01)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"Kept {number % 2}.")
+            raise
+
+    def stopped() -> None:
+        with Threads() as threads:
+            threads.start(endless, range(3))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        stopped()
+    assert sorted(stop.value.__notes__) == ["Kept 0.", "Kept 1."], "each once"
+
+
 def test_what_several_threads_ask_for_is_made_once() -> None:
     """All of them ask while the first one makes it; where making fails, another tries."""
     shared, made, got = Shared(), list[int](), list[int]()

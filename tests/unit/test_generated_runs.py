@@ -17,6 +17,7 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.generation import ROWS
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.reporting.facts import facts
 from fusegpt_ray.store.records import opened, sealed
 
 # --- how it is kept ---
@@ -67,6 +68,18 @@ def test_a_killed_run_goes_on_with_the_same_text(desk: Desk) -> None:
     assert published.manifest["calibration"]["generated"]["tokens"] == TOKENS
 
 
+def test_how_long_it_took_is_told_also_of_a_run_that_was_stopped(desk: Desk) -> None:
+    """The second attempt finds the text, and what the first has noted of its writing."""
+    with pytest.raises(KeyboardInterrupt):
+        compress(asked(desk), Watching(2))
+    note = opened((desk.out / "demo.run" / "plan-000.json").read_bytes())["note"]
+    (published,) = compress(asked(desk), Watching())
+    told = published.manifest["stage_seconds"]["generating"]
+    assert 0 < told == note["stage_seconds"]["generating"]
+    rows = {row.stage: seconds for row, seconds in facts(published.uri).worked}
+    assert rows["generating"] == told
+
+
 def test_fewer_rows_at_once_where_memory_runs_out(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,7 +112,8 @@ def test_a_whole_run_on_a_mixture_with_it(desk: Desk, capsys: pytest.CaptureFixt
     assert (
         "(generating " in said and f"the dense model writes text generated from {prompts}" in said
     )
-    line = f"8 windows of {LENGTH} tokens (6 of {texts[0]['data']}; 2 of text generated from"
+    read = f"{texts[0]['data']} (licence: not stated)"
+    line = f"8 windows of {LENGTH} tokens (6 of {read}; 2 of text generated from"
     assert f"calibration: {line} {prompts})" in said
     manifest = json.loads((folder / "fusegpt.json").read_text())
     part = manifest["calibration"]["parts"][1]

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -52,10 +53,18 @@ def test_a_plan_is_that_of_the_run(
     assert all(row["fits"] and not row["advice"] for row in told["memory"])
     storage = {row["what"]: row["bytes"] for row in told["storage"]}
     assert storage["read first, by each process"] == cost.source_bytes
-    assert len(storage) == 2 and all(storage.values())
+    assert len(storage) == 4 and all(storage.values())
+    assert told["order"] == [
+        "2 rounds: scoring, states, fine-tuning",
+        "demo-p20: healing, publishing",
+        "demo-p40: healing, publishing",
+    ]
+    assert told["beside_computing"] == {"starting": 0, "rounds": 20, "publishing": ANY}
+    assert told["whole_seconds"] == told["seconds"] + sum(told["beside_computing"].values())
     traffic = {row["stage"]: (row["read"], row["written"]) for row in told["traffic"]}
     assert traffic["publishing"] == (sum(cost.published_bytes.values()),) * 2
-    assert traffic.keys() == {"scoring", "states", "fine-tuning", "healing", "publishing"}
+    stages = {"scoring", "states", "fine-tuning", "healing", "evaluation", "publishing"}
+    assert traffic.keys() == stages
 
 
 def test_what_does_not_fit_is_told_with_what_helps(
@@ -89,8 +98,11 @@ def test_a_machine_is_probed_without_weights(
         shutil.copy(file, source)
     recipe = desk.write(model={"source": str(source)}, sparsity=0.2, heal=HEAL)
     before = tree(desk.folder)
+    capsys.readouterr()
     assert main(["plan", recipe, "--json", "--probe"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    stdout, stderr = capsys.readouterr()
+    told = json.loads(stdout)
+    assert stderr == "measuring this machine, which takes about 20 seconds\n"
     assert tree(desk.folder) == before and weight_reads == []
     assert told["probed"] and all(row["seconds"] > 0 for row in told["stages"])
     assert told["seconds"] == pytest.approx(sum(row["seconds"] for row in told["stages"]))

@@ -15,8 +15,8 @@ import pytest
 from browser import CHROMIUM, charts_drawn
 from desk import LENGTH, Desk
 from mistakes import MESSAGE, tree
-from stopped_runs import Watching, recipe, run_folder
-from test_healed_runs import HEAL, SAVED, StoppedInHealing
+from stopped_runs import Watching, recipe
+from test_healed_runs import HEAL
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
@@ -36,7 +36,7 @@ def changes(desk: Desk) -> dict[str, Any]:
     return {
         "heal": HEAL,
         "search": {"tokens": 4 * LENGTH, "candidates": ["mi", "run", "spaced"]},
-        "evaluation": {"heldout": {"data": str(desk.heldout)}},
+        "evaluation": {"heldout": {"data": str(desk.heldout), "windows": 5}},
     }
 
 
@@ -131,9 +131,32 @@ def test_a_finished_model(finished: Path, tmp_path: Path, capsys: Capture) -> No
     group = sorted({*manifest["rounds"][0]["group"]} - {manifest["removed"][0]})
     assert ", ".join(map(str, group)) in text
     planned = {stage["stage"]: stage["flops"] for stage in manifest["planned"]}
-    assert {"scoring", "states", "fine-tuning", "healing"} <= planned.keys()
+    assert planned.keys() == {"scoring", "states", "fine-tuning", "healing", "evaluation"}
+    assert [row.stage for row, taken in facts(str(finished)).worked if taken > 0] == [*planned]
+    assert manifest["stage_seconds"].keys() == {"evaluation"}
     rate = planned["scoring"] / seconds["scoring"]
     assert flop_count(planned["scoring"]) in text and f"{flop_count(rate)}/s" in text
+
+
+@pytest.mark.parametrize(("method", "what"), [("mi+linear", "repair"), ("slicegpt", "slicing")])
+def test_what_replicas_do_on_the_same_walk_is_one_row(method: str, what: str, desk: Desk) -> None:
+    """The sums of a repair, or of the axes, are made while the states are walked."""
+    (model,) = compress(recipe(desk, sparsity=0.4, method=method), Watching())
+    found = facts(model.uri)
+    planned = {row.stage: row.flops for row in found.planned}
+    rows = {row.stage: (row.flops, taken) for row, taken in found.worked}
+    taken = sum(round["seconds"]["states"] for round in model.manifest["rounds"])
+    assert rows[f"states and {what}"] == (planned["states"] + planned[what], taken)
+
+
+def test_what_is_repaired_to_compare_with_counts_as_well(desk: Desk) -> None:
+    fusion = desk.recipe()["fusion"] | {"start": "scale"}
+    asked = recipe(desk, sparsity=0.4, fusion=fusion, evaluation=changes(desk)["evaluation"])
+    (model,) = compress(asked, Watching())
+    rows = {row.stage: taken for row, taken in facts(model.uri).worked}
+    repair = model.manifest["stage_seconds"]["repair"]
+    of_rounds = sum(round["seconds"]["states"] for round in model.manifest["rounds"])
+    assert repair > 0 and rows["states and repair"] == pytest.approx(of_rounds + repair)
 
 
 def test_every_chart_has_a_name_and_its_numbers(finished: Path, tmp_path: Path) -> None:
@@ -150,78 +173,6 @@ def test_it_needs_no_network(finished: Path, tmp_path: Path) -> None:
     assert [address for address in addresses if not KNOWN.fullmatch(address)] == []
     loading = [attrs for _, attrs in Page(page).tags if attrs.keys() & {"src", "href"}]
     assert loading == [] and "default-src 'none'" in page and "@import" not in page
-
-
-class DyingInTraining(Watching):
-    """The user presses Ctrl-C after the first epoch of round `stop`."""
-
-    def round_begins(self, number: int, rounds: int, blocks: int) -> None:
-        self.rounds.append(number)
-
-    def epoch(self, *_: Any, **__: Any) -> None:
-        if self.rounds[-1] == self.stop:
-            raise KeyboardInterrupt
-
-
-def test_a_run_that_is_under_way(desk: Desk, capsys: Capture) -> None:
-    """Two rounds are done; of the third the scores are known, and one epoch."""
-    with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk, **SAVED), DyingInTraining(3))
-    page = made(desk.out, desk.folder / "report.html")  # nothing else is below the output URI
-    bodies = [json.loads((run_folder(desk) / f"round-00{n}.json").read_text()) for n in (1, 2)]
-    rounds = [body["body"]["round"] for body in bodies]
-    scores = values(page, "round", "block", "score", "known", "outcome")
-    assert [block for _, block, _, _, outcome in scores if outcome == "removed"] == [
-        round["removed"] for round in rounds
-    ]
-    assert len([block for number, block, *_ in scores if number == 3]) == 3
-    losses = values(page, "round", "epoch", "loss")
-    assert [loss for number, _, loss in losses if number < 3] == [
-        loss for round in rounds for loss in round["losses"]
-    ]
-    assert [epoch for number, epoch, _ in losses if number == 3] == [1]
-    text = Page(page).text
-    assert "What was planned, and what it took" in text, "as far as it has come"
-    assert "2 of 3 rounds done" in text and "5 → 3" in text and "stopped" in text
-
-
-def test_a_run_stopped_in_healing(desk: Desk) -> None:
-    asked = changes(desk) | SAVED
-    with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk, sparsity=0.4, **asked), StoppedInHealing("demo-p40", 1))
-    page = made(run_folder(desk), desk.folder / "report.html")
-    healing = values(page, "part", "windows", "loss")
-    assert [(part, kind) for part, kind, _ in healing] == [
-        (1, "training"),
-        (0, "held-out"),
-        (1, "held-out"),
-    ]
-    told = facts(str(run_folder(desk)))
-    assert told.search and len(told.search.tried) > 1
-    assert "Tournament" in Page(page).text
-    for tried in told.search.tried:
-        assert ", ".join(map(str, tried.removed)) in page and f"{tried.held_out[-1]:.4g}" in page
-
-
-class StoppedInTheTournament(Watching):
-    """The user presses Ctrl-C when one set of blocks has been healed."""
-
-    def say(self, text: str) -> None:
-        super().say(text)
-        if "held-out loss" in text:
-            raise KeyboardInterrupt
-
-
-def test_a_run_stopped_in_its_tournament(desk: Desk) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk, sparsity=0.4, **changes(desk)), StoppedInTheTournament())
-    page = made(run_folder(desk), desk.folder / "report.html")
-    told = facts(str(run_folder(desk)))
-    assert told.search and len(told.search.tried) > 1
-    assert sum(bool(tried.held_out) for tried in told.search.tried) == 1
-    assert drawn(page) == [] and "0 of 2 rounds done" in Page(page).text
-    for tried in told.search.tried:
-        assert ", ".join(map(str, tried.removed)) in page
 
 
 def hostile(finished: Path, tmp_path: Path) -> Path:
@@ -287,15 +238,6 @@ def test_bad_input(name: str, finished: Path, tmp_path: Path, capsys: Capture) -
     message = MESSAGE.fullmatch(stderr.rstrip("\n"))
     assert stdout == "" and message and problem in message["problem"], stderr
     assert tree(tmp_path) == before
-
-
-def test_a_journal_without_its_beginning(desk: Desk, capsys: Capture) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        compress(recipe(desk), Watching(2))
-    (run_folder(desk) / "identity.json").write_text("{}")
-    assert main(["report", str(desk.out)]) == 2
-    assert "identity.json is missing or damaged" in capsys.readouterr().err
-    assert not (desk.folder / "report.html").exists()
 
 
 def test_only_a_report_is_replaced(

@@ -79,6 +79,10 @@ def test_a_watch_ends_when_no_run_is_at_work(
     assert told == ["alive", "alive", "unfinished"] and paused == [7, 7]
     assert main(["status", str(out), "--watch"]) == 0
     assert capsys.readouterr().out.count("other-p20") == 1 and len(paused) == 2
+    paused.clear()
+    alive(out)
+    assert main(["status", str(out), "--watch", "--quiet"]) == 0
+    assert capsys.readouterr().out.count("other-p20") == 1 and len(paused) == 2
 
 
 def test_status_of_one_run_or_model(out: Path) -> None:

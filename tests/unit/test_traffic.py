@@ -1,0 +1,62 @@
+"""Planned bytes of weights are the most that a run reads: of all stages together, by all that is
+read of blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from desk import Desk
+from stopped_runs import Watching, recipe
+from test_healed_runs import HEAL
+from torch import nn
+
+from fusegpt_ray.compression import Compression
+from fusegpt_ray.model.stack import Block
+from fusegpt_ray.model.weights import Weights, stored_bytes
+from fusegpt_ray.pipeline import open_workers
+from fusegpt_ray.plan import plan
+from fusegpt_ray.workers.room import Held
+
+
+@pytest.mark.parametrize("weights", ["streamed", "resident"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "last", "heal": HEAL},
+        {"method": "mi"},
+        {"fusion": {"start": "linear"}},
+        {"method": "last", "output": {"samples": ["w5 w6", "w7"]}},
+        {"method": "last", "calibration": {"data": [{"generate": True}]}},
+    ],
+    ids=["healed", "mi", "repaired", "samples", "generated"],
+)
+def test_a_run_reads_no_more_than_was_planned(
+    weights: str, changes: dict[str, Any], desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not much less: with two texts, most of it is measuring."""
+    read: list[int] = []
+    whole = Weights._read
+
+    def counted(self: Weights, block: Block) -> nn.Module:
+        read.append(stored_bytes([block]))
+        return whole(self, block)
+
+    monkeypatch.setattr(Weights, "_read", counted)
+    sections: dict[str, Any] = {}
+    for key, value in changes.items():
+        both = isinstance(value, dict) and key in desk.recipe()
+        sections[key] = desk.recipe()[key] | value if both else value
+    held_out = {name: {"data": str(desk.heldout), "windows": 4} for name in ("one", "two")}
+    cluster = {"engine": "local", "weights": weights}
+    asked = recipe(desk, evaluation=held_out, cluster=cluster, **sections)
+    show = Watching()
+    planned = plan(asked, show)
+    with open_workers(planned.setup, show) as workers:
+        held = Held(workers.replicas, workers.training_workers, 0)
+        rows = planned.traffic_of(planned.targets, held, workers.streams)
+        Compression.begin(planned, workers, show).publish_all(False)
+        assert workers.streams == (weights == "streamed")
+    most = sum(row.read for row in rows if row.stage != "publishing")
+    assert most / 4 < sum(read) <= most
