@@ -1,6 +1,8 @@
-# The image of every node of a GPU cluster: driver, replicas and training workers alike. Each package is the one that
-# cluster/requirements.lock names by version and hash (`make lock`); torch is the CUDA build.
-FROM nvidia/cuda:12.8.1-cudnn-devel-ubuntu24.04
+# The image of every node of a GPU cluster: driver, replicas and training workers alike. Each
+# package is the one that cluster/requirements.lock names by version and hash (`make lock`); torch
+# is the build for the CUDA of the base image. That one's digest:
+#   docker buildx imagetools inspect nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04
+FROM nvidia/cuda:13.0.2-cudnn-devel-ubuntu24.04@sha256:ae7f650405a3964972dacfa889273bf8e3fbe9709899afd187da01c4cdff3105
 
 # wget: KubeRay asks by it whether a node is well. rsync: Ray's launcher brings files by it.
 RUN apt-get update \

@@ -57,7 +57,8 @@ docs: .venv/docs-installed
 # For the Python and the system of the Dockerfile's base image.
 lock: install
 	$(BIN)/pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --extra vision --extra eval $(CONSTRAINTS) --upgrade \
+	$(BIN)/uv pip compile pyproject.toml --extra vision --extra eval --extra gcs \
+		--extra launcher $(CONSTRAINTS) --upgrade \
 		--generate-hashes --python-version 3.12 --python-platform x86_64-manylinux_2_39 \
 		--no-annotate --custom-compile-command "make lock" --output-file cluster/requirements.lock
 

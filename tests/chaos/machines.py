@@ -84,6 +84,16 @@ class Machine:
         done = subprocess.run(inside, capture_output=True, text=True, check=True, timeout=120)
         return done.stdout
 
+    def processes(self) -> list[psutil.Process]:
+        """All of them; those that `start` began are no children of its process 1."""
+        found = []
+        own = os.readlink(f"/proc/{self.pid}/ns/pid")
+        for process in psutil.process_iter():
+            with suppress(OSError):  # it has ended
+                if os.readlink(f"/proc/{process.pid}/ns/pid") == own:
+                    found.append(process)
+        return found
+
     def lose(self) -> None:
         """It is gone with all its processes, without a word to others."""
         self._unshare.kill()  # and process 1 with it (--kill-child), and so all others

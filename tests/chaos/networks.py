@@ -4,13 +4,13 @@ one.
 `make chaos` runs this file; it needs the right to make namespaces (root).
 
 Each machine has one CPU, so that the two replicas, or the two training workers, are on two of them.
-Nothing of Ray's own settings is changed: how soon it takes a silent node for lost is its default.
+Of Ray's own settings only the notice of preemption is changed, which must end within the training:
+how soon Ray takes a silent node for lost is its default.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -24,25 +24,18 @@ from typing import Any
 
 import psutil
 import yaml
+from clusters import NOTICE, Cluster, environment
 from kills import hashes
 from machines import Machine, Machines, problem
 
-BIN = Path(sys.executable).parent
 LIMIT = 1800.0
 """Seconds in which a run must end, whatever happens to it."""
 REPLICA, WORKER = "ray::_Replica.run", "RayTrainWorker"
 """In the command line of a replica that is at a task, and of a training worker."""
-ASKED = {"sparsity": 0.125, "fusion": {"epochs": 30}}
+ASKED = {"sparsity": 0.125, "fusion": {"epochs": 120}}
 """Of the recipe: one round, whose training takes long enough to be disturbed."""
 CLUSTER = {"engine": "ray", "replicas": 2, "workers": 2, "checkpoint_minutes": 0.05}
-HEAD = ["--head", "--include-dashboard=false"]
-PORTS = ["--runtime-env-agent-port=50001", "--dashboard-agent-grpc-port=50002"]
-PORTS += ["--dashboard-agent-listen-port=50003", "--metrics-export-port=50004"]
-"""Each machine has its own; those that are not given, Ray waits for no longer than 15 seconds, in
-which a busy machine may not have started what listens there."""
 SLOW = {"delay": 0.05, "rate": 20e6}
-NOTICE = 30
-"""Seconds from a notice of preemption to the end."""
 DRAIN = """
 import subprocess, sys
 import ray
@@ -53,35 +46,6 @@ command = ["ray", "drain-node", f"--address={uri}", f"--node-id={node}"]
 command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
 subprocess.run([*command, f"--deadline-remaining-seconds={seconds}"], check=True)
 """
-
-
-class Cluster:
-    """A Ray cluster of machines."""
-
-    def __init__(self, machines: Machines) -> None:
-        self.machines = machines
-        self.head = machines.add()
-        self.port = 6379
-        self.uri = f"{self.head.address}:{self.port}"
-        self._start(self.head, [*HEAD, f"--port={self.port}", f"--temp-dir={machines.shared}"])
-
-    def join(self, **link: float) -> Machine:
-        """A new node; `link`: as of `Machines.add`."""
-        new = self.machines.add(**link)
-        self._start(new, [f"--address={self.uri}"])
-        return new
-
-    def _start(self, machine: Machine, options: list[str]) -> None:
-        here = [f"--node-ip-address={machine.address}", "--num-cpus=1", "--block"]
-        store = ["--object-store-memory=100000000", "--disable-usage-stats"]
-        log = self.machines.folder / f"{machine.name}.log"
-        with log.open("w") as file:
-            command = [str(BIN / "ray"), "start", *options, *here, *PORTS, *store]
-            started = machine.start(command, file, environment())
-        until = time.monotonic() + 600
-        while "Ray runtime started" not in log.read_text():
-            assert started.poll() is None and time.monotonic() < until, log.read_text()
-            time.sleep(0.2)
 
 
 @dataclass
@@ -128,8 +92,14 @@ class Trial:
             time.sleep(0.05)
         assert self.driver.poll() is None, f"the run ended before:\n{self.log}"
 
-    def line(self, beginning: str) -> Callable[[], bool]:
-        return lambda: any(line.startswith(beginning) for line in self.log.splitlines())
+    def line(self, beginning: str, count: int = 1) -> Callable[[], bool]:
+        """There are so many lines that begin with it."""
+        return lambda: sum(line.startswith(beginning) for line in self.log.splitlines()) >= count
+
+    @property
+    def trains(self) -> Callable[[], bool]:
+        """For some epochs by now; which of them are told is a question of time."""
+        return self.line("  epoch ", 2)
 
     def end(self) -> int | None:
         """The exit code of the run; None where it did not end in time."""
@@ -141,21 +111,13 @@ class Trial:
 
 def runs_on(machine: Machine, title: str) -> bool:
     """Whether the machine has a process of this title."""
-    for process in psutil.Process(machine.pid).children(recursive=True):
+    for process in machine.processes():
         try:
             if title in " ".join(process.cmdline()):
                 return True
         except psutil.NoSuchProcess:
             continue
     return False
-
-
-def environment() -> dict[str, str]:
-    """Of all processes on machines."""
-    without = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    more = {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    more["RAY_raylet_start_wait_time_s"] = "300"  # the machine may be busy
-    return without | more | {"PATH": f"{BIN}:{os.environ['PATH']}"}
 
 
 # --- what happens ---
@@ -165,12 +127,12 @@ def nothing(trial: Trial) -> None:
     trial.begin()
 
 
-def cut(trial: Trial, beginning: str, title: str) -> None:
-    """Cut the link of a node once the log has that line and the node a process of that title; then
-    another node joins, as an autoscaler would bring it.
+def cut(trial: Trial, due: Callable[[], bool], title: str) -> None:
+    """Cut the link of a node once that is so and the node has a process of that title; then another
+    node joins, as an autoscaler would bring it.
     """
     other = trial.begin()
-    trial.wait(trial.line(beginning))
+    trial.wait(due)
     trial.wait(lambda: runs_on(other, title))
     trial.machines.cut(other)
     began = time.monotonic()
@@ -183,15 +145,15 @@ def cut(trial: Trial, beginning: str, title: str) -> None:
 
 
 def cut_in_scoring(trial: Trial) -> None:
-    cut(trial, "round 1/", REPLICA)
+    cut(trial, trial.line("round 1/"), REPLICA)
 
 
 def cut_in_training(trial: Trial) -> None:
-    cut(trial, "  epoch 3/", WORKER)
+    cut(trial, trial.trains, WORKER)
 
 
 def cut_in_publishing(trial: Trial) -> None:
-    cut(trial, "evaluating and publishing", REPLICA)
+    cut(trial, trial.line("evaluating and publishing"), REPLICA)
 
 
 def slow_link(trial: Trial) -> None:
@@ -201,7 +163,7 @@ def slow_link(trial: Trial) -> None:
 def interrupted_link(trial: Trial) -> None:
     """It is mended after five seconds, before anybody can take the node for lost."""
     other = trial.begin()
-    trial.wait(trial.line("  epoch 3/"))
+    trial.wait(trial.trains)
     trial.machines.cut(other)
     time.sleep(5)
     trial.machines.mend(other)
@@ -225,18 +187,16 @@ def head_lost(trial: Trial) -> None:
     the old one does what it likes.
     """
     trial.begin()
-    trial.wait(trial.line("  epoch 9/"))
+    trial.wait(trial.line("  epoch ", 3))
     trial.cluster.head.lose()
     trial.driver.wait(60)
     trial.begin()
 
 
 def node_drained(trial: Trial) -> None:
-    """As a notice of preemption does it, while it trains; half a minute later it is gone, and
-    another joins.
-    """
+    """As a notice of preemption does it, while it trains; soon it is gone, and another joins."""
     other = trial.begin()
-    trial.wait(trial.line("  epoch 3/"))
+    trial.wait(trial.trains)
     command = [sys.executable, "-c", DRAIN, trial.cluster.uri, other.address, str(NOTICE)]
     with (trial.machines.folder / "drain.log").open("w+") as log:
         drained = trial.cluster.head.start(command, log, environment()).wait(LIMIT)
@@ -247,6 +207,19 @@ def node_drained(trial: Trial) -> None:
     trial.cluster.join()
 
 
+def node_told_to_end(trial: Trial) -> None:
+    """Its `ray start` gets SIGTERM while it trains, as Kubernetes sends it to a pod: Ray drains the
+    node, and ends it. Another joins.
+    """
+    other = trial.begin()
+    trial.wait(trial.trains)
+    (started,) = [process for process in other.processes() if "--block" in process.cmdline()]
+    started.terminate()
+    trial.cluster.join()
+    trial.wait(lambda: not runs_on(other, "raylet"))
+    trial.said.append("the node has ended, and the run goes on")
+
+
 FAULTS: dict[str, Callable[[Trial], None]] = {
     "a node's link is cut in training": cut_in_training,
     "a node's link is cut in scoring": cut_in_scoring,
@@ -254,6 +227,7 @@ FAULTS: dict[str, Callable[[Trial], None]] = {
     "the head is lost, and a new cluster goes on": head_lost,
     "a node is lost, and another joins in the middle": node_joins,
     "a node is drained in training, then lost": node_drained,
+    "a node gets SIGTERM in training": node_told_to_end,
     "a slow link (50 ms each way, 20 Mbit/s)": slow_link,
     "a node's link is cut for 5 s in training": interrupted_link,
 }
