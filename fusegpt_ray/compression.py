@@ -98,8 +98,8 @@ class Compression:
 
         with show.heard(hear):
             windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
-        texts = [windows, *held_out.values(), *(healing or ())]
-        check_tokens(model.source, model.stack, *(item.tokens_WT for item in texts))
+        every = [text.tokens_WT for text in (windows, *held_out.values(), *(healing or ()))]
+        check_tokens(model.source, model.stack, *every)
         planned = planned.seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
