@@ -192,6 +192,7 @@ SLOW = (
             "side_by_side.py::test_workers_are_opened_once_a_model",
             "beside.py::test_the_last_of_several_shows_perplexity_over_sparsity",
             "budget.py::test_the_same_budget_is_refused_before_workers_start",
+            "ctrl_c.py::test_a_process_ends_and_says_what_is_kept[family]",
             "checkpoints_in_little_memory.py"
             "::test_that_memory_ran_out_is_known_before_the_first_checkpoint",
             "mi_linear.py::test_a_start_makes_the_first_loss_smaller",

@@ -25,9 +25,18 @@ GENEROUS = 120
 pytestmark = pytest.mark.timeout(3 * GENEROUS)
 
 
+COMMAND = """
+import signal, sys
+from fusegpt_ray.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.exit(main(sys.argv[1:]))
+"""
+"""As from a terminal: what a shell starts behind `&` ignores Ctrl-C, and so would these tests."""
+
+
 def started(desk: Desk, verb: str, file: str, until: Path) -> subprocess.Popen[str]:
     """A process at work, which has come so far that a file is there."""
-    command = [sys.executable, "-m", "fusegpt_ray.cli", verb, file]
+    command = [sys.executable, "-c", COMMAND, verb, file]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=desk.folder, env=environment, **pipes)
@@ -54,7 +63,10 @@ def test_a_process_ends_and_says_what_is_kept(verb: str, desk: Desk) -> None:
     file = desk.write(**data)
     process = started(desk, verb, file, desk.out / f"{name}.run" / "scores-001.json")
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=GENEROUS)
+    try:
+        _, stderr = process.communicate(timeout=GENEROUS)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     what = "runs" if verb == "family" else "cells"
     assert stderr.splitlines()[-1] == (
