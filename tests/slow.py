@@ -36,6 +36,7 @@ SLOW = (
     "tests/chaos/test_networks.py::test_a_node_cut_off_in_scoring_changes_no_byte",
     f"{INTEGRATION}sigterm.py::test_a_run_that_is_terminated_says_so_and_goes_on[ray]",
     f"{INTEGRATION}placement.py",  # which nodes count has unit tests
+    f"{INTEGRATION}plan_of_a_cluster.py",  # so has what is missing
     f"{INTEGRATION}metrics_on_ray.py",
     # The job of a cluster: what its files say, and the rights of its keys, stay.
     f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",

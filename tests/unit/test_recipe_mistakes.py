@@ -48,7 +48,7 @@ from fusegpt_ray.recipe.recipe import Recipe
         (
             {"calibration": {"data": [{"data": "x"}, {"data": "y", "xyzzy": 3}]}},
             "calibration.data.1.xyzzy",
-            "the keys here are column, config, data, generate, image_folder, images, licence, revision, split,",
+            "the keys here are column, config, data, generate, image_folder, images, licence,",
         ),
         # No key is near: all are listed.
         ({"cluster": {"xyzzy": 1}}, "cluster.xyzzy", "the keys here are address, cache_gb,"),
