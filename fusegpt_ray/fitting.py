@@ -183,10 +183,11 @@ class Fitting:
             return
         whole, beside = count * needed, ""
         if kind == "worker":  # replicas are there as well, and keep what they hold between walks
-            whole, beside = whole + held.replicas * self._kept, f" and {held.replicas} replicas"
+            whole, beside = whole + held.replicas * self._kept, f" and {_many(held.replicas)}"
         if count > 1 or beside:
             fewer = "a larger cluster.gpus_per_replica needs" if each else "fewer processes need"
-            name = f"{what.rpartition(', ')[0] or 'together'}, {count} {asked}{beside} {where}"
+            together = f"{_many(count, kind)}{beside} {where}"
+            name = f"{what.rpartition(', ')[0] or 'together'}, {together}"
             yield _row(name, whole, room, f"{name}: {fewer} less")
 
     @property
@@ -287,3 +288,7 @@ def _free_disk(folder: str) -> int:
     path = Path(folder).expanduser().absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     return shutil.disk_usage(there).free
+
+
+def _many(count: int, kind: str = "replica") -> str:
+    return f"{count} {kind}{'s' * (count != 1)}"
