@@ -206,6 +206,10 @@ SLOW = (
             "report_under_way.py::test_a_run_stopped_in_its_tournament",
             "samples_about_images.py::test_text_samples_stay_where_images_cannot_be_asked_about",
             "tournament.py::test_a_run_removes_what_won_and_goes_on_after_any_trial",
+            *(
+                f"traffic.py::test_a_run_reads_no_more_than_was_planned[{way}-resident]"
+                for way in ("mi", "repaired", "samples", "generated")
+            ),
             "tournament.py::test_a_set_whose_healing_diverges_loses",
             "tournament.py::test_a_set_that_was_found_is_not_looked_for_again",
         )
