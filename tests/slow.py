@@ -198,18 +198,10 @@ SLOW = (
             "::test_that_memory_ran_out_is_known_before_the_first_checkpoint",
             "mi_linear.py::test_a_start_makes_the_first_loss_smaller",
             "processors.py::test_too_few_blocks_behind_which_nothing_is_added",
-            *(  # LLaVA-NeXT stays
-                f"other_processors.py::test_a_run_on_images[{name}]"
-                for name in ("llava_onevision", "idefics3", "gemma3", "internvl", "paligemma")
-            ),
             "report_under_way.py::test_a_run_stopped_in_healing",
             "report_under_way.py::test_a_run_stopped_in_its_tournament",
             "samples_about_images.py::test_text_samples_stay_where_images_cannot_be_asked_about",
             "tournament.py::test_a_run_removes_what_won_and_goes_on_after_any_trial",
-            *(
-                f"traffic.py::test_a_run_reads_no_more_than_was_planned[{way}-resident]"
-                for way in ("mi", "repaired", "samples", "generated")
-            ),
             "tournament.py::test_a_set_whose_healing_diverges_loses",
             "tournament.py::test_a_set_that_was_found_is_not_looked_for_again",
         )
@@ -297,6 +289,8 @@ THINNED = {
     f"{UNIT}slicegpt.py::test_what_is_published_is_the_dense_model_on_projected_states": 1,
     f"{UNIT}sweep.py::test_chooses_what_the_full_table_chooses_round_after_round": 4,
     f"{UNIT}tasks_with_images.py::test_answers_are_those_of_plain_generate": 1,
+    f"{UNIT}other_processors.py::test_a_run_on_images": 1,
+    f"{UNIT}traffic.py::test_a_run_reads_no_more_than_was_planned": 5,
     f"{UNIT}training_checkpoints.py::test_damage_is_said_and_costs_the_group": 2,
     f"{UNIT}training_checkpoints.py::test_another_set_up_begins_anew": 1,
     f"{UNIT}training_checkpoints.py::test_whenever_it_is_stopped_only_what_is_left_is_done": 1,
