@@ -71,11 +71,10 @@ class _Text:
             except ValueError as error:
                 problem = str(error)  # the error itself holds all that it was raised for
             else:
-                length, self.at = end - self.at, end
                 # What follows must end it: else it may be the beginning of a number.
-                if length <= most and self.held[end : end + 1] in _ENDS:
+                if end - self.at <= most and self.held[end : end + 1] in _ENDS:
+                    self.at = end
                     return value
-                self.at -= length
                 problem = "it does not end there"
             left = self.held[self.at :]
             more = "" if len(left) > most else self.read(max(CHUNK, len(left)))
