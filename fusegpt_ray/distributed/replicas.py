@@ -3,6 +3,8 @@
 - A task's result does not depend on who computes it, or how often. A lost replica is replaced and
   its task given to another; a task that takes much longer than others of its cost is given to an
   idle replica as well, and the first result counts. (Not one of infinite cost, which writes.)
+- Fewer tasks than replicas are spread over the nodes: a model's shards are written, and read back,
+  by the networks and disks of all of them.
 - Replicas live as long as the run and keep their process, their trunk and, where these fit (see
   `weights.py`), the blocks' weights. While a training worker uses a replica's GPU, the replica
   keeps all of that in the host's memory.
@@ -43,7 +45,10 @@ class _Replica:
         self.runner: Runner | None = None
         self.failed = False
 
-    def run(self, function: Callable[..., Any], batch_size: int, *arguments: Any) -> Any:
+    def run(
+        self, function: Callable[..., Any], batch_size: int, *arguments: Any
+    ) -> tuple[str, Any]:
+        """Returns the node's id, too."""
         if self.failed:  # only now nobody holds the frames in which memory ran out
             empty_cache()
         self.failed = True
@@ -51,7 +56,7 @@ class _Replica:
         runner.reload()
         result = function(runner.with_batch_size(batch_size), *arguments)
         self.failed = False
-        return result
+        return ray.get_runtime_context().get_node_id(), result
 
     def offload(self) -> None:
         """See `Runner.offload`."""
@@ -107,6 +112,8 @@ class Replicas:
         self.cpus, self.gpus, self.labels = cpus, gpus, dict(labels or {})
         self._idle: list[Any] = []
         self._calls: dict[ray.ObjectRef, _Call] = {}
+        self._nodes: dict[Any, str] = {}
+        """Of replicas that have done a task."""
 
     @property
     def streams(self) -> bool:
@@ -153,7 +160,7 @@ class Replicas:
         self.start()
         while left:
             while self._idle and (number := self._next(waiting, costs, paces)) is not None:
-                actor = self._idle.pop()
+                actor = self._take()
                 ref = actor.run.remote(function, batch_size, *tasks[number])
                 self._calls[ref] = _Call(actor, number, time.monotonic())
             for ref in ray.wait(list(self._calls), num_returns=1, timeout=1)[0]:
@@ -171,8 +178,9 @@ class Replicas:
     ) -> tuple[Any] | None:
         """The result of a call that has ended; nothing where its replica was lost."""
         try:
-            result = ray.get(ref)
+            self._nodes[call.actor], result = ray.get(ref)
         except (RayActorError, OutOfMemoryError) as error:
+            self._nodes.pop(call.actor, None)
             self._idle.insert(0, self._start())  # asked last: there may be no place for it
             if call.task is not None and call.task not in self._running():
                 lost[call.task] += 1
@@ -208,7 +216,16 @@ class Replicas:
         """End the replicas at once; the next call starts others."""
         for actor in [*self._idle, *(call.actor for call in self._calls.values())]:
             ray.kill(actor)
-        self._idle, self._calls = [], {}
+        self._idle, self._calls, self._nodes = [], {}, {}
+
+    def _take(self) -> Any:
+        """An idle one of the node on which the fewest work; of these the one that was asked last.
+        Those that have done nothing yet come last: there may be no place for them.
+        """
+        work = Counter(self._nodes.get(call.actor) for call in self._calls.values())
+        nodes = [self._nodes.get(actor) for actor in self._idle]
+        last_first = reversed(range(len(nodes)))
+        return self._idle.pop(min(last_first, key=lambda at: (nodes[at] is None, work[nodes[at]])))
 
     def _start(self) -> Any:
         options: dict[str, Any] = {"num_cpus": self.cpus, "num_gpus": self.gpus}

@@ -16,7 +16,7 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 LOOK = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster as Nodes
@@ -35,14 +35,18 @@ room = {"object_store_memory": 100_000_000}
 nodes = Nodes(initialize_head=True, head_node_args=room | {"num_cpus": 8, "num_gpus": 8})
 labelled = {"labels": {"pool": "train", "zone": "b"}}
 asked = nodes.add_node(num_cpus=5, num_gpus=3, **labelled, **room)  # which nobody uses
+pair = [nodes.add_node(num_cpus=2, labels={"pair": "yes"}, **room) for _ in range(2)]
 
 def here(*_):
     return ray.get_runtime_context().get_node_id()
 
+def stay(*_):
+    time.sleep(1)  # the next task goes to another one
+    return here()
+
 def workers(**keys):
-    cluster = Cluster(
-        address=nodes.address, replicas=2, workers=2, gpus_per_replica=0, **keys
-    )
+    asked = {"replicas": 2, "workers": 2, "gpus_per_replica": 0} | keys
+    cluster = Cluster(address=nodes.address, **asked)
     source, more = Source.find(model, None), {"trains": True, "output_uri": out}
     parts = (cluster, "float32", Importance(batch=2))
     stack = open_stack(Path(model))
@@ -52,6 +56,10 @@ found = {"asked": asked.node_id}
 with workers(labels={"pool": "train"}) as opened:
     found["replicas"] = [node for _, node in opened.map(here, [()] * 8, 2)]
     found["workers"] = opened.spmd(here, news=print)
+with workers(labels={"pair": "yes"}, replicas=4, workers=1) as opened:
+    found["pair"] = [node.node_id for node in pair]
+    found["of many"] = [node for _, node in opened.map(stay, [()] * 4, 2)]
+    found["of two"] = [[node for _, node in opened.map(stay, [()] * 2, 2)] for _ in range(4)]
 cluster = Cluster(address=nodes.address, labels={"zone": "b"}, gpus_per_replica=0)
 found["tasks"] = [node for _, node in apiece(here, [(n,) for n in range(3)], cluster)]
 for pools in (["train"], ["train", None]):
@@ -83,7 +91,10 @@ def test_processes_run_on_nodes_with_the_labels_alone(
     found = json.loads(lines[0].removeprefix("FOUND "))
     for what, number in (("replicas", 8), ("workers", 2), ("tasks", 3)):
         assert found[what] == [found["asked"]] * number, what
-    assert (found["free for 1"], found["free for 2"]) == ([3, 5], [11, 13])
+    # Two processes of a node never share two tasks while the other node has none.
+    assert sorted(found["of many"]) == sorted(found["pair"] * 2)
+    assert [sorted(nodes) for nodes in found["of two"]] == [sorted(found["pair"])] * 4
+    assert (found["free for 1"], found["free for 2"]) == ([3, 5], [11, 17])
     assert found["refused"] == (
         "cluster.labels = {'pool': 'none'}: 2 CPUs are needed, the nodes with these labels have 0"
         " after 0.02 minutes. Fix: check the nodes' labels (`ray list nodes --detail`), or lower"

@@ -214,3 +214,15 @@ def test_a_task_is_overdue_by_its_own_cost(monkeypatch) -> None:
     replicas._calls["c"] = module._Call(None, 1, 29.0)  # type: ignore[index]
     assert replicas._next(waiting, [2.0, 1.0], [10.0]) is None, "not a third time"
     assert replicas._next(deque([7]), [1.0] * 8, []) == 7
+
+
+def test_a_few_tasks_are_spread_over_the_nodes() -> None:
+    """Six replicas, of which one has done nothing yet; the last one of the list was asked last."""
+    replicas = Replicas(None, TWO, 6, 1, 0)  # type: ignore[arg-type]
+    replicas._idle = ["new", "b1", "b2", "a1", "a2", "a3"]
+    replicas._nodes = {name: name[0] for name in replicas._idle[1:]}
+    given = []
+    while replicas._idle:
+        given.append(replicas._take())
+        replicas._calls[given[-1]] = module._Call(given[-1], 0, 0.0)
+    assert given == ["a3", "b2", "a2", "b1", "a1", "new"]
