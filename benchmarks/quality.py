@@ -110,6 +110,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "foldgpt": {"method": "foldgpt"},
     "foldgpt, healed (all)": {"method": "foldgpt", "heal": ALL},
+    # Neighbours that share one set of weights, two by two; and the last states beside the logits.
+    "foldgpt, in pairs, healed (all)": {"method": "foldgpt", "heal": ALL | {"share": 2}},
+    "foldgpt, 6 groups by similarity, healed (all)": {
+        "method": "foldgpt",
+        "heal": ALL | {"share": 2, "share_by": "similarity"},
+    },
+    "foldgpt, in pairs, healed (all, states too)": {
+        "method": "foldgpt",
+        "heal": ALL | {"share": 2, "hidden": 1.0},
+    },
     "slicegpt": {"method": "slicegpt"},
     "slicegpt, healed (all)": {"method": "slicegpt", "heal": ALL},
 }

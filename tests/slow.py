@@ -38,6 +38,7 @@ SLOW = (
     f"{INTEGRATION}placement.py",  # which nodes count has unit tests
     f"{INTEGRATION}plan_of_a_cluster.py",  # so has what is missing
     f"{INTEGRATION}metrics_on_ray.py",
+    f"{INTEGRATION}emulated.py",
     # The job of a cluster: what its files say, and the rights of its keys, stay.
     f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",
     # GPUs: what an actor sees on the Ray of these tests stays.
