@@ -80,6 +80,16 @@ class Display(_Live):
         self._about: Mapping[str, Any] = {}
         self._tokens, self._since, self._retries = 0, time.monotonic(), retries()
 
+    def of_run(self, name: str) -> Display:
+        """For what is said and told of one run, in a command that may have several. A person is
+        shown all of it in one place; `LogLines` keeps runs apart.
+        """
+        return self
+
+    def beside(self, title: str) -> Display:
+        """For a run at work, while others are at work, too. Each has its own listeners."""
+        return OneOfSeveral(self, title)
+
     @contextmanager
     def heard(self, *listeners: Listener) -> Iterator[None]:
         """While the block lasts, these hear of all that happens."""
@@ -224,6 +234,19 @@ class Display(_Live):
                 f" and {len(names) - SHOWN} more (see fusegpt.json)" if len(names) > SHOWN else ""
             )
             self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
+
+
+class OneOfSeveral(Display):
+    """Of a run beside others: the lines that stay, in the display of all, with its title before
+    them.
+    """
+
+    def __init__(self, whole: Display, title: str) -> None:
+        super().__init__(whole.console)  # its bar is never started
+        self._whole, self._title = whole, title
+
+    def say(self, text: str) -> None:
+        self._whole.say(f"[{self._title}] {text}")
 
 
 class Transfer(_Live):
