@@ -28,7 +28,8 @@ class LogLines(Display):
         Args:
             run: its name; empty: what the command itself says, for no run or for several.
         """
-        super().__init__(Console(file=sys.stderr, quiet=True))
+        # On a terminal, too, where a person would see a bar in the place of some lines.
+        super().__init__(Console(file=sys.stderr, quiet=True, force_terminal=False))
         self._stream = stream or sys.stderr
         self._run, self._run_id, self._round = run, "", 0
 

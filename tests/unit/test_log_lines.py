@@ -12,6 +12,18 @@ from fusegpt_ray.cli import main
 Capture = pytest.CaptureFixture[str]
 
 
+def test_a_terminal_gets_the_same_lines(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A pod may have one, and many an environment says that it has. No bar, and no line fewer."""
+    monkeypatch.setenv("FUSEGPT_LOG", "json")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["compress", desk.write()]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    said = [line["message"] for line in lines if line["event"] == "said"]
+    assert "evaluating and publishing demo-p40" in said and "  epoch 1/2  loss" in str(said)
+
+
 def test_everything_is_a_line_of_json_with_its_place(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
