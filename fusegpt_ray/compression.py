@@ -103,15 +103,15 @@ class Compression:
         planned = planned.seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
-        exact = recipe.cluster.deterministic
-        hardware = workers.hardware if exact else {}
-        files = shared.once(
-            "model", {"of": model.source.folder}, partial(model_identity, model.stack)
-        )
+        hardware = workers.hardware if recipe.cluster.deterministic else {}
+        of = {"of": model.source.folder}
+        files = shared.once("model", of, partial(model_identity, model.stack))
         this = identity(recipe, drawn, files, workers.dtype, hardware)
         took = time.monotonic() - began
         texts_drawn = (windows, held_out, healing)
-        return cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
+        begun = cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
+        show.tell("drawn", run=begun.id, seconds=round(took, 3))
+        return begun
 
     @property
     def id(self) -> str:

@@ -1,4 +1,4 @@
-"""What a run shows, as lines of JSON on stderr for those who collect logs: `FUSEGPT_LOG=json`."""
+"""What a command shows, as lines of JSON for those who collect logs: `FUSEGPT_LOG=json`."""
 
 from __future__ import annotations
 
@@ -19,21 +19,32 @@ VARIABLE = "FUSEGPT_LOG"
 
 class LogLines(Display):
     """A line for everything that is said, and for every event (see `docs/output.md`): {"time",
-    "event", "run", "round", "stage", …}. An event's own values follow; what is said has "message".
+    "event", "run", "run_id", "round", "stage", …}. An event's own values follow; what is said has
+    "message". Each run of a command has an object of its own, and these may work at the same time.
     """
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        super().__init__(Console(file=sys.stderr, quiet=True))
+    def __init__(self, stream: TextIO | None = None, run: str = "") -> None:
+        """
+        Args:
+            run: its name; empty: what the command itself says, for no run or for several.
+        """
+        # On a terminal, too, where a person would see a bar in the place of some lines.
+        super().__init__(Console(file=sys.stderr, quiet=True, force_terminal=False))
         self._stream = stream or sys.stderr
-        self._run, self._round = "", 0
+        self._run, self._run_id, self._round = run, "", 0
+
+    def of_run(self, name: str) -> LogLines:
+        return LogLines(self._stream, name)
+
+    def beside(self, title: str) -> LogLines:
+        return self  # its lines have the run's name in any case
 
     def say(self, text: str) -> None:
         self._write("said", {"message": text})
 
     def tell(self, event: str, **values: Any) -> None:
         super().tell(event, **values)
-        if event == "run":
-            self._run, self._round = str(values.get("name")), 0
+        self._run_id = values.get("run", self._run_id)
         if event != "stage":  # which is said as well
             self._write(event, values)
 
@@ -42,10 +53,18 @@ class LogLines(Display):
         super().round_begins(number, rounds, blocks)
 
     def _write(self, event: str, values: dict[str, Any]) -> None:
-        where = {"run": self._run, "round": self._round, "stage": self._stage}
-        line = {"time": round(time.time(), 3), "event": event} | where
-        told = {"run_id" if key == "run" else key: value for key, value in values.items()}
-        print(json.dumps(finite(line | told)), file=self._stream, flush=True)
+        line = {
+            "time": round(time.time(), 3),
+            "event": event,
+            "run": self._run,
+            "run_id": self._run_id,
+            "round": self._round,
+            "stage": self._stage,
+        }
+        line |= {"run_id" if key == "run" else key: value for key, value in values.items()}
+        # At once: a line's end that came by itself could come behind another thread's line.
+        self._stream.write(json.dumps(finite(line)) + "\n")
+        self._stream.flush()
 
 
 def asked() -> bool:

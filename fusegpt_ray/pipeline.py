@@ -42,7 +42,8 @@ def compress(
         UserError: the recipe cannot be carried out; nothing was written then.
         BudgetSpent: `cluster.max_hours` or `cluster.max_cost` is spent; the run can go on.
     """
-    with display or Display() as show:
+    with display or Display() as whole:
+        show = whole.of_run(recipe.output.name)
         planned = plan(recipe, show, restart)
         last = planned.targets[-1]
         change = f"{last.add} to add" if last.add else f"{last.remove} to remove"

@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,8 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
 from fusegpt_ray.store.retry import retries
 from fusegpt_ray.text.protocol import described, stages, undone, warnings
@@ -81,6 +79,16 @@ class Display(_Live):
         self._listeners: tuple[Listener, ...] = ()
         self._about: Mapping[str, Any] = {}
         self._tokens, self._since, self._retries = 0, time.monotonic(), retries()
+
+    def of_run(self, name: str) -> Display:
+        """For what is said and told of one run, in a command that may have several. A person is
+        shown all of it in one place; `LogLines` keeps runs apart.
+        """
+        return self
+
+    def beside(self, title: str) -> Display:
+        """For a run at work, while others are at work, too. Each has its own listeners."""
+        return OneOfSeveral(self, title)
 
     @contextmanager
     def heard(self, *listeners: Listener) -> Iterator[None]:
@@ -228,6 +236,19 @@ class Display(_Live):
             self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
 
 
+class OneOfSeveral(Display):
+    """Of a run beside others: the lines that stay, in the display of all, with its title before
+    them.
+    """
+
+    def __init__(self, whole: Display, title: str) -> None:
+        super().__init__(whole.console)  # its bar is never started
+        self._whole, self._title = whole, title
+
+    def say(self, text: str) -> None:
+        self._whole.say(f"[{self._title}] {text}")
+
+
 class Transfer(_Live):
     """Bytes of many files going by, from several threads: one bar on a terminal, a line a file
     elsewhere. Always on stderr.
@@ -290,61 +311,3 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
-def score_table(result: Mapping[str, Any]) -> Table:
-    """The blocks and their scores, for `fusegpt score` on a terminal."""
-    table = Table("block", result["metric"])
-    table.columns[1].justify = "right"
-    for row in result["blocks"]:
-        mark = "  ← lowest" if row["block"] == result["lowest"] else ""
-        table.add_row(str(row["block"]), f"{row['score']:.6f}{mark}")
-    return table
-
-
-def perplexity_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
-    """The rows of `pipeline.evaluate`, on a terminal: a table for each text, of 80 columns."""
-    beside = any("against" in row for row in rows)
-    for text in dict.fromkeys(row["data"] for row in rows):
-        model = Column("model", overflow="fold")  # wrapped, never cut
-        table = Table(model, "perplexity", title=Text(f"perplexity on {text}"))
-        if beside:
-            for name in ("ratio", "95 % interval", "differs?"):
-                table.add_column(name)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for row in rows:
-            if row["data"] == text:
-                cells = [escape(row["model"]), f"{row['perplexity']:.4f}"]
-                table.add_row(*cells, *(difference(row.get("against")) if beside else ()))
-        yield table
-
-
-def difference(found: Mapping[str, Any] | None) -> Iterator[str]:
-    """The cells of a row's "against": ratio, interval, and whether there is a difference."""
-    if found is None or "problem" in found:
-        yield from "–––"
-        return
-    ends = found["ratio_interval"]
-    yield f"{found['ratio']:.4f}"
-    yield "–" if ends is None else " … ".join(f"{end:.4f}" for end in ends)
-    yield {True: "yes", False: "perhaps", None: "too few windows"}[found["distinguishable"]]
-
-
-def perplexity_notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `perplexity_tables` leave unsaid: the protocols, what the ratio is, and where there is
-    none.
-    """
-    notes = dict.fromkeys(row["protocol"] for row in rows)
-    found = [(row, row["against"]) for row in rows if "against" in row]
-    for _, against in found:
-        if "problem" not in against:
-            first, resamples = against["model"], against["resamples"]
-            told = f"ratio: to the perplexity of {first}; its interval: of {resamples} resamples of"
-            told += " the windows, in pairs; differs?: perhaps, where the interval holds 1"
-            notes[told] = None
-    for row, against in found:
-        if "problem" in against:
-            what = f"{row['model']} and {against['model']} on {row['data']}"
-            notes[f"{what}: no ratio is told, because {against['problem']}"] = None
-    return list(notes)

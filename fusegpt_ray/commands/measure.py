@@ -36,7 +36,7 @@ def score(recipe: str, settings: tuple[str, ...], as_json: bool, quiet: bool) ->
         return
     from rich.console import Console
 
-    from fusegpt_ray.report import score_table
+    from fusegpt_ray.reporting.measured import score_table
     from fusegpt_ray.text.protocol import described
 
     Console().print(score_table(result))
@@ -142,7 +142,7 @@ def evaluate(
         return
     from rich.console import Console
 
-    from fusegpt_ray.report import perplexity_notes, perplexity_tables
+    from fusegpt_ray.reporting.measured import perplexity_notes, perplexity_tables
 
     for table in perplexity_tables(result["results"]):
         Console().print(table)

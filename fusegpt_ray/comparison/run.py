@@ -36,9 +36,10 @@ def compare(
         UserError: a run cannot be carried out, as far as this is known before any of them works.
     """
     with display or Display() as show:
-        plans = [planned(run, show, restart) for run in comparison.runs]
-        named = zip(comparison.runs, plans, strict=True)
-        jobs = [Job(f"{run.model}: {run.method}", plan) for run, plan in named]
+        jobs = []
+        for run in comparison.runs:
+            own = show.of_run(run.recipe.output.name)
+            jobs.append(Job(f"{run.model}: {run.method}", planned(run, own, restart), own))
         folder, key = comparison.folder, f"{SECTION}.at_once"
         cells = Cells(comparison, jobs)
         news = News(storage.join(folder, TABLE), lambda: cells.result("working"), show)
@@ -100,7 +101,7 @@ class Cells:
             run.method,
             target.sparsity,
             folder,
-            "ended" if job.ended else "waiting" if job.show is None else "working",
+            "ended" if job.ended else "working" if job.working else "waiting",
             self._manifests.get(folder),
             job.problem,
         )

@@ -79,10 +79,10 @@ class Board:
 
     def _row(self, name: str, method: str, job: Job, target: Target) -> dict[str, Any]:
         """See `store.family.Row`."""
-        found, status = self._final.get(target.folder), "waiting" if job.show is None else "working"
+        found, status = self._final.get(target.folder), "working" if job.working else "waiting"
         if target.folder in self._final:
             status = "done" if found else "failed"
-        doing = job.show.doing if job.show and not job.ended else ""
+        doing = job.show.doing if job.working and not job.ended else ""
         unknown: dict[str, Any] = {
             "perplexity": {},
             "seconds": None,

@@ -30,11 +30,11 @@ def compress_family(
     """
     with display or TableDisplay() as show:
         runs = [(member, run) for member in members.members for run in member.runs]
-        jobs = [
-            Job(f"{member.name}: {run.method}", planned(run, show, restart)) for member, run in runs
-        ]
-        for (member, _), job in zip(runs, jobs, strict=True):
-            job.priority = member.priority
+        jobs = []
+        for member, run in runs:
+            own = show.of_run(run.recipe.output.name)
+            plan, name = planned(run, own, restart), f"{member.name}: {run.method}"
+            jobs.append(Job(name, plan, own, member.priority))
         board = Board(members, jobs, show)
         if isinstance(show, TableDisplay):
             show.table = lambda: on_terminal(board.result("working"))

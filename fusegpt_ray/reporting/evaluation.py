@@ -7,8 +7,8 @@ from typing import Any
 
 import altair as alt
 
-from fusegpt_ray.report import difference, perplexity_notes
 from fusegpt_ray.reporting.charts import COLOURS, ROW, Chart, chart
+from fusegpt_ray.reporting.measured import difference, perplexity_notes
 from fusegpt_ray.reporting.page import filled
 
 Row = Mapping[str, Any]

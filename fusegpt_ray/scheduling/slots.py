@@ -34,11 +34,13 @@ class Job:
 
     name: str
     plan: Plan
+    show: Display
+    """Of it alone: see `Display.of_run`, and `Display.beside` once it is at work."""
     priority: int = 0
     begun: Compression | None = None
     """Its texts are drawn."""
-    show: Display | None = None
-    """What it tells, since it is at work."""
+    working: bool = False
+    """It is at work, or was."""
     ended: bool = False
     problem: str = ""
     """Why it failed."""
@@ -124,7 +126,7 @@ class Slots:
                 if not self.worked or not missing:
                     raise
                 for job in missing:
-                    self._failed(job, error, self.show)
+                    self._failed(job, error)
 
     def _at_one_place(self, jobs: Sequence[Job]) -> None:
         self._groups, numbers = self._grouped(jobs)
@@ -196,7 +198,7 @@ class Slots:
                 raise
             if not opened:
                 if last or not self._threads.started:
-                    self._failed(first.job, error, self.show)
+                    self._failed(first.job, error)
                     return
                 given_up.add(first.group)
                 self._waiting.give_back(first)
@@ -225,13 +227,13 @@ class Slots:
             for entry in entries:
                 job = entry.job
                 try:
-                    begun = Compression.begin(job.plan, workers, self.show, group.shared)
+                    begun = Compression.begin(job.plan, workers, job.show, group.shared)
                     begun.check(self.asked.restart)
                 except Exception as error:
                     if self.asked.ends_early and not self.worked and isinstance(error, UserError):
                         raise
                     if entry is first or self._waiting.remove(entry):
-                        self._failed(job, error, self.show)
+                        self._failed(job, error)
                     if entry is not first and not first.job.ended:
                         self._waiting.give_back(first)
                     return False
@@ -242,23 +244,24 @@ class Slots:
 
     def _work(self, entry: Entry[Job], workers: Workers) -> bool:
         """Whether it did not fail."""
-        job, show = entry.job, self.show
+        job = entry.job
         assert job.begun is not None
-        if self._several:
-            show = OneOfSeveral(show, job.name)
-        show.say(f"— {job.name} —")
-        job.show = show
+        if self._several and not job.working:  # one that was put off has it
+            job.show = job.show.beside(job.name)
+        job.show.say(f"— {job.name} —")
+        job.working = True
         self.asked.changed(job)
-        run = replace(job.begun, workers=workers, show=show, puts_off=partial(self._put_off, entry))
+        puts_off = partial(self._put_off, entry)
+        run = replace(job.begun, workers=workers, show=job.show, puts_off=puts_off)
         if entry.publishes:  # it goes on, as another process would
             run = replace(run, took=0.0, log=MetricsLog())
         try:
             run.publish_all(self.asked.restart and not entry.publishes)
         except PutOff as later:
-            show.stage(f"{later}")
+            job.show.stage(f"{later}")
             return True
         except Exception as error:
-            self._failed(job, error, show)
+            self._failed(job, error)
             return False
         self._end(job)
         return True
@@ -283,14 +286,14 @@ class Slots:
                 self.show.part(self._ended, len(self.jobs))
         self.asked.changed(job)
 
-    def _failed(self, job: Job, error: Exception, show: Display) -> None:
+    def _failed(self, job: Job, error: Exception) -> None:
         self.worked = True
         told = getattr(error, "cause", error)  # raised in a Ray task, it is wrapped in Ray's error
         job.problem = str(told)
         if not isinstance(told, UserError | StorageError | BudgetSpent):
             job.problem = f"{type(told).__name__}: {first_line(told)}"
-            show.say("".join(traceback.format_exception(error)))
-        show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
+            job.show.say("".join(traceback.format_exception(error)))
+        job.show.say("\n".join([f"failed: {job.problem}", *getattr(error, "__notes__", ())]))
         self._end(job)
 
 
@@ -305,16 +308,3 @@ def same_workers(planned: Plan) -> str:
             "piece_mb": setup.piece_mb,
         }
     )
-
-
-class OneOfSeveral(Display):
-    """Of a run beside others: the lines that stay, in the display of all, with its name before
-    them. Each run has its own listeners.
-    """
-
-    def __init__(self, whole: Display, name: str) -> None:
-        super().__init__(whole.console)  # its bar is never started
-        self._whole, self._name = whole, name
-
-    def say(self, text: str) -> None:
-        self._whole.say(f"[{self._name}] {text}")

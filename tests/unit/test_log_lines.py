@@ -12,18 +12,36 @@ from fusegpt_ray.cli import main
 Capture = pytest.CaptureFixture[str]
 
 
+def test_a_terminal_gets_the_same_lines(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A pod may have one, and many an environment says that it has. No bar, and no line fewer."""
+    monkeypatch.setenv("FUSEGPT_LOG", "json")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert main(["compress", desk.write()]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    said = [line["message"] for line in lines if line["event"] == "said"]
+    assert "evaluating and publishing demo-p40" in said and "  epoch 1/2  loss" in str(said)
+
+
 def test_everything_is_a_line_of_json_with_its_place(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     monkeypatch.setenv("FUSEGPT_LOG", "json")
     assert main(["compress", desk.write()]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert all({"time", "event", "run", "round", "stage"} <= line.keys() for line in lines)
+    keys = {"time", "event", "run", "run_id", "round", "stage"}
+    assert all(keys <= line.keys() for line in lines)
     events = [line["event"] for line in lines]
-    assert {"run", "said", "scores", "epoch", "round", "published"} <= set(events)
+    assert {"drawn", "run", "said", "scores", "epoch", "round", "published"} <= set(events)
     assert [line["round"] for line in lines if line["event"] == "epoch"] == [1, 1, 2, 2]
-    began = events.index("run")
-    assert {line["run"] for line in lines[began:]} == {"demo"} and lines[began]["run_id"]
+    assert {line["run"] for line in lines} == {"demo"}
+    known, told = (
+        events.index("drawn"),
+        json.loads(next(desk.out.glob("*/fusegpt.json")).read_text()),
+    )
+    assert {line["run_id"] for line in lines[:known]} == {""}
+    assert {line["run_id"] for line in lines[known:]} == {told["run"]}
     (fusing,) = [line for line in lines if str(line.get("message")).startswith("round 2: fusing")]
     assert (fusing["round"], fusing["stage"]) == (2, fusing["message"])
 
