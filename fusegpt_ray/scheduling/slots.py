@@ -35,7 +35,7 @@ class Job:
     name: str
     plan: Plan
     show: Display
-    """Of it alone: see `Display.of_run`, and `Display.beside` once it is at work."""
+    """Of it alone: see `Display.of_run`, and `Display.beside` where several work."""
     priority: int = 0
     begun: Compression | None = None
     """Its texts are drawn."""
@@ -137,6 +137,9 @@ class Slots:
         ):
             self._room, self._threads = room, threads
             self._several = room.at_once > 1 or (len(jobs) > 1 and any(room.publishers))
+            if self._several:
+                for job in jobs:
+                    job.show = job.show.beside(job.name)
             each = zip(jobs, numbers, room.needs, room.publishers, strict=True)
             entries = [
                 Entry(job, number, need, job.priority, publisher)
@@ -246,8 +249,6 @@ class Slots:
         """Whether it did not fail."""
         job = entry.job
         assert job.begun is not None
-        if self._several and not job.working:  # one that was put off has it
-            job.show = job.show.beside(job.name)
         job.show.say(f"— {job.name} —")
         job.working = True
         self.asked.changed(job)
