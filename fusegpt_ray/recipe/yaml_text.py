@@ -133,15 +133,18 @@ def set_key(data: dict[str, Any], override: str) -> None:
         ) from error
     *parents, last = key.split(".")
     section: Any = data
-    for parent in parents:
+    for number, parent in enumerate(parents, 1):
         if section.get(parent) is None:
             section[parent] = {}
         section = section[parent]
         if not isinstance(section, dict):
+            place, rest = ".".join(parents[:number]), [*parents[number:], last]
+            whole = f"{place}={{{': {'.join(rest)}: …{'}' * len(rest)}"
             raise UserError(
                 "--set",
                 shown(override),
-                f"{parent} is not a section",
-                "see docs/recipe.md for all keys",
+                f"{place} is not a section, but {shown(section)!r}",
+                f"see docs/recipe.md for all keys; one that can be either is set as a whole: "
+                f"--set '{whole}'",
             )
     section[last] = value

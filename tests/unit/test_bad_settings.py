@@ -101,8 +101,8 @@ SETTINGS = [
     overridden(
         "model.source.deeper=2",
         "'model.source.deeper=2'",
-        "source is not a section",
-        "docs/recipe.md",
+        "model.source is not a section, but '",
+        "docs/recipe.md.* --set 'model.source={deeper: …}'",
         "--set",
     ),
     overridden("seed=*other", "'seed=*other'", "alias", "quote it", "--set"),
