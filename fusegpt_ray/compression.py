@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.plan import Plan
-from fusegpt_ray.preflight import check_tokens, name_taken
+from fusegpt_ray.preflight import check_price, check_tokens, name_taken
 from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.reporting.beside import beside_model
@@ -85,10 +85,11 @@ class Compression:
             shared: with other runs of the same model on the same workers; None: with nobody.
 
         Raises:
-            UserError: a text cannot be used.
+            UserError: a text cannot be used; or see `check_price`.
         """
         began = time.monotonic()
         recipe, model, shared = planned.recipe, planned.model, shared or Shared()
+        check_price(workers)
         show.stage("tokenising")
         generating: list[float] = []
 
@@ -107,8 +108,7 @@ class Compression:
         of = {"of": model.source.folder}
         files = shared.once("model", of, partial(model_identity, model.stack))
         this = identity(recipe, drawn, files, workers.dtype, hardware)
-        took = time.monotonic() - began
-        texts_drawn = (windows, held_out, healing)
+        texts_drawn, took = (windows, held_out, healing), time.monotonic() - began
         begun = cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
         show.tell("drawn", run=begun.id, seconds=round(took, 3))
         return begun
@@ -145,17 +145,18 @@ class Compression:
         """Do what is left to do; everything that this run has published, by folder.
 
         Raises:
-            UserError: another run has the name.
+            UserError: another run has the name; or see `Budget.check_prices`.
             PutOff: see `puts_off`; the same run goes on from there.
         """
         targets, journal = self.plan.targets, Journal.of(self.plan.recipe)
         recipe, workers = self.plan.recipe, self.workers
-        began = time.monotonic() - self.took
-        budget = Budget(recipe.cluster, journal.folder, workers.gpus_held, began)
+        held = (workers.gpus_held, workers.hardware.get("gpu", ""))
+        budget = Budget(recipe.cluster, journal.folder, *held, time.monotonic() - self.took)
         journal.budget, monitor = budget, workers.monitor(recipe.output.name)
         with ExitStack() as life:
             if not restart:
                 journal.check(self.identity)
+                replace(budget).check_prices()  # it asks anew what is spent once it has the name
             published = self._published_before()
             if journal.exists or len(published) < len(targets):
                 names = [target.name for target in targets]
@@ -182,8 +183,7 @@ class Compression:
 
     def _followed(self, journal: Journal, monitor: Listener) -> AbstractContextManager[None]:
         """A context in which whoever follows the run hears of it."""
-        recipe, workers = self.plan.recipe, self.workers
-        listeners = (self.log, monitor)
+        recipe, workers, listeners = self.plan.recipe, self.workers, (self.log, monitor)
         facts = {"source": named(self.plan.model.source.name), "blocks": len(self.plan.model.stack)}
         facts |= {"rounds": self.plan.rounds, "workers": workers.description}
         return followed(self.show, recipe, self.id, facts, *listeners, saved=lambda: journal.saved)

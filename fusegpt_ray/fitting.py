@@ -38,6 +38,7 @@ from fusegpt_ray.model.placement import HOST_SHARE
 from fusegpt_ray.model.weights import RESIDENT_SHARE
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.gpu_prices import price_of
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.room import Held, way_alone
 
@@ -56,18 +57,27 @@ class Device:
     """What torch calls it: "cuda" or "cpu"."""
     memory: int
     """Bytes."""
+    full_name: str = ""
+    """What torch says, where that is more than the name."""
+
+    def price(self, cluster: Cluster) -> float | None:
+        """Of one and an hour; None: nobody has said it, or it is no GPU."""
+        if self.kind != "cuda":
+            return None
+        return price_of(cluster.gpu_hour_price, self.full_name or self.name)
 
     @classmethod
     def here(cls) -> Device:
         """This machine's."""
         device = pick_device()
         said = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
-        return cls(known_gpu(said) or said, device.type, device_bytes(device))
+        return cls(known_gpu(said) or said, device.type, device_bytes(device), said)
 
     @classmethod
     def named(cls, gpu: str) -> Device:
         """One of `rates.GPUS`."""
-        return cls(gpu, "cuda", GPUS[gpu].memory)
+        memory = GPUS[gpu].memory
+        return cls(gpu, "cuda", memory, f"{gpu} {memory // 10**9}GB")
 
 
 @dataclass(frozen=True)

@@ -33,15 +33,15 @@ def outlook(
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
     "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
-    "seconds", "price"} …], "flops", "seconds", "price", "budget": [{"key", "limit", "needs",
-    "enough"} …], "probed", "order": what is done, one after another, in words,
+    "seconds", "price"} …], "flops", "seconds", "price", "unpriced", "budget": [{"key", "limit",
+    "needs", "enough"} …], "probed", "order": what is done, one after another, in words,
     "processes", "memory" and "storage": see `Fitting`, "traffic": [{"stage", "read", "written"} …]
     in bytes}.
 
     "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
     computing alone, and None where the device's rates are not known. "price" is that of all GPUs
     for so long, by `cluster.gpu_hour_price`, and None where that or the time is not known, or there
-    is no GPU.
+    is no GPU. "unpriced" says that this table of prices lacks the GPU, else it is None.
 
     Args:
         gpus: that all processes hold together.
@@ -54,7 +54,7 @@ def outlook(
     held = replace(Held.alone(recipe.cluster, recipe.trains), gpus=gpus)
     stages = cost.rows(rates, held)
     seconds = sum(row["seconds"] for row in stages) if rates else None
-    hourly = recipe.cluster.gpu_hour_price if device.kind == "cuda" else None
+    hourly = device.price(recipe.cluster)
     for row in stages:
         row["price"] = _price(row["seconds"], gpus, hourly)
     price = _price(seconds, gpus, hourly)
@@ -71,6 +71,7 @@ def outlook(
         "flops": cost.flops,
         "seconds": seconds,
         "price": price,
+        "unpriced": _unpriced(recipe.cluster, device),
         "budget": [*_budget(recipe.cluster, seconds, price)],
         "probed": measured is not None,
         "order": order(plan),
@@ -118,6 +119,13 @@ def order(plan: Plan) -> list[str]:
 
 def _price(seconds: float | None, gpus: float, hourly: float | None) -> float | None:
     return None if seconds is None or hourly is None else seconds / 3600 * gpus * hourly
+
+
+def _unpriced(cluster: Cluster, device: Device) -> str | None:
+    prices = cluster.gpu_hour_price
+    if device.kind != "cuda" or not isinstance(prices, dict) or device.price(cluster) is not None:
+        return None
+    return f"no price of {device.name} in cluster.gpu_hour_price, which has {', '.join(prices)}"
 
 
 def _budget(

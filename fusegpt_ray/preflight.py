@@ -22,6 +22,7 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.run.budget import refuse_unpriced
 from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
 from fusegpt_ray.samples import Batch, tokens_of
@@ -29,6 +30,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import Manifest
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.images import check_pillow
+from fusegpt_ray.workers.base import Workers
 
 
 def check_model(source: Source, lengths: dict[str, int]) -> Structure:
@@ -193,6 +195,18 @@ def check_tokens(source: Source, dense: Stack, *texts: Batch) -> None:
         raise UserError(
             "model.source", source.name, problem, "use the tokenizer that belongs to the weights"
         )
+
+
+def check_price(workers: Workers) -> None:
+    """Before texts are drawn: the dense model may have to write them first. Workers are asked only
+    if it matters, because on Ray replicas have to start for the answer.
+
+    Raises:
+        UserError: see `refuse_unpriced`; of the GPU of these workers.
+    """
+    cluster = workers.setup.cluster
+    if cluster.max_cost is not None and isinstance(cluster.gpu_hour_price, dict):
+        refuse_unpriced(cluster, [workers.hardware.get("gpu", "")])
 
 
 def check_output(

@@ -252,8 +252,8 @@ def _show(result: dict[str, Any]) -> None:
         console.print(table)
     for line in _lacking(result):
         say(line)
-    rows = (*result["memory"], *result["storage"])
-    for line in (*over_budget(result["budget"]), *(row["advice"] for row in rows)):
+    advice = (row["advice"] for row in (*result["memory"], *result["storage"]))
+    for line in (result["unpriced"], *over_budget(result["budget"]), *advice):
         if line:
             say(line)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fusegpt_ray.commands.options import silent
@@ -97,7 +97,7 @@ def show(result: dict[str, Any]) -> None:
         others = len(part["runs"]) - 1
         say(f"once for {others + 1} runs: {part['what']} ({flop_count(part['flops'])})")
     say(f"at most {flop_count(result['flops'])}, {byte_count(result['published_bytes'])} published")
-    for line in (*_times(result), *_mistakes(result)):
+    for line in (*_times(result), *_unpriced(rows), *_mistakes(result)):
         say(line)
 
 
@@ -138,6 +138,13 @@ def _times(result: dict[str, Any]) -> Iterator[str]:
         text += f", for {result['price']:,.2f}" if result["price"] is not None else ""
     yield text
     yield from assumed()
+
+
+def _unpriced(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which runs have no price, each reason once."""
+    for told in dict.fromkeys(row["unpriced"] for row in rows if row["unpriced"]):
+        runs = [row["run"] for row in rows if row["unpriced"] == told]
+        yield told if len(runs) == len(rows) else f"{', '.join(runs)}: {told}"
 
 
 def assumed() -> Iterator[str]:

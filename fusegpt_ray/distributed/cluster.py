@@ -64,8 +64,7 @@ class RayWorkers:
             gpus=REPLICA_GPU if self._shares else self.gpus,
             labels=cluster.labels,
         )
-        # One is left for Ray Data.
-        if self.replicas * setup.sets < resources(cluster).get("CPU", 0):
+        if self._fits_beside_reading:
             self._pool.start()  # while texts are read, they import what they need
         return self
 
@@ -123,10 +122,12 @@ class RayWorkers:
     def tokens(
         self, text_of: Text, key: str, reading: Reading = PACKED
     ) -> Callable[[], Iterator[np.ndarray]]:
+        self._make_room_for_reading()
         piece_bytes, tokenizer = self.setup.piece_mb * 1_000_000, self.setup.source.tokenizer()
         return text.token_stream(text_of, piece_bytes, tokenizer, key, reading)
 
     def album(self, text_of: Text, processing: Processing) -> Album:
+        self._make_room_for_reading()
         return images.album(text_of, processing)
 
     def map(
@@ -186,6 +187,16 @@ class RayWorkers:
     def _shares(self) -> bool:
         """Whether each training worker takes the rest of a replica's GPU; see `way_alone`."""
         return self.setup.trains and self.setup.sets == 1 and way_alone(self.gpus) == "shared"
+
+    @property
+    def _fits_beside_reading(self) -> bool:
+        """Whether all replicas leave a CPU to Ray Data."""
+        return self.replicas * self.setup.sets < resources(self.setup.cluster).get("CPU", 0)
+
+    def _make_room_for_reading(self) -> None:
+        """Replicas may have been asked for something before."""
+        if not self._fits_beside_reading:
+            self._pool.close()
 
     @cached_property
     def _fits_beside_replicas(self) -> bool:

@@ -9,7 +9,11 @@ from collections.abc import Iterator
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.gpu_prices import may_have_price, unpriced
 from fusegpt_ray.recipe.text_sections import Text
+
+GPU_LABEL = "ray.io/accelerator-type"
+"""Under which Ray says what kind of GPUs a node has."""
 
 
 def whole_batches(
@@ -44,10 +48,16 @@ def shares(cluster: Cluster, batch_key: str, batch: int) -> Iterator[UserError]:
 
 
 def budget(cluster: Cluster) -> Iterator[UserError]:
-    if cluster.max_cost is not None and cluster.gpu_hour_price is None:
+    if cluster.max_cost is None:
+        return
+    if cluster.gpu_hour_price is None:
         problem = "nobody knows what a GPU costs"
         fix = "give cluster.gpu_hour_price as well, or cluster.max_hours instead"
         yield UserError("cluster.max_cost", cluster.max_cost, problem, fix)
+    elif cluster.engine == "ray" and cluster.gpus_per_replica != 0:
+        label = cluster.labels.get(GPU_LABEL)
+        if label and not may_have_price(cluster.gpu_hour_price, label):
+            yield unpriced(cluster.gpu_hour_price, label)
 
 
 def images(where: str, text: Text, sees: bool) -> Iterator[UserError]:

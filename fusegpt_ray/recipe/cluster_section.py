@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
+from fusegpt_ray.recipe.gpu_prices import as_meant
 from fusegpt_ray.recipe.text_sections import Section, Uri
 
 MOST = 10_000_000
@@ -41,8 +42,9 @@ class Cluster(Section):
     recompute_activations: bool = False
     """Each block's activations are computed again in the backward pass: less memory, a third more
     work."""
-    gpu_hour_price: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """What you pay for a GPU and hour, in any currency, for `fusegpt plan` and the report."""
+    gpu_hour_price: float | dict[str, float] | None = None
+    """What you pay for a GPU and hour, in any currency: one price, or a price for each kind of GPU,
+    named as Ray names them: `{H100: 2.5, A100: 1.4}`."""
     max_hours: float | None = Field(None, gt=0, allow_inf_nan=False)
     """After so many hours of work a run stops at the next thing that it saves. Hours of all its
     sessions count; with a larger number the same command goes on. Left out: no limit."""
@@ -71,3 +73,8 @@ class Cluster(Section):
     cache_gb: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the
     temporary folder; left out: half of what is free; 0: none."""
+
+    @field_validator("gpu_hour_price", mode="before")
+    @classmethod
+    def _check_as_meant(cls, value: Any) -> Any:
+        return as_meant(value)

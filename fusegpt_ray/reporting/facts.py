@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import FiniteFloat, NonNegativeInt, ValidationError
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.recipe.gpu_prices import cost, price_of
 from fusegpt_ray.recipe.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.reporting.prices import Spent, gpu_hour_price
 from fusegpt_ray.reporting.shapes import (
@@ -115,9 +116,20 @@ class Facts(Part):
 
     @property
     def price_per_second(self) -> float | None:
-        """Of all GPUs that the run held, if it had any and the recipe says what one costs."""
-        price = gpu_hour_price(self.recipe)
+        """Of all GPUs that the run held, if it had any and the recipe says what one costs. None if
+        it went on on others at another price: nobody has told which stages that were.
+        """
+        prices = gpu_hour_price(self.recipe)
+        each = {price_of(prices, gpu) for gpu in self.gpu_seconds or [self.gpu]}
+        price = each.pop() if len(each) == 1 else None
         return None if price is None or not self.gpus else price * self.gpus / 3600
+
+    @property
+    def gpu_seconds(self) -> Mapping[str, float]:
+        """By the name of the GPU, that the run has held until this model was published."""
+        if not self.spent or not self.spent.gpu_seconds:
+            return {}
+        return self.spent.by_gpu or {self.gpu: self.spent.gpu_seconds}
 
     @property
     def gpu_hours(self) -> float | None:
@@ -126,9 +138,10 @@ class Facts(Part):
 
     @property
     def cost(self) -> float | None:
-        """Of these, if the recipe says what one costs."""
-        hours, price = self.gpu_hours, gpu_hour_price(self.recipe)
-        return None if hours is None or price is None else hours * price
+        """Of these, as the run has told, or else if the recipe says what one costs."""
+        if self.spent and self.spent.money is not None:
+            return self.spent.money
+        return cost(gpu_hour_price(self.recipe), self.gpu_seconds)
 
     @property
     def healing_loss(self) -> str:

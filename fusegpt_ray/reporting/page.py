@@ -130,6 +130,9 @@ def _spent(found: Facts) -> list[tuple[str, str]]:
     told = [("time of the run so far", duration(spent.seconds))]
     if found.gpu_hours is not None:
         told.append(("GPU hours of the run", f"{found.gpu_hours:,.2f}"))
+    if len(found.gpu_seconds) > 1:
+        each = ((gpu, seconds / 3600) for gpu, seconds in found.gpu_seconds.items())
+        told += [(f"GPU hours on {gpu or 'other GPUs'}", f"{hours:,.2f}") for gpu, hours in each]
     if found.cost is not None:
         told.append(("price of these hours", f"{found.cost:,.2f}"))
     return told

@@ -3,12 +3,14 @@
 The clock of a run goes while one of its processes has workers: from their start until the run ends,
 over all processes that have worked under its name. Each sign of life (`heartbeat.json`) tells how
 much that is by now, and the next process goes on counting from there; so a SIGKILL costs the count
-at most the time between two signs.
+at most the time between two signs. GPU-seconds are counted by the names of the GPUs, because a run
+may go on on others, and a price may change.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +19,7 @@ from typing import Any
 
 from fusegpt_ray.errors import BudgetSpent
 from fusegpt_ray.recipe.cluster_section import Cluster
+from fusegpt_ray.recipe.gpu_prices import cost, price_of, unpriced
 from fusegpt_ray.run.lease import read_sign
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened
@@ -36,45 +39,67 @@ class Budget:
     """Of the run."""
     gpus: float = 0.0
     """That the workers of this process hold together."""
+    gpu: str = ""
+    """What torch calls these."""
     began: float | None = field(default_factory=lambda: monotonic())
     """When they were there; None: this process has none."""
 
     @cached_property
-    def before(self) -> tuple[float, float]:
-        """Seconds, and GPU-seconds, of the processes before this one; to be asked for before this
-        one gives a sign of life.
+    def before(self) -> tuple[float, dict[str, float]]:
+        """Seconds, and GPU-seconds by the GPU, of the processes before this one; to be asked for
+        before this one gives a sign of life. What earlier versions told of no GPU by name is taken
+        to be of those that this process holds.
         """
         told = read_sign(self.folder).get(SPENT)
-        keys = ("seconds", "gpu_seconds")
-        seconds, gpu_seconds = (told.get(key) if isinstance(told, dict) else None for key in keys)
-        return (_amount(seconds), _amount(gpu_seconds))
+        told = told if isinstance(told, dict) else {}
+        by_gpu, held = told.get("by_gpu"), dict[str, float]()
+        if not isinstance(by_gpu, dict):
+            by_gpu = {"": told.get("gpu_seconds")}
+        for gpu, seconds in by_gpu.items():
+            if amount := _amount(seconds):
+                held[gpu or self.gpu] = held.get(gpu or self.gpu, 0.0) + amount
+        return (_amount(told.get("seconds")), held)
 
     def forget(self) -> None:
         """The run begins anew."""
-        self.before = (0.0, 0.0)
+        self.before = (0.0, {})
         self.began = self.began and monotonic()
 
     @property
-    def spent(self) -> dict[str, float]:
-        """{"seconds", "gpu_seconds"} until now."""
+    def spent(self) -> dict[str, Any]:
+        """{"seconds", "gpu_seconds", "by_gpu": these by the GPU, "money"} until now; the last one
+        only where all of these GPUs have a price.
+        """
         now = 0.0 if self.began is None else monotonic() - self.began
-        seconds, gpu_seconds = self.before
-        told = {"seconds": seconds + now, "gpu_seconds": gpu_seconds + now * self.gpus}
-        return {key: round(value, 3) for key, value in told.items()}
+        seconds, held = self.before
+        if self.gpus:
+            held = held | {self.gpu: held.get(self.gpu, 0.0) + now * self.gpus}
+        by_gpu = {gpu: round(amount, 3) for gpu, amount in held.items()}
+        told = {"seconds": round(seconds + now, 3), "gpu_seconds": round(sum(by_gpu.values()), 3)}
+        money = cost(self.cluster.gpu_hour_price, by_gpu)
+        return {**told, "by_gpu": by_gpu, **({} if money is None else {"money": round(money, 6)})}
 
     @property
     def told(self) -> dict[str, float]:
-        """{"hours", "gpu_hours", "money"} until now; the last one only where a price is given."""
-        spent, price = self.spent, self.cluster.gpu_hour_price
-        gpu_hours = spent["gpu_seconds"] / 3600
-        money = {} if price is None else {"money": gpu_hours * price}
-        return {"hours": spent["seconds"] / 3600, "gpu_hours": gpu_hours, **money}
+        """{"hours", "gpu_hours", "money"} until now; the last one as in `spent`."""
+        spent = self.spent
+        hours = {"hours": spent["seconds"] / 3600, "gpu_hours": spent["gpu_seconds"] / 3600}
+        return hours | {key: spent[key] for key in spent.keys() & {"money"}}
+
+    def check_prices(self) -> None:
+        """
+        Raises:
+            UserError: see `refuse_unpriced`; of GPUs that the run holds, or has held.
+        """
+        refuse_unpriced(self.cluster, self.spent["by_gpu"])
 
     def check(self) -> None:
         """
         Raises:
             BudgetSpent: nothing is left.
+            UserError: see `check_prices`.
         """
+        self.check_prices()
         if told := self.over:
             raise BudgetSpent(told)
 
@@ -101,6 +126,19 @@ class Budget:
                 where = f"what is saved stays in {self.folder}, and the same command goes on"
                 return f"{what}; {where} from there with a larger cluster.{key}"
         return ""
+
+
+def refuse_unpriced(cluster: Cluster, gpus: Iterable[str]) -> None:
+    """
+    Args:
+        gpus: their names, as torch gives them; an empty one is of none.
+
+    Raises:
+        UserError: one of them has no price, and `cluster.max_cost` is given.
+    """
+    for gpu in gpus:
+        if cluster.max_cost and gpu and price_of(cluster.gpu_hour_price, gpu) is None:
+            raise unpriced(cluster.gpu_hour_price, gpu)
 
 
 def _amount(value: Any) -> float:

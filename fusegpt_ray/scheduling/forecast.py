@@ -118,9 +118,9 @@ def forecast(
         told = outlook(one.plan, asked.device, min(count, asked.gpus), measured)
         span, needed = times.spans.get(one.name), asked.need(one.plan.recipe).gpus
         rows.append({"run": one.name, "needs_gpus": needed, **told, **_span(span)})
-    prices = [one.plan.recipe.cluster.gpu_hour_price for one in planned]
+    prices = [asked.device.price(one.plan.recipe.cluster) for one in planned]
     hours = [row["gpu_hours"] for row in rows]
-    priced = known and asked.device.kind == "cuda" and all(prices)
+    priced = known and all(prices)
     return {
         "device": asked.device.name,
         "gpus": asked.gpus,

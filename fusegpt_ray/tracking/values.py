@@ -37,7 +37,7 @@ METRICS = {
     "retries": Metric("counter", "Calls of a store that the driver repeated", ("stage",)),
     "spent_hours": Metric("gauge", "Hours for which the run has had workers, in all its processes"),
     "spent_gpu_hours": Metric("gauge", "GPU hours that these have held"),
-    "spent_money": Metric("gauge", "What these cost by cluster.gpu_hour_price, where it is given"),
+    "spent_money": Metric("gauge", "What these cost, where cluster.gpu_hour_price tells it"),
 }
 
 

@@ -135,7 +135,10 @@ def test_gpus_cost_their_price_for_as_long_as_they_are_held(tmp_path: Path, cloc
     clock.passed += 0.9 * HOUR
     found.check()
     clock.passed += 0.2 * HOUR
-    hours = {key: value / HOUR for key, value in found.spent.items()}
+    spent = found.spent
+    assert spent.pop("money") == pytest.approx(26, abs=0.03)
+    assert spent.pop("by_gpu") == {"": spent["gpu_seconds"]}
+    hours = {key: value / HOUR for key, value in spent.items()}
     assert hours == pytest.approx({"seconds": 4.1, "gpu_seconds": 10.4}, abs=0.01)
     told = {"hours": 4.1, "gpu_hours": 10.4, "money": 26}  # to Prometheus
     assert found.told == pytest.approx(told, abs=0.01)

@@ -15,6 +15,8 @@ from recipes import SMALLEST, merged, mistake, recipe
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.recipe import Recipe
 
+KEY_OF_A_KIND = "cluster.gpu_hour_price.H100"
+
 
 @pytest.mark.parametrize(
     ("sections", "key", "fix"),
@@ -178,7 +180,15 @@ def test_missing_keys(key: str) -> None:
         ({"cluster": {"gpus_per_replica": -1}}, "cluster.gpus_per_replica"),
         ({"cluster": {"gpus_per_replica": math.nan}}, "cluster.gpus_per_replica"),
         ({"cluster": {"cache_gb": -1}}, "cluster.cache_gb"),
-        ({"cluster": {"gpu_hour_price": 0}}, "cluster.gpu_hour_price"),
+        *(
+            ({"cluster": {"gpu_hour_price": price}}, "cluster.gpu_hour_price")
+            for price in (0, -1, math.inf, math.nan, "much", [2.5], {}, {"": 2.5}, {" - ": 2.5})
+        ),
+        *(
+            ({"cluster": {"gpu_hour_price": {"A100": 1, "H100": price}}}, KEY_OF_A_KIND)
+            for price in (0, -1, math.inf, math.nan, "much", None, {"A": 1})
+        ),
+        ({"cluster": {"gpu_hour_price": {"H100": 1, "h100": 2}}}, "cluster.gpu_hour_price"),
         ({"output": {"samples": [""]}}, "output.samples.0"),
         ({"cluster": {"cache_gb": math.inf}}, "cluster.cache_gb"),
         ({"output": {"name": "../up"}}, "output.name"),
