@@ -14,8 +14,8 @@ the little that it computes. So the time of 32 replicas can be had on two cores.
   could have slept.
 - **A family**: `--members` runs (`method: mi`, a quarter of the blocks, a held-out text) on
   `--sets` sets of workers that share the largest number of replicas, one run after another on each.
-  *Alone* is what all of them slept together. *Start* is the time until each set has begun its first
-  sweep: on real nodes a matter of seconds, here of starting so many processes on a few cores.
+  *Alone* is what all of them slept together. *Start* is the time until every replica has begun: on
+  real nodes a matter of seconds, here of starting so many processes on a few cores.
 
 What is not in it: GPUs, training workers, networks, and stores that are far away.
 """
@@ -25,13 +25,16 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import ray
@@ -60,14 +63,13 @@ def emulate() -> None:
     from fusegpt_ray.model.runner import Runner
 
     each, folder = float(os.environ[SECONDS]), Path(os.environ[SLEPT])
-    computes, slept, first = Runner._after, 0.0, 0.0
+    computes, slept = Runner._after, 0.0
 
     def after(self: Runner, module: Any, dense: int, h_BTD: Any, owns: Any = None) -> Any:
-        nonlocal slept, first
-        first = first or time.time()
+        nonlocal slept
         time.sleep(each * len(h_BTD))
         slept += each * len(h_BTD)
-        (folder / str(os.getpid())).write_text(f"{first} {slept}")
+        (folder / str(os.getpid())).write_text(f"{slept}")
         return computes(self, module, dense, h_BTD, owns)
 
     Runner._after = after  # type: ignore[method-assign]
@@ -81,12 +83,10 @@ class Clock:
         self._before = self._read()
         self.began = time.time()
 
-    def _read(self) -> dict[str, tuple[float, float]]:
-        found = {}
-        for file in self._folder.iterdir():
-            if len(words := file.read_text().split()) == 2:  # else it is just being written
-                found[file.name] = float(words[0]), float(words[1])
-        return found
+    def _read(self) -> dict[str, float]:
+        """By process."""
+        told = {file.name: file.read_text() for file in self._folder.iterdir()}
+        return {name: float(text) for name, text in told.items() if text}  # else it is being told
 
     @property
     def passed(self) -> float:
@@ -95,14 +95,35 @@ class Clock:
     @property
     def slept(self) -> float:
         """By all of them together."""
-        before = {name: seconds for name, (_, seconds) in self._before.items()}
-        return sum(seconds - before.get(name, 0) for name, (_, seconds) in self._read().items())
+        return sum(now - self._before.get(name, 0) for name, now in self._read().items())
 
     @property
-    def first(self) -> list[float]:
-        """When each process that is new began to sleep, from the beginning, in order."""
-        new = self._read().keys() - self._before.keys()
-        return sorted(self._read()[name][0] - self.began for name in new)
+    def awake(self) -> int:
+        """How many new processes have begun to sleep."""
+        return len(self._read().keys() - self._before.keys())
+
+
+@dataclass
+class Start:
+    """When all replicas had begun, and what they had slept by then, in a thread that looks."""
+
+    clock: Clock
+    replicas: int
+    seconds: float = math.inf
+    slept: float = 0.0
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._look, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _look(self) -> None:
+        while self.clock.awake < self.replicas and not self._over.wait(0.2):
+            continue
+        self.seconds, self.slept = self.clock.passed, self.clock.slept
 
 
 def longest_first(costs: Sequence[float], replicas: int) -> float:
@@ -184,19 +205,19 @@ def family(members: int, sets: int, replicas: int, windows: int, folder: Path) -
             },
         }
         clock = Clock(folder)
-        result = compress_family(Members.parse(recipe), Display(Console(quiet=True)))
+        with Start(clock, replicas) as start:
+            result = compress_family(Members.parse(recipe), Display(Console(quiet=True)))
         took, slept = clock.passed, clock.slept
         assert result["state"] == "done", result
-        start = clock.first[sets - 1]
-    share = slept / replicas
+    after = (slept - start.slept) / (took - start.seconds)
     return {
         "members": members,
         "sets": sets,
         "replicas": replicas,
         "slept": slept,
-        "start": start,
+        "start": start.seconds,
         "took": took,
-        "used": {"measured": share / took, "after the start": share / (took - start)},
+        "used": {"measured": slept / replicas / took, "after the start": after / replicas},
     }
 
 
