@@ -15,6 +15,7 @@ from typing import Any
 import ray
 from ray._private.state import available_resources_per_node
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusegpt_ray.errors import UserError
@@ -22,6 +23,9 @@ from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
+
+KNOWN_SECONDS = 30.0
+"""In which all nodes know of one that joins. Until then Ray refuses tasks for it."""
 
 
 def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: bool) -> None:
@@ -144,16 +148,26 @@ def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
     """Addresses of the nodes that lack one of the files. The files of a hub model are downloaded
     first.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    tasks = []
-    for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        tasks.append(_sees.options(num_cpus=0, scheduling_strategy=here).remote(files, hub))
-    return [
-        node["NodeManagerAddress"]
-        for node, sees in zip(nodes, ray.get(tasks), strict=True)
-        if not sees
-    ]
+
+    def look(node: str) -> ray.ObjectRef:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        return _sees.options(num_cpus=0, scheduling_strategy=here).remote(files, hub)
+
+    def sees(node: str, looking: ray.ObjectRef) -> bool:
+        until = time.monotonic() + KNOWN_SECONDS
+        while True:
+            try:
+                return bool(ray.get(looking))
+            except TaskUnschedulableError:
+                if node not in alive_nodes():
+                    return True  # it has left, and nothing will be looked for there
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
+            looking = look(node)
+
+    nodes = [(node, look(node["NodeID"])) for node in _labelled({})]
+    return [node["NodeManagerAddress"] for node, of in nodes if not sees(node["NodeID"], of)]
 
 
 @ray.remote

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray.exceptions import TaskUnschedulableError
 
 from fusegpt_ray.distributed import nodes
 from fusegpt_ray.distributed.nodes import wait_for_resources
@@ -149,3 +150,39 @@ def test_only_nodes_with_some_members_labels_count(monkeypatch: pytest.MonkeyPat
     assert nodes.resources_of_any([old, new]) == {"GPU": 6}
     assert nodes.resources_of_any([new, Cluster()]) == {"GPU": 14}
     assert nodes.free_resources([nowhere]) == {}
+
+
+def test_a_node_that_joins_or_leaves_just_now_is_no_reason_to_fail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For a moment Ray refuses tasks for a node that has joined; for one that has left it goes on
+    to do so.
+    """
+    tries = {name * 56: 0 for name in "abc"}
+    where = [
+        {"NodeID": node, "Alive": True, "NodeManagerAddress": f"at {node[0]}"} for node in tries
+    ]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: where)
+
+    @dataclass
+    class Task:
+        node: str = ""
+
+        def options(self, num_cpus: int, scheduling_strategy: Any) -> Task:
+            return Task(scheduling_strategy.node_id)
+
+        def remote(self, files: list[str], hub: None) -> Task:
+            return self
+
+    def get(task: Task) -> bool:
+        tries[task.node] += 1
+        if task.node[0] == "b":
+            where[:] = [one for one in where if one["NodeID"] != task.node]
+        if task.node[0] == "b" or tries[task.node] < 3:
+            raise TaskUnschedulableError("the node does not exist any more")
+        return task.node[0] == "a"
+
+    monkeypatch.setattr(nodes, "_sees", Task())
+    monkeypatch.setattr(nodes.ray, "get", get)
+    assert nodes.nodes_without(["a file"]) == ["at c"]
+    assert [*tries.values()] == [3, 1, 3]
