@@ -98,7 +98,7 @@ def room(recipes: Sequence[Recipe], gpus: int, way: str) -> Room:
     found = asked.room(recipes)
     if way == "put off":
         return found
-    if way == "beside" and not found.roomy and found.at_once > 1:
+    if way == "beside" and not found.roomy and found.sets > 1:
         found = replace(found, needs=[asked.need(one, at_once=True) for one in recipes], roomy=True)
     return replace(found, publishers=())
 

@@ -68,6 +68,7 @@ SLOW = (
     ),
     f"{INTEGRATION}compare_on_ray.py",
     f"{INTEGRATION}family_on_ray.py",
+    f"{INTEGRATION}autoscaling.py",  # what is asked for, and who begins, has unit tests
     f"{INTEGRATION}mistakes_on_ray.py::test_nan_is_told_on_ray",
     f"{INTEGRATION}local_ray.py::test_a_run_that_fails_with_a_trace",
     f"{INTEGRATION}submit.py::test_a_job_that_fails_with_a_trace_tells_no_secret",

@@ -4,7 +4,6 @@ same files at the same paths.
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections import Counter
@@ -14,14 +13,19 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.autoscaler.sdk import request_resources
+from ray.exceptions import TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from fusegpt_ray.distributed.autoscaler import asking, bundles
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
+from fusegpt_ray.workers.room import Need
+
+KNOWN_SECONDS = 30.0
+"""In which all nodes know of one that joins. Until then Ray refuses tasks for it."""
 
 
 def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: bool) -> None:
@@ -41,16 +45,11 @@ def wait_for_resources(gpus: float, processes: int, cluster: Cluster, grows: boo
         return [kind for kind, number in wanted.items() if number > total.get(kind, 0)]
 
     if lacking() and grows and cluster.wait_minutes:
-        # A node with a GPU has CPUs, too, which serve the second kind of bundle.
-        bundles = [{"GPU": 1}] * math.ceil(gpus) + [{"CPU": 1}] * processes
-        where = {"bundle_label_selectors": [cluster.labels] * len(bundles)}
-        request_resources(bundles=bundles, **(where if cluster.labels else {}))
         until = time.monotonic() + 60 * cluster.wait_minutes
-        try:
+        with asking() as ask:
             while lacking() and time.monotonic() < until:
+                ask([bundles(gpus, processes, cluster)])
                 time.sleep(1)
-        finally:
-            request_resources(bundles=[])
     if not (kinds := lacking()):
         return
     kind, there = kinds[0], resources(cluster).get(kinds[0], 0)
@@ -108,31 +107,44 @@ def alive_nodes(labels: Mapping[str, str] | None = None) -> set[str]:
 
 def resources(cluster: Cluster) -> dict[str, float]:
     """What there is, free or not, where `cluster.labels` lets processes run."""
-    return resources_of_any([cluster])
-
-
-def resources_of_any(clusters: Sequence[Cluster]) -> dict[str, float]:
-    """The same of several: each node counts once."""
-    if not all(cluster.labels for cluster in clusters):
+    if not cluster.labels:
         found: dict[str, float] = ray.cluster_resources()
         return found
-    return _total({node["NodeID"]: node["Resources"] for node in ray.nodes()}, clusters)
-
-
-def free_resources(clusters: Sequence[Cluster]) -> dict[str, float]:
-    """What nothing uses now, where the labels of one of these let processes run."""
-    return _total(available_resources_per_node(), clusters)
-
-
-def _total(
-    by_node: Mapping[str, Mapping[str, float]], clusters: Sequence[Cluster]
-) -> dict[str, float]:
-    """Of the nodes that have the labels of one of these."""
-    nodes = set[str]().union(*(alive_nodes(cluster.labels) for cluster in clusters))
     total: Counter[str] = Counter()
-    for node in nodes:
-        total.update(by_node.get(node, {}))
+    for node in _labelled(cluster.labels):
+        total.update(node["Resources"])
     return dict(total)
+
+
+class Ours:
+    """What is there for this process on the nodes that have the labels of one of these clusters:
+    all but what others hold. That is what is held at first, before anything of ours is, or what is
+    held later where that is less. So a node that joins is ours, one that is lost takes along what
+    others held there, and it does not matter what our own processes hold at the moment.
+    """
+
+    def __init__(self, clusters: Sequence[Cluster]) -> None:
+        self._labels = [cluster.labels.items() for cluster in clusters]
+        self._others = {node: held for node, (_, held) in self._look().items()}
+
+    def now(self) -> tuple[Need, Need]:
+        """What there is for us, and what others hold."""
+        ours, others = Counter[str](), Counter[str]()
+        for node, (total, held) in self._look().items():
+            # `&` takes the smaller of two, `-` and `+` leave out what is nothing.
+            self._others[node] = held & self._others.get(node, Counter())
+            ours += total - self._others[node]
+            others += self._others[node]
+        return Need(ours["GPU"], ours["CPU"]), Need(others["GPU"], others["CPU"])
+
+    def _look(self) -> dict[str, tuple[Counter[str], Counter[str]]]:
+        """What each node has, and what of it is held. One that has just joined is all free."""
+        free, found = available_resources_per_node(), {}
+        for node in _labelled({}):
+            if any(labels <= node.get("Labels", {}).items() for labels in self._labels):
+                total = Counter[str](node["Resources"])
+                found[node["NodeID"]] = total, total - Counter(free.get(node["NodeID"], total))
+        return found
 
 
 def _labelled(labels: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -144,16 +156,26 @@ def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
     """Addresses of the nodes that lack one of the files. The files of a hub model are downloaded
     first.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    tasks = []
-    for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        tasks.append(_sees.options(num_cpus=0, scheduling_strategy=here).remote(files, hub))
-    return [
-        node["NodeManagerAddress"]
-        for node, sees in zip(nodes, ray.get(tasks), strict=True)
-        if not sees
-    ]
+
+    def look(node: str) -> ray.ObjectRef:
+        here = NodeAffinitySchedulingStrategy(node, soft=False)
+        return _sees.options(num_cpus=0, scheduling_strategy=here).remote(files, hub)
+
+    def sees(node: str, looking: ray.ObjectRef) -> bool:
+        until = time.monotonic() + KNOWN_SECONDS
+        while True:
+            try:
+                return bool(ray.get(looking))
+            except TaskUnschedulableError:
+                if node not in alive_nodes():
+                    return True  # it has left, and nothing will be looked for there
+                if time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
+            looking = look(node)
+
+    nodes = [(node, look(node["NodeID"])) for node in _labelled({})]
+    return [node["NodeManagerAddress"] for node, of in nodes if not sees(node["NodeID"], of)]
 
 
 @ray.remote

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from fusegpt_ray.distributed.autoscaler import AGAIN, Ask, Bundles, asking, bundles
 from fusegpt_ray.distributed.connection import Connection, gpus_of
-from fusegpt_ray.distributed.nodes import free_resources, resources_of_any, wait_for_resources
+from fusegpt_ray.distributed.nodes import Ours, wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Need, Room
+from fusegpt_ray.workers.room import Need, Place, Room
 
 
 @contextmanager
 def joined(
     setups: Sequence[Setup], asked: int | None, quota: float | None, key: str
-) -> Iterator[Room]:
-    """Be in the cluster while the block lasts; yields the room that sets of workers have there.
+) -> Iterator[Place]:
+    """Be in the cluster while the block lasts; yields the place that sets of workers have there,
+    once there is enough for the largest of them. Where nodes may join, an autoscaler is asked for
+    what all of them could use.
 
     Args:
         setups: of the set that each job needs.
@@ -30,17 +35,60 @@ def joined(
     sets = min(asked or 1, len(setups))
     widest = sorted(setups, key=_processes)[-sets:]
     connection = Connection.open(setups[0].cluster, [setup.cluster for setup in widest])
+    grows = not connection.own
+    asks = grows and any(setup.cluster.wait_minutes for setup in setups)
     try:
-        for alike in _by_labels(setups):
-            try:
-                _wait(alike, sets, quota, grows=not connection.own)
-            except UserError as error:
-                if sets == 1:
-                    raise
-                raise UserError(key, asked, error.problem, "lower it, or leave it out") from error
-        yield _room(setups, asked, quota)
+        with asking() as ask:
+            place = Nodes(setups, asked, quota, ask if asks else lambda parts: None)
+            place.ask([(_need(setup), setup.cluster) for setup in setups])
+            for alike in _by_labels(setups):
+                try:
+                    _wait(alike, sets, quota, grows)
+                except UserError as error:
+                    if sets == 1:
+                        raise
+                    fix = "lower it, or leave it out"
+                    raise UserError(key, asked, error.problem, fix) from error
+            yield place
     finally:
         connection.close()
+
+
+class Nodes(Place):
+    """The nodes that the labels of these sets let them use, whichever there are at the moment."""
+
+    def __init__(
+        self, setups: Sequence[Setup], asked: int | None, quota: float | None, ask: Ask
+    ) -> None:
+        both, turns = ([_need(setup, way) for setup in setups] for way in (True, False))
+        publishers = [_need(setup.publisher) for setup in setups]
+        self._needs, self._limits = (turns, both, publishers), (asked, quota)
+        self._nodes, self._ask = Ours([setup.cluster for setup in setups]), ask
+        self._look()
+
+    def now(self) -> Room:
+        if time.monotonic() >= self._looked + AGAIN:
+            self._look()
+        return self._room
+
+    def ask(self, sets: Sequence[tuple[Need, Cluster]]) -> None:
+        """A request counts what others hold as well: see `autoscaler.py`. None of it is asked for
+        in any case: what one of them cannot do without it asks for when it is opened.
+        """
+        parts, gpus, quota = list[Bundles](), 0.0, self._limits[1] or math.inf
+        for need, cluster in sets:
+            if len(parts) < self._room.at_once and gpus + need.gpus <= quota:
+                others = Need() if parts else self._others
+                together = Need.of_all([need, others])
+                parts.append(bundles(together.gpus, together.cpus, cluster))
+                gpus += need.gpus
+        self._ask([Bundles(), *parts] if parts else [])
+
+    def _look(self) -> None:
+        ours, self._others = self._nodes.now()
+        there = Need.of_all([ours, self._others])
+        self._room = Room.of(*self._needs, *self._limits, ours, there)
+        self._looked = time.monotonic()
 
 
 def _by_labels(setups: Sequence[Setup]) -> Iterator[list[Setup]]:
@@ -58,18 +106,6 @@ def _wait(setups: Sequence[Setup], sets: int, quota: float | None, grows: bool) 
     cpus = sum(sorted(map(_processes, setups))[-sets:])
     cluster: Cluster = max((setup.cluster for setup in setups), key=lambda one: one.wait_minutes)
     wait_for_resources(gpus if quota is None else min(gpus, quota), cpus, cluster, grows)
-
-
-def _room(setups: Sequence[Setup], asked: int | None, quota: float | None) -> Room:
-    clusters = [setup.cluster for setup in setups]
-    free, there = (_counted(kind(clusters)) for kind in (free_resources, resources_of_any))
-    needs, at_once = ([_need(setup, both) for setup in setups] for both in (False, True))
-    publishers = [_need(setup.publisher) for setup in setups]
-    return Room.of(needs, at_once, publishers, asked, quota, free, there)
-
-
-def _counted(resources: dict[str, float]) -> Need:
-    return Need(resources.get("GPU", 0), resources.get("CPU", 0))
 
 
 def _need(setup: Setup, at_once: bool = False) -> Need:

@@ -56,15 +56,13 @@ class Schedule:
 
 def schedule(entries: Sequence[Entry[Work]], room: Room) -> Schedule:
     """Of runs in the order of a recipe, in this room."""
-    return _Clock(Waiting(entries, room.total), room, room.at_once).run()
+    return _Clock(Waiting(entries, lambda: room), room).run()
 
 
 @dataclass
 class _Clock:
     waiting: Waiting[Work]
     room: Room
-    slots: int
-    """How many sets may be open."""
     now: float = 0.0
     sets: list[tuple[float, int, Entry[Work], Entry[Work]]] = field(default_factory=list)
     """Until when each set of workers does something, its number, the job that it was opened for,
@@ -75,7 +73,7 @@ class _Clock:
     def run(self) -> Schedule:
         most = 0.0
         while self.waiting or self.sets:
-            while len(self.sets) < self.slots and (entry := self.waiting.take_now()):
+            while len(self.sets) < self.room.at_once and (entry := self.waiting.take_now()):
                 self._do(entry, entry)
             most = max(most, sum(first.need.gpus for *_, first, _ in self.sets))
             self.now, _, first, entry = heapq.heappop(self.sets)
@@ -104,7 +102,7 @@ class _Clock:
                 span.leaves = self.now + work.publishing
                 self._until(span.leaves, first, entry)
                 return
-            span.leaves, self.slots = self.now, self.slots + 1
+            span.leaves = self.now
         span.ends = self.now
         if another := self.waiting.next_like(entry):
             self._do(first, another)

@@ -97,7 +97,7 @@ class Slots:
         self.jobs, self.asked, self.show = jobs, asked, show
         self.worked = False
         """Whether anything has been worked on."""
-        self._ended, self._late, self._telling = 0, 0, threading.Lock()
+        self._ended, self._telling = 0, threading.Lock()
 
     def run(self) -> None:
         """All jobs; one that fails is told. Those in one place share it; places follow one another.
@@ -132,20 +132,25 @@ class Slots:
         self._groups, numbers = self._grouped(jobs)
         setups, asked = [self._groups[number].setup for number in numbers], self.asked
         with (
-            room_for_sets(setups, asked.at_once, asked.quota, asked.key) as room,
+            room_for_sets(setups, asked.at_once, asked.quota, asked.key) as place,
             Threads() as threads,
         ):
-            self._room, self._threads = room, threads
-            self._several = room.at_once > 1 or (len(jobs) > 1 and any(room.publishers))
+            room, self._threads, self._told = place.now(), threads, 1
+            self._at_once, self._several = room.at_once, room.at_once > 1
             if self._several:
                 for job in jobs:
                     job.show = job.show.beside(job.name)
-            each = zip(jobs, numbers, room.needs, room.publishers, strict=True)
+            each = zip(jobs, numbers, room.needs, room.publishers, room.both, strict=True)
             entries = [
-                Entry(job, number, need, job.priority, publisher)
-                for job, number, need, publisher in each
+                Entry(job, number, need, job.priority, publisher, both)
+                for job, number, need, publisher, both in each
             ]
-            self._waiting: Waiting[Job] = Waiting(entries, room.total)
+            cluster = {number: group.setup.cluster for number, group in self._groups.items()}
+            self._waiting = Waiting(
+                entries,
+                place.now,
+                lambda some: place.ask([(one.need, cluster[one.group]) for one in some]),
+            )
             if not asked.ends_early:
                 self._start_others()
             self._slot(0)
@@ -171,22 +176,21 @@ class Slots:
         return numbered, [order.index(name) for name in names]
 
     def _start_others(self) -> None:
-        if not self._threads.started and self._room.at_once > 1:
-            self.show.say(f"up to {self._room.at_once} {self.asked.what} at once")
-            self._threads.start(self._slot, range(1, self._room.at_once))
+        """As many as sets could ever be open: the line lets them in where there is room."""
+        if not self._threads.started:
+            self._threads.start(self._slot, range(1, self._at_once))
 
     def _slot(self, slot: int, last: bool = False) -> None:
-        """Do jobs until none waits that this slot can open workers for. The `last` one leaves none
-        to others.
+        """Do jobs until none waits. The `last` one does those, too, whose workers could not be
+        opened.
         """
-        given_up = set[int]()
-        while entry := self._waiting.take(given_up):
+        while entry := self._waiting.take(last):
             try:
-                self._on_workers(slot, entry, last, given_up)
+                self._on_workers(slot, entry, last)
             finally:
                 self._waiting.release(entry)
 
-    def _on_workers(self, slot: int, first: Entry[Job], last: bool, given_up: set[int]) -> None:
+    def _on_workers(self, slot: int, first: Entry[Job], last: bool) -> None:
         opened = False
         try:
             with self._workers(slot, first) as workers:
@@ -203,8 +207,7 @@ class Slots:
                 if last or not self._threads.started:
                     self._failed(first.job, error)
                     return
-                given_up.add(first.group)
-                self._waiting.give_back(first)
+                self._waiting.give_back(first, leave=True)
             elif not self._threads.started and not self._waiting:
                 raise
             told = f"{type(error).__name__}: {first_line(error)}"
@@ -212,9 +215,17 @@ class Slots:
 
     def _workers(self, slot: int, entry: Entry[Job]) -> Workers:
         folder = storage.join(self.asked.folder, TRAINING_FOLDER, f"{slot}-{entry.group}")
-        sets = 1 if self._waiting.alone(entry) else self._room.at_once
+        sets, roomy = self._waiting.beside(entry)
+        with self._telling:
+            if sets > 1 and sets != self._told:
+                self.show.say(f"up to {sets} {self.asked.what} at once")
+                self._told = sets
         setup = self._groups[entry.group].setup
-        setup = replace(setup, run_folder=folder, sets=sets, roomy=self._room.roomy)
+        setup = replace(setup, run_folder=folder, sets=sets, roomy=roomy)
+        if setup.cluster.gpus_per_replica is None:
+            # As the room was counted with: all GPUs may be gone at the moment.
+            known = {"gpus_per_replica": float(entry.need.gpus > 0)}
+            setup = replace(setup, cluster=setup.cluster.model_copy(update=known))
         return open_workers(setup, self.show)
 
     def _begin(self, first: Entry[Job], workers: Workers) -> bool:
@@ -252,7 +263,7 @@ class Slots:
         job.show.say(f"— {job.name} —")
         job.working = True
         self.asked.changed(job)
-        puts_off = partial(self._put_off, entry)
+        puts_off = partial(self._waiting.put_off, entry)
         run = replace(job.begun, workers=workers, show=job.show, puts_off=puts_off)
         if entry.publishes:  # it goes on, as another process would
             run = replace(run, took=0.0, log=MetricsLog())
@@ -266,16 +277,6 @@ class Slots:
             return False
         self._end(job)
         return True
-
-    def _put_off(self, entry: Entry[Job]) -> bool:
-        """See `Waiting.put_off`: it needs a slot of its own then."""
-        late = self._waiting.put_off(entry)
-        if late:
-            with self._telling:
-                number = self._room.at_once + self._late
-                self._late += 1
-            self._threads.start(self._slot, range(number, number + 1))
-        return late
 
     def _end(self, job: Job) -> None:
         """Tell how many have ended, where several work and none has a bar for itself."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from fusegpt_ray.recipe.cluster_section import Cluster
@@ -101,17 +101,21 @@ class Room:
     needs: Sequence[Need]
     """Of the set of each job, beside others."""
     at_once: int = 1
-    """At most so many sets, but for those that only publish."""
+    """At most so many sets, however much there is."""
     total: Need = ANY
     """All sets together."""
     roomy: bool = False
     """Whether the replicas and the training workers of all sets can be there at once, so that they
     need not take turns."""
+    both: Sequence[Need] = ()
+    """Of each job's set where they do not take turns; `needs` if nothing is given."""
     publishers: Sequence[Need | None] = ()
     """Of a set that is enough to publish, of each job, where jobs wait for GPUs: one that only
     publishes is to leave its own to others. None: it does not, as all do if nothing is given."""
 
     def __post_init__(self) -> None:
+        if not self.both:
+            object.__setattr__(self, "both", self.needs)
         if not self.publishers:
             object.__setattr__(self, "publishers", [None] * len(self.needs))
 
@@ -119,33 +123,57 @@ class Room:
     def of(
         cls,
         needs: Sequence[Need],
-        at_once: Sequence[Need],
+        both: Sequence[Need],
         publishers: Sequence[Need],
         asked: int | None,
         quota: float | None,
-        free: Need,
+        ours: Need,
         there: Need,
     ) -> Self:
         """For the jobs of these needs.
 
         Args:
-            at_once: the same where replicas and training workers need not take turns.
+            both: the same where replicas and training workers need not take turns.
             publishers: of what is enough to publish.
-            asked: so many sets; None: as many as find free GPUs, or one where a set needs none,
+            asked: at most so many sets; None: as many as find GPUs, or one where a set needs none,
                 because sets share cores and memory.
-            quota: GPUs that all sets together may take; None: those that are free.
-            there: all that there is, free or not.
+            quota: GPUs that all sets together may take; None: those that are ours.
+            ours: all that there is but for what others use.
+            there: all that there is.
         """
         if not all(need.gpus for need in needs) or (asked and quota is None):
-            sets = min(asked or 1, len(needs))
-            roomy = Need.of_largest(at_once, sets).within(there)
-            return cls(needs, sets, Need(quota or math.inf, math.inf), roomy)
-        total = Need(min(free.gpus, quota or math.inf), free.cpus)
-        small = sorted(needs, key=_pair)
-        fitting = [n for n in range(1, len(needs) + 1) if Need.of_all(small[:n]).within(total)]
-        sets = max(1, min(asked or len(needs), len(fitting)))
-        roomy = Need.of_largest(at_once, sets).within(total)
-        return cls(needs, sets, total, roomy, () if asked else publishers)
+            room = cls(needs, min(asked or 1, len(needs)), Need(quota or math.inf, math.inf))
+        else:
+            total = Need(min(ours.gpus, quota or math.inf), ours.cpus)
+            late = () if asked else publishers
+            room = cls(needs, min(asked or len(needs), len(needs)), total, publishers=late)
+            there = total
+        return replace(room, both=both, roomy=Need.of_largest(both, room.sets).within(there))
+
+    @property
+    def sets(self) -> int:
+        """So many find room at the same time, if they are the smallest; one does in any case."""
+        small = sorted(self.needs, key=_pair)
+        numbers = range(1, self.at_once + 1)
+        return max([1, *(n for n in numbers if Need.of_all(small[:n]).within(self.total))])
+
+
+class Place:
+    """Where sets of workers may be open, as long as jobs are done there. This is a room that stays
+    as it is.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+
+    def now(self) -> Room:
+        """The room that there is now."""
+        return self._room
+
+    def ask(self, sets: Sequence[tuple[Need, Cluster]]) -> None:
+        """Have nodes join for what these sets could take at the same time, the first of them above
+        all, and no more for those that were given before. Safe to repeat, and to be repeated.
+        """
 
 
 def _pair(need: Need) -> tuple[float, float]:

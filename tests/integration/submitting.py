@@ -29,12 +29,20 @@ class Head:
     """Of the jobs server."""
     temp: Path
     """Where Ray keeps its logs."""
+    cluster: str
+    """Its address for a driver."""
 
 
 @contextmanager
-def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
+def running_head(
+    free_port: Callable[[], int], variables: dict[str, str] | None = None, **more: Any
+) -> Iterator[Head]:
     """A Ray head; its workers find Python, and S3's address and keys, in their environment,
     which is this one's.
+
+    Args:
+        variables: of its environment, beside that.
+        more: options of `ray start`, or functions of the head's port that give them.
     """
     dashboard = f"http://127.0.0.1:{(port := free_port())}"
     temp = Path(
@@ -42,7 +50,7 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
     )  # short: the paths of Ray's sockets have at most 107 bytes
     options = {
         "node-ip-address": "127.0.0.1",
-        "port": free_port(),
+        "port": (gcs := free_port()),
         "ray-client-server-port": free_port(),
         "dashboard-host": "127.0.0.1",
         "dashboard-port": port,
@@ -53,6 +61,8 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
         "object-store-memory": 200_000_000,
         "temp-dir": temp,
     }
+    for key, value in more.items():
+        options[key.replace("_", "-")] = value(gcs) if callable(value) else value
     command = [
         str(BIN / "ray"),
         "start",
@@ -64,14 +74,14 @@ def running_head(free_port: Callable[[], int]) -> Iterator[Head]:
     with (temp / "head.log").open("w") as log:
         process = subprocess.Popen(
             [*command, *(f"--{key}={value}" for key, value in options.items())],
-            env=environment(),
+            env=environment() | (variables or {}),
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
     try:
         wait_for_answer(f"{dashboard}/api/version", process, temp / "head.log")
-        yield Head(dashboard, temp)
+        yield Head(dashboard, temp, f"127.0.0.1:{gcs}")
     finally:
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):

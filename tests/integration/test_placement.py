@@ -65,8 +65,9 @@ found["tasks"] = [node for _, node in apiece(here, [(n,) for n in range(3)], clu
 for pools in (["train"], ["train", None]):
     where = [{"pool": pool} if pool else {} for pool in pools]
     clusters = [Cluster(address=nodes.address, labels=labels) for labels in where]
-    with joined([Setup(None, None, one) for one in clusters], None, None, "at_once") as open_room:
-        found[f"free for {len(pools)}"] = open_room.total.gpus, open_room.total.cpus
+    with joined([Setup(None, None, one) for one in clusters], None, None, "at_once") as place:
+        total = place.now().total
+        found[f"free for {len(pools)}"] = total.gpus, total.cpus
 for labels in ({"pool": "train", "zone": "c"}, {"pool": "none"}):
     try:
         with workers(labels=labels, wait_minutes=0.02):

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from ray.exceptions import TaskUnschedulableError
 
-from fusegpt_ray.distributed import nodes
-from fusegpt_ray.distributed.nodes import wait_for_resources
+from fusegpt_ray.distributed import autoscaler, nodes
+from fusegpt_ray.distributed.nodes import Ours, wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
 
@@ -29,6 +30,9 @@ class FakeRay:
     def request_resources(self, bundles: list[dict[str, float]]) -> None:
         self.asked.append(bundles)
 
+    def numbers(self) -> tuple[set[int], set[int]]:
+        return {len(self.asked[-1])} if self.asked else set(), set()
+
     def monotonic(self) -> float:
         return self.now
 
@@ -41,8 +45,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(has: dict[str, float], more: dict[str, float] | None = None) -> FakeRay:
         fake = FakeRay(has, more or {})
         monkeypatch.setattr(nodes.ray, "cluster_resources", fake.cluster_resources)
-        monkeypatch.setattr(nodes, "request_resources", fake.request_resources)
-        monkeypatch.setattr(nodes, "time", fake)
+        monkeypatch.setattr(nodes.ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(autoscaler, "request_resources", fake.request_resources)
+        monkeypatch.setattr(autoscaler, "_numbers", fake.numbers)
+        for module in (nodes, autoscaler):
+            monkeypatch.setattr(module, "time", fake)
         return fake
 
     return make
@@ -95,7 +102,8 @@ def test_nodes_with_labels_are_asked_for(cluster: Any, monkeypatch: pytest.Monke
     cluster({"CPU": 1})
     asked: list[dict[str, Any]] = []
     monkeypatch.setattr(nodes.ray, "nodes", list)
-    monkeypatch.setattr(nodes, "request_resources", lambda **request: asked.append(request))
+    monkeypatch.setattr(autoscaler, "request_resources", lambda **request: asked.append(request))
+    monkeypatch.setattr(autoscaler, "_numbers", lambda: ({2}, set()))
     with pytest.raises(UserError, match="after 1 minutes"):
         wait_for_resources(0, 2, Cluster(labels={"pool": "a"}, wait_minutes=1), grows=True)
     assert asked == [
@@ -129,23 +137,124 @@ def test_what_can_never_come_is_refused_at_once(cluster: Any, grows: bool, minut
     assert fake.now == 0
 
 
-def test_only_nodes_with_some_members_labels_count(monkeypatch: pytest.MonkeyPatch) -> None:
+@dataclass
+class Nodes:
+    """Whose GPUs are `there`, and of which others use what is not `free`."""
+
+    there: dict[str, float]
+    free: dict[str, float]
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "NodeID": name,
+                "Alive": name not in self.dead,
+                "Labels": self.labels.get(name, {}),
+                "Resources": {"GPU": gpus, "CPU": 1.0},
+            }
+            for name, gpus in self.there.items()
+        ]
+
+    def available(self) -> dict[str, dict[str, float]]:
+        """Ray leaves out what is used up."""
+        free = {name: {"GPU": gpus, "CPU": 1.0} for name, gpus in self.free.items()}
+        return {name: {k: n for k, n in of.items() if n} for name, of in free.items()}
+
+    def gpus(self, ours: Ours) -> tuple[float, float]:
+        mine, others = ours.now()
+        return mine.gpus, others.gpus
+
+
+@pytest.fixture
+def some(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def make(*args: Any) -> Nodes:
+        made = Nodes(*args)
+        monkeypatch.setattr(nodes.ray, "nodes", made.nodes)
+        monkeypatch.setattr(nodes, "available_resources_per_node", made.available)
+        return made
+
+    return make
+
+
+def test_nodes_that_join_are_ours_whatever_we_hold_and_lost_ones_take_others_along(
+    some: Any,
+) -> None:
+    cluster = some({"a": 8, "b": 4}, {"a": 5, "b": 0})
+    ours = Ours([Cluster()])
+    assert cluster.gpus(ours) == (5, 7)
+    cluster.free["a"] = 0  # ours take what was free
+    assert cluster.gpus(ours) == (5, 7)
+    cluster.there["c"] = 8  # joins, and is not counted by all of Ray at the same moment
+    assert cluster.gpus(ours) == (13, 7)
+    cluster.free["c"] = 2
+    assert cluster.gpus(ours) == (13, 7)
+    cluster.dead = ("b",)
+    assert cluster.gpus(ours) == (13, 3)
+    cluster.dead = ("b", "c")
+    assert cluster.gpus(ours) == (5, 3)
+
+
+def test_what_others_give_back_is_ours_and_what_our_own_do_is_not_counted_twice(some: Any) -> None:
+    cluster = some({"a": 8}, {"a": 5})
+    ours = Ours([Cluster()])
+    cluster.free["a"] = 0
+    assert cluster.gpus(ours) == (5, 3)
+    cluster.free["a"] = 4  # our replicas have ended, training has not begun
+    assert cluster.gpus(ours) == (5, 3)
+    cluster.free["a"] = 6  # so others hold 2 at most
+    assert cluster.gpus(ours) == (6, 2)
+    cluster.free["a"] = 0
+    assert cluster.gpus(ours) == (6, 2)
+
+
+def test_only_nodes_with_some_members_labels_count(some: Any) -> None:
     """On a real cluster: tests/integration/test_placement.py."""
-    there = {"a": 8, "b": 4, "c": 2}
-    labels = {"a": {}, "b": {"pool": "old"}, "c": {"pool": "new", "zone": "z"}}
-    found = [
-        {"NodeID": name, "Alive": True, "Labels": labels[name], "Resources": {"GPU": gpus}}
-        for name, gpus in there.items()
-    ]
-    dead = found[2] | {"NodeID": "d", "Alive": False}
-    free = {"a": {"GPU": 5.0}, "b": {"GPU": 3.0, "CPU": 1.0}, "c": {"GPU": 1.0}}
-    monkeypatch.setattr(nodes.ray, "nodes", lambda: [*found, dead])
-    monkeypatch.setattr(nodes.ray, "cluster_resources", lambda: {"GPU": 14})
-    monkeypatch.setattr(nodes, "available_resources_per_node", lambda: free)
+    labels = {"b": {"pool": "old"}, "c": {"pool": "new", "zone": "z"}, "d": {"pool": "new"}}
+    some({"a": 8, "b": 4, "c": 2, "d": 2}, {"a": 5, "b": 3, "c": 1, "d": 2}, labels, ("d",))
     old, new, nowhere = (Cluster(labels={"pool": pool}) for pool in ("old", "new", "none"))
-    assert nodes.free_resources([new]) == {"GPU": 1} and nodes.resources(new) == {"GPU": 2}
-    assert nodes.free_resources([old, new, new]) == {"GPU": 4, "CPU": 1}
-    assert nodes.free_resources([new, Cluster()]) == {"GPU": 9, "CPU": 1}
-    assert nodes.resources_of_any([old, new]) == {"GPU": 6}
-    assert nodes.resources_of_any([new, Cluster()]) == {"GPU": 14}
-    assert nodes.free_resources([nowhere]) == {}
+    for clusters, gpus in (
+        ([new], (1, 1)),
+        ([old, new, new], (4, 2)),
+        ([new, Cluster()], (9, 5)),
+        ([nowhere], (0, 0)),
+    ):
+        mine, others = Ours(clusters).now()
+        assert (mine.gpus, others.gpus) == gpus
+    assert nodes.resources(new) == {"GPU": 2, "CPU": 1}
+
+
+def test_a_node_that_joins_or_leaves_just_now_is_no_reason_to_fail(
+    some: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment Ray refuses tasks for a node that has joined; for one that has left it goes on
+    to do so.
+    """
+    tries = {name * 56: 0 for name in "abc"}
+    found = some(dict.fromkeys(tries, 1), {}).nodes()
+    where = [one | {"NodeManagerAddress": f"at {one['NodeID'][0]}"} for one in found]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: where)
+
+    @dataclass
+    class Task:
+        node: str = ""
+
+        def options(self, num_cpus: int, scheduling_strategy: Any) -> Task:
+            return Task(scheduling_strategy.node_id)
+
+        def remote(self, files: list[str], hub: None) -> Task:
+            return self
+
+    def get(task: Task) -> bool:
+        tries[task.node] += 1
+        if task.node[0] == "b":
+            where[:] = [one for one in where if one["NodeID"] != task.node]
+        if task.node[0] == "b" or tries[task.node] < 3:
+            raise TaskUnschedulableError("the node does not exist any more")
+        return task.node[0] == "a"
+
+    monkeypatch.setattr(nodes, "_sees", Task())
+    monkeypatch.setattr(nodes.ray, "get", get)
+    assert nodes.nodes_without(["a file"]) == ["at c"]
+    assert [*tries.values()] == [3, 1, 3]

@@ -39,7 +39,7 @@ def test_side_by_side_they_take_turns_with_their_own_gpus_and_alone_they_need_no
 def test_what_is_put_off_is_done_beside_others_and_at_the_same_time() -> None:
     """Three runs that take both GPUs: two of them publish while, and after, the third works."""
     jobs = entries({"a": 2, "b": 2, "c": 2}, publisher=ONE)
-    found = schedule(jobs, Room([job.need for job in jobs], 1, Need(2), publishers=[ONE] * 3))
+    found = schedule(jobs, Room([job.need for job in jobs], 3, Need(2), publishers=[ONE] * 3))
     spans = {name: (span.begins, span.leaves, span.ends) for name, span in found.spans.items()}
     assert spans == {"a": (0, 10, 33), "b": (10, 20, 33), "c": (20, 30, 36)}
     one_by_one = schedule(entries({"a": 2, "b": 2, "c": 2}), Room([Need(2)] * 3, 1, Need(2)))
@@ -65,7 +65,7 @@ def test_what_a_set_takes(gpu: float, trains: bool, turns: float, both: float) -
 
 def test_a_room_has_as_many_sets_as_find_gpus_and_says_whether_they_must_take_turns() -> None:
     needs, both = [Need(1, 2), Need(1, 2), Need(2, 3)], [Need(2, 3), Need(2, 3), Need(4, 5)]
-    for asked, quota, free, at_once, gpus, roomy, late in (
+    for asked, quota, free, sets, gpus, roomy, late in (
         (None, None, 8, 3, 8, True, True),
         (None, None, 6, 3, 6, False, True),
         (None, 5, 8, 3, 5, False, True),
@@ -75,7 +75,8 @@ def test_a_room_has_as_many_sets_as_find_gpus_and_says_whether_they_must_take_tu
     ):
         there = Need(free, CPUS)
         room = Room.of(needs, both, [ONE] * 3, asked, quota, there, there)
-        assert (room.at_once, room.total.gpus, room.roomy) == (at_once, gpus, roomy)
+        assert (room.sets, room.total.gpus, room.roomy) == (sets, gpus, roomy)
+        assert room.at_once == (asked or 3), "however much there is"
         assert any(room.publishers) == late
     cpus = [Need(0, 2)] * 3
     room = Room.of(cpus, cpus, [Need(0, 2)] * 3, None, None, Need(0, 4), Need(0, 4))

@@ -19,7 +19,7 @@ from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.scheduling import slots
-from fusegpt_ray.workers.room import Need, Room
+from fusegpt_ray.workers.room import Need, Place, Room
 
 METHODS = ("mi", "angular", "last")
 WARNING = "WARNING: a set of workers is given up"
@@ -36,8 +36,8 @@ class Counting(Watching):
         self.parts.append((number, parts))
 
 
-def _room_for_two(setups: Sequence[Any], *asked: Any) -> AbstractContextManager[Room]:
-    return nullcontext(Room([Need()] * len(setups), at_once=2))
+def _room_for_two(setups: Sequence[Any], *asked: Any) -> AbstractContextManager[Place]:
+    return nullcontext(Place(Room([Need()] * len(setups), at_once=2)))
 
 
 class Sets:
@@ -142,13 +142,14 @@ def test_a_set_that_cannot_be_opened_again_leaves_its_cells_to_the_others(
 
 
 def test_where_all_sets_are_given_up_the_first_one_tries_again(desk: Desk, sets: Sets) -> None:
+    """What the first set could not open workers for is left to the end; the second one ends."""
     sets.working = lambda first, number: number == 1
     sets.opening = lambda first, number: number == 2
     show, result = carried_out(desk)
     failed, done = ({row["method"] for row in result[key]} for key in ("failed", "rows"))
     assert len(failed) == 2 and len(done) == 1
-    assert sets.opened == {True: 3, False: 2} and sets.begun == {True: 2, False: 1}
-    assert len(warned(show)) == 2
+    assert sets.opened == {True: 3, False: 1} and sets.begun == {True: 2, False: 1}
+    assert len(warned(show)) == 1
 
 
 def test_a_cell_that_fails_before_its_work_has_ended_as_well(
@@ -166,3 +167,47 @@ def test_a_cell_that_fails_before_its_work_has_ended_as_well(
     show, result = carried_out(desk)
     assert {row["problem"] for row in result["failed"]} == {"RuntimeError: no texts"}
     assert show.parts == [(number, 3) for number in (1, 2, 3)] and not warned(show)
+
+
+def test_what_joins_while_one_works_is_used_by_the_next_one(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A room for one of three, which becomes a room for two when the first one has begun: that
+    does not go on before another one is at work. Nothing is asked for once none waits.
+    """
+
+    class Growing(Place):
+        gpus, asked = 1.0, list[int]()
+
+        def now(self) -> Room:
+            return Room([Need(1)] * 3, 3, Need(self.gpus, 99))
+
+        def ask(self, sets: Sequence[tuple[Need, Any]]) -> None:
+            self.asked.append(len(sets))
+
+    place, begun, turn = Growing(Room([])), list[str](), threading.Lock()
+    second, opened = threading.Event(), list[tuple[int, float]]()
+    opens, publishes = slots.open_workers, Compression.publish_all
+
+    def open_workers(setup: Any, show: Any) -> Any:
+        opened.append((setup.sets, setup.cluster.gpus_per_replica))
+        return opens(setup, show)
+
+    def publish_all(compression: Compression, restart: bool) -> Any:
+        with turn:
+            begun.append(compression.plan.recipe.method)
+        if len(begun) == 1:
+            place.gpus = 2
+            assert second.wait(PATIENCE)
+        second.set()
+        with turn:
+            return publishes(compression, restart)
+
+    monkeypatch.setattr(slots, "room_for_sets", lambda *_: nullcontext(place))
+    monkeypatch.setattr(slots, "open_workers", open_workers)
+    monkeypatch.setattr(Compression, "publish_all", publish_all)
+    show, result = carried_out(desk)
+    assert result["failed"] == [] and len(result["rows"]) == 3
+    assert opened == [(1, 1.0), (2, 1.0)], "on GPUs, even if there should be none at the moment"
+    assert "up to 2 cells at once" in show.said
+    assert place.asked[0] == 3 and place.asked[-1] == 0 and max(place.asked) == 3
