@@ -44,6 +44,7 @@ from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
@@ -150,8 +151,10 @@ class Counting:
         return self._workers.map(function, tasks, batch_size, costs)
 
 
-def present(runner: Runner) -> int:
-    time.sleep(1)  # so that the next one is another's
+def warmed(runner: Runner, ids_WT: Any) -> int:
+    """The process, once it has its weights: the next task is another's."""
+    for _ in runner.walk(runner.stack, as_rows(ids_WT)):
+        continue
     return os.getpid()
 
 
@@ -165,7 +168,8 @@ def scoring(replicas: int, windows: int, seconds: float, folder: Path) -> list[d
     ids_WT = draw.integers(3, 1000, (windows, LENGTH))
     rows = []
     with RayWorkers(Setup(source, dense, cluster, "float32", settings)) as workers:
-        while len({pid for _, pid in workers.map(present, [()] * replicas, 1)}) < replicas:
+        alike = [(ids_WT[:1],)] * replicas
+        while len({pid for _, pid in workers.map(warmed, alike, 1)}) < replicas:
             continue
         stack, last = dense, None
         for name in ("full table", "next round"):
