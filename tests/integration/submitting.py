@@ -151,15 +151,21 @@ def submit(head: str, folder: Path, name: str, *command: str) -> subprocess.Comp
         "--",
         *command,
     ]
-    return subprocess.run(
-        line,
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
+    until = time.monotonic() + 100
+    while True:
+        done = subprocess.run(
+            line,
+            cwd=folder,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        # On a busy machine the head answers some time before it can start jobs.
+        if "No available agent to submit job" not in done.stderr or time.monotonic() > until:
+            return done
+        time.sleep(1)
 
 
 def status(head: str, name: str) -> str:

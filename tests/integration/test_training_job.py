@@ -35,11 +35,11 @@ Weights = dict[str, torch.Tensor]
 WINDOWS, BATCH, EPOCHS, WORKERS = 16, 4, 2, 2  # 8 steps
 
 
-def setup_of(model: Path, out: Path, dtype: str = "bfloat16") -> Setup:
+def setup_of(model: Path, out: Path, dtype: str = "bfloat16", **cluster: Any) -> Setup:
     return Setup(
         Source.find(str(model), None),
         open_stack(model),
-        Cluster(engine="ray", workers=WORKERS, zero_stage=1),
+        Cluster(**{"engine": "ray", "workers": WORKERS, "zero_stage": 1} | cluster),
         dtype,  # type: ignore[arg-type]
         Importance(batch=BATCH),
         trains=True,
@@ -89,16 +89,19 @@ def process(worker: TrainingWorker) -> tuple[int, int]:
 def test_bf16_with_float32_masters_learns_what_one_process_learns(
     workers: RayWorkers, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Two groups and the whole model, one after the other, by the same two processes. Between both
-    ways, only the order differs in which gradients are added."""
+    """Two groups and the whole model, one after the other, by the same two processes. The single
+    process passes as many windows at once as each of them: some CPUs round a batch of another size
+    in another way. So between both ways, only the order differs in which gradients are added."""
     before = workers.spmd(process, news=nothing)
     ours = trainings(workers, tmp_path / "ray")
     assert workers.spmd(process, news=nothing) == before
-    with LocalWorkers(setup_of(checkpoint("llama"), tmp_path)) as alone:
+    share = {"workers": 1, "micro_batch": BATCH // WORKERS}
+    with LocalWorkers(setup_of(checkpoint("llama"), tmp_path, **share)) as alone:
         theirs = trainings(alone, tmp_path / "local")
     for one, other in zip(ours, theirs, strict=True):
-        # A rounding of bf16 is 4e-3; the mean over thousands of numbers hides most of it.
-        assert one.losses == pytest.approx(other.losses, rel=2e-3)
+        # Of what was learned: losses are as far apart as the weights are, see `compare`.
+        learned = other.losses[0] - other.losses[-1]
+        assert one.losses == pytest.approx(other.losses, abs=0.05 * learned)
         assert one.losses[-1] < 0.97 * one.losses[0]
         assert one.saved.blocks.keys() == other.saved.blocks.keys()
         for dense, block in other.saved.blocks.items():
@@ -118,12 +121,14 @@ def read(block: Block) -> dict[str, torch.Tensor]:
 def compare(ours: Weights, theirs: Weights, before: Weights) -> None:
     """Adam's first steps have the size of the learning rate whatever the gradient's, so where the
     sign of a gradient is a matter of rounding, a weight may move the other way. There are few of
-    them: on average, weights are apart by a small part of how far they moved."""
+    them: on average, weights are apart by a small part of how far they moved. How small depends on
+    how the CPU's kernels round to bf16: below 0.05 on one, 0.16 on another. Of gradients that have
+    nothing to do with each other it would be above 1."""
     assert ours.keys() == theirs.keys() == before.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype == torch.float32
         moved = (theirs[name] - before[name].float()).abs().mean()
-        assert (tensor - theirs[name]).abs().mean() < 0.05 * moved, name
+        assert (tensor - theirs[name]).abs().mean() < 0.25 * moved, name
 
 
 @pytest.mark.parametrize("kind", [FloatingPointError, MemoryError, UserError])
