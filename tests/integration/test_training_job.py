@@ -99,9 +99,9 @@ def test_bf16_with_float32_masters_learns_what_one_process_learns(
     with LocalWorkers(setup_of(checkpoint("llama"), tmp_path, **share)) as alone:
         theirs = trainings(alone, tmp_path / "local")
     for one, other in zip(ours, theirs, strict=True):
-        # Of what was learned: losses are as far apart as the weights are, see `compare`.
-        learned = other.losses[0] - other.losses[-1]
-        assert one.losses == pytest.approx(other.losses, abs=0.05 * learned)
+        # A rounding of bf16 is 4e-3, and losses of four windows are rounded in another way than
+        # those of two: half of that was seen between weights that were the same to 2e-4.
+        assert one.losses == pytest.approx(other.losses, rel=4e-3)
         assert one.losses[-1] < 0.97 * one.losses[0]
         assert one.saved.blocks.keys() == other.saved.blocks.keys()
         for dense, block in other.saved.blocks.items():
@@ -121,14 +121,12 @@ def read(block: Block) -> dict[str, torch.Tensor]:
 def compare(ours: Weights, theirs: Weights, before: Weights) -> None:
     """Adam's first steps have the size of the learning rate whatever the gradient's, so where the
     sign of a gradient is a matter of rounding, a weight may move the other way. There are few of
-    them: on average, weights are apart by a small part of how far they moved. How small depends on
-    how the CPU's kernels round to bf16: below 0.05 on one, 0.16 on another. Of gradients that have
-    nothing to do with each other it would be above 1."""
+    them: on average, weights are apart by a small part of how far they moved."""
     assert ours.keys() == theirs.keys() == before.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype == torch.float32
         moved = (theirs[name] - before[name].float()).abs().mean()
-        assert (tensor - theirs[name]).abs().mean() < 0.25 * moved, name
+        assert (tensor - theirs[name]).abs().mean() < 0.05 * moved, name
 
 
 @pytest.mark.parametrize("kind", [FloatingPointError, MemoryError, UserError])
