@@ -99,8 +99,9 @@ def test_bf16_with_float32_masters_learns_what_one_process_learns(
     with LocalWorkers(setup_of(checkpoint("llama"), tmp_path, **share)) as alone:
         theirs = trainings(alone, tmp_path / "local")
     for one, other in zip(ours, theirs, strict=True):
-        # A rounding of bf16 is 4e-3, and losses of four windows are rounded in another way than
-        # those of two: half of that was seen between weights that were the same to 2e-4.
+        # A rounding of bf16 is 4e-3; the mean over thousands of numbers hides most of it. Later
+        # losses may use all of it: the order of adding has moved their weights apart, too.
+        assert one.losses[0] == pytest.approx(other.losses[0], rel=2e-3)
         assert one.losses == pytest.approx(other.losses, rel=4e-3)
         assert one.losses[-1] < 0.97 * one.losses[0]
         assert one.saved.blocks.keys() == other.saved.blocks.keys()
