@@ -6,9 +6,9 @@ Shapes: B sequences of a batch, P tokens of the prompt, V vocabulary.
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Protocol
 
 import torch
@@ -126,11 +126,14 @@ class Vllm:
     """
 
     def __init__(self, checkpoint: Checkpoint, folder: str, dtype: str, work: Work) -> None:
-        from vllm import LLM, SamplingParams
+        # Read at the import. Stdout is the result's, and its news would drown ours.
+        os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        import vllm
 
-        self.name = f"vllm {version('vllm')}"
+        self.name = f"vllm {vllm.__version__}"
         batch, prompt = work.ids_BP.shape
-        self.llm = LLM(
+        self.llm = vllm.LLM(
             model=folder,
             dtype=dtype,
             skip_tokenizer_init=True,  # prompts are tokens
@@ -140,7 +143,7 @@ class Vllm:
             gpu_memory_utilization=VLLM_MEMORY / work.models,
             seed=0,
         )
-        self._params = SamplingParams
+        self._params = vllm.SamplingParams
         self.prompts = [{"prompt_token_ids": ids_P} for ids_P in work.ids_BP.tolist()]
         self.new = work.new
 

@@ -16,7 +16,6 @@ import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -83,7 +82,7 @@ class Names:
 
     def renamed(self, name: str) -> str:
         """What a tensor is called before it is converted."""
-        renamed: str = apply_renamings(name, self.renamings)
+        renamed: str = rename_source_key(name, self.renamings, [])[0]
         return name if self.inside(name) == name else renamed
 
     def convert(self, tensors: Tensors, place: Callable[[str], Place] | None = None) -> Tensors:
