@@ -30,8 +30,9 @@ from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text
 from fusegpt_ray.report import Display, byte_count
-from fusegpt_ray.run.identity import model_identity
+from fusegpt_ray.run.identity import shared_identity
 from fusegpt_ray.run.outputs import GENERATED
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened, sealed
 from fusegpt_ray.text.calibration import Stream, leading_token, tokenize
@@ -54,12 +55,14 @@ def generated_stream(
     tokens: int,
     key: str,
     show: Display,
+    shared: Shared,
 ) -> Stream:
     """The first so many tokens of a text that the dense model writes; what is not there yet is
     written when they are drawn.
 
     Args:
         key: of the text.
+        shared: knows the model's identity, or is told.
 
     Raises:
         UserError: the prompts cannot be read; when tokens are drawn: the model does not fit into a
@@ -72,7 +75,7 @@ def generated_stream(
         prompts = _prompts(text.prompts, tokenizer, recipe.calibration.length, key)
         random.Random(recipe.calibration.seed).shuffle(prompts)
     ends = ends_of(workers, tokenizer)
-    return _Written(workers, recipe, text, tokens, key, show, prompts, ends).stream
+    return _Written(workers, recipe, text, tokens, key, show, shared, prompts, ends).stream
 
 
 def check_beginning(text: GeneratedText, tokenizer: Any, key: str) -> None:
@@ -118,6 +121,7 @@ class _Written:
     """That are wanted of it."""
     key: str
     show: Display
+    shared: Shared
     prompts: Sequence[np.ndarray]
     ends: Sequence[int]
     sizes: list[int] = field(default_factory=list)
@@ -128,9 +132,10 @@ class _Written:
     @cached_property
     def id(self) -> str:
         """Changes with all that shapes the text."""
+        setup = self.workers.setup
         return checksum(
             {
-                "model": model_identity(self.workers.setup.dense),
+                "model": shared_identity(self.shared, setup.source.folder, setup.dense),
                 "arithmetic": str(self.workers.dtype).removeprefix("torch."),
                 "prompts": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in self.prompts],
                 "ends": self.ends,
