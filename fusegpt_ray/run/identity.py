@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from fusegpt_ray.model.source import hub_sha256
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.specs import METHOD_SPECS
-from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once
@@ -55,14 +53,6 @@ def model_identity(dense: Stack) -> dict[str, Any]:
         zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(file_mark, uris), strict=True)
     )
     return {"config": dict(dense.config), "files": files}
-
-
-def shared_identity(shared: Shared, folder: str, dense: Stack) -> dict[str, Any]:
-    """`model_identity`, found out once for all that needs it: 140 GB take minutes to read.
-
-    `folder`: of the model; see `Source.folder`.
-    """
-    return shared.once("model", {"of": folder}, partial(model_identity, dense))
 
 
 def healing_identity(recipe: Recipe, *windows_sha256: str) -> dict[str, Any]:

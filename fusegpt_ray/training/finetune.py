@@ -308,7 +308,4 @@ def _stepper(
 
 def _bytes_read(task: TrainingTask) -> int:
     """Of the weights that a worker may have to read from a slow store on its way to the states."""
-    stack = task.source.read
-    refs = [*stack.trunk.values()]
-    refs += [ref for block in stack.blocks for ref in block.weights.values()]
-    return sum(ref.end - ref.begin for ref in refs)
+    return sum(ref.end - ref.begin for ref in task.source.read.refs)
