@@ -161,7 +161,7 @@ class Compression:
                 names = [target.name for target in targets]
                 facts = {"run": self.id, "rounds": self.plan.rounds, "models": names}
 
-                def told() -> dict[str, Any]:  # with every sign of life
+                def told() -> dict[str, Any]:  # with every heartbeat
                     monitor(SPENT, budget.told)
                     return {**facts, SPENT: budget.spent}
 

@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Instructions:
     """How jobs are to be done."""
 
     folder: str
@@ -91,7 +91,7 @@ class Group:
 class Slots:
     """Carries out jobs."""
 
-    def __init__(self, jobs: Sequence[Job], asked: Asked, show: Display) -> None:
+    def __init__(self, jobs: Sequence[Job], asked: Instructions, show: Display) -> None:
         self.jobs, self.asked, self.show = jobs, asked, show
         self.worked = False
         """Whether anything has been worked on."""
