@@ -4,11 +4,9 @@ later, and what came of each is told. Members at the same time on Ray: test_fami
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -25,7 +23,6 @@ from test_compare import fails
 from test_report import Page, drawn
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.compression import Compression
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.family import board, page
 from fusegpt_ray.family.members import Members
@@ -85,25 +82,6 @@ def test_members_are_the_runs_that_they_stand_for(
         compress(run.recipe.model_copy(update={"output": alone}), Watching())
     for name, data in weights.items():
         assert (tmp_path / name).read_bytes() == data
-
-
-def test_what_a_member_held_is_let_go_once_it_has_ended(
-    two: Desk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its run, and the windows that all runs of its model share."""
-    begins, held, alive = Compression.begin, list[weakref.ref[Any]](), list[int]()
-
-    def begin(*arguments: Any) -> Compression:
-        gc.collect()
-        alive.append(sum(ref() is not None for ref in held))
-        begun = begins(*arguments)
-        held.extend([weakref.ref(begun), weakref.ref(begun.windows.tokens_WT)])
-        return begun
-
-    monkeypatch.setattr(Compression, "begin", begin)
-    result = compress_family(Members.parse(asked(two)), Watching())
-    assert result["state"] == "done" and all(row["run"] for row in result["rows"])
-    assert alive == [0, 0]
 
 
 def test_its_rows_are_the_manifests(done: tuple[Desk, dict[str, Any], Watching]) -> None:
