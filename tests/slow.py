@@ -41,6 +41,7 @@ SLOW = (
     f"{INTEGRATION}emulated.py",
     # The job of a cluster: what its files say, and the rights of its keys, stay.
     f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",
+    f"{INTEGRATION}own_gpus.py",  # which way is taken, and that replicas are replaced, stays
     # GPUs: what an actor sees on the Ray of these tests stays.
     f"{INTEGRATION}unseen_gpus.py::test_processes_that_asked_for_no_gpu_see_none",
     *(

@@ -45,7 +45,29 @@ def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> N
     for changes, gpus in (({}, 3.0), ({"roomy": False}, 2.0), ({"sets": 1}, 2.0)):
         found = RayWorkers(replace(setup, **changes))  # type: ignore[arg-type]
         found.gpus = 1.0
+        found.way = found.way_in({"GPU": 2, "CPU": 4})
         assert found.gpus_held == gpus, changes
+
+
+@pytest.mark.parametrize(
+    ("replicas", "workers", "each", "gpus", "cpus", "way"),
+    [
+        (4, 4, 1.0, 4, 9, "shared"), (1, 4, 1.0, 4, 9, "shared"), (4, 4, 1.0, 4, 8, "turns"),
+        (2, 2, 2.0, 6, 5, "apart"), (2, 2, 2.0, 5, 5, "turns"), (2, 2, 2.0, 6, 4, "turns"),
+        (2, 2, 0.0, 0, 5, "apart"), (2, 2, 0.0, 0, 4, "turns"),
+    ],
+)  # fmt: skip
+def test_workers_share_gpus_only_with_replicas_that_stay(
+    replicas: int, workers: int, each: float, gpus: float, cpus: float, way: Way
+) -> None:
+    """Where replicas end before training, a part of a GPU could be beside another worker's."""
+    cluster = Cluster(replicas=replicas, workers=workers, gpus_per_replica=each)
+    found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
+    found.gpus = each
+    found.way = found.way_in({"GPU": gpus, "CPU": cpus})
+    assert found.way == way
+    parts = {"shared": 0.4, "apart": 1, "turns": 1}
+    assert found._worker_gpu == (parts[way] if each else 0)
 
 
 def test_a_plan_counts_the_processes_that_there_will_be(
