@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,13 +57,14 @@ def die_once(worker, mark):
     return gpu()
 
 room = {"object_store_memory": 80_000_000}
-head = {"num_cpus": 1, "num_gpus": 0 if cases == "lost" else 2}
+head = {"num_cpus": 2} if cases == "lost" else {"num_cpus": 6, "num_gpus": 2}
 nodes = Nodes(initialize_head=True, head_node_args=room | head)
-nodes.add_node(num_cpus=5, num_gpus=2, labels={"zone": "a"}, **room)
+nodes.add_node(num_cpus=6, num_gpus=2, labels={"zone": "a"}, **room)
 ray.init(nodes.address, log_to_driver=False,
          runtime_env={"worker_process_setup_hook": without_gpus})
 
 module.check_paths = lambda setup: None  # on one machine all see the same files
+module.PLACED_SECONDS = 2
 
 def workers(**keys):
     cluster = Cluster(address=nodes.address, replicas=2, workers=2, **keys)
@@ -86,7 +88,7 @@ if cases == "lost":
         found["lost"] = opened.spmd(die_once, out + "/mark", news=print), opened.way
         found["held"] = opened.gpus_held
 else:
-    with workers() as opened:  # both replicas are on the same node, which has more CPUs
+    with workers() as opened:  # both replicas come to the same node
         opened.prepare_training()
         found["more"] = opened.spmd(place, news=print), opened.way
         found["held"] = opened.gpus_held
@@ -96,10 +98,41 @@ nodes.shutdown()
 """
 
 
-def look(cases: str, model: Path, out: Path) -> dict[str, list[object]]:
+MEET = """
+import json, sys
+import ray
+from torch.distributed import TCPStore
+from fusegpt_ray.distributed.meeting import Meeting
+from fusegpt_ray.distributed.serve import OneGpuError, _check_own_gpu
+
+@ray.remote(num_cpus=1)
+class Worker:
+    def meet(self, port, rank):
+        try:
+            with Meeting(TCPStore("127.0.0.1", port), rank, 2, 60) as meeting:
+                _check_own_gpu(meeting)
+        except OneGpuError as error:
+            return str(error)
+        return ""
+
+room = {"num_cpus": 4, "num_gpus": 2, "object_store_memory": 80_000_000}
+ray.init("local", log_to_driver=False, **room)
+found = {}
+for gpus in (0, 0.4, 1):
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    workers = [Worker.options(num_gpus=gpus).remote() for _ in range(2)]
+    found[gpus] = ray.get([one.meet.remote(store.port, n) for n, one in enumerate(workers)])
+    for worker in workers:
+        ray.kill(worker)
+found["node"] = ray.get_runtime_context().get_node_id()
+print("FOUND", json.dumps(found))
+"""
+
+
+def look(out: Path, script: str, *arguments: str) -> dict[str, list[object]]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", LOOK, str(model), str(out), cases]
+    command = [sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=out)
     lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, done.stdout + done.stderr
@@ -107,11 +140,20 @@ def look(cases: str, model: Path, out: Path) -> dict[str, list[object]]:
     return found
 
 
+def test_workers_tell_each_other_where_they_are(tmp_path: Path) -> None:
+    """Parts of a GPU are put on the same one."""
+    found = look(tmp_path, MEET)
+    assert found["0"] == found["1"] == ["", ""]
+    one, other = found["0.4"]
+    said = f"training workers 0 and 1 were given GPU [01] of node {found['node']}, and each needs"
+    assert one == other and re.match(said, str(one))
+
+
 def test_workers_that_lose_their_replicas_are_told_apart_again(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """They begin beside replicas. When these are lost, Ray Train's next ones meet on one GPU."""
-    found = look("lost", checkpoint("llama"), tmp_path)
+    found = look(tmp_path, LOOK, str(checkpoint("llama")), str(tmp_path), "lost")
     assert found["at most"] == 2
     shared, way, held = found["shared"]
     assert sorted(shared) == sorted(found["replicas"]) and (way, held) == ("shared", 2)  # type: ignore[call-overload]
@@ -123,6 +165,6 @@ def test_where_other_nodes_have_gpus_workers_have_whole_ones(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Ray would put both on one GPU of the node that no replica is on."""
-    found = look("more", checkpoint("llama"), tmp_path)
+    found = look(tmp_path, LOOK, str(checkpoint("llama")), str(tmp_path), "more")
     places, way = found["more"]
     assert len(set(places)) == 2 and (way, found["held"]) == ("turns", 2)  # type: ignore[call-overload]

@@ -5,6 +5,7 @@ free, and in what is paid for.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from desk import Desk
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.cost.rates import RATES
+from fusegpt_ray.distributed import cluster as module
 from fusegpt_ray.distributed import sets
 from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
@@ -68,6 +71,61 @@ def test_workers_share_gpus_only_with_replicas_that_stay(
     assert found.way == way
     parts = {"shared": 0.4, "apart": 1, "turns": 1}
     assert found._worker_gpu == (parts[way] if each else 0)
+
+
+def test_workers_that_meet_on_one_gpu_have_whole_ones_for_the_rest_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a real cluster: tests/integration/test_own_gpus.py."""
+    said: list[str] = []
+
+    class Job:
+        def __init__(self, gpu: float) -> None:
+            self.gpu = gpu
+
+        def run(self, *_: object) -> list[float]:
+            if self.gpu < 1:
+                raise OneGpuError("two workers")
+            return [self.gpu]
+
+        def close(self, wait: bool) -> None:
+            said.append(f"job of {self.gpu} ends")
+
+    class Pool:
+        gpus = 0.6
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: said.append(name)
+
+    def start(self: RayWorkers) -> None:
+        self._job = self._job or Job(self._worker_gpu)
+
+    free = [0.4, 0.4]
+    monkeypatch.setattr(module, "free_gpus", lambda labels: free)
+    monkeypatch.setattr(module, "PLACED_SECONDS", 0)
+    monkeypatch.setattr(RayWorkers, "_start_training", start)
+
+    def opened() -> RayWorkers:
+        cluster = Cluster(replicas=2, workers=2)
+        found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
+        found.gpus, found.way, found._pool = 1.0, "shared", Pool()  # type: ignore[assignment]
+        return found
+
+    one = opened()
+    one.prepare_training()
+    assert one._job.gpu == 0.4
+    assert one.spmd(print, news=print) == one.spmd(print, news=print) == [1]
+    assert said == ["start", "offload", "job of 0.4 ends", "close", "close", "close"]
+    assert (one.way, one._pool.gpus, one.gpus_held) == ("turns", 1, 2)
+    for rooms, apart in (([1.4, 0.4], False), ([0.0, 1.8], True), ([0.8, 0.0], True)):
+        free[:] = rooms
+        other = opened()
+        other.prepare_training()
+        assert (other._job is not None) == apart, rooms
+    free[:], said[:] = [0.4, 1.0, 0.4], []
+    other = opened()
+    assert other.spmd(print, news=print) == [1]
+    assert said == ["start", "offload", "close", "close"]
 
 
 def test_a_plan_counts_the_processes_that_there_will_be(
