@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from fusegpt_ray.workers.base import News, Notices, TrainingWorker
 
 
+class OneGpuError(RuntimeError):
+    """Two training workers are on the same GPU, where they cannot train: NCCL refuses it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """All that the job's start takes."""
@@ -107,6 +111,7 @@ def _worker(
 
     from fusegpt_ray.workers.base import TrainingWorker
 
+    _check_own_gpu(meeting)  # before anything uses it
     device = get_device()
 
     def report(news: News) -> None:
@@ -123,6 +128,23 @@ def _worker(
         timeout=config.timeout,
         notices=_notices(mailbox),
     )
+
+
+def _check_own_gpu(meeting: Meeting) -> None:
+    """
+    Raises:
+        OneGpuError: two workers are on one GPU. All of them raise it.
+    """
+    context = ray.get_runtime_context()
+    gpus = ",".join(context.get_accelerator_ids().get("GPU", []))
+    places = meeting.told(f"GPU {gpus} of node {context.get_node_id()}" if gpus else "")
+    twice = [place for place in places if place and places.count(place) > 1]
+    if twice:
+        ranks = [str(rank) for rank, place in enumerate(places) if place == twice[0]]
+        raise OneGpuError(
+            f"training workers {' and '.join(ranks)} were given {twice[0]}, and each needs one of "
+            "its own: check that Ray counts each GPU once (`ray list nodes --detail`)"
+        )
 
 
 def _notices(mailbox: Any) -> Notices:
@@ -149,14 +171,14 @@ def _notices(mailbox: Any) -> Notices:
 def _fails(error: Exception, fail: Callable[..., Any], timeout: float) -> bool:
     """Tell the driver what a task raised; whether the workers must start again.
 
-    A loss that is not finite is the same on all workers, which go on to the next task. After
-    anything else, others may wait in a collective.
+    A loss that is not finite is the same on all workers, which go on to the next task, and so are
+    GPUs that are shared. After anything else, others may wait in a collective.
     """
     from fusegpt_ray.distributed.meeting import lost_worker
     from fusegpt_ray.errors import UserError
     from fusegpt_ray.model.memory import is_out_of_memory
 
-    if isinstance(error, FloatingPointError):
+    if isinstance(error, FloatingPointError | OneGpuError):
         ray.get(fail(pickle.dumps(error), True))
         return False
     if is_out_of_memory(error):
