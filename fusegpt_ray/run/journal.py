@@ -117,6 +117,8 @@ class Journal:
 
     def _ends(self, error: BaseException, folders: list[Path]) -> None:
         """Removes what an exception that ends the run leaves, or notes that it can be resumed."""
+        if isinstance(error, OwnedByAnother):
+            return  # something here is another run's, which may still go on
         try:
             self.fence()
             if not self.saved or (isinstance(error, UserError) and self.ours):
@@ -124,7 +126,7 @@ class Journal:
                 storage.remove_empty(folders)
                 return
         except OwnedByAnother as lost:
-            if isinstance(error, OwnedByAnother) or not isinstance(error, Exception):
+            if not isinstance(error, Exception):
                 return
             raise lost from error
         except StorageError as failed:
@@ -148,7 +150,8 @@ class Journal:
             if self._other(this):
                 say("an earlier attempt of another recipe had finished no round: beginning anew")
                 self.clear()
-                storage.create(self._identity, sealed(this))
+                with self.creating():
+                    storage.create(self._identity, sealed(this))
 
     def check(self, this: Mapping[str, Any], fix: str = ANEW) -> None:
         """
