@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -221,8 +221,11 @@ class Outputs:
     """And families."""
 
     @classmethod
-    def look(cls, uri: str) -> Outputs:
+    def look(cls, uri: str, into: Callable[[str], bool] = lambda name: True) -> Outputs:
         """
+        Args:
+            into: chooses by name the folders that are looked into; others are as if not there.
+
         Raises:
             UserError: there is no such folder, or it cannot be reached.
         """
@@ -245,6 +248,7 @@ class Outputs:
             for entry in entries
             if entry["type"] == "directory"
         )
+        names = [name for name in names if into(name)]
         ends, text = (".run", ".part", CURVES), GENERATED.format("")
         ours = [
             name
