@@ -35,6 +35,7 @@ from fusegpt_ray.run.budget import SPENT, Budget
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.identity import healing_identity, identity, run_id
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sample_prompts import asked
@@ -309,23 +310,16 @@ class Compression:
     def _sharing(self, journal: Journal) -> Sharing:
         recipe, dense = self.plan.recipe, self.plan.model.stack
         scoring = self.windows.first(recipe.importance.windows).tokens_WT
-        return sharing_of(recipe, self.workers, journal, dense, scoring, self.show)
+        known = Known(journal, "sharing", self.id, self.shared, self._measuring, self.show.say)
+        return sharing_of(recipe, self.workers, known, dense, scoring, self.show)
 
     def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
         """The healed model, if the recipe asks for it."""
         this = self._healing_identity
         if self.healing is None or this is None:
             return None
-        healer = Healer(
-            self.plan.recipe,
-            self.workers,
-            journal,
-            self.plan.model.stack,
-            *self.healing,
-            this,
-            self.show,
-            self._sharing(journal),
-        )
+        about = (self.plan.recipe, self.workers, journal, self.plan.model.stack)
+        healer = Healer(*about, *self.healing, this, self.show, self._sharing(journal))
         return healer.heal(target.name, rounds)
 
     def _facts(self, worked: Worked) -> dict[str, Any]:
