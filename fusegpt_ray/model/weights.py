@@ -16,7 +16,7 @@ from torch import nn
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.empty import EmptyBlock, load_block
-from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
+from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory, pinned_bytes
 from fusegpt_ray.model.names import Tensors
 from fusegpt_ray.model.stack import Block, Refs, Stack
 from fusegpt_ray.model.staging import Staging
@@ -107,7 +107,7 @@ class Weights:
             copies = self._host.get(key)
             if copies is None:
                 tensors = dict(_tensors(module))
-                free -= sum(tensor.nbytes for tensor in tensors.values())
+                free -= sum(pinned_bytes(tensor.nbytes) for tensor in tensors.values())
                 if free < 0:
                     del self._kept[key]  # it is read again when it is needed
                     continue
