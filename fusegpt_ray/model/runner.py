@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Literal, Self
@@ -73,11 +74,21 @@ class Runner:
             weights == "auto" and fits(stack, device, dtype, memory_share)
         )
         self.weights = Weights(stack, self.trunk.meta_blocks, device, dtype, self.resident, cache)
+        read = self.weights.stored
+        self.meta_blocks = [replace(empty, reading=read) for empty in self.trunk.meta_blocks]
+        """The dense model's blocks without weights, by number, for whoever changes them: read as
+        those that this runner runs."""
 
     def with_batch_size(self, batch_size: int) -> Self:
         """The same runner, with other calls: it shares the trunk and the weights."""
         other = copy.copy(self)
         other.batch_size = batch_size
+        return other
+
+    def not_compiled(self) -> Self:
+        """The same runner, with blocks as they are: as close as can be to what others compute."""
+        other = copy.copy(self)
+        other.compiled = False
         return other
 
     def for_trunk_of(self, stack: Stack) -> Runner:

@@ -58,9 +58,11 @@ class Plain:
 
 @torch.no_grad()
 def compare_plain(folder: str, stack: Stack, runner: Runner, windows: Rows) -> Plain:
-    """`stack` is all of the checkpoint in `folder`; `runner` runs it. Memory that runs out is
-    raised.
+    """`stack` is all of the checkpoint in `folder`; `runner` runs it, with blocks that are not
+    compiled: those of transformers are not, and compiled ones round otherwise. Memory that runs out
+    is raised.
     """
+    runner = runner.not_compiled()
     if isinstance(windows, torch.Tensor):  # an image cannot be cut
         windows = windows[:, :TOKENS]
     small = sum(ref.end - ref.begin for ref in stack.refs) <= SMALL_BYTES

@@ -252,7 +252,7 @@ def _span(
     runner.offload(trunk=not trainable.uses_head)
     partitioned = worker.count > 1 and worker.zero_stage == 3
     span = trainable.build(
-        student.trunk.meta_blocks,
+        student.meta_blocks,
         contexts,
         worker.device,
         worker.dtype,
