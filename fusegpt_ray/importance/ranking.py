@@ -64,8 +64,8 @@ class Ranking:
         return self.scores | {dense: item.mean for dense, item in self.stopped.items()}
 
     def in_words(self, metric: str) -> str:
-        """The four blocks of the lowest score, `~` before an estimate, and the share of the full
-        table's work that was done.
+        """The four blocks of the lowest score, `~` before an estimate and what that is, and the share
+        of the full table's work that was done.
 
         `metric`: its `Recipe.chosen_by`.
         """
@@ -73,10 +73,13 @@ class Ranking:
         lowest = "  ".join(
             f"{dense}: {'~' * (dense in self.stopped)}{score:.4f}" for dense, score in order[:4]
         )
+        notes = []
+        if self.cost.single_walk:
+            notes.append(f"{self.cost.done / self.cost.single_walk:.0%} of the full table's work")
+        if "~" in lowest:
+            notes.append("~: an estimate")
         goes = f"lowest {metric}  {lowest}  →  block {self.lowest} goes"
-        if not self.cost.single_walk:
-            return goes
-        return f"{goes} ({self.cost.done / self.cost.single_walk:.0%} of the full table's work)"
+        return goes + (f" ({'; '.join(notes)})" if notes else "")
 
     def to_record(self) -> dict[str, Any]:
         """Its part of a round's record in journal and manifest."""
