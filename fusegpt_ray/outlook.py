@@ -41,7 +41,8 @@ def outlook(
     "width" is the hidden size where that becomes smaller than "dense_width", else both are None.
     "seconds" are those of computing alone, and None where the device's rates are not known. "price"
     is that of all GPUs for so long, by `cluster.gpu_hour_price`, and None where that or the time is
-    not known, or there is no GPU. "unpriced" says that this table of prices lacks the GPU, else it is None.
+    not known, or there is no GPU. "unpriced" says that this table of prices lacks the GPU, else it
+    is None.
 
     Args:
         gpus: that all processes hold together.

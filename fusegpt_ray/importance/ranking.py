@@ -64,8 +64,8 @@ class Ranking:
         return self.scores | {dense: item.mean for dense, item in self.stopped.items()}
 
     def in_words(self, metric: str) -> str:
-        """The four blocks of the lowest score, `~` before an estimate and what that is, and the share
-        of the full table's work that was done.
+        """The four blocks of the lowest score, `~` before an estimate, and the share of the full
+        table's work that was done.
 
         `metric`: its `Recipe.chosen_by`.
         """
