@@ -170,7 +170,7 @@ def test_block_forwards_are_those_of_a_real_run(
 def test_evaluation_counts_every_model_that_the_judge_measures(
     desk: Desk, changes: dict[str, Any], models: int
 ) -> None:
-    """As many as the manifest has perplexities: each window of the text passes all of its blocks."""
+    """As many as have a perplexity in the manifest: each window passes all of their blocks."""
     fusion = desk.recipe()["fusion"] | changes.get("fusion", {})
     held = {"heldout": {"data": str(desk.heldout)}}
     asked = {"sparsity": 0.2} | changes | {"fusion": fusion, "evaluation": held}

@@ -241,7 +241,7 @@ def test_wrong_values_are_named(sections: dict[str, Any], key: str) -> None:
         (
             {"importance": {"racing": 1}},
             "importance.racing",
-            "not below 1.0",
+            "not below 1",
             "give a number above 0 and below 1",
         ),
         ({"output": {"track": "wand"}}, "output.track", "not one of", "did you mean wandb"),
