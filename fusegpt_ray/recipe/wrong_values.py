@@ -85,8 +85,8 @@ def _plain(value: Any) -> Any:
 
 
 def _first(name: str | None, sections: Sequence[type[BaseModel]], value: str) -> str:
-    """Of a section of this name, the key that it must have, and what may be meant for it; if it must
-    have none, its first key.
+    """Of a section of this name, the key that it must have, and what may be meant for it; or, if
+    there is none that it must have, its first key.
     """
     for section in sections:
         if section.__name__ == name:

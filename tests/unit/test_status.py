@@ -122,10 +122,10 @@ def test_nothing_is_cut_in_a_log_of_80_columns(
     """Names of models and runs, perplexities and the names of stages are wrapped."""
     monkeypatch.setenv("COLUMNS", "80")
     long = "tiny-long-mi-linear-of-a-family-p12.5"
-    numbers = dict(dense=34.78, dropped=38.58, repaired=35.89, fused=35.58, healed=35.46, length=2)
+    numbers = {"dense": 34.78, "dropped": 38.58, "repaired": 35.89, "fused": 35.58, "healed": 35.46}
     shutil.copytree(out / "other-p20", out / long)
     manifest = json.loads((out / long / "fusegpt.json").read_text())
-    told = json.dumps(manifest | {"perplexity": {"heldout": numbers}})
+    told = json.dumps(manifest | {"perplexity": {"heldout": numbers | {"length": 12}}})
     (out / long / "fusegpt.json").write_text(told)
     shutil.move(out / "demo.run", out / f"{long}.run")
     assert main(["status", str(out)]) == 0
