@@ -102,7 +102,7 @@ class Compression:
             windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
         every = [text.tokens_WT for text in (windows, *held_out.values(), *(healing or ()))]
         check_tokens(model.source, model.stack, *every)
-        planned = planned.seeing(blocks_added_behind(workers, every), show.say)
+        planned = planned.counting(held_out).seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
         hardware = workers.hardware if recipe.cluster.deterministic else {}

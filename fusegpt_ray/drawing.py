@@ -135,6 +135,7 @@ def healing_windows(
         section,
         fewer=heal.batch if heal.tokens is None else None,
         pack=calibration.pack,
+        tokens=heal.tokens,
     )
 
 

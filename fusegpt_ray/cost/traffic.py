@@ -16,6 +16,7 @@ from fusegpt_ray.cost.cost import Cost
 from fusegpt_ray.cost.footprint import elements
 from fusegpt_ray.cost.matrices import largest_block, matrices
 from fusegpt_ray.evaluation import TASKS_EACH
+from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.sampling import ROWS
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
@@ -235,4 +236,15 @@ def _rounds(recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost)
     if targets[-1].add:
         return targets[-1].add * max(stored_bytes([block]) for block in dense.blocks)
     rounds = targets[-1].rounds
-    return _changed(recipe, dense, rounds) + _terms(recipe, dense, rounds)
+    trained = _changed(recipe, dense, rounds) if recipe.trains_groups else 0
+    return trained + _terms(recipe, dense, rounds) + rounds * _repaired(recipe, dense)
+
+
+def _repaired(recipe: Recipe, dense: Stack) -> int:
+    """Of the layer that a round repairs: nothing else of its block is written. Where low-rank terms
+    are kept, also of that without them. It has as many inputs as `cost.py` takes it to have.
+    """
+    files = 2 if recipe.trains_groups and recipe.fusion.fold == "at_end" else 1
+    outputs = int(read_config(dense.config).get_text_config().hidden_size)
+    inputs = matrices(dense, dense.blocks).longest
+    return recipe.repairs * files * FLOAT32 * outputs * (inputs + 1)  # and a bias

@@ -112,6 +112,11 @@ class Evaluation(Text):
         return PUBLISHED_SPECS.get(self.data.partition("=")[0])
 
     @property
+    def most_windows(self) -> int | None:
+        """No more than these; None: as many as the whole text has, which nobody has counted."""
+        return self.windows or (self.published.windows if self.published else None)
+
+    @property
     def copy_of_published(self) -> str:
         """Where the published text is to be read from; empty: the hub."""
         return self.data.partition("=")[2] if self.published else ""

@@ -200,7 +200,7 @@ def own_section(
     try:
         return kind.model_validate(data[name])
     except ValidationError as error:
-        mistakes.note(explained(kind, error, name))
+        mistakes.note(explained(kind, error, data[name], name))
         return None
 
 

@@ -59,12 +59,12 @@ def test_what_may_be_said_and_what_it_is_by_default() -> None:
     ("keys", "where", "problem", "fix"),
     [
         ({"generate": False}, ".generate", "names no prompts", "say true"),
-        ({"generate": 7}, ".generate", "should be a valid string", "change"),
+        ({"generate": 7}, ".generate", "not a text", "in quotes"),
         ({"generate": "p.txt", "data": "b.txt"}, "", "both data and generate", "two texts"),
         ({"data": "b.txt", "tokens": 5}, "", "tokens is of text that the model", "leave tokens"),
-        ({"generate": "p.txt", "tokens": 0}, ".tokens", "greater than or equal to 1", "change"),
-        ({"generate": "p.txt", "top_p": 1.5}, ".top_p", "less than or equal to 1", "change"),
-        ({"generate": "p.txt", "temperature": 0}, ".temperature", "greater than 0", "change"),
+        ({"generate": "p.txt", "tokens": 0}, ".tokens", "not 1 or more", "whole number"),
+        ({"generate": "p.txt", "top_p": 1.5}, ".top_p", "not 1 or less", "give a number"),
+        ({"generate": "p.txt", "temperature": 0}, ".temperature", "not above 0", "give a number"),
         ({"generate": "p.txt", "toknes": 5}, ".toknes", "unknown key", "tokens"),
     ],
 )

@@ -113,6 +113,19 @@ def test_the_plan_of_a_comparison(desk: Desk, capsys: pytest.CaptureFixture[str]
     assert begins == sorted(begins) and found["most_gpus"] == 1, "one process"
 
 
+def test_the_plan_of_a_narrower_model_tells_widths(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held_out = {"held": {"data": str(desk.heldout)}}
+    section = {"methods": ["mi", "slicegpt"], "sparsities": [0.25]}
+    recipe = desk.write(evaluation=held_out, compare=section)
+    assert main(["plan", recipe]) == 0
+    page = capsys.readouterr().out
+    assert "│ 5 → 3" in page and "│ width 32 → 24" in page
+    # And what nobody can count yet.
+    assert "evaluation on held is not counted" in page and "evaluation.held.windows" in page
+
+
 def test_all_mistakes_of_all_members_are_listed(
     desk: Desk, weight_reads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
