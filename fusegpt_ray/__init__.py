@@ -10,18 +10,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fusegpt_ray.errors import UserError
+    from fusegpt_ray.errors import StorageError, UserError
     from fusegpt_ray.pipeline import compress, evaluate, score
     from fusegpt_ray.publishing.download import pull
     from fusegpt_ray.publishing.verification import verify
     from fusegpt_ray.recipe.recipe import Recipe
     from fusegpt_ray.recipe.sections import Evaluation
 
-__all__ = ["Evaluation", "Recipe", "UserError", "compress", "evaluate", "pull", "score", "verify"]
+__all__ = [
+    "Evaluation",
+    "Recipe",
+    "StorageError",
+    "UserError",
+    "compress",
+    "evaluate",
+    "pull",
+    "score",
+    "verify",
+]
 
 _HOMES = {
     "Recipe": "recipe.recipe",
     "Evaluation": "recipe.sections",
+    "StorageError": "errors",
     "UserError": "errors",
     "compress": "pipeline",
     "evaluate": "pipeline",

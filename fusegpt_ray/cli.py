@@ -18,6 +18,7 @@ from click.shell_completion import shell_complete
 from fusegpt_ray.commands.compare import compare
 from fusegpt_ray.commands.compress import compress
 from fusegpt_ray.commands.family import family
+from fusegpt_ray.commands.keys import keys
 from fusegpt_ray.commands.measure import evaluate, score
 from fusegpt_ray.commands.options import say_outcome
 from fusegpt_ray.commands.planning import init, plan, validate
@@ -30,7 +31,7 @@ from fusegpt_ray.errors import BudgetSpent, StorageError, Terminated, UserError
 from fusegpt_ray.termination import sigterm_stops
 
 VERBS: Mapping[str, tuple[click.Command, ...]] = {
-    "Make models": (init, validate, plan, compress, compare, family),
+    "Make models": (init, keys, validate, plan, compress, compare, family),
     "Look into models": (score, evaluate, tasks, speed),
     "Use what was published": (pull, verify, publish),
     "Follow runs and tidy up": (status, report, clean),

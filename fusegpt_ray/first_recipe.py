@@ -23,7 +23,7 @@ ROOM = 0.8
 TEMPLATE = """\
 # A first recipe for a model of {blocks} blocks and {parameters:,} parameters, on {where}.
 # `fusegpt plan` tells what it will cost, `fusegpt compress` carries it out.
-# Every key with its default: docs/keys.md.
+# Every key with its default: `fusegpt keys`.
 model:
   source: {source}
 sparsity: {sparsity}        # the share of blocks to remove

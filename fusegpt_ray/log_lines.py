@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 from rich.console import Console
 
@@ -15,6 +17,17 @@ from fusegpt_ray.report import Display
 from fusegpt_ray.run.metrics_log import finite
 
 VARIABLE = "FUSEGPT_LOG"
+
+
+class _Warnings(logging.Handler):
+    """What modules without a display warn of: said as a line, too."""
+
+    def __init__(self, lines: LogLines) -> None:
+        super().__init__()
+        self._lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.say(record.getMessage())
 
 
 class LogLines(Display):
@@ -32,6 +45,21 @@ class LogLines(Display):
         super().__init__(Console(file=sys.stderr, quiet=True, force_terminal=False))
         self._stream = stream or sys.stderr
         self._run, self._run_id, self._round = run, "", 0
+        self._warnings = _Warnings(self)
+
+    def __enter__(self) -> Self:
+        if not self._run:  # a run's own would say the same again
+            logging.getLogger("fusegpt_ray").addHandler(self._warnings)
+        return super().__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        logging.getLogger("fusegpt_ray").removeHandler(self._warnings)
+        super().__exit__(kind, error, trace)
 
     def of_run(self, name: str) -> LogLines:
         return LogLines(self._stream, name)

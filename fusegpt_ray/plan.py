@@ -171,7 +171,7 @@ def plan(
 def mistakes(recipe: Recipe, show: Display, extends: bool = False) -> list[UserError]:
     """All mistakes that `plan` finds and that do not follow from one another. Nothing is written.
     Also whether files of text are there, of which the beginnings are read; datasets are not asked
-    for. `extends`: see `check_output`.
+    for (see `not_looked_up`). `extends`: see `check_output`.
     """
     checks = Checks()
     for text, key in named_texts(recipe):
@@ -183,6 +183,19 @@ def mistakes(recipe: Recipe, show: Display, extends: bool = False) -> list[UserE
             checks(sources, text, key)
     _planned(recipe, show, checks, looks=True, extends=extends)
     return checks.found
+
+
+def not_looked_up(recipe: Recipe) -> list[str]:
+    """What `mistakes` leaves out, in words: datasets, which may lie on the hub. An id may be the
+    mistyped path of a folder, too; nothing but the hub can tell.
+    """
+    datasets = [(text.data, key) for text, key in named_texts(recipe) if names_a_dataset(text.data)]
+    datasets += [
+        (text.data, f"evaluation.{name}.data")
+        for name, text in recipe.evaluation.items()
+        if text.published and not text.copy_of_published
+    ]
+    return [f"{key}: dataset {data!r} (no file or folder here)" for data, key in datasets]
 
 
 @dataclass

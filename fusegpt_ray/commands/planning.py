@@ -59,27 +59,31 @@ def validate(
 ) -> None:
     """List all mistakes of a recipe at once.
 
-    Keys and values first; if they are right, the model, the texts and the output, too; of a
-    family or a comparison, those of all its runs. Reads no weights and writes nothing. The exit
-    code is 2 if there is a mistake.
+    Keys and values first; if they are right, the model, the files of text and the output, too; of a
+    family or a comparison, those of all its runs. Datasets of the hub are not looked up, and are
+    named instead. Reads no weights and writes nothing. The exit code is 2 if there is a mistake.
     """
-    found = _mistakes(recipe, settings)
+    found, unknown = _mistakes(recipe, settings)
     if as_json:
         rows = [
             {"key": e.key, "value": repr(e.value), "problem": e.problem, "fix": e.fix}
             for e in found
         ]
-        click.echo(json.dumps({"good": not found, "mistakes": rows}))
+        told = {"good": not found, "mistakes": rows, "not_looked_up": unknown}
+        click.echo(json.dumps(told))
     else:
         for error in found:
             say_outcome("error:", error)
         if not found and not quiet:
             click.echo(f"good: {recipe}")
+            for text in unknown:
+                click.echo(f"not looked up: {text}")
     if found:
         context.exit(2)
 
 
-def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
+def _mistakes(path: str, settings: tuple[str, ...]) -> tuple[list[UserError], list[str]]:
+    """And what was not looked up."""
     from fusegpt_ray.commands import planning_many
     from fusegpt_ray.recipe.recipe import Recipe
     from fusegpt_ray.recipe.yaml_text import read_recipe
@@ -88,10 +92,11 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> list[UserError]:
     if planning_many.asked_by(data):
         return planning_many.mistakes(data, silent())
     if found := Recipe.mistakes(data):
-        return found
+        return found, []
     from fusegpt_ray import plan  # torch: after the recipe has been checked
 
-    return plan.mistakes(Recipe.parse(data), silent())
+    asked = Recipe.parse(data)
+    return plan.mistakes(asked, silent()), plan.not_looked_up(asked)
 
 
 @click.command()

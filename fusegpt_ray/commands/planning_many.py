@@ -31,14 +31,14 @@ def _read(data: Mapping[str, Any], found: Mistakes) -> Members | Comparison | No
     return kind.read(data, found)
 
 
-def mistakes(data: Mapping[str, Any], display: Display) -> list[UserError]:
-    """Those of all runs: of keys and values first."""
+def mistakes(data: Mapping[str, Any], display: Display) -> tuple[list[UserError], list[str]]:
+    """Those of all runs: of keys and values first; and what was not looked up."""
     from fusegpt_ray.scheduling.mistakes import Mistakes
 
     found = Mistakes(stops=False)
     asked = _read(data, found)
     if found.told or asked is None:
-        return found.told
+        return found.told, []
     from fusegpt_ray.scheduling.planned import all_mistakes  # torch
 
     return all_mistakes(asked.runs, display)

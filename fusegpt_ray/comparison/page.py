@@ -10,6 +10,7 @@ from fusegpt_ray.comparison.tables import Row, protocols
 from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.report import byte_count, duration
 from fusegpt_ray.reporting.page import filled, how_made
+from fusegpt_ray.store.public import public_of_many
 
 
 def html(result: Mapping[str, Any]) -> str:
@@ -18,6 +19,7 @@ def html(result: Mapping[str, Any]) -> str:
     Args:
         result: see `tables.result`.
     """
+    result = public_of_many(result)
     rows = result["rows"]
     texts = list(dict.fromkeys(row["text"] for row in rows))
     ended = (*rows, *result["failed"])

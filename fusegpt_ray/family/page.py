@@ -11,6 +11,7 @@ from fusegpt_ray.report import duration
 from fusegpt_ray.reporting.charts import Chart, over_sparsity
 from fusegpt_ray.reporting.page import filled, how_made
 from fusegpt_ray.reporting.sparsities import lines
+from fusegpt_ray.store.public import public_of_many
 
 
 def html(result: Mapping[str, Any], linked: bool) -> str:
@@ -20,6 +21,7 @@ def html(result: Mapping[str, Any], linked: bool) -> str:
         result: what is in family.json, see `store.family.Told`.
         linked: it will lie in the family's folder, from where links lead to its models.
     """
+    result = public_of_many(result)
     rows = result["rows"]
     return filled(
         "family.html.jinja",

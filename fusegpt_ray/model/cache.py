@@ -66,15 +66,13 @@ class BlockCache:
         """
         if limit_gb == 0:
             return None
+        # A folder of its own also where the user names the place, which may hold other things.
         given = os.environ.get("FUSEGPT_CACHE")
-        folder = (
-            Path(given or f"{tempfile.gettempdir()}/fusegpt-ray-{os.geteuid()}/blocks")
-            .expanduser()
-            .absolute()
-        )
+        place = Path(given or tempfile.gettempdir()).expanduser().absolute()
+        folder = place / f"fusegpt-ray-{os.geteuid()}" / "blocks"
         cache = cls(folder, None if limit_gb is None else int(limit_gb * 1e9))
         try:
-            for path in (folder,) if given else (folder.parent, folder):
+            for path in (*([place] if given else []), folder.parent, folder):
                 make_own(path)
             with locked(folder):
                 cache._make_room(0)

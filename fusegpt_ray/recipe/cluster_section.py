@@ -71,8 +71,8 @@ class Cluster(Section):
     """Size of a local Ray's object store; left out: Ray's own choice, 30 % of the memory. A
     cluster's is set where it is started."""
     cache_gb: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Disk that a node may use for blocks fetched from object storage, in `$FUSEGPT_CACHE` or the
-    temporary folder; left out: half of what is free; 0: none."""
+    """Disk that a node may use for blocks fetched from object storage, in a folder of their
+    own in `$FUSEGPT_CACHE` or the temporary folder; left out: half of what is free; 0: none."""
 
     @field_validator("gpu_hour_price", mode="before")
     @classmethod

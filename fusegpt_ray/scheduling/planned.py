@@ -25,9 +25,10 @@ def planned(run: Run, show: Display, restart: bool = False, looks: bool = False)
         raise
 
 
-def all_mistakes(runs: Iterable[Run], show: Display) -> list[UserError]:
-    """Of all of them: see `plan.mistakes`."""
-    mistakes = Mistakes(stops=False)
+def all_mistakes(runs: Iterable[Run], show: Display) -> tuple[list[UserError], list[str]]:
+    """Of all of them: see `plan.mistakes`, `plan.not_looked_up`."""
+    mistakes, unknown = Mistakes(stops=False), dict[str, None]()
     for run in runs:
         mistakes.note(plans.mistakes(run.recipe, show, extends=True), run.where)
-    return mistakes.told
+        unknown |= dict.fromkeys(plans.not_looked_up(run.recipe))
+    return mistakes.told, [*unknown]

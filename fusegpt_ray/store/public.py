@@ -1,5 +1,5 @@
-"""What a manifest tells the readers of a card and of a report: all but where things lay on the
-machines of whoever made the model. Light: no torch.
+"""What a manifest, or the file of a comparison or a family, tells the readers of a card and of a
+report: all but where things lay on the machines of whoever made the model. Light: no torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from fusegpt_ray.uris import is_local
 
 _PARTS = ("recipe", "source", "calibration", "healing", "perplexity")
 """Of a manifest, those that tell of places."""
-_PLACES = ("data", "generate", "image", "prompts", "source", "uri")
+_PLACES = ("data", "generate", "image", "prompts", "source", "uri", "model", "models", "members")
 """Keys whose text names one."""
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Of the hub; or a path of two parts, which tells no more."""
@@ -39,6 +39,13 @@ def named(place: str) -> str:
 def public(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with names instead of local paths, and without the address of a cluster."""
     return {key: _public(key, value) if key in _PARTS else value for key, value in manifest.items()}
+
+
+def public_of_many(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The same of what the file of a comparison or a family says: of its settings, which are the
+    recipes of many runs in one, and of each row.
+    """
+    return {key: _public(key, value) for key, value in result.items()}
 
 
 def _public(key: str, value: Any) -> Any:

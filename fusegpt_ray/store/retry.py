@@ -1,10 +1,12 @@
 """Retries of a failing store: exponential pauses with jitter, then one clear error.
 
-- botocore retries S3 requests itself (5 times within seconds, see `AWS_MAX_ATTEMPTS`). The loop of
+- botocore sends an S3 request up to 3 times itself (see `AWS_MAX_ATTEMPTS`). The loop of
   s3fs around it is switched off in `filesystem`, because the two would multiply. Two cases are left
   for us: streams that break after the answer began, which no retry of a request sees, and outages
   longer than a few seconds. An operation is retried until the store has failed for
-  `FUSEGPT_RETRY_SECONDS` seconds (default 120).
+  `FUSEGPT_RETRY_SECONDS` seconds (default 120); silence before the first time-out is failing, too.
+- What is waited for is said at once, once an outage: a warning of Python's `logging`, which goes to
+  stderr, above the bar where there is one.
 - Errors are told apart by the name of their class and the answer of the server, so that no store's
   package is imported here.
 - Messages are cleaned of user names, passwords, signatures and keys.
@@ -13,6 +15,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import random
 import re
@@ -21,10 +24,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 from fusegpt_ray.errors import StorageError
+from fusegpt_ray.store.filesystem import SILENT_SECONDS
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 LONGEST_PAUSE = 30.0
 # Classes of botocore, aiohttp, requests, httpx and Python that say that the connection failed.
@@ -97,6 +103,8 @@ class Trouble:
     passing: bool
     """Whether another try may help."""
     fix: str = ""
+    silent: bool = False
+    """Whether nobody answered, so that it began before it was noticed."""
 
 
 def retry_seconds() -> float:
@@ -106,6 +114,8 @@ def retry_seconds() -> float:
 
 _counting = threading.Lock()
 _retries = 0
+_told_until: dict[str, float] = {}
+"""By store: the end of the time for which a person knows that it is waited for."""
 
 
 def retries() -> int:
@@ -116,7 +126,8 @@ def retries() -> int:
 def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) -> T:
     """Call `verb`, and call it again while the store fails in a way that may pass.
 
-    `verb` must be safe to call twice. Time counts from its first failure.
+    `verb` must be safe to call twice. Time counts from its first failure; where that is a time-out,
+    from the beginning of the silence before it.
 
     Raises:
         StorageError: retrying cannot help, or did not help for `seconds` seconds
@@ -124,7 +135,7 @@ def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) 
     """
     if seconds is None:
         seconds = retry_seconds()
-    failed: float | None = None
+    began, ends = time.monotonic(), None
     attempt = 0
     while True:
         try:
@@ -133,21 +144,37 @@ def with_retries(uri: str, verb: Callable[[], T], seconds: float | None = None) 
             found = trouble(error)
             if found is None:
                 raise
-            failed = time.monotonic() if failed is None else failed
+            now = time.monotonic()
+            if ends is None:
+                ends = seconds + (max(began, now - SILENT_SECONDS) if found.silent else now)
             pause = min(LONGEST_PAUSE, 0.2 * 2**attempt) * random.SystemRandom().uniform(0.5, 1.5)
             if not found.passing:
                 raise StorageError(cleaned(uri), found.problem, found.fix) from error
-            if time.monotonic() + pause > failed + seconds:
+            if now + pause > ends:
                 raise StorageError(
                     cleaned(uri),
                     f"{found.problem}; given up after {attempt + 1} "
                     f"{'tries' if attempt else 'try'}",
                 ) from error
+            _tell(cleaned(uri), found.problem, now, ends)
         attempt += 1
         with _counting:
             global _retries
             _retries += 1
         time.sleep(pause)
+
+
+def _tell(uri: str, problem: str, now: float, ends: float) -> None:
+    """That a store is waited for: nobody is to sit before a screen where nothing happens. Many
+    threads may find the same outage; it is said once.
+    """
+    with _counting:
+        place = urlsplit(uri)[:2]
+        store = "://".join(place)
+        known = now < _told_until.get(store, now)
+        _told_until[store] = max(ends, _told_until.get(store, ends))
+    if not known:
+        _LOG.warning("%s: %s; trying for up to %.0f s more", uri, problem, ends - now)
 
 
 def trouble(error: BaseException) -> Trouble | None:
@@ -172,12 +199,18 @@ def trouble(error: BaseException) -> Trouble | None:
         return Trouble(
             cleaned(f"the store answered {said.status} {said.code} ({said.message})"), passing, fix
         )
+    if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        found = trouble(error.__cause__)  # fsspec says so of any address that it cannot ask
+        return found if found and found.passing else None
     classes = {link.__name__ for link in type(error).__mro__}
-    text = cleaned(f"{type(error).__name__}: {error}")
+    said_of = next(
+        (str(link) for link in _chain(error) if str(link)), ""
+    )  # a time-out says nothing
+    text = cleaned(f"{type(error).__name__}: {said_of}")
     if classes & _NO_CREDENTIALS:
         return Trouble(text, False, _KEYS)
     if classes & _PASSING:
-        return Trouble(text, True)
+        return Trouble(text, True, silent=any("Timeout" in name for name in classes))
     if isinstance(error, OSError) and error.errno in _LOCAL:
         return Trouble(cleaned(str(error)), False, _LOCAL[error.errno])
     return None
@@ -195,6 +228,8 @@ def answer(error: BaseException) -> Answer | None:
             code = str(said.get("Code", ""))
             status = meta.get("HTTPStatusCode") or (int(code) if code.isdecimal() else 0)
             return Answer(status, code, str(said.get("Message", "")))
+        if type(link).__name__ == "ClientResponseError":  # of aiohttp
+            return Answer(link.status, "", link.message)  # type: ignore[attr-defined]
     return None
 
 

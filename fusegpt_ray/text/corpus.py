@@ -16,6 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -38,16 +39,16 @@ def sources(
     """The files, in the order of their names, or the dataset that `text.data` means.
 
     A file, a glob or a local folder wins over a dataset of that name; a local folder is read as
-    `load_dataset(folder)` reads it. Of files only the beginning of the first is read, of a dataset
-    only its description.
+    `load_dataset(folder)` reads it. Of files only the beginning of the first is read that is not
+    empty, of a dataset only its description.
 
     Args:
         cut: how it will be read, if not as `pieces`.
         column: whether the recipe's column is what is read.
 
     Raises:
-        UserError: nothing is there, or what is there cannot be read or has no such column,
-        configuration or split.
+        UserError: nothing is there, or what is there is empty, cannot be read or has no such
+        column, configuration or split.
     """
     data = text.data
     with explained(key, data):
@@ -77,7 +78,8 @@ def sources(
         )
     uris = [fs.unstrip_protocol(name) for name in paths]
     found = [Source(uri, file_format(uri, key), text, key) for uri in uris]
-    next((cut or pieces)(found[0], 1 << 16), None)
+    if not any(True for source in found for _ in islice((cut or pieces)(source, 1 << 16), 1)):
+        raise UserError(key, data, "empty", "give a file with text in it")
     return found
 
 

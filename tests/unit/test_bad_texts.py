@@ -59,7 +59,8 @@ PARQUET, NUMBERS = parquet(["w5 w6 w7"] * 99), parquet([5])
 SHORT = {"problem": "the text has . tokens", "fix": "more text", "value": str(LENGTH)}
 TEXTS = [
     BadText("no.txt", None, "data", "no such file", "path or glob"),
-    BadText("empty.txt", b"", "length", **SHORT),
+    BadText("empty.txt", b"", "data", "empty", "text in it"),
+    BadText("header.csv", b"text\n", "data", "empty", "text in it"),
     BadText("short.txt", b"w5 w6 w7", "length", **SHORT),
     BadText("binary.txt", bytes(range(256)) * 9, "data", "not UTF-8", "convert it to UTF-8"),
     BadText(

@@ -179,9 +179,10 @@ def test_half_of_the_disk_without_the_cache(
 
 
 def test_opening(size: int, tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FUSEGPT_CACHE", str(folder))
+    place, folder = folder, folder / f"fusegpt-ray-{os.geteuid()}/blocks"
+    monkeypatch.setenv("FUSEGPT_CACHE", str(place))
     assert BlockCache.open(0) is None
-    assert not folder.exists()
+    assert not place.exists()
     cache = BlockCache.open()
     assert cache == BlockCache(folder, None)
     a, b = blocks_of(tmp_path, 2)

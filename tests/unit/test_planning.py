@@ -197,6 +197,28 @@ def test_all_mistakes_are_listed(
     assert tree(desk.folder).keys() == before.keys() and weight_reads == []
 
 
+def test_what_may_be_on_the_hub_is_named(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is not there may be a dataset; a file without text is a mistake at once."""
+    text = desk.recipe()["calibration"]
+    recipe = desk.write(calibration=text | {"data": "data/mytext"})
+    assert main(["validate", recipe]) == 0
+    good, told = capsys.readouterr().out.splitlines()
+    assert good.startswith("good: ")
+    assert told.startswith("not looked up: calibration.data: dataset 'data/mytext'")
+    assert main(["validate", recipe, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["not_looked_up"]) == 1
+    held = {"held": {"data": "empty.txt"}}
+    (desk.folder / "empty.txt").touch()
+    for mistaken in ("calibration", "heal", "evaluation.held"):
+        given = {
+            "calibration": {"calibration": text | {"data": "empty.txt"}},
+            "heal": {"heal": {"data": "empty.txt"}},
+            "evaluation.held": {"evaluation": held},
+        }[mistaken]
+        assert main(["validate", desk.write(**given)]) == 2
+        assert f"{mistaken}.data = 'empty.txt': empty." in capsys.readouterr().err
+
+
 def test_a_first_recipe_can_be_planned(
     desk: Desk,
     weight_reads: list[str],

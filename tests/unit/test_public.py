@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fusegpt_ray.store.public import named, public
+from fusegpt_ray.store.public import named, public, public_of_many
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,21 @@ def test_all_places_of_a_manifest_are_found() -> None:
     assert told["recipe"]["output"] == {"uri": "out", "samples": ["/a/prompt", {"image": "d.png"}]}
     assert told["calibration"]["parts"][0] == {"data": "a.txt", "config": "/not/a/place"}
     assert manifest["recipe"]["model"] == {"source": "/home/me/model"}, "it is left as it is"  # type: ignore[index]
+
+
+def test_all_places_of_many_runs_are_found() -> None:
+    """Sources may stand in lists, and each row has its model and its text."""
+    result = {
+        "name": "demo",
+        "settings": {
+            "model": {"source": "/home/me/model"},
+            "output": {"uri": "/home/me/out"},
+            "compare": {"models": ["/home/me/a", {"source": "/home/me/b", "name": "b"}]},
+            "family": {"members": ["/home/me/c", {"model": {"source": "/home/me/d"}}]},
+        },
+        "rows": [{"model": "/home/me/a", "protocol": {"data": "/home/me/own.txt"}}],
+    }
+    told = public_of_many(result)
+    assert "home" not in str(told)
+    assert told["settings"]["compare"]["models"] == ["a", {"source": "b", "name": "b"}]
+    assert told["rows"] == [{"model": "a", "protocol": {"data": "own.txt"}}]
