@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.run.lease import Standing
 from fusegpt_ray.run.notes import NOTES
 from fusegpt_ray.store import storage
@@ -228,21 +228,26 @@ class Outputs:
 
         Raises:
             UserError: there is no such folder, or it cannot be reached.
+            StorageError: the store fails, and its user cannot mend that.
         """
         refuse_secret(KEY, uri)
         uri = storage.absolute(uri).rstrip("/")
         try:
-            fs, path = storage.filesystem(uri)
-            fs.invalidate_cache()
-            entries = fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                KEY, uri, "no such folder", "give an output.uri that a run has written to"
-            ) from error
+            storage.filesystem(uri)[0].invalidate_cache()
+            with blaming(KEY, uri):
+                _, path, entries = storage.entries(uri)
+        except UserError:
+            raise
+        except NotADirectoryError:
+            entries = None
         except (ValueError, ImportError, PermissionError) as error:
             raise UserError(
                 KEY, uri, f"cannot be reached ({error})", "check the URI and your rights"
             ) from error
+        if entries is None:
+            raise UserError(
+                KEY, uri, "no such folder", "give an output.uri that a run has written to"
+            )
         names = sorted(
             entry["name"].rstrip("/").rsplit("/", 1)[-1]
             for entry in entries
