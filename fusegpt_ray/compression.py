@@ -31,6 +31,7 @@ from fusegpt_ray.publishing.publish import Published, publish
 from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds
+from fusegpt_ray.run.begun import being_published
 from fusegpt_ray.run.budget import SPENT, Budget
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.identity import healing_identity, identity, run_id
@@ -227,7 +228,7 @@ class Compression:
             show.stage(f"evaluating and publishing {target.name}")
             events = partial(self.log.whole, show.say)
             beside = partial(beside_model, target.folder, show.say, recipe.output.report, events)
-            with journal.creating():
+            with being_published(target.folder, journal.fence), journal.creating():
                 published[target.folder] = publish(
                     target.folder,
                     [*stages.values()][-1],

@@ -22,6 +22,7 @@ from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure, observe
 from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.run.begun import check_place
 from fusegpt_ray.run.budget import refuse_unpriced
 from fusegpt_ray.run.identity import same_way, settings
 from fusegpt_ray.run.journal import ANEW, Journal
@@ -228,8 +229,9 @@ def check_output(
             sparsities, and stay.
 
     Raises:
-        UserError: files cannot be created below `output.uri`, a finished model or a file already
-            has the name of a target, or an unfinished run of other settings has the recipe's name.
+        UserError: files cannot be created below `output.uri`, a finished model, a file or a folder
+            of somebody's files already has the name of a target, or an unfinished run of other
+            settings has the recipe's name.
     """
     try:
         storage.filesystem(recipe.output.uri)
@@ -290,6 +292,8 @@ def _check_places(recipe: Recipe, targets: list[Target], restart: bool) -> None:
     # the finished ones are its own.
     if finished and (restart or len(finished) == len(targets) or not Journal.of(recipe).started):
         raise name_taken(recipe, finished[0])
+    for target in targets:
+        check_place(target.folder)
     if not restart:
         moved = f"{ANEW} (once {finished[0].folder} is moved or removed)" if finished else ANEW
         Journal.of(recipe).check(settings(recipe), moved)

@@ -154,7 +154,7 @@ SLOW = (
     f"{INTEGRATION}cache_processes.py::test_who_waits_for_a_killed_process_goes_on",
     f"{INTEGRATION}advice_s3.py",
     f"{INTEGRATION}names.py::test_a_run_and_a_cleaning_leave_every_neighbour",
-    f"{UNIT}clean.py::test_a_killed_run_is_alive_until_nobody_hears_of_it",
+    f"{UNIT}live_runs.py::test_a_killed_run_is_alive_until_nobody_hears_of_it",
     f"{UNIT}two_at_once.py::test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with",
     # Files of a hub: the usual ones, and a network that is not there, stay.
     *(

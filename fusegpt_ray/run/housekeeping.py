@@ -7,11 +7,12 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
+from fusegpt_ray.run.begun import begun, remove_half
+from fusegpt_ray.run.lease import EVERY, LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.run.outputs import (
     COMPARISONS,
     CURVES,
@@ -33,13 +34,16 @@ from fusegpt_ray.store.family import BOARD
 from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 from fusegpt_ray.uris import refuse_ambiguous
 
+LEAST_AGE = 3 * EVERY
+"""Seconds: of a live run, two signs in a row may be late."""
+
 
 @dataclass(frozen=True)
 class Leftover:
     """Something that a run or a pull left, or that one of them still works on."""
 
     uri: str
-    size: int
+    size: int = field(compare=False)  # a run's notes go with the half models before it
     what: str
     """What it is, in words."""
     dead: bool
@@ -56,8 +60,12 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
 
     Raises:
         UserError: it is not a folder in which models and runs lie, or its name could mean another
-            place (see `uris.py`).
+            place (see `uris.py`); or `age` is so short that live runs count as dead.
     """
+    if not age >= LEAST_AGE:
+        problem = f"a live run gives a sign only every {EVERY:.0f} s, and one may come late"
+        fix = f"give at least {LEAST_AGE / 60:g}, in minutes"
+        raise UserError("--age", age / 60, problem, fix)
     refuse_ambiguous(KEY, uri)
     there = Outputs.look(uri)
     for name in (MANIFEST, IDENTITY):
@@ -94,6 +102,8 @@ def clean(
             if not claim(item.uri, owned, Owner.this()):
                 continue  # somebody goes on with it
             remove_run(item.uri)
+        elif MODEL.fullmatch(item.uri.rsplit("/", 1)[-1]):
+            remove_half(item.uri)
         else:
             storage.remove(item.uri, recursive=item.folder)
         removed.append(item)
@@ -126,11 +136,14 @@ def _run_of(name: str) -> str:
 
 
 def remove_run(folder: str, keep_lease: bool = False) -> None:
-    """Remove what a run wrote into its folder. Only the owner of its name may call this.
+    """Remove what a run wrote into its folder, and the half models that it has begun. Only the
+    owner of its name may call this.
 
     The identity is removed after all records, so that no other run finds records that it did not
     write. The lease is removed last: until then nobody else may begin.
     """
+    for model in begun(folder, storage.names(folder)):  # while a note tells that they are ours
+        remove_half(model)
     storage.remove(storage.join(folder, "blocks"), recursive=True)
     ours = [name for name in storage.names(folder) if RUN_FILE.fullmatch(name)]
     leases = [name for name in ours if LEASE.fullmatch(name)]
@@ -146,11 +159,6 @@ def remove_run(folder: str, keep_lease: bool = False) -> None:
 
 def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftover]:
     runs = {run.name: run for folder in there.folders if (run := folder.run)}
-    families = {
-        match["name"]
-        for folder in there.folders
-        if folder.finished and (match := MODEL.fullmatch(folder.name))
-    }
     models = (MODEL.fullmatch(folder.name) for folder in there.folders)
     named = {folder.name.removesuffix(".run") for folder in there.folders}
     named |= {match["name"] for match in models if match}
@@ -159,9 +167,7 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
     for folder in sorted(there.folders, key=lambda folder: folder.run is not None):
         if folder.half:
             name = MODEL.fullmatch(folder.name)["name"]  # type: ignore[index]
-            yield Leftover(
-                folder.uri, folder.size, *_half(folder, runs.get(name), name in families, age)
-            )
+            yield Leftover(folder.uri, folder.size, *_half(folder, runs.get(name), age))
         elif run := folder.run:
             yield Leftover(folder.uri, folder.size, *_run(run, age, unfinished))
         elif folder.generated:
@@ -187,14 +193,11 @@ def _leftovers(there: Outputs, age: float, unfinished: bool) -> Iterator[Leftove
             yield Leftover(probe.uri, 0, "a probe of the output", True, folder=False)
 
 
-def _half(folder: Folder, run: Run | None, family: bool, age: float) -> tuple[str, bool]:
-    if run.state(age) == "alive" if run else folder.silent() < age:
+def _half(folder: Folder, run: Run | None, age: float) -> tuple[str, bool]:
+    if run is None or folder.uri not in run.begun:
+        return "no finished model, but no run here has noted that it began it: not ours", False
+    if run.state(age) == "alive":
         return "a model that is being written", False
-    if run is None and not family:
-        return (
-            "no finished model, but no run or model of that name is beside it: perhaps not ours",
-            False,
-        )
     return "a model that was never finished", True
 
 

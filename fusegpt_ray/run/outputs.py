@@ -13,7 +13,9 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any, Literal
 
-from fusegpt_ray.errors import UserError
+from fusegpt_ray.errors import UserError, blaming
+from fusegpt_ray.run.begun import BEGUN, begun
+from fusegpt_ray.run.begun import MODEL as MODEL
 from fusegpt_ray.run.lease import Standing
 from fusegpt_ray.run.notes import NOTES
 from fusegpt_ray.store import storage
@@ -27,10 +29,10 @@ IDENTITY = "identity.json"
 State = Literal["alive", "unfinished", "published", "remains"]
 """Of a run: at work; dead, but the same command goes on; dead after it published everything; dead
 while its folder was removed."""
-MODEL = re.compile(r"(?P<name>.+)-(p\d+(\.\d+)?|d\d+)")
-"""What a published model's folder is called."""
 _NAMES = rf"identity|heartbeat|({'|'.join(('round', 'heal', 'lease', *NOTES))})-\d+"
-RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+")
+RUN_FILE = re.compile(
+    rf"\.?(({_NAMES})\.json|{BEGUN}|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+"
+)
 """What a run writes into its folder."""
 GENERATED = "generated-{}"
 """The folder of a text that a dense model wrote, by what shaped it; see `generation.py`."""
@@ -86,7 +88,9 @@ class Folder:
 
     @property
     def half(self) -> bool:
-        """It looks like a model that was never finished."""
+        """It looks like a model that was never finished. Whose, a run beside it tells
+        (`Run.begun`).
+        """
         return (
             bool(MODEL.fullmatch(self.name))
             and not self.finished
@@ -148,14 +152,22 @@ class Run:
     def name(self) -> str:
         return self.folder.name.removesuffix(".run")
 
+    @property
+    def begun(self) -> list[str]:
+        """The folders of the models that it has begun to publish and perhaps not finished."""
+        return begun(self.folder.uri, self.folder.files)
+
+    @cached_property
+    def standing(self) -> Standing | None:
+        """Its owner; None where that cannot be read."""
+        with suppress(OSError):
+            return Standing.look(self.folder.uri)
+        return None
+
     @cached_property
     def heartbeat(self) -> Mapping[str, Any]:
         """The last sign of life of its owner; empty if there is none that can be read."""
-        try:
-            owned = Standing.look(self.folder.uri)
-        except OSError:
-            return {}
-        sign = owned.sign if owned else {}
+        sign = self.standing.sign if self.standing else {}
         return sign if isinstance(sign.get("time"), float) else {}
 
     @cached_property
@@ -189,9 +201,10 @@ class Run:
 
     def state(self, age: float = DEAD_AFTER) -> State:
         """What has become of it; `age`: seconds without a sign of life after which it counts as
-        dead.
+        dead, unless its process is seen to live on this machine.
         """
-        if "ended" not in self.heartbeat and self.silent() < age:
+        lives = self.standing is not None and self.standing.owner.lives()
+        if "ended" not in self.heartbeat and (lives or self.silent() < age):
             return "alive"
         if IDENTITY not in self.folder.files:
             return "remains"
@@ -228,21 +241,26 @@ class Outputs:
 
         Raises:
             UserError: there is no such folder, or it cannot be reached.
+            StorageError: the store fails, and its user cannot mend that.
         """
         refuse_secret(KEY, uri)
         uri = storage.absolute(uri).rstrip("/")
         try:
-            fs, path = storage.filesystem(uri)
-            fs.invalidate_cache()
-            entries = fs.ls(path, detail=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise UserError(
-                KEY, uri, "no such folder", "give an output.uri that a run has written to"
-            ) from error
+            storage.filesystem(uri)[0].invalidate_cache()
+            with blaming(KEY, uri):
+                _, path, entries = storage.entries(uri)
+        except UserError:
+            raise
+        except NotADirectoryError:
+            entries = None
         except (ValueError, ImportError, PermissionError) as error:
             raise UserError(
                 KEY, uri, f"cannot be reached ({error})", "check the URI and your rights"
             ) from error
+        if entries is None:
+            raise UserError(
+                KEY, uri, "no such folder", "give an output.uri that a run has written to"
+            )
         names = sorted(
             entry["name"].rstrip("/").rsplit("/", 1)[-1]
             for entry in entries

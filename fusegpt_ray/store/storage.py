@@ -69,28 +69,26 @@ def _info(uri: str) -> dict[str, Any]:
 
 def names(uri: str) -> list[str]:
     """Names of the files directly in a folder, sorted; empty if there is no such folder."""
-    fs, path, entries = _entries(uri)
+    fs, path, listed = entries(uri)
     # The hub's cache is made of links, which are neither files nor directories to fsspec.
     files = (
         entry["name"]
-        for entry in entries
+        for entry in listed or ()
         if entry["type"] == "file" or (entry.get("islink") and fs.isfile(entry["name"]))
     )
     # A file is listed as if it lay in itself.
     return sorted(name.rsplit("/", 1)[-1] for name in files if name != path)
 
 
-def _entries(uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[dict[str, Any]]]:
-    """What is directly in a folder (nothing if there is none), its file system and its path."""
+def entries(uri: str) -> tuple[fsspec.AbstractFileSystem, str, list[dict[str, Any]] | None]:
+    """What is directly in a folder (None if there is none), its file system and its path."""
     fs, path = filesystem(uri)
-    # Also below a file, or a link to itself.
-    if isinstance(fs, LocalFileSystem) and not fs.exists(path):
-        return fs, path, []
     fresh = {"refresh": True} if "s3" in fs.protocol else {}
-    try:
-        return fs, path, with_retries(uri, lambda: fs.ls(path, detail=True, **fresh))
-    except FileNotFoundError:
-        return fs, path, []
+    with suppress(FileNotFoundError):
+        # Also below a file, or a link to itself.
+        if not isinstance(fs, LocalFileSystem) or fs.exists(path):
+            return fs, path, with_retries(uri, lambda: fs.ls(path, detail=True, **fresh))
+    return fs, path, None
 
 
 def below(uri: str) -> dict[str, dict[str, Any]]:
@@ -106,10 +104,10 @@ def below(uri: str) -> dict[str, dict[str, Any]]:
 
 def folders(uri: str) -> list[str]:
     """Names of the folders directly in a folder, sorted; empty if there is no such folder."""
-    fs, _, entries = _entries(uri)
+    fs, _, listed = entries(uri)
     found = (
         entry["name"]
-        for entry in entries
+        for entry in listed or ()
         if entry["type"] == "directory" or (entry.get("islink") and fs.isdir(entry["name"]))
     )
     return sorted({name.rstrip("/").rsplit("/", 1)[-1] for name in found})

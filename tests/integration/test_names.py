@@ -140,15 +140,16 @@ def test_a_run_and_a_cleaning_leave_every_neighbour(
     assert pulled == {key: data for key, data in after.items() if key not in before}
     assert pull(f"{uri}/m-p12.5", target) == target  # compared with what is there
 
-    half = [
-        f"{PLACE}/half.run/blocks/a",
-        f"{PLACE}/half.run/heartbeat.json",
-        f"{PLACE}/half-p50/model.safetensors",
-    ]
-    for key in half:
-        s3.client.put_object(Bucket=bucket, Key=key, Body=b"")
+    half = {
+        f"{PLACE}/half.run/blocks/a": {},
+        f"{PLACE}/half.run/begun-p50.json": {},
+        f"{PLACE}/half.run/heartbeat.json": {"time": 0.0, "host": "a", "pid": 1, "ended": "Error"},
+        f"{PLACE}/half-p50/model.safetensors": {},
+    }
+    for key, body in half.items():
+        s3.client.put_object(Bucket=bucket, Key=key, Body=json.dumps(body).encode())
     capsys.readouterr()
-    assert main(["clean", uri, "--yes", "--age", "0"]) == 0
+    assert main(["clean", uri, "--yes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "removed",
         "removed",
@@ -185,7 +186,7 @@ def test_what_could_mean_others_is_refused_before_anything_is_written(
             capsys.readouterr().err.startswith(f"error: output.uri = {uri!r}: has ")
             or "::" in place
         )
-        assert main(["clean", uri, "--yes", "--unfinished", "--age", "0"]) == 2
+        assert main(["clean", uri, "--yes", "--unfinished"]) == 2
         assert capsys.readouterr().err.startswith(f"error: URI = {uri!r}: ")
     assert {method for method, _ in s3.requests()[asked:]} <= READING
     assert s3.listed(bucket) == before

@@ -5,6 +5,7 @@ server of the protocol.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.publishing import download
 from fusegpt_ray.publishing.download import Incomplete
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.begun import being_published
 from fusegpt_ray.run.status import status
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.fence import nobody_else
 
 pytestmark = pytest.mark.integration
 
@@ -139,12 +142,17 @@ def test_status_and_clean(s3, outputs: Outputs, capsys: pytest.CaptureFixture[st
     )
     assert (run["ended"], run["doing"]) == ("KeyboardInterrupt", "round 2/2: scoring 7 blocks")
 
-    storage.write(f"{outputs.uri}/stopped-p25/model.safetensors", b"half")
+    half = f"{outputs.uri}/stopped-p25"
+    with suppress(KeyboardInterrupt), being_published(half, nobody_else):
+        storage.write(f"{half}/model.safetensors", b"half")
+        raise KeyboardInterrupt
+    storage.write(f"{outputs.uri}/tiny-p25/model.safetensors", b"somebody's own")
     before = s3.objects(outputs.bucket)
     assert main(["clean", outputs.uri]) == 0
     assert s3.objects(outputs.bucket) == before
     assert main(["clean", outputs.uri, "--yes"]) == 0
-    kept = {key: data for key, data in before.items() if "/stopped-p25/" not in key}
+    gone = ("/stopped-p25/", "/begun-p25.json")
+    kept = {key: data for key, data in before.items() if not any(end in key for end in gone)}
     assert s3.objects(outputs.bucket) == kept
     assert main(["clean", outputs.uri, "--yes", "--unfinished"]) == 0
     assert s3.objects(outputs.bucket) == {

@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from desk import Desk
 from stopped_runs import recipe, stopped
 
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.run.begun import being_published
+from fusegpt_ray.store.fence import nobody_else
 
 Capture = pytest.CaptureFixture[str]
 OLD = 24 * 3600.0
@@ -57,10 +60,19 @@ def change_sign(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({key: value for key, value in sign.items() if value is not None}))
 
 
+@contextmanager
+def killed_in_publishing(model: str) -> Iterator[None]:
+    """The run of this model ends with the block, which writes what it had written by then."""
+    with suppress(KeyboardInterrupt), being_published(model, nobody_else):
+        yield
+        raise KeyboardInterrupt
+
+
 def half_model(out: Path, name: str) -> Path:
-    (out / name).mkdir()
-    (out / name / "model-00001-of-00002.safetensors").write_bytes(bytes(1500))
-    (out / name / "config.json").write_text("{}")
+    with killed_in_publishing(str(out / name)):
+        (out / name).mkdir()
+        (out / name / "model-00001-of-00002.safetensors").write_bytes(bytes(1500))
+        (out / name / "config.json").write_text("{}")
     return out / name
 
 
@@ -69,8 +81,8 @@ def names(folder: Path) -> set[str]:
 
 
 def alive(out: Path) -> None:
-    """A sign of life of a minute ago in files that are old."""
+    """A sign of life of a minute and a half ago in files that are old."""
     aged(out)
     sign = out / "demo.run/heartbeat.json"
-    change_sign(sign, time=time.time() - 60, ended=None, doing="round 2/3: scoring 4 blocks")
+    change_sign(sign, time=time.time() - 90, ended=None, doing="round 2/3: scoring 4 blocks")
     os.utime(sign, (time.time() - OLD,) * 2)

@@ -92,7 +92,7 @@ def test_clean_removes_an_unfinished_comparison_if_told(desk: Desk) -> None:
     with pytest.raises(KeyboardInterrupt):
         compare(parsed(desk, "mi"), Watching(stop=2))
     silent(desk)
-    gone = {item.uri.removeprefix(f"{desk.out}/") for item in clean(str(desk.out), 0.0, True)}
+    gone = {item.uri.removeprefix(f"{desk.out}/") for item in clean(str(desk.out), unfinished=True)}
     assert gone == {"demo-mi.run", "compare/demo/measured", "compare/demo/table.json"}
     assert not [path for path in desk.out.rglob("*") if path.is_file()]
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from browser import CHROMIUM, charts_drawn
 from desk import Desk
+from left_behind import aged
 from mistakes import tree
 from rich.console import Console
 from stopped_runs import Watching, published
@@ -210,21 +211,22 @@ def test_stopped_between_members_it_ends_with_the_same_bytes(
         compress_family(Members.parse(asked(two)), Stopped())
     assert [path.name for path in two.out.glob("demo-*")] == [SECOND]
     folder = two.out / "family/demo"
-    found = [(item.uri, item.dead) for item in leftovers(str(two.out), age=0)]
+    aged(two.out)
+    found = [(item.uri, item.dead) for item in leftovers(str(two.out))]
     kept = [str(folder / name) for name in ("measured", "family.json")]
     assert found == [(uri, False) for uri in kept], "what it goes on from"
-    found = [(item.uri, item.dead) for item in leftovers(str(two.out), age=0, unfinished=True)]
+    found = [(item.uri, item.dead) for item in leftovers(str(two.out), unfinished=True)]
     assert found == [(uri, True) for uri in kept]
-    assert clean(str(two.out), age=0) == [] and published(two)
-    show = Watching()
-    assert compress_family(Members.parse(asked(two)), show)["state"] == "done"
+    assert clean(str(two.out)) == [] and published(two)
+    assert compress_family(Members.parse(asked(two)), show := Watching())["state"] == "done"
     assert published(two) == published(done[0])
     assert f"evaluating and publishing {SECOND}" not in show.said
-    assert leftovers(str(two.out), age=0, unfinished=True) == []
+    assert leftovers(str(two.out), unfinished=True) == []
     (folder / "blocks/0-0").mkdir(parents=True)
     (folder / "blocks/0-0/train").write_text("of one that was killed")
+    aged(two.out)
     before = tree(two.folder)
-    removed = [item.uri for item in clean(str(two.out), age=0)]
+    removed = [item.uri for item in clean(str(two.out))]
     assert removed == [str(folder / "blocks")]
     assert before.keys() - tree(two.folder).keys() >= {"out/family/demo/blocks/0-0/train"}
     assert published(two) == published(done[0]) and (folder / "index.html").exists()

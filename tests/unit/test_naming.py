@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import pytest
 from desk import Desk
+from left_behind import aged
 from stopped_runs import contents
 
 from fusegpt_ray.cli import main
@@ -53,8 +54,10 @@ def test_a_whole_run_in_a_local_folder_of_any_name(
     (place / "out/half-p40/fusegpt.json").unlink()
     (place / "out/half.run/blocks").mkdir(parents=True)
     (place / "out/half.run/blocks/a").touch()
+    (place / "out/half.run/begun-p40.json").touch()
+    aged(place / "out")
     capsys.readouterr()
-    assert main(["clean", f"{name}/out", "--yes", "--age", "0"]) == 0
+    assert main(["clean", f"{name}/out", "--yes"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "removed",
         "removed",

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from desk import Desk
+from left_behind import aged, half_model
 
 from fusegpt_ray.cli import VERBS, main
 
@@ -44,11 +45,11 @@ def test_nothing_but_the_result_is_said(
     assert said("report", model, "--output", report) == f"{report}\n"
     assert "demo-p40" in said("status", str(desk.out))
     assert said("clean", str(desk.out)) == ""
-    half = desk.out / "demo-p60"
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
-    (listed,) = said("clean", str(desk.out), "--age", "0").splitlines()
-    assert "would remove" in listed and "demo-p60" in listed
+    half_model(desk.out, "demo-p60")
+    aged(desk.out)
+    listed = said("clean", str(desk.out)).splitlines()
+    assert [line.split()[:2] for line in listed] == [["would", "remove"]] * 2
+    assert "demo-p60" in listed[0] and "demo.run" in listed[1]
 
 
 def test_mistakes_and_damage_are_said_all_the_same(desk: Desk, capsys: Capture) -> None:
