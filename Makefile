@@ -1,10 +1,12 @@
 # Two commands do all the set-up on a fresh machine:
 #   make quickstart   compress the embedded example on a local Ray, result in runs/quickstart/
 #   make test         style, types, imports, and the tests of every promise in docs/reliability.md
-# Three more take longer:
+# Four more take longer:
 #   make test-all     the same with every test, the slow ones among them (tests/slow.py)
 #   make chaos        breaks readers, runs and networks for an hour and a quarter
 #   make sweep        tries every class of transformers, and writes docs/models.md: a quarter of an hour
+#   make served VLLM=/path/to/python
+#                     holds vLLM against transformers, and writes docs/serving.md: half an hour
 # One builds the documentation:
 #   make docs         the site in site/, every warning an error
 # One chooses what the image has, each package by version and hash:
@@ -16,7 +18,7 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?= -c constraints.txt
 BIN := .venv/bin
 
-.PHONY: quickstart test test-all style chaos sweep docs lock install clean
+.PHONY: quickstart test test-all style chaos sweep served docs lock install clean
 
 quickstart: install
 	HF_HUB_OFFLINE=1 $(BIN)/fusegpt compress examples/quickstart.yaml
@@ -46,6 +48,10 @@ chaos: install
 
 sweep: install
 	$(BIN)/python tests/sweep/sweep.py
+
+# VLLM is the Python of an environment of its own: vLLM pins other versions than ours.
+served: install
+	$(BIN)/python tests/sweep/served.py --vllm $(VLLM)
 
 docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

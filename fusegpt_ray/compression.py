@@ -17,7 +17,7 @@ from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.fusion.repair import repaired_only
-from fusegpt_ray.generation import GENERATED_EVENT
+from fusegpt_ray.generation import GENERATED_EVENT, identity_of_model
 from fusegpt_ray.heal import Healer, sharing_of
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.importance.removals import Removal
@@ -33,8 +33,9 @@ from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.budget import SPENT, Budget
 from fusegpt_ray.run.done import Done
-from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
+from fusegpt_ray.run.identity import healing_identity, identity, run_id
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.sample_prompts import asked
@@ -101,12 +102,11 @@ class Compression:
             windows, held_out, healing = all_windows(workers, recipe, planned.leading, show, shared)
         every = [text.tokens_WT for text in (windows, *held_out.values(), *(healing or ()))]
         check_tokens(model.source, model.stack, *every)
-        planned = planned.seeing(blocks_added_behind(workers, every), show.say)
+        planned = planned.counting(held_out).seeing(blocks_added_behind(workers, every), show.say)
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
         hardware = workers.hardware if recipe.cluster.deterministic else {}
-        of = {"of": model.source.folder}
-        files = shared.once("model", of, partial(model_identity, model.stack))
+        files = identity_of_model(workers, shared)
         this = identity(recipe, drawn, files, workers.dtype, hardware)
         texts_drawn, took = (windows, held_out, healing), time.monotonic() - began
         begun = cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
@@ -162,7 +162,7 @@ class Compression:
                 names = [target.name for target in targets]
                 facts = {"run": self.id, "rounds": self.plan.rounds, "models": names}
 
-                def told() -> dict[str, Any]:  # with every sign of life
+                def told() -> dict[str, Any]:  # with every heartbeat
                     monitor(SPENT, budget.told)
                     return {**facts, SPENT: budget.spent}
 
@@ -310,23 +310,16 @@ class Compression:
     def _sharing(self, journal: Journal) -> Sharing:
         recipe, dense = self.plan.recipe, self.plan.model.stack
         scoring = self.windows.first(recipe.importance.windows).tokens_WT
-        return sharing_of(recipe, self.workers, journal, dense, scoring, self.show)
+        known = Known(journal, "sharing", self.id, self.shared, self._measuring, self.show.say)
+        return sharing_of(recipe, self.workers, known, dense, scoring, self.show)
 
     def _heal(self, target: Target, rounds: Sequence[Done], journal: Journal) -> Done | None:
         """The healed model, if the recipe asks for it."""
         this = self._healing_identity
         if self.healing is None or this is None:
             return None
-        healer = Healer(
-            self.plan.recipe,
-            self.workers,
-            journal,
-            self.plan.model.stack,
-            *self.healing,
-            this,
-            self.show,
-            self._sharing(journal),
-        )
+        about = (self.plan.recipe, self.workers, journal, self.plan.model.stack)
+        healer = Healer(*about, *self.healing, this, self.show, self._sharing(journal))
         return healer.heal(target.name, rounds)
 
     def _facts(self, worked: Worked) -> dict[str, Any]:

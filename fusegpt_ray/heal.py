@@ -17,7 +17,8 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.journal import Journal
-from fusegpt_ray.samples import Batch
+from fusegpt_ray.run.known import Known
+from fusegpt_ray.samples import Batch, fingerprint
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.text.windows import Windows
@@ -29,12 +30,12 @@ from fusegpt_ray.workers.base import News, Workers
 def sharing_of(
     recipe: Recipe,
     workers: Workers,
-    journal: Journal,
+    known: Known,
     dense: Stack,
     windows: Batch,
     show: Display,
 ) -> Sharing:
-    """How blocks form groups in healing. What the journal has is not measured again.
+    """How blocks form groups in healing. What is known is not measured again.
 
     Args:
         windows: those that score blocks.
@@ -42,13 +43,17 @@ def sharing_of(
     heal = recipe.heal
     if heal is None or heal.share is None or heal.share_by == "place":
         return Sharing(heal.share if heal else None)
-    changes = journal.kept("sharing", 0, show.say)
-    if changes is None:
+
+    def measure() -> list[float]:
         show.stage("finding which blocks can share weights")
         with explained(dense, recipe.model.source, workers.dtype):
-            changes = run_distances(workers, dense, windows, recipe.importance, 1).tolist()
-        journal.keep("sharing", 0, changes)
-    return Sharing(heal.share, tuple(changes))
+            found: list[float] = run_distances(workers, dense, windows, settings, 1).tolist()
+        return found
+
+    settings = recipe.importance
+    what = {"windows": fingerprint(windows), "shape": list(windows.shape)}
+    key = {"distance": "macro influence", "tokens": settings.tokens, **what}
+    return Sharing(heal.share, tuple(known.measured("changes", key, measure)))
 
 
 @dataclass

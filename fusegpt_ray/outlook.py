@@ -32,16 +32,17 @@ def outlook(
     there: There | None = None,
 ) -> dict[str, Any]:
     """{"model", "blocks", "parameters", "targets": [{"name", "removes", "adds", "blocks", "width",
-    "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage", "block_forwards", "flops",
-    "seconds", "price"} …], "flops", "seconds", "price", "unpriced", "budget": [{"key", "limit",
-    "needs", "enough"} …], "probed", "order": what is done, one after another, in words,
-    "processes", "memory" and "storage": see `Fitting`, "traffic": [{"stage", "read", "written"} …]
-    in bytes}.
+    "dense_width", "bytes"} …], "source_bytes", "device", "gpus", "stages": [{"stage",
+    "block_forwards", "flops", "seconds", "price"} …], "uncounted": see `Cost`, "flops", "seconds",
+    "price", "unpriced", "budget": [{"key", "limit", "needs", "enough"} …], "probed", "order": what
+    is done, one after another, in words, "processes", "memory" and "storage": see `Fitting`,
+    "traffic": [{"stage", "read", "written"} …] in bytes}.
 
-    "width" is the hidden size where that becomes smaller, else None. "seconds" are those of
-    computing alone, and None where the device's rates are not known. "price" is that of all GPUs
-    for so long, by `cluster.gpu_hour_price`, and None where that or the time is not known, or there
-    is no GPU. "unpriced" says that this table of prices lacks the GPU, else it is None.
+    "width" is the hidden size where that becomes smaller than "dense_width", else both are None.
+    "seconds" are those of computing alone, and None where the device's rates are not known. "price"
+    is that of all GPUs for so long, by `cluster.gpu_hour_price`, and None where that or the time is
+    not known, or there is no GPU. "unpriced" says that this table of prices lacks the GPU, else it
+    is None.
 
     Args:
         gpus: that all processes hold together.
@@ -68,6 +69,7 @@ def outlook(
         "device": device.name,
         "gpus": gpus,
         "stages": stages,
+        "uncounted": [*cost.uncounted],
         "flops": cost.flops,
         "seconds": seconds,
         "price": price,
@@ -90,6 +92,7 @@ def _targets(plan: Plan) -> list[dict[str, Any]]:
             "adds": target.add,
             "blocks": len(plan.model.stack) - target.fewer,
             "width": target.width.kept if target.width else None,
+            "dense_width": target.width.dense if target.width else None,
             "bytes": plan.cost.published_bytes[target.name],
         }
         for target in plan.targets

@@ -40,6 +40,7 @@ from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources
 from fusegpt_ray.text.mixture import data_keys, shares
+from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tracking.trackers import check_trackers
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Held
@@ -64,6 +65,12 @@ class Plan:
     """The token that each window begins with, if any, by the recipe key of its text."""
     removable: Removable = ANY
     """The blocks that may go."""
+    counted: Mapping[str, int] = field(default_factory=dict)
+    """The windows of each text on which models are evaluated, once these have been drawn."""
+
+    def counting(self, held_out: Mapping[str, Windows]) -> Plan:
+        """With the number of windows of these texts, by name."""
+        return replace(self, counted={key: len(text.tokens_WT) for key, text in held_out.items()})
 
     def seeing(self, first: int, say: Callable[[str], object]) -> Plan:
         """With images, where the model adds what it sees to the states behind blocks before this
@@ -106,7 +113,14 @@ class Plan:
     @property
     def cost(self) -> Cost:
         """What it will compute and write."""
-        return cost(self.recipe, self.model.stack, self.targets)
+        return self._cost(self.targets)
+
+    def _cost(self, targets: Sequence[Target]) -> Cost:
+        texts = dict(self.recipe.evaluation)
+        for name, windows in self.counted.items():
+            texts[name] = texts[name].model_copy(update={"windows": windows})
+        recipe = self.recipe.model_copy(update={"evaluation": texts})
+        return cost(recipe, self.model.stack, targets)
 
     def stages_of(self, target: Target, gpu: str, held: Held) -> list[dict[str, Any]]:
         """The work of one model alone, to hold beside what it took; see `Cost.rows`.
@@ -116,12 +130,12 @@ class Plan:
         """
         name = known_gpu(gpu)
         rates = RATES[name] if name else None
-        return cost(self.recipe, self.model.stack, [target]).rows(rates, held)
+        return self._cost([target]).rows(rates, held)
 
     def traffic_of(self, targets: Sequence[Target], held: Held, streams: bool) -> list[Traffic]:
         """Bytes of weights that these models take to be read and written; see `traffic.py`."""
         recipe, dense = self.recipe, self.model.stack
-        return traffic(recipe, dense, targets, cost(recipe, dense, targets), held, streams)
+        return traffic(recipe, dense, targets, self._cost(targets), held, streams)
 
     @property
     def rounds(self) -> int:

@@ -21,9 +21,10 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.text import Text
 
 from fusegpt_ray.store.retry import retries
+from fusegpt_ray.table import Table
 from fusegpt_ray.text.protocol import described, stages, undone, warnings
 
 SHOWN = 12
@@ -189,7 +190,7 @@ class Display(_Live):
         left = (rounds - number) * sum(self._round_seconds) / len(self._round_seconds)
         ends = [f"{loss:.4g}" for loss in (*losses[:1], *losses[1:][-1:])]  # of one epoch one
         trend = f"loss {' → '.join(ends)}, " if ends else ""
-        rest = f", about {duration(left)} left" if number < rounds else ""
+        rest = f", about {duration(left)} of rounds left" if number < rounds else ""
         self.say(f"  {trend}{duration(self._round_seconds[-1])}{rest}")
 
     def _new_retries(self) -> int:
@@ -209,22 +210,12 @@ class Display(_Live):
         below it what was measured.
         """
         found = list(rows)
-        measured = [row for _, perplexity in found for row in perplexity.values()]
-        shown, mended = stages(measured), any(undone(row) is not None for row in measured)
-        table = Table("model", "text", *shown, *["damage undone"] * mended, title="perplexity")
-        for column in table.columns[2:]:
-            column.justify = "right"
-        protocols: dict[str, None] = {}  # of several models mostly the same
-        for name, perplexity in found:
-            for data, row in perplexity.items():
-                protocols[f"{data}: {described(row)}"] = None
-                values = [f"{row[stage]:.2f}" if stage in row else "–" for stage in shown]
-                share = undone(row)
-                values += ["–" if share is None else f"{share:.0%}"] * mended
-                table.add_row(name, data, *values)
+        table = perplexity_table(found)
         if table.row_count:
             self.console.print(table)
-        for protocol in protocols:
+        # Of several models mostly the same.
+        told = (f"{data}: {described(row)}" for _, texts in found for data, row in texts.items())
+        for protocol in dict.fromkeys(told):
             self.say(protocol)
 
     def left_out(self, source: str, names: Sequence[str]) -> None:
@@ -234,6 +225,22 @@ class Display(_Live):
                 f" and {len(names) - SHOWN} more (see fusegpt.json)" if len(names) > SHOWN else ""
             )
             self.say(f"not taken over from {source}: {', '.join(names[:SHOWN])}{more}")
+
+
+def perplexity_table(rows: Sequence[tuple[str, Mapping[str, Mapping[str, Any]]]]) -> Table:
+    """Of models by name, on each text at each stage."""
+    measured = [row for _, perplexity in rows for row in perplexity.values()]
+    shown, mended = stages(measured), any(undone(row) is not None for row in measured)
+    table = Table("model", "text", *shown, *["damage undone"] * mended, title="perplexity")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for name, perplexity in rows:
+        for data, row in perplexity.items():
+            values = [f"{row[stage]:.2f}" if stage in row else "–" for stage in shown]
+            share = undone(row)
+            values += ["–" if share is None else f"{share:.0%}"] * mended
+            table.add_row(*map(Text, (name, data)), *values)
+    return table
 
 
 class OneOfSeveral(Display):

@@ -41,7 +41,9 @@ SLOW = (
     f"{INTEGRATION}emulated.py",
     # The job of a cluster: what its files say, and the rights of its keys, stay.
     f"{INTEGRATION}entry_point.py::test_the_smoke_tests_command_line_runs_as_it_is_written",
-    # GPUs: what an actor sees on the Ray of these tests stays.
+    # GPUs: what an actor sees on the Ray of these tests, and where workers find they are, stays.
+    f"{INTEGRATION}own_gpus.py::test_workers_that_lose_their_replicas_are_told_apart_again",
+    f"{INTEGRATION}own_gpus.py::test_where_other_nodes_have_gpus_workers_have_whole_ones",
     f"{INTEGRATION}unseen_gpus.py::test_processes_that_asked_for_no_gpu_see_none",
     *(
         f"{INTEGRATION}engines.py::test_{name}"

@@ -22,10 +22,9 @@ from fusegpt_ray.commands.options import (
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fusegpt_ray.fitting import There
     from fusegpt_ray.recipe.cluster_section import Cluster
+    from fusegpt_ray.table import Table
 
 
 @click.command()
@@ -203,10 +202,11 @@ def _there(cluster: Cluster, gpu: str | None, gpus: int | None) -> tuple[There, 
 
 def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
+    from fusegpt_ray.commands.planning_many import uncounted
     from fusegpt_ray.outlook import over_budget
     from fusegpt_ray.report import byte_count, duration, flop_count
+    from fusegpt_ray.table import Table
 
     console = Console(highlight=False)
 
@@ -253,6 +253,8 @@ def _show(result: dict[str, Any]) -> None:
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
         say("--probe measures it, --gpu H100 tells of another")
+    for line in uncounted([result]):
+        say(line)
     for table in _of_memory_and_bytes(result):
         console.print(table)
     for line in _lacking(result):
@@ -282,9 +284,8 @@ def _lacking(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
-    from rich.table import Table
-
     from fusegpt_ray.report import byte_count
+    from fusegpt_ray.table import Table
 
     yield _rooms("memory", result["memory"])
     traffic = Table("weights, at most", "read", "written")
@@ -299,9 +300,8 @@ def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
 
 def _rooms(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes beside the room for them, where that is known."""
-    from rich.table import Table
-
     from fusegpt_ray.report import byte_count
+    from fusegpt_ray.table import Table
 
     known = any(row["room"] is not None for row in rows)
     table = Table(title, "needs", *(("of", "") if known else ()))

@@ -9,12 +9,11 @@ from fusegpt_ray.commands.options import silent
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fusegpt_ray.comparison.cells import Comparison
     from fusegpt_ray.family.members import Members
     from fusegpt_ray.report import Display
     from fusegpt_ray.scheduling.mistakes import Mistakes
+    from fusegpt_ray.table import Table
 
 
 def asked_by(data: Mapping[str, Any]) -> str:
@@ -69,7 +68,7 @@ def planned(
     ]
     device = Device.named(gpu) if gpu else Device.here()
     count = gpus or (forecast.gpus_needed(runs, device) if device.kind == "cuda" else 1)
-    on = forecast.Asked(device, count, asked.at_once, quota)
+    on = forecast.Premises(device, count, asked.at_once, quota)
     about = {"kind": asked_by(data), "name": asked.name}
     if probe:
         from fusegpt_ray.probe import probe as measure
@@ -97,30 +96,37 @@ def show(result: dict[str, Any]) -> None:
         others = len(part["runs"]) - 1
         say(f"once for {others + 1} runs: {part['what']} ({flop_count(part['flops'])})")
     say(f"at most {flop_count(result['flops'])}, {byte_count(result['published_bytes'])} published")
-    for line in (*_times(result), *_unpriced(rows), *_mistakes(result)):
+    for line in (*_times(result), *uncounted(rows), *_unpriced(rows), *_mistakes(result)):
         say(line)
 
 
 def _table(result: dict[str, Any]) -> Table:
-    from rich.table import Table
     from rich.text import Text
 
     from fusegpt_ray.report import duration, flop_count
+    from fusegpt_ray.table import Table
 
     timed, gpus = result["seconds"] is not None, not result["device"].endswith("CPU")
     more = ["begins", "ends"] * timed + ["GPUs"] * gpus + ["GPU hours"] * (gpus and timed)
-    table = Table("run", "blocks", *(more or ["FLOP"]))
-    for column in table.columns:
-        column.overflow = "fold"
+    table = Table("run", "size", *(more or ["FLOP"]))
     for row in result["runs"]:
-        left = " ".join(str(target["width"] or target["blocks"]) for target in row["targets"])
-        cells = [row["run"], f"{row['blocks']} → {left}"]
+        cells = [row["run"], _become(row)]
         cells += [] if more else [flop_count(row["flops"])]
         cells += [duration(row[key]) for key in ("begins", "ends")] if timed else []
         cells += [f"{row['needs_gpus']:g}"] if gpus else []
         cells += [f"{row['gpu_hours']:,.2f}"] if gpus and timed else []
         table.add_row(*map(Text, cells))
     return table
+
+
+def _become(row: Mapping[str, Any]) -> str:
+    """How many blocks, or which width, the dense model has, and then those that are published."""
+    targets = row["targets"]
+    key, dense = "blocks", row["blocks"]
+    if narrower := targets[0]["width"]:
+        key, dense = "width", targets[0]["dense_width"]
+    become = " ".join(str(target[key]) for target in targets)
+    return f"{'width ' if narrower else ''}{dense} → {become}"
 
 
 def _times(result: dict[str, Any]) -> Iterator[str]:
@@ -138,6 +144,16 @@ def _times(result: dict[str, Any]) -> Iterator[str]:
         text += f", for {result['price']:,.2f}" if result["price"] is not None else ""
     yield text
     yield from assumed()
+
+
+def uncounted(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the work of these runs lacks, and which keys would tell of it."""
+    from fusegpt_ray.cost.cost import not_counted
+
+    if texts := [*dict.fromkeys(name for row in rows for name in row["uncounted"])]:
+        keys = ", ".join(f"evaluation.{name}.windows" for name in texts)
+        yield f"{not_counted(texts)}, in the work or the time:"
+        yield f"  it is known with {keys}"
 
 
 def _unpriced(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

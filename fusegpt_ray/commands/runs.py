@@ -58,7 +58,7 @@ def status(uri: str, watch: bool, every: float, as_json: bool, quiet: bool) -> N
     type=float,
     default=10,
     metavar="MINUTES",
-    help="Without a sign of life → dead (default: 10).",
+    help="Without a heartbeat → dead (default: 10).",
 )
 @json_option
 @quiet_option
@@ -66,8 +66,9 @@ def clean(uri: str, yes: bool, unfinished: bool, age: float, as_json: bool, quie
     """List, or remove, what dead runs and pulls have left."""
     from fusegpt_ray.run import housekeeping
 
-    found = housekeeping.leftovers(uri, age=age * 60, unfinished=unfinished)
-    removed = housekeeping.clean(uri, age=age * 60, unfinished=unfinished) if yes else []
+    asked = (uri, age * 60, unfinished)
+    found = housekeeping.leftovers(*asked)
+    removed = housekeeping.clean(*asked, found) if yes else []
     if as_json:
         rows = [asdict(item) | {"removed": item in removed} for item in found]
         click.echo(json.dumps({"found": rows}))

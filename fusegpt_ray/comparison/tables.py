@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Literal
 
-from rich.table import Table
 from rich.text import Text
 
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.store.comparison import FORMAT
+from fusegpt_ray.table import Table
 from fusegpt_ray.text.protocol import described, stages
 
 Row = Mapping[str, Any]
@@ -201,7 +201,7 @@ def _table(
     table = Table(title=Text(f"{model}: perplexity on {text}"))
     table.add_column("method")
     for sparsity in sparsities:
-        table.add_column(f"{percent(sparsity)} %", justify="right", no_wrap=True)
+        table.add_column(f"{percent(sparsity)} %", justify="right")
     table.add_row("dense", *[f"{rows[0]['dense']:.2f} (0.00)"] * len(sparsities))
     for method in _of(rows, "method"):
         found = {row["sparsity"]: row for row in rows if row["method"] == method}

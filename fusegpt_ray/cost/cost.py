@@ -15,41 +15,25 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
+from fusegpt_ray.cost.evaluating import evaluation_stage
 from fusegpt_ray.cost.flops import attention_flops as attention_flops
 from fusegpt_ray.cost.flops import block_flops, gating_flops, head_flops, healing_flops
 from fusegpt_ray.cost.flops import matrix_flops as matrix_flops
 from fusegpt_ray.cost.footprint import elements
 from fusegpt_ray.cost.matrices import matrices, narrowed_bytes, slicing_flops
+from fusegpt_ray.cost.stage import Stage
 from fusegpt_ray.fusion.least_squares import GRID
 from fusegpt_ray.healing.gates import passes_over
 from fusegpt_ray.importance.search import block_forwards
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.recipe.sections import Evaluation, Importance
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.text_sections import GeneratedText
 from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.workers.room import Held
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One kind of work, in all rounds together."""
-
-    name: str
-    block_forwards: int
-    """Of one window each; a backward pass counts as two."""
-    flops: int
-    """Of matrix products, a multiplication and an addition counted as two (as torch's
-    `FlopCounterMode` does)."""
-    batches: int = 0
-    """Of windows, which processes take whole; 0: what they share can be divided evenly."""
-
-    def longest_part(self, processes: float) -> float:
-        """Of the work, the share of one of so many that divide it."""
-        return -(-self.batches // processes) / self.batches if self.batches else 1 / processes
 
 
 @dataclass(frozen=True)
@@ -63,6 +47,8 @@ class Cost:
     """Of the dense model's tensors, as they are stored."""
     published_bytes: Mapping[str, int]
     """Of each model's tensors, by its name; exact where all blocks are of one size."""
+    uncounted: tuple[str, ...] = ()
+    """The names of texts on which models are evaluated and whose windows nobody has counted yet."""
 
     @property
     def flops(self) -> int:
@@ -99,8 +85,14 @@ class Cost:
         """One line for a person."""
         shares = [f"{stage.name} {stage.flops / self.flops:.0%}" for stage in self.stages]
         sizes = ", ".join(map(byte_count, self.published_bytes.values()))
-        work = f"at most {flop_count(self.flops)}" + (f" ({', '.join(shares)})" if shares else "")
+        told = [part for part in (", ".join(shares), not_counted(self.uncounted)) if part]
+        work = f"at most {flop_count(self.flops)}" + (f" ({'; '.join(told)})" if told else "")
         return f"{work}; {byte_count(self.source_bytes)} become {sizes}"
+
+
+def not_counted(texts: Sequence[str]) -> str:
+    """What is said where `Cost.uncounted` has names."""
+    return f"evaluation on {', '.join(texts)} is not counted" if texts else ""
 
 
 TRAINED = ("states", "fine-tuning", "healing")
@@ -160,8 +152,9 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         walked = recipe.importance.windows * len(dense) * (heal.share_by == "similarity")
         both = healing.block_forwards + walked, healing.flops + walked * flops
         stages.append(Stage(healing.name, *both))
-    if held_out := [text for text in recipe.evaluation.values() if text.windows]:
+    if held_out := [text for text in recipe.evaluation.values() if text.most_windows]:
         stages.append(evaluation_stage(recipe, dense, targets, held_out))
+    uncounted = [name for name, text in recipe.evaluation.items() if not text.most_windows]
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
     published = {
@@ -171,7 +164,7 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         for t in targets
     }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
-    return Cost(parameters, tuple(stages), source, published)
+    return Cost(parameters, tuple(stages), source, published, tuple(uncounted))
 
 
 def scored_tokens(settings: Importance, left: int, length: int) -> int:
@@ -321,27 +314,6 @@ def _healing(
         flops += ((heal.loss == "kl") + width) * looked * head
         flops += windows * healing_flops(recipe, dense, kept, width)
     return Stage("healing", done, int(flops))
-
-
-def evaluation_stage(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], texts: Sequence[Evaluation]
-) -> Stage:
-    """Of the texts whose number of windows the recipe gives: the dense model, and each target as it
-    is published and with its blocks dropped, or inserted, only.
-    """
-    done = flops = 0
-    for text in texts:
-        assert text.windows, "its number is given"
-        length = text.length_or(recipe.calibration.length)
-        matrix, attention = matrix_flops(dense, length), attention_flops(dense, length)
-        for target in (None, *targets):
-            width = target and target.width
-            # One that is narrower, or deeper and not healed, is measured at one stage alone.
-            models = 2 if target and (target.remove or (target.add and recipe.heal)) else 1
-            walked = text.windows * models * (len(dense) - (target.fewer if target else 0))
-            done += walked
-            flops += int(walked * (matrix * (width.share if width else 1) + attention))
-    return Stage("evaluation", done, flops)
 
 
 def _bytes(refs: Refs) -> int:

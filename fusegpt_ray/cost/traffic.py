@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from fusegpt_ray.cost.cost import Cost
 from fusegpt_ray.cost.footprint import elements
 from fusegpt_ray.cost.matrices import largest_block, matrices
+from fusegpt_ray.evaluation import TASKS_EACH
+from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.sampling import ROWS
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.recipe.recipe import Recipe
@@ -25,10 +28,6 @@ from fusegpt_ray.workers.room import Held
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
-TASKS_EACH = 4
-"""Tasks of each replica that keeps the weights, in evaluation; see `evaluation.py`."""
-ROWS = 16
-"""Prompts that are continued on one walk; see `generation.py`."""
 QUESTIONS = 2
 """About images, that a run finds by itself; see `sample_prompts.py`."""
 FLOAT32 = 4
@@ -59,7 +58,7 @@ def traffic(
     """
     whole = stored_bytes(dense.blocks)
     found = [
-        Traffic("generating", read=_generating(recipe, dense, cost, held, streams)),
+        Traffic("generating", read=_generating(dense, cost, held, streams)),
         Traffic("search", read=_search(recipe, dense, targets, held, streams)),
         Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
         Traffic("states", read=_states(recipe, dense, cost, held)),
@@ -139,7 +138,7 @@ def _search(
     return found
 
 
-def _generating(recipe: Recipe, dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
+def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
     """Each part of the text is written by a walk of its own."""
     walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "generating")
     windows = walked // len(dense)
@@ -237,4 +236,15 @@ def _rounds(recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost)
     if targets[-1].add:
         return targets[-1].add * max(stored_bytes([block]) for block in dense.blocks)
     rounds = targets[-1].rounds
-    return _changed(recipe, dense, rounds) + _terms(recipe, dense, rounds)
+    trained = _changed(recipe, dense, rounds) if recipe.trains_groups else 0
+    return trained + _terms(recipe, dense, rounds) + rounds * _repaired(recipe, dense)
+
+
+def _repaired(recipe: Recipe, dense: Stack) -> int:
+    """Of the layer that a round repairs: nothing else of its block is written. Where low-rank terms
+    are kept, also of that without them. It has as many inputs as `cost.py` takes it to have.
+    """
+    files = 2 if recipe.trains_groups and recipe.fusion.fold == "at_end" else 1
+    outputs = int(read_config(dense.config).get_text_config().hidden_size)
+    inputs = matrices(dense, dense.blocks).longest
+    return recipe.repairs * files * FLOAT32 * outputs * (inputs + 1)  # and a bias

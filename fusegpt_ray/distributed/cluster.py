@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,9 +15,16 @@ import torch
 
 from fusegpt_ray.distributed import images, monitor, text
 from fusegpt_ray.distributed.connection import Connection, gpus_of
-from fusegpt_ray.distributed.nodes import alive_nodes, check_paths, resources, wait_for_resources
+from fusegpt_ray.distributed.nodes import (
+    check_paths,
+    free_gpus,
+    most_on_a_node,
+    resources,
+    wait_for_resources,
+)
 from fusegpt_ray.distributed.process import JobConfig, RunnerConfig
 from fusegpt_ray.distributed.replicas import Replicas
+from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.recipe.text_sections import Text
@@ -28,12 +34,15 @@ from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.workers.base import News, Setup
-from fusegpt_ray.workers.room import Held, Way, way_alone
+from fusegpt_ray.workers.room import Held, Need, Way, way_alone
 
 R = TypeVar("R")
-REPLICA_GPU = 0.6
-"""Part of a GPU that a replica takes where a training worker takes the rest. Ray puts two processes
-on one GPU only where both fit: so a replica and a worker, never two replicas."""
+REPLICA_GPU, WORKER_GPU = 0.6, 0.4
+"""Parts of a GPU that a replica and a training worker take where they share it. Ray puts two
+processes on one GPU if both fit: never two replicas, but two workers where there is no replica. So
+workers take a part only where `RayWorkers._come_apart` says so, and look at where they are."""
+PLACED_SECONDS = 10.0
+"""In which Ray has given replicas their GPUs, and tells what is left of them."""
 
 
 class RayWorkers:
@@ -49,19 +58,21 @@ class RayWorkers:
         setup, cluster = self.setup, self.setup.cluster
         self._connection = Connection.open(cluster)
         self.gpus = gpus_of(cluster)
-        least = Held.of(cluster, self.gpus, setup.trains, "shared" if self._shares else "turns")
-        self.replicas, processes = least.replicas, max(least.replicas, least.workers)
+        least = Held.of(cluster, self.gpus, setup.trains, "turns")
+        processes = max(least.replicas, least.workers)
         wait_for_resources(least.gpus, processes, cluster, grows=not self._connection.own)
         check_paths(setup)
+        self.way = self.way_in(resources(cluster))
+        self.replicas = Held.of(cluster, self.gpus, setup.trains, self.way).replicas
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
         self.dtype = pick_dtype(setup.dtype, setup.dense, device)
         self._pool = Replicas(
             setup.dense,
-            self._runner_config(self.replicas, cluster.weights, min(1.0, self.gpus)),
+            self._runner_config(self.replicas, cluster.weights, self.gpus),
             self.replicas,
             cpus=1,
-            gpus=REPLICA_GPU if self._shares else self.gpus,
+            gpus=REPLICA_GPU if self.way == "shared" else self.gpus,
             labels=cluster.labels,
         )
         if self._fits_beside_reading:
@@ -98,10 +109,7 @@ class RayWorkers:
 
     @property
     def gpus_held(self) -> float:
-        way: Way = "shared"
-        if not self._shares:
-            way = "apart" if self._fits_beside_replicas else "turns"
-        return Held.of(self.setup.cluster, self.gpus, self.setup.trains, way).gpus
+        return Held.of(self.setup.cluster, self.gpus, self.setup.trains, self.way).gpus
 
     @property
     def streams(self) -> bool:
@@ -137,27 +145,63 @@ class RayWorkers:
         batch_size: int,
         costs: Sequence[float] | None = None,
     ) -> Iterator[tuple[int, R]]:
-        if self._job and not self._fits_beside_replicas:
-            self._job.close(wait=True)
-            self._job = None
+        if self.way == "turns":
+            self._end_training()
         return self._pool.map(function, tasks, batch_size, costs)
 
     def prepare_training(self) -> None:
         """The training job starts while replicas still score, if there is room for both."""
-        if self._fits_beside_replicas:
-            self._pool.start()  # before the workers: see `REPLICA_GPU`
-            self._start_training()
+        if self.way != "turns":
+            self._pool.start()
+            if self.way == "apart" or self._come_apart(0):
+                self._start_training()
 
     def spmd(
         self, function: Callable[..., R], *arguments: Any, news: Callable[[News], None]
     ) -> list[R]:
-        if self._fits_beside_replicas:
+        while True:
+            self._make_room_for_training()
+            self._start_training()
+            try:
+                found: list[R] = self._job.run(function, arguments, news)
+                return found
+            except OneGpuError:  # replicas were lost, and Ray Train has started workers again
+                if self.way != "shared":
+                    raise
+                self._take_turns()
+
+    def _make_room_for_training(self) -> None:
+        if self.way == "shared" and self._job is None:
+            self._pool.start()
+        if self.way != "turns":
             self._pool.offload()
-        else:
+        if self.way == "shared" and self._job is None and not self._come_apart(PLACED_SECONDS):
+            self._take_turns()
+        if self.way == "turns":
             self._pool.close()
-        self._start_training()
-        found: list[R] = self._job.run(function, arguments, news)
-        return found
+
+    def _take_turns(self) -> None:
+        """From now on, whole GPUs."""
+        self._end_training()
+        self._pool.close()
+        self.way, self._pool.gpus = "turns", self.gpus
+
+    def _come_apart(self, seconds: float) -> bool:
+        """Whether each training worker will be on a GPU of its own beside the replicas, known at
+        the latest after so many seconds.
+
+        Ray uses up GPUs that are begun before others of their node; which node it takes, nobody
+        knows. So there may be no more room than replicas leave, or it must be on one node.
+        """
+        cluster, until = self.setup.cluster, time.monotonic() + seconds
+        while True:
+            rooms = [gpus for gpus in free_gpus(cluster.labels) if gpus > WORKER_GPU - 1e-3]
+            left = self.replicas * WORKER_GPU
+            if cluster.workers == 1 or len(rooms) == 1 or sum(rooms) < left + 1e-3:
+                return True
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.2)
 
     def _start_training(self) -> None:
         from fusegpt_ray.distributed.training_job import TrainingJob
@@ -170,23 +214,36 @@ class RayWorkers:
                 cpus=1,
                 gpus=self._worker_gpu,
                 zero_stage=cluster.zero_stage,
-                runner=self._runner_config(cluster.workers, "streamed", 1.0),
+                runner=self._runner_config(cluster.workers, "streamed", 1 if self.gpus else 0),
                 folder=storage.join(setup.run_folder, "blocks", "train"),
                 labels=cluster.labels,
             )
             self._job = TrainingJob(setup.dense, config)
+
+    def _end_training(self) -> None:
+        if self._job:
+            self._job.close(wait=True)
+            self._job = None
 
     @property
     def _worker_gpu(self) -> float:
         """A training worker's part: 0 or 1 GPU, or what a replica leaves of one."""
         if not self.gpus:
             return 0
-        return 1 - REPLICA_GPU if self._shares else 1
+        return WORKER_GPU if self.way == "shared" else 1
 
-    @property
-    def _shares(self) -> bool:
-        """Whether each training worker takes the rest of a replica's GPU; see `way_alone`."""
-        return self.setup.trains and self.setup.sets == 1 and way_alone(self.gpus) == "shared"
+    def way_in(self, total: Mapping[str, float]) -> Way:
+        """Of a cluster that has so much in all. Each process takes a CPU, and Ray Data one."""
+        setup = self.setup
+        if setup.sets > 1:
+            return "apart" if setup.roomy else "turns"
+        if not setup.trains:
+            return "turns"
+        way = way_alone(self.gpus)
+        held = Held.of(setup.cluster, self.gpus, True, way)
+        cpus = held.replicas + held.workers + 1
+        there = Need(total.get("GPU", 0), total.get("CPU", 0))
+        return way if Need(held.gpus, cpus).within(there) else "turns"
 
     @property
     def _fits_beside_reading(self) -> bool:
@@ -198,27 +255,15 @@ class RayWorkers:
         if not self._fits_beside_reading:
             self._pool.close()
 
-    @cached_property
-    def _fits_beside_replicas(self) -> bool:
-        """Whether there is a place for all training workers while replicas live, and a CPU for Ray
-        Data. Found out once, before the job takes its place.
-        """
-        if self.setup.sets > 1:
-            return self.setup.roomy
-        total, workers = resources(self.setup.cluster), self.setup.cluster.workers
-        cpus = self.replicas + workers + 1
-        gpus = self.replicas * self._pool.gpus + workers * self._worker_gpu
-        return cpus <= total.get("CPU", 0) and gpus <= total.get("GPU", 0)
-
-    def _runner_config(self, count: int, weights: Any, memory_share: float) -> RunnerConfig:
-        """`count`: of such processes in the cluster."""
+    def _runner_config(self, count: int, weights: Any, gpus: float) -> RunnerConfig:
+        """Of so many processes in the cluster, each with so much of a GPU, or so many."""
         setup, limit = self.setup, os.environ.get("OMP_NUM_THREADS")
-        processes = math.ceil(count * setup.sets / len(alive_nodes(setup.cluster.labels)))
+        processes = min(count * setup.sets, most_on_a_node(setup.cluster.labels, gpus))
         return RunnerConfig(
             self.dtype,
             setup.importance.batch,
             weights,
-            memory_share if self.gpus else 1 / processes,
+            min(1.0, gpus) if gpus else 1 / processes,
             processes,
             int(limit) if limit else None,
             setup.cache_gb,

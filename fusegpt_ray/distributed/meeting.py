@@ -95,6 +95,12 @@ class Meeting:
                     problem = f"in whose store all meet, is silent for {self._timeout:g} s"
                     raise LostWorkerError(f"training worker 0, {problem}") from None
 
+    def told(self, word: str) -> list[str]:
+        """What each worker tells, by rank. They meet for it: see `wait`."""
+        self._store.set(f"told/{self._rank}", word)
+        self.wait()
+        return [self._store.get(f"told/{rank}").decode() for rank in range(self._count)]
+
     def _watch(self, all_here: Future[None], longest: float) -> None:
         """Ask the store, which may never answer, until all are there."""
         try:

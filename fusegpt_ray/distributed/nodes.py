@@ -116,6 +116,30 @@ def resources(cluster: Cluster) -> dict[str, float]:
     return dict(total)
 
 
+def free_gpus(labels: Mapping[str, str]) -> list[float]:
+    """How much of its GPUs nobody holds, of each node with these labels that has any. What was
+    given out within the last second may still be counted.
+    """
+    free = available_resources_per_node()
+    nodes = [node for node in _labelled(labels) if node["Resources"].get("GPU")]
+    return [free.get(node["NodeID"], node["Resources"]).get("GPU", 0.0) for node in nodes]
+
+
+def most_on_a_node(labels: Mapping[str, str], gpus: float) -> int:
+    """How many processes find room on one node with these labels, each on a CPU and with so much of
+    a GPU, or so many: Ray may put all of them there. At least one.
+    """
+
+    def room(has: Mapping[str, float]) -> int:
+        cpus = int(has.get("CPU", 0))
+        if not gpus:
+            return cpus
+        whole = int(has.get("GPU", 0))
+        return min(cpus, whole * int(1 / gpus) if gpus < 1 else int(whole / gpus))
+
+    return max([1, *(room(node["Resources"]) for node in _labelled(labels))])
+
+
 class Ours:
     """What is there for this process on the nodes that have the labels of one of these clusters:
     all but what others hold. That is what is held at first, before anything of ours is, or what is

@@ -3,6 +3,7 @@
 - A task's result does not depend on who computes it, or how often. A lost replica is replaced and
   its task given to another; a task that takes much longer than others of its cost is given to an
   idle replica as well, and the first result counts. (Not one of infinite cost, which writes.)
+- A GPU that fails leaves a process that no longer can use it: such a replica counts as lost.
 - Fewer tasks than replicas are spread over the nodes: a model's shards are written, and read back,
   by the networks and disks of all of them.
 - Replicas live as long as the run and keep their process, their trunk and, where these fit (see
@@ -147,7 +148,8 @@ class Replicas:
         """See `workers.base.Workers.map`.
 
         Raises:
-            RayActorError: replicas were lost again and again over the same task.
+            RayActorError, torch.AcceleratorError: replicas were lost again and again over the same
+                task.
         """
         waiting, left = deque(range(len(tasks))), len(tasks)
         costs = costs or [1.0] * len(tasks)
@@ -179,21 +181,24 @@ class Replicas:
         """The result of a call that has ended; nothing where its replica was lost."""
         try:
             self._nodes[call.actor], result = ray.get(ref)
-        except (RayActorError, OutOfMemoryError) as error:
-            self._nodes.pop(call.actor, None)
-            self._idle.insert(0, self._start())  # asked last: there may be no place for it
-            if call.task is not None and call.task not in self._running():
-                lost[call.task] += 1
-                if is_out_of_memory(error) or lost[call.task] > MAX_LOST:
-                    raise
-                waiting.appendleft(call.task)
-            return None
         except Exception as error:
-            self._idle.append(call.actor)
-            if call.task is None:  # nobody waits for it
-                return None
-            if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
-                raise error.cause from error  # as the function raised it, not wrapped in Ray's
+            cause = _cause(error)
+            if _is_loss(cause):
+                ray.kill(call.actor)  # it may be there, on a GPU that failed
+                self._nodes.pop(call.actor, None)
+                self._idle.insert(0, self._start())  # asked last: there may be no place for it
+                if call.task is None or call.task in self._running():
+                    return None
+                lost[call.task] += 1
+                if not is_out_of_memory(cause) and lost[call.task] <= MAX_LOST:
+                    waiting.appendleft(call.task)
+                    return None
+            else:
+                self._idle.append(call.actor)
+                if call.task is None:  # nobody waits for it
+                    return None
+            if cause is not error:
+                raise cause from error  # as the function raised it, not wrapped in Ray's
             raise
         self._idle.append(call.actor)
         return (result,)
@@ -204,13 +209,22 @@ class Replicas:
             self._idle.append(self._start())
 
     def offload(self) -> None:
-        """Make room on all GPUs, once the replicas have done what they are at."""
+        """Make room on all GPUs, once the replicas have done what they are at. Those that are lost
+        are replaced.
+        """
         actors = [*self._idle, *(call.actor for call in self._calls.values())]
-        for ref in [actor.offload.remote() for actor in actors]:
+        for actor, ref in [(actor, actor.offload.remote()) for actor in actors]:
             try:
                 ray.get(ref)
-            except (RayActorError, OutOfMemoryError):
-                continue  # a lost replica holds nothing; `map` replaces it
+            except Exception as error:
+                if not _is_loss(_cause(error)):
+                    raise
+                ray.kill(actor)
+                self._nodes.pop(actor, None)
+                self._idle = [one for one in self._idle if one != actor]
+                calls = self._calls.items()
+                self._calls = {ref: call for ref, call in calls if call.actor != actor}
+        self.start()
 
     def close(self) -> None:
         """End the replicas at once; the next call starts others."""
@@ -254,7 +268,24 @@ class Replicas:
         return [call.task for call in self._calls.values()]
 
 
+def _cause(error: Exception) -> Exception:
+    """What was raised in a replica, if anything was; else what Ray says of it."""
+    if isinstance(error, RayTaskError) and isinstance(error.cause, Exception):
+        return error.cause
+    return error
+
+
+def _is_loss(cause: Exception) -> bool:
+    """Whether a process has ended, or can use its GPU no more: after an error of CUDA that is not
+    about memory, all that it asks of the GPU fails.
+    """
+    if isinstance(cause, torch.AcceleratorError):
+        return not is_out_of_memory(cause)
+    return isinstance(cause, RayActorError | OutOfMemoryError)
+
+
 def _tell(runner: Runner) -> _Facts:
     device = runner.device
-    room = device_bytes(device) * (1.0 if device.type == "cuda" else runner.host_share)
+    share = runner.memory_share if device.type == "cuda" else runner.host_share
+    room = device_bytes(device) * share
     return _Facts(not runner.resident, hardware(device, runner.compiled), int(room))

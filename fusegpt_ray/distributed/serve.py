@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from fusegpt_ray.workers.base import News, Notices, TrainingWorker
 
 
+class OneGpuError(RuntimeError):
+    """Two training workers are on the same GPU, where they cannot train: NCCL refuses it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """All that the job's start takes."""
@@ -69,7 +73,12 @@ class Job:
 
 
 def serve(job: dict[str, Any]) -> None:
-    """The loop of a training worker."""
+    """The loop of a training worker.
+
+    What becomes of a task is told once the worker has made room: the driver goes on at once, and
+    replicas need the GPU. After an error that ends the process, its memory goes with it: before
+    that it must not wait for the GPU, where a collective may wait for a worker that is lost.
+    """
     import ray.train
 
     from fusegpt_ray.distributed.meeting import Meeting
@@ -84,20 +93,24 @@ def serve(job: dict[str, Any]) -> None:
         last = 0
         while taken := ray.get(mailbox.take.remote(last, rank, process)):
             last, (task,) = taken
+            tell: Callable[[], Any]
             try:
                 worker = worker or _worker(dense, config, mailbox, rank, meeting)
                 function, arguments = ray.get(task)
                 result = function(worker, *arguments)
             except Terminated as told:  # all of them, at the same step
-                ray.get(mailbox.fail.remote(last, pickle.dumps(told), True))
-            except Exception as error:
-                if _fails(error, partial(mailbox.fail.remote, last), config.timeout):
-                    raise
+                tell = partial(mailbox.fail.remote, last, pickle.dumps(told), True)
+            except (FloatingPointError, OneGpuError) as error:  # the same on all, which go on
+                tell = partial(mailbox.fail.remote, last, pickle.dumps(error), True)
+            except Exception as error:  # others may wait in a collective: all start again
+                ray.get(mailbox.fail.remote(last, *_told(error, config.timeout)))
+                raise
             else:
-                ray.get(mailbox.finish.remote(last, rank, result))
+                tell = partial(mailbox.finish.remote, last, rank, result)
             if worker:
-                worker.runner.offload()  # replicas need the GPU now
-            empty_cache()
+                worker.runner.offload()
+            empty_cache()  # here, where no error holds the frames in which it was raised
+            ray.get(tell())
 
 
 def _worker(
@@ -107,6 +120,7 @@ def _worker(
 
     from fusegpt_ray.workers.base import TrainingWorker
 
+    _check_own_gpu(meeting)  # before anything uses it
     device = get_device()
 
     def report(news: News) -> None:
@@ -123,6 +137,23 @@ def _worker(
         timeout=config.timeout,
         notices=_notices(mailbox),
     )
+
+
+def _check_own_gpu(meeting: Meeting) -> None:
+    """
+    Raises:
+        OneGpuError: two workers are on one GPU. All of them raise it.
+    """
+    context = ray.get_runtime_context()
+    gpus = ",".join(context.get_accelerator_ids().get("GPU", []))
+    places = meeting.told(f"GPU {gpus} of node {context.get_node_id()}" if gpus else "")
+    twice = [place for place in places if place and places.count(place) > 1]
+    if twice:
+        ranks = [str(rank) for rank, place in enumerate(places) if place == twice[0]]
+        raise OneGpuError(
+            f"training workers {' and '.join(ranks)} were given {twice[0]}, and each needs one of "
+            "its own: check that Ray counts each GPU once (`ray list nodes --detail`)"
+        )
 
 
 def _notices(mailbox: Any) -> Notices:
@@ -146,27 +177,17 @@ def _notices(mailbox: Any) -> Notices:
     return Notices(ended, leaving) if hasattr(ray.train, "get_preemption_info") else Notices(ended)
 
 
-def _fails(error: Exception, fail: Callable[..., Any], timeout: float) -> bool:
-    """Tell the driver what a task raised; whether the workers must start again.
-
-    A loss that is not finite is the same on all workers, which go on to the next task. After
-    anything else, others may wait in a collective.
-    """
+def _told(error: Exception, timeout: float) -> tuple[bytes, bool]:
+    """An error as the driver is told of it, and whether it ends the task for good."""
     from fusegpt_ray.distributed.meeting import lost_worker
     from fusegpt_ray.errors import UserError
     from fusegpt_ray.model.memory import is_out_of_memory
 
-    if isinstance(error, FloatingPointError):
-        ray.get(fail(pickle.dumps(error), True))
-        return False
     if is_out_of_memory(error):
-        ray.get(fail(pickle.dumps(MemoryError(str(error))), True))
-        return True
+        return pickle.dumps(MemoryError(str(error))), True
     if lost := lost_worker(error, timeout):
-        ray.get(fail(pickle.dumps(lost), False))
-        return True
-    ray.get(fail(_pickled(error), isinstance(error, UserError)))
-    return True
+        return pickle.dumps(lost), False
+    return _pickled(error), isinstance(error, UserError)
 
 
 def _pickled(error: Exception) -> bytes:

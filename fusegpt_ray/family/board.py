@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from rich.table import Table
 from rich.text import Text
 
 from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.report import duration
+from fusegpt_ray.table import Table
 
 Row = Mapping[str, Any]
 
@@ -102,7 +102,7 @@ def on_terminal(result: Mapping[str, Any]) -> Table:
     texts = _texts(rows)
     table = Table(title=Text(f"family {result['name']}"))
     for name in ("member", "method", "removed", *texts, "status"):
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(name))
     for row in rows:
         found = [row["perplexity"].get(text) for text in texts]
         values = (f"{one['dense']:.2f} → {one['published']:.2f}" if one else "–" for one in found)

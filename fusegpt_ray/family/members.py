@@ -154,9 +154,9 @@ def _member(
 ) -> Member | None:
     key = f"{SECTION}.members"
     try:
-        own = _Own.model_validate({each: keys[each] for each in OWN if each in keys})
+        own = _Own.model_validate(said := {each: keys[each] for each in OWN if each in keys})
     except ValidationError as error:
-        mistakes.note(explained(_Own, error, f"{key}.{name}"))
+        mistakes.note(explained(_Own, error, said, f"{key}.{name}"))
         return None
     changes = {each: value for each, value in keys.items() if each not in OWN}
     output = changes.get("output")

@@ -73,10 +73,13 @@ class Ranking:
         lowest = "  ".join(
             f"{dense}: {'~' * (dense in self.stopped)}{score:.4f}" for dense, score in order[:4]
         )
+        notes = []
+        if self.cost.single_walk:
+            notes.append(f"{self.cost.done / self.cost.single_walk:.0%} of the full table's work")
+        if "~" in lowest:
+            notes.append("~: an estimate")
         goes = f"lowest {metric}  {lowest}  →  block {self.lowest} goes"
-        if not self.cost.single_walk:
-            return goes
-        return f"{goes} ({self.cost.done / self.cost.single_walk:.0%} of the full table's work)"
+        return goes + (f" ({'; '.join(notes)})" if notes else "")
 
     def to_record(self) -> dict[str, Any]:
         """Its part of a round's record in journal and manifest."""

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.table import Table
 from rich.text import Text
 
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.table import Table
 
 Number = Mapping[str, float | None]
 TITLES = {"acc": "acc in %", "acc_norm": "acc_norm, else acc, in %"}

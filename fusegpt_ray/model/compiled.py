@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, run_block
 
@@ -61,3 +62,17 @@ class CompiledBlock:
         self.gave_up = f"blocks are not compiled: {reason}"
         _LOG.warning("%s", self.gave_up)
         self._run = run_block
+
+
+def rehearse(run: RunBlock, passes: Callable[[], object]) -> None:
+    """A pass there and back through blocks that `run` runs, before any that counts. The way back is
+    compiled when it is first gone, outside of the call of a block: where that fails, blocks are run
+    as they are from now on. `passes` must be safe to repeat.
+    """
+    try:
+        deterministic_or_not(passes)
+    except Exception as error:
+        if not isinstance(run, CompiledBlock) or is_out_of_memory(error):
+            raise
+        run.give_up(error)
+        deterministic_or_not(passes)

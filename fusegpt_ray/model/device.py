@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -57,37 +57,50 @@ def hardware(device: torch.device, compiled: bool) -> dict[str, str]:
     }
 
 
-def set_deterministic(device: torch.device, wanted: bool) -> Callable[[], None]:
-    """On a GPU, use only kernels that always give the same bits, if that is wanted. A CPU's kernels
-    need no such setting. Returns what undoes it.
+def set_deterministic(device: torch.device, wanted: bool) -> None:
+    """From now on, on a GPU, use only kernels that always give the same bits, or any kernels. A
+    CPU's kernels need no such setting. For a while: `deterministic_kernels`.
 
     Operators that have no such kernel raise; see `deterministic_or_not`.
     """
-    if device.type != "cuda" or not wanted:
-        return lambda: None
-    from torch._inductor import config as inductor
+    if device.type != "cuda":
+        return
+    if wanted:
+        # cuBLAS looks at it when its first handle is made.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Nothing here reads memory that nobody has written, so filling it would be waste.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = False
+    # With warnings only, attention's backward pass would still add in any order.
+    torch.use_deterministic_algorithms(wanted, warn_only=False)
+    _inductor().deterministic = wanted
 
-    fill, benchmark = torch.utils.deterministic, torch.backends.cudnn
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        fill.fill_uninitialized_memory,  # type: ignore[attr-defined]
-        benchmark.benchmark,
-        inductor.deterministic,
-    )
 
-    def set_all(enabled: bool, warn: bool, filled: bool, timed: bool, compiled: bool) -> None:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn)
-        fill.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
-        benchmark.benchmark = timed
-        inductor.deterministic = compiled
+@contextmanager
+def deterministic_kernels(device: torch.device, wanted: bool) -> Iterator[None]:
+    """`set_deterministic` within this block; afterwards everything is as it was."""
+    if device.type != "cuda":
+        yield
+        return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    timed, compiled = torch.backends.cudnn.benchmark, _inductor().deterministic
+    set_deterministic(device, wanted)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = timed
+        _inductor().deterministic = compiled
 
-    # cuBLAS looks at it when its first handle is made.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    # With warnings only, attention's backward pass would still add in any order. Nothing here reads
-    # memory that nobody has written, so filling it would be waste.
-    set_all(True, False, False, False, True)
-    return lambda: set_all(*before)
+
+def _inductor() -> Any:
+    """Its settings, imported only where there is a GPU."""
+    from torch._inductor import config
+
+    return config
 
 
 def deterministic_or_not(call: Callable[[], R]) -> R:

@@ -14,7 +14,7 @@ models all do. One that is converted goes by the name that it has before that, s
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,8 @@ class EmptyBlock:
     path: str
     """Of the block in the model, such as `model.layers.3`."""
     names: Names
+    reading: Callable[[Refs], Tensors] = read_tensors
+    """Reads all tensors of a block: to wherever blocks are needed (see `Runner.meta_blocks`)."""
 
     def parameters(self, stored: Tensors) -> Tensors:
         """Its parameters by name in the block, of tensors as they are stored."""
@@ -53,9 +55,9 @@ class EmptyBlock:
         return self._own(self.names.convert(whole, self.names.renamed_place))
 
     def read(self, refs: Refs, wanted: Collection[str] | None = None) -> Tensors:
-        """Its parameters, or only the `wanted` ones, in their stored dtypes on the CPU."""
+        """Its parameters, in their stored dtypes; or only the `wanted` ones, then on the CPU."""
         if wanted is None:
-            return self.parameters(read_tensors(refs))
+            return self.parameters(self.reading(refs))
         keys = self.sources(refs, wanted)
         made = self.parameters(read_tensors({key: refs[key] for key in keys}))
         return {name: made[name] for name in wanted}

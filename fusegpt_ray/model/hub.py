@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from fusegpt_ray.errors import first_line, reading_users_file
 from fusegpt_ray.model.companions import CONFIG
+from fusegpt_ray.store import hub_client
 from fusegpt_ray.store.checkpoint import DTYPES, TensorRef
 
 FIX = "give an existing folder, a URI, or a hub id such as meta-llama/Llama-2-7b-hf"
@@ -36,10 +37,8 @@ def snapshot(
     fix = f"{FIX}; check the spelling; for a gated model set HF_TOKEN; offline, give a local folder"
     with quiet(), reading_users_file(key, name, problem, fix):
         try:
-            files = [
-                file.rfilename
-                for file in HfApi().model_info(name, revision=revision).siblings or ()
-            ]
+            about = HfApi().model_info(name, revision=revision, timeout=hub_client.SOON)
+            files = [file.rfilename for file in about.siblings or ()]
         except (
             Exception
         ) as unreachable:  # of whatever kind: the hub, the network, a proxy, or offline by choice
@@ -95,13 +94,16 @@ def headers(name: str, commit: str, shards: Sequence[str], key: str) -> dict[str
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the hub client's own progress bars and remarks: our display is the one display."""
+    """Without the hub client's own progress bars and remarks: our display is the one display. Nor
+    does it wait for ever.
+    """
     from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
     )
 
+    hub_client.patient()
     log, shown = logging.getLogger("huggingface_hub"), not are_progress_bars_disabled()
     level = log.level
     log.setLevel(logging.ERROR)

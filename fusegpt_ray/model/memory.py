@@ -53,6 +53,13 @@ def device_bytes(device: torch.device) -> int:
     return free_bytes(device)
 
 
+def pinned_bytes(size: int) -> int:
+    """What a tensor of so many bytes takes of the host's memory when it is pinned: torch rounds up
+    to a power of two.
+    """
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def _left_in_container() -> list[int]:
     """What cgroup v2 leaves, if it sets a limit. Cached pages of files that nobody reads at the
     moment count as free.

@@ -19,7 +19,7 @@ import torch
 
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model.device import copying_stream
-from fusegpt_ray.model.memory import empty_cache, free_bytes
+from fusegpt_ray.model.memory import empty_cache, free_bytes, pinned_bytes
 
 DEVICE_SHARE = 0.15
 """Share of a GPU's free memory that states may take; blocks, activations and training need the
@@ -51,8 +51,7 @@ def empty_states(
         empty_cache()  # what pinned memory of earlier states is kept for reuse would count as taken
         if taken <= DEVICE_SHARE * device_share * free_bytes(device):
             return [torch.empty(shape, dtype=dtype, device=device) for _ in range(sets)]
-        # torch rounds pinned memory up to a power of two.
-        taken = sets << (taken // sets - 1).bit_length()
+        taken = sets * pinned_bytes(taken // sets)
     if taken <= HOST_SHARE * host_share * free_bytes(torch.device("cpu")):
         return [torch.empty(shape, dtype=dtype, pin_memory=on_gpu) for _ in range(sets)]
     return [_in_file(shape, dtype) for _ in range(sets)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import count
 from typing import Literal, Self
@@ -73,11 +74,21 @@ class Runner:
             weights == "auto" and fits(stack, device, dtype, memory_share)
         )
         self.weights = Weights(stack, self.trunk.meta_blocks, device, dtype, self.resident, cache)
+        read = self.weights.stored
+        self.meta_blocks = [replace(empty, reading=read) for empty in self.trunk.meta_blocks]
+        """The dense model's blocks without weights, by number, for whoever changes them: read as
+        those that this runner runs."""
 
     def with_batch_size(self, batch_size: int) -> Self:
         """The same runner, with other calls: it shares the trunk and the weights."""
         other = copy.copy(self)
         other.batch_size = batch_size
+        return other
+
+    def not_compiled(self) -> Self:
+        """The same runner, with blocks as they are: as close as can be to what others compute."""
+        other = copy.copy(self)
+        other.compiled = False
         return other
 
     def for_trunk_of(self, stack: Stack) -> Runner:
@@ -164,6 +175,13 @@ class Runner:
             for row, part in zip(count(step=size), h_WTD.split(size), strict=False)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def apply_hooked(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+        """As `apply`, of one batch, by a block that has hooks: these are no part of a compiled one.
+        Gradients are the caller's affair.
+        """
+        context = self.context(dense, h_BTD)
+        return deterministic_or_not(lambda: run_block(module, h_BTD, context))
 
     def _after(
         self, module: nn.Module, dense: int, h_BTD: torch.Tensor, owns: Owns | None = None

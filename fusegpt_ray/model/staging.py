@@ -37,6 +37,17 @@ class Staging:
 
         The tensors may still be on their way: they are there for what its current stream does next.
         """
+        return self._read(refs, seen, self.dtype)
+
+    def read_as_stored(
+        self, refs: Mapping[str, TensorRef], seen: Seen | None = None
+    ) -> dict[str, torch.Tensor]:
+        """As `read`, but not cast."""
+        return self._read(refs, seen, None)
+
+    def _read(
+        self, refs: Mapping[str, TensorRef], seen: Seen | None, dtype: torch.dtype | None
+    ) -> dict[str, torch.Tensor]:
         landing: dict[str, torch.Tensor] = {}
         tensors: dict[str, torch.Tensor] = {}
         with self._turn, Reader() as reader:
@@ -51,7 +62,7 @@ class Staging:
                     bytes_here.copy_(part.of(buffer.memory), non_blocking=True)
                     if part.end == ref.end - ref.begin:
                         whole = landing.pop(part.name).view(ref.dtype).view(ref.shape)
-                        tensors[part.name] = in_arithmetic(whole, self.dtype)
+                        tensors[part.name] = in_arithmetic(whole, dtype) if dtype else whole
                 buffer.is_copied_by(self.device)
         return {name: tensors[name] for name in refs}
 

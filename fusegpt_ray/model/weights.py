@@ -16,7 +16,8 @@ from torch import nn
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.empty import EmptyBlock, load_block
-from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory
+from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory, pinned_bytes
+from fusegpt_ray.model.names import Tensors
 from fusegpt_ray.model.stack import Block, Refs, Stack
 from fusegpt_ray.model.staging import Staging
 from fusegpt_ray.store.checkpoint import Reading, read_tensors
@@ -51,7 +52,7 @@ class Weights:
         self.keep, self.cache = keep, cache
         self.bytes_read = 0
         """Of blocks, as they are stored, since this object was made."""
-        self._needed: list[Refs] = []  # by the walk under way
+        self._needed: list[Refs] = []  # by the last walk
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
         self._host: dict[Hashable, dict[str, torch.Tensor]] = {}  # copies of what is kept
@@ -106,7 +107,7 @@ class Weights:
             copies = self._host.get(key)
             if copies is None:
                 tensors = dict(_tensors(module))
-                free -= sum(tensor.nbytes for tensor in tensors.values())
+                free -= sum(pinned_bytes(tensor.nbytes) for tensor in tensors.values())
                 if free < 0:
                     del self._kept[key]  # it is read again when it is needed
                     continue
@@ -148,14 +149,20 @@ class Weights:
                 yield block, module
             del module
 
+    def stored(self, refs: Refs) -> Tensors:
+        """A block's tensors in the dtypes in which they are stored, read now on the way of all
+        blocks: on a GPU they are there already.
+        """
+        return self._tensors(refs, self._staging.read_as_stored if self._staging else read_tensors)
+
     def _read(self, block: Block) -> nn.Module:
         self.bytes_read += stored_bytes([block])
-        read: Reading = self._staging.read if self._staging else read_tensors
-        if self.cache:
-            tensors = self.cache.tensors(block.weights, self._needed, read)
-        else:
-            tensors = read(block.weights)
+        read = self._staging.read if self._staging else read_tensors
+        tensors = self._tensors(block.weights, read)
         return load_block(self.meta_blocks[block.kind], tensors, self.device, self.dtype)
+
+    def _tensors(self, refs: Refs, read: Reading) -> Tensors:
+        return self.cache.tensors(refs, self._needed, read) if self.cache else read(refs)
 
     def _read_aside(self, block: Block) -> nn.Module:
         """In the reader's thread; on a GPU beside the kernels of the block in use."""

@@ -4,11 +4,9 @@ reads; nothing is written.
 Three steps, each from the published files alone: 1. every file is read back once: its size, its
 SHA-256, and that all its tensors are finite (`read_back`); 2. the folder is opened as a user's
 checkpoint would be: it holds exactly the tensors of the stack, in their shapes and dtypes, all
-   that the model class of its config.json expects, and the same weights are tied
-   (`open_published`);
+that the model class of its config.json expects, and the same weights are tied (`open_published`);
 3. on real text it computes what the stack computes, block by block (`compare`), and its logits are
-those of the model that plain
-   `from_pretrained` loads (`plain.py`).
+those of the model that plain `from_pretrained` loads (`plain.py`). No block is compiled for that.
 
 Shapes: W windows, T tokens, D hidden size, V vocabulary.
 """
@@ -40,7 +38,6 @@ from fusegpt_ray.store.checkpoint import (
     TensorRef,
     read_header,
     read_index,
-    read_tensors,
 )
 from fusegpt_ray.store.writer import Entry
 
@@ -226,7 +223,7 @@ def prove(
         ProofError: a block's states or the logits are not the stack's; the message names the block
         or the number.
     """
-    windows = windows[:WINDOWS]
+    here, there, windows = here.not_compiled(), there.not_compiled(), windows[:WINDOWS]
     states, kl = compare(published, stack, here, there, windows)
     plain = compare_plain(folder, published, there, windows)
     if plain.kl is None or plain.problem:
@@ -257,7 +254,7 @@ def _rounded(runner: Runner, block: Block, stored: Block) -> nn.Module:
     """The stack's block with its weights rounded to the dtypes they are published in."""
     weights = {
         name: tensor.to(stored.weights[name].dtype)
-        for name, tensor in read_tensors(block.weights).items()
+        for name, tensor in runner.weights.stored(block.weights).items()
     }
     return load_block(runner.trunk.meta_blocks[block.kind], weights, runner.device, runner.dtype)
 

@@ -323,7 +323,7 @@ class Recipe(Section):
         try:
             cls.model_validate(data)
         except ValidationError as error:
-            return explained(cls, error)
+            return explained(cls, error, data)
         return []
 
     @staticmethod
@@ -334,7 +334,7 @@ class Recipe(Section):
         try:
             return section.model_validate(data)
         except ValidationError as error:
-            raise explained(section, error, name)[0] from error
+            raise explained(section, error, data, name)[0] from error
 
 
 def percent(sparsity: float) -> str:

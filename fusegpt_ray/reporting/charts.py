@@ -275,7 +275,7 @@ def _healing(facts: Facts) -> Chart | None:
 
 
 def _seconds(facts: Facts) -> Chart | None:
-    rows = [*facts.seconds.items()]
+    rows = [*facts.seconds.items(), *facts.measuring.items()]
     if not rows:
         return None
     bars = (
@@ -289,8 +289,8 @@ def _seconds(facts: Facts) -> Chart | None:
     return chart(
         "seconds",
         "Seconds by stage",
-        "All rounds together, as the run itself took the time; opening the model, reading texts and"
-        " measuring perplexity are not among them.",
+        "All rounds together, as the run itself took the time; opening the model and reading texts"
+        " are not among them.",
         ("stage", "seconds"),
         rows,
         bars,

@@ -165,6 +165,13 @@ class Facts(Part):
         rows = together(self.planned)
         return [(row, taken[of]) for of, row in rows.items() if taken.get(of)]
 
+    def done(self, row: Planned) -> float | None:
+        """FLOP of this planned stage that were needed in the end; None: nobody has counted them."""
+        scored = (round.block_forwards.done for round in self.rounds if round.block_forwards)
+        if row.stage != "scoring" or not row.block_forwards or not (done := sum(scored)):
+            return None
+        return row.flops * done / row.block_forwards
+
     @property
     def _of_rounds(self) -> dict[str, float]:
         """Seconds of all rounds together."""
@@ -182,8 +189,17 @@ class Facts(Part):
         return [(row, moved[row.stage]) for row in self.planned_bytes if row.stage in moved]
 
     @property
+    def measuring(self) -> dict[str, float]:
+        """Seconds by stage of telling how good the model is, which is no part of making it."""
+        names = {"repair": "repairs to compare with", "evaluation": "evaluation"}
+        found = {name: self.stage_seconds.get(stage, 0.0) for stage, name in names.items()}
+        return {name: seconds for name, seconds in found.items() if seconds > 0}
+
+    @property
     def seconds(self) -> dict[str, float]:
-        """By stage, those of all rounds together; nothing where no time was taken."""
+        """Of making the model, by stage: those of all rounds together; nothing where no time was
+        taken.
+        """
         healing = self.healing.seconds if self.healing else {}
         publishing = self.publishing.seconds if self.publishing else 0.0
         of_rounds = self._of_rounds

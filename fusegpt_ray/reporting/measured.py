@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Column, Table
 from rich.text import Text
+
+from fusegpt_ray.table import Table
 
 
 def score_table(result: Mapping[str, Any]) -> Table:
@@ -24,8 +25,7 @@ def perplexity_tables(rows: Sequence[Mapping[str, Any]]) -> Iterator[Table]:
     """The rows of `pipeline.evaluate`, on a terminal: a table for each text, of 80 columns."""
     beside = any("against" in row for row in rows)
     for text in dict.fromkeys(row["data"] for row in rows):
-        model = Column("model", overflow="fold")  # wrapped, never cut
-        table = Table(model, "perplexity", title=Text(f"perplexity on {text}"))
+        table = Table("model", "perplexity", title=Text(f"perplexity on {text}"))
         if beside:
             for name in ("ratio", "95 % interval", "differs?"):
                 table.add_column(name)

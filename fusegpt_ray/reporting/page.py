@@ -106,6 +106,8 @@ def _headline(found: Facts) -> list[tuple[str, str]]:
         told.append(("size", byte_count(found.bytes)))
     if seconds := sum(found.seconds.values()):
         told.append(("time at work", duration(seconds)))
+    if seconds := sum(found.measuring.values()):
+        told.append(("time of measuring it", duration(seconds)))
     told += _spent(found)
     for text, row in found.perplexity.items():
         if row.undone is not None:
@@ -127,7 +129,8 @@ def _spent(found: Facts) -> list[tuple[str, str]]:
     """By the whole run until this model was published: also where it waited or began again."""
     if (spent := found.spent) is None:
         return []
-    told = [("time of the run so far", duration(spent.seconds))]
+    so_far = "" if found.state == "published" else " so far"
+    told = [(f"time of the run{so_far}", duration(spent.seconds))]
     if found.gpu_hours is not None:
         told.append(("GPU hours of the run", f"{found.gpu_hours:,.2f}"))
     if len(found.gpu_seconds) > 1:
@@ -160,7 +163,9 @@ def _shared(found: Facts) -> list[list[Any]]:
 
 
 def _work(found: Facts) -> list[list[str]]:
-    """What was planned beside what it took, in money, too, where a price was given."""
+    """What was planned beside what it took, in money, too, where a price was given. The speed is
+    that of the work that was done, which is often less than was planned.
+    """
     price = found.price_per_second
     return [
         [
@@ -168,7 +173,7 @@ def _work(found: Facts) -> list[list[str]]:
             flop_count(row.flops),
             "–" if row.seconds is None else duration(row.seconds),
             duration(taken),
-            f"{flop_count(row.flops / taken)}/s",
+            "–" if (done := found.done(row)) is None else f"{flop_count(done / taken)}/s",
             *([_money(row.seconds, price), _money(taken, price)] if price else []),
         ]
         for row, taken in found.worked

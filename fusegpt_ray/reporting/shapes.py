@@ -66,6 +66,12 @@ class Copy(Part):
     like: int
 
 
+class Scoring(Part):
+    """See `importance.ranking.Cost`."""
+
+    done: NonNegativeInt
+
+
 class Round(Part):
     removed: int | None = None
     """None: the round is under way, or inserts blocks."""
@@ -74,6 +80,7 @@ class Round(Part):
     inserted: list[Copy] = []
     scores: dict[int, float] = {}
     stopped: dict[int, Estimate] = {}
+    block_forwards: Scoring | None = None
     group: list[int] = []
     repair: Repair | None = None
     losses: list[float] = []
@@ -128,6 +135,7 @@ class Planned(Part):
 
     stage: str
     flops: NonNegativeInt
+    block_forwards: NonNegativeInt = 0
     seconds: FiniteFloat | None = None
     """None: no rates were known."""
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.lease import LEASE, SIGN, Owner, Standing, claim
 from fusegpt_ray.run.outputs import (
+    COMPARISONS,
     CURVES,
     DEAD_AFTER,
     FAMILIES,
+    GENERATED,
     IDENTITY,
     MODEL,
     RUN_FILE,
@@ -69,13 +71,24 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
     return list(_leftovers(there, age, unfinished))
 
 
-def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
-    """Remove what may be removed, each after a second look at it; returns what was removed."""
+def clean(
+    uri: str,
+    age: float = DEAD_AFTER,
+    unfinished: bool = False,
+    found: Sequence[Leftover] | None = None,
+) -> list[Leftover]:
+    """Remove what may be removed, each after a second look at it; returns what was removed.
+
+    Args:
+        found: what `leftovers` has just found there, if it was asked.
+    """
     removed = []
-    for item in leftovers(uri, age, unfinished):
+    for item in leftovers(uri, age, unfinished) if found is None else found:
+        if not item.dead:
+            continue
         of_run = item.uri.endswith(".run")
         owned = Standing.look(item.uri) if of_run else None  # before the second look at it
-        if not item.dead or item not in leftovers(uri, age, unfinished):
+        if item not in _leftovers(_around(uri, item), age, unfinished):
             continue
         if of_run:
             if not claim(item.uri, owned, Owner.this()):
@@ -85,6 +98,31 @@ def clean(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[L
             storage.remove(item.uri, recursive=item.folder)
         removed.append(item)
     return removed
+
+
+def _around(uri: str, item: Leftover) -> Outputs:
+    """What decides about it, as it is now: itself, and what is of the same run; of a text all runs,
+    which may need it; of what a comparison or family has, the runs of its cells.
+    """
+    own, *inside = item.uri.removeprefix(storage.absolute(uri).rstrip("/") + "/").split("/")
+
+    def decides(name: str) -> bool:
+        if name == own:
+            return True
+        if own in (COMPARISONS, FAMILIES):
+            return name.endswith(".run") and name.startswith(f"{inside[0]}-")
+        if own.startswith(GENERATED.format("")):
+            return name.endswith(".run")
+        return _run_of(own) in (name, _run_of(name))
+
+    return Outputs.look(uri, decides)
+
+
+def _run_of(name: str) -> str:
+    """The name of the run to which a folder of this name belongs."""
+    model = MODEL.fullmatch(name)
+    ending = ".run" if name.endswith(".run") else CURVES
+    return model["name"] if model else name.removesuffix(ending)
 
 
 def remove_run(folder: str, keep_lease: bool = False) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from fusegpt_ray.errors import GOES_ON, BudgetSpent, StorageError, UserError
 from fusegpt_ray.recipe.recipe import Recipe
@@ -24,6 +24,7 @@ from fusegpt_ray.run.housekeeping import remove_run
 from fusegpt_ray.run.identity import differences
 from fusegpt_ray.run.lease import Lease, OwnedByAnother
 from fusegpt_ray.run.metrics_log import MetricsLog
+from fusegpt_ray.run.notes import NOTES, Note, note_file
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import DamagedRecord, damage, opened, sealed
@@ -31,11 +32,6 @@ from fusegpt_ray.store.threads import at_once
 
 ANEW = "use that run's recipe, data and model, another output.name, or --restart, which forgets it"
 """What to do where another run is in the folder."""
-Note = Literal["sums", "scores", "perplexities", "samples", "search", "sharing", "plan"]
-"""What is noted of a round that is under way: what its scoring has measured so far, and what it
-found. Before the first round: perplexities of dense blocks, what the dense model writes after
-prompts, the tournament so far, how far blocks change states, and the planned work with what else
-can be told then."""
 _GOES_ON = ("round-", "heal-", "sums-", "scores-", "search-")
 """How files begin from which it is worth to go on. Perplexities and samples alone are not: they are
 soon measured again, and a run that fails so early leaves nothing."""
@@ -121,6 +117,8 @@ class Journal:
 
     def _ends(self, error: BaseException, folders: list[Path]) -> None:
         """Removes what an exception that ends the run leaves, or notes that it can be resumed."""
+        if isinstance(error, OwnedByAnother):
+            return  # something here is another run's, which may still go on
         try:
             self.fence()
             if not self.saved or (isinstance(error, UserError) and self.ours):
@@ -128,7 +126,7 @@ class Journal:
                 storage.remove_empty(folders)
                 return
         except OwnedByAnother as lost:
-            if isinstance(error, OwnedByAnother) or not isinstance(error, Exception):
+            if not isinstance(error, Exception):
                 return
             raise lost from error
         except StorageError as failed:
@@ -152,7 +150,8 @@ class Journal:
             if self._other(this):
                 say("an earlier attempt of another recipe had finished no round: beginning anew")
                 self.clear()
-                storage.create(self._identity, sealed(this))
+                with self.creating():
+                    storage.create(self._identity, sealed(this))
 
     def check(self, this: Mapping[str, Any], fix: str = ANEW) -> None:
         """
@@ -291,7 +290,7 @@ class Journal:
             for number in numbers(self.folder):
                 if number > len(done):
                     storage.remove(record_file(self.folder, number))
-                    for kind in get_args(Note):
+                    for kind in NOTES:
                         self.forget(kind, number + 1)  # of the stack after it
         if done:  # what a kill just after its commit may have left
             self._forget_checkpoints(len(done))
@@ -345,4 +344,4 @@ class Journal:
         return storage.join(self.folder, "identity.json")
 
     def _note(self, kind: Note, number: int) -> str:
-        return storage.join(self.folder, f"{kind}-{number:03d}.json")
+        return storage.join(self.folder, note_file(kind, number))

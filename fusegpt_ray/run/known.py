@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusegpt_ray.run.journal import Journal, Note
+from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.notes import Note
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store.records import checksum
 
@@ -27,7 +28,8 @@ class Known:
     _values: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._values = self.journal.kept(self.note, 0, self.say) or {}
+        noted = self.journal.kept(self.note, 0, self.say)
+        self._values = noted if isinstance(noted, dict) else {}  # older versions noted bare lists
 
     def measured(self, what: str, key: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """What is known under this key, which says all that it depends on beside `measuring`; else

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.lease import Standing
+from fusegpt_ray.run.notes import NOTES
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, opened
@@ -28,7 +29,7 @@ State = Literal["alive", "unfinished", "published", "remains"]
 while its folder was removed."""
 MODEL = re.compile(r"(?P<name>.+)-(p\d+(\.\d+)?|d\d+)")
 """What a published model's folder is called."""
-_NAMES = r"identity|heartbeat|(round|heal|scores|sums|perplexities|samples|search|plan|lease)-\d+"
+_NAMES = rf"identity|heartbeat|({'|'.join(('round', 'heal', 'lease', *NOTES))})-\d+"
 RUN_FILE = re.compile(rf"\.?(({_NAMES})\.json|metrics-\d+\.jsonl)(\.[0-9a-f]{{8}})?|blocks/.+")
 """What a run writes into its folder."""
 GENERATED = "generated-{}"
@@ -220,8 +221,11 @@ class Outputs:
     """And families."""
 
     @classmethod
-    def look(cls, uri: str) -> Outputs:
+    def look(cls, uri: str, into: Callable[[str], bool] = lambda name: True) -> Outputs:
         """
+        Args:
+            into: chooses by name the folders that are looked into; others are as if not there.
+
         Raises:
             UserError: there is no such folder, or it cannot be reached.
         """
@@ -244,6 +248,7 @@ class Outputs:
             for entry in entries
             if entry["type"] == "directory"
         )
+        names = [name for name in names if into(name)]
         ends, text = (".run", ".part", CURVES), GENERATED.format("")
         ours = [
             name

@@ -9,14 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.report import duration
+from fusegpt_ray.report import duration, perplexity_table
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.outputs import Folder, Outputs, Run
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.text.protocol import STAGES, described, stages
+from fusegpt_ray.table import Table
+from fusegpt_ray.text.protocol import STAGES, described
 
 
 def status(uri: str) -> dict[str, Any]:
@@ -102,6 +103,10 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     protocols: dict[str, None] = {}  # of several models mostly the same
     if result["models"]:
         console.print(_models(result["models"]))
+        sound = [model for model in result["models"] if "problem" not in model]
+        measured = perplexity_table([(one["name"], one["perplexity"] or {}) for one in sound])
+        if measured.row_count:
+            console.print(measured)
     for model in result["models"]:
         if "problem" in model:
             console.print(f"{model['name']}: {model['problem']}", markup=False, soft_wrap=True)
@@ -124,20 +129,15 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def _models(models: list[dict[str, Any]]) -> Table:
-    sound = [model for model in models if "problem" not in model]
-    rows = [row for model in sound for row in (model["perplexity"] or {}).values()]
-    shown = stages(rows) or list(STAGES)[:3]
-    table = Table("model", "blocks", "sparsity", "perplexity on", *shown)
-    for model in sound:
+    table = Table("model", "blocks", "sparsity")
+    for model in models:
+        if "problem" in model:
+            continue
         sparsity = f"{model['sparsity']:.1%}" if model["sparsity"] else "–"
         size = _depth(model)
         if width := model["width"]:
             size += f", width {width['kept']} of {width['dense']}"
-        about = [model["name"], size, sparsity]
-        for data, row in (model["perplexity"] or {"–": {}}).items():
-            values = (f"{row[stage]:.2f}" if stage in row else "–" for stage in shown)
-            table.add_row(*about, data, *values)
-            about = ["", "", ""]
+        table.add_row(Text(model["name"]), size, sparsity)
     return table
 
 
@@ -149,7 +149,9 @@ def _depth(model: Mapping[str, Any]) -> str:
 
 
 def _runs(runs: list[dict[str, Any]]) -> Table:
-    table = Table("run", "state", "doing", "rounds", "removed", "last loss", "a round", "left")
+    table = Table(
+        "run", "state", "doing", "rounds", "removed", "last loss", "a round", "rounds left"
+    )
     for run in runs:
         ended = f", then {run['ended']}" if run["ended"] else ""
         saved = f", epochs saved: {run['epochs_saved']}" if run["epochs_saved"] else ""
@@ -159,9 +161,9 @@ def _runs(runs: list[dict[str, Any]]) -> Table:
             else ""
         )
         table.add_row(
-            run["name"],
+            Text(run["name"]),
             run["state"] + heard,
-            f"{run['doing'] or '–'}{ended}",
+            Text(f"{run['doing'] or '–'}{ended}"),
             f"{run['rounds_done']} of {run['rounds'] or '?'}{saved}",
             ", ".join(map(str, run["removed"])) or "–",
             f"{run['last_loss']:.4g}" if run["last_loss"] is not None else "–",

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from fusegpt_ray.cost.cost import Cost, Stage, evaluation_stage, scoring_stage
+from fusegpt_ray.cost.cost import Cost, scoring_stage
+from fusegpt_ray.cost.evaluating import evaluation_stage
+from fusegpt_ray.cost.stage import Stage
 from fusegpt_ray.plan import Plan
 from fusegpt_ray.store.records import checksum
 
@@ -60,7 +62,7 @@ def _parts(plan: Plan) -> Iterator[tuple[str, str, Stage]]:
             scoring_stage(recipe.importance, dense, depth, length),
         )
     for name, text in recipe.evaluation.items():
-        if text.windows:
+        if text.most_windows:
             key = checksum({**basis, "text": dumped["evaluation"][name]})
             what = f"perplexity of {source} on {name}"
             yield key, what, evaluation_stage(recipe, dense, [], [text])

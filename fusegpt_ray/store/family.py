@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -100,10 +101,10 @@ class FamilyBoard:
     @classmethod
     def _safe(cls, told: Told, uri: str) -> FamilyBoard:
         board = cls(uri, told)
-        names = [model.folder.casefold() for model in board.models]
+        names = Counter(model.folder.casefold() for model in board.models)
         for name in (model.folder for model in board.models):
             problem = unusable(name) or ("/" in name and "which is no name") or ""
-            if names.count(name.casefold()) > 1:
+            if names[name.casefold()] > 1:
                 problem = "twice, as far as some file systems can tell"
             if problem or name.startswith("."):
                 problem = f"{BOARD} lists the model {name[:260]!r}, {problem or 'a hidden folder'}"

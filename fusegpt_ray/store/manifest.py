@@ -106,18 +106,20 @@ class Manifest:
         kept = data.get("kept")
         if not isinstance(kept, list) or not all(type(block) is int for block in kept):
             raise bad("does not say which blocks were kept")
-        folded: set[str] = set()
+        folded, folders = set[str](), set[str]()  # as file systems that know no case see them
         for name, entry in data["files"].items():
             if problem := unusable(name):
                 raise bad(f"lists the file {name[:260]!r}, {problem}")
             if (key := unicodedata.normalize("NFC", name).casefold()) in folded:
                 raise bad(f"lists the file {name!r} twice, as far as some file systems can tell")
+            above = {*map(str, PurePosixPath(key).parents)}
             folded.add(key)
-            if clash := folded & {*map(str, PurePosixPath(key).parents)}:
+            folders |= above
+            if clash := folded & above:
                 raise bad(
                     f"lists the file {name!r} in a folder that is a file, too: {min(clash)!r}"
                 )
-            if any(other.startswith(f"{key}/") for other in folded):
+            if key in folders:
                 raise bad(f"lists the file {name!r}, which is a folder, too")
             if not _is_record(entry):
                 raise bad(f"does not give size and sha256 of {name!r}")

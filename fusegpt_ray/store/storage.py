@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -223,33 +222,37 @@ def write(uri: str, data: bytes, retry_for: float | None = None) -> None:
 def create(uri: str, data: bytes) -> None:
     """Write a file that must not exist yet.
 
-    Of several writers at once exactly one succeeds, where the store has conditional writes.
+    Of several writers at once exactly one succeeds, where the store has conditional writes. To it
+    those are one who write the very same bytes; so a lease holds a word of its owner's own.
 
     Raises:
-        FileExistsError: it exists.
+        FileExistsError: it exists, with other bytes.
     """
     fs, path = filesystem(uri)
-    # A put whose answer was lost is sent again, by us, botocore or (silently) aiohttp, and is then
-    # refused although it succeeded. The mark on the object tells whether it is ours.
-    mark = secrets.token_hex(8)
-    marked = {"Metadata": {"writer": mark}} if "s3" in fs.protocol else {}
 
     def once() -> None:
         _make_parent(fs, path)
-        if "file" in fs.protocol:
-            place_local(Path(path), data, link)
-            return
         try:
-            fs.pipe_file(path, data, mode="create", **marked)
+            if "file" in fs.protocol:
+                place_local(Path(path), data, link)
+            else:
+                fs.pipe_file(path, data, mode="create")
         except OSError as error:
             # A lost conditional put is FileExistsError on some servers, OSError(22) on others.
             if not isinstance(error, FileExistsError) and not exists(uri):
                 raise
-            if marked and fs.metadata(path, refresh=True).get("writer") == mark:
-                return
-            raise FileExistsError(uri) from error
+            # One whose answer was lost is sent again, by us or (silently) by the store's library,
+            # and is then refused although it succeeded.
+            if not _holds(uri, data):
+                raise FileExistsError(uri) from error
 
     with_retries(uri, once)
+
+
+def _holds(uri: str, data: bytes) -> bool:
+    with suppress(FileNotFoundError):  # it was there just now
+        return size(uri) == len(data) and read(uri) == data
+    return False
 
 
 @contextmanager

@@ -38,6 +38,7 @@ def fresh_windows(
     key: str,
     fewer: int | None = None,
     pack: bool = True,
+    tokens: int | None = None,
 ) -> tuple[Windows, Windows]:
     """(To train on, held out): no token of a text is in two windows, unless `repeat`, which lets
     the windows to train on be cycled through, each time in another order. None that is held out is
@@ -53,6 +54,7 @@ def fresh_windows(
         fewer: where the texts have less, take what they have, in multiples of this, instead of
             refusing them.
         pack: whether a window is so many tokens; else it is a document.
+        tokens: `heal.tokens`, as the recipe says it, for messages; None: what the windows have.
 
     Raises:
         UserError: a text has fewer windows than its share, or gets none to train on.
@@ -72,7 +74,9 @@ def fresh_windows(
         roll = rolls[number]
         left = roll.windows - kept[number]
         if left < 1 or (left < wanted[number] and not repeat):
-            raise _too_short(texts, number, windows, length, roll.found, left, key, fewer)
+            raise _too_short(
+                texts, number, tokens or windows * length, length, roll.found, left, key, fewer
+            )
         roll.lay(number, train, held, seed_of(seed, number), name)
         drawn = roll.drawn(texts.parts[number])
         trained_on.append(replace(drawn, distinct=left))
@@ -248,7 +252,7 @@ def _picked(there: int, wanted: int, kept: int, seed: int) -> list[int]:
 def _too_short(
     texts: Texts,
     number: int,
-    windows: int,
+    tokens: int,
     length: int,
     found: str,
     free: int,
@@ -271,4 +275,4 @@ def _too_short(
     most = int(free * total / Fraction(part.weight)) * length
     problem = f"the text of {name} {found}; its share is more, and no window is taken twice"
     fix = f"lower it to at most {most}, {more}, or set heal.repeat: true"
-    return UserError("heal.tokens", windows * length, problem, fix)
+    return UserError("heal.tokens", tokens, problem, fix)

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text
+from fusegpt_ray.store import hub_client
 from fusegpt_ray.store.front_matter import front_matter, is_name
 from fusegpt_ray.text.corpus import names_a_dataset
 from fusegpt_ray.text.windows import Windows
@@ -55,6 +56,7 @@ def _of_dataset(repository: str, revision: str | None) -> str:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
+    hub_client.patient()
     try:
         card = hf_hub_download(repository, _CARD, repo_type="dataset", revision=revision)
         return _said(Path(card).read_bytes())

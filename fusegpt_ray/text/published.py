@@ -18,7 +18,7 @@ from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.recipe.sections import Evaluation
 from fusegpt_ray.recipe.specs import PublishedSpec
 from fusegpt_ray.recipe.text_sections import Text
-from fusegpt_ray.store import storage
+from fusegpt_ray.store import hub_client, storage
 from fusegpt_ray.text.calibration import consecutive_windows, leading_token, tokenize
 from fusegpt_ray.text.corpus import explained, sources
 from fusegpt_ray.text.formats import Source
@@ -92,6 +92,7 @@ def _fetched(name: str, spec: PublishedSpec, key: str) -> str:
         fix = f"say {name}=FILE for a copy of the published text, or ./{name} for what lies here"
         raise UserError(key, name, problem, fix)
     fix = f"check the network, or name a copy of that file: {name}=FILE"
+    hub_client.patient()
     problem = f"the hub does not give {spec.file} of the dataset {spec.repository}"
     with reading_users_file(key, name, problem, fix):
         return hf_hub_download(

@@ -18,7 +18,7 @@ from fsspec.compression import compr
 from fsspec.utils import infer_compression
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.store import storage
+from fusegpt_ray.store import hub_client, storage
 from fusegpt_ray.text.formats import Source, beside, check_column, codec, one_of
 from fusegpt_ray.text.json_array import CHUNK, array_items
 
@@ -297,6 +297,7 @@ def loading(source: Source) -> Iterator[None]:
     """
     import datasets
 
+    hub_client.patient()
     problem = "neither a file here nor a dataset that loads"
     fix = "check the path, or the id, config, split, revision and network"
     with reading_users_file(source.key, source.uri, problem, fix):

@@ -18,10 +18,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fusegpt_ray.model.compiled import CompiledBlock, RunBlock
-from fusegpt_ray.model.device import deterministic_or_not
+from fusegpt_ray.model.compiled import CompiledBlock, RunBlock, rehearse
 from fusegpt_ray.model.empty import EmptyBlock
-from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import Context, moved, run_block
 from fusegpt_ray.model.rows import Own, Owns, all_alike, each
 
@@ -167,13 +165,7 @@ class Span:
         """
         told = ""
         if h_BTD.device.type == "cuda" or isinstance(self._run, CompiledBlock):
-            try:
-                deterministic_or_not(lambda: self._there_and_back(h_BTD, owns))
-            except Exception as error:
-                if not isinstance(self._run, CompiledBlock) or is_out_of_memory(error):
-                    raise
-                self._run.give_up(error)
-                self._there_and_back(h_BTD, owns)
+            rehearse(self._run, lambda: self._there_and_back(h_BTD, owns))
             if isinstance(self._run, CompiledBlock):
                 told = self._run.gave_up
         return told

@@ -159,7 +159,8 @@ class Workers(Protocol):
 
     @property
     def device_bytes(self) -> int:
-        """Memory of a worker's device: of a GPU all, of a CPU a process's part of what is free."""
+        """A process's part of its device's memory: of all that a GPU has, of what is free on a
+        CPU."""
 
     @property
     def gpus_held(self) -> float:

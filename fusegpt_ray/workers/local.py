@@ -5,6 +5,7 @@ deepspeed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -13,7 +14,7 @@ import numpy as np
 
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.compiled import compiles
-from fusegpt_ray.model.device import hardware, pick_device, pick_dtype, set_deterministic
+from fusegpt_ray.model.device import deterministic_kernels, hardware, pick_device, pick_dtype
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.text_sections import Text
@@ -37,10 +38,11 @@ class LocalWorkers:
         self.setup = setup
         self.device = pick_device()
         self.dtype = pick_dtype(setup.dtype, setup.dense, self.device)
+        self._inside = ExitStack()
 
     def __enter__(self) -> Self:
-        wanted = self.setup.cluster.deterministic
-        self._undo = set_deterministic(self.device, wanted)
+        kernels = deterministic_kernels(self.device, self.setup.cluster.deterministic)
+        self._inside.enter_context(kernels)
         return self
 
     def __exit__(
@@ -51,7 +53,7 @@ class LocalWorkers:
     ) -> None:
         for name in ("runner", "_memory"):
             self.__dict__.pop(name, None)
-        self._undo()
+        self._inside.close()
 
     @property
     def description(self) -> str:

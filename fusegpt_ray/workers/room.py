@@ -49,9 +49,9 @@ class Held:
 
 
 def way_alone(each: float) -> Way:
-    """Of a set that has no others beside it, where there is room. Ray can put a replica and a
-    training worker on the same GPU where the replica has it alone; beside other sets it might put
-    the worker beside a replica of another set, which does not make room for it.
+    """Of a set that has no others beside it, where there is room, and no other GPU is free. Ray can
+    put a replica and a training worker on the same GPU where the replica has it alone; beside other
+    sets it might put the worker beside a replica of another set, which does not make room for it.
     """
     return "shared" if each == 1 else "apart"
 

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -134,6 +135,68 @@ def test_a_task_that_kills_every_replica_is_given_up(two, tmp_path) -> None:
 def _kill(runner: Runner, folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_replica_whose_gpu_fails_is_replaced(two, tmp_path) -> None:
+    """Nothing that it would do later succeeded."""
+    found = dict(two.map(_break, [(str(tmp_path), number) for number in range(4)], 2))
+    assert found == {number: 10 * number for number in range(4)}
+    (broken,) = pids(tmp_path, 0)
+    two.offload()  # the other one has started
+    by = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    assert len(by) == 2 and broken not in by
+
+
+def _break(runner: Runner, folder: str, number: int) -> int:
+    """The first process that is given task 0 does nothing more."""
+    mark = Path(folder) / f"0-{os.getpid()}"
+    if mark.exists() or (number == 0 and not list(Path(folder).iterdir())):
+        mark.touch()
+        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+    return 10 * number
+
+
+def _pid(runner: Runner, seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def test_a_task_that_breaks_every_gpu_is_given_up_and_memory_is_no_such_fault(
+    two, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_LOST", 1)
+    for error, processes in (("device-side assert triggered", 2), ("out of memory", 1)):
+        folder = tmp_path / error
+        folder.mkdir()
+        with pytest.raises(torch.AcceleratorError, match=error):
+            list(two.map(_fails_on_gpu, [(str(folder), f"CUDA error: {error}")], 2))
+        assert len(list(folder.iterdir())) == processes
+    assert dict(two.map(work, tasks(tmp_path, 2), 2)) == {0: 0, 1: 10}
+
+
+def _fails_on_gpu(runner: Runner, folder: str, error: str) -> None:
+    (Path(folder) / str(os.getpid())).touch()
+    raise torch.AcceleratorError(error)
+
+
+def test_replicas_that_are_lost_before_training_are_replaced(two) -> None:
+    two.offload()  # both are there
+    lost = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    ray.kill(two._idle[0])
+    for _ in range(2):  # the second time, the new one has started
+        two.offload()
+    by = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    assert len(by) == 2 and len(by & lost) == 1
+
+
+@pytest.mark.parametrize(("device", "room"), [("cuda", 500), ("cpu", 250)])
+def test_a_replica_has_its_part_of_a_device(monkeypatch, device: str, room: int) -> None:
+    """With `gpus_per_replica: 0.5`, another one has the other half."""
+    monkeypatch.setattr(module, "device_bytes", lambda _: 1000)
+    monkeypatch.setattr(module, "hardware", lambda *_: {})
+    asked = {"resident": True, "compiled": False, "memory_share": 0.5, "host_share": 0.25}
+    told = module._tell(SimpleNamespace(device=torch.device(device), **asked))  # type: ignore[arg-type]
+    assert told.device_bytes == room
 
 
 def test_a_stopped_replicas_task_is_taken_over(two, tmp_path, monkeypatch) -> None:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,34 @@ def test_what_a_task_raises_reaches_the_driver_and_the_next_task_is_done(
 
 def fail(worker: TrainingWorker, kind: type[Exception]) -> None:
     raise kind("because") if kind is not UserError else UserError("key", 1, "because", "mend it")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_have_made_room_when_the_driver_hears_of_the_end(
+    workers: RayWorkers, tmp_path: Path, fails: bool
+) -> None:
+    """Replicas bring their weights back to the same GPUs at once. (Of a failure the driver hears
+    from the first worker that tells it.)
+    """
+    with pytest.raises(FloatingPointError) if fails else nullcontext():
+        workers.spmd(make_room_slowly, str(tmp_path), fails, news=nothing)
+    made_room = {path.name for path in tmp_path.iterdir()}
+    assert made_room if fails else made_room == {"0", "1"}
+
+
+def make_room_slowly(worker: TrainingWorker, folder: str, fails: bool) -> None:
+    real = worker.runner.offload
+
+    def offload() -> None:
+        time.sleep(1)
+        real()
+        del worker.runner.offload  # the class's again
+        (Path(folder) / str(worker.rank)).touch()
+
+    worker.runner.offload = offload  # type: ignore[method-assign]
+    worker.meet(0)
+    if fails:
+        raise FloatingPointError("the loss is not finite")
 
 
 def test_an_error_of_a_library_is_tried_again_and_then_raised(

@@ -7,6 +7,7 @@ needs besides stands in `OWN`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ import transformers as tf
 from models import randomize
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
+from torch import nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
 VOCAB, DEPTH = 290, 6
+QUIET = (1, 3)
+"""Two blocks that a removal takes, where others can go on without them."""
 SPECIAL = ("<pad>", "<s>", "</s>")
 FIRST_SPECIAL = 260
 """Tokens of a text lie below it; images and the like have those from here on."""
@@ -170,13 +174,15 @@ def all_classes() -> list[str]:
     return sorted(found)
 
 
-def tiny_config(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
+def tiny_config(
+    config_class: type[tf.PretrainedConfig], sizes: Mapping[str, Any] = SIZES
+) -> tf.PretrainedConfig:
     """A small configuration of a class."""
     usual = config_class()
     values: dict[str, Any] = {}
     for number, (key, value) in enumerate(usual.to_dict().items()):
-        if SIZES.get(key) is not None and not isinstance(value, list | dict):
-            values[key] = SIZES[key]
+        if sizes.get(key) is not None and not isinstance(value, list | dict):
+            values[key] = sizes[key]
         elif key.endswith(("_token_id", "_token_index")) and isinstance(value, int):
             values[key] = FIRST_SPECIAL + number % (VOCAB - FIRST_SPECIAL)
         elif key in DECODERS:
@@ -186,7 +192,7 @@ def tiny_config(config_class: type[tf.PretrainedConfig]) -> tf.PretrainedConfig:
     for key in config_class.sub_configs:
         part = getattr(usual, key, None)
         if isinstance(part, tf.PretrainedConfig):
-            values[key] = tiny_config(type(part)).to_dict()
+            values[key] = tiny_config(type(part), sizes).to_dict()
     if "kv_lora_rank" in values:  # heads are made from one latent vector: none is shared
         values["num_key_value_heads"] = values["num_attention_heads"]
     values |= OWN.get(config_class.__name__, {})
@@ -208,27 +214,58 @@ def _cut(usual: tf.PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def save_class(name: str, folder: Path) -> Path:
+def save_class(name: str, folder: Path, sizes: Mapping[str, Any] = SIZES) -> Path:
     """Write a tiny random checkpoint of the class `name`, with a tokenizer."""
     torch.manual_seed(0)
-    config = tiny_config(getattr(tf, name).config_class)
+    config = tiny_config(getattr(tf, name).config_class, sizes)
     model = getattr(tf, name)._from_config(config, dtype=torch.float32)
     if sum(value.numel() for value in model.parameters()) > 50_000_000:
         raise ValueError(f"{sum(v.numel() for v in model.parameters()):,} parameters")
     randomize(model)
+    _quieten(model)
     _empty_the_padding(model)
     model.save_pretrained(folder)
     add_tokenizer(folder)
     return folder
 
 
+def blocks_of(model: nn.Module, depth: int) -> nn.ModuleList:
+    """The decoder blocks: the longest list of that depth, by parameters, outside of vision; and
+    outside of an encoder, if there is one.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+        and len(module) == depth
+        and not any(part in name for part in ("vision", "visual", "audio"))
+    }
+    others = {name: module for name, module in lists.items() if "encoder" not in name}
+    found = (others or lists).values()
+    return max(found, key=lambda blocks: sum(value.numel() for value in blocks.parameters()))
+
+
 @torch.no_grad()
-def _empty_the_padding(model: torch.nn.Module) -> None:
+def _quieten(model: nn.Module) -> None:
+    """Make the blocks of `QUIET` matter least. Of random blocks the last ones do, and those that
+    stay would all keep their numbers.
+    """
+    blocks = blocks_of(model, DEPTH)
+    for number in QUIET:
+        for name, value in blocks[number].named_parameters():
+            if value.dim() > 1:
+                value *= 0.3
+            elif "norm" in name and not name.endswith("bias"):
+                value -= 0.7  # from 1 to 0.3; or from 0, where the architecture adds 1
+
+
+@torch.no_grad()
+def _empty_the_padding(model: nn.Module) -> None:
     """The padding token's row is zero, as in every trained model: it never learns. Some classes set
     it to zero as they load (Youtu).
     """
     for module in model.modules():
-        if isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
             module.weight[module.padding_idx] = 0
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from classes import FIRST_SPECIAL, SPECIAL, random_text, save_class
+from classes import FIRST_SPECIAL, SPECIAL, blocks_of, random_text, save_class
 from rich.console import Console
 from torch import nn
 
@@ -64,12 +64,9 @@ def try_class(name: str, folder: Path, fuse: bool = True) -> dict[str, Outcome]:
 
 def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
     """Publish the model without two of its blocks, and look at what comes out."""
-    (folder / "text.txt").write_text(random_text(300))
-    out = folder / f"out-{method}"
-    said, began = io.StringIO(), time.monotonic()
+    out, began = folder / f"out-{method}", time.monotonic()
     try:
-        with Display(Console(file=said, width=200)) as display:
-            (result,) = compress(Recipe.parse(_recipe(model, folder, out, method)), display)
+        published = publish(model, folder, out, method)
     except UserError as error:
         if out.exists():
             return Outcome(FAILS, f"refused, but only after it wrote: {error}")
@@ -77,12 +74,20 @@ def try_method(name: str, model: Path, folder: Path, method: str) -> Outcome:
     except Exception as error:  # the outcome that the sweep is there to find
         return Outcome(FAILS, _said(error))
     try:
-        problem = _loads_plainly(name, model, Path(result.uri))
+        problem = _loads_plainly(name, model, published)
         if not problem and method == "mi":
-            problem = _differs(name, model, Path(result.uri))
+            problem = _differs(name, model, published)
     except Exception as error:  # of whatever kind: the class itself cannot use what was published
         problem = _said(error)
     return Outcome(FAILS, problem) if problem else Outcome(EXACT)
+
+
+def publish(model: Path, folder: Path, out: Path, method: str) -> Path:
+    """The folder of the model without two of its blocks. In `folder` a text is laid."""
+    (folder / "text.txt").write_text(random_text(300))
+    with Display(Console(file=io.StringIO(), width=200)) as display:
+        (result,) = compress(Recipe.parse(_recipe(model, folder, out, method)), display)
+    return Path(result.uri)
 
 
 @torch.no_grad()
@@ -143,7 +148,7 @@ def _differs(name: str, dense: Path, folder: Path) -> str:
     depth = whole.config.get_text_config().num_hidden_layers
     if len(kept) != depth - REMOVED:
         return f"{len(kept)} of {depth} blocks are left"
-    for number, block in enumerate(_blocks(whole, depth)):
+    for number, block in enumerate(blocks_of(whole, depth)):
         if number not in kept:
             block.register_forward_hook(_hands_on, with_kwargs=True)
     ids = torch.randint(
@@ -168,22 +173,6 @@ def _generates_otherwise(model: tf.PreTrainedModel, ids: torch.Tensor) -> str:
     except Exception as error:  # of whatever kind; the dense model may do no better
         return f"does not generate: {_said(error)}"
     return "" if torch.equal(cached, plain) else "generates other tokens with a cache than without"
-
-
-def _blocks(model: nn.Module, depth: int) -> nn.ModuleList:
-    """The decoder blocks: the longest list of that depth, by parameters, outside of vision; and
-    outside of an encoder, if there is one.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList)
-        and len(module) == depth
-        and not any(part in name for part in ("vision", "visual", "audio"))
-    }
-    others = {name: module for name, module in lists.items() if "encoder" not in name}
-    found = (others or lists).values()
-    return max(found, key=lambda blocks: sum(value.numel() for value in blocks.parameters()))
 
 
 def _hands_on(_: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:

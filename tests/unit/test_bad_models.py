@@ -253,7 +253,7 @@ MODELS = [
     ),
     source("its-own-link", "loop", "no such folder", "existing folder"),
     source("a-name-of-no-file", "a\0b", "no such folder", "existing folder", r"'a\x00b'"),
-    source("half-a-character", "\ud800", "valid string", "change", r"\ud800"),
+    source("half-a-character", "\ud800", "not a text", "another text", r"\ud800"),
     source("a-long-name", "long" * 2000, "no such folder", "existing folder", "long" * 100),
     model(
         "config-utf-16",

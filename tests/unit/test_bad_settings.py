@@ -16,7 +16,7 @@ def overridden(
         return ["compress", desk.write(), "--set", setting]
 
     key = key or setting.partition("=")[0]
-    return Bad(name or setting, make, key, value, problem, fix or f"change {key}")
+    return Bad(name or setting, make, key, value, problem, fix or "give|write|use")
 
 
 FRACTION = ("not between 0 and 1", "such as 0.25")
@@ -30,7 +30,7 @@ SETTINGS = [
     overridden("sparsity=[0.2, 0.9]", "0.9", "leaves 0 of 5 blocks", "at most 0.60"),
     overridden("sparsity=[0.2, 0.2]", "[0.2, 0.2]", "same name", "list each one once"),
     overridden("sparsity=[]", "[]", "there is none", "list each one once"),
-    overridden("sparsity=some", "'some'", "valid number", key="sparsity.0"),
+    overridden("sparsity=some", "'some'", "not a number", key="sparsity"),
     overridden("metod=mi", "'mi'", "unknown key", "did you mean method"),
     overridden("fusion.los=batch_kl", "'batch_kl'", "unknown key", "did you mean fusion.loss"),
     overridden("model.nonsense=1", "1", "unknown key", "dtype"),
@@ -49,21 +49,21 @@ SETTINGS = [
         "sparsity", "'sparsity'", "not of the form key=value", "--set fusion.epochs=5", key="--set"
     ),
     overridden("seed=[1", "'seed=[1'", "not YAML", "quote it", key="--set"),
-    overridden("seed.of=3", "{'of'", "valid integer", key="seed"),
+    overridden("seed.of=3", "{'of'", "not a whole number", key="seed"),
     overridden("method=magic", "'magic'", "'mi', 'mi\\+linear', .*or 'dus'"),
     overridden("cluster.engine=spark", "'spark'", "'ray' or 'local'"),
     overridden("fusion.loss=mse", "'mse'", "'batch_kl' or 'normalized_mse'"),
     overridden("preset=default", "'default'", "'best', 'rounds' or 'paper'"),
-    overridden("fusion.epochs=many", "'many'", "valid integer"),
-    overridden("fusion.epochs=1.5", "1.5", "valid integer"),
-    overridden("fusion.batch=1", "1", "greater than or equal to 2"),
-    overridden("fusion=7", "7", "dictionary"),
-    overridden("fusion.learning_rate=-1", "-1", "greater than 0"),
-    overridden("fusion.learning_rate=.nan", "nan", "greater than 0|finite"),
+    overridden("fusion.epochs=many", "'many'", "not a whole number", "of at least 1"),
+    overridden("fusion.epochs=1.5", "1.5", "not a whole number", "of at least 1"),
+    overridden("fusion.batch=1", "1", "not 2 or more", "of at least 2"),
+    overridden("fusion=7", "7", "not a section"),
+    overridden("fusion.learning_rate=-1", "-1", "not above 0"),
+    overridden("fusion.learning_rate=.nan", "nan", "not above 0|finite"),
     overridden("fusion.learning_rate=.inf", "inf", "finite"),
-    overridden("fusion.betas=[1.5, 0.9]", "1.5", "less than 1", key="fusion.betas.0"),
-    overridden("model.source=5", "5", "valid string"),
-    overridden("calibration.length=1", "1", "greater than or equal to 2"),
+    overridden("fusion.betas=[1.5, 0.9]", "1.5", "not below 1", key="fusion.betas.0"),
+    overridden("model.source=5", "5", "not a text"),
+    overridden("calibration.length=1", "1", "not 2 or more"),
     overridden("calibration.windows=6", "6", "not a multiple of fusion.batch = 4", "use 8"),
     overridden(
         "calibration.windows=2",
@@ -74,7 +74,7 @@ SETTINGS = [
     ),
     overridden("cluster.workers=3", "3", "does not divide fusion.batch = 4", r"\[1, 2, 4\]"),
     overridden("calibration.length=65", "65", "longer than the model's 64 positions", "at most 64"),
-    overridden("calibration.data=''", "''", "at least 1 character|no such file"),
+    overridden("calibration.data=''", "''", "an empty text|no such file"),
     overridden(
         "evaluation.a={data: a.txt, length: 65}",
         "65",
@@ -82,14 +82,14 @@ SETTINGS = [
         "at most 64",
         key="evaluation.a.length",
     ),
-    overridden("evaluation.a=5", "5", "dictionary"),
-    overridden("output.name=a/b", "'a/b'", "should match pattern"),
-    overridden("output.name=..", "'..'", "should match pattern"),
+    overridden("evaluation.a=5", "5", "not a section", "{data: 5}"),
+    overridden("output.name=a/b", "'a/b'", "characters that cannot stand here"),
+    overridden("output.name=..", "'..'", "characters that cannot stand here"),
     overridden(
         "seed=0x" + "f" * 9000,
         "…",
-        "less than 9223372036854775808",
-        "change seed",
+        "not below 9223372036854775808",
+        "give a whole number",
         "seed",
         "seed-of-many-digits",
     ),
@@ -109,16 +109,14 @@ SETTINGS = [
     overridden(
         r'calibration.data="a\0b"', r"a\x00b", "no such file|cannot be read|neither", "path"
     ),
+    overridden("evaluation={1: {data: a.txt}}", "1", "not a text", "in quotes", "evaluation.1"),
     overridden(
-        "evaluation={1: {data: a.txt}}", "1", "valid string", "change", "evaluation.1.[key]"
+        "evaluation={a: {data: b.txt, 5: 6}}", "", "no text|unknown", "quotes", key="evaluation.a.5"
     ),
-    overridden("evaluation={a: {data: b.txt, 5: 6}}", "", "string|unknown", key="evaluation.a.5"),
-    overridden("calibration.length=1e400", "", "integer|finite", "change"),
-    overridden(
-        "calibration.windows=99999999999999999999", "99999", "less than or equal to 10000000"
-    ),
-    overridden("fusion.rank=99999999999999999999", "99999", "less than or equal to 10000000"),
-    overridden("output.shard_gb=0", "0", "greater than 0"),
+    overridden("calibration.length=1e400", "", "whole number|finite", "give a whole number"),
+    overridden("calibration.windows=99999999999999999999", "99999", "not 10000000 or less"),
+    overridden("fusion.rank=99999999999999999999", "99999", "not 10000000 or less"),
+    overridden("output.shard_gb=0", "0", "not above 0"),
     overridden("output.shard_gb=.inf", "inf", "finite"),
     overridden("output.uri=/proc/fusegpt", "'/proc/fusegpt'", "cannot be written", "your rights"),
     overridden(

@@ -73,7 +73,7 @@ def test_a_price_of_the_recipe_is_told_beside_the_time_that_it_took() -> None:
     }
     told["spent"] = {"seconds": 2700.0, "gpu_seconds": 5400.0}
     shown = page.html(of_manifest("demo", told, 10))
-    assert "time of the run so far</dt><dd>45 min 00 s<" in shown
+    assert "time of the run</dt><dd>45 min 00 s<" in shown
     assert "GPU hours of the run</dt><dd>1.50<" in shown
     assert "price of these hours</dt><dd>4.50<" in shown
     row = ("scoring", "4.0 MB", "2.0 MB", "–", "–")

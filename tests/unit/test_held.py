@@ -5,6 +5,7 @@ free, and in what is paid for.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,8 +13,10 @@ from desk import Desk
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.cost.rates import RATES
+from fusegpt_ray.distributed import cluster as module
 from fusegpt_ray.distributed import sets
 from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
@@ -45,7 +48,84 @@ def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> N
     for changes, gpus in (({}, 3.0), ({"roomy": False}, 2.0), ({"sets": 1}, 2.0)):
         found = RayWorkers(replace(setup, **changes))  # type: ignore[arg-type]
         found.gpus = 1.0
+        found.way = found.way_in({"GPU": 2, "CPU": 4})
         assert found.gpus_held == gpus, changes
+
+
+@pytest.mark.parametrize(
+    ("replicas", "workers", "each", "gpus", "cpus", "way"),
+    [
+        (4, 4, 1.0, 4, 9, "shared"), (1, 4, 1.0, 4, 9, "shared"), (4, 4, 1.0, 4, 8, "turns"),
+        (2, 2, 2.0, 6, 5, "apart"), (2, 2, 2.0, 5, 5, "turns"), (2, 2, 2.0, 6, 4, "turns"),
+        (2, 2, 0.0, 0, 5, "apart"), (2, 2, 0.0, 0, 4, "turns"),
+    ],
+)  # fmt: skip
+def test_workers_share_gpus_only_with_replicas_that_stay(
+    replicas: int, workers: int, each: float, gpus: float, cpus: float, way: Way
+) -> None:
+    """Where replicas end before training, a part of a GPU could be beside another worker's."""
+    cluster = Cluster(replicas=replicas, workers=workers, gpus_per_replica=each)
+    found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
+    found.gpus = each
+    found.way = found.way_in({"GPU": gpus, "CPU": cpus})
+    assert found.way == way
+    parts = {"shared": 0.4, "apart": 1, "turns": 1}
+    assert found._worker_gpu == (parts[way] if each else 0)
+
+
+def test_workers_that_meet_on_one_gpu_have_whole_ones_for_the_rest_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a real cluster: tests/integration/test_own_gpus.py."""
+    said: list[str] = []
+
+    class Job:
+        def __init__(self, gpu: float) -> None:
+            self.gpu = gpu
+
+        def run(self, *_: object) -> list[float]:
+            if self.gpu < 1:
+                raise OneGpuError("two workers")
+            return [self.gpu]
+
+        def close(self, wait: bool) -> None:
+            said.append(f"job of {self.gpu} ends")
+
+    class Pool:
+        gpus = 0.6
+
+        def __getattr__(self, name: str) -> Callable[[], None]:
+            return lambda: said.append(name)
+
+    def start(self: RayWorkers) -> None:
+        self._job = self._job or Job(self._worker_gpu)
+
+    free = [0.4, 0.4]
+    monkeypatch.setattr(module, "free_gpus", lambda labels: free)
+    monkeypatch.setattr(module, "PLACED_SECONDS", 0)
+    monkeypatch.setattr(RayWorkers, "_start_training", start)
+
+    def opened() -> RayWorkers:
+        cluster = Cluster(replicas=2, workers=2)
+        found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
+        found.gpus, found.way, found._pool = 1.0, "shared", Pool()  # type: ignore[assignment]
+        return found
+
+    one = opened()
+    one.prepare_training()
+    assert one._job.gpu == 0.4
+    assert one.spmd(print, news=print) == one.spmd(print, news=print) == [1]
+    assert said == ["start", "offload", "job of 0.4 ends", "close", "close", "close"]
+    assert (one.way, one._pool.gpus, one.gpus_held) == ("turns", 1, 2)
+    for rooms, apart in (([1.4, 0.4], False), ([0.0, 1.8], True), ([0.8, 0.0], True)):
+        free[:] = rooms
+        other = opened()
+        other.prepare_training()
+        assert (other._job is not None) == apart, rooms
+    free[:], said[:] = [0.4, 1.0, 0.4], []
+    other = opened()
+    assert other.spmd(print, news=print) == [1]
+    assert said == ["start", "offload", "close", "close"]
 
 
 def test_a_plan_counts_the_processes_that_there_will_be(

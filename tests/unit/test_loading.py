@@ -15,6 +15,7 @@ from models import open_stack, token_windows
 from fusegpt_ray.distributed import loading
 from fusegpt_ray.distributed.loading import turn
 from fusegpt_ray.model import weights
+from fusegpt_ray.model.memory import pinned_bytes
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.weights import OFFLOAD_SHARE, stored_bytes
 
@@ -81,4 +82,21 @@ def test_blocks_that_make_room_on_a_gpu_take_this_process_s_share_of_the_host(
     monkeypatch.setattr(weights, "free_bytes", lambda device: int(2 * one / OFFLOAD_SHARE))
     assert runner.weights.kept == len(stack)
     runner.weights.offload(host_share=1 / 4)
+    assert runner.weights.kept == 0
+
+
+def test_pinned_memory_is_counted_as_torch_takes_it(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block that fits by its own size, and does not as it would be pinned, is not moved."""
+    sizes = [0, 1, 2, 3, 4, 5, 1000, 1 << 30, (1 << 30) + 1]
+    assert [*map(pinned_bytes, sizes)] == [0, 1, 2, 4, 4, 8, 1024, 1 << 30, 1 << 31]
+    stack = open_stack(checkpoint("llama"))
+    runner = Runner(stack, torch.device("cpu"), torch.float32, 2, "resident")
+    list(runner.walk(stack, token_windows(2, 8)))
+    tensors = [[ref.end - ref.begin for ref in block.weights.values()] for block in stack.blocks]
+    largest, pinned = max(map(sum, tensors)), min(sum(map(pinned_bytes, one)) for one in tensors)
+    assert 1.05 * largest < pinned, "the model's tensors have sizes that are no power of two"
+    monkeypatch.setattr(weights, "free_bytes", lambda device: int(1.02 * largest / OFFLOAD_SHARE))
+    runner.weights.offload()
     assert runner.weights.kept == 0

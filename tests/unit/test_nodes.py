@@ -98,6 +98,27 @@ def test_only_nodes_with_the_labels_count(cluster: Any, monkeypatch: pytest.Monk
     assert fake.asked == []
 
 
+@pytest.mark.parametrize(
+    ("labels", "gpus", "most"),
+    [
+        ({}, 0, 64), ({"pool": "a"}, 0, 6), ({"pool": "none"}, 0, 1),
+        ({}, 1, 6), ({}, 0.6, 6), ({"pool": "b"}, 0.6, 4), ({"pool": "b"}, 0.4, 8),
+        ({"pool": "b"}, 0.1, 9), ({}, 2, 4), ({"pool": "b"}, 3, 1), ({"pool": "b"}, 8, 1),
+    ],
+)  # fmt: skip
+def test_as_many_processes_as_find_room_may_come_to_one_node(
+    labels: dict[str, str], gpus: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes without GPUs do not count where GPUs are asked for, but CPUs do."""
+    has = [({}, 0, 64), ({"pool": "a"}, 8, 6), ({"pool": "b"}, 4, 9)]
+    there = [
+        {"Alive": True, "Labels": of, "Resources": {"CPU": cpus, **({"GPU": n} if n else {})}}
+        for of, n, cpus in has
+    ]
+    monkeypatch.setattr(nodes.ray, "nodes", lambda: there)
+    assert nodes.most_on_a_node(labels, gpus) == most
+
+
 def test_nodes_with_labels_are_asked_for(cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster({"CPU": 1})
     asked: list[dict[str, Any]] = []

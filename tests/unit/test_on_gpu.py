@@ -15,7 +15,7 @@ from workshop import BATCH, FAST, IDS, LENGTH, settings
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.sweep import Part, sweep
 from fusegpt_ray.model.compiled import block_function
-from fusegpt_ray.model.device import set_deterministic, tensor_core_products
+from fusegpt_ray.model.device import deterministic_kernels, tensor_core_products
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.prefetch import on_device
@@ -28,9 +28,8 @@ GPU = torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> Any:
-    before = set_deterministic(GPU, True)
-    yield
-    set_deterministic(GPU, before)
+    with deterministic_kernels(GPU, True):
+        yield
 
 
 def make_runner(folder: Path, compiled: bool) -> Runner:

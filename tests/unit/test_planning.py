@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import ANY
 
 import pytest
+import torch
 import yaml
 from desk import Desk
+from functorch.compile import make_boxed_func
 from mistakes import tree
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
 from fusegpt_ray import probe
@@ -23,6 +28,8 @@ from fusegpt_ray.cost import rates
 from fusegpt_ray.cost.cost import attention_flops
 from fusegpt_ray.first_recipe import first_recipe
 from fusegpt_ray.generation import ROWS
+from fusegpt_ray.model.compiled import CompiledBlock
+from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
@@ -127,10 +134,48 @@ def test_a_probe_counts_what_torch_counts(desk: Desk, monkeypatch: pytest.Monkey
     # Attention on a CPU is one operation, which torch does not count.
     walk, step = windows * attention_flops(dense, length), ROWS * attention_flops(dense, 1)
     assert found["scoring"] == counted[0] + walk
-    assert found["healing"] == counted[1] + 3 * walk
-    assert found["generating"] == counted[2] + step
+    assert found["generating"] == counted[1] + step
+    assert found["healing"] == counted[2] + 3 * walk
     assert found["repair"] == counted[3]
     assert found.keys() == rates.RATES["NVIDIA H100"].keys()
+
+
+def test_a_probe_computes_as_the_run_does(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same kernels; and where the way back cannot be compiled, not compiled."""
+    asked: list[tuple[bool, bool]] = []
+    within = False
+
+    @contextmanager
+    def kernels(device: torch.device, wanted: bool) -> Iterator[None]:
+        nonlocal within
+        within = wanted
+        yield
+        within = False
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no way back")
+
+    def plain(graph: Any, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    def timed(call: Callable[[], object], *_: object) -> float:
+        call()
+        asked.append((within, bool(run.gave_up)))
+        return 1.0
+
+    torch._dynamo.reset()
+    run = CompiledBlock(aot_autograd(fw_compiler=plain, bw_compiler=fails))
+    monkeypatch.setattr(probe, "deterministic_kernels", kernels)
+    monkeypatch.setattr(probe, "block_function", lambda compiled: run if compiled else run_block)
+    monkeypatch.setattr(probe, "_median_time", timed)
+    found = probe.probe(plan(Recipe.load(desk.write(cluster={"compile": True})), Display()))
+    # A walk, a text that is written, a block there and back, a repair.
+    assert asked == [(True, False), (True, False), (True, True), (True, True)]
+    assert all(found.values())
+    asked.clear()
+    cluster = {"compile": True, "deterministic": False}
+    probe.probe(plan(Recipe.load(desk.write(cluster=cluster)), Display()))
+    assert not any(deterministic for deterministic, _ in asked)
 
 
 def test_all_mistakes_are_listed(

@@ -22,7 +22,9 @@ from proving import (  # noqa: F401 - fixtures
     with_block,
     without,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from fusegpt_ray.model.compiled import CompiledBlock
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
@@ -147,6 +149,23 @@ def test_what_from_pretrained_makes_of_it_counts(
         prove(published, str(other), shortened(dense), here, there, IDS)
     less = rewrite(out, tmp_path / "less", lambda tensors: without(tensors, Q))
     assert Q in compare_plain(str(less), published, there, IDS).problem
+
+
+def test_compiled_blocks_are_not_compared_with_others(
+    folder: Callable[[str], Path], checkpoint: Callable[[str], Path]
+) -> None:
+    """They round otherwise, and would be compiled wherever all windows are a whole batch."""
+    out, dense = folder("llama"), open_stack(checkpoint("llama"))
+    published, compiler = opened(out, dense), CompileCounterWithBackend("aot_eager")
+    compiling = runners(dense, published)
+    for runner in compiling:
+        runner.compiled, runner.run_block = True, CompiledBlock(compiler)
+        runner.batch_size = len(IDS)
+    prove(published, str(out), shortened(dense), *compiling, IDS)
+    assert compare_plain(str(out), published, compiling[1], IDS).problem == ""
+    assert compiler.frame_count == 0
+    list(compiling[1].walk(published, IDS))
+    assert compiler.frame_count == 1
 
 
 # --- in a run ---

@@ -134,8 +134,15 @@ def test_a_finished_model(finished: Path, tmp_path: Path, capsys: Capture) -> No
     assert planned.keys() == {"scoring", "states", "fine-tuning", "healing", "evaluation"}
     assert [row.stage for row, taken in facts(str(finished)).worked if taken > 0] == [*planned]
     assert manifest["stage_seconds"].keys() == {"evaluation"}
-    rate = planned["scoring"] / seconds["scoring"]
+    assert seconds["evaluation"] == manifest["stage_seconds"]["evaluation"]
+    assert "time of measuring it" in text and "time of the run so far" not in text
+    # The speed is that of what was done, which scoring alone has counted.
+    (walks,) = [row["block_forwards"] for row in manifest["planned"] if row["stage"] == "scoring"]
+    done = sum(round["block_forwards"]["done"] for round in manifest["rounds"])
+    assert done < walks
+    rate = planned["scoring"] * done / walks / seconds["scoring"]
     assert flop_count(planned["scoring"]) in text and f"{flop_count(rate)}/s" in text
+    assert text.count("FLOP/s") == 1
 
 
 @pytest.mark.parametrize(("method", "what"), [("mi+linear", "repair"), ("slicegpt", "slicing")])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from backwards import Backwards
-from desk import LENGTH, Desk
+from desk import LENGTH, Desk, text_of
 from infirmary import TRAINED
 from mistakes import Bad, check, table
 from models import load_model
@@ -28,6 +28,8 @@ from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.known import Known
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 
@@ -44,6 +46,8 @@ HEAL: dict[str, Any] = {
 }
 SAVED = {"cluster": {"engine": "local", "checkpoint_minutes": 0}}
 ASKED: dict[str, Any] = {"method": "last", "sparsity": 0.2, "heal": HEAL} | SAVED
+GROUPS = [(0,), (1, 2, 4)]
+"""That come of the desk's text."""
 
 
 def partitions(kept: list[int], count: int) -> list[Groups]:
@@ -77,15 +81,29 @@ def test_of_equal_ones_the_first_begins_a_group() -> None:
     assert Sharing().groups(range(6)) == []
 
 
-def changes_of(desk: Desk, kind: type[LocalWorkers], place: str) -> tuple[float, ...]:
+def changes_of(
+    desk: Desk, kind: type[LocalWorkers], place: str, windows_WT: torch.Tensor = TRAINED
+) -> tuple[float, ...]:
     source = Source.find(str(desk.model), None)
     dense = source.stack()
     output = {"uri": str(desk.folder / place), "name": "demo"}
     asked = recipe(desk, **ASKED, importance={"windows": 8, "batch": 3}, output=output)
     journal = Journal.of(asked)
     setup = Setup(source, dense, Cluster(engine="local"), importance=asked.importance)
-    with kind(setup) as here, journal.owned(print, str, dict) as journal:
-        return sharing_of(asked, here, journal, dense, TRAINED.numpy(), Display()).changes
+    with kind(setup) as here:
+        known = Known(journal, "sharing", "this run", Shared(), {}, print)
+        return sharing_of(asked, here, known, dense, windows_WT.numpy(), Display()).changes
+
+
+def test_changes_on_other_windows_are_measured_anew(desk: Desk) -> None:
+    """Also where what an earlier run measured still lies in the folder."""
+    first, other = TRAINED[:8], TRAINED[8:]
+    found = changes_of(desk, LocalWorkers, "one", first)
+    assert changes_of(desk, LocalWorkers, "one", other) != found
+    assert changes_of(desk, LocalWorkers, "one", first) == found
+    assert changes_of(desk, LocalWorkers, "fresh", other) == changes_of(
+        desk, LocalWorkers, "one", other
+    )
 
 
 def test_changes_are_those_of_plain_torch_whatever_the_replicas(desk: Desk) -> None:
@@ -107,7 +125,7 @@ def _undisturbed(desk: Desk, tmp_path: Path) -> dict[str, bytes]:
     kept = done.manifest["kept"]
     assert kept == [0, 1, 2, 4]
     groups = [tuple(group) for group in done.manifest["healing"]["groups"]]
-    assert groups in partitions(kept, 2)
+    assert groups in partitions(kept, 2) and groups == GROUPS
     tensors = load_file(Path(done.uri) / "model.safetensors")
     first, second = (
         tensors[f"model.layers.{kept.index(group[-1])}.mlp.up_proj.weight"] for group in groups
@@ -118,6 +136,7 @@ def _undisturbed(desk: Desk, tmp_path: Path) -> dict[str, bytes]:
             own = [tensors[f"model.layers.{kept.index(number)}.{name}"] for number in group]
             assert all(torch.equal(one, own[0]) for one in own)
     assert "in 2 groups of blocks that share weights" in (Path(done.uri) / "README.md").read_text()
+    assert not run_folder(desk).exists()
     found = published(desk)
     desk.out.rename(tmp_path / "undisturbed")
     return found
@@ -133,6 +152,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(desk: Desk, undisturbed: dict[st
     assert published(desk) == undisturbed
     assert "  going on after part 1 of 2" in again.said
     assert not any("share weights" in stage for stage in again.stages)
+
+
+def test_another_text_makes_other_groups(desk: Desk) -> None:
+    """Of a run of the same name, also after one that was stopped when it had measured its own."""
+    (desk.folder / "other.txt").write_text(text_of(torch.full((200,), 50)))
+    text = desk.recipe()["calibration"] | {"data": str(desk.folder / "other.txt")}
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe(desk, **ASKED), StoppedInHealing("demo-p20", 1))
+    (done,) = compress(recipe(desk, **ASKED, calibration=text), Watching(), restart=True)
+    assert done.manifest["healing"]["groups"] == [[0, 1], [2, 4]], "and not GROUPS"
+    assert not run_folder(desk).exists()
 
 
 class Staged(Watching):

@@ -68,6 +68,8 @@ def test_the_same_tensors_as_the_library_reads(
     staging, seen = Staging(torch.device(device), dtype, size), bytearray()
     found = staging.read(refs, seen.extend)
     assert_same(on_cpu(found, device), as_computed(load_file(tmp_path / SINGLE), dtype))
+    stored = staging.read_as_stored(refs)
+    assert_same(on_cpu(stored, device), load_file(tmp_path / SINGLE))
     assert seen == (tmp_path / SINGLE).read_bytes()[min(ref.begin for ref in refs.values()) :]
     some = {"b": refs["scalar"], "a": refs["empty"]}
     assert_same(

@@ -104,21 +104,37 @@ def test_status_as_tables(
     alive(out)
     assert main(["status", str(out)]) == 0
     text = capsys.readouterr().out
-    (model,) = [line for line in text.splitlines() if "other-p20" in line]
-    assert [cell.strip() for cell in model.split("│")[1:-1]] == [
-        "other-p20",
-        "4 of 5",
-        "20.0%",
-        "heldout",
-        "10.50",
-        "12.25",
-        "11.75",
+    rows = [line.split("│")[1:-1] for line in text.splitlines() if "other-p20" in line]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["other-p20", "4 of 5", "20.0%"],
+        ["other-p20", "heldout", "10.50", "12.25", "11.75", "29%"],
     ]
     (run,) = [line for line in text.splitlines() if "demo" in line]
     assert (
         "alive, heard of 1 min" in run and "round 2/3: scoring 4 blocks" in run and "1 of 3" in run
     )
     assert "broken-p20: fusegpt.json is not JSON" in text
+
+
+def test_nothing_is_cut_in_a_log_of_80_columns(
+    out: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Names of models and runs, perplexities and the names of stages are wrapped."""
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "tiny-long-mi-linear-of-a-family-p12.5"
+    numbers = {"dense": 34.78, "dropped": 38.58, "repaired": 35.89, "fused": 35.58, "healed": 35.46}
+    shutil.copytree(out / "other-p20", out / long)
+    manifest = json.loads((out / long / "fusegpt.json").read_text())
+    told = json.dumps(manifest | {"perplexity": {"heldout": numbers | {"length": 12}}})
+    (out / long / "fusegpt.json").write_text(told)
+    shutil.move(out / "demo.run", out / f"{long}.run")
+    assert main(["status", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+
+    for row in ("34.78", "38.58", "35.89", "35.58", "35.46"):
+        assert row in text
+    assert text.count("repaired") == 1
 
 
 def test_status_counts_only_records_that_can_be_trusted(out: Path) -> None:

@@ -4,6 +4,7 @@ read of blocks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch import nn
 from fusegpt_ray.compression import Compression
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.weights import Weights, stored_bytes
-from fusegpt_ray.pipeline import open_workers
+from fusegpt_ray.pipeline import compress, open_workers
 from fusegpt_ray.plan import plan
+from fusegpt_ray.store import writer
+from fusegpt_ray.store.writer import Entry
 from fusegpt_ray.workers.room import Held
 
 
@@ -60,3 +63,35 @@ def test_a_run_reads_no_more_than_was_planned(
         assert workers.streams == (weights == "streamed")
     most = sum(row.read for row in rows if row.stage != "publishing")
     assert most / 4 < sum(read) <= most
+
+
+@pytest.mark.parametrize(
+    ("method", "fold"),
+    [("fusegpt", "each_round"), ("fusegpt", "at_end"), ("mi+linear", "each_round")],
+)
+def test_rounds_write_no_more_than_was_planned(
+    method: str, fold: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of weights, without the headers of files; also the layers that were repaired. And not much
+    less.
+    """
+    headers: dict[str, int] = {}
+    whole = writer._write_once
+
+    def counted(file: str, entries: Sequence[Entry]) -> Any:
+        record, refs = whole(file, entries)
+        if "/blocks/round-" in file and "checkpoint" not in file:
+            headers[file] = min(ref.begin for ref in refs.values())
+        return record, refs
+
+    monkeypatch.setattr(writer, "_write_once", counted)
+    sections = {
+        "calibration": desk.recipe()["calibration"] | {"windows": 12},
+        "fusion": desk.recipe()["fusion"] | {"start": "linear", "fold": fold, "epochs": 1},
+    }
+    (model,) = compress(recipe(desk, method=method, sparsity=0.4, **sections), Watching())
+    assert all(round["repair"]["block"] is not None for round in model.manifest["rounds"])
+    written = model.manifest["moved"]["fine-tuning"]["written"] - sum(headers.values())
+    rows = model.manifest["planned_bytes"]
+    (most,) = [row["written"] for row in rows if row["stage"] == "fine-tuning"]
+    assert most / 4 < written <= most
