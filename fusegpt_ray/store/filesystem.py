@@ -15,14 +15,14 @@ from fsspec.implementations.local import LocalFileSystem
 from fusegpt_ray.store import hub_client
 from fusegpt_ray.uris import is_local
 
-CONNECT_SECONDS = 5.0
-READ_SECONDS = 15.0
-"""How long a server may be silent, at the beginning and between two pieces of an answer: however
-large a file is, nothing bounds the time that it may take. s3fs has these two for S3."""
+SILENCE = 30.0
+"""Seconds of silence, at the beginning and between two pieces of an answer, after which a web
+server has failed; its client by itself waits for minutes, and ends any download after five."""
 SENDS = 3
-"""How often botocore sends one request, where nobody says otherwise; its older default is 5."""
-SILENT_SECONDS = SENDS * READ_SECONDS
-"""After what a request that nobody answers fails."""
+"""How often botocore sends one request to S3, where nobody says otherwise; its older default is 5.
+s3fs takes 15 seconds of silence for a failure."""
+SILENT_SECONDS = 60.0
+"""How long nobody may have answered when that is noticed: S3 three times, a web server twice."""
 
 
 def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -36,7 +36,7 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     if is_local(uri):  # whatever else fsspec would see in the name
         path = LocalFileSystem._strip_protocol(uri if "://" in uri else absolute(uri))
         return fsspec.filesystem("file"), path
-    fs, path = url_to_fs(uri, **_patience(uri))
+    fs, path = url_to_fs(uri, **_limits(uri))
     if "s3" in fs.protocol:
         if "?versionId=" in path:  # s3fs cuts the name there
             raise ValueError("it names a version of an object, not a file or a folder")
@@ -45,23 +45,24 @@ def filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, path
 
 
-def _patience(uri: str) -> dict[str, dict[str, Any]]:
-    """For each protocol in it that has such options, how long its server is waited for. What the
-    user has set, in the environment or in fsspec's configuration, stays.
+def _limits(uri: str) -> dict[str, dict[str, Any]]:
+    """Options of each protocol in it whose client would wait for ever, or nearly. What the user has
+    set, in the environment or in fsspec's configuration, stays.
     """
     found: dict[str, dict[str, Any]] = {}
     for protocol in {split_protocol(part)[0] for part in uri.split("::")}:
-        if protocol in ("s3", "s3a") and not ("AWS_MAX_ATTEMPTS" in os.environ or _in_profile()):
+        if protocol == "hf":
+            hub_client.patient()
+        elif protocol in ("s3", "s3a") and not ("AWS_MAX_ATTEMPTS" in os.environ or _in_profile()):
             retries = {"retries": {"total_max_attempts": SENDS}}
             found[protocol] = {"config_kwargs": retries | _set(protocol, "config_kwargs")}
-        elif protocol == "hf":
-            hub_client.patient()
         elif protocol in ("http", "https"):
-            from aiohttp import ClientTimeout
+            from aiohttp import ClientTimeout  # fsspec needs it for these, too
 
-            # aiohttp's own default ends any download after five minutes.
-            wait = ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
-            found[protocol] = {"client_kwargs": {"timeout": wait} | _set(protocol, "client_kwargs")}
+            limits = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+            found[protocol] = {
+                "client_kwargs": {"timeout": limits} | _set(protocol, "client_kwargs")
+            }
     return found
 
 

@@ -74,7 +74,7 @@ def test_what_the_libraries_ask_has_a_limit_too(address: str) -> None:
 
 
 def test_a_web_server_is_a_store_that_fails(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(filesystem, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(filesystem, "SILENCE", 0.3)
     monkeypatch.setenv("FUSEGPT_RETRY_SECONDS", "1")
     began = time.monotonic()
     with pytest.raises(StorageError, match="given up after"):

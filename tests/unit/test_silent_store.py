@@ -28,8 +28,7 @@ Capture = pytest.LogCaptureFixture
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Half a second of silence is too long, and one of eight ends an operation."""
-    for name in ("CONNECT_SECONDS", "READ_SECONDS"):
-        monkeypatch.setattr(filesystem, name, SILENCE)
+    monkeypatch.setattr(filesystem, "SILENCE", SILENCE)
     patience = {"read_timeout": SILENCE, "connect_timeout": SILENCE}
     monkeypatch.setitem(fsspec.config.conf, "s3", {"config_kwargs": patience})
     monkeypatch.setattr(retry, "_told_until", {})
