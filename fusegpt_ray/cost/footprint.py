@@ -15,15 +15,19 @@ from fusegpt_ray.fusion.compensation import PIECES
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.runner import state_bytes
 from fusegpt_ray.model.stack import Refs, Stack
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal
 from fusegpt_ray.report import byte_count
+from fusegpt_ray.training.deepspeed_stepper import BUCKET
 from fusegpt_ray.training.distillation import CHUNK
 
 ADAM = 4
 """Values for each that learns: itself, its gradient and Adam's two moments."""
 ADAM_KEPT = 3
 """Of these, a training checkpoint keeps all but the gradient."""
+GATHERED = 10**9
+"""Values that ZeRO 3 keeps gathered, at most: its `stage3_max_live_parameters`."""
 FLOAT64 = 8
 """Bytes."""
 LOGITS = 6
@@ -46,27 +50,45 @@ def replica_bytes(dense: Stack, dtype: torch.dtype, windows: int, length: int) -
     return _in(dtype, dense.trunk) + 4 * _largest_block(dense, dtype) + states
 
 
+def values_held(cluster: Cluster, learns: int) -> int:
+    """Values that a training worker holds of what learns, at most: each itself, its gradient and
+    Adam's two moments; and what DeepSpeed holds beside these. That is a bucket, in which gradients
+    are reduced; and with ZeRO the masters that it updates, also of what is float32 itself. Of these
+    and of the moments a worker holds its part. ZeRO 3 holds its part also of values and gradients,
+    and gathers others on the way.
+
+    `tests/integration/test_held_by_deepspeed.py` measures it.
+    """
+    if cluster.engine == "local":
+        return ADAM * learns
+    bucket, part = min(learns, BUCKET), ceil(learns / cluster.workers)
+    shared = 2 * learns + 3 * part
+    gathered = 5 * part + 2 * min(learns, GATHERED)
+    held = {0: ADAM * learns, 1: shared, 2: shared, 3: gathered}
+    return held[cluster.zero_stage] + bucket
+
+
 def training_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, rounds: int = 1) -> int:
     """What a training worker holds on its device in the last of so many rounds, activations and
     states aside: each neighbour's own and effective weights and the latter's gradients (in
     float32, where micro-batches add up), the donors, what is in passing, and all that learns with
     its optimizer state. On a GPU, the trunk is away meanwhile.
 
-    ZeRO's partitioning saves some of it where there are several workers. Of a light block: its
-    weights and their gradients, and their masters with gradients and optimizer state.
+    Of a light block: its weights and their gradients, and what its masters take (`values_held`).
     """
     settings = recipe.fusion
     if recipe.spec.light:
         added_up = _micro_batch(recipe) < settings.batch // recipe.cluster.workers
         weights = dtype.itemsize + (4 if added_up else dtype.itemsize)
-        return (weights + 4 * ADAM) * max(elements(block.weights) for block in dense.blocks)
+        learns = max(elements(block.weights) for block in dense.blocks)
+        return weights * learns + 4 * values_held(recipe.cluster, learns)
     donors = rounds if settings.fold == "at_end" else 1
     trained = 4 if settings.trained_dtype == "float32" else dtype.itemsize
-    learns = trained * trained_elements(recipe, dense, donors)
+    learns = values_held(recipe.cluster, trained_elements(recipe, dense, donors))
     share = settings.batch // recipe.cluster.workers
     gradients = 4 / dtype.itemsize if _micro_batch(recipe) < share else 1
     blocks = int((2 + gradients) * settings.group_size) + donors + 2
-    return blocks * _largest_block(dense, dtype) + ADAM * learns
+    return blocks * _largest_block(dense, dtype) + trained * learns
 
 
 def activation_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype) -> int:
@@ -87,8 +109,8 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     learns, once in the arithmetic's dtype with the gradients of a loss batch, once as masters with
     gradients and optimizer state; activations; and the logits of a chunk of tokens.
 
-    Of several workers, ZeRO 1 shares the optimizer state, ZeRO 2 its gradients too, and ZeRO 3 also
-    the masters and the frozen weights. Some blocks' worth is whole at a time.
+    What several workers share of what learns: see `values_held`. ZeRO 3 shares the frozen weights,
+    too; some blocks' worth is whole at a time.
     """
     heal, cluster = recipe.heal, recipe.cluster
     assert heal is not None
@@ -99,11 +121,11 @@ def healing_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -
     formed = _formed(recipe, dense, kept)  # each block has its own of these; …
     learns = ceil(formed / (heal.share or 1))  # … a group learns them once
     frozen = weights if low_rank else weights - formed
-    parts = [1 / cluster.workers if cluster.zero_stage >= stage else 1.0 for stage in (1, 2, 3)]
-    state = 4 * learns * (2 * parts[0] + parts[1] + parts[2])  # Adam's moments, gradients, masters
+    part = 1 / cluster.workers if cluster.zero_stage == 3 else 1.0
+    state = 4 * values_held(cluster, learns)
     gradients = dtype.itemsize if micro_batch * cluster.workers == heal.batch else 4
-    held = frozen * dtype.itemsize * parts[2] + formed * (dtype.itemsize + gradients) + state
-    if parts[2] < 1:
+    held = frozen * dtype.itemsize * part + formed * (dtype.itemsize + gradients) + state
+    if part < 1:
         # What a backward pass needs of the gathered weights is held until then.
         again = cluster.recompute_activations
         held += 2 * _largest_block(dense, dtype) if again else frozen * dtype.itemsize
@@ -183,7 +205,8 @@ def trial_bytes(recipe: Recipe, dense: Stack, dtype: torch.dtype, kept: int) -> 
     """What a replica holds that heals a set of the tournament alone, with a single window at once;
     see `healing_bytes`.
     """
-    alone = recipe.cluster.model_copy(update={"workers": 1, "zero_stage": 0, "micro_batch": 1})
+    changes = {"engine": "local", "workers": 1, "zero_stage": 0, "micro_batch": 1}
+    alone = recipe.cluster.model_copy(update=changes)
     return healing_bytes(recipe.model_copy(update={"cluster": alone}), dense, dtype, kept)
 
 

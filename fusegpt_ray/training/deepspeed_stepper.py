@@ -2,9 +2,10 @@
 CPUs.
 
 - The loss batch is split over the workers, and the loss keeps its meaning (see `losses.py`).
-- What learns is float32 beside frozen bf16 buffers. So DeepSpeed runs in float32, and the masters
-  need no second copy. Only `trained_dtype: model` on a 16-bit model asks DeepSpeed for bf16 masters
-  and optimizer states, which is what the paper's code has.
+- What learns is float32 beside frozen bf16 buffers. So DeepSpeed runs in float32; with ZeRO it
+  nevertheless updates a copy of its own (see `cost/footprint.py`). Only `trained_dtype: model` on a
+  16-bit model asks DeepSpeed for bf16 masters and optimizer states, which is what the paper's code
+  has.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ from fusegpt_ray.training.optimizer import (
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.training.stepper import TrainingConfig
 from fusegpt_ray.workers.base import TrainingWorker
+
+BUCKET = 500_000_000
+"""Gradients that are reduced at once, at most."""
 
 
 @dataclass
@@ -178,7 +182,7 @@ def deepspeed_config(micro_batch: int, stage: int, trained: int, bf16: bool) -> 
         # DeepSpeed keeps bf16 masters only where ZeRO partitions them; stage 1 is the same
         # arithmetic as stage 0.
         stage = max(stage, 1)
-    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, 500_000_000)}
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(trained, BUCKET)}
     if stage in (1, 2):
         # The norm, which nobody asks for, would make every step wait for the device. Stage 3
         # cannot do without, and skips a step whose norm is not finite: see `mean`.
