@@ -3,7 +3,8 @@ the last one and ends with the same bytes.
 
 - Each worker writes its own part of the state as a safetensors file. A sealed record, written after
   all of them, names the files that count, with their checksums; other files mean nothing.
-- A file is read once, whole, and what is checked is what is then loaded.
+- A file is read once, piece by piece into the memory that it then stays in, and what is checked is
+  what is then loaded.
 - Workers decide together whether a checkpoint is due, because their clocks differ, and whether the
   last one is good.
 - A checkpoint counts only for the same span of the same stack, trained in the same way. If it
@@ -13,15 +14,18 @@ the last one and ends with the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import safetensors.torch
 import torch
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.store import storage
+from fusegpt_ray.store.checkpoint import read_header, read_tensors
+from fusegpt_ray.store.ranges import EndedEarly
 from fusegpt_ray.store.records import DamagedRecord, FileRecord, checksum, opened, sealed
 from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.stepper import Stepper
@@ -199,13 +203,7 @@ class Checkpoints:
             return nothing
         name = next(name for name in record["files"] if name.endswith(_of(worker)))
         uri = storage.join(self.folder, name)
-        try:
-            data = storage.read(uri)
-        except FileNotFoundError as error:
-            raise DamagedRecord(f"{uri} is missing") from error
-        if FileRecord.of(data).to_json() != record["files"][name]:
-            raise DamagedRecord(f"{uri} is not what was written")
-        state = safetensors.torch.load(data)
+        state = _state(uri, FileRecord.from_json(record["files"][name]))
         losses = [*state.pop(LOSSES, torch.empty(0))]
         return Progress(record["losses"], losses, record["held_out"], record["seconds"]), state
 
@@ -238,6 +236,29 @@ class Checkpoints:
 
     def _whose(self) -> dict[str, Any]:
         return {**self.owner, "micro_batch": self.micro_batch}
+
+
+def _state(uri: str, written: FileRecord) -> dict[str, torch.Tensor]:
+    """The tensors of a worker's file, held once.
+
+    Raises:
+        DamagedRecord: it is not what was written.
+    """
+    other = DamagedRecord(f"{uri} is not what was written")
+    try:
+        if storage.size(uri) != written.size:
+            raise other
+        refs = read_header(uri, "")
+        (head,) = storage.read_ranges(uri, [(0, min(ref.begin for ref in refs.values()))])
+        digest = hashlib.sha256(head)
+        state = read_tensors(refs, digest.update)
+    except FileNotFoundError as error:
+        raise DamagedRecord(f"{uri} is missing") from error
+    except (UserError, EndedEarly) as error:  # no safetensors, or it has shrunk since
+        raise other from error
+    if digest.hexdigest() != written.sha256:
+        raise other
+    return state
 
 
 def _of(worker: int) -> str:
