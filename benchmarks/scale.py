@@ -38,7 +38,7 @@ from fusegpt_ray.cost.cost import Cost, cost
 from fusegpt_ray.cost.rates import MEASURED, RATES
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
-from fusegpt_ray.scheduling.forecast import Asked, work
+from fusegpt_ray.scheduling.forecast import Premises, work
 from fusegpt_ray.scheduling.schedule import Work, schedule
 from fusegpt_ray.scheduling.waiting import Entry
 from fusegpt_ray.targets import Target
@@ -94,7 +94,7 @@ def shares(batch: int, most: int) -> list[int]:
 
 def room(recipes: Sequence[Recipe], gpus: int, way: str) -> Room:
     """On so many GPUs."""
-    asked = Asked(Device.named(MEASURED), gpus)
+    asked = Premises(Device.named(MEASURED), gpus)
     found = asked.room(recipes)
     if way == "put off":
         return found

@@ -17,7 +17,7 @@ from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
 from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.fusion.repair import repaired_only
-from fusegpt_ray.generation import GENERATED_EVENT
+from fusegpt_ray.generation import GENERATED_EVENT, identity_of_model
 from fusegpt_ray.heal import Healer, sharing_of
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.importance.removals import Removal
@@ -33,7 +33,7 @@ from fusegpt_ray.reporting.beside import beside_model
 from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.budget import SPENT, Budget
 from fusegpt_ray.run.done import Done
-from fusegpt_ray.run.identity import healing_identity, identity, model_identity, run_id
+from fusegpt_ray.run.identity import healing_identity, identity, run_id
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
@@ -105,8 +105,7 @@ class Compression:
         show.stage("checking the model's files")
         drawn = fingerprint(windows.tokens_WT)
         hardware = workers.hardware if recipe.cluster.deterministic else {}
-        of = {"of": model.source.folder}
-        files = shared.once("model", of, partial(model_identity, model.stack))
+        files = identity_of_model(workers, shared)
         this = identity(recipe, drawn, files, workers.dtype, hardware)
         texts_drawn, took = (windows, held_out, healing), time.monotonic() - began
         begun = cls(planned, workers, show, *texts_drawn, this, shared, took, sum(generating))
@@ -162,7 +161,7 @@ class Compression:
                 names = [target.name for target in targets]
                 facts = {"run": self.id, "rounds": self.plan.rounds, "models": names}
 
-                def told() -> dict[str, Any]:  # with every sign of life
+                def told() -> dict[str, Any]:  # with every heartbeat
                     monitor(SPENT, budget.told)
                     return {**facts, SPENT: budget.spent}
 

@@ -56,31 +56,32 @@ def all_windows(
         )
         held_out[name] = licensed(held_out[name], [held])
     # After those that are only read: the dense model may have to write some of it.
-    draw = partial(calibration_windows, workers, recipe, leading["calibration"], show)
+    draw = partial(calibration_windows, workers, recipe, leading["calibration"], show, shared)
     windows = licensed(shared.once("calibration", drawing, draw), text.parts)
     if not recipe.heal:
         return windows, held_out, None
     healed, kept_out = shared.once(
         "heal",
         drawing | {"heal": recipe.heal.model_dump(mode="json")},
-        partial(healing_windows, workers, recipe, leading["calibration"], show),
+        partial(healing_windows, workers, recipe, leading["calibration"], show, shared),
     )
     return windows, held_out, (licensed(healed, recipe.healing_texts[0].parts), kept_out)
 
 
 def calibration_windows(
-    workers: Workers, recipe: Recipe, leading: int | None, show: Display
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display, shared: Shared
 ) -> Windows:
     """Of the calibration texts, drawn at random.
 
     Args:
         leading: the token that each window begins with, if any.
+        shared: what is known of the model, for text that it writes itself.
 
     Raises:
         UserError: a text cannot be used.
     """
     key, text = "calibration", recipe.calibration
-    opened = _opened(workers, recipe, text, key, show, text.windows)
+    opened = _opened(workers, recipe, text, key, show, shared, text.windows)
     return mixture.calibration_windows(opened, text, leading, key)
 
 
@@ -111,7 +112,7 @@ def evaluation_windows(
 
 
 def healing_windows(
-    workers: Workers, recipe: Recipe, leading: int | None, show: Display
+    workers: Workers, recipe: Recipe, leading: int | None, show: Display, shared: Shared
 ) -> tuple[Windows, Windows]:
     """To heal on, and held-out ones to choose the best state by.
 
@@ -123,7 +124,7 @@ def healing_windows(
     texts, section = recipe.healing_texts
     amounts = (recipe.healing_windows, heal.held_out)
     return fresh_windows(
-        _opened(workers, recipe, texts, section, show, *amounts),
+        _opened(workers, recipe, texts, section, show, shared, *amounts),
         texts,
         recipe.healing_windows,
         heal.held_out,
@@ -151,7 +152,13 @@ def _album(workers: Workers, text: Text, length: int, key: str, length_key: str)
 
 
 def _opened(
-    workers: Workers, recipe: Recipe, texts: Texts, key: str, show: Display, *windows: int
+    workers: Workers,
+    recipe: Recipe,
+    texts: Texts,
+    key: str,
+    show: Display,
+    shared: Shared,
+    *windows: int,
 ) -> list[Opened]:
     """Each text; so many windows of them all are drawn, in one or several sets."""
     length, pack = recipe.calibration.length, recipe.calibration.pack
@@ -163,6 +170,6 @@ def _opened(
         return workers.tokens(text, name, _reading(pack))
 
     def generated(text: GeneratedText, name: str) -> Stream:
-        return generated_stream(workers, recipe, text, tokens[text], name, show)
+        return generated_stream(workers, recipe, text, tokens[text], name, show, shared)
 
     return mixture.opened(read, texts, key, generated)

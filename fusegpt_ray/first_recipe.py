@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from math import prod
 
 import torch
 import yaml
 
-from fusegpt_ray.cost.footprint import elements, healing_bytes
+from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.opening import find_model, look_at
@@ -77,7 +78,7 @@ def first_recipe(source: str, device: Device, gpus: int, data: str | None = None
     length = min(2048 if on_gpus else 256, positions if positions > 0 else 2048)
     values = {
         "blocks": len(dense),
-        "parameters": sum(map(elements, [dense.trunk, *(block.weights for block in dense.blocks)])),
+        "parameters": sum(prod(ref.shape) for ref in dense.refs),
         "where": f"{gpus} × {device.name}" if on_gpus else device.name,
         "source": json.dumps(source),  # YAML reads JSON's strings
         "sparsity": SPARSITY,

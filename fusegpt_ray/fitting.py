@@ -234,8 +234,7 @@ class Fitting:
     def _cache(self) -> Iterator[Row]:
         """Of blocks that come from another machine, on the disk of each node."""
         recipe, dense = self.plan.recipe, self.plan.model.stack
-        refs = [*dense.trunk.values()]
-        refs += [ref for block in dense.blocks for ref in block.weights.values()]
+        refs = [*dense.refs]
         far = {ref.file for ref in refs if "://" in ref.file and storage.is_remote(ref.file)}
         needed = sum(ref.end - ref.begin for ref in refs if ref.file in far)
         if storage.is_remote(recipe.output.uri):

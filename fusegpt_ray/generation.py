@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -26,12 +26,14 @@ from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.runner import Runner
+from fusegpt_ray.model.sampling import ROWS as ROWS
 from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text
 from fusegpt_ray.report import Display, byte_count
 from fusegpt_ray.run.identity import model_identity
 from fusegpt_ray.run.outputs import GENERATED
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened, sealed
 from fusegpt_ray.text.calibration import Stream, leading_token, tokenize
@@ -39,8 +41,6 @@ from fusegpt_ray.text.corpus import items, sources
 from fusegpt_ray.text.mixture import seed_of
 from fusegpt_ray.workers.base import Workers
 
-ROWS = 16
-"""Prompts of a part."""
 GENERATED_EVENT = "generated"
 """What a display is told when parts have been written, with the seconds that it took."""
 PROMPTS = 100_000
@@ -54,12 +54,14 @@ def generated_stream(
     tokens: int,
     key: str,
     show: Display,
+    shared: Shared,
 ) -> Stream:
     """The first so many tokens of a text that the dense model writes; what is not there yet is
     written when they are drawn.
 
     Args:
         key: of the text.
+        shared: knows the model's identity, or is told.
 
     Raises:
         UserError: the prompts cannot be read; when tokens are drawn: the model does not fit into a
@@ -72,7 +74,7 @@ def generated_stream(
         prompts = _prompts(text.prompts, tokenizer, recipe.calibration.length, key)
         random.Random(recipe.calibration.seed).shuffle(prompts)
     ends = ends_of(workers, tokenizer)
-    return _Written(workers, recipe, text, tokens, key, show, prompts, ends).stream
+    return _Written(workers, recipe, text, tokens, key, show, shared, prompts, ends).stream
 
 
 def check_beginning(text: GeneratedText, tokenizer: Any, key: str) -> None:
@@ -99,6 +101,13 @@ def _prompts(text: Text, tokenizer: Any, length: int, key: str) -> list[np.ndarr
     return prompts
 
 
+def identity_of_model(workers: Workers, shared: Shared) -> dict[str, Any]:
+    """See `model_identity`: once for all that needs it, as 140 GB take minutes to read."""
+    setup = workers.setup
+    of = {"of": setup.source.folder}
+    return shared.once("model", of, partial(model_identity, setup.dense))
+
+
 def ends_of(workers: Workers, tokenizer: Any) -> list[int]:
     """The tokens after which the model goes on with nothing."""
     text = read_config(workers.setup.dense.config).get_text_config()
@@ -118,6 +127,7 @@ class _Written:
     """That are wanted of it."""
     key: str
     show: Display
+    shared: Shared
     prompts: Sequence[np.ndarray]
     ends: Sequence[int]
     sizes: list[int] = field(default_factory=list)
@@ -130,7 +140,7 @@ class _Written:
         """Changes with all that shapes the text."""
         return checksum(
             {
-                "model": model_identity(self.workers.setup.dense),
+                "model": identity_of_model(self.workers, self.shared),
                 "arithmetic": str(self.workers.dtype).removeprefix("torch."),
                 "prompts": [hashlib.sha256(ids.tobytes()).hexdigest() for ids in self.prompts],
                 "ends": self.ends,

@@ -25,6 +25,7 @@ from fusegpt_ray.recipe.sections import Evaluation, Model
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.journal import Journal
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.workers.base import Setup, Workers
 from fusegpt_ray.workers.room import Need, Place, Room
 
@@ -95,7 +96,8 @@ def score(recipe: Recipe, display: Display | None = None) -> dict[str, Any]:
         )
         with open_workers(setup, show) as workers:
             show.stage("tokenising")
-            drawn = calibration_windows(workers, recipe, leading, show).first(full.windows)
+            drawn = calibration_windows(workers, recipe, leading, show, Shared())
+            drawn = drawn.first(full.windows)
             windows_WT = drawn.tokens_WT
             check_tokens(source, model.stack, windows_WT)
             compare_source(workers, source, model.stack, windows_WT, show)

@@ -68,7 +68,7 @@ def planned(
     ]
     device = Device.named(gpu) if gpu else Device.here()
     count = gpus or (forecast.gpus_needed(runs, device) if device.kind == "cuda" else 1)
-    on = forecast.Asked(device, count, asked.at_once, quota)
+    on = forecast.Premises(device, count, asked.at_once, quota)
     about = {"kind": asked_by(data), "name": asked.name}
     if probe:
         from fusegpt_ray.probe import probe as measure

@@ -58,7 +58,7 @@ def status(uri: str, watch: bool, every: float, as_json: bool, quiet: bool) -> N
     type=float,
     default=10,
     metavar="MINUTES",
-    help="Without a sign of life → dead (default: 10).",
+    help="Without a heartbeat → dead (default: 10).",
 )
 @json_option
 @quiet_option

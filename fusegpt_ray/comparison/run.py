@@ -15,7 +15,7 @@ from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.grid import Run
 from fusegpt_ray.scheduling.news import News, as_json
 from fusegpt_ray.scheduling.planned import planned
-from fusegpt_ray.scheduling.slots import Asked, Job, Slots
+from fusegpt_ray.scheduling.slots import Instructions, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.comparison import TABLE
 from fusegpt_ray.targets import Target
@@ -47,7 +47,9 @@ def compare(
         def changed(job: Job) -> None:
             news.write()
 
-        asked = Asked(folder, "cells", comparison.at_once, key, restart=restart, changed=changed)
+        asked = Instructions(
+            folder, "cells", comparison.at_once, key, restart=restart, changed=changed
+        )
         Slots(jobs, asked, show).run()
         storage.remove(storage.join(folder, TRAINING_FOLDER), recursive=True)
         result = cells.result("done")

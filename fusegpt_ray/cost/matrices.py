@@ -122,8 +122,7 @@ def slicing_flops(dense: Stack, tokens: int, kept: int) -> int:
     norms a block and the last one, its axes (some 9 D³), and the rotation of all tensors.
     """
     hidden = int(read_config(dense.config).get_text_config().hidden_size)
-    refs = [*dense.trunk.values(), *dense.trunk.values()]  # the embedding is the head, too
-    refs += [ref for block in dense.blocks for ref in block.weights.values()]
+    refs = [*dense.trunk.values(), *dense.refs]  # the embedding is the head, too
     rotated = sum(prod(ref.shape) for ref in refs)
     norms = 2 * len(dense) + 1
     return 2 * norms * tokens * hidden**2 + 9 * hidden**3 + 2 * rotated * kept

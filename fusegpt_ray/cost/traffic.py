@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from fusegpt_ray.cost.cost import Cost
 from fusegpt_ray.cost.footprint import elements
 from fusegpt_ray.cost.matrices import largest_block, matrices
+from fusegpt_ray.evaluation import TASKS_EACH
 from fusegpt_ray.model.config import read_config
+from fusegpt_ray.model.sampling import ROWS
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.recipe.recipe import Recipe
@@ -26,10 +28,6 @@ from fusegpt_ray.workers.room import Held
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
-TASKS_EACH = 4
-"""Tasks of each replica that keeps the weights, in evaluation; see `evaluation.py`."""
-ROWS = 16
-"""Prompts that are continued on one walk; see `generation.py`."""
 QUESTIONS = 2
 """About images, that a run finds by itself; see `sample_prompts.py`."""
 FLOAT32 = 4
@@ -60,7 +58,7 @@ def traffic(
     """
     whole = stored_bytes(dense.blocks)
     found = [
-        Traffic("generating", read=_generating(recipe, dense, cost, held, streams)),
+        Traffic("generating", read=_generating(dense, cost, held, streams)),
         Traffic("search", read=_search(recipe, dense, targets, held, streams)),
         Traffic("scoring", read=_scoring(recipe, dense, targets, cost, held, streams)),
         Traffic("states", read=_states(recipe, dense, cost, held)),
@@ -140,7 +138,7 @@ def _search(
     return found
 
 
-def _generating(recipe: Recipe, dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
+def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
     """Each part of the text is written by a walk of its own."""
     walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "generating")
     windows = walked // len(dense)

@@ -12,7 +12,7 @@ from fusegpt_ray.family.watch import TableDisplay
 from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.planned import planned
-from fusegpt_ray.scheduling.slots import Asked, Job, Slots
+from fusegpt_ray.scheduling.slots import Instructions, Job, Slots
 from fusegpt_ray.store import storage
 
 
@@ -38,7 +38,7 @@ def compress_family(
         board = Board(members, jobs, show)
         if isinstance(show, TableDisplay):
             show.table = lambda: on_terminal(board.result("working"))
-        asked = Asked(
+        asked = Instructions(
             members.folder,
             "runs",
             members.at_once,

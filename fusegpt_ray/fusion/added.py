@@ -16,8 +16,6 @@ from torch import nn
 
 from fusegpt_ray.fusion.compensation import Way, features, last_linear
 from fusegpt_ray.fusion.least_squares import Moments
-from fusegpt_ray.model.device import deterministic_or_not
-from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
@@ -47,7 +45,7 @@ def gather(
     modules = [runner.weights.of(block) for block in (last, removed)]
     read = runner.weights.bytes_read - before
     with torch.no_grad():
-        run = partial(_run, runner, modules[0], last.dense)
+        run = partial(runner.apply_hooked, modules[0], last.dense)
         first = h_WTD[:1].to(runner.device)
         name = last_linear(modules[0], lambda: run(first))
         if name is None or not is_added(modules[0].get_submodule(name), lambda: run(first)):
@@ -66,12 +64,6 @@ def gather(
 
         ends = [0, *accumulate(pieces)]
         return name, [Moments.of(batches(*piece)) for piece in pairwise(ends)], read
-
-
-def _run(runner: Runner, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
-    """The block as it is, for hooks are no part of a compiled one."""
-    context = runner.context(dense, h_BTD)
-    return deterministic_or_not(lambda: run_block(module, h_BTD, context))
 
 
 def _batch(

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from fusegpt_ray.fusion.compensation import split
-from fusegpt_ray.fusion.repair import in_order
+from fusegpt_ray.fusion.repair import dealt_out, in_order
 from fusegpt_ray.fusion.rotation import (
     EMBEDDING,
     HEAD,
@@ -36,14 +36,12 @@ from fusegpt_ray.fusion.rotation import (
 )
 from fusegpt_ray.fusion.width import Width, sliced_config
 from fusegpt_ray.model.config import build_skeleton, read_config
-from fusegpt_ray.model.device import deterministic_or_not
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.names import Names
-from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.rows import as_rows, as_tensor
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Refs, Stack
-from fusegpt_ray.samples import Batch, counting, cut
+from fusegpt_ray.samples import Batch, counting
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import TensorRef, read_tensors
 from fusegpt_ray.store.fence import Fence, nobody_else
@@ -114,13 +112,9 @@ class Narrowing:
         self, workers: Workers, windows: Batch, pieces: list[int], batch_size: int
     ) -> tuple[np.ndarray, int]:
         """[D, D] float64, summed over the pieces in order; and the bytes of blocks read."""
-        # Replicas that read the weights for each walk should walk once.
-        groups = min(workers.replicas, len(pieces)) if workers.streams else len(pieces)
-        shares = [list(map(int, part)) for part in np.array_split(pieces, groups)]
-        ends = np.cumsum([sum(share) for share in shares])
-        parts = cut(windows, map(int, ends[:-1]))
-        tasks = [(self.stack, part, share) for part, share in zip(parts, shares, strict=True)]
-        costs = [float(sum(share)) for share in shares]
+        dealt = dealt_out(workers, windows, pieces)
+        tasks = [(self.stack, *part) for part in dealt]
+        costs = [float(len(part)) for part, _ in dealt]
         total_DD, read = np.zeros((self.width.dense, self.width.dense)), 0
         for found, more in in_order(workers.map(gather, tasks, batch_size, costs)):
             read += more
@@ -180,7 +174,7 @@ def gather(
         for piece, first, h_BTD in _batches(h_WTD, ends, runner.batch_size):
             states = h_BTD.to(runner.device)
             with _entering(module, partial(add, piece, first)):
-                h_BTD.copy_(_run(runner, module, block.dense, states))
+                h_BTD.copy_(runner.apply_hooked(module, block.dense, states))
         del module  # so that its memory is free when the next one is asked for
     for piece, first, h_BTD in _batches(h_WTD, ends, runner.batch_size):
         add(piece, first, h_BTD.to(runner.device))  # what the final norm reads
@@ -208,12 +202,6 @@ def _entering(module: nn.Module, add: Any) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _run(runner: Runner, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
-    """The block as it is, for hooks are no part of a compiled one."""
-    context = runner.context(dense, h_BTD)
-    return deterministic_or_not(lambda: run_block(module, h_BTD, context))
 
 
 def _axes(runner: Runner, sums_DD: np.ndarray, kept: int) -> tuple[np.ndarray, float]:

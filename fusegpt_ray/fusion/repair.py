@@ -137,17 +137,10 @@ class Repair:
         """The name of the layer, if there is one, with the sums to fit and those that are held out;
         and the bytes of blocks that were read.
         """
-        # Replicas that read the weights for each walk should walk once.
-        groups = min(workers.replicas, len(pieces)) if workers.streams else len(pieces)
-        shares = [list(map(int, part)) for part in np.array_split(pieces, groups)]
-        ends = np.cumsum([sum(share) for share in shares])
-        parts = cut(windows, map(int, ends[:-1]))
+        dealt = dealt_out(workers, windows, pieces)
         position = self.stack.position(self.donor)
-        tasks = [
-            (self.stack, position, self.way, part, share)
-            for part, share in zip(parts, shares, strict=True)
-        ]
-        costs = [float(sum(share)) for share in shares]
+        tasks = [(self.stack, position, self.way, *part) for part in dealt]
+        costs = [float(len(part)) for part, _ in dealt]
         names, sums, read = set(), list[Moments](), 0
         for name, moments, more in in_order(workers.map(gather, tasks, batch_size, costs)):
             names.add(name)
@@ -197,6 +190,18 @@ def repaired_only(
         if block:
             stack = stack.swap({block.dense: block})
     return stack
+
+
+def dealt_out(
+    workers: Workers, windows: Batch, pieces: Sequence[int]
+) -> list[tuple[Batch, list[int]]]:
+    """Windows in pieces (so many each, in order), as tasks of replicas: the windows of each, and
+    its pieces. One piece each; where replicas read the weights for each walk, they walk once.
+    """
+    groups = min(workers.replicas, len(pieces)) if workers.streams else len(pieces)
+    shares = [list(map(int, part)) for part in np.array_split(pieces, groups)]
+    ends = np.cumsum([sum(share) for share in shares])
+    return [*zip(cut(windows, map(int, ends[:-1])), shares, strict=True)]
 
 
 def in_order(found: Iterator[tuple[int, Any]]) -> Iterator[Any]:

@@ -40,9 +40,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fusegpt_ray.healing.trial import learning_alone
 from fusegpt_ray.model.compiled import RunBlock
 from fusegpt_ray.model.empty import EmptyBlock
-from fusegpt_ray.model.memory import empty_cache
 from fusegpt_ray.model.recorder import Context
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
@@ -56,7 +56,6 @@ from fusegpt_ray.training.span import Learned, Span, Weights
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.training.stepper import TrainingConfig
 from fusegpt_ray.training.task import SavedBlocks, TrainingTask
-from fusegpt_ray.workers.base import News, TrainingWorker
 
 STEPS = 64
 """At least so many; whole passes over the windows."""
@@ -209,16 +208,8 @@ def train_gates(runner: Runner, model: GatedModel, windows: Batch) -> list[float
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
-    try:
+    with learning_alone(runner) as worker:
         span = learn(worker, model.task(windows), runner.batch_size, runner.batch_size).span
         learned = span.learned
         assert isinstance(learned, Gates)
         return within(learned.raw_N, learned.shares_N, learned.keep).tolist()
-    finally:
-        worker.memory.clear()
-        empty_cache()
-
-
-def _unheard(news: News) -> None:
-    """Nobody waits for an epoch of the gates."""

@@ -1,9 +1,12 @@
-"""A short healing on one replica, of which only the held-out loss is wanted.
+"""Training on one replica by itself: a short healing, of which only the held-out loss is wanted.
 
 Shapes: W windows, T tokens.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.memory import empty_cache
@@ -24,16 +27,24 @@ def trial(
     """The task of a replica: the held-out loss before the training and after each part; nothing if
     the training diverged. As many windows pass a block at once as the runner is set to.
     """
-    worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
     task = model.task(windows, held_out, cluster, {}, "")
+    with learning_alone(runner) as worker:
+        try:
+            return learn(worker, task, runner.batch_size, runner.batch_size).held_out
+        except FloatingPointError:
+            return []
+
+
+@contextmanager
+def learning_alone(runner: Runner) -> Iterator[TrainingWorker]:
+    """A training worker on the replica's device, for one task."""
+    worker = TrainingWorker(0, 1, runner.device, None, runner, _unheard)
     try:
-        return learn(worker, task, runner.batch_size, runner.batch_size).held_out
-    except FloatingPointError:
-        return []
+        yield worker
     finally:
         worker.memory.clear()
         empty_cache()
 
 
 def _unheard(news: News) -> None:
-    """Nobody waits for a trial's epochs."""
+    """Nobody waits for its epochs."""

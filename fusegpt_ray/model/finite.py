@@ -59,14 +59,10 @@ def explained(
 
 def _unfit(stack: Stack) -> TensorRef | None:
     """The first stored tensor with NaN or Inf; one is held at a time."""
-    refs = [
-        *stack.trunk.values(),
-        *(ref for block in stack.blocks for ref in block.weights.values()),
-    ]
     return next(
         (
             ref
-            for ref in sorted(refs, key=lambda ref: (ref.file, ref.begin))
+            for ref in sorted(stack.refs, key=lambda ref: (ref.file, ref.begin))
             if not finite(read_tensors({"": ref})[""])
         ),
         None,

@@ -165,6 +165,13 @@ class Runner:
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def apply_hooked(self, module: nn.Module, dense: int, h_BTD: torch.Tensor) -> torch.Tensor:
+        """As `apply`, of one batch, by a block that has hooks: these are no part of a compiled one.
+        Gradients are the caller's affair.
+        """
+        context = self.context(dense, h_BTD)
+        return deterministic_or_not(lambda: run_block(module, h_BTD, context))
+
     def _after(
         self, module: nn.Module, dense: int, h_BTD: torch.Tensor, owns: Owns | None = None
     ) -> torch.Tensor:

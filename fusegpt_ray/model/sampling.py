@@ -16,6 +16,9 @@ from fusegpt_ray.model.empty import in_arithmetic
 from fusegpt_ray.model.finite import finite
 from fusegpt_ray.model.runner import Runner
 
+ROWS = 16
+"""Prompts of a part of a text that is kept, which are continued on one walk."""
+
 
 @torch.no_grad()
 def continuations(

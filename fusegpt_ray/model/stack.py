@@ -9,7 +9,7 @@ which block it is a copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -132,6 +132,13 @@ class Stack:
     def kinds(self) -> tuple[int, ...]:
         """The dense blocks that they are built as: `kept`, but for what was inserted."""
         return tuple(block.kind for block in self.blocks)
+
+    @property
+    def refs(self) -> Iterator[TensorRef]:
+        """Of all tensors: the trunk's, then the blocks'. The terms of fused blocks are beside."""
+        yield from self.trunk.values()
+        for block in self.blocks:
+            yield from block.weights.values()
 
     def position(self, dense: int) -> int:
         return self.kept.index(dense)

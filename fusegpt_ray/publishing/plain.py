@@ -63,7 +63,7 @@ def compare_plain(folder: str, stack: Stack, runner: Runner, windows: Rows) -> P
     """
     if isinstance(windows, torch.Tensor):  # an image cannot be cut
         windows = windows[:, :TOKENS]
-    small = sum(ref.end - ref.begin for ref in _refs(stack)) <= SMALL_BYTES
+    small = sum(ref.end - ref.begin for ref in stack.refs) <= SMALL_BYTES
     part = stack if small else one_of_each_kind(stack)
     for h_WTD in runner.walk(part, windows):  # noqa: B007 - the last states are wanted
         pass
@@ -124,12 +124,6 @@ def one_of_each_kind(stack: Stack) -> Stack:
             seen.add(found)
             needed = max(needed, position + 1)
     return replace(stack, blocks=stack.blocks[:needed])
-
-
-def _refs(stack: Stack) -> Iterator[Any]:
-    yield from stack.trunk.values()
-    for block in stack.blocks:
-        yield from block.weights.values()
 
 
 @contextmanager

@@ -160,11 +160,7 @@ def left_out(source: Source, dense: Stack) -> list[str]:
     """What the source has and a published model lacks: files, folders ("images/") and tensors that
     no class loads.
     """
-    used = {
-        ref.file.rsplit("/", 1)[-1]
-        for refs in (dense.trunk, *(block.weights for block in dense.blocks))
-        for ref in refs.values()
-    }
+    used = {ref.file.rsplit("/", 1)[-1] for ref in dense.refs}
     return [*source.left_out(used), *dense.ignored]
 
 

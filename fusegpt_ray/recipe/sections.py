@@ -264,7 +264,7 @@ class Heal(Texts):
     held_out: int = Field(16, ge=1, le=MOST)
     """Windows, never trained on, by which the best state is chosen; a multiple of `batch`."""
     looks: int = Field(8, ge=1, le=MOST)
-    """How often, evenly over the training, the held-out windows are looked at."""
+    """How often, evenly over the training, the held-out windows are evaluated."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Adam's betas."""
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)

@@ -1,4 +1,4 @@
-"""What a run has cost, as a manifest or a sign of life tells it. Light: no torch."""
+"""What a run has cost, as a manifest or a heartbeat tells it. Light: no torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Spent(BaseModel):
 
     @classmethod
     def told(cls, told: Any) -> Self | None:
-        """As far as a sign of life tells: anything may stand in a file."""
+        """As far as a heartbeat tells: anything may stand in a file."""
         try:
             return cls.model_validate(told)
         except ValidationError:

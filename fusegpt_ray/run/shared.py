@@ -33,6 +33,10 @@ class Shared:
             made: T = self._made[name]
         return made
 
+    def forget(self) -> None:
+        """Let go of all that was made. What was measured stays in the folder."""
+        self._made.clear()
+
     def measured(
         self,
         what: str,

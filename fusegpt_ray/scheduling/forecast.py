@@ -46,7 +46,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Premises:
     """On what they work, and how."""
 
     device: Device
@@ -84,13 +84,13 @@ class Asked:
 
 def gpus_needed(planned: Sequence[Planned], device: Device) -> int:
     """So many that the largest set of workers finds its own."""
-    asked = Asked(device, 0)
+    asked = Premises(device, 0)
     return ceil(max(1.0, *(asked.need(one.plan.recipe).gpus for one in planned)))
 
 
 def forecast(
     planned: Sequence[Planned],
-    asked: Asked,
+    asked: Premises,
     probe: Callable[[Plan], Rates] | None = None,
 ) -> dict[str, Any]:
     """{"device", "gpus", "runs": [see `outlook`; beside that "run", "needs_gpus", "begins",
@@ -177,7 +177,7 @@ def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus:
 def _times(
     planned: Sequence[Planned],
     costs: Mapping[str, Cost],
-    asked: Asked,
+    asked: Premises,
     rates: Mapping[str, Rates | None],
 ) -> Schedule:
     spans, seconds, most = dict[str, Span](), 0.0, 0.0

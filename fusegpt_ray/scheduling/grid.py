@@ -17,18 +17,13 @@ from pydantic import BeforeValidator, Field, ValidationError
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.messages import explained
 from fusegpt_ray.recipe.recipe import Recipe, percent
-from fusegpt_ray.recipe.sections import MOST
+from fusegpt_ray.recipe.sections import MOST, one_or_many
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.recipe.text_sections import Section
 from fusegpt_ray.scheduling.mistakes import Mistakes
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.uris import shown
-
-
-def one_or_many(value: Any) -> Any:
-    return value if isinstance(value, list | tuple) else [value]
-
 
 Methods = Annotated[tuple[str | dict[str, Any], ...] | None, Field(min_length=1)]
 Sparsities = Annotated[tuple[float, ...] | None, BeforeValidator(one_or_many)]

@@ -38,17 +38,14 @@ class Job:
     """Of it alone: see `Display.of_run`, and `Display.beside` where several work."""
     priority: int = 0
     begun: Compression | None = None
-    """Its texts are drawn."""
+    """Its texts are drawn; None again once it has ended."""
+    id: str = ""
+    """The run's, once its texts are drawn; see `run_id`."""
     working: bool = False
     """It is at work, or was."""
     ended: bool = False
     problem: str = ""
     """Why it failed."""
-
-    @property
-    def id(self) -> str:
-        """The run's; see `run_id`."""
-        return self.begun.id if self.begun else ""
 
     def published(self, target: Target) -> dict[str, Any] | None:
         """The manifest of one of its models, if it is there. Only of this very run: another's may
@@ -60,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Instructions:
     """How jobs are to be done."""
 
     folder: str
@@ -86,6 +83,7 @@ class Group:
 
     setup: Setup
     shared: Shared
+    jobs: Sequence[Job]
     drawing: threading.Lock = field(default_factory=threading.Lock)
     """Its texts are drawn by one set of workers at a time."""
 
@@ -93,10 +91,11 @@ class Group:
 class Slots:
     """Carries out jobs."""
 
-    def __init__(self, jobs: Sequence[Job], asked: Asked, show: Display) -> None:
+    def __init__(self, jobs: Sequence[Job], asked: Instructions, show: Display) -> None:
         self.jobs, self.asked, self.show = jobs, asked, show
         self.worked = False
         """Whether anything has been worked on."""
+        self._groups: dict[int, Group] = {}
         self._ended, self._telling = 0, threading.Lock()
 
     def run(self) -> None:
@@ -166,13 +165,13 @@ class Slots:
         order = [*dict.fromkeys(names)]
         groups = []
         for name in order:
-            plans = [job.plan for job, of in zip(jobs, names, strict=True) if of == name]
-            trains = any(plan.setup.trains for plan in plans)
+            like = [job for job, of in zip(jobs, names, strict=True) if of == name]
+            trains = any(job.plan.setup.trains for job in like)
             shared = Shared(storage.join(self.asked.folder, SHARED_FOLDER))
-            groups.append(Group(replace(plans[0].setup, trains=trains), shared))
+            groups.append(Group(replace(like[0].plan.setup, trains=trains), shared, like))
         numbered = dict(enumerate(groups))
         for number, group in enumerate(groups):
-            numbered[-1 - number] = Group(group.setup.publisher, group.shared)
+            numbered[-1 - number] = Group(group.setup.publisher, group.shared, group.jobs)
         return numbered, [order.index(name) for name in names]
 
     def _start_others(self) -> None:
@@ -251,7 +250,7 @@ class Slots:
                     if entry is not first and not first.job.ended:
                         self._waiting.give_back(first)
                     return False
-                job.begun = begun
+                job.begun, job.id = begun, begun.id
         self.worked = True
         self._start_others()
         return True
@@ -279,8 +278,13 @@ class Slots:
         return True
 
     def _end(self, job: Job) -> None:
-        """Tell how many have ended, where several work and none has a bar for itself."""
-        job.ended = True
+        """Let go of what nobody needs any more: one process may carry out hundreds. And tell how
+        many have ended, where several work and none has a bar for itself.
+        """
+        job.ended, job.begun = True, None
+        for group in self._groups.values():
+            if all(other.ended for other in group.jobs):
+                group.shared.forget()
         with self._telling:
             self._ended += 1
             if self._several:

@@ -16,7 +16,7 @@ from fusegpt_ray.samples import Batch as Windows
 from fusegpt_ray.samples import counting, predicted, tokens_of
 
 
-class Batch(NamedTuple):
+class LossBatch(NamedTuple):
     """A worker's part of a loss batch."""
 
     entering_bTD: torch.Tensor
@@ -28,16 +28,16 @@ class Batch(NamedTuple):
     owns: Owns | None = None
     """What the blocks are called with for each window, where that is not the same for all."""
 
-    def split(self, size: int) -> Iterator[Batch]:
+    def split(self, size: int) -> Iterator[LossBatch]:
         """Consecutive parts of so many windows."""
         for first in range(0, len(self.entering_bTD), size):
             yield self.rows(slice(first, first + size))
 
-    def rows(self, which: slice) -> Batch:
+    def rows(self, which: slice) -> LossBatch:
         """Some of the windows."""
         weights_bT = None if self.weights_bT is None else self.weights_bT[which]
         owns = None if self.owns is None else self.owns[which]
-        return Batch(self.entering_bTD[which], self.leaving_bTD[which], weights_bT, owns)
+        return LossBatch(self.entering_bTD[which], self.leaving_bTD[which], weights_bT, owns)
 
     @property
     def tensors(self) -> Sequence[torch.Tensor]:
@@ -45,11 +45,11 @@ class Batch(NamedTuple):
         states = [self.entering_bTD, self.leaving_bTD]
         return states if self.weights_bT is None else [*states, self.weights_bT]
 
-    def on(self, device: torch.device) -> Batch:
+    def on(self, device: torch.device) -> LossBatch:
         """A copy there, without waiting for it."""
         states = [tensor.to(device, non_blocking=True) for tensor in self.tensors]
         weights_bT = states[2] if len(states) > 2 else None
-        return Batch(states[0], states[1], weights_bT, self.owns)
+        return LossBatch(states[0], states[1], weights_bT, self.owns)
 
 
 def token_weights(windows: Windows) -> torch.Tensor | None:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import distributed_c10d
 
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
@@ -92,7 +92,7 @@ class DeepSpeedStepper:
         meet = partial(worker.meet, moved)
         return cls(span, engine, worker.device, loss or LOSSES[config.loss], micro_batch, meet)
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: LossBatch) -> torch.Tensor:
         shared = dist.get_world_size() > 1
         self.span.form(self.engine)
         loss = accumulate(self.span, batch, self.loss, self.micro_batch, shared)
@@ -100,7 +100,7 @@ class DeepSpeedStepper:
         self.engine.step()
         return loss
 
-    def validate(self, batches: Iterable[Batch]) -> float:
+    def validate(self, batches: Iterable[LossBatch]) -> float:
         shared = dist.get_world_size() > 1
         self.span.form(self.engine)
         return self.mean(mean_loss(self.span, batches, self.loss, self.micro_batch, shared))

@@ -15,7 +15,7 @@ from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.rows import Own, as_rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.termination import saving_first
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.checkpoints import Checkpoints
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.losses import Loss
@@ -207,7 +207,7 @@ def learn(
     loss = task.trainable.loss(student.trunk, worker.runner.trunk)
     stepper = _stepper(worker, task, span, micro_batch, moved, loss)
 
-    def part(number: int) -> Iterable[Batch]:
+    def part(number: int) -> Iterable[LossBatch]:
         states = _states(worker, task, states_batch, 1 + (number - 1) % config.parts)
         # The others may still compute theirs, or the first one write a checkpoint's record.
         worker.meet(moved + _bytes_read(task))
@@ -238,7 +238,7 @@ def learn(
 
 
 def _span(
-    worker: TrainingWorker, task: TrainingTask, student: Runner, first: Batch
+    worker: TrainingWorker, task: TrainingTask, student: Runner, first: LossBatch
 ) -> tuple[Span, int]:
     """The span, rehearsed with the first micro-batch; and a bound for the bytes that a worker
     reads or writes by itself between two steps.
@@ -308,7 +308,4 @@ def _stepper(
 
 def _bytes_read(task: TrainingTask) -> int:
     """Of the weights that a worker may have to read from a slow store on its way to the states."""
-    stack = task.source.read
-    refs = [*stack.trunk.values()]
-    refs += [ref for block in stack.blocks for ref in block.weights.values()]
-    return sum(ref.end - ref.begin for ref in refs)
+    return sum(ref.end - ref.begin for ref in task.source.read.refs)

@@ -14,7 +14,7 @@ from itertools import islice
 
 import torch
 
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.checkpoints import Checkpoints, Log, Progress
 from fusegpt_ray.training.pauses import Pauses
 from fusegpt_ray.training.stepper import Stepper
@@ -24,7 +24,7 @@ from fusegpt_ray.workers.base import Notices
 
 def train(
     stepper: Stepper,
-    part: Callable[[int], Iterable[Batch]],
+    part: Callable[[int], Iterable[LossBatch]],
     parts: int,
     done: Callable[[int, float], None],
     checkpoints: Checkpoints | None = None,

@@ -15,14 +15,14 @@ from collections.abc import Iterable
 
 import torch
 
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import Loss, is_mean_over_rows
 from fusegpt_ray.training.span import Span
 
 
 def accumulate(
     span: Span,
-    batch: Batch,
+    batch: LossBatch,
     loss: Loss,
     micro_batch: int | None,
     shared: bool,
@@ -58,7 +58,7 @@ def accumulate(
 @torch.no_grad()
 def mean_loss(
     span: Span,
-    batches: Iterable[Batch],
+    batches: Iterable[LossBatch],
     loss: Loss,
     micro_batch: int | None,
     shared: bool,

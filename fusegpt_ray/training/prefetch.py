@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from fusegpt_ray.model.device import copying_stream
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+def on_device(batches: Iterable[LossBatch], device: torch.device) -> Iterator[LossBatch]:
     """Each batch on the device. On a GPU the next one is copied from pinned memory, on a stream of
     its own, while one is in use.
     """
@@ -18,7 +18,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield from batches
         return
     stream = copying_stream(device)
-    ahead: tuple[Batch, torch.cuda.Event] | None = None
+    ahead: tuple[LossBatch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
             following = batch.on(device), stream.record_event()
@@ -29,7 +29,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]
         yield _arrived(*ahead)
 
 
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+def _arrived(batch: LossBatch, copied: torch.cuda.Event) -> LossBatch:
     current = torch.cuda.current_stream()
     current.wait_event(copied)
     for tensor in batch.tensors:

@@ -16,7 +16,7 @@ from fusegpt_ray.model.rows import Own, Owns, Rows, ids_of
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.samples import Batch as Windows
-from fusegpt_ray.training.batch import Batch, target_weights, token_weights
+from fusegpt_ray.training.batch import LossBatch, target_weights, token_weights
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,18 @@ class States:
 
     entering_WTD: torch.Tensor
     leaving_WTD: torch.Tensor
-    """See `Batch`."""
+    """See `LossBatch`."""
     weights_WT: torch.Tensor | None = None
-    """See `Batch`; so are the contexts of each window's own."""
+    """See `LossBatch`; so are the contexts of each window's own."""
     owns: Owns | None = None
 
-    def batches(self, size: int) -> Iterator[Batch]:
+    def batches(self, size: int) -> Iterator[LossBatch]:
         """Consecutive batches of `size` windows. A smaller remainder would change the loss, so
         there must be none.
         """
         assert len(self.entering_WTD) == len(self.leaving_WTD), "states of the same windows"
         assert len(self.entering_WTD) % size == 0, (len(self.entering_WTD), size)
-        whole = Batch(self.entering_WTD, self.leaving_WTD, self.weights_WT, self.owns)
+        whole = LossBatch(self.entering_WTD, self.leaving_WTD, self.weights_WT, self.owns)
         return whole.split(size)
 
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.sections import Fusion
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate, mean_loss
 from fusegpt_ray.training.optimizer import (
@@ -74,7 +74,7 @@ class Stepper(Protocol):
     def worker(self) -> int:
         """Its number, from 0."""
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: LossBatch) -> torch.Tensor:
         """Forward, backward, update. Returns this worker's loss: a detached scalar on the
         device.
         """
@@ -82,7 +82,7 @@ class Stepper(Protocol):
     def mean(self, losses: torch.Tensor) -> float:
         """The mean of these losses over all workers. Called by all workers at once."""
 
-    def validate(self, batches: Iterable[Batch]) -> float:
+    def validate(self, batches: Iterable[LossBatch]) -> float:
         """The mean loss of batches that nothing is learned from. Called by all workers at once."""
 
     def gather(self, row: list[int]) -> list[list[int]]:
@@ -128,7 +128,7 @@ class TorchStepper:
         loss = loss or LOSSES[config.loss]
         return cls(span, optimizer, schedule, device, loss, micro_batch)
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: LossBatch) -> torch.Tensor:
         self.span.form(self.span.learned)
         loss = accumulate(self.span, batch, self.loss, self.micro_batch, shared=False)
         self.span.root().backward()
@@ -140,7 +140,7 @@ class TorchStepper:
     def mean(self, losses: torch.Tensor) -> float:
         return losses.mean().item()
 
-    def validate(self, batches: Iterable[Batch]) -> float:
+    def validate(self, batches: Iterable[LossBatch]) -> float:
         self.span.form(self.span.learned)
         return mean_loss(self.span, batches, self.loss, self.micro_batch, shared=False).item()
 

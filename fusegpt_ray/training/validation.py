@@ -1,4 +1,4 @@
-"""Held-out windows that a training looks at on its way: what is kept in the end is the state that
+"""Held-out windows that a training evaluates on its way: what is kept in the end is the state that
 was best on them, which may be the one before the first step.
 """
 
@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.stepper import Stepper
 
 _BEST = "best."
 RATE_KEY = "heal.learning_rate"
-"""What messages name: only healing looks at held-out windows."""
+"""What messages name: only healing evaluates held-out windows."""
 
 
 @dataclass
 class Validation:
     """The held-out losses of one training, and the values that gave the lowest."""
 
-    batches: Callable[[], Iterable[Batch]]
+    batches: Callable[[], Iterable[LossBatch]]
     """Of the held-out windows, on the device."""
     meet: Callable[[], None] = lambda: None
     """Waits for all workers, one of which may still write a checkpoint."""

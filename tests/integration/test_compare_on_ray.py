@@ -16,6 +16,7 @@ from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.report import Display
+from fusegpt_ray.scheduling.threads import Threads
 
 pytestmark = pytest.mark.integration
 
@@ -86,14 +87,21 @@ def test_of_two_at_once_one_fails_and_the_others_go_on(material, tmp_path: Path)
     assert [row["method"] for row in result["rows"]] == ["mi", "last"]
 
 
-def test_ctrl_c_ends_all_cells_and_the_same_command_goes_on(material, tmp_path: Path) -> None:
+def test_ctrl_c_ends_all_cells_and_the_same_command_goes_on(
+    material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     methods = [TUNED, {**TUNED, "name": "longer", "fusion": {"epochs": 4}}]
     comparison = asked(material, tmp_path, methods, at_once=2)
-    before = {*threading.enumerate()}
+    started, starts = list[Threads](), Threads.start
+
+    def start(threads: Threads, *work: Any) -> None:
+        started.append(threads)
+        starts(threads, *work)
+
+    monkeypatch.setattr(Threads, "start", start)
     with pytest.raises(KeyboardInterrupt):
         compare(comparison, Watching("] round 1/", stop=True))
-    left = {thread.name for thread in {*threading.enumerate()} - before}
-    assert not [name for name in left if "_until_stopped" in name]
+    assert started and not any(threads.alive for threads in started)
     assert not list(tmp_path.glob("*/fusegpt.json"))
     result = compare(comparison, Watching())
     assert result["failed"] == [] and len(result["rows"]) == 2

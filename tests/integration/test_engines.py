@@ -51,6 +51,7 @@ def test_engines_make_the_same_model(
     run: Run, one: str, other: str, close: dict[str, float]
 ) -> None:
     a, b = run(one), run(other)
+    assert a.folders and b.folders
     for folder, same, manifest, alike in zip(
         a.folders, b.folders, a.manifests, b.manifests, strict=False
     ):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from fusegpt_ray.distributed.meeting import Meeting, lost_worker
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 
 pytestmark = pytest.mark.integration
 
@@ -183,7 +183,7 @@ def step(rank: int, count: int, folder: Path) -> None:
         rank, count, torch.device("cpu"), 2, None, lambda _: None, timeout=TIMEOUT
     )
     stepper = DeepSpeedStepper.make(span, groups, config, 2, worker, None)
-    batch = Batch(torch.ones(4, 3, 8), torch.zeros(4, 3, 8))
+    batch = LossBatch(torch.ones(4, 3, 8), torch.zeros(4, 3, 8))
     stepper.step(batch)
     meet(folder, "here", rank, count)
     if rank:

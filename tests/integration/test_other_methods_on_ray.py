@@ -76,7 +76,9 @@ def test_two_workers_make_the_model_of_one_process(
     for key in ("removed", "kept", "inserted", "width"):
         assert told[0].get(key) == told[1].get(key)
     rows = [record["perplexity"]["heldout"] for record in told]
-    for stage in {"dense", "dropped", "sliced", "inserted"} & rows[0].keys():
+    alike = {"dense", "dropped", "sliced", "inserted"} & rows[0].keys()
+    assert len(alike) == 2, "the dense model, and what became of it before anything learned"
+    for stage in alike:
         assert rows[0][stage] == rows[1][stage], "a replica makes them, to the bit"
     for this, that in zip(told[0]["rounds"], told[1]["rounds"], strict=True):
         assert this.get("scores") == that.get("scores"), "a replica computes them, to the bit"

@@ -151,7 +151,9 @@ def test_nothing_is_written_elsewhere_and_nothing_temporary_stays(runs: Runs, en
 
 @ENGINES
 def test_no_credentials_are_written(s3, runs: Runs, engine: str) -> None:
-    for key, data in runs[engine].objects.items():
+    done = runs[engine]
+    assert f"{done.prefix}/{MODEL}/fusegpt.json" in done.objects and len(s3.keys) == 2
+    for key, data in done.objects.items():
         for secret in s3.keys:
             assert secret.encode() not in data, key
 

@@ -15,6 +15,7 @@ from fusegpt_ray.generation import ROWS
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.run.outputs import Folder
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store.records import opened
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.local import LocalWorkers
@@ -43,9 +44,8 @@ def draw(
 ) -> Windows:
     planned = plan(asked, Watching())
     with kind(planned.setup) as workers:
-        return calibration_windows(
-            workers, asked, planned.leading["calibration"], show or Watching()
-        )
+        leading = planned.leading["calibration"]
+        return calibration_windows(workers, asked, leading, show or Watching(), Shared())
 
 
 def parts(desk: Desk) -> list[Path]:

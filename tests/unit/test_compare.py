@@ -152,7 +152,9 @@ def test_stopped_between_cells_it_does_what_is_missing(desk: Desk, tmp_path: Pat
     show = Watching()
     assert perplexities(compare(parsed(desk), show)) == expected
     assert published(desk) == bytes_expected
-    assert "evaluating and publishing demo-mi-p20" not in show.said
+    made = [line for line in show.said if line.startswith("evaluating and publishing demo-")]
+    assert "evaluating and publishing demo-mi-ft-1-epoch-p20" in made
+    assert "evaluating and publishing demo-mi-p20" not in made
 
 
 def test_an_unfinished_cell_of_another_recipe_is_forgotten_if_asked(desk: Desk) -> None:

@@ -20,7 +20,7 @@ from fusegpt_ray.model.compiled import CompiledBlock, block_function, compiles
 from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 
@@ -75,7 +75,7 @@ def test_compiled_blocks_learn_the_same(workshop: Workshop) -> None:
         span = workshop.student(job)
         span._run = run
         span.form(span.learned)
-        accumulate(span, Batch(entering, leaving), normalized_mse, 2, False)
+        accumulate(span, LossBatch(entering, leaving), normalized_mse, 2, False)
         span.root().backward()
         return {name: value.grad for name, value in span.learned.named_parameters()}
 

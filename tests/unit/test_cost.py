@@ -46,7 +46,7 @@ from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display, flop_count
 from fusegpt_ray.text import protocol
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
 from fusegpt_ray.workers import local
@@ -339,7 +339,7 @@ def test_flops_of_healing_are_those_that_torch_counts(
         FlopCounterMode(display=False) as counter,
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
-        accumulate(span, Batch(*batch), job.loss(runner.trunk), None, False)
+        accumulate(span, LossBatch(*batch), job.loss(runner.trunk), None, False)
     found, expected = counter.get_total_flops(), 4 * healing_flops(asked, dense, len(dense) - 1)
     if recompute:  # torch leaves out what comes after a block's last saved tensor
         assert 0.9 * expected < found < expected

@@ -17,7 +17,7 @@ from test_compared_methods import removed
 from test_tournament import workers
 
 from fusegpt_ray.cost.footprint import gating_bytes, trial_bytes
-from fusegpt_ray.healing import gates
+from fusegpt_ray.healing import gates, trial
 from fusegpt_ray.healing.gates import POLARISE, GatedModel, train_gates, within
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Question
@@ -147,7 +147,7 @@ def test_an_open_gate_changes_nothing(
     """Where nothing is to go, the gated model is the dense one, to the bit: a step's loss is 0."""
     heard: list[Any] = []
     monkeypatch.setattr(gates, "STEPS", 1)
-    monkeypatch.setattr(gates, "_unheard", heard.append)
+    monkeypatch.setattr(trial, "_unheard", heard.append)
     with workers(infirmary) as here:
         list(here.map(train_gates, [(GatedModel(infirmary.dense, 0), TRAINED[:4].numpy())], 4))
     assert heard[0][:2] == (1, 0.0)

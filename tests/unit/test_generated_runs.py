@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from fusegpt_ray.generation import ROWS
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.reporting.facts import facts
+from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed
 
 # --- how it is kept ---
@@ -127,6 +129,22 @@ def test_a_whole_run_on_a_mixture_with_it(desk: Desk, capsys: pytest.CaptureFixt
     assert "has published everything" in again and "the dense model writes" not in again
     assert main(["score", file, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"][1]["generated"] == how
+
+
+def test_each_file_of_the_model_is_hashed_once(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though two texts and the run itself are named by the model's bytes."""
+    whole, hashed = storage.fingerprint, Counter[str]()
+
+    def counting(uri: str) -> str:
+        hashed[uri] += 1
+        return whole(uri)
+
+    monkeypatch.setattr(storage, "fingerprint", counting)
+    colder = {"generate": str(desk.folder / "prompts.txt"), "temperature": 0.5}
+    heal = {"batch": 4, "held_out": 4, "tokens": 12 * LENGTH, "data": [colder]}
+    compress(asked(desk, {"heal": heal}), Watching())
+    assert len([*desk.out.glob("generated-*")]) == 2
+    assert hashed == {str(file): 1 for file in desk.model.glob("*.safetensors")}
 
 
 def test_clean_removes_it_where_no_run_needs_it(

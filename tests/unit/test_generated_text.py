@@ -24,6 +24,7 @@ from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import GeneratedText
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store.records import opened
 from fusegpt_ray.workers import local
 from fusegpt_ray.workers.local import LocalWorkers
@@ -167,7 +168,7 @@ def test_left_out_it_is_as_long_as_its_windows_and_one_more(desk: Desk) -> None:
     assert draw(recipe).protocol["text_tokens"] == (8 + 1) * LENGTH
     planned = plan(recipe, Watching())
     with LocalWorkers(planned.setup) as workers:
-        train, held_out = healing_windows(workers, recipe, None, Watching())
+        train, held_out = healing_windows(workers, recipe, None, Watching(), Shared())
     assert train.protocol["generated"]["tokens"] == (12 + 4 + 1) * LENGTH
     assert held_out.tokens_WT.shape == (4, LENGTH)
     assert len(list(desk.out.glob("generated-*"))) == 1
@@ -239,4 +240,4 @@ def test_too_few_tokens_for_healing(desk: Desk) -> None:
         LocalWorkers(planned.setup) as workers,
         pytest.raises(UserError, match="raise the tokens of the text generated from"),
     ):
-        healing_windows(workers, recipe, None, Watching())
+        healing_windows(workers, recipe, None, Watching(), Shared())

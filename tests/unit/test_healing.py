@@ -35,7 +35,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.termination import sigterm_stops
 from fusegpt_ray.training import pauses
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.finetune import Trained
 from fusegpt_ray.training.masters import Masters
@@ -72,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_real_models(infirmary: Infirmary, c
     """Every parameter of every block, through the real norm, head and soft caps."""
     span, runner, batch = built(infirmary, train="all")
     span.form(span.learned)
-    loss = accumulate(span, Batch(*batch), LogitsKL(runner.trunk.head, chunk=chunk), 2, False)
+    loss = accumulate(span, LossBatch(*batch), LogitsKL(runner.trunk.head, chunk=chunk), 2, False)
     span.root().backward()
 
     student, teacher = infirmary.plain()
@@ -188,7 +188,7 @@ def test_told_to_end_within_a_part_it_goes_on_to_the_same_bytes(
     infirmary.forget()
     step, made = TorchStepper.step, []
 
-    def third_is_told(stepper: TorchStepper, batch: Batch) -> torch.Tensor:
+    def third_is_told(stepper: TorchStepper, batch: LossBatch) -> torch.Tensor:
         made.append(batch)
         if len(made) == 3:
             signal.raise_signal(signal.SIGTERM)

@@ -26,6 +26,7 @@ from fusegpt_ray.pipeline import compress, open_workers, score
 from fusegpt_ray.plan import mistakes, plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display
+from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import PADDING, Samples, counting, fingerprint, with_an_image
 from fusegpt_ray.text.windows import Windows
 
@@ -73,10 +74,10 @@ def drawn(given: dict[str, Any]) -> tuple[Windows, ...]:
     planned = plan(Recipe.parse(given), Display())
     leading = planned.leading["calibration"]
     with open_workers(planned.setup, Display()) as workers:
-        found = calibration_windows(workers, planned.recipe, leading, Display())
+        found = calibration_windows(workers, planned.recipe, leading, Display(), Shared())
         if planned.recipe.heal is None:
             return (found,)
-        return (found, *healing_windows(workers, planned.recipe, leading, Display()))
+        return (found, *healing_windows(workers, planned.recipe, leading, Display(), Shared()))
 
 
 def of_text(windows: Windows, number: int) -> Samples:

@@ -78,9 +78,14 @@ def check_all_of_one_run(lines: list[Line]) -> None:
     (run,) = {line["run_id"] for line in lines[drawn:]}
     assert len(run) == 64 and {line["run_id"] for line in lines[:drawn]} == {""}
     assert [line["round"] for line in lines if line["event"] == "epoch"] == [1, 1, 2, 2]
-    for line in lines:
-        if line["event"] == "scores" or str(line.get("message")).startswith("round "):
-            assert line["stage"].startswith(f"round {line['round']}")
+    of_rounds = [
+        line
+        for line in lines
+        if line["event"] == "scores" or str(line.get("message")).startswith("round ")
+    ]
+    assert {line["round"] for line in of_rounds} == {1, 2}
+    for line in of_rounds:
+        assert line["stage"].startswith(f"round {line['round']}")
 
 
 def alone(asked: dict[str, Any]) -> dict[str, list[tuple[Any, ...]]]:
@@ -116,6 +121,7 @@ def test_members_one_after_another(
     assert {(line["event"], line["run_id"], line["round"]) for line in family} == {("said", "", 0)}
     said = [line["message"] for line in family]
     assert said[-1].startswith("the leaderboard is in") and "— first: tuned —" not in said
+    assert "— first: tuned —" in [line.get("message") for line in of(lines, FIRST)]
     assert "starting the local engine" in said
     assert of(lines, SECOND)[0]["round"] == 0 and of(lines, FIRST)[-1]["round"] == 2
 

@@ -14,7 +14,7 @@ from test_healing import built, result
 from torch import nn
 
 from fusegpt_ray.samples import PADDING, Samples
-from fusegpt_ray.training.batch import Batch, target_weights
+from fusegpt_ray.training.batch import LossBatch, target_weights
 from fusegpt_ray.training.distillation import NextToken
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.states import own_windows
@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_those_of_the_real_model(infirmary: Infirmary, ch
     assert infirmary.name in SUPPORTED
     span, runner, states = built(infirmary, train="all", loss="tokens")
     span.form(span.learned)
-    batch = Batch(*states, target_weights(TRAINED[:BATCH].numpy()))
+    batch = LossBatch(*states, target_weights(TRAINED[:BATCH].numpy()))
     loss = accumulate(span, batch, NextToken(runner.trunk.head, chunk), 2, False)
     span.root().backward()
     student, _ = infirmary.plain()

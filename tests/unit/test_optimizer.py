@@ -18,7 +18,7 @@ from fusegpt_ray.training import optimizer as optimizers
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.optimizer import cosine_to_zero
 from fusegpt_ray.training.states import States
-from fusegpt_ray.training.stepper import Batch
+from fusegpt_ray.training.stepper import LossBatch
 
 
 class Group:
@@ -102,7 +102,7 @@ class Recorder:
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def step(self, batch: Batch) -> torch.Tensor:
+    def step(self, batch: LossBatch) -> torch.Tensor:
         self.seen.append(batch[0][0].item())
         return batch[0][0]
 
@@ -110,7 +110,7 @@ class Recorder:
         return losses.mean().item()
 
 
-def an_epoch(values: list[float]) -> Callable[[int], Iterator[Batch]]:
+def an_epoch(values: list[float]) -> Callable[[int], Iterator[LossBatch]]:
     return lambda _: iter([(torch.tensor([value]), torch.tensor([value])) for value in values])
 
 

@@ -20,7 +20,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.sections import Heal, Importance
 from fusegpt_ray.samples import PADDING
-from fusegpt_ray.training.batch import Batch, token_weights
+from fusegpt_ray.training.batch import LossBatch, token_weights
 from fusegpt_ray.training.distillation import LogitsKL
 from fusegpt_ray.training.losses import LOSSES, Loss
 from fusegpt_ray.training.microbatch import accumulate
@@ -208,7 +208,7 @@ def test_healing_learns_the_same_however_much_is_padded(
         source = StatesSource(stack, 0, dense, len(dense))
         states = source.walk(runner, torch.tensor(windows))
         span.form(span.learned)
-        batch = Batch(*states, token_weights(windows))
+        batch = LossBatch(*states, token_weights(windows))
         accumulate(span, batch, model.loss(trunk), 2, False)
         span.root().backward()
         gradients.append([value.grad for value in span.learned.parameters()])

@@ -28,7 +28,7 @@ from workshop import (  # noqa: F401 - fixtures
 )
 
 from fusegpt_ray.fusion.group_fusion import GroupFusion
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.span import Span
 
 
@@ -167,7 +167,7 @@ def test_one_step_is_the_papers(workshop: Workshop) -> None:
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     expected = paper.step(entering, leaving, 0, 20)
-    loss = workshop.stepper(job, student, 20).step(Batch(entering, leaving))
+    loss = workshop.stepper(job, student, 20).step(LossBatch(entering, leaving))
 
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     compare_learned(student, paper, SHIFT)

@@ -17,7 +17,7 @@ from fusegpt_ray.family.members import Members
 from fusegpt_ray.outlook import Device
 from fusegpt_ray.plan import plan
 from fusegpt_ray.report import Display
-from fusegpt_ray.scheduling.forecast import Asked
+from fusegpt_ray.scheduling.forecast import Premises
 
 H100 = ("--gpu", "H100")
 
@@ -71,10 +71,10 @@ def test_the_plan_of_a_family_is_those_of_its_runs(
 
 def test_the_room_that_is_foretold_is_that_of_the_recipe(desk: Desk) -> None:
     recipes = [run.recipe for run in Members.parse(desk.recipe(**family(desk, gpus=3))).runs]
-    on = Asked(Device.named("NVIDIA H100"), 8, quota=3)
+    on = Premises(Device.named("NVIDIA H100"), 8, quota=3)
     assert on.room(recipes).total.gpus == 3
-    assert Asked(Device.named("NVIDIA H100"), 2, quota=3).room(recipes).total.gpus == 2
-    cpu = Asked(Device("a CPU", "cpu", 10**9), 1)
+    assert Premises(Device.named("NVIDIA H100"), 2, quota=3).room(recipes).total.gpus == 2
+    cpu = Premises(Device("a CPU", "cpu", 10**9), 1)
     assert cpu.room(recipes).at_once == 1 and cpu.room(recipes).total.gpus > 3
     local = [one.model_copy(update={"cluster": one.cluster.model_copy(update={"engine": "local"})})
              for one in recipes]  # fmt: skip

@@ -90,6 +90,8 @@ def test_a_run_that_goes_on_on_other_gpus_pays_for_each_kind(
         assert re.search(rf"GPU hours on {gpu}</dt><dd>2\.\d\d<", shown)
     assert re.search(r"price of these hours</dt><dd>7\.\d\d<", shown)
     assert "price planned" not in shown, "nobody knows which stage ran where"
+    known = page.html(found.model_copy(update={"spent": None}))
+    assert "price planned" in known and "price of the time taken" in known
 
 
 def test_a_gpu_without_a_price_is_refused_before_any_work(

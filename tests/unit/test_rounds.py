@@ -27,7 +27,7 @@ from workshop import (  # noqa: F401 - fixtures
 from fusegpt_ray.fusion.linear import FusedLinear
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import read_tensors
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.optimizer import make_optimizer
@@ -51,7 +51,7 @@ def test_every_architecture_starts_learns_folds_and_reloads(workshop: Workshop) 
     assert means[-1] < means[0]
     # Everything that learns is reached by the loss, once B and C are no longer zero.
     student.form(student.learned)
-    batch = Batch(entering[:BATCH], leaving[:BATCH])
+    batch = LossBatch(entering[:BATCH], leaving[:BATCH])
     accumulate(student, batch, normalized_mse, None, False)
     student.root().backward()
     untouched = [

@@ -4,9 +4,12 @@ process: what fails in one set leaves the others alone. Sets on Ray: test_compar
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +214,26 @@ def test_what_joins_while_one_works_is_used_by_the_next_one(
     assert opened == [(1, 1.0), (2, 1.0)], "on GPUs, even if there should be none at the moment"
     assert "up to 2 cells at once" in show.said
     assert place.asked[0] == 3 and place.asked[-1] == 0 and max(place.asked) == 3
+
+
+def test_what_an_ended_cell_held_is_let_go(
+    desk: Desk, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its run, and the windows that all runs of its model share once none of them is left."""
+    begins, held, alive = Compression.begin, list[weakref.ref[Any]](), list[int]()
+
+    def begin(*arguments: Any) -> Compression:
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in held))
+        begun = begins(*arguments)
+        held.extend([weakref.ref(begun), weakref.ref(begun.windows.tokens_WT)])
+        return begun
+
+    monkeypatch.setattr(Compression, "begin", begin)
+    other = Desk.make(desk.folder / "second", checkpoint("llama-tied"))
+    models = [{"name": "a", "source": str(desk.model)}, {"name": "b", "source": str(other.model)}]
+    section = {"methods": ["mi", "last"], "sparsities": [0.2], "models": models}
+    result = compare(Comparison.parse(asked(desk) | {"compare": section}), Watching())
+    assert result["failed"] == [] and len(result["rows"]) == 4
+    # Both cells of a model draw their texts before the first one works: they share the windows.
+    assert alive == [0, 2, 0, 2]

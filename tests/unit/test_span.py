@@ -11,7 +11,7 @@ from torch.func import functional_call
 from workshop import BATCH, FAST, Workshop, _workshop, learned  # noqa: F401 - a fixture
 
 from fusegpt_ray.model.recorder import run_block
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.losses import LOSSES, normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
@@ -33,7 +33,7 @@ def shaken(workshop: Workshop) -> tuple[Span, torch.Tensor, torch.Tensor]:
 def gradients(span: Span, batch: tuple[torch.Tensor, torch.Tensor], micro: int | None) -> Tensors:
     span.learned.zero_grad()
     span.form(span.learned)
-    accumulate(span, Batch(*batch), normalized_mse, micro, False)
+    accumulate(span, LossBatch(*batch), normalized_mse, micro, False)
     span.root().backward()
     named = span.learned.named_parameters()
     return {name: value.grad.clone() for name, value in named}
@@ -87,7 +87,7 @@ def test_weights_are_formed_once_a_loss_batch(
     formed: list[int] = []
     span.learned.register_forward_pre_hook(lambda *_: formed.append(1))
     span.form(span.learned)
-    accumulate(span, Batch(entering, leaving), LOSSES[loss], micro, False)
+    accumulate(span, LossBatch(entering, leaving), LOSSES[loss], micro, False)
     span.root().backward()
     assert len(formed) == 1
 
@@ -108,7 +108,7 @@ def test_micro_batches_add_up_in_float32(
     seen: list[bool] = []
     for value, wanted in zip(span.formed, expected, strict=True):
         value.register_hook(lambda found, w=wanted: seen.append(torch.equal(found, w.bfloat16())))
-    accumulate(span, Batch(entering, leaving), normalized_mse, micro, False)
+    accumulate(span, LossBatch(entering, leaving), normalized_mse, micro, False)
     span.root().backward()
     assert len(seen) == len(expected)
     assert all(seen)

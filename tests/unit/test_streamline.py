@@ -212,6 +212,7 @@ def test_a_light_block_is_one_that_learns_whole(desk: Desk) -> None:
     assert activations[1] == 3 * activations[0]
     told = shortage(asked, dense, torch.float32, 2, 1)
     assert "micro_batch" in told and "group_size" not in told and "fold" not in told
+    assert "less is needed" in told
     told = shortage(one, dense, torch.float32, 2, 1)
     assert told and "less is needed" not in told
 

@@ -28,7 +28,7 @@ from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.sections import Fusion, Heal, Importance
 from fusegpt_ray.recipe.specs import PRESETS
 from fusegpt_ray.samples import Samples
-from fusegpt_ray.training.batch import Batch, token_weights
+from fusegpt_ray.training.batch import LossBatch, token_weights
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
@@ -72,7 +72,7 @@ def test_healing_has_the_gradients_of_the_real_model(
     span = model.build(runner.trunk.meta_blocks, contexts, CPU, torch.float32, recompute, run_block)
     source = model.task(given, given, LOCAL, {}, "").source
     owns = runner.enter(given)[1]
-    batch = Batch(*source.walk(runner, given), token_weights(given), owns)
+    batch = LossBatch(*source.walk(runner, given), token_weights(given), owns)
     span.form(span.learned)
     accumulate(span, batch, model.loss(runner.trunk), micro, False)
     span.root().backward()

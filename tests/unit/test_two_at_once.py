@@ -27,6 +27,8 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run import lease
 from fusegpt_ray.run.lease import Owner, Standing, claim
 
+WAITED_FOR = "a run of this name was alive on"
+
 
 def owned(desk: Desk, **changes: Any) -> Owner:
     """Another machine's process takes the stopped run's name."""
@@ -78,7 +80,7 @@ def test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with(
     sign(desk, owned(desk))
     show = Watching()
     compress(recipe(desk), show)
-    assert any("was alive on elsewhere" in line for line in show.said)
+    assert any(f"{WAITED_FOR} elsewhere" in line for line in show.said)
     assert published(desk) == undisturbed["at_end"]
 
 
@@ -90,4 +92,4 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(desk: Desk) ->
     sign(desk, owned(desk, host=here.host, machine=here.machine, pid=dead.pid))
     show = Watching()
     compress(recipe(desk), show)
-    assert not any("alive" in line for line in show.said)
+    assert not any(WAITED_FOR in line for line in show.said)
