@@ -226,8 +226,7 @@ def _show(result: dict[str, Any]) -> None:
     say("order of the work:")
     for step in result["order"]:
         say(f"  {step}")
-    timed = result["seconds"] is not None
-    priced = result["price"] is not None
+    timed, priced = (result[key] is not None for key in ("seconds", "price"))
     more = ["time"] * timed + ["price"] * priced
     work = Table("stage", "block-forwards", "FLOP", "share", *more)
     for column in work.columns[1:]:
@@ -253,11 +252,9 @@ def _show(result: dict[str, Any]) -> None:
     else:
         say(f"{total}; how fast {result['device']} is, is not known:")
         say("--probe measures it, --gpu H100 tells of another")
-    for line in uncounted([result]):
-        say(line)
     for table in _of_memory_and_bytes(result):
         console.print(table)
-    for line in _lacking(result):
+    for line in (*uncounted([result]), *_lacking(result)):
         say(line)
     advice = (row["advice"] for row in (*result["memory"], *result["storage"]))
     for line in (result["unpriced"], *over_budget(result["budget"]), *advice):

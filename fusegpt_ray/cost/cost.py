@@ -154,7 +154,6 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         stages.append(Stage(healing.name, *both))
     if held_out := [text for text in recipe.evaluation.values() if text.most_windows]:
         stages.append(evaluation_stage(recipe, dense, targets, held_out))
-    uncounted = [name for name, text in recipe.evaluation.items() if not text.most_windows]
     blocks = [_bytes(block.weights) for block in dense.blocks]
     source = _bytes(dense.trunk) + sum(blocks)
     published = {
@@ -164,7 +163,11 @@ def cost(recipe: Recipe, dense: Stack, targets: Sequence[Target]) -> Cost:
         for t in targets
     }
     parameters = sum(elements(block.weights) for block in dense.blocks) + elements(dense.trunk)
-    return Cost(parameters, tuple(stages), source, published, tuple(uncounted))
+    return Cost(parameters, tuple(stages), source, published, _uncounted(recipe))
+
+
+def _uncounted(recipe: Recipe) -> tuple[str, ...]:
+    return tuple(name for name, text in recipe.evaluation.items() if not text.most_windows)
 
 
 def scored_tokens(settings: Importance, left: int, length: int) -> int:

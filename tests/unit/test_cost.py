@@ -18,7 +18,6 @@ from models import open_stack, token_windows
 from random_stack import empty_stack
 from safetensors.torch import load_file
 from shapes import SHAPES
-from test_healed_runs import HEAL
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig
 
@@ -45,7 +44,6 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.report import Display, flop_count
-from fusegpt_ray.text import protocol
 from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span
@@ -154,41 +152,6 @@ def test_block_forwards_are_those_of_a_real_run(
     most = expected["scoring"] + expected.get("states", 0) + expected["evaluation"] - gates
     proofs = max(0.2 * most, 5 * 5)  # at most 5 windows through 5 blocks
     assert 0.5 * most < counted["walked"] < most + proofs
-
-
-@pytest.mark.parametrize(
-    ("changes", "models"),
-    [
-        ({"method": "mi"}, 2),
-        ({"method": "mi", "heal": HEAL}, 3),
-        ({"fusion": {"start": "scale"}, "heal": HEAL}, 5),
-        ({"method": "slicegpt", "heal": HEAL}, 3),
-        ({"method": "tli", "depth": 0.2, "sparsity": []}, 2),
-    ],
-    ids=["mi", "mi, healed", "all", "narrower", "deeper"],
-)
-def test_evaluation_counts_every_model_that_the_judge_measures(
-    desk: Desk, changes: dict[str, Any], models: int
-) -> None:
-    """As many as have a perplexity in the manifest: each window passes all of their blocks."""
-    fusion = desk.recipe()["fusion"] | changes.get("fusion", {})
-    held = {"heldout": {"data": str(desk.heldout)}}
-    asked = {"sparsity": 0.2} | changes | {"fusion": fusion, "evaluation": held}
-    unknown = costs(desk, **asked)
-    assert "evaluation" not in stages(unknown) and unknown.uncounted == ("heldout",)
-    assert "evaluation on heldout is not counted" in unknown.in_words()
-    windows = 5
-    given = {"heldout": held["heldout"] | {"windows": windows}}
-    known = costs(desk, **asked | {"evaluation": given})
-    assert not known.uncounted and "not counted" not in known.in_words()
-    (model,) = compress(recipe(desk, **asked), Display())
-    row = model.manifest["perplexity"]["heldout"]
-    assert len(protocol.stages([row])) == models
-    # In the manifest, all is counted: the text has been read.
-    (planned,) = [one for one in model.manifest["planned"] if one["stage"] == "evaluation"]
-    assert planned["block_forwards"] == stages(known)["evaluation"]
-    walked = 5 + (models - 1) * len(model.manifest["kept"])
-    assert planned["block_forwards"] == windows * walked
 
 
 def test_block_forwards_of_a_tournament_are_those_of_a_real_run(
