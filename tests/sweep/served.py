@@ -4,7 +4,8 @@ that both know, and writes docs/serving.md. `make served VLLM=…` runs this fil
     python tests/sweep/served.py --vllm PYTHON [--only NAME …] [--out docs/serving.md]
         [--work FOLDER] [--seconds 300]
 
-PYTHON is that of an environment with vLLM, on whatever device that runs. With `--work`, models and
+PYTHON is that of an environment with vLLM, on whatever device that runs. With `--only`, the page is
+of these classes alone. With `--work`, models and
 answers stay in a folder, and a sweep that was stopped goes on from it.
 """
 
@@ -85,7 +86,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--vllm", required=True, help="Python of an environment with vLLM")
-    parser.add_argument("--only", nargs="*", default=[], help="classes; nothing is written then")
+    parser.add_argument("--only", nargs="*", default=[], help="classes of text that vLLM has")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "serving.md")
     parser.add_argument("--work", type=Path, help="a folder for models and answers")
     parser.add_argument("--seconds", type=int, default=300, help="for a class in vLLM")
@@ -97,14 +98,15 @@ def main() -> int:
         serve += ["--seconds", str(arguments.seconds)]
         subprocess.run([*serve, "--list"], check=True)
         known = json.loads((work / "vllm.json").read_text())
-        names = arguments.only or [
-            name for name in all_classes() if name in known["classes"] and SEES not in name
+        names = [
+            name
+            for name in arguments.only or all_classes()
+            if name in known["classes"] and SEES not in name
         ]
         _each(_make, [(name, work / name) for name in names], seconds=240)
         subprocess.run(serve, check=True)
         outcomes = _each(_judge, [(name, work / name) for name in names], seconds=240)
-    if not arguments.only:
-        arguments.out.write_text("\n".join(_page(known["version"], outcomes)) + "\n")
+    arguments.out.write_text("\n".join(_page(known["version"], outcomes)) + "\n")
     return int(any(kind == FAILS for kind, _ in outcomes.values()))
 
 
