@@ -90,7 +90,7 @@ def plain_group(
 
 def blocks_forward(base: Any, blocks: Iterable[nn.Module], h_BTD: torch.Tensor) -> torch.Tensor:
     """States after these blocks of a LLaMA (`base`: with its rotary embedding)."""
-    places_BT = torch.arange(h_BTD.shape[1]).expand(h_BTD.shape[:2])
+    places_BT = torch.arange(h_BTD.shape[1], device=h_BTD.device).expand(h_BTD.shape[:2])
     rotary = base.rotary_emb(h_BTD, places_BT)
     for block in blocks:
         h_BTD = block(h_BTD, position_embeddings=rotary)

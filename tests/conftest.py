@@ -9,7 +9,6 @@ os.environ.update(
     HF_HUB_OFFLINE="1",
     TOKENIZERS_PARALLELISM="false",
     RAY_AUTH_MODE="disabled",
-    DS_ACCELERATOR="cpu",
     RAY_worker_niceness="0",  # beside another process that tests, others get little of two cores
 )
 
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from material import Material
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # else DeepSpeed finds the GPU, as for a user
+    os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

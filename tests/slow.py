@@ -220,7 +220,9 @@ SLOW = (
     # The code generator takes its time: the compiler before it stays.
     f"{UNIT}compiled.py::test_real_code_computes_the_same",
     f"{UNIT}benchmarks.py::test_saving_in_three_ways",
-    f"{UNIT}benchmarks.py::test_one_device_with_random_weights",
+    # Its parts one by one stay, not compiled.
+    f"{UNIT}gpu_benchmark.py::test_one_device_with_random_weights",
+    f"{UNIT}gpu_benchmark.py::test_blocks_are_compiled_on_a_cpu_if_wanted",
 )
 """A file, a test of it (with all its cases), or a single case, as pytest writes them."""
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 import ray
-from s3fs import S3FileSystem
 
 from fusegpt_ray.distributed.connection import Connection
 from fusegpt_ray.recipe.cluster_section import Cluster
@@ -68,6 +66,10 @@ class S3:
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    # Here: tests that need a GPU run where only the product is installed, too.
+    import boto3
+    from s3fs import S3FileSystem
+
     keys = ("PLANTED-ACCESS-KEY-7d1c", "PLANTED-SECRET-KEY-93ab")
     port, log = free_port(), tmp_path_factory.mktemp("s3") / "log"
     with pytest.MonkeyPatch.context() as patch, log.open("w") as out:
@@ -94,6 +96,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
 @pytest.fixture(scope="session")
 def new_bucket(s3: S3) -> Callable[[], str]:
     """Makes an empty bucket and gives its name."""
+    from s3fs import S3FileSystem
 
     def make() -> str:
         name = f"bucket-{uuid.uuid4().hex[:12]}"

@@ -51,7 +51,8 @@ def fusion(folder: Path, out: str = "nowhere", **settings: Any) -> GroupFusion:
 
 @contextmanager
 def process_group(rank: int, workers: int, out: Path) -> Iterator[None]:
-    """One process of a gloo group of `workers`, as Ray Train makes one."""
+    """One process of a gloo group of `workers`, as Ray Train makes one on CPUs."""
+    os.environ["DS_ACCELERATOR"] = "cpu"  # whatever there is: DeepSpeed looks when it is imported
     torch.set_num_threads(1)
     meet = f"file://{out}/meet{workers}"
     dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=workers)

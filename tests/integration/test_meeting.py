@@ -41,6 +41,7 @@ def work(part: Part, rank: int, count: int, port: int, folder: Path, started: in
     """One worker. It stays until it is killed, as Ray keeps those of a group until all are done."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank)}
+    os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
     os.environ["FUSEGPT_RETRY_SECONDS"] = "0"
     meet(folder, "started", rank, started)  # on a busy machine they need not begin together
     began = time.monotonic()

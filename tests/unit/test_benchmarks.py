@@ -7,25 +7,10 @@ import json
 from pathlib import Path
 
 import end_to_end
-import gpu
-import gpu_parts
 import publishing
 import pytest
 import reading
 import scale
-
-
-def test_one_device_with_random_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.json"
-    assert gpu.main(["--shape", "toy", "--json", str(out)]) == 0
-    assert "| toy |" in capsys.readouterr().out
-    found = json.loads(out.read_text())
-    row = found["shapes"]["toy"]
-    assert {"device", "versions"} <= set(found)
-    assert row["hours"] > 0
-    assert row["fine-tune"]["loss"] > 0
-    assert set(gpu_parts.PARTS) <= set(row)
-    assert all(row[part]["seconds"] > row[part]["least"] > 0 for part in gpu_parts.PARTS)
 
 
 def test_reading(
@@ -52,17 +37,6 @@ def test_saving_in_three_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     many, one = json.loads(out.read_text())["rows"]
     assert many["shards"] > 1 == one["shards"] and many["bytes"] == one["bytes"] > 0
     assert many["seconds"].keys() == {"plain", "before", "now"}
-
-
-def test_hours_are_those_of_all_rounds() -> None:
-    row = {
-        "score": {"scaled": 36.0},
-        "states": {"scaled": 10.0},
-        "fine-tune": {"build": 2.0, "tokens": 20 * 1024 * 2048 / 5.0},
-    }
-    # Two of eight blocks: scored with 8 and with 7 left (36 and 28 of 36 parts of a walk), 17 s a
-    # group.
-    assert gpu.hours(gpu.SHAPES["toy"], row) == pytest.approx((36 + 28 + 2 * 17) / 3600)
 
 
 def test_the_plain_way_and_ours_remove_the_same_and_learn_alike(material, tmp_path: Path) -> None:

@@ -67,13 +67,14 @@ def test_compiling_does_not_grow_with_depth_or_rounds(workshop: Workshop, kinds:
         assert 2 * kinds <= counter.frame_count <= 3 * kinds
 
 
-def test_compiled_blocks_learn_the_same(workshop: Workshop) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_learn_the_same(workshop: Workshop, recompute: bool) -> None:
     job = workshop.job(2, preset="rounds", **FAST)
     entering, leaving = (states[:BATCH] for states in workshop.states(job))
 
     def gradients(run: Callable[..., torch.Tensor]) -> dict[str, torch.Tensor]:
         span = workshop.student(job)
-        span._run = run
+        span._run, span.recompute = run, recompute
         span.form(span.learned)
         accumulate(span, LossBatch(entering, leaving), normalized_mse, 2, False)
         span.root().backward()
