@@ -19,8 +19,7 @@ INTEGRATION = "tests/integration/test_"
 UNIT = "tests/unit/test_"
 
 SLOW = (
-    # Kills of the driver: that of a local Ray while it trains stays (test_local_ray); how a run in
-    # one process ends has unit tests.
+    # Kills of the driver: that of a local Ray while it trains stays (test_local_ray).
     CHAOS + r"[driver (local) at \u201cround 1/2: scoring\u201d]",
     CHAOS + r"[driver (local) at \u201cround 2: fusing\u201d]",
     CHAOS + r"[driver (local) at \u201cepoch 2/3\u201d]",
@@ -337,9 +336,8 @@ def mark_slow(items: Iterable[pytest.Item], whole_files: bool) -> None:
             raise pytest.UsageError(f"tests/slow.py names {entry}, and there is no such test")
         return found
 
-    for entry in SLOW:
-        for item in named(entry):
-            item.add_marker(pytest.mark.slow)
+    for item in (item for entry in SLOW for item in named(entry)):
+        item.add_marker(pytest.mark.slow)
     for entry, kept in THINNED.items():
         cases = named(entry)
         if not whole_files or not cases:
