@@ -37,11 +37,9 @@ EVALUATIONS = [
         "at most 64",
         length="65",
     ),
-    evaluated("no-length", "--length", "0", "greater than or equal to 2", "change", length="0"),
-    evaluated("no-windows", "--windows", "0", "greater than or equal to 1", "change", windows="0"),
-    evaluated(
-        "no-replicas", "--replicas", "0", "greater than or equal to 1", "change", replicas="0"
-    ),
+    evaluated("no-length", "--length", "0", "not 2 or more", "give", length="0"),
+    evaluated("no-windows", "--windows", "0", "not 1 or more", "give", windows="0"),
+    evaluated("no-replicas", "--replicas", "0", "not 1 or more", "give", replicas="0"),
 ]
 
 

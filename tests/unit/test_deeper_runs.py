@@ -280,8 +280,8 @@ MISTAKES = [
         lambda desk: asked(desk, method="tli", every=0),
         "every",
         "0",
-        "greater than or equal to 1",
-        "change every",
+        "not 1 or more",
+        "give a whole number of at least 1",
     ),
     Bad(
         "a sparsity as well",

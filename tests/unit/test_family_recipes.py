@@ -79,7 +79,7 @@ def test_a_method_that_chooses_anew_has_a_run_for_each_sparsity(desk: Desk) -> N
 
 
 BAD: dict[str, tuple[Any, dict[str, Any], str, str]] = {
-    "none": ([], {}, "family.members", "at least 1"),
+    "none": ([], {}, "family.members", "fewer than 1 of them"),
     "one name twice": (["x/a", "y/a"], {}, "family.members", "two of them have this name"),
     "one folder twice": (
         [{"name": "a"}, {"name": "a-mi", "methods": ["mi"]}],
@@ -89,12 +89,12 @@ BAD: dict[str, tuple[Any, dict[str, Any], str, str]] = {
     "unknown key of the family": (["a"], {"gpu": 3}, "family.gpu", "unknown key"),
     "unknown key of a member": ([{"name": "a", "sed": 1}], {}, "sed", "of the member a"),
     "unknown method": (["a"], {"methods": ["nonsense"]}, "method", "of the member a"),
-    "none at once": (["a"], {"at_once": 0}, "family.at_once", "greater than or equal to 1"),
-    "no GPUs": (["a"], {"gpus": 0}, "family.gpus", "greater than 0"),
+    "none at once": (["a"], {"at_once": 0}, "family.at_once", "not 1 or more"),
+    "no GPUs": (["a"], {"gpus": 0}, "family.gpus", "not above 0"),
     "a priority that is none": (
-        [{"name": "a", "priority": "high"}], {}, "family.members.a.priority", "integer",
+        [{"name": "a", "priority": "high"}], {}, "family.members.a.priority", "not a whole number",
     ),
-    "no methods": ([{"name": "a", "methods": []}], {}, "family.members.a.methods", "at least 1"),
+    "no methods": ([{"name": "a", "methods": []}], {}, "family.members.a.methods", "fewer than 1"),
     "a sparsity twice": (["a"], {"sparsities": [0.2, 0.2]}, "family.sparsities", "twice"),
     "another place": (
         [{"name": "a", "output": {"uri": "elsewhere"}}], {}, "family.members.a.output.uri", "same",

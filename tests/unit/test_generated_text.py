@@ -188,8 +188,8 @@ def refused(asked: Recipe) -> UserError:
 @pytest.mark.parametrize(
     ("name", "text", "key", "problem"),
     [
-        ("p.txt", "", "calibration.data.0.generate", "holds no prompts"),
-        ("p.jsonl", "", "calibration.data.0.generate", "holds no prompts"),
+        ("p.txt", "", "calibration.data.0", "empty"),
+        ("p.jsonl", "", "calibration.data.0", "empty"),
         ("p.txt", "\n \n", "calibration.data.0", "holds nothing but white space"),
         ("p.jsonl", '{"text": " "}', "calibration.data.0.column", "is empty there"),
         ("p.jsonl", '{"body": "w5"}', "calibration.data.0.column", "no such column"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,8 +144,8 @@ def test_a_damaged_healed_model_is_healed_again(
     with pytest.raises(KeyboardInterrupt):
         compress(recipe(desk, **changes(desk)), StoppedInHealing("demo-p60", 1))
     flip(run_folder(desk) / damaged)
-    # The first model is published already: without its manifest it has to be made again.
-    (desk.out / "demo-p20/fusegpt.json").unlink()
+    # The first model is published already: once it is removed it has to be made again.
+    shutil.rmtree(desk.out / "demo-p20")
     again = StoppedInHealing("none", 0)
     compress(recipe(desk, **changes(desk)), again)
     assert any(line.startswith("WARNING") and line.endswith("healing again") for line in again.said)

@@ -22,7 +22,7 @@ from fusegpt_ray.model.device import deterministic_kernels, tensor_core_products
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.store.checkpoint import read_tensors
-from fusegpt_ray.training.batch import Batch
+from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.loop import train
 from fusegpt_ray.training.losses import normalized_mse
 from fusegpt_ray.training.microbatch import accumulate
@@ -84,7 +84,7 @@ def test_compiled_blocks_score_alike(checkpoint: Any) -> None:
 
 def test_batches_arrive_whole_and_in_order() -> None:
     numbered = [torch.full((64, 1024), float(n)).pin_memory() for n in range(20)]
-    arrived = on_device([Batch(states, states) for states in numbered], GPU)
+    arrived = on_device([LossBatch(states, states) for states in numbered], GPU)
     for number, batch in enumerate(arrived):
         assert batch.entering_bTD.is_cuda
         assert all(bool((states == number).all()) for states in batch.tensors)
@@ -159,7 +159,7 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones(
         span = job.build(runner.meta_blocks, contexts, GPU, runner.dtype, recompute, run)
         assert not span.rehearse(entering)
         span.form(span.learned)
-        accumulate(span, Batch(entering, leaving), normalized_mse, BATCH, False)
+        accumulate(span, LossBatch(entering, leaving), normalized_mse, BATCH, False)
         span.root().backward()
         return {name: value.grad for name, value in span.learned.named_parameters()}
 

@@ -208,7 +208,7 @@ MISTAKES = [
         "divide the 3 blocks",
         "another sparsity",
     ),
-    Bad("a group of one", asked(1), KEY, "1", "greater than or equal to 2", "change heal.share"),
+    Bad("a group of one", asked(1), KEY, "1", "not 2 or more", "a whole number of at least 2"),
     Bad(
         "blocks of several kinds",
         of_several_kinds,
