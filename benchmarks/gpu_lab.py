@@ -98,8 +98,9 @@ class Lab:
     def blocks(self) -> str:
         """Whether they are compiled, or why not."""
         run = self.runner.run_block
-        compiled = isinstance(run, CompiledBlock)
-        return (compiled and run.gave_up) or f"blocks are {'' if compiled else 'not '}compiled"
+        if isinstance(run, CompiledBlock):
+            return run.gave_up or "blocks are compiled"
+        return "blocks are not compiled"
 
     @property
     def reading(self) -> float:
