@@ -178,6 +178,9 @@ def test_too_little_text(
     fresh(corpora, weights, windows=most // 10)
     with pytest.raises(UserError, match=r"heal\.tokens"):
         fresh(corpora, weights, windows=12)
+    with pytest.raises(UserError) as caught:
+        fresh(corpora, weights, tokens=127)
+    assert caught.value.value == 127, "the number that was written, not the windows' tokens"
     fresh(corpora, weights, repeat=True)
 
 
