@@ -61,7 +61,7 @@ SAME, FAILS, DENSE, REFUSED = "same", "FAILS", "not the dense one", "not made"
 HEAD = """# In vLLM
 
 Whether vLLM {version} makes of a published model what transformers {transformers} makes of it, as
-`make served` found it for the classes below, all of which are in [the table of models](models.md). Of
+`make served` found it for the classes below, all in [the table of models](models.md). Of
 a tiny random checkpoint two blocks are removed by `method: mi`. vLLM reads two prompts of 24 tokens
 and continues each by 8, in float32 on a CPU; transformers is given the same tokens by plain
 `from_pretrained`.
