@@ -187,17 +187,17 @@ def test_a_library_that_is_missing_is_told_before_the_work(
 
 
 @pytest.mark.parametrize(
-    ("track", "fix"),
+    ("track", "key", "fix"),
     [
-        ("tensorbord", "did you mean tensorboard"),
-        (["trackio", "ml-flow"], "did you mean mlflow"),
-        ("comet", "use one of these"),
-        (7, "use one of these"),
+        ("tensorbord", "output.track", "did you mean tensorboard"),
+        (["trackio", "ml-flow"], "output.track.1", "did you mean mlflow"),
+        ("comet", "output.track", "use one of these"),
+        (7, "output.track", "use one of these"),
     ],
 )
-def test_an_unknown_tracker_is_refused(track: Any, fix: str) -> None:
+def test_an_unknown_tracker_is_refused(track: Any, key: str, fix: str) -> None:
     error = mistake(merged({"output": {"track": track}}))
-    assert error.key.startswith("output.track") and error.fix == fix
+    assert error.key == key and error.fix == fix
     assert "'tensorboard', 'wandb', 'mlflow' or 'trackio'" in error.problem
 
 
