@@ -1,7 +1,10 @@
-"""What several unit tests share: a user's desk, and a look at what is read of weights."""
+"""What several unit tests share: a user's desk, a look at what is read of weights, and a port from
+which nothing comes.
+"""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,3 +86,14 @@ def weight_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(storage, "read", counting_read)
     monkeypatch.setattr(storage, "read_ranges", counting_read_ranges)
     return reads
+
+
+@pytest.fixture(params=["silent", "closed"])
+def port(request: pytest.FixtureRequest) -> Iterator[int]:
+    """One that takes connections, and from which nothing comes; or one that takes none."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        if request.param == "silent":
+            yield number
+            return
+    yield number

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
-
 import pytest
 
 from fusegpt_ray.distributed import connection
 from fusegpt_ray.distributed.connection import Connection
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
-
-
-@pytest.fixture(params=["silent", "closed"])
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One that takes connections, and from which nothing comes; or one that takes none."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        number = server.getsockname()[1]
-        if request.param == "silent":
-            yield number
-            return
-    yield number
 
 
 @pytest.mark.usefixtures("no_ray")

@@ -41,17 +41,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         fsspec.get_filesystem_class(protocol).clear_instance_cache()
 
 
-@pytest.fixture(params=["silent", "closed"])
-def port(request: pytest.FixtureRequest) -> Iterator[int]:
-    """One that takes connections, and from which nothing comes; or one that takes none."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        number = server.getsockname()[1]
-        if request.param == "silent":
-            yield number
-            return
-    yield number
-
-
 @pytest.mark.parametrize("store", ["s3", "http"])
 def test_it_is_said_once_and_given_up(
     store: str, port: int, monkeypatch: pytest.MonkeyPatch, caplog: Capture
