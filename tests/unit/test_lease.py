@@ -62,7 +62,8 @@ def test_who_lost_the_name_stops_and_writes_nothing(tmp_path: Path, hasty: None)
     folder = tmp_path / "demo.run"
     with Lease.take(str(folder), quiet, lambda: "thinking") as first:
         first.stop()  # as if the machine were too busy
-        with Lease.take(str(folder), quiet, lambda: "writing"):
+        with Lease.take(str(folder), quiet, lambda: "writing") as second:
+            second.stop()  # else a sign of its own may lie there, half written, in one of the looks
             before = contents(folder)
             lost = r"lost its name to one on .*: writing\. Fix: leave it to that run"
             with pytest.raises(OwnedByAnother, match=lost):
