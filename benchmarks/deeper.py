@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from fusegpt_ray import Recipe, compress
-from fusegpt_ray.compression import Compression
-from fusegpt_ray.evaluation import perplexity
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.measuring.evaluation import perplexity
 from fusegpt_ray.pipeline import open_workers
-from fusegpt_ray.plan import plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.training.finetune import train_span
 
 ROOT = Path(__file__).resolve().parents[1]

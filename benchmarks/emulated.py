@@ -49,7 +49,7 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.sections import Importance
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -36,7 +36,7 @@ import transformers
 from plain import Compression
 
 from fusegpt_ray import Recipe, compress
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.calibration import consecutive_windows, sample_windows
 
 WAYS: dict[str, dict[str, Any]] = {

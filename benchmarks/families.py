@@ -24,7 +24,7 @@ import torch
 import transformers as tf
 
 from fusegpt_ray import Recipe, compress
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CALIBRATION, HELD_OUT = EXAMPLES / "text/calibration.txt", EXAMPLES / "text/heldout.txt"

@@ -172,7 +172,7 @@ def _run(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def _child(task: dict[str, Any]) -> dict[str, Any]:
-    from fusegpt_ray import evaluation
+    from fusegpt_ray.measuring import evaluation
     from fusegpt_ray.publishing import plain, proof
 
     folder = Path(task["folder"])
@@ -250,8 +250,8 @@ def _compress(folder: Path, model: str, depth: int, output: str) -> str:
     memory.
     """
     from fusegpt_ray import compress
-    from fusegpt_ray.report import Display
-    from fusegpt_ray.rounds import fewer_at_once
+    from fusegpt_ray.compressing.rounds import fewer_at_once
+    from fusegpt_ray.terminal.display import Display
 
     recipe = Recipe.parse(_settings(folder, model, depth, output))
     (published,) = compress(recipe, Display())

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from fusegpt_ray import Recipe, compress
-from fusegpt_ray.plan import plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.protocol import stages
 
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8, "repeat": True}

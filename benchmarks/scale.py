@@ -36,7 +36,7 @@ from shapes import SHAPES
 
 from fusegpt_ray.cost.cost import Cost, cost
 from fusegpt_ray.cost.rates import MEASURED, RATES
-from fusegpt_ray.outlook import Device
+from fusegpt_ray.planning.outlook import Device
 from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
 from fusegpt_ray.scheduling.forecast import Premises, work
 from fusegpt_ray.scheduling.schedule import Work, schedule

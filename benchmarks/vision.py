@@ -38,7 +38,7 @@ from vision_task import (
 )
 
 from fusegpt_ray import Recipe, compress
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 BLOCKS, LENGTH, BATCH, ENOUGH = 12, 48, 32, 0.95
 RUNS = {

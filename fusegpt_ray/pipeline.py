@@ -1,6 +1,6 @@
 """The commands that need workers: compress, score and evaluate.
 
-`compress` reads: plan → open the workers → rounds, healing, publishing (`compression.py`).
+`compress` reads: plan → open the workers → rounds, healing, publishing (`compressing/`).
 """
 
 from __future__ import annotations
@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from fusegpt_ray.comparing import compare_source
-from fusegpt_ray.compression import Compression
-from fusegpt_ray.drawing import calibration_windows
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.importance.scoring import score as score_stack
+from fusegpt_ray.measuring.as_loaded import compare_source
+from fusegpt_ray.measuring.perplexities import check_several, measure, naming, open_for, rows
 from fusegpt_ray.model.finite import explained
-from fusegpt_ray.opening import find_model, open_model
-from fusegpt_ray.perplexities import check_several, measure, naming, open_for, rows
-from fusegpt_ray.plan import leading_tokens, plan
-from fusegpt_ray.preflight import check_images, check_tokens
+from fusegpt_ray.planning.plan import leading_tokens, plan
+from fusegpt_ray.preparing.opening import find_model, open_model
+from fusegpt_ray.preparing.preflight import check_images, check_tokens
+from fusegpt_ray.preparing.windows import calibration_windows
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Evaluation, Model
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.budget import Budget
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup, Workers
 from fusegpt_ray.workers.room import Need, Place, Room
 

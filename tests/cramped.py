@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 from models import GROUPED, open_stack, randomize, token_windows
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.training.finetune import Trained, train_span

@@ -13,7 +13,7 @@ import click
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from fusegpt_ray.report import Display
+    from fusegpt_ray.terminal.display import Display
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -84,12 +84,12 @@ def say_outcome(outcome: str, *lines: object) -> None:
 def display(quiet: bool) -> Display | None:
     """What a verb shows on the way; None: as usual."""
     if not quiet:
-        from fusegpt_ray.log_lines import LogLines, asked
+        from fusegpt_ray.terminal.log_lines import LogLines, asked
 
         return LogLines() if asked() else None
     from rich.console import Console
 
-    from fusegpt_ray.report import Display
+    from fusegpt_ray.terminal.display import Display
 
     return Display(Console(stderr=True, quiet=True))
 

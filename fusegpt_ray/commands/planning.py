@@ -22,9 +22,9 @@ from fusegpt_ray.commands.options import (
 from fusegpt_ray.errors import UserError
 
 if TYPE_CHECKING:
-    from fusegpt_ray.fitting import There
+    from fusegpt_ray.planning.fitting import There
     from fusegpt_ray.recipe.cluster_section import Cluster
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.terminal.table import Table
 
 
 @click.command()
@@ -39,8 +39,8 @@ def init(model: str, data: str | None, output: str, as_json: bool, quiet: bool) 
         raise UserError("--output", output, "there is such a file already", "give another name")
     import torch
 
-    from fusegpt_ray.first_recipe import first_recipe
-    from fusegpt_ray.outlook import Device
+    from fusegpt_ray.planning.first_recipe import first_recipe
+    from fusegpt_ray.planning.outlook import Device
 
     text = first_recipe(model, Device.here(), torch.cuda.device_count(), data)
     with open(output, "x") as file:
@@ -93,7 +93,7 @@ def _mistakes(path: str, settings: tuple[str, ...]) -> tuple[list[UserError], li
         return planning_many.mistakes(data, silent())
     if found := Recipe.mistakes(data):
         return found, []
-    from fusegpt_ray import plan  # torch: after the recipe has been checked
+    from fusegpt_ray.planning import plan  # torch: after the recipe has been checked
 
     asked = Recipe.parse(data)
     return plan.mistakes(asked, silent()), plan.not_looked_up(asked)
@@ -153,8 +153,8 @@ def _planned(
     from fusegpt_ray.recipe.recipe import Recipe
 
     checked = Recipe.parse(data)
-    from fusegpt_ray import outlook
-    from fusegpt_ray import plan as plans
+    from fusegpt_ray.planning import outlook
+    from fusegpt_ray.planning import plan as plans
     from fusegpt_ray.scheduling import forecast
     from fusegpt_ray.workers.room import Held
 
@@ -166,7 +166,7 @@ def _planned(
     count = gpus or (held.gpus or 1 if device.kind == "cuda" else 1)
     measured = None
     if probe:
-        from fusegpt_ray.probe import probe as measure
+        from fusegpt_ray.planning.probe import probe as measure
 
         measured = measure(planned)
     told = outlook.outlook(planned, device, count, measured, there)
@@ -181,7 +181,7 @@ def _there(cluster: Cluster, gpu: str | None, gpus: int | None) -> tuple[There, 
     said.
     """
     from fusegpt_ray.cost.rates import find_gpu
-    from fusegpt_ray.fitting import There
+    from fusegpt_ray.planning.fitting import There
 
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if gpu or (gpus and address and cluster.engine == "ray"):
@@ -204,9 +204,9 @@ def _show(result: dict[str, Any]) -> None:
     from rich.console import Console
 
     from fusegpt_ray.commands.planning_many import uncounted
-    from fusegpt_ray.outlook import over_budget
-    from fusegpt_ray.report import byte_count, duration, flop_count
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.planning.outlook import over_budget
+    from fusegpt_ray.terminal.display import byte_count, duration, flop_count
+    from fusegpt_ray.terminal.table import Table
 
     console = Console(highlight=False)
 
@@ -264,7 +264,7 @@ def _show(result: dict[str, Any]) -> None:
 
 def _whole(result: Mapping[str, Any]) -> Iterator[str]:
     from fusegpt_ray.commands.planning_many import assumed
-    from fusegpt_ray.report import duration
+    from fusegpt_ray.terminal.display import duration
 
     yield f"with starting, rounds and publishing {duration(result['whole_seconds'])};"
     yield from assumed()
@@ -281,8 +281,8 @@ def _lacking(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
-    from fusegpt_ray.report import byte_count
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.terminal.display import byte_count
+    from fusegpt_ray.terminal.table import Table
 
     yield _rooms("memory", result["memory"])
     traffic = Table("weights, at most", "read", "written")
@@ -297,8 +297,8 @@ def _of_memory_and_bytes(result: Mapping[str, Any]) -> Iterator[Table]:
 
 def _rooms(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     """Bytes beside the room for them, where that is known."""
-    from fusegpt_ray.report import byte_count
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.terminal.display import byte_count
+    from fusegpt_ray.terminal.table import Table
 
     known = any(row["room"] is not None for row in rows)
     table = Table(title, "needs", *(("of", "") if known else ()))

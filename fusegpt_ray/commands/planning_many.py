@@ -11,9 +11,9 @@ from fusegpt_ray.errors import UserError
 if TYPE_CHECKING:
     from fusegpt_ray.comparison.cells import Comparison
     from fusegpt_ray.family.members import Members
-    from fusegpt_ray.report import Display
     from fusegpt_ray.scheduling.mistakes import Mistakes
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.terminal.display import Display
+    from fusegpt_ray.terminal.table import Table
 
 
 def asked_by(data: Mapping[str, Any]) -> str:
@@ -53,7 +53,7 @@ def planned(
     asked = _read(data, Mistakes())
     assert asked is not None, "the first mistake ends it"
     from fusegpt_ray.family.members import Members
-    from fusegpt_ray.outlook import Device  # torch
+    from fusegpt_ray.planning.outlook import Device  # torch
     from fusegpt_ray.scheduling import forecast
     from fusegpt_ray.scheduling.planned import planned as plan_of
 
@@ -71,7 +71,7 @@ def planned(
     on = forecast.Premises(device, count, asked.at_once, quota)
     about = {"kind": asked_by(data), "name": asked.name}
     if probe:
-        from fusegpt_ray.probe import probe as measure
+        from fusegpt_ray.planning.probe import probe as measure
 
         return {**about, **forecast.forecast(runs, on, measure)}
     return {**about, **forecast.forecast(runs, on)}
@@ -81,7 +81,7 @@ def show(result: dict[str, Any]) -> None:
     """For a person."""
     from rich.console import Console
 
-    from fusegpt_ray.report import byte_count, flop_count
+    from fusegpt_ray.terminal.display import byte_count, flop_count
 
     console = Console(highlight=False)
 
@@ -103,8 +103,8 @@ def show(result: dict[str, Any]) -> None:
 def _table(result: dict[str, Any]) -> Table:
     from rich.text import Text
 
-    from fusegpt_ray.report import duration, flop_count
-    from fusegpt_ray.table import Table
+    from fusegpt_ray.terminal.display import duration, flop_count
+    from fusegpt_ray.terminal.table import Table
 
     timed, gpus = result["seconds"] is not None, not result["device"].endswith("CPU")
     more = ["begins", "ends"] * timed + ["GPUs"] * gpus + ["GPU hours"] * (gpus and timed)
@@ -130,7 +130,7 @@ def _become(row: Mapping[str, Any]) -> str:
 
 
 def _times(result: dict[str, Any]) -> Iterator[str]:
-    from fusegpt_ray.report import duration
+    from fusegpt_ray.terminal.display import duration
 
     if result["seconds"] is None:
         yield f"how fast {result['device']} is, is not known:"
@@ -174,8 +174,8 @@ def assumed() -> Iterator[str]:
 
 def _mistakes(result: dict[str, Any]) -> Iterator[str]:
     """What does not fit, and which keys help."""
-    from fusegpt_ray.outlook import over_budget
-    from fusegpt_ray.report import byte_count
+    from fusegpt_ray.planning.outlook import over_budget
+    from fusegpt_ray.terminal.display import byte_count
 
     for lack in result["lacking"]:
         yield f"{lack['run']} needs {lack['gpus']:g} GPUs, and there are {result['gpus']}:"

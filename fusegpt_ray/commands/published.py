@@ -49,7 +49,7 @@ def pull(
     from rich.console import Console
 
     from fusegpt_ray.publishing import download
-    from fusegpt_ray.report import Transfer
+    from fusegpt_ray.terminal.display import Transfer
 
     if members and not family:
         raise UserError("--member", members[0], "only a family has members", "add --family")
@@ -94,7 +94,7 @@ def verify(context: click.Context, uri: str, as_json: bool, quiet: bool) -> None
     from rich.console import Console
 
     from fusegpt_ray.publishing import verification
-    from fusegpt_ray.report import Transfer
+    from fusegpt_ray.terminal.display import Transfer
 
     show = Transfer(Console(stderr=True, quiet=True)) if quiet else None
     result = verification.verify(uri, show)
@@ -146,7 +146,7 @@ def publish(
     from rich.console import Console
 
     from fusegpt_ray.publishing.upload import upload
-    from fusegpt_ray.report import Transfer
+    from fusegpt_ray.terminal.display import Transfer
 
     def display() -> Transfer:
         return Transfer(Console(stderr=True, quiet=True) if quiet else None)

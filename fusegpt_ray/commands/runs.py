@@ -73,7 +73,7 @@ def clean(uri: str, yes: bool, unfinished: bool, age: float, as_json: bool, quie
         rows = [asdict(item) | {"removed": item in removed} for item in found]
         click.echo(json.dumps({"found": rows}))
         return
-    from fusegpt_ray.report import byte_count
+    from fusegpt_ray.terminal.display import byte_count
 
     for item in found:
         goes = "would remove" if item.dead and not yes else "kept"

@@ -8,9 +8,9 @@ from typing import Any
 from fusegpt_ray.comparison.plot import charts
 from fusegpt_ray.comparison.tables import Row, protocols
 from fusegpt_ray.recipe.recipe import percent
-from fusegpt_ray.report import byte_count, duration
 from fusegpt_ray.reporting.page import filled, how_made
 from fusegpt_ray.store.public import public_of_many
+from fusegpt_ray.terminal.display import byte_count, duration
 
 
 def html(result: Mapping[str, Any]) -> str:

@@ -10,7 +10,6 @@ from fusegpt_ray.comparison.cells import SECTION, Comparison
 from fusegpt_ray.errors import StorageError, first_line
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.publishing.publish import versions
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.grid import Run
 from fusegpt_ray.scheduling.news import News, as_json
@@ -19,6 +18,7 @@ from fusegpt_ray.scheduling.slots import Instructions, Job, Slots
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.comparison import TABLE
 from fusegpt_ray.targets import Target
+from fusegpt_ray.terminal.display import Display
 
 PICTURE = "perplexity.png"
 

@@ -19,7 +19,7 @@ from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.recipe.recipe import percent
 from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.store.comparison import FORMAT
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.table import Table
 from fusegpt_ray.text.protocol import described, stages
 
 Row = Mapping[str, Any]

@@ -30,8 +30,8 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.text_sections import GeneratedText
-from fusegpt_ray.report import byte_count, flop_count
 from fusegpt_ray.targets import Target
+from fusegpt_ray.terminal.display import byte_count, flop_count
 from fusegpt_ray.text.mixture import generated_tokens
 from fusegpt_ray.workers.room import Held
 

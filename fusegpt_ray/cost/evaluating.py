@@ -34,7 +34,7 @@ def evaluation_stage(
 
 
 def _measured(recipe: Recipe, target: Target) -> set[str]:
-    """The stages of a model that have a perplexity of their own; see `judge.py`."""
+    """The stages of a model that have a perplexity of their own; see `measuring/judge.py`."""
     repaired = recipe.trains_groups and recipe.repairs
     asked = {"dropped": target.remove, "repaired": repaired, "healed": recipe.heal}
     return {recipe.spec.stage, *(stage for stage, there in asked.items() if there)}

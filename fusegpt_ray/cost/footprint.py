@@ -18,7 +18,7 @@ from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal
-from fusegpt_ray.report import byte_count
+from fusegpt_ray.terminal.display import byte_count
 from fusegpt_ray.training.deepspeed_stepper import BUCKET
 from fusegpt_ray.training.distillation import CHUNK
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from fusegpt_ray.cost.cost import Cost
 from fusegpt_ray.cost.footprint import elements
 from fusegpt_ray.cost.matrices import largest_block, matrices
-from fusegpt_ray.evaluation import TASKS_EACH
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.sampling import ROWS
 from fusegpt_ray.model.stack import Stack
@@ -24,12 +23,13 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
+from fusegpt_ray.workers.base import TASKS_EACH
 from fusegpt_ray.workers.room import Held
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
 QUESTIONS = 2
-"""About images, that a run finds by itself; see `sample_prompts.py`."""
+"""About images, that a run finds by itself; see `preparing/sample_prompts.py`."""
 FLOAT32 = 4
 """Bytes."""
 

@@ -28,8 +28,8 @@ from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.errors import Terminated
 from fusegpt_ray.model.device import pick_dtype
 from fusegpt_ray.recipe.text_sections import Text
-from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Listener
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.util import metrics
 
-from fusegpt_ray.report import Listener
+from fusegpt_ray.terminal.display import Listener
 from fusegpt_ray.tracking.values import METRICS, measured
 
 PREFIX = "fusegpt_"

@@ -11,8 +11,8 @@ from typing import Any
 from rich.text import Text
 
 from fusegpt_ray.recipe.recipe import percent
-from fusegpt_ray.report import duration
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.display import duration
+from fusegpt_ray.terminal.table import Table
 
 Row = Mapping[str, Any]
 

@@ -11,7 +11,6 @@ from fusegpt_ray.family.board import in_words, markdown
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.model.companions import REPORT
 from fusegpt_ray.publishing.publish import versions
-from fusegpt_ray.report import Display
 from fusegpt_ray.reporting.facts import of_manifest
 from fusegpt_ray.scheduling.news import News, as_json
 from fusegpt_ray.scheduling.slots import Job
@@ -19,6 +18,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_index
 from fusegpt_ray.store.family import BOARD, FORMAT
 from fusegpt_ray.targets import Target
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.protocol import stages
 
 PAGE, TABLE = "index.html", "leaderboard.md"

@@ -7,11 +7,11 @@ from typing import Any
 
 from fusegpt_ray.family.board import cells, columns, ranked, total
 from fusegpt_ray.model.companions import REPORT
-from fusegpt_ray.report import duration
 from fusegpt_ray.reporting.charts import Chart, over_sparsity
 from fusegpt_ray.reporting.page import filled, how_made
 from fusegpt_ray.reporting.sparsities import lines
 from fusegpt_ray.store.public import public_of_many
+from fusegpt_ray.terminal.display import duration
 
 
 def html(result: Mapping[str, Any], linked: bool) -> str:

@@ -9,11 +9,11 @@ from fusegpt_ray.family.board import on_terminal
 from fusegpt_ray.family.follow import PAGE, Board
 from fusegpt_ray.family.members import SECTION, Members
 from fusegpt_ray.family.watch import TableDisplay
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.outputs import TRAINING_FOLDER
 from fusegpt_ray.scheduling.planned import planned
 from fusegpt_ray.scheduling.slots import Instructions, Job, Slots
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Display
 
 
 def compress_family(

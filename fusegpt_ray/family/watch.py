@@ -7,7 +7,7 @@ from collections.abc import Callable
 from rich.console import Group, RenderableType
 from rich.live import Live
 
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 
 class TableDisplay(Display):

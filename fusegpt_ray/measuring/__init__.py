@@ -1,1 +1,1 @@
-"""What a finished model is worth beside others: zero-shot tasks, and speed."""
+"""What a model is worth: perplexities, samples, zero-shot tasks and speed."""

@@ -23,12 +23,12 @@ from fusegpt_ray.model.memory import is_out_of_memory
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.publishing import plain
 from fusegpt_ray.publishing.download import Incomplete, pull
-from fusegpt_ray.report import Transfer
 from fusegpt_ray.run.identity import file_mark
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, TensorRef, read_index
 from fusegpt_ray.store.manifest import MANIFEST, Manifest
 from fusegpt_ray.store.threads import at_once
+from fusegpt_ray.terminal.display import Transfer
 from fusegpt_ray.uris import refuse_secret
 
 KEY = "MODEL"

@@ -20,7 +20,7 @@ from fusegpt_ray.measuring.generators import Generator, Turn, Work, check_instal
 from fusegpt_ray.measuring.timing import Spread, in_turns, ratios
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.memory import is_out_of_memory
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 WARM_UPS = 1
 """Turns of which neither time nor memory counts: libraries choose kernels in them, and the process

@@ -11,8 +11,8 @@ from typing import Any
 from rich import box
 from rich.text import Text
 
-from fusegpt_ray.report import byte_count
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.display import byte_count
+from fusegpt_ray.terminal.table import Table
 
 Number = Mapping[str, float | None]
 TITLES = {"acc": "acc in %", "acc_norm": "acc_norm, else acc, in %"}

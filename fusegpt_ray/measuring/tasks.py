@@ -27,11 +27,11 @@ from fusegpt_ray.measuring.harness import (
 )
 from fusegpt_ray.measuring.tables import mean
 from fusegpt_ray.model.memory import is_out_of_memory
-from fusegpt_ray.preflight import check_writable, image_token
+from fusegpt_ray.preparing.preflight import check_writable, image_token
 from fusegpt_ray.recipe.cluster_section import Cluster
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.images import check_pillow
 from fusegpt_ray.uris import refuse_ambiguous, refuse_secret
 

@@ -11,9 +11,9 @@ from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
-from fusegpt_ray.report import Display
 from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import FileRecord
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.training.finetune import Pause
 from fusegpt_ray.workers.base import Workers
 

@@ -22,10 +22,10 @@ from io import BufferedRandom
 from pathlib import Path, PurePosixPath
 
 from fusegpt_ray.errors import UserError, reason
-from fusegpt_ray.report import Transfer, byte_count
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST, PULLING, Manifest
 from fusegpt_ray.store.records import FileRecord, damage
+from fusegpt_ray.terminal.display import Transfer, byte_count
 
 WORKERS = 8
 CHUNK = 1 << 24

@@ -31,11 +31,11 @@ from fusegpt_ray.errors import StorageError, UserError, first_line
 from fusegpt_ray.model.companions import WEIGHTS
 from fusegpt_ray.model.hub import quiet
 from fusegpt_ray.publishing.verification import verify
-from fusegpt_ray.report import Transfer
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.store.retry import cleaned
+from fusegpt_ray.terminal.display import Transfer
 
 MAIN = "main"
 REPO = "REPO"

@@ -9,12 +9,12 @@ from fusegpt_ray.errors import UserError, reason
 from fusegpt_ray.model.architecture import dense_stack
 from fusegpt_ray.model.companions import WEIGHTS
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.report import Transfer
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import INDEX, SINGLE, read_header, read_index
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import damage
 from fusegpt_ray.store.threads import at_once
+from fusegpt_ray.terminal.display import Transfer
 
 
 def verify(uri: str, display: Transfer | None = None) -> dict[str, Any]:

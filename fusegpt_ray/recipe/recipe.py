@@ -3,8 +3,8 @@
 Notable:
 - an unknown key is an error that names the nearest valid key;
 - `preset` fills in only what the recipe leaves out (`presets.py`);
-- what depends on the model (its depth, its positions) is checked later, in `preflight.py`, but
-  still before weights are read.
+- what depends on the model (its depth, its positions) is checked later, but still before weights
+  are read: see `preparing/preflight.py`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.text import Text
 
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.table import Table
 
 
 def score_table(result: Mapping[str, Any]) -> Table:

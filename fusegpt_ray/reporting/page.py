@@ -13,11 +13,11 @@ import altair as alt
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fusegpt_ray.report import byte_count, duration, flop_count
 from fusegpt_ray.reporting.charts import Chart, charts
 from fusegpt_ray.reporting.facts import Facts
 from fusegpt_ray.reporting.place import OURS
 from fusegpt_ray.reporting.shapes import Perplexity
+from fusegpt_ray.terminal.display import byte_count, duration, flop_count
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.local import write_from
+from fusegpt_ray.store.records import finite
 
 NAME = "metrics-{:06d}.jsonl"
 _FILE = re.compile(r"metrics-(\d{6,})\.jsonl")
@@ -92,12 +92,3 @@ class MetricsLog:
         except OSError as error:
             say(f"WARNING: events of earlier processes are left out of the metrics: {error}")
         return earlier + "".join(self._lines).encode()
-
-
-def finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None

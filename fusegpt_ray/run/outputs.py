@@ -35,7 +35,7 @@ RUN_FILE = re.compile(
 )
 """What a run writes into its folder."""
 GENERATED = "generated-{}"
-"""The folder of a text that a dense model wrote, by what shaped it; see `generation.py`."""
+"""The folder of a text that a dense model wrote (`preparing/generation.py`), by what shaped it."""
 GENERATED_FILE = re.compile(r"\.?part-\d{6}\.json(\.[0-9a-f]{8})?")
 CURVES = ".tensorboard"
 """How the folder of TensorBoard's files ends; before it, the run's name."""

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.text import Text
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.report import duration, perplexity_table
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.outputs import Folder, Outputs, Run
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.display import duration, perplexity_table
+from fusegpt_ray.terminal.table import Table
 from fusegpt_ray.text.protocol import STAGES, described
 
 

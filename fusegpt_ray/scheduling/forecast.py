@@ -11,8 +11,8 @@ from typing import Any
 
 from fusegpt_ray.cost.cost import Cost
 from fusegpt_ray.cost.rates import RATES
-from fusegpt_ray.outlook import Device, outlook
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.outlook import Device, outlook
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.scheduling.schedule import Schedule, Span, Work, schedule
 from fusegpt_ray.scheduling.sharing import shared

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fusegpt_ray.errors import StorageError
-from fusegpt_ray.report import Display
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Display
 
 
 class News:

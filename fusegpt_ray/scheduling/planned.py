@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from fusegpt_ray import plan as plans
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.plan import Plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning import plan as plans
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.scheduling.grid import Run
 from fusegpt_ray.scheduling.mistakes import Mistakes
+from fusegpt_ray.terminal.display import Display
 
 
 def planned(run: Run, show: Display, restart: bool = False, looks: bool = False) -> Plan:

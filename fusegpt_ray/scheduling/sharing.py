@@ -11,7 +11,7 @@ from typing import Any
 from fusegpt_ray.cost.cost import Cost, scoring_stage
 from fusegpt_ray.cost.evaluating import evaluation_stage
 from fusegpt_ray.cost.stage import Stage
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.store.records import checksum
 
 

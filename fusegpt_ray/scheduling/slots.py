@@ -11,11 +11,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.errors import BudgetSpent, PutOff, StorageError, UserError, first_line
 from fusegpt_ray.pipeline import open_workers, room_for_sets
-from fusegpt_ray.plan import Plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.outputs import SHARED_FOLDER, TRAINING_FOLDER
 from fusegpt_ray.run.shared import Shared
@@ -25,6 +24,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import MANIFEST
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.targets import Target
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup, Workers
 
 

@@ -10,10 +10,10 @@ from queue import SimpleQueue
 from typing import Any
 
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.retry import cleaned
+from fusegpt_ray.terminal.display import Display, Listener
 from fusegpt_ray.tracking.apart import Apart, TrackerFailed
 from fusegpt_ray.tracking.trackers import About
 from fusegpt_ray.tracking.values import measured, step

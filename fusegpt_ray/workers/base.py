@@ -25,13 +25,15 @@ from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Dtype, Importance
 from fusegpt_ray.recipe.text_sections import Text
-from fusegpt_ray.report import Listener
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Listener
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 
 R = TypeVar("R")
+TASKS_EACH = 4
+"""Tasks for each replica, so that fast ones do more than slow ones."""
 News = tuple[int, float, float | None] | str
 """From training workers: an epoch's number (from 1), its mean loss, and that of held-out windows
 after it, if there are any; or a line of text."""

@@ -18,7 +18,7 @@ from fusegpt_ray.model.device import deterministic_kernels, hardware, pick_devic
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.text_sections import Text
-from fusegpt_ray.report import Listener
+from fusegpt_ray.terminal.display import Listener
 from fusegpt_ray.termination import came
 from fusegpt_ray.text import album
 from fusegpt_ray.text.album import Album

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from fusegpt_ray.cli import main
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 pytestmark = pytest.mark.integration
 

@@ -35,7 +35,7 @@ from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.core.generated.autoscaler_pb2 import NodeStatus

@@ -15,8 +15,8 @@ import pytest
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.report import Display
 from fusegpt_ray.scheduling.threads import Threads
+from fusegpt_ray.terminal.display import Display
 
 pytestmark = pytest.mark.integration
 

@@ -12,11 +12,11 @@ from engine_runs import LIGHT, TWO_WORKERS
 from safetensors.torch import load_file
 from test_engines import REORDERED
 
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.pipeline import compress, open_workers
-from fusegpt_ray.plan import Plan, plan
+from fusegpt_ray.planning.plan import Plan, plan
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Workers
 
 pytestmark = pytest.mark.integration

@@ -16,11 +16,11 @@ from fusegpt_ray import Recipe, compress, pull, verify
 from fusegpt_ray.cli import main
 from fusegpt_ray.publishing import download
 from fusegpt_ray.publishing.download import Incomplete
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.begun import being_published
 from fusegpt_ray.run.status import status
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import nobody_else
+from fusegpt_ray.terminal.display import Display
 
 pytestmark = pytest.mark.integration
 

@@ -9,7 +9,7 @@ import pytest
 
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 pytestmark = pytest.mark.integration
 

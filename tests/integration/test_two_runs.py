@@ -38,7 +38,7 @@ STOPPING = """
 import os, signal, sys
 from fusegpt_ray import pipeline
 from fusegpt_ray.cli import main
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 class Stopping(Display):
     def stop(self, text):

@@ -23,7 +23,7 @@ from torch import nn
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 LENGTH = 16
 REMOVED = 2

@@ -10,9 +10,9 @@ import pytest
 from desk import LENGTH, Desk, random_text
 from stopped_runs import Watching
 
-from fusegpt_ray.drawing import calibration_windows
-from fusegpt_ray.generation import ROWS
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.generation import ROWS
+from fusegpt_ray.preparing.windows import calibration_windows
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.run.outputs import Folder
 from fusegpt_ray.run.shared import Shared

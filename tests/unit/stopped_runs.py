@@ -11,8 +11,8 @@ from desk import Desk
 
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
+from fusegpt_ray.terminal.display import Display
 
 Weights = dict[str, bytes]
 

@@ -8,9 +8,9 @@ from mistakes import tree
 
 from fusegpt_ray.cost.rates import GPUS, MEASURED, RATES, find_gpu, known_gpu
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.plan import mistakes
+from fusegpt_ray.planning.plan import mistakes
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 
 def test_every_mistake_of_the_keys_is_told(desk: Desk) -> None:

@@ -11,16 +11,16 @@ from desk import Desk
 from stopped_runs import Watching
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 
-from fusegpt_ray import before_after
-from fusegpt_ray.before_after import TOKENS
 from fusegpt_ray.cli import main
-from fusegpt_ray.outlook import Device, outlook
+from fusegpt_ray.measuring import before_after
+from fusegpt_ray.measuring.before_after import TOKENS
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.outlook import Device, outlook
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.reporting import page
 from fusegpt_ray.reporting.facts import facts, of_manifest
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.training.stepper import Stepper
 from fusegpt_ray.training.validation import Validation
 

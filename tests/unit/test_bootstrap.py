@@ -8,8 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from fusegpt_ray import bootstrap
-from fusegpt_ray.bootstrap import FEWEST, paired_difference, resampled_means
+from fusegpt_ray.measuring import bootstrap
+from fusegpt_ray.measuring.bootstrap import FEWEST, paired_difference, resampled_means
 
 
 @pytest.fixture

@@ -18,13 +18,13 @@ from mistakes import MESSAGE, tree
 from stopped_runs import Watching, published
 from test_measured_once import Measuring
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.cli import main
 from fusegpt_ray.comparison import tables
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance import scoring
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.text import calibration
 
@@ -71,7 +71,7 @@ def test_what_cells_have_in_common_is_done_once(
 ) -> None:
     """Counted where the real work is done."""
     measuring, walked, read = Measuring(), list[int](), list[str]()
-    monkeypatch.setattr("fusegpt_ray.evaluation.perplexity", measuring)
+    monkeypatch.setattr("fusegpt_ray.measuring.evaluation.perplexity", measuring)
     sweep, stream = scoring.sweep_batches, calibration.token_stream
 
     def sweeping(runner: Any, stack: Any, *rest: Any) -> Any:
@@ -325,9 +325,11 @@ def test_another_runs_model_is_not_shown_as_the_cells(
     """The text has changed since a cell was made, so that its run is another one."""
     compare(parsed(desk, "mi"), Watching())
     changed = asked(desk, ["last", "mi"], seed=3)
-    monkeypatch.setattr("fusegpt_ray.preflight.check_output", lambda *a, **o: None)
-    monkeypatch.setattr("fusegpt_ray.plan.check_output", lambda *a, **o: None)
-    monkeypatch.setattr("fusegpt_ray.compression.Compression.check", lambda *a, **o: None)
+    monkeypatch.setattr("fusegpt_ray.preparing.preflight.check_output", lambda *a, **o: None)
+    monkeypatch.setattr("fusegpt_ray.planning.plan.check_output", lambda *a, **o: None)
+    monkeypatch.setattr(
+        "fusegpt_ray.compressing.compression.Compression.check", lambda *a, **o: None
+    )
     result = compare(Comparison.parse(changed), Watching())
     assert {row["method"] for row in result["rows"]} == {"last"}
     assert {row["method"] for row in result["failed"]} == {"mi"}

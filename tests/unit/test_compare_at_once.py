@@ -18,9 +18,9 @@ from test_compare import asked
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model import config
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.scheduling.threads import Threads
+from fusegpt_ray.terminal.display import Display
 
 PATIENCE = 60
 """Seconds after which something that should happen at once has not happened at all."""

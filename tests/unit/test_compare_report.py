@@ -24,7 +24,7 @@ from fusegpt_ray.comparison import page as pages
 from fusegpt_ray.comparison import plot, tables
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
-from fusegpt_ray.report import byte_count
+from fusegpt_ray.terminal.display import byte_count
 
 HOSTILE = "</script><script>console.error('in')</script>"
 

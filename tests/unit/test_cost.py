@@ -41,9 +41,9 @@ from fusegpt_ray.model.recorder import has_experts, run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display, flop_count
+from fusegpt_ray.terminal.display import Display, flop_count
 from fusegpt_ray.training.batch import LossBatch
 from fusegpt_ray.training.microbatch import accumulate
 from fusegpt_ray.training.span import Span

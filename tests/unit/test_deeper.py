@@ -26,9 +26,9 @@ from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.publishing.rehearsal import rehearse_deeper
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.fence import nobody_else
+from fusegpt_ray.terminal.display import Display
 
 MIXTURES = ["mixtral", "deepseek_v3", "granitemoehybrid", "gpt_oss"]
 """Experts stored one by one and together, with biases, beside state space blocks."""

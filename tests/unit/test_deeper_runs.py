@@ -25,9 +25,9 @@ from fusegpt_ray.cli import main
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.publishing.publish import Published
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 HEAL: dict[str, Any] = {
     "tokens": 8 * LENGTH,

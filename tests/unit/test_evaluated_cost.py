@@ -10,7 +10,7 @@ from test_cost import costs, recipe, stages
 from test_healed_runs import HEAL
 
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text import protocol
 
 

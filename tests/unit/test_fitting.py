@@ -17,12 +17,12 @@ from stopped_runs import recipe, run_folder
 from test_healed_runs import HEAL, SAVED, StoppedInHealing
 from test_report_under_way import DyingInTraining
 
-from fusegpt_ray import fitting
 from fusegpt_ray.cli import main
 from fusegpt_ray.cost import rates
 from fusegpt_ray.cost.footprint import checkpoint_bytes, generating_bytes
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.planning import fitting
 from fusegpt_ray.recipe.recipe import Recipe
 
 RAY = {"engine": "ray", "replicas": 4, "workers": 2}

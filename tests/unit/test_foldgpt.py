@@ -21,10 +21,10 @@ from fusegpt_ray.healing import gates, trial
 from fusegpt_ray.healing.gates import POLARISE, GatedModel, train_gates, within
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.base import Question
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal, Importance
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 STEPS = 8
 """Two passes over the 16 windows, in batches of 4."""

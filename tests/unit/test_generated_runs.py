@@ -13,11 +13,11 @@ from desk import LENGTH, Desk
 from scribe import TOKENS, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
 from stopped_runs import Watching, contents
 
-from fusegpt_ray import generation
 from fusegpt_ray.cli import main
-from fusegpt_ray.generation import ROWS
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.pipeline import compress
+from fusegpt_ray.preparing import generation
+from fusegpt_ray.preparing.generation import ROWS
 from fusegpt_ray.reporting.facts import facts
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import opened, sealed

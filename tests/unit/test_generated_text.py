@@ -17,11 +17,11 @@ from recipes import mistake, recipe
 from scribe import TOKENS, _desk, asked, draw, parts, written  # noqa: F401 - a fixture
 from stopped_runs import Watching, contents
 
-from fusegpt_ray.drawing import healing_windows
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.sampling import continuations
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.windows import healing_windows
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import GeneratedText
 from fusegpt_ray.run.shared import Shared

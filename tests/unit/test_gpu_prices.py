@@ -11,10 +11,10 @@ import torch
 from desk import Desk
 from recipes import recipe, written
 
-from fusegpt_ray import fitting
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.fitting import Device
+from fusegpt_ray.planning import fitting
+from fusegpt_ray.planning.fitting import Device
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.gpu_prices import Prices, cost, price_of
 from fusegpt_ray.recipe.recipe import Recipe

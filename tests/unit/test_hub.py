@@ -23,9 +23,9 @@ from words import add_tokenizer
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = "some-org/tiny"

@@ -26,8 +26,8 @@ from pictures import (
 )
 from runners import local_workers
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.samples import PADDING, Counting, Held, Samples, mixed

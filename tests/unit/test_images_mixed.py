@@ -20,14 +20,14 @@ from test_images import by_hand
 from test_runs_on_images import METHODS, answers_perplexity
 from test_training_on_images import digests
 
-from fusegpt_ray.drawing import calibration_windows, healing_windows
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.pipeline import compress, open_workers, score
-from fusegpt_ray.plan import mistakes, plan
+from fusegpt_ray.planning.plan import mistakes, plan
+from fusegpt_ray.preparing.windows import calibration_windows, healing_windows
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import PADDING, Samples, counting, fingerprint, with_an_image
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.windows import Windows
 
 LENGTH = 36

@@ -19,13 +19,13 @@ from test_slots import _room_for_two
 from fusegpt_ray.cli import main
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.family.members import Members
 from fusegpt_ray.family.run import compress_family
-from fusegpt_ray.log_lines import LogLines
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.report import Display
 from fusegpt_ray.scheduling import slots
+from fusegpt_ray.terminal.display import Display
+from fusegpt_ray.terminal.log_lines import LogLines
 
 Line = dict[str, Any]
 FIRST, SECOND = "demo-first-tuned", "demo-second-tuned"

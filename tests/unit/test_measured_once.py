@@ -13,8 +13,8 @@ import pytest
 from desk import Desk
 from stopped_runs import BeforeItsSecondModel, Watching, flip, recipe, run_folder
 
-from fusegpt_ray import before_after
-from fusegpt_ray.evaluation import perplexity
+from fusegpt_ray.measuring import before_after
+from fusegpt_ray.measuring.evaluation import perplexity
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.workers.base import Workers
@@ -34,7 +34,7 @@ class Measuring:
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> Measuring:
     found = Measuring()
-    monkeypatch.setattr("fusegpt_ray.evaluation.perplexity", found)
+    monkeypatch.setattr("fusegpt_ray.measuring.evaluation.perplexity", found)
     return found
 
 

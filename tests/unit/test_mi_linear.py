@@ -23,11 +23,11 @@ from fusegpt_ray.model import recorder
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
-from fusegpt_ray.preflight import with_start
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.preflight import with_start
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 WINDOWS = 12
 """Of 12 tokens, with batches of 2: the last of six pieces is held out, and 120 tokens are fitted to

@@ -22,10 +22,10 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.methods.base import Copy
 from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.store.checkpoint import read_tensors
+from fusegpt_ray.terminal.display import Display
 
 COPIES = (Copy(after=1, like=1), Copy(after=3, like=2))
 PLACES = (2, 5)

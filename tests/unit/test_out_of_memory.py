@@ -14,9 +14,9 @@ from cramped import LIMITS, MB, SCORED, TRAINED, save_broad, save_wide, tune_man
 from safetensors.torch import load_file
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
+from fusegpt_ray.compressing.rounds import fewer_at_once
 from fusegpt_ray.model.memory import find_batch_size, is_out_of_memory
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.rounds import fewer_at_once
 
 
 @pytest.fixture(scope="module")

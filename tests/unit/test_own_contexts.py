@@ -16,9 +16,9 @@ from models import GROUPED, SLIDING, VOCAB, open_stack, randomize, token_windows
 from runners import local_workers
 from torch import nn
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.recipe.sections import Importance

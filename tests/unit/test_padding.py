@@ -12,10 +12,10 @@ import torch
 from models import DEPTH, hidden_states, load_model, open_stack, token_windows, without_blocks
 from runners import local_workers
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.fusion.added import gather
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.sections import Heal, Importance

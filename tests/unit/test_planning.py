@@ -22,18 +22,18 @@ from mistakes import tree
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils.flop_counter import FlopCounterMode
 
-from fusegpt_ray import probe
 from fusegpt_ray.cli import main
 from fusegpt_ray.cost import rates
 from fusegpt_ray.cost.cost import attention_flops
-from fusegpt_ray.first_recipe import first_recipe
-from fusegpt_ray.generation import ROWS
 from fusegpt_ray.model.compiled import CompiledBlock
 from fusegpt_ray.model.recorder import run_block
-from fusegpt_ray.outlook import Device
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning import probe
+from fusegpt_ray.planning.first_recipe import first_recipe
+from fusegpt_ray.planning.outlook import Device
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.generation import ROWS
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 HEAL = {"tokens": 96, "batch": 4, "held_out": 4, "train": "all"}
 

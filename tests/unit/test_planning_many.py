@@ -14,10 +14,10 @@ from mistakes import tree
 from fusegpt_ray.cli import main
 from fusegpt_ray.cost import rates
 from fusegpt_ray.family.members import Members
-from fusegpt_ray.outlook import Device
-from fusegpt_ray.plan import plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning.outlook import Device
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.scheduling.forecast import Premises
+from fusegpt_ray.terminal.display import Display
 
 H100 = ("--gpu", "H100")
 

@@ -17,8 +17,8 @@ from stopped_runs import recipe as of_desk
 from test_budget import HOUR, Clock, TakesAnHour, _clock, cluster  # noqa: F401 - a fixture
 from test_gpu_prices import A100, H100, LABEL, TABLE
 
-from fusegpt_ray import compression
 from fusegpt_ray.cli import main
+from fusegpt_ray.compressing import compression
 from fusegpt_ray.distributed import cluster as on_ray
 from fusegpt_ray.distributed.cluster import RayWorkers
 from fusegpt_ray.errors import BudgetSpent, UserError

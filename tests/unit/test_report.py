@@ -20,8 +20,8 @@ from test_healed_runs import HEAL
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.report import flop_count
 from fusegpt_ray.reporting.facts import facts
+from fusegpt_ray.terminal.display import flop_count
 
 Capture = pytest.CaptureFixture[str]
 HOSTILE = "</script><script>console.error('in')</script><b onclick=\"x\">'&"

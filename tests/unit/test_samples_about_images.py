@@ -23,13 +23,13 @@ from words import add_tokenizer
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.processors import load_processor
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.sample_prompts import TOKENS
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.specs import SAMPLE_PROMPTS
-from fusegpt_ray.report import Display
 from fusegpt_ray.reporting import page
 from fusegpt_ray.reporting.facts import facts, of_manifest
-from fusegpt_ray.sample_prompts import TOKENS
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.questions import SIDE, thumbnail
 
 MODELS = ("llava", *QWEN)
@@ -158,7 +158,7 @@ def test_text_samples_stay_where_images_cannot_be_asked_about(
     def broken(*_: object, **__: object) -> None:
         raise UserError("calibration.data", "", "gone", "")
 
-    monkeypatch.setattr("fusegpt_ray.sample_prompts.found_in", broken)
+    monkeypatch.setattr("fusegpt_ray.preparing.sample_prompts.found_in", broken)
     seen, show = write_lines(tmp_path / "seen.jsonl", album(tmp_path, 6)), Watching()
     given = asked(model, tmp_path)
     given["calibration"] = {"data": str(seen), "images": True, "windows": 4, "length": 36}

@@ -15,6 +15,7 @@ import pytest
 from models import open_stack
 from safetensors.torch import load_file, save_file
 
+from fusegpt_ray.compressing.saving import put_shards as put_on_workers
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.publishing.proof import ProofError
@@ -22,7 +23,6 @@ from fusegpt_ray.publishing.publish import publish
 from fusegpt_ray.publishing.shards import AT_ONCE, put_shards
 from fusegpt_ray.publishing.shrink import model_entries
 from fusegpt_ray.run.lease import Fence, Lease, OwnedByAnother, Owner
-from fusegpt_ray.saving import put_shards as put_on_workers
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.fence import nobody_else
 from fusegpt_ray.store.writer import plan_shards

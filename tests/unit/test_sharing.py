@@ -25,10 +25,10 @@ from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Heal
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.training.finetune import Trained
 
 PAGE = Path(__file__).parents[2] / "docs/output.md"

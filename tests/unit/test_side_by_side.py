@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from test_report import Page, drawn
 
 from fusegpt_ray import Evaluation, evaluate, pipeline
-from fusegpt_ray.bootstrap import paired_difference
 from fusegpt_ray.cli import main
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.measuring.bootstrap import paired_difference
 
 WINDOWS = 9
 Capture = pytest.CaptureFixture[str]

@@ -16,8 +16,8 @@ import fsspec
 import pytest
 
 from fusegpt_ray.errors import StorageError
-from fusegpt_ray.log_lines import LogLines
 from fusegpt_ray.store import filesystem, retry, storage
+from fusegpt_ray.terminal.log_lines import LogLines
 
 SILENCE = 0.5
 """Seconds."""

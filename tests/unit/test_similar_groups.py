@@ -19,17 +19,17 @@ from stopped_runs import Watching, published, recipe, run_folder
 from test_healed_runs import StoppedInHealing
 from torch.nn.functional import cosine_similarity
 
-from fusegpt_ray.heal import sharing_of
+from fusegpt_ray.compressing.heal import sharing_of
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 

@@ -24,14 +24,14 @@ from fusegpt_ray.fusion.rotation import READS, WRITES, principal_axes
 from fusegpt_ray.fusion.width import Width
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.publishing.publish import Published
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.status import status
 from fusegpt_ray.samples import PADDING
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 
@@ -150,7 +150,7 @@ def weights(published: Published) -> bytes:
 
 
 def test_after_its_round_a_run_goes_on_from_it(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusegpt_ray import compression
+    from fusegpt_ray.compressing import compression
 
     def kills(*arguments: Any, **options: Any) -> Any:
         raise Killed

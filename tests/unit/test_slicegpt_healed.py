@@ -25,8 +25,8 @@ from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
-from fusegpt_ray.report import Display
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.terminal.display import Display
 
 RATE = 1e-3
 HEAL = {"tokens": 8 * LENGTH, "batch": 4, "held_out": 4, "looks": 2, "warmup": 0.0}

@@ -20,7 +20,7 @@ from test_compare_at_once import PATIENCE
 
 from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.scheduling import slots
 from fusegpt_ray.workers.room import Need, Place, Room
 

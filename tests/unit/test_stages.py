@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from fusegpt_ray.recipe.specs import METHOD_SPECS
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.protocol import STAGES, undone
 
 LENGTH = {"length": 9, "windows": 2}

@@ -26,14 +26,14 @@ from fusegpt_ray.fusion.writers import mixers
 from fusegpt_ray.healing.light_block import LightBlock
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.pipeline import compress
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Fusion
 from fusegpt_ray.recipe.specs import METHOD_SPECS
-from fusegpt_ray.report import Display
 from fusegpt_ray.store.checkpoint import read_tensors
 from fusegpt_ray.store.writer import entries_of, write_safetensors
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.losses import mse
 

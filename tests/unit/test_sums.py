@@ -11,7 +11,7 @@ import pytest
 from desk import Desk
 from stopped_runs import Watching, published, recipe, run_folder
 
-from fusegpt_ray import rounds
+from fusegpt_ray.compressing import rounds
 from fusegpt_ray.importance import scoring
 from fusegpt_ray.importance.search import Job
 from fusegpt_ray.importance.sums import Sums

@@ -16,6 +16,7 @@ from models import load_model
 from stopped_runs import Watching, published, recipe, run_folder
 from torch.nn.functional import cosine_similarity
 
+from fusegpt_ray.compressing.tournament import Tournament
 from fusegpt_ray.cost.cost import cost
 from fusegpt_ray.cost.traffic import traffic
 from fusegpt_ray.errors import UserError
@@ -28,7 +29,6 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.targets import Target
-from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 from fusegpt_ray.workers.room import Held

@@ -20,10 +20,10 @@ from stopped_runs import Watching, published, recipe, run_folder, stopped
 from fusegpt_ray.errors import StorageError
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.tracking.follow import followed
 from fusegpt_ray.tracking.trackers import About, TensorBoard
 from fusegpt_ray.tracking.values import METRICS, Value, measured, step
@@ -95,7 +95,7 @@ import os, signal, sys, time
 from pathlib import Path
 from fusegpt_ray.pipeline import compress
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.run import lease
 
 class Killed(Display):

@@ -13,11 +13,11 @@ from stopped_runs import Watching, recipe
 from test_healed_runs import HEAL
 from torch import nn
 
-from fusegpt_ray.compression import Compression
+from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.model.stack import Block
 from fusegpt_ray.model.weights import Weights, stored_bytes
 from fusegpt_ray.pipeline import compress, open_workers
-from fusegpt_ray.plan import plan
+from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.store import writer
 from fusegpt_ray.store.writer import Entry
 from fusegpt_ray.workers.room import Held

@@ -17,9 +17,9 @@ from runners import local_workers
 from safetensors.torch import load_file
 from torch.nn.functional import pad
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source

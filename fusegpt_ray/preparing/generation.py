@@ -30,12 +30,12 @@ from fusegpt_ray.model.sampling import ROWS as ROWS
 from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text
-from fusegpt_ray.report import Display, byte_count
 from fusegpt_ray.run.identity import model_identity
 from fusegpt_ray.run.outputs import GENERATED
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, checksum, opened, sealed
+from fusegpt_ray.terminal.display import Display, byte_count
 from fusegpt_ray.text.calibration import Stream, leading_token, tokenize
 from fusegpt_ray.text.corpus import items, sources
 from fusegpt_ray.text.mixture import seed_of

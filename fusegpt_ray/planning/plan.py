@@ -13,15 +13,15 @@ from fusegpt_ray.cost.cost import Cost, cost
 from fusegpt_ray.cost.rates import RATES, known_gpu
 from fusegpt_ray.cost.traffic import Traffic, traffic
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.generation import check_beginning
 from fusegpt_ray.healing.sharing import check_groups
 from fusegpt_ray.methods import METHODS
 from fusegpt_ray.methods.inserting import deeper
 from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
-from fusegpt_ray.opening import OpenedModel, fetched, find_model, look_at
-from fusegpt_ray.preflight import (
+from fusegpt_ray.preparing.generation import check_beginning
+from fusegpt_ray.preparing.opening import OpenedModel, fetched, find_model, look_at
+from fusegpt_ray.preparing.preflight import (
     check_copies,
     check_images,
     check_light,
@@ -29,13 +29,13 @@ from fusegpt_ray.preflight import (
     check_output,
     with_start,
 )
+from fusegpt_ray.preparing.sample_prompts import named
 from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Evaluation, Heal
 from fusegpt_ray.recipe.text_sections import GeneratedText, WeightedText
-from fusegpt_ray.report import Display
-from fusegpt_ray.sample_prompts import named
 from fusegpt_ray.targets import Target, plan_targets
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.calibration import leading_token
 from fusegpt_ray.text.conversations import conversation_sources
 from fusegpt_ray.text.corpus import names_a_dataset, sources

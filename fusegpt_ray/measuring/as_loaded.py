@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from fusegpt_ray import evaluation
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.report import Display
 from fusegpt_ray.samples import Batch
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Workers
 
 

@@ -9,18 +9,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from fusegpt_ray import evaluation
-from fusegpt_ray.bootstrap import paired_difference
-from fusegpt_ray.comparing import compare_source
-from fusegpt_ray.drawing import evaluation_windows
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.evaluation import Losses
+from fusegpt_ray.measuring import evaluation
+from fusegpt_ray.measuring.as_loaded import compare_source
+from fusegpt_ray.measuring.bootstrap import paired_difference
+from fusegpt_ray.measuring.evaluation import Losses
 from fusegpt_ray.model.finite import explained
-from fusegpt_ray.opening import OpenedModel, find_model, open_model
-from fusegpt_ray.preflight import check_images, check_tokens
+from fusegpt_ray.preparing.opening import OpenedModel, find_model, open_model
+from fusegpt_ray.preparing.preflight import check_images, check_tokens
+from fusegpt_ray.preparing.windows import evaluation_windows
 from fusegpt_ray.recipe.sections import Evaluation, Model
-from fusegpt_ray.report import Display
 from fusegpt_ray.samples import fingerprint
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.protocol import described
 from fusegpt_ray.text.windows import Windows

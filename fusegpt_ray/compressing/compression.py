@@ -11,26 +11,29 @@ from typing import Any
 
 import numpy as np
 
-from fusegpt_ray.comparing import compare_source
+from fusegpt_ray.compressing.heal import Healer, sharing_of
+from fusegpt_ray.compressing.rounds import Rounds
+from fusegpt_ray.compressing.saving import put_shards
+from fusegpt_ray.compressing.tournament import Tournament
+from fusegpt_ray.compressing.worked import Begun, Worked, added
 from fusegpt_ray.cost.footprint import healing_shortage, search_shortage, shortage
-from fusegpt_ray.drawing import all_windows
 from fusegpt_ray.errors import PutOff
-from fusegpt_ray.evaluation import blocks_added_behind
 from fusegpt_ray.fusion.repair import repaired_only
-from fusegpt_ray.generation import GENERATED_EVENT, identity_of_model
-from fusegpt_ray.heal import Healer, sharing_of
 from fusegpt_ray.healing.sharing import Sharing
 from fusegpt_ray.importance.removals import Removal
-from fusegpt_ray.judge import Judge, stages_of
+from fusegpt_ray.measuring.as_loaded import compare_source
+from fusegpt_ray.measuring.evaluation import blocks_added_behind
+from fusegpt_ray.measuring.judge import Judge, stages_of
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.source import MANIFEST
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.plan import Plan
-from fusegpt_ray.preflight import check_price, check_tokens, name_taken
+from fusegpt_ray.planning.plan import Plan
+from fusegpt_ray.preparing.generation import GENERATED_EVENT, identity_of_model
+from fusegpt_ray.preparing.preflight import check_price, check_tokens, name_taken
+from fusegpt_ray.preparing.sample_prompts import asked
+from fusegpt_ray.preparing.windows import all_windows
 from fusegpt_ray.publishing.publish import Published, publish
-from fusegpt_ray.report import Display, Listener
 from fusegpt_ray.reporting.beside import beside_model
-from fusegpt_ray.rounds import Rounds
 from fusegpt_ray.run.begun import being_published
 from fusegpt_ray.run.budget import SPENT, Budget
 from fusegpt_ray.run.done import Done
@@ -39,16 +42,13 @@ from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.sample_prompts import asked
 from fusegpt_ray.samples import fingerprint
-from fusegpt_ray.saving import put_shards
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.public import named
 from fusegpt_ray.targets import Target
+from fusegpt_ray.terminal.display import Display, Listener
 from fusegpt_ray.text.windows import Windows
-from fusegpt_ray.tournament import Tournament
 from fusegpt_ray.tracking.follow import followed
-from fusegpt_ray.worked import Begun, Worked, added
 from fusegpt_ray.workers.base import Workers
 
 

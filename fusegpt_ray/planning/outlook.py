@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fusegpt_ray.cost.rates import RATES
-from fusegpt_ray.fitting import Device as Device
-from fusegpt_ray.fitting import Fitting, There
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.fitting import Device as Device
+from fusegpt_ray.planning.fitting import Fitting, There
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.room import Held
 

@@ -24,7 +24,7 @@ from rich.progress import (
 from rich.text import Text
 
 from fusegpt_ray.store.retry import retries
-from fusegpt_ray.table import Table
+from fusegpt_ray.terminal.table import Table
 from fusegpt_ray.text.protocol import described, stages, undone, warnings
 
 SHOWN = 12

@@ -14,7 +14,6 @@ import torch
 
 from fusegpt_ray.cost.cost import attention_flops
 from fusegpt_ray.cost.matrices import matrices
-from fusegpt_ray.generation import ROWS
 from fusegpt_ray.model.compiled import RunBlock, block_function, compiles, rehearse
 from fusegpt_ray.model.device import (
     deterministic_kernels,
@@ -28,7 +27,8 @@ from fusegpt_ray.model.names import Tensors
 from fusegpt_ray.model.recorder import run_block
 from fusegpt_ray.model.stack import Refs
 from fusegpt_ray.model.trunk import Trunk
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.plan import Plan
+from fusegpt_ray.preparing.generation import ROWS
 
 SECONDS = 20.0
 

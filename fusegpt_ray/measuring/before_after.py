@@ -15,15 +15,15 @@ import numpy as np
 
 from fusegpt_ray.cost.footprint import generating_bytes
 from fusegpt_ray.errors import StorageError, UserError, first_line
-from fusegpt_ray.generation import ends_of
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.sampling import continuations
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.preflight import check_tokens
-from fusegpt_ray.report import Display, byte_count
+from fusegpt_ray.preparing.generation import ends_of
+from fusegpt_ray.preparing.preflight import check_tokens
+from fusegpt_ray.preparing.sample_prompts import KEY, TOKENS, Prompt, positions
 from fusegpt_ray.run.known import Known
-from fusegpt_ray.sample_prompts import KEY, TOKENS, Prompt, positions
 from fusegpt_ray.samples import Held, Inputs
+from fusegpt_ray.terminal.display import Display, byte_count
 from fusegpt_ray.text.calibration import leading_token, tokenize
 from fusegpt_ray.text.questions import Question
 from fusegpt_ray.workers.base import Workers

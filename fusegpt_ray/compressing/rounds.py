@@ -20,11 +20,11 @@ from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.specs import METHOD_SPECS
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Workers
 
 KEEP_SECONDS = 10.0

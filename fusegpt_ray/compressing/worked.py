@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusegpt_ray.judge import Judge
+from fusegpt_ray.compressing.rounds import fewer_at_once
+from fusegpt_ray.measuring.judge import Judge
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.publishing.publish import versions
-from fusegpt_ray.rounds import fewer_at_once
 from fusegpt_ray.run.budget import SPENT
 from fusegpt_ray.run.done import Done, moved
 from fusegpt_ray.run.journal import Journal

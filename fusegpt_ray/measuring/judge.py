@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fusegpt_ray import evaluation
-from fusegpt_ray.before_after import before_and_after
+from fusegpt_ray.measuring import evaluation
+from fusegpt_ray.measuring.before_after import before_and_after
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.preparing.sample_prompts import Prompt
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.known import Known
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.sample_prompts import Prompt
 from fusegpt_ray.samples import Batch, fingerprint
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 

@@ -13,8 +13,8 @@ from typing import Any, Self, TextIO
 from rich.console import Console
 
 from fusegpt_ray.errors import UserError
-from fusegpt_ray.report import Display
-from fusegpt_ray.run.metrics_log import finite
+from fusegpt_ray.store.records import finite
+from fusegpt_ray.terminal.display import Display
 
 VARIABLE = "FUSEGPT_LOG"
 

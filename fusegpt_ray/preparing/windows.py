@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from fusegpt_ray.generation import generated_stream
-from fusegpt_ray.preflight import image_token
+from fusegpt_ray.preparing.generation import generated_stream
+from fusegpt_ray.preparing.preflight import image_token
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Evaluation
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text, Texts, WeightedText
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text import mixture, windows
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading, Stream

@@ -23,9 +23,9 @@ from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.removable import ANY, Removable
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.samples import Batch, tokens_of
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Workers
 
 

@@ -10,9 +10,9 @@ from fusegpt_ray.errors import blaming
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import Structure
-from fusegpt_ray.preflight import check_model
+from fusegpt_ray.preparing.preflight import check_model
 from fusegpt_ray.recipe.sections import Model
-from fusegpt_ray.report import Display
+from fusegpt_ray.terminal.display import Display
 
 KEY = "model.source"
 

@@ -36,7 +36,7 @@ from fusegpt_ray.model.device import pick_device, pick_dtype
 from fusegpt_ray.model.memory import device_bytes, free_bytes
 from fusegpt_ray.model.placement import HOST_SHARE
 from fusegpt_ray.model.weights import RESIDENT_SHARE
-from fusegpt_ray.plan import Plan
+from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.gpu_prices import price_of
 from fusegpt_ray.store import storage

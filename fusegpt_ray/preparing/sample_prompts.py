@@ -8,7 +8,7 @@ from typing import Any
 from fusegpt_ray.errors import UserError, first_line
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.source import Source
-from fusegpt_ray.preflight import image_token
+from fusegpt_ray.preparing.preflight import image_token
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.specs import SAMPLE_PROMPTS
 from fusegpt_ray.recipe.text_sections import Text

@@ -22,11 +22,9 @@ from fusegpt_ray.publishing.plain import Plain, compare_plain
 from fusegpt_ray.publishing.proof import WINDOWS, Proof
 from fusegpt_ray.publishing.proof import prove as prove_here
 from fusegpt_ray.samples import Batch, Samples, cut, predicted, tokens_of, with_an_image
-from fusegpt_ray.workers.base import Workers
+from fusegpt_ray.workers.base import TASKS_EACH, Workers
 
 R = TypeVar("R")
-TASKS_EACH = 4
-"""Tasks for each replica, so that fast ones do more than slow ones."""
 
 
 @dataclass(frozen=True, eq=False)

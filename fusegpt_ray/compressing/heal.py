@@ -14,13 +14,13 @@ from fusegpt_ray.importance.removals import run_distances
 from fusegpt_ray.model.finite import explained
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.recipe.recipe import Recipe
-from fusegpt_ray.report import Display
 from fusegpt_ray.run.done import Done
 from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.known import Known
 from fusegpt_ray.samples import Batch, fingerprint
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.training.finetune import Trained, train_span
 from fusegpt_ray.training.validation import lowest

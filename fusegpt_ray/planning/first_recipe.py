@@ -12,8 +12,8 @@ import yaml
 from fusegpt_ray.cost.footprint import healing_bytes
 from fusegpt_ray.model.config import read_config
 from fusegpt_ray.model.device import pick_dtype
-from fusegpt_ray.opening import find_model, look_at
-from fusegpt_ray.outlook import Device
+from fusegpt_ray.planning.outlook import Device
+from fusegpt_ray.preparing.opening import find_model, look_at
 from fusegpt_ray.recipe.recipe import Recipe, blocks_to_remove
 from fusegpt_ray.recipe.sections import Model
 

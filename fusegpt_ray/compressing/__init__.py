@@ -1,0 +1,1 @@
+"""The work of one run, in order: a tournament, rounds, healing, publishing."""

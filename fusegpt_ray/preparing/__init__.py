@@ -1,0 +1,1 @@
+"""What the work begins with: an opened model, windows of text, and checks of single things."""
