@@ -34,6 +34,8 @@ from fusegpt_ray.text.protocol import stages
 
 HEAL: dict[str, Any] = {"batch": 4, "held_out": 16, "looks": 8, "repeat": True}
 ONE = {"batch": 1, "learning_rate": 5e-4}
+SLOW = ONE | {"learning_rate": 2e-4}
+FILLED_IN = {"train": "lora", "batch": 8}  # as a recipe has it that leaves all of it out
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
 BEST: dict[str, Any] = {"preset": "best", "fusion": {"epochs": 1}}
 # The paper's recipe, ours, one step between them at a time; and what healing makes of them.
@@ -55,9 +57,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropped, healed (all)": {"method": "mi", "heal": ALL},
     "dropped, healed (all, 2 a step)": {"method": "mi", "heal": ALL | {"batch": 2}},
     "dropped, healed (all, 1 a step)": {"method": "mi", "heal": ALL | ONE},
-    "best, healed (all, 1 a step)": BEST | {"heal": ALL | ONE | {"learning_rate": 2e-4}},
+    "best, healed (all, 1 a step)": BEST | {"heal": ALL | SLOW},
     "scored on 4 windows, best, healed (all, 1 a step)": BEST
-    | {"importance": {"windows": 4}, "heal": ALL | ONE | {"learning_rate": 2e-4}},
+    | {"importance": {"windows": 4}, "heal": ALL | SLOW},
     "scored on 4 windows, best, healed (all, 1 a step at 5e-4)": BEST
     | {"importance": {"windows": 4}, "heal": ALL | ONE},
     "searched, dropped, healed (all)": {
@@ -77,6 +79,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": "mi",
         "importance": {"windows": 4},
         "heal": ALL | ONE,
+    },
+    "scored on 4 windows, dropped, healed (all, 1 a step at 2e-4)": {
+        "method": "mi",
+        "importance": {"windows": 4},
+        "heal": ALL | SLOW,
+    },
+    "scored on 4 windows, repaired, healed (all, 1 a step at 2e-4)": {
+        "method": "mi+linear",
+        "importance": {"windows": 4},
+        "heal": ALL | SLOW,
+    },
+    "scored on 4 windows, best": BEST | {"importance": {"windows": 4}, "heal": FILLED_IN},
+    "scored on 4 windows, dropped, healed (LoRA as filled in)": {
+        "method": "mi",
+        "importance": {"windows": 4},
+        "heal": FILLED_IN,
     },
     "dropped by kl, healed (all, 1 a step)": {
         "method": "mi",
