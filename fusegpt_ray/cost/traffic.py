@@ -23,7 +23,6 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
-from fusegpt_ray.workers.base import TASKS_EACH
 from fusegpt_ray.workers.room import Held
 
 WAVES = 4
@@ -151,15 +150,15 @@ def _evaluation(
     recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
 ) -> int:
     """Also for the checks that the source is read as it is, and each published model. What a
-    replica keeps of the dense model, it may read here for the first time.
+    replica keeps of the dense model, it may read here for the first time; of a published model it
+    keeps nothing, and each replica reads it once for each text.
     """
     whole, texts = stored_bytes(dense.blocks), len(recipe.evaluation)
-    tasks = held.replicas * (1 if streams else TASKS_EACH)
     found = 2 * whole + held.replicas * whole * (max(texts, 1) if streams else 1)
     for target in targets:
         kept = _kept(dense, target)
         *others, last = _stages(recipe, dense, target)
-        walks = texts * (tasks * kept + held.replicas * (sum(others) + kept * streams))
+        walks = texts * held.replicas * (kept + sum(others) + kept * streams)
         found += walks + 3 * kept + last
     return found
 
