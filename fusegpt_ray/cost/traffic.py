@@ -23,7 +23,7 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
@@ -47,7 +47,7 @@ def traffic(
     dense: Stack,
     targets: Sequence[Target],
     cost: Cost,
-    held: Held,
+    held: Allocation,
     streams: bool,
 ) -> list[Traffic]:
     """
@@ -82,7 +82,12 @@ def _learned(dense: Stack) -> int:
 
 
 def _scoring(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost, held: Held, streams: bool
+    recipe: Recipe,
+    dense: Stack,
+    targets: Sequence[Target],
+    cost: Cost,
+    held: Allocation,
+    streams: bool,
 ) -> int:
     choice, settings, whole = recipe.spec.choice, recipe.importance, stored_bytes(dense.blocks)
     if recipe.search or choice in ("unseen", "none"):
@@ -115,7 +120,7 @@ def _scored(settings: Importance, dense: Stack, rounds: int, in_waves: bool) -> 
 
 
 def _search(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Allocation, streams: bool
 ) -> int:
     """Every replica looks for each set; one of them heals it, and walks through the dense model for
     what it is to learn from.
@@ -137,7 +142,7 @@ def _search(
     return found
 
 
-def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
+def _generating(dense: Stack, cost: Cost, held: Allocation, streams: bool) -> int:
     """Each part of the text is written by a walk of its own."""
     walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "generating")
     windows = walked // len(dense)
@@ -147,7 +152,7 @@ def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
 
 
 def _evaluation(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Allocation, streams: bool
 ) -> int:
     """Also for the checks that the source is read as it is, and each published model. What a
     replica keeps of the dense model, it may read here for the first time; of a published model it
@@ -215,7 +220,7 @@ def _terms(recipe: Recipe, dense: Stack, rounds: int) -> int:
     return min(settings.group_size, len(dense)) * FLOAT32 * (ranks * sides + rounds * others)
 
 
-def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Held) -> int:
+def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Allocation) -> int:
     """Every process walks what a window does."""
     each = _walked(dense, cost, "states", recipe.calibration.windows)
     return max(held.replicas, held.workers) * each
