@@ -21,11 +21,10 @@ from fusegpt_ray.errors import BudgetSpent
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.gpu_prices import cost, price_of, unpriced
 from fusegpt_ray.run.lease import read_sign
+from fusegpt_ray.run.notes import CHECKPOINT
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened
 
-CHECKPOINT = "checkpoint.json"
-"""The record of a training checkpoint; see `training/checkpoints.py`."""
 SPENT = "spent"
 """Its key in a sign of life and in a manifest."""
 

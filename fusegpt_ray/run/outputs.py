@@ -17,7 +17,7 @@ from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.run.begun import BEGUN, begun
 from fusegpt_ray.run.begun import MODEL as MODEL
 from fusegpt_ray.run.lease import Standing
-from fusegpt_ray.run.notes import NOTES
+from fusegpt_ray.run.notes import CHECKPOINT, NOTES
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, opened
@@ -183,8 +183,14 @@ class Run:
         """Epochs of the round it is, or was, working on that its last training checkpoint spares
         it.
         """
-        name = f"blocks/round-{len(self.rounds) + 1:03d}/checkpoints/checkpoint.json"
-        return len((self.body(name) or {}).get("losses", ()))
+        record = self.checkpoint(f"round-{len(self.rounds) + 1:03d}")
+        return len(record.get("losses", ()))
+
+    def checkpoint(self, blocks: str) -> dict[str, Any]:
+        """What the last training checkpoint of these blocks ("round-001") tells; empty if there is
+        none.
+        """
+        return self.body(f"blocks/{blocks}/checkpoints/{CHECKPOINT}") or {}
 
     def body(self, name: str) -> dict[str, Any] | None:
         """What one of its records says; None if there is none that can be trusted."""
