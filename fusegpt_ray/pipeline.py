@@ -27,7 +27,7 @@ from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.run.shared import Shared
 from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.workers.base import Setup, Workers
-from fusegpt_ray.workers.room import Need, Place, Room
+from fusegpt_ray.workers.room import Need, ResourcePool, Room
 
 
 def compress(
@@ -157,12 +157,12 @@ def evaluate(
 
 def room_for_sets(
     setups: Sequence[Setup], asked: int | None, quota: float | None, key: str
-) -> AbstractContextManager[Place]:
+) -> AbstractContextManager[ResourcePool]:
     """A context in which several sets of workers may be open at once: see `distributed/sets.py`.
     With `cluster.engine: local` it is one.
     """
     if setups[0].cluster.engine == "local":
-        return nullcontext(Place(Room([Need()] * len(setups))))
+        return nullcontext(ResourcePool(Room([Need()] * len(setups))))
     from fusegpt_ray.distributed.sets import joined
 
     return joined(setups, asked, quota, key)

@@ -39,7 +39,7 @@ class Inputs(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
+class InMemoryInputs:
     """Inputs that lie in this process."""
 
     arrays: Mapping[str, np.ndarray]
@@ -110,7 +110,7 @@ def mixed(windows_WT: np.ndarray, text_W: np.ndarray, samples: Mapping[int, Samp
         return windows_WT
     images_WT = np.zeros(windows_WT.shape, dtype=bool)
     targets_WT = np.ones(windows_WT.shape, dtype=bool)
-    inputs: list[Inputs] = [Held({})] * len(windows_WT)
+    inputs: list[Inputs] = [InMemoryInputs({})] * len(windows_WT)
     for number, found in samples.items():
         places = np.flatnonzero(text_W == number)
         windows_WT[places] = found.tokens_WT

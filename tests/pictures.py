@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 from models import DEPTH, GROUPED, SLIDING, VOCAB, llava, randomize
 
-from fusegpt_ray.samples import PADDING, Held, Samples
+from fusegpt_ray.samples import PADDING, InMemoryInputs, Samples
 
 IMAGE = VOCAB - 1
 """The placeholder; the three tokens before it belong to images, too."""
@@ -192,7 +192,7 @@ def samples(name: str, count: int = 4, length: int = 22, seed: int = 0) -> Sampl
         tokens_WT[row, images_WT[row]] = IMAGE
         targets_WT[row, n - ANSWER : n] = True
         kinds_1n = images_WT[row : row + 1, :n].astype(np.int64)
-        inputs.append(Held(SEEING[name].inputs(draw, kinds_1n)))
+        inputs.append(InMemoryInputs(SEEING[name].inputs(draw, kinds_1n)))
     return Samples(tokens_WT, targets_WT, images_WT, tuple(inputs))
 
 

@@ -156,12 +156,12 @@ def _planned(
     from fusegpt_ray.planning import outlook
     from fusegpt_ray.planning import plan as plans
     from fusegpt_ray.scheduling import forecast
-    from fusegpt_ray.workers.room import Held
+    from fusegpt_ray.workers.room import Allocation
 
     planned = plans.plan(checked, silent(), looks=True)
     there, kind = _there(planned.recipe.cluster, gpu, gpus)
     device = outlook.Device.named(kind) if kind else outlook.Device.here()
-    held = Held.alone(planned.recipe.cluster, planned.recipe.trains)
+    held = Allocation.alone(planned.recipe.cluster, planned.recipe.trains)
     # Processes on a CPU share its cores.
     count = gpus or (held.gpus or 1 if device.kind == "cuda" else 1)
     measured = None

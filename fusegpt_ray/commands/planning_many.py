@@ -61,7 +61,7 @@ def planned(
     if isinstance(asked, Members):
         quota, priorities = asked.gpus, {one.name: one.priority for one in asked.members}
     runs = [
-        forecast.Planned(
+        forecast.PlannedRun(
             run.recipe.output.name, plan_of(run, silent(), looks=True), priorities.get(run.model, 0)
         )
         for run in asked.runs

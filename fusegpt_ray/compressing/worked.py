@@ -17,7 +17,7 @@ from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.targets import Target
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 STAGE_SECONDS = "stage_seconds"
 """In journal and manifest: seconds of the planned stages that no record of a round or of healing
@@ -116,7 +116,7 @@ def planned(plan: Plan, target: Target, workers: Workers) -> dict[str, Any]:
     """The work of one model, on these workers."""
     gpu = workers.hardware.get("gpu", "")
     training = workers.training_workers if plan.recipe.trains else 0
-    held = Held(workers.replicas, training, workers.gpus_held)
+    held = Allocation(workers.replicas, training, workers.gpus_held)
     return {
         "planned": plan.stages_of(target, gpu, held),
         "planned_bytes": [*map(asdict, plan.traffic_of([target], held, workers.streams))],

@@ -33,7 +33,7 @@ from fusegpt_ray.recipe.text_sections import GeneratedText
 from fusegpt_ray.targets import Target
 from fusegpt_ray.terminal.display import byte_count, flop_count
 from fusegpt_ray.text.mixture import generated_tokens
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Cost:
         """Of computing alone, on so many GPUs that share all of it evenly."""
         return sum(stage.flops / rates[stage.name] for stage in self.stages) / gpus / 3600
 
-    def seconds(self, rates: Mapping[str, float], held: Held) -> dict[str, float]:
+    def seconds(self, rates: Mapping[str, float], held: Allocation) -> dict[str, float]:
         """Of computing alone, by stage, on these processes and GPUs; on a CPU they share it."""
         most = {stage: min(held.gpus or 1, processes(stage, held)) for stage in self.stages}
         return {
@@ -66,7 +66,7 @@ class Cost:
             for stage, count in most.items()
         }
 
-    def rows(self, rates: Mapping[str, float] | None, held: Held) -> list[dict[str, Any]]:
+    def rows(self, rates: Mapping[str, float] | None, held: Allocation) -> list[dict[str, Any]]:
         """[{"stage", "block_forwards", "flops", "seconds"} …]: see `seconds`, which are None where
         the rates are not known.
         """
@@ -99,7 +99,7 @@ TRAINED = ("states", "fine-tuning", "healing")
 """The stages that training workers compute; replicas compute all others."""
 
 
-def processes(stage: Stage, held: Held) -> int:
+def processes(stage: Stage, held: Allocation) -> int:
     """How many of these compute a stage at the same time."""
     return held.workers if stage.name in TRAINED and held.workers else held.replicas
 

@@ -23,8 +23,7 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.targets import Target
-from fusegpt_ray.workers.base import TASKS_EACH
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 WAVES = 4
 """In which scoring asks replicas for walks, at most; see `importance/search.py`."""
@@ -48,7 +47,7 @@ def traffic(
     dense: Stack,
     targets: Sequence[Target],
     cost: Cost,
-    held: Held,
+    held: Allocation,
     streams: bool,
 ) -> list[Traffic]:
     """
@@ -83,7 +82,12 @@ def _learned(dense: Stack) -> int:
 
 
 def _scoring(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], cost: Cost, held: Held, streams: bool
+    recipe: Recipe,
+    dense: Stack,
+    targets: Sequence[Target],
+    cost: Cost,
+    held: Allocation,
+    streams: bool,
 ) -> int:
     choice, settings, whole = recipe.spec.choice, recipe.importance, stored_bytes(dense.blocks)
     if recipe.search or choice in ("unseen", "none"):
@@ -116,7 +120,7 @@ def _scored(settings: Importance, dense: Stack, rounds: int, in_waves: bool) -> 
 
 
 def _search(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Allocation, streams: bool
 ) -> int:
     """Every replica looks for each set; one of them heals it, and walks through the dense model for
     what it is to learn from.
@@ -138,7 +142,7 @@ def _search(
     return found
 
 
-def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
+def _generating(dense: Stack, cost: Cost, held: Allocation, streams: bool) -> int:
     """Each part of the text is written by a walk of its own."""
     walked = sum(stage.block_forwards for stage in cost.stages if stage.name == "generating")
     windows = walked // len(dense)
@@ -148,18 +152,18 @@ def _generating(dense: Stack, cost: Cost, held: Held, streams: bool) -> int:
 
 
 def _evaluation(
-    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Held, streams: bool
+    recipe: Recipe, dense: Stack, targets: Sequence[Target], held: Allocation, streams: bool
 ) -> int:
     """Also for the checks that the source is read as it is, and each published model. What a
-    replica keeps of the dense model, it may read here for the first time.
+    replica keeps of the dense model, it may read here for the first time; of a published model it
+    keeps nothing, and each replica reads it once for each text.
     """
     whole, texts = stored_bytes(dense.blocks), len(recipe.evaluation)
-    tasks = held.replicas * (1 if streams else TASKS_EACH)
     found = 2 * whole + held.replicas * whole * (max(texts, 1) if streams else 1)
     for target in targets:
         kept = _kept(dense, target)
         *others, last = _stages(recipe, dense, target)
-        walks = texts * (tasks * kept + held.replicas * (sum(others) + kept * streams))
+        walks = texts * held.replicas * (kept + sum(others) + kept * streams)
         found += walks + 3 * kept + last
     return found
 
@@ -216,7 +220,7 @@ def _terms(recipe: Recipe, dense: Stack, rounds: int) -> int:
     return min(settings.group_size, len(dense)) * FLOAT32 * (ranks * sides + rounds * others)
 
 
-def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Held) -> int:
+def _states(recipe: Recipe, dense: Stack, cost: Cost, held: Allocation) -> int:
     """Every process walks what a window does."""
     each = _walked(dense, cost, "states", recipe.calibration.windows)
     return max(held.replicas, held.workers) * each

@@ -34,7 +34,7 @@ from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.workers.base import News, Setup
-from fusegpt_ray.workers.room import Held, Need, Way, way_alone
+from fusegpt_ray.workers.room import Allocation, Need, Way, way_alone
 
 R = TypeVar("R")
 REPLICA_GPU, WORKER_GPU = 0.6, 0.4
@@ -58,12 +58,12 @@ class RayWorkers:
         setup, cluster = self.setup, self.setup.cluster
         self._connection = Connection.open(cluster)
         self.gpus = gpus_of(cluster)
-        least = Held.of(cluster, self.gpus, setup.trains, "turns")
+        least = Allocation.of(cluster, self.gpus, setup.trains, "turns")
         processes = max(least.replicas, least.workers)
         wait_for_resources(least.gpus, processes, cluster, grows=not self._connection.own)
         check_paths(setup)
         self.way = self.way_in(resources(cluster))
-        self.replicas = Held.of(cluster, self.gpus, setup.trains, self.way).replicas
+        self.replicas = Allocation.of(cluster, self.gpus, setup.trains, self.way).replicas
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
         self.dtype = pick_dtype(setup.dtype, setup.dense, device)
@@ -109,7 +109,7 @@ class RayWorkers:
 
     @property
     def gpus_held(self) -> float:
-        return Held.of(self.setup.cluster, self.gpus, self.setup.trains, self.way).gpus
+        return Allocation.of(self.setup.cluster, self.gpus, self.setup.trains, self.way).gpus
 
     @property
     def streams(self) -> bool:
@@ -240,7 +240,7 @@ class RayWorkers:
         if not setup.trains:
             return "turns"
         way = way_alone(self.gpus)
-        held = Held.of(setup.cluster, self.gpus, True, way)
+        held = Allocation.of(setup.cluster, self.gpus, True, way)
         cpus = held.replicas + held.workers + 1
         there = Need(total.get("GPU", 0), total.get("CPU", 0))
         return way if Need(held.gpus, cpus).within(there) else "turns"

@@ -25,7 +25,7 @@ import ray.data
 from fusegpt_ray.distributed.text import context
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.text_sections import Text
-from fusegpt_ray.samples import Held
+from fusegpt_ray.samples import InMemoryInputs
 from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.conversations import conversation_sources, conversations, picked
 from fusegpt_ray.text.images import Processing, Sample
@@ -46,7 +46,7 @@ class Stored:
         found: Mapping[str, np.ndarray] = pickle.loads(
             ray.get(self.block).column("inputs")[0].as_buffer()
         )
-        if Held(found).digest != self.digest:  # made again after the loss of a node
+        if InMemoryInputs(found).digest != self.digest:  # made again after the loss of a node
             raise OSError("an image of the text has changed since the run read it")
         return found
 

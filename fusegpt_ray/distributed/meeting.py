@@ -4,10 +4,10 @@ cannot tell a slow worker from a lost one.
 - A collective waits `TIMEOUT` seconds for the others. So whatever takes one worker longer than them
   (reading blocks, writing its part of a training checkpoint or of the group) is followed by a
   meeting, and only then by the next collective.
-- A worker that waits in a meeting watches the others' signs of life, which a thread of each gives.
-  A process that is stopped, or a machine that is gone, gives none.
-- A worker that gives signs while its work hangs is given up, too: after the time in which a slow
-  store would have moved the bytes.
+- A worker that waits in a meeting watches the others' heartbeats, which a thread of each sends.
+  A process that is stopped, or a machine that is gone, sends none.
+- A worker that sends heartbeats while its work hangs is given up, too: after the time in which a
+  slow store would have moved the bytes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from torch.distributed import distributed_c10d
 from fusegpt_ray.store.retry import retry_seconds
 
 TIMEOUT = 600.0
-"""Seconds that a worker may be silent, in a collective or between two signs of life."""
+"""Seconds that a worker may be silent, in a collective or between two heartbeats."""
 SLOWEST = 1e6
 """Bytes a second of the slowest store that is waited for."""
 LONGEST_PAUSE = 0.25
 
 
 class LostWorkerError(RuntimeError):
-    """A worker of the group gives no sign of life, or does not come to its end."""
+    """A worker of the group sends no heartbeat, or does not come to its end."""
 
 
 def lost_worker(error: Exception, timeout: float) -> LostWorkerError | None:
@@ -47,14 +47,14 @@ def lost_worker(error: Exception, timeout: float) -> LostWorkerError | None:
 
 
 class Meeting:
-    """Of this worker with all others. While the block lasts, a thread gives its signs of life."""
+    """Of this worker with all others. While the block lasts, a thread sends its heartbeats."""
 
     def __init__(self, store: Store, rank: int, count: int, timeout: float = TIMEOUT) -> None:
         self._store, self._rank, self._count, self._timeout = store, rank, count, timeout
         self._met = 0
         self._looked = 0.0
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="signs of life", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="heartbeats", daemon=True)
 
     @classmethod
     def of_group(cls, timeout: float) -> Self:
@@ -116,18 +116,18 @@ class Meeting:
         self._store.add(f"{here}/{self._rank}", 1)
         self._store.add(here, 1)
         began = looked = time.monotonic()
-        signs = dict.fromkeys(range(self._count), (0, began))
+        beats = dict.fromkeys(range(self._count), (0, began))
         pause = 0.001
         while self._store.add(here, 0) < self._count:
             self._looked = now = time.monotonic()
             if now > looked + self._timeout / 20:
                 looked = now
-                for rank in [rank for rank in signs if not self._store.add(f"{here}/{rank}", 0)]:
-                    sign = self._store.add(f"sign/{rank}", 0)
-                    if sign != signs[rank][0]:
-                        signs[rank] = sign, now
-                    elif now > signs[rank][1] + self._timeout:
-                        problem = f"gave no sign of life for {self._timeout:g} s"
+                for rank in [rank for rank in beats if not self._store.add(f"{here}/{rank}", 0)]:
+                    beat = self._store.add(f"heartbeat/{rank}", 0)
+                    if beat != beats[rank][0]:
+                        beats[rank] = beat, now
+                    elif now > beats[rank][1] + self._timeout:
+                        problem = f"sent no heartbeat for {self._timeout:g} s"
                         raise LostWorkerError(f"training worker {rank} {problem}")
                     if now > began + longest:
                         problem = f"lives, but did not come to the others for {longest:.0f} s"
@@ -138,7 +138,7 @@ class Meeting:
     def _live(self) -> None:
         while True:
             try:
-                self._store.add(f"sign/{self._rank}", 1)
+                self._store.add(f"heartbeat/{self._rank}", 1)
             except RuntimeError:  # the store is gone: whoever waits there finds it, too
                 return
             if self._stop.wait(self._timeout / 10):

@@ -76,11 +76,7 @@ def check_paths(setup: Setup) -> None:
     if len(alive_nodes()) < 2:
         return
     source, dense = setup.source, setup.dense
-    refs = [
-        *dense.trunk.values(),
-        *(ref for block in dense.blocks for ref in block.weights.values()),
-    ]
-    files = sorted({ref.file for ref in refs if "://" not in ref.file})
+    files = sorted({ref.file for ref in dense.refs if "://" not in ref.file})
     fix = "use object storage, or a folder that all nodes share"
     if blind := nodes_without(files, source if source.on_hub else None):
         problem = f"node {blind[0]} has no {files[0]}"

@@ -13,13 +13,13 @@ from fusegpt_ray.distributed.nodes import Ours, wait_for_resources
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Need, Place, Room
+from fusegpt_ray.workers.room import Need, ResourcePool, Room
 
 
 @contextmanager
 def joined(
     setups: Sequence[Setup], asked: int | None, quota: float | None, key: str
-) -> Iterator[Place]:
+) -> Iterator[ResourcePool]:
     """Be in the cluster while the block lasts; yields the place that sets of workers have there,
     once there is enough for the largest of them. Where nodes may join, an autoscaler is asked for
     what all of them could use.
@@ -54,7 +54,7 @@ def joined(
         connection.close()
 
 
-class Nodes(Place):
+class Nodes(ResourcePool):
     """The nodes that the labels of these sets let them use, whichever there are at the moment."""
 
     def __init__(

@@ -35,7 +35,7 @@ from fusegpt_ray.scheduling.grid import (
 from fusegpt_ray.scheduling.mistakes import Mistakes
 from fusegpt_ray.store import storage
 from fusegpt_ray.uris import shown
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 SECTION = FAMILIES
 OWN = ("priority", "methods", "sparsities")
@@ -205,7 +205,8 @@ def _check_quota(run: Run, gpus: float) -> None:
     recipe: Recipe = run.recipe
     cluster = recipe.cluster
     each = 1.0 if cluster.gpus_per_replica is None else cluster.gpus_per_replica
-    needed = Held.of(cluster, each, recipe.trains, "turns").gpus  # the least that it can work with
+    least = Allocation.of(cluster, each, recipe.trains, "turns")
+    needed = least.gpus
     if cluster.engine == "ray" and needed > gpus:
         problem = f"the member {shown(run.model)} needs {needed:g}"
         fix = "raise it, or lower the member's cluster.replicas and cluster.workers"

@@ -22,13 +22,13 @@ from fusegpt_ray.preparing.generation import ends_of
 from fusegpt_ray.preparing.preflight import check_tokens
 from fusegpt_ray.preparing.sample_prompts import KEY, TOKENS, Prompt, positions
 from fusegpt_ray.run.known import Known
-from fusegpt_ray.samples import Held, Inputs
+from fusegpt_ray.samples import InMemoryInputs, Inputs
 from fusegpt_ray.terminal.display import Display, byte_count
 from fusegpt_ray.text.calibration import leading_token, tokenize
 from fusegpt_ray.text.questions import Question
 from fusegpt_ray.workers.base import Workers
 
-_NONE = Held({})
+_NONE = InMemoryInputs({})
 """Beside a prompt without an image."""
 
 

@@ -61,15 +61,22 @@ def losses(workers: Workers, stack: Stack, windows: Batch) -> Losses:
     counted_WS = predicted(windows)
     every = tokens_of(windows).shape[1] - 1
     targets_W = np.full(len(windows), every) if counted_WS is None else counted_WS.sum(axis=1)
+    pieces = workers.replicas * (1 if _read_each_time(workers, stack) else TASKS_EACH)
 
     def attempt(batch_size: int) -> np.ndarray:
-        pieces = workers.replicas * (1 if workers.streams else TASKS_EACH)
         parts = _split(windows, batch_size, pieces)
         tasks = [(stack, part) for part in parts]
         found = dict(workers.map(_losses, tasks, batch_size))
         return np.concatenate([found[number] for number in range(len(parts))])
 
     return Losses(_fitting(workers, attempt, "evaluation"), targets_W)
+
+
+def _read_each_time(workers: Workers, stack: Stack) -> bool:
+    """Whether a replica reads the stack's blocks for each of its tasks: it keeps those of no model
+    that has a trunk of its own (see `Runner.for_trunk_of`).
+    """
+    return workers.streams or stack.trunk != workers.setup.dense.trunk
 
 
 def compare_source(workers: Workers, windows: Batch) -> Plain:

@@ -96,7 +96,7 @@ class Copy:
     """Number of the block that it is a copy of."""
 
 
-Place = Callable[[Recipe, int], list[Copy]]
+CopiesOf = Callable[[Recipe, int], list[Copy]]
 """The copies that a recipe asks for in a model of so many blocks."""
 
 
@@ -104,7 +104,7 @@ Place = Callable[[Recipe, int], list[Copy]]
 class Growth:
     """How a method makes a model deeper, all in one round."""
 
-    place: Place
+    place: CopiesOf
     zero: bool
     """Whether the copies' output layers are zero, so that they begin as nothing."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fusegpt_ray.fusion.writers import writers, zeros
-from fusegpt_ray.methods.base import Change, Copy, Place, Round
+from fusegpt_ray.methods.base import Change, CopiesOf, Copy, Round
 from fusegpt_ray.model.architecture import build_meta_blocks
 from fusegpt_ray.model.stack import Refs, Stack
 from fusegpt_ray.model.structure import observe
@@ -32,7 +32,7 @@ def deeper(dense: Stack, copies: Sequence[Copy], changed: Sequence[Refs] = ()) -
     return stack
 
 
-def insert(round: Round, place: Place, zero: bool) -> Change:
+def insert(round: Round, place: CopiesOf, zero: bool) -> Change:
     """Insert copies of blocks.
 
     Args:

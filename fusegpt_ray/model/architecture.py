@@ -21,7 +21,7 @@ from fusegpt_ray.errors import UserError, reading_users_file
 from fusegpt_ray.model import mismatch
 from fusegpt_ray.model.config import KEY, build_skeleton
 from fusegpt_ray.model.empty import EmptyBlock, empty_blocks
-from fusegpt_ray.model.names import Names, Place
+from fusegpt_ray.model.names import Destination, Names
 from fusegpt_ray.model.stack import Block, Stack
 from fusegpt_ray.store.checkpoint import TensorRef
 
@@ -118,9 +118,9 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
     extra: list[str] = []
     left: list[str] = []
     for name, ref in tensors.items():
-        place = names.place(name)
-        inside, target = place.inside, names.expected.get(place.inside)
-        _check(name, ref, target, place)
+        where = names.destination(name)
+        inside, target = where.inside, names.expected.get(where.inside)
+        _check(name, ref, target, where)
         match = in_block.fullmatch(inside)
         if target is None and not ignored.search(inside):
             extra.append(name)
@@ -128,14 +128,14 @@ def dense_stack(raw: Mapping[str, Any], tensors: Mapping[str, TensorRef]) -> Sta
             left.append(name)  # a layer beyond the last that the class knows of and does not run
             continue
         seen.add(inside)
-        if target is not None and place.pattern is not None:
+        if target is not None and where.pattern is not None:
             converted[name] = ref
         if match is None:
             trunk[name] = ref
             continue
         number, tail = int(match[1]), match[2]
         prefixes.add(names.prefix(name, path, number, tail))
-        key = tail if place.pattern is None else _key(names, name, place, path, number)
+        key = tail if where.pattern is None else _key(names, name, where, path, number)
         blocks.setdefault(number, {})[key] = ref
     if beyond := sorted(
         ref.name for number in blocks if number >= depth for ref in blocks[number].values()
@@ -166,7 +166,7 @@ def _missing(model: transformers.PreTrainedModel, names: Names, seen: set[str]) 
     return [name for name in parameters if name not in there]
 
 
-def _key(names: Names, name: str, place: Place, path: str, number: int) -> str:
+def _key(names: Names, name: str, where: Destination, path: str, number: int) -> str:
     """What a block calls a tensor that is converted (see `empty.py`).
 
     Raises:
@@ -174,8 +174,8 @@ def _key(names: Names, name: str, place: Place, path: str, number: int) -> str:
     """
     within = rf"(?:^|\.){re.escape(path.rpartition('.')[2])}\.{number}\.(.+)"
     found = re.search(within, names.renamed(name))
-    if found is None or names.renamed_place(f"{path}.{number}.{found[1]}") != place:
-        problem = f"transformers makes {place.inside} of it, by rules that cannot be followed"
+    if found is None or names.renamed_destination(f"{path}.{number}.{found[1]}") != where:
+        problem = f"transformers makes {where.inside} of it, by rules that cannot be followed"
         raise UserError(KEY, name, problem, _RESAVE)
     return found[1]
 
@@ -204,7 +204,7 @@ def _made(names: Names, refs: Mapping[str, TensorRef]) -> set[str]:
     return {*made}
 
 
-def _check(name: str, ref: TensorRef, target: torch.Tensor | None, place: Place) -> None:
+def _check(name: str, ref: TensorRef, target: torch.Tensor | None, where: Destination) -> None:
     """
     Raises:
         UserError: a tensor does not hold what the model has there.
@@ -219,7 +219,7 @@ def _check(name: str, ref: TensorRef, target: torch.Tensor | None, place: Place)
             problem,
             f"use the checkpoint in its original dtype, one of {', '.join(_PLAIN)}",
         )
-    if place.pattern is None and tuple(target.shape) != ref.shape:
+    if where.pattern is None and tuple(target.shape) != ref.shape:
         if ref.begin == ref.end and target.numel():
             mismatch.refuse_empty(name, ref.shape, target.shape)
         problem = f"shape {list(ref.shape)} in the checkpoint, {list(target.shape)} by config.json"

@@ -23,9 +23,10 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import cache as once
 from pathlib import Path
 from typing import BinaryIO, Self
 
@@ -42,6 +43,8 @@ _LOG = logging.getLogger(__name__)
 _OURS = re.compile(r"[0-9a-f]{64}.*\.(block|part|safetensors)")
 """Also the entries of older versions: nobody reads them, but they take space until they go."""
 _SAID: set[tuple[Path, int | None]] = set()
+Entries = Callable[[], Collection[str]]
+"""The names of entries, which are formed when they are first asked for."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +85,12 @@ class BlockCache:
         return cache
 
     def tensors(
-        self, refs: Refs, among: Collection[Refs] = (), read: Reading = read_tensors
+        self, refs: Refs, needed: Entries = frozenset, read: Reading = read_tensors
     ) -> dict[str, torch.Tensor]:
         """The tensors, from this node's disk where that can be.
 
         Args:
-            among: everything that the walk under way needs. None of it makes room for this.
+            needed: by the walk under way (see `entries`). None of them makes room for this.
             read: how files are read. What is fetched to be kept here is on the CPU, however.
         """
         far = _remote(refs)
@@ -98,9 +101,14 @@ class BlockCache:
             make_own(self.folder)
             found = _read(self.folder / name, far, read)
         if found is None:
-            needed = {self._name(_remote(others)) for others in among}
-            found = self._fetch(name, far, needed, read)
+            found = self._fetch(name, far, needed(), read)
         return found | read({name: refs[name] for name in refs.keys() - far.keys()})
+
+    def entries(self, blocks: Collection[Refs]) -> Entries:
+        """Of these blocks. A walk asks for this once, not for each block that it reads: else a
+        model of N blocks would have N² names formed.
+        """
+        return once(lambda: {name for refs in blocks if (name := self._name(_remote(refs)))})
 
     def _name(self, far: Refs) -> str | None:
         """What the entry of these tensors is called; nothing if there are none, or their store does
@@ -116,7 +124,7 @@ class BlockCache:
         return f"{hashlib.sha256(json.dumps(rows).encode()).hexdigest()}.block" if known else None
 
     def _fetch(
-        self, name: str, far: Refs, needed: Collection[str | None], read: Reading
+        self, name: str, far: Refs, needed: Collection[str], read: Reading
     ) -> dict[str, torch.Tensor]:
         """The tensors from their store, or from an entry that another process has made meanwhile;
         kept if there is room.
@@ -142,22 +150,22 @@ class BlockCache:
                     self._keep(path, part, [memory_of(tensor) for tensor in tensors.values()])
             return tensors
 
-    def _make_room(self, size: int, needed: Collection[str | None] = ()) -> bool:
+    def _make_room(self, size: int, needed: Collection[str] = ()) -> bool:
         """Keep within the limit with so many more bytes: what dead processes left goes, then what
         was used longest ago. The lock is ours.
 
         False, and no entry goes, if they do not fit beside the needed ones.
         """
         taken, others = 0, []
-        for path in [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name)]:
+        for found in [found for found in os.scandir(self.folder) if _OURS.fullmatch(found.name)]:
             with suppress(FileNotFoundError):
-                if path.suffix == ".part":
-                    path.unlink()
+                if found.name.endswith(".part"):
+                    os.unlink(found)
                     continue
-                info = path.lstat()
+                info = found.stat(follow_symlinks=False)
                 taken += info.st_size
-                if path.name not in needed:
-                    others.append((info.st_mtime_ns, info.st_size, path))
+                if found.name not in needed:
+                    others.append((info.st_mtime_ns, info.st_size, found.path))
         limit = self.limit
         if limit is None:
             limit = (shutil.disk_usage(self.folder).free + taken) // 2
@@ -175,7 +183,7 @@ class BlockCache:
             )
             return False
         for path in leaving:
-            path.unlink(missing_ok=True)
+            Path(path).unlink(missing_ok=True)
         return True
 
     def _is_unchanged(self, far: Refs) -> bool:
@@ -210,7 +218,8 @@ _Checksum = xxhash.xxh3_128
 
 
 def _remote(refs: Refs) -> Refs:
-    return {name: refs[name] for name in sorted(refs) if storage.is_remote(refs[name].file)}
+    files = {file for file in {ref.file for ref in refs.values()} if storage.is_remote(file)}
+    return {name: refs[name] for name in sorted(refs) if refs[name].file in files}
 
 
 def _read(path: Path, far: Refs, read: Reading) -> dict[str, torch.Tensor] | None:

@@ -52,7 +52,7 @@ class EmptyBlock:
         if not self.names.converters:
             return stored
         whole = {f"{self.path}.{key}": value for key, value in stored.items()}
-        return self._own(self.names.convert(whole, self.names.renamed_place))
+        return self._own(self.names.convert(whole, self.names.renamed_destination))
 
     def read(self, refs: Refs, wanted: Collection[str] | None = None) -> Tensors:
         """Its parameters, in their stored dtypes; or only the `wanted` ones, then on the CPU."""
@@ -93,9 +93,9 @@ class EmptyBlock:
         """What is done with tensors of these shapes before they are the block's parameters."""
         groups: dict[str, tuple[str, list[str]]] = {}
         for key in refs if self.names.converters else ():
-            place = self.names.renamed_place(f"{self.path}.{key}")
-            if place.pattern is not None:
-                groups.setdefault(place.inside, (place.pattern, []))[1].append(key)
+            where = self.names.renamed_destination(f"{self.path}.{key}")
+            if where.pattern is not None:
+                groups.setdefault(where.inside, (where.pattern, []))[1].append(key)
         for pattern, keys in groups.values():
             empty = {key: torch.empty(refs[key].shape, device="meta") for key in keys}
             yield Conversion(pattern, tuple(keys), self.parameters(empty))

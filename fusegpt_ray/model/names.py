@@ -27,7 +27,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Place:
+class Destination:
     """Where a tensor of a checkpoint belongs in the model."""
 
     inside: str
@@ -46,8 +46,10 @@ class Names:
     converters: list[WeightConverter]
     base: str
     config: transformers.PretrainedConfig
-    _known: dict[tuple[str, bool], Place] = field(default_factory=dict, repr=False, compare=False)
-    """Places that were found, by name and whether it was still to be renamed: dozens of patterns
+    _known: dict[tuple[str, bool], Destination] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    """Those that were found, by name and whether it was still to be renamed: dozens of patterns
     are tried for each, and a mixture of experts has ten thousands of names."""
 
     @classmethod
@@ -59,25 +61,25 @@ class Names:
         expected = dict(model.state_dict(keep_vars=True))
         return cls(expected, renamings, converters, model.base_model_prefix, model.config)
 
-    def place(self, name: str) -> Place:
+    def destination(self, name: str) -> Destination:
         """Of a tensor that a checkpoint calls so."""
-        return self._place(name, True)
+        return self._find(name, True)
 
-    def renamed_place(self, name: str) -> Place:
+    def renamed_destination(self, name: str) -> Destination:
         """Of a tensor that is called so once it is renamed, and not yet converted."""
-        return self._place(name, False)
+        return self._find(name, False)
 
     def inside(self, name: str) -> str:
-        """See `Place`."""
-        return self.place(name).inside
+        """See `Destination`."""
+        return self.destination(name).inside
 
-    def _place(self, name: str, rename: bool) -> Place:
+    def _find(self, name: str, rename: bool) -> Destination:
         if (name, rename) not in self._known:
             steps = self.renamings if rename else []
             found = rename_source_key(name, steps, self.converters, self.base, self.expected)
             if found[0] not in self.expected and name in self.expected:
                 found = rename_source_key(name, [], [], self.base, self.expected)
-            self._known[name, rename] = Place(*found)
+            self._known[name, rename] = Destination(*found)
         return self._known[name, rename]
 
     def renamed(self, name: str) -> str:
@@ -85,17 +87,19 @@ class Names:
         renamed: str = rename_source_key(name, self.renamings, [])[0]
         return name if self.inside(name) == name else renamed
 
-    def convert(self, tensors: Tensors, place: Callable[[str], Place] | None = None) -> Tensors:
+    def convert(
+        self, tensors: Tensors, destination: Callable[[str], Destination] | None = None
+    ) -> Tensors:
         """The model's tensors of a checkpoint's, by transformers' own operations: nothing is
         computed with their values. What is only renamed is not copied.
 
         Args:
-            place: where each belongs by its name; `Names.place`, if not given.
+            destination: of each by its name; `Names.destination`, if not given.
         """
         made: dict[str, torch.Tensor] = {}
         steps: dict[str, WeightConverter] = {}
         for name in sorted(tensors, key=dot_natural_key):  # so experts are in order
-            where = (place or self.place)(name)
+            where = (destination or self.destination)(name)
             if where.pattern is None:
                 made[where.inside] = tensors[name]
                 continue

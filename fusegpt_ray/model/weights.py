@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from fusegpt_ray.model.cache import BlockCache
+from fusegpt_ray.model.cache import BlockCache, Entries
 from fusegpt_ray.model.empty import EmptyBlock, load_block
 from fusegpt_ray.model.memory import empty_cache, free_bytes, is_out_of_memory, pinned_bytes
 from fusegpt_ray.model.names import Tensors
@@ -52,7 +52,7 @@ class Weights:
         self.keep, self.cache = keep, cache
         self.bytes_read = 0
         """Of blocks, as they are stored, since this object was made."""
-        self._needed: list[Refs] = []  # by the last walk
+        self._needed: Entries = frozenset  # of the node's cache, by the last walk
         self._dense = set(map(_key, dense.blocks))
         self._kept: dict[Hashable, nn.Module] = {}
         self._host: dict[Hashable, dict[str, torch.Tensor]] = {}  # copies of what is kept
@@ -69,7 +69,8 @@ class Weights:
         """The blocks in order, each with its module. The caller drops its reference to one before
         it asks for the next.
         """
-        self._needed = [block.weights for block in blocks]
+        if self.cache:
+            self._needed = self.cache.entries([block.weights for block in blocks])
         if self.keep:
             yield from self._walk_kept(blocks)
             return

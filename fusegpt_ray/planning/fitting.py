@@ -40,7 +40,7 @@ from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.gpu_prices import price_of
 from fusegpt_ray.store import storage
-from fusegpt_ray.workers.room import Held, way_alone
+from fusegpt_ray.workers.room import Allocation, way_alone
 
 OBJECT_STORE_SHARE = 0.3
 """Of the memory, that a local Ray takes for its object store where nobody says how much."""
@@ -129,7 +129,9 @@ class Fitting:
         cluster, local = recipe.cluster, recipe.cluster.engine == "local"
         each = _each(cluster, self.device)
         way = way_alone(each)
-        least = Held.of(cluster, each, recipe.trains, "shared" if way == "shared" else "turns")
+        least = Allocation.of(
+            cluster, each, recipe.trains, "shared" if way == "shared" else "turns"
+        )
         if each:
             lower = "cluster.gpus_per_replica, " if cluster.gpus_per_replica else ""
             advice = f"lower {lower}cluster.replicas and cluster.workers"
@@ -181,7 +183,7 @@ class Fitting:
         yield _row(what, needed, room, advice)
         kind = what.rpartition(" ")[2]
         asked = {"replica": "replicas", "worker": "workers"}[kind]
-        held = Held.alone(cluster, self.plan.recipe.trains)
+        held = Allocation.alone(cluster, self.plan.recipe.trains)
         count, each = getattr(held, asked), _each(cluster, self.device)
         if cluster.engine == "local":
             return
@@ -252,7 +254,7 @@ class Fitting:
     def _blocks_written(self) -> int:
         """By rounds and healing."""
         recipe = self.plan.recipe
-        held = Held.alone(recipe.cluster, recipe.trains)
+        held = Allocation.alone(recipe.cluster, recipe.trains)
         rows = self.plan.traffic_of(self.plan.targets, held, self.streams)
         return sum(row.written for row in rows if row.stage != "publishing")
 

@@ -13,7 +13,7 @@ from fusegpt_ray.planning.fitting import Device as Device
 from fusegpt_ray.planning.fitting import Fitting, There
 from fusegpt_ray.planning.plan import Plan
 from fusegpt_ray.recipe.cluster_section import Cluster
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 BEFORE, ROUNDS, AFTER = (
     ("generating", "search"),
@@ -52,7 +52,7 @@ def outlook(
     recipe, dense, cost = plan.recipe, plan.model.stack, plan.cost
     rates = measured or RATES.get(device.name)
     fitting = Fitting(plan, device, there or There())
-    held = replace(Held.alone(recipe.cluster, recipe.trains), gpus=gpus)
+    held = replace(Allocation.alone(recipe.cluster, recipe.trains), gpus=gpus)
     stages = cost.rows(rates, held)
     seconds = sum(row["seconds"] for row in stages) if rates else None
     hourly = device.price(recipe.cluster)

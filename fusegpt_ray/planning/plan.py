@@ -43,7 +43,7 @@ from fusegpt_ray.text.mixture import data_keys, shares
 from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.tracking.trackers import check_trackers
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -122,7 +122,7 @@ class Plan:
         recipe = self.recipe.model_copy(update={"evaluation": texts})
         return cost(recipe, self.model.stack, targets)
 
-    def stages_of(self, target: Target, gpu: str, held: Held) -> list[dict[str, Any]]:
+    def stages_of(self, target: Target, gpu: str, held: Allocation) -> list[dict[str, Any]]:
         """The work of one model alone, to hold beside what it took; see `Cost.rows`.
 
         Args:
@@ -132,7 +132,9 @@ class Plan:
         rates = RATES[name] if name else None
         return self._cost([target]).rows(rates, held)
 
-    def traffic_of(self, targets: Sequence[Target], held: Held, streams: bool) -> list[Traffic]:
+    def traffic_of(
+        self, targets: Sequence[Target], held: Allocation, streams: bool
+    ) -> list[Traffic]:
         """Bytes of weights that these models take to be read and written; see `traffic.py`."""
         recipe, dense = self.recipe, self.model.stack
         return traffic(recipe, dense, targets, self._cost(targets), held, streams)

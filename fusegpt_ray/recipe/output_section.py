@@ -44,14 +44,14 @@ def _prompt_as_meant(value: Any) -> Any:
 
 _PROMPT = TypeAdapter[str](Prompt)
 Sample = Annotated[Prompt | ImagePrompt, BeforeValidator(_prompt_as_meant)]
-Place = Annotated[Uri, AfterValidator(_unambiguous)]
+WritableUri = Annotated[Uri, AfterValidator(_unambiguous)]
 """A URI that is written to."""
 
 
 class Output(Section):
     """Where finished models go."""
 
-    uri: Place
+    uri: WritableUri
     """Folder or fsspec URI; models appear as `<uri>/<name>-p<percent>/`, deeper ones as
     `<name>-d<blocks>/`. A URI may not have any of `* ? [ ]` in it, nor `::` or `..`."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -22,8 +22,8 @@ from fusegpt_ray.reporting.shapes import (
     Moved,
     Other,
     Perplexity,
-    Planned,
     PlannedBytes,
+    PlannedStage,
     Protocol,
     Publishing,
     Round,
@@ -61,7 +61,7 @@ class Facts(Part):
     """Of a model that became narrower."""
     bytes: int | None = None
     """Of the published model's weights."""
-    planned: list[Planned] = []
+    planned: list[PlannedStage] = []
     planned_bytes: list[PlannedBytes] = []
     moved: dict[str, Moved] = {}
     """By stage, what it was."""
@@ -150,7 +150,7 @@ class Facts(Part):
         return "tokens" if isinstance(heal, dict) and heal.get("loss") == "tokens" else "kl"
 
     @property
-    def worked(self) -> list[tuple[Planned, float]]:
+    def worked(self) -> list[tuple[PlannedStage, float]]:
         """The planned stages whose time was taken, with the seconds that each took."""
         healing = self.healing.seconds if self.healing else {}
         of_rounds = self._of_rounds
@@ -165,7 +165,7 @@ class Facts(Part):
         rows = together(self.planned)
         return [(row, taken[of]) for of, row in rows.items() if taken.get(of)]
 
-    def done(self, row: Planned) -> float | None:
+    def done(self, row: PlannedStage) -> float | None:
         """FLOP of this planned stage that were needed in the end; None: nobody has counted them."""
         scored = (round.block_forwards.done for round in self.rounds if round.block_forwards)
         if row.stage != "scoring" or not row.block_forwards or not (done := sum(scored)):
@@ -219,18 +219,18 @@ class Facts(Part):
         return {stage: seconds for stage, seconds in found.items() if seconds > 0}
 
 
-def together(planned: Sequence[Planned]) -> dict[str, Planned]:
+def together(planned: Sequence[PlannedStage]) -> dict[str, PlannedStage]:
     """By stage; those whose time is taken as one, because replicas do them on the same walk, are
     one row: "states and repair".
     """
-    rows: dict[str, Planned] = {}
+    rows: dict[str, PlannedStage] = {}
     for row in planned:
         if row.stage not in ON_THE_WALK or "states" not in rows:
             rows[row.stage] = row
             continue
         walk = rows["states"]
         known = walk.seconds is not None and row.seconds is not None
-        rows["states"] = Planned(
+        rows["states"] = PlannedStage(
             stage=f"{walk.stage} and {row.stage}",
             flops=walk.flops + row.flops,
             seconds=(walk.seconds or 0.0) + (row.seconds or 0.0) if known else None,

@@ -130,7 +130,7 @@ class Publishing(Part):
     """That were written, and read back."""
 
 
-class Planned(Part):
+class PlannedStage(Part):
     """A stage as it was counted before the run."""
 
     stage: str

@@ -82,7 +82,7 @@ def _healing(run: Run, removed: int) -> Mapping[str, Any] | None:
 
 def _checkpoint(run: Run, what: str) -> dict[str, Any] | None:
     """The losses that the last training checkpoint tells of, if there are any."""
-    record = run.body(f"blocks/{what}/checkpoints/checkpoint.json") or {}
+    record = run.checkpoint(what)
     return {key: record[key] for key in ("losses", "held_out")} if record.get("losses") else None
 
 

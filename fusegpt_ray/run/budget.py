@@ -1,10 +1,10 @@
 """What a run has spent, and what it may spend. Light: no torch.
 
 The clock of a run goes while one of its processes has workers: from their start until the run ends,
-over all processes that have worked under its name. Each sign of life (`heartbeat.json`) tells how
+over all processes that have worked under its name. Each heartbeat (`heartbeat.json`) tells how
 much that is by now, and the next process goes on counting from there; so a SIGKILL costs the count
-at most the time between two signs. GPU-seconds are counted by the names of the GPUs, because a run
-may go on on others, and a price may change.
+at most the time between two heartbeats. GPU-seconds are counted by the names of the GPUs, because
+a run may go on on others, and a price may change.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from typing import Any
 from fusegpt_ray.errors import BudgetSpent
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.gpu_prices import cost, price_of, unpriced
-from fusegpt_ray.run.lease import read_sign
+from fusegpt_ray.run.lease import read_heartbeat
+from fusegpt_ray.run.notes import CHECKPOINT
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened
 
-CHECKPOINT = "checkpoint.json"
-"""The record of a training checkpoint; see `training/checkpoints.py`."""
 SPENT = "spent"
-"""Its key in a sign of life and in a manifest."""
+"""Its key in a heartbeat and in a manifest."""
 
 
 @dataclass
@@ -47,10 +46,10 @@ class Budget:
     @cached_property
     def before(self) -> tuple[float, dict[str, float]]:
         """Seconds, and GPU-seconds by the GPU, of the processes before this one; to be asked for
-        before this one gives a sign of life. What earlier versions told of no GPU by name is taken
+        before this one sends a heartbeat. What earlier versions told of no GPU by name is taken
         to be of those that this process holds.
         """
-        told = read_sign(self.folder).get(SPENT)
+        told = read_heartbeat(self.folder).get(SPENT)
         told = told if isinstance(told, dict) else {}
         by_gpu, held = told.get("by_gpu"), dict[str, float]()
         if not isinstance(by_gpu, dict):

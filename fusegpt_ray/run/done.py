@@ -86,8 +86,7 @@ def needed_files(done: Sequence[Done], numbers: Collection[int]) -> set[str]:
 
 def _files(stack: Stack) -> set[str]:
     """All files a stack points at."""
-    refs = [*stack.trunk.values()]  # a round's own where it changed the width
-    refs += [ref for block in stack.blocks for ref in block.weights.values()]
+    refs = [*stack.refs]  # also the trunk's, which is a round's own where it changed the width
     for block in stack.blocks:
         if block.terms:
             refs += [

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.run.begun import begun, remove_half
-from fusegpt_ray.run.lease import EVERY, LEASE, SIGN, Owner, Standing, claim
+from fusegpt_ray.run.lease import EVERY, HEARTBEAT, LEASE, Owner, Standing, claim
 from fusegpt_ray.run.outputs import (
     COMPARISONS,
     CURVES,
@@ -35,7 +35,7 @@ from fusegpt_ray.store.manifest import KEY, MANIFEST, PULLING
 from fusegpt_ray.uris import refuse_ambiguous
 
 LEAST_AGE = 3 * EVERY
-"""Seconds: of a live run, two signs in a row may be late."""
+"""Seconds: of a live run, two heartbeats in a row may be late."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Leftover:
 def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> list[Leftover]:
     """What could be removed below an output URI, and what could not be and why.
 
-    `age`: seconds without a sign of life after which a run counts as dead. `unfinished`: runs that
+    `age`: seconds without a heartbeat after which a run counts as dead. `unfinished`: runs that
     could go on may be removed as well.
 
     Raises:
@@ -63,7 +63,7 @@ def leftovers(uri: str, age: float = DEAD_AFTER, unfinished: bool = False) -> li
             place (see `uris.py`); or `age` is so short that live runs count as dead.
     """
     if not age >= LEAST_AGE:
-        problem = f"a live run gives a sign only every {EVERY:.0f} s, and one may come late"
+        problem = f"a live run sends a heartbeat only every {EVERY:.0f} s, and one may come late"
         fix = f"give at least {LEAST_AGE / 60:g}, in minutes"
         raise UserError("--age", age / 60, problem, fix)
     refuse_ambiguous(KEY, uri)
@@ -147,7 +147,7 @@ def remove_run(folder: str, keep_lease: bool = False) -> None:
     storage.remove(storage.join(folder, "blocks"), recursive=True)
     ours = [name for name in storage.names(folder) if RUN_FILE.fullmatch(name)]
     leases = [name for name in ours if LEASE.fullmatch(name)]
-    last = [name for name in (IDENTITY, SIGN) if name in ours]
+    last = [name for name in (IDENTITY, HEARTBEAT) if name in ours]
     for name in reversed(ours):  # a kill in between leaves the rounds from the first one on
         if name not in (*leases, *last):
             storage.remove(storage.join(folder, name))

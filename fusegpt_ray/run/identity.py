@@ -45,10 +45,7 @@ def model_identity(dense: Stack) -> dict[str, Any]:
     Reads all of a local model's weights once, several files at a time, for their checksums. An
     object store is asked for its own, and the hub's cache tells those of what it downloaded.
     """
-    refs = [ref for block in dense.blocks for ref in block.weights.values()] + list(
-        dense.trunk.values()
-    )
-    uris = sorted({ref.file for ref in refs})
+    uris = sorted({ref.file for ref in dense.refs})
     files = dict(
         zip((uri.rsplit("/", 1)[-1] for uri in uris), at_once(file_mark, uris), strict=True)
     )

@@ -1,12 +1,12 @@
 """Who owns a run's name: exactly one process, decided by the store's exclusive create.
 
 A lease is a small file in the run's folder, `lease-000001.json`: created once, never changed, it
-names its owner. The owner renews it by a sign of life, `heartbeat.json`. A newcomer watches the
-last lease. When neither it nor its sign has changed for `EXPIRY` seconds by the newcomer's own
+names its owner. The owner renews it by a heartbeat, `heartbeat.json`. A newcomer watches the
+last lease. When neither it nor its heartbeat has changed for `EXPIRY` seconds by the newcomer's own
 clock (those of two machines need not agree), or it is known to have ended, the newcomer creates
 the next lease; of several that try, one succeeds. Whoever finds that the last lease is not its
-own has lost the name and writes nothing more: it looks before every record. So a late sign of
-life, on a busy machine, costs the run its name but never its bytes. Light: no torch.
+own has lost the name and writes nothing more: it looks before every record. So a late heartbeat, on
+a busy machine, costs the run its name but never its bytes. Light: no torch.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from fusegpt_ray.run.metrics_log import MetricsLog
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import DamagedRecord, opened, sealed
 
-SIGN = "heartbeat.json"
+HEARTBEAT = "heartbeat.json"
 LEASE = re.compile(r"lease-(\d{6,})\.json")
 EVERY = 20.0
-"""Seconds between two signs of life."""
+"""Seconds between two heartbeats."""
 EXPIRY = 120.0
-"""Seconds without a sign, as a newcomer observes them, after which a lease has expired."""
+"""Seconds without a heartbeat, as a newcomer observes them, after which a lease has expired."""
 Say = Callable[[str], None]
 
 
@@ -90,30 +90,30 @@ class Owner:
 
 @dataclass(frozen=True)
 class Standing:
-    """The last lease of a run's folder, and its owner's last sign of life."""
+    """The last lease of a run's folder, and its owner's last heartbeat."""
 
     generation: int
     owner: Owner
-    sign: Mapping[str, Any]
+    heartbeat: Mapping[str, Any]
     """Empty if there is none."""
 
     @classmethod
     def look(cls, folder: str) -> Standing | None:
         """Nothing where nobody has ever had the name, or its last owner has finished."""
-        last, sign = _last(folder), read_sign(folder)
+        last, heartbeat = _last(folder), read_heartbeat(folder)
         if last is None:
-            return _without_lease(sign)
+            return _without_lease(heartbeat)
         generation, owner = last
-        return cls(generation, owner, sign if sign.get("owner") == owner.id else {})
+        return cls(generation, owner, heartbeat if heartbeat.get("owner") == owner.id else {})
 
     @property
     def doing(self) -> str:
-        return str(self.sign.get("doing") or "just started")
+        return str(self.heartbeat.get("doing") or "just started")
 
     @property
     def over(self) -> bool:
         """The owner said that it ended, or its process is known to be gone."""
-        return "ended" in self.sign or self.owner.lives() is False
+        return "ended" in self.heartbeat or self.owner.lives() is False
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Fence:
             fix = f"look what is there (fusegpt status {_place(self.folder)}) before you go on"
         else:
             problem = f"this run lost its name to one on {there.owner}: {there.doing}"
-            rule = f"a run that gives no sign of life for {EXPIRY:.0f} s is taken for dead"
+            rule = f"a run that sends no heartbeat for {EXPIRY:.0f} s is taken for dead"
             fix = f"leave it to that run ({rule}; fusegpt status {_place(self.folder)} shows it)"
         raise OwnedByAnother("output.name", _name(self.folder), problem, fix)
 
@@ -147,9 +147,9 @@ class Lease:
     """One process's ownership of a run's name. While the block lasts, a thread renews it, and
     writes what is new of the run's events (where they are not written at once).
 
-    A sign that cannot be written is left out: it tells of the run and must not end it. If an
-    exception ends the block, a last sign names it, and the next run need not wait. After a block
-    that ends well nothing is written: by then the run's folder has been removed.
+    A heartbeat that cannot be written is left out: it tells of the run and must not end it. If an
+    exception ends the block, a last heartbeat names it, and the next run need not wait. After a
+    block that ends well nothing is written: by then the run's folder has been removed.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Lease:
         """Own the name: at once, or when its last owner has ended or its lease has expired.
 
         Args:
-            doing, facts: what signs of life tell.
+            doing, facts: what heartbeats tell.
 
         Raises:
             OwnedByAnother: a process that is alive owns it, or was faster.
@@ -211,7 +211,7 @@ class Lease:
             self._beat(ended=kind.__name__)
 
     def stop(self) -> None:
-        """Give no more signs, so that none comes after the removal of the run's folder."""
+        """Send no more heartbeats, so that none comes after the removal of the run's folder."""
         self._stop.set()
         self._thread.join()
         self._log.end()
@@ -238,11 +238,11 @@ class Lease:
 
     def _beat(self, **more: str) -> None:
         owner = {"owner": self._owner.id, "host": self._owner.host, "pid": self._owner.pid}
-        sign = {"time": time.time(), **owner, "doing": self._doing(), **more}
+        told = {"time": time.time(), **owner, "doing": self._doing(), **more}
         with contextlib.suppress(Exception):  # whatever the store raises; or the name is lost
             self.fence.check()
-            sign = {**self._facts(), **sign}
-            storage.write(storage.join(self.folder, SIGN), json.dumps(sign).encode(), retry_for=0)
+            file = storage.join(self.folder, HEARTBEAT)
+            storage.write(file, json.dumps({**self._facts(), **told}).encode(), retry_for=0)
             self._log.write()
 
 
@@ -302,22 +302,22 @@ def _last(folder: str) -> tuple[int, Owner] | None:
     return None
 
 
-def _without_lease(sign: Mapping[str, Any]) -> Standing | None:
-    """A folder of a version before leases: its sign of life alone tells whose it is."""
-    if not {"host", "pid"} <= sign.keys():
+def _without_lease(heartbeat: Mapping[str, Any]) -> Standing | None:
+    """A folder of a version before leases: its heartbeat alone tells whose it is."""
+    if not {"host", "pid"} <= heartbeat.keys():
         return None
-    return Standing(0, Owner("", sign["host"], "", sign["pid"], 0, ""), sign)
+    return Standing(0, Owner("", heartbeat["host"], "", heartbeat["pid"], 0, ""), heartbeat)
 
 
-def read_sign(folder: str) -> dict[str, Any]:
-    """The last sign of life, whoever gave it; empty if there is none that can be read."""
+def read_heartbeat(folder: str) -> dict[str, Any]:
+    """The last heartbeat, whoever sent it; empty if there is none that can be read."""
     try:
-        sign = storage.read_json(storage.join(folder, SIGN))
+        heartbeat = storage.read_json(storage.join(folder, HEARTBEAT))
     except StorageError:
         raise
     except (OSError, ValueError, RecursionError):  # none, or none that can be read
         return {}
-    return sign if isinstance(sign, dict) else {}
+    return heartbeat if isinstance(heartbeat, dict) else {}
 
 
 def _file(folder: str, generation: int) -> str:

@@ -2,9 +2,9 @@
 
 Each process that works under the run's name has a file of its own, `metrics-000001.jsonl`, numbered
 by its lease. In a local folder each event is appended at once, so that not even a SIGKILL loses it.
-Object stores cannot append, so the whole small file is written again, in the thread that gives the
-signs of life: a slow store holds up nothing, and what a store that fails did not take comes with
-the next sign. What an earlier process left is never written again.
+Object stores cannot append, so the whole small file is written again, in the thread that sends the
+heartbeats: a slow store holds up nothing, and what a store that fails did not take comes with the
+next heartbeat. What an earlier process left is never written again.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a run notes of its work before a round is done: the kinds of notes, and their files' names.
-Light: no torch.
+"""What a run notes of its work before a round is done: the kinds of notes, and their files' names;
+and what the record of a training checkpoint is called. Light: no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ found. Before the first round: perplexities of dense blocks, what the dense mode
 prompts, the tournament so far, how far blocks change states, and the planned work with what else
 can be told then."""
 NOTES: tuple[Note, ...] = get_args(Note)
+CHECKPOINT = "checkpoint.json"
+"""The record of a training checkpoint, in the folder of that (see `training/checkpoints.py`)."""
 
 
 def note_file(kind: Note, number: int) -> str:

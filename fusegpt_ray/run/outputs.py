@@ -17,14 +17,14 @@ from fusegpt_ray.errors import UserError, blaming
 from fusegpt_ray.run.begun import BEGUN, begun
 from fusegpt_ray.run.begun import MODEL as MODEL
 from fusegpt_ray.run.lease import Standing
-from fusegpt_ray.run.notes import NOTES
+from fusegpt_ray.run.notes import CHECKPOINT, NOTES
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.manifest import KEY, MANIFEST, Manifest
 from fusegpt_ray.store.records import DamagedRecord, opened
 from fusegpt_ray.uris import refuse_secret
 
 DEAD_AFTER = 600.0
-"""Seconds without a sign of life after which a run counts as dead."""
+"""Seconds without a heartbeat after which a run counts as dead."""
 IDENTITY = "identity.json"
 State = Literal["alive", "unfinished", "published", "remains"]
 """Of a run: at work; dead, but the same command goes on; dead after it published everything; dead
@@ -166,9 +166,9 @@ class Run:
 
     @cached_property
     def heartbeat(self) -> Mapping[str, Any]:
-        """The last sign of life of its owner; empty if there is none that can be read."""
-        sign = self.standing.sign if self.standing else {}
-        return sign if isinstance(sign.get("time"), float) else {}
+        """The last heartbeat of its owner; empty if there is none that can be read."""
+        heartbeat = self.standing.heartbeat if self.standing else {}
+        return heartbeat if isinstance(heartbeat.get("time"), float) else {}
 
     @cached_property
     def rounds(self) -> list[Mapping[str, Any]]:
@@ -183,8 +183,14 @@ class Run:
         """Epochs of the round it is, or was, working on that its last training checkpoint spares
         it.
         """
-        name = f"blocks/round-{len(self.rounds) + 1:03d}/checkpoints/checkpoint.json"
-        return len((self.body(name) or {}).get("losses", ()))
+        record = self.checkpoint(f"round-{len(self.rounds) + 1:03d}")
+        return len(record.get("losses", ()))
+
+    def checkpoint(self, blocks: str) -> dict[str, Any]:
+        """What the last training checkpoint of these blocks ("round-001") tells; empty if there is
+        none.
+        """
+        return self.body(f"blocks/{blocks}/checkpoints/{CHECKPOINT}") or {}
 
     def body(self, name: str) -> dict[str, Any] | None:
         """What one of its records says; None if there is none that can be trusted."""
@@ -196,11 +202,11 @@ class Run:
             return None
 
     def silent(self) -> float:
-        """Seconds since its last sign of life, or since anything else was written to its folder."""
+        """Seconds since its last heartbeat, or since anything else was written to its folder."""
         return min(self.folder.silent(), time.time() - self.heartbeat.get("time", 0.0))
 
     def state(self, age: float = DEAD_AFTER) -> State:
-        """What has become of it; `age`: seconds without a sign of life after which it counts as
+        """What has become of it; `age`: seconds without a heartbeat after which it counts as
         dead, unless its process is seen to live on this machine.
         """
         lives = self.standing is not None and self.standing.owner.lives()

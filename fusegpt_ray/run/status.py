@@ -73,19 +73,19 @@ def _is_sound(facts: Mapping[str, Any]) -> bool:
 
 def _run(run: Run) -> dict[str, Any]:
     """`seconds_left` counts rounds only, each as long as those before it."""
-    sign, rounds = run.heartbeat, run.rounds
+    heartbeat, rounds = run.heartbeat, run.rounds
     seconds = [sum(record["seconds"].values()) for record in rounds]
-    total = sign.get("rounds")
+    total = heartbeat.get("rounds")
     return {
         "name": run.name,
         "uri": run.folder.uri,
         "state": run.state(),
-        "doing": sign.get("doing"),
-        "ended": sign.get("ended"),
-        "heartbeat_age": round(time.time() - sign["time"], 1) if sign else None,
-        "host": sign.get("host"),
-        "pid": sign.get("pid"),
-        "spent": sign.get(SPENT),
+        "doing": heartbeat.get("doing"),
+        "ended": heartbeat.get("ended"),
+        "heartbeat_age": round(time.time() - heartbeat["time"], 1) if heartbeat else None,
+        "host": heartbeat.get("host"),
+        "pid": heartbeat.get("pid"),
+        "spent": heartbeat.get(SPENT),
         "rounds": total,
         "rounds_done": len(rounds),
         "epochs_saved": run.epochs_saved,

@@ -18,7 +18,7 @@ from fusegpt_ray.scheduling.schedule import Schedule, Span, Work, schedule
 from fusegpt_ray.scheduling.sharing import shared
 from fusegpt_ray.scheduling.slots import same_workers
 from fusegpt_ray.scheduling.waiting import Entry
-from fusegpt_ray.workers.room import Held, Need, Room
+from fusegpt_ray.workers.room import Allocation, Need, Room
 
 ROUND_SECONDS = 10.0
 """Of a round, which no GPU shortens."""
@@ -30,7 +30,7 @@ Rates = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """One of many runs."""
 
     name: str
@@ -82,14 +82,14 @@ class Premises:
         return Room.of(needs, both, publishers, self.at_once, quota, there, there)
 
 
-def gpus_needed(planned: Sequence[Planned], device: Device) -> int:
+def gpus_needed(planned: Sequence[PlannedRun], device: Device) -> int:
     """So many that the largest set of workers finds its own."""
     asked = Premises(device, 0)
     return ceil(max(1.0, *(asked.need(one.plan.recipe).gpus for one in planned)))
 
 
 def forecast(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRun],
     asked: Premises,
     probe: Callable[[Plan], Rates] | None = None,
 ) -> dict[str, Any]:
@@ -159,7 +159,7 @@ def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus:
         cost: of what it computes itself.
         gpus: that there are for its processes.
     """
-    held = replace(Held.of(recipe.cluster, 1.0, recipe.trains, "turns"), gpus=gpus)
+    held = replace(Allocation.of(recipe.cluster, 1.0, recipe.trains, "turns"), gpus=gpus)
     seconds = cost.seconds(rates, held)
     beside = beside_computing(recipe, cost, rounds)
     start, written = beside["starting"], beside["publishing"]
@@ -175,7 +175,7 @@ def work(name: str, recipe: Recipe, cost: Cost, rounds: int, rates: Rates, gpus:
 
 
 def _times(
-    planned: Sequence[Planned],
+    planned: Sequence[PlannedRun],
     costs: Mapping[str, Cost],
     asked: Premises,
     rates: Mapping[str, Rates | None],
@@ -200,8 +200,8 @@ def _times(
 
 
 def _rates(
-    planned: Sequence[Planned], device: Device, probe: Callable[[Plan], Rates] | None
-) -> Iterator[tuple[Planned, Rates | None]]:
+    planned: Sequence[PlannedRun], device: Device, probe: Callable[[Plan], Rates] | None
+) -> Iterator[tuple[PlannedRun, Rates | None]]:
     measured = dict[str, Rates]()
     for one in planned:
         if probe is None:

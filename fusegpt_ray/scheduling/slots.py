@@ -131,10 +131,10 @@ class Slots:
         self._groups, numbers = self._grouped(jobs)
         setups, asked = [self._groups[number].setup for number in numbers], self.asked
         with (
-            room_for_sets(setups, asked.at_once, asked.quota, asked.key) as place,
+            room_for_sets(setups, asked.at_once, asked.quota, asked.key) as pool,
             Threads() as threads,
         ):
-            room, self._threads, self._told = place.now(), threads, 1
+            room, self._threads, self._told = pool.now(), threads, 1
             self._at_once, self._several = room.at_once, room.at_once > 1
             if self._several:
                 for job in jobs:
@@ -147,8 +147,8 @@ class Slots:
             cluster = {number: group.setup.cluster for number, group in self._groups.items()}
             self._waiting = Waiting(
                 entries,
-                place.now,
-                lambda some: place.ask([(one.need, cluster[one.group]) for one in some]),
+                pool.now,
+                lambda some: pool.ask([(one.need, cluster[one.group]) for one in some]),
             )
             if not asked.ends_early:
                 self._start_others()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fusegpt_ray.errors import UserError, reading_users_file
-from fusegpt_ray.samples import PADDING, Held, Inputs, Samples
+from fusegpt_ray.samples import PADDING, InMemoryInputs, Inputs, Samples
 from fusegpt_ray.store import storage
 from fusegpt_ray.text.conversations import Conversation, Image
 
@@ -182,8 +182,10 @@ def opened(image: Image, where: str, key: str) -> tuple[bytes, Any]:
             raise ValueError(f"its {len(data)} bytes are no image that pillow knows") from error
 
 
-def _inputs(made: Mapping[str, np.ndarray]) -> Held:
-    return Held({name: np.asarray(value) for name, value in made.items() if name not in _NOT_GIVEN})
+def _inputs(made: Mapping[str, np.ndarray]) -> InMemoryInputs:
+    return InMemoryInputs(
+        {name: np.asarray(value) for name, value in made.items() if name not in _NOT_GIVEN}
+    )
 
 
 class _Once:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.run.notes import CHECKPOINT
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import read_header, read_tensors
 from fusegpt_ray.store.ranges import EndedEarly
@@ -31,7 +32,6 @@ from fusegpt_ray.store.writer import entries_of, write_safetensors
 from fusegpt_ray.training.stepper import Stepper
 from fusegpt_ray.training.validation import Validation
 
-RECORD = "checkpoint.json"
 LOSSES = "losses"
 """In a worker's file: those of the steps after the last whole part, on this worker."""
 Log = Callable[[str], None]
@@ -167,7 +167,7 @@ class Checkpoints:
         Raises:
             DamagedRecord: there is one, and it is not what was written.
         """
-        uri = storage.join(self.folder, RECORD)
+        uri = storage.join(self.folder, CHECKPOINT)
         try:
             return opened(storage.read(uri))
         except FileNotFoundError:
@@ -218,9 +218,9 @@ class Checkpoints:
             "seconds": so_far.seconds,
             "files": {name: file.to_json() for name, file in files.items()},
         }
-        storage.write(storage.join(self.folder, RECORD), sealed(body))
+        storage.write(storage.join(self.folder, CHECKPOINT), sealed(body))
         for name in storage.names(self.folder):
-            if name not in (RECORD, *files):
+            if name not in (CHECKPOINT, *files):
                 storage.remove(storage.join(self.folder, name))
 
     def _name(self, so_far: Progress, worker: int) -> str:

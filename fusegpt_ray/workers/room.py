@@ -15,7 +15,7 @@ each; each has one of its own beside the replicas'; or replicas end while they t
 
 
 @dataclass(frozen=True)
-class Held:
+class Allocation:
     """Processes of a set of workers, and the GPUs that all of them hold together: what is waited
     for, kept free for the set, planned with, and paid for.
     """
@@ -73,7 +73,7 @@ class Need:
             gpu: GPUs of a replica; a training worker has a whole one, or none if a replica has
                 none.
         """
-        held = Held.of(cluster, gpu, trains, "apart" if at_once else "turns")
+        held = Allocation.of(cluster, gpu, trains, "apart" if at_once else "turns")
         together = sum if at_once else max
         return cls(held.gpus, together((held.replicas, held.workers)) + 1)
 
@@ -158,7 +158,7 @@ class Room:
         return max([1, *(n for n in numbers if Need.of_all(small[:n]).within(self.total))])
 
 
-class Place:
+class ResourcePool:
     """Where sets of workers may be open, as long as jobs are done there. This is a room that stays
     as it is.
     """

@@ -209,9 +209,7 @@ def test_a_worker_that_stops_is_given_up_and_costs_as_much(
     losses, heard = fit(tmp_path, KILLED, signal.SIGSTOP, minutes=0, say=said.append)
     assert heard == [1, 2, 3, 4, 5]
     warning, going_on = said
-    silence = (
-        r"WARNING: .*(no sign of life|is silent|no part) for 8 s; this attempt at the group ends"
-    )
+    silence = r"WARNING: .*(no heartbeat|is silent|no part) for 8 s; this attempt at the group ends"
     assert re.fullmatch(silence, warning)
     assert going_on == GOING_ON
     assert (hashes(tmp_path), losses) == undisturbed

@@ -129,7 +129,7 @@ def first_stops(rank: int, count: int, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("part", "left", "said"),
     [
-        (last_stops, [0, 1], "training worker 2 gave no sign of life for 3 s"),
+        (last_stops, [0, 1], "training worker 2 sent no heartbeat for 3 s"),
         (first_stops, [1, 2], "training worker 0, in whose store all meet, is silent for 3 s"),
     ],
 )

@@ -32,7 +32,7 @@ def test_of_racing_processes_exactly_one_owns_each_name(place: str) -> None:
     assert_one_owner_each(race(place, 50, busy=1 if "://" in place else 3))
 
 
-# --- a run that is stopped, so that its signs of life come late ---
+# --- a run that is stopped, so that its heartbeats come late ---
 
 STOPPING = """
 import os, signal, sys

@@ -51,13 +51,13 @@ def aged(folder: Path, seconds: float = OLD) -> None:
     for path in [*folder.rglob("*"), folder]:
         os.utime(path, (time.time() - seconds,) * 2, follow_symlinks=False)
     for file in folder.rglob("heartbeat.json"):
-        change_sign(file, time=time.time() - seconds)
+        change_heartbeat(file, time=time.time() - seconds)
         os.utime(file, (time.time() - seconds,) * 2)
 
 
-def change_sign(file: Path, **changes: Any) -> None:
-    sign = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps({key: value for key, value in sign.items() if value is not None}))
+def change_heartbeat(file: Path, **changes: Any) -> None:
+    told = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in told.items() if value is not None}))
 
 
 @contextmanager
@@ -81,8 +81,8 @@ def names(folder: Path) -> set[str]:
 
 
 def alive(out: Path) -> None:
-    """A sign of life of a minute and a half ago in files that are old."""
+    """A heartbeat of a minute and a half ago in files that are old."""
     aged(out)
-    sign = out / "demo.run/heartbeat.json"
-    change_sign(sign, time=time.time() - 90, ended=None, doing="round 2/3: scoring 4 blocks")
-    os.utime(sign, (time.time() - OLD,) * 2)
+    file = out / "demo.run/heartbeat.json"
+    change_heartbeat(file, time=time.time() - 90, ended=None, doing="round 2/3: scoring 4 blocks")
+    os.utime(file, (time.time() - OLD,) * 2)

@@ -21,7 +21,7 @@ from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.scheduling.waiting import Entry, Waiting
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Place
+from fusegpt_ray.workers.room import ResourcePool
 
 
 @dataclass
@@ -115,7 +115,7 @@ def sets_of(*gpus: int, **keys: Any) -> list[Setup]:
     return [Setup(None, None, cluster) for cluster in clusters]  # type: ignore[arg-type]
 
 
-def line(place: Place, setups: Sequence[Setup]) -> Waiting[str]:
+def line(place: ResourcePool, setups: Sequence[Setup]) -> Waiting[str]:
     """As `Slots` makes it."""
     entries = [
         Entry(name, number, need)

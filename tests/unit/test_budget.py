@@ -128,8 +128,8 @@ def test_what_earlier_sessions_spent_counts(desk: Desk, clock: Clock) -> None:
 
 def test_gpus_cost_their_price_for_as_long_as_they_are_held(tmp_path: Path, clock: Clock) -> None:
     """4 GPUs at 2.5 an hour: 10 an hour, beside the 6 GPU-hours of an earlier session."""
-    sign = {"time": 1.0, "spent": {"seconds": 3 * HOUR, "gpu_seconds": 6 * HOUR}}
-    (tmp_path / "heartbeat.json").write_text(json.dumps(sign))
+    heartbeat = {"time": 1.0, "spent": {"seconds": 3 * HOUR, "gpu_seconds": 6 * HOUR}}
+    (tmp_path / "heartbeat.json").write_text(json.dumps(heartbeat))
     rented = Cluster(gpu_hour_price=2.5, max_cost=25)
     found = Budget(rented, str(tmp_path), gpus=4)
     clock.passed += 0.9 * HOUR
@@ -151,7 +151,7 @@ def test_gpus_cost_their_price_for_as_long_as_they_are_held(tmp_path: Path, cloc
 @pytest.mark.parametrize(
     "told", [None, 3, {"gpu_seconds": 5}, {"seconds": "5"}, {"seconds": -1}, {"seconds": math.nan}]
 )
-def test_a_sign_that_tells_nothing_sound_counts_nothing(told: object, tmp_path: Path) -> None:
+def test_a_heartbeat_that_tells_nothing_sound_counts_nothing(told: object, tmp_path: Path) -> None:
     (tmp_path / "heartbeat.json").write_text(json.dumps({"time": 1.0, "spent": told}))
     assert Budget(Cluster(), str(tmp_path), began=None).spent["seconds"] == 0
 

@@ -93,7 +93,7 @@ def test_what_a_dead_process_left_goes(size: int, tmp_path: Path, folder: Path) 
     cache.tensors(a)
     for refs, limit in ((b, 2 * size), (c, None)):  # with no room to spare, and with plenty
         (folder / f"{'0' * 64}x1y2z3.part").write_bytes(bytes(3 * size))
-        BlockCache(folder, limit).tensors(refs, [a])
+        BlockCache(folder, limit).tensors(refs, cache.entries([a]))
     assert [is_here(cache, refs) for refs in (a, b, c)] == [True] * 3
     assert held(folder) == 3 * size
 
@@ -120,7 +120,7 @@ def test_the_stores_errors_are_the_stores(
     (tmp_path / "store/1").unlink()
     for refs, among in ((b, []), (a, [b])):
         with pytest.raises(FileNotFoundError):
-            cache.tensors(refs, among)
+            cache.tensors(refs, cache.entries(among))
     assert caplog.text == ""
     assert_same(cache.tensors(a), a)
 

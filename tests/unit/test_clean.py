@@ -111,8 +111,8 @@ ALL = ("--yes", "--unfinished")
 
 
 def alive_by_its_files(out: Path) -> None:
-    """A clock that is wrong, or a sign that cannot be read: something else was written one and a
-    half minutes ago.
+    """A clock that is wrong, or a heartbeat that cannot be read: something else was written one and
+    a half minutes ago.
     """
     aged(out)
     (out / "demo.run/heartbeat.json").write_text('{"time": 12')
@@ -145,7 +145,7 @@ def test_a_live_run_and_its_models_are_never_touched(
     assert names(out) == {"other-p20"}
 
 
-def test_a_run_with_a_later_sign_than_the_first_look_is_left(
+def test_a_run_with_a_later_heartbeat_than_the_first_look_is_left(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same command goes on with the run between the look and the removal."""

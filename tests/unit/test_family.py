@@ -32,7 +32,7 @@ from fusegpt_ray.pipeline import compress
 from fusegpt_ray.run.housekeeping import clean, leftovers
 from fusegpt_ray.scheduling import slots
 from fusegpt_ray.store.family import FamilyBoard
-from fusegpt_ray.workers.room import Need, Place, Room
+from fusegpt_ray.workers.room import Need, ResourcePool, Room
 
 FIRST, SECOND = "demo-first-mi-p20", "demo-second-mi-p20"
 
@@ -240,7 +240,7 @@ def test_what_only_publishes_is_put_off_and_ends_with_the_same_bytes(
     """In a room for one set of workers, for whose GPUs the other member waits."""
     whole, publisher = Need(2, 1), Need(1.5, 1)
     room = Room([whole] * 2, 2, Need(2, 9), publishers=[publisher] * 2)
-    monkeypatch.setattr(slots, "room_for_sets", lambda *_: nullcontext(Place(room)))
+    monkeypatch.setattr(slots, "room_for_sets", lambda *_: nullcontext(ResourcePool(room)))
     opened, opens = list[int](), slots.open_workers
 
     def opening(setup: Any, show: Any) -> Any:

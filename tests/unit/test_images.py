@@ -30,7 +30,7 @@ from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.recipe.sections import Importance
-from fusegpt_ray.samples import PADDING, Counting, Held, Samples, mixed
+from fusegpt_ray.samples import PADDING, Counting, InMemoryInputs, Samples, mixed
 
 CPU = torch.device("cpu")
 Folders = Callable[[str], Path]
@@ -65,7 +65,7 @@ def test_a_walk_is_the_classs_own_pass(name: str, seeing: Folders) -> None:
         assert torch.equal(found[row, : len(states)], states)
         assert not found[row, len(states) :].any()
     held = [dict(inputs.load()) for inputs in given.inputs]
-    other = [Held({**each, "pixel_values": each["pixel_values"] + 1}) for each in held]
+    other = [InMemoryInputs({**each, "pixel_values": each["pixel_values"] + 1}) for each in held]
     changed = walked(folder, replace(given, inputs=tuple(other)))
     assert (changed[:, -ANSWER:] - found[:, -ANSWER:])[0].abs().max() > 1e-3
 

@@ -1,4 +1,4 @@
-"""A run's name has one owner; who lost it writes nothing more; a sign that fails ends nothing.
+"""A run's name has one owner; who lost it writes nothing more; a heartbeat that fails ends nothing.
 
 Real processes race for names in `tests/integration/test_two_runs.py`.
 """
@@ -27,7 +27,7 @@ def quiet(_: str) -> None:
     """Nobody listens."""
 
 
-def read_sign(folder: Path) -> dict[str, Any]:
+def read_heartbeat(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "heartbeat.json").read_text())
 
 
@@ -63,7 +63,7 @@ def test_who_lost_the_name_stops_and_writes_nothing(tmp_path: Path, hasty: None)
     with Lease.take(str(folder), quiet, lambda: "thinking") as first:
         first.stop()  # as if the machine were too busy
         with Lease.take(str(folder), quiet, lambda: "writing") as second:
-            second.stop()  # else a sign of its own may lie there, half written, in one of the looks
+            second.stop()  # else its heartbeat may lie there, half written, in one of the looks
             before = contents(folder)
             lost = r"lost its name to one on .*: writing\. Fix: leave it to that run"
             with pytest.raises(OwnedByAnother, match=lost):
@@ -72,10 +72,10 @@ def test_who_lost_the_name_stops_and_writes_nothing(tmp_path: Path, hasty: None)
                 raise AssertionError("it is refused before it creates anything")
             first._beat()
             assert {*contents(folder)} == {*before}
-            assert read_sign(folder)["owner"] != first.fence.owner
+            assert read_heartbeat(folder)["owner"] != first.fence.owner
         for file in folder.iterdir():
             file.unlink()
-        first._beat()  # nor does a sign bring the folder of a finished run back
+        first._beat()  # nor does a heartbeat bring the folder of a finished run back
         assert not contents(folder)
         with pytest.raises(OwnedByAnother, match=r"demo\.run is gone"):
             first.fence.check()
@@ -91,12 +91,12 @@ def test_what_another_run_created_is_told_as_such(tmp_path: Path) -> None:
 
 
 def test_a_lease_expires_by_the_clock_of_who_waits(tmp_path: Path, hasty: None) -> None:
-    """The sign's time is of a clock that is a day ahead, or of one that is a year behind."""
+    """The heartbeat's time is of a clock that is a day ahead, or of one that is a year behind."""
     for generation, ahead in enumerate((86400.0, -3e7)):
         folder, owner, said = tmp_path / "demo.run", elsewhere(), list[str]()
         assert claim(str(folder), Standing.look(str(folder)), owner)
-        sign = {"time": lease.time.time() + ahead, "owner": owner.id, "host": "elsewhere", "pid": 1}
-        (folder / "heartbeat.json").write_text(json.dumps(sign))
+        told = {"time": lease.time.time() + ahead, "owner": owner.id, "host": "elsewhere", "pid": 1}
+        (folder / "heartbeat.json").write_text(json.dumps(told))
         with pytest.raises(KeyboardInterrupt), Lease.take(str(folder), said.append):
             raise KeyboardInterrupt
         (line,) = said
@@ -108,13 +108,13 @@ def test_a_lease_expires_by_the_clock_of_who_waits(tmp_path: Path, hasty: None) 
 def test_a_run_of_a_version_without_leases_is_waited_for(tmp_path: Path, hasty: None) -> None:
     folder, said = tmp_path / "demo.run", list[str]()
     folder.mkdir()
-    sign = {"time": lease.time.time(), "host": "elsewhere", "pid": 1, "doing": "round 2/3"}
-    (folder / "heartbeat.json").write_text(json.dumps(sign))
+    heartbeat = {"time": lease.time.time(), "host": "elsewhere", "pid": 1, "doing": "round 2/3"}
+    (folder / "heartbeat.json").write_text(json.dumps(heartbeat))
     Lease.take(str(folder), said.append)
     assert ["was alive on elsewhere (process 1)" in line for line in said] == [True]
 
 
-# --- signs of life ---
+# --- heartbeats ---
 
 
 def test_the_heart_beats_while_the_block_lasts(tmp_path: Path, hasty: None) -> None:
@@ -127,16 +127,16 @@ def test_the_heart_beats_while_the_block_lasts(tmp_path: Path, hasty: None) -> N
     with Lease.take(str(tmp_path), quiet, doing, lambda: {"rounds": 3}):
         for _ in range(5):
             assert beats.acquire(timeout=60)
-    last = read_sign(tmp_path)
+    last = read_heartbeat(tmp_path)
     assert (last["doing"], last["rounds"], last["pid"]) == ("thinking", 3, os.getpid())
     assert "ended" not in last
     assert not [thread for thread in threading.enumerate() if thread.name == "lease"]
 
 
-def test_the_last_sign_tells_how_it_ended(tmp_path: Path) -> None:
+def test_the_last_heartbeat_tells_how_it_ended(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), Lease.take(str(tmp_path), quiet):
         raise KeyboardInterrupt
-    assert read_sign(tmp_path)["ended"] == "KeyboardInterrupt"
+    assert read_heartbeat(tmp_path)["ended"] == "KeyboardInterrupt"
     Lease.take(str(tmp_path), pytest.fail)  # nobody waits for it
 
 
@@ -152,11 +152,11 @@ def test_a_store_that_fails_does_not_end_the_run(tmp_path: Path, hasty: None) ->
         assert all(beats.acquire(timeout=60) for _ in range(3))
         (tmp_path / "heartbeat.json").rmdir()
         assert all(beats.acquire(timeout=60) for _ in range(3))
-    assert read_sign(tmp_path)["doing"] == "thinking"
+    assert read_heartbeat(tmp_path)["doing"] == "thinking"
 
 
 class Looking(Watching):
-    """Looks at the run's last sign of life in every round."""
+    """Looks at the run's last heartbeat in every round."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -164,12 +164,12 @@ class Looking(Watching):
 
     def round_begins(self, number: int, rounds: int, blocks: int) -> None:
         super().round_begins(number, rounds, blocks)
-        self.seen.append(read_sign(self.folder))
+        self.seen.append(read_heartbeat(self.folder))
 
 
-def test_a_finished_run_leaves_no_sign(desk: Desk) -> None:
+def test_a_finished_run_leaves_no_heartbeat(desk: Desk) -> None:
     show = Looking(run_folder(desk))
     compress(recipe(desk, method="mi"), show)
     assert len(show.seen) == 3 and names(desk.out) == {"demo-p20", "demo-p60"}
-    facts = {(sign["rounds"], *sign["models"]) for sign in show.seen}
+    facts = {(heartbeat["rounds"], *heartbeat["models"]) for heartbeat in show.seen}
     assert facts == {(3, "demo-p20", "demo-p60")}

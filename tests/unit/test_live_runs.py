@@ -59,7 +59,7 @@ def at_work(desk: Desk) -> Iterator[subprocess.Popen[str]]:
 def test_one_whose_process_lives_here_is_alive_whatever_its_age(
     desk: Desk, capsys: Capture
 ) -> None:
-    """As when it cannot write signs of life, or the clock was set."""
+    """As when it cannot write heartbeats, or the clock was set."""
     with at_work(desk):
         aged(desk.out)
         before = contents(desk.out).keys()
@@ -80,7 +80,7 @@ def test_an_age_at_which_live_runs_would_be_dead_is_refused(
     before = contents(desk.out)
     assert main(["clean", str(desk.out), *ALL, "--age", minutes]) == 2
     err = capsys.readouterr().err
-    assert f"error: --age = {float(minutes)}: a live run gives a sign only every 20 s" in err
+    assert f"error: --age = {float(minutes)}: a live run sends a heartbeat only every 20 s" in err
     assert "Fix: give at least 1, in minutes." in err and contents(desk.out) == before
 
 

@@ -133,11 +133,11 @@ def test_a_gpu_held_before_without_a_price_is_refused_before_workers_start(
 def test_what_another_process_spends_while_a_run_waits_for_its_name_counts(
     desk: Desk, rented: Rented, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owned, sign = Journal.owned, {"time": 1.0, "spent": {"by_gpu": {A100: 5 * HOUR}}}
+    owned, heartbeat = Journal.owned, {"time": 1.0, "spent": {"by_gpu": {A100: 5 * HOUR}}}
 
     def late(journal: Journal, *arguments: Any) -> Any:
         run_folder(desk).mkdir(parents=True)
-        (run_folder(desk) / "heartbeat.json").write_text(json.dumps(sign))
+        (run_folder(desk) / "heartbeat.json").write_text(json.dumps(heartbeat))
         return owned(journal, *arguments)
 
     monkeypatch.setattr(Journal, "owned", late)
@@ -149,7 +149,7 @@ def test_what_another_process_spends_while_a_run_waits_for_its_name_counts(
 def test_members_of_a_family_cost_what_their_own_gpus_cost(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of a third, a sign of life tells of a GPU that has no price."""
+    """Of a third, a heartbeat tells of a GPU that has no price."""
 
     def gpu(workers: LocalWorkers) -> dict[str, str]:
         return {"gpu": f"NVIDIA {workers.setup.cluster.labels[LABEL]} 80GB"}

@@ -21,6 +21,7 @@ from fusegpt_ray.healing.whole_model import WholeModel
 from fusegpt_ray.model.cache import BlockCache
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
+from fusegpt_ray.model.stack import Refs
 from fusegpt_ray.publishing.proof import prove
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.sections import Heal
@@ -44,6 +45,20 @@ def _runner(checkpoint: Callable[[str], Path], tmp_path: Path) -> Runner:
         list(runner.walk(stack, IDS))
     assert asked, "blocks came from somewhere else"
     return runner
+
+
+def test_a_walk_names_each_entry_of_the_cache_twice(
+    checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read the block, and to know what the walk needs; not all of them for each block."""
+    stack = Source.find(f"faulty://{checkpoint('llama')}", None).stack()
+    runner = Runner(stack, CPU, torch.float32, BATCH, cache=BlockCache(tmp_path / "cache", None))
+    named, name = list[Refs](), BlockCache._name
+    monkeypatch.setattr(BlockCache, "_name", lambda self, far: named.append(far) or name(self, far))
+    for times in (2, 1):  # in the second walk everything is there
+        list(runner.walk(stack, IDS))
+        assert len(named) == times * len(stack)
+        named.clear()
 
 
 def task_of(kind: str, runner: Runner, out: Path) -> TrainingTask:

@@ -22,7 +22,7 @@ from fusegpt_ray.comparison.cells import Comparison
 from fusegpt_ray.comparison.run import compare
 from fusegpt_ray.compressing.compression import Compression
 from fusegpt_ray.scheduling import slots
-from fusegpt_ray.workers.room import Need, Place, Room
+from fusegpt_ray.workers.room import Need, ResourcePool, Room
 
 METHODS = ("mi", "angular", "last")
 WARNING = "WARNING: a set of workers is given up"
@@ -39,8 +39,8 @@ class Counting(Watching):
         self.parts.append((number, parts))
 
 
-def _room_for_two(setups: Sequence[Any], *asked: Any) -> AbstractContextManager[Place]:
-    return nullcontext(Place(Room([Need()] * len(setups), at_once=2)))
+def _room_for_two(setups: Sequence[Any], *asked: Any) -> AbstractContextManager[ResourcePool]:
+    return nullcontext(ResourcePool(Room([Need()] * len(setups), at_once=2)))
 
 
 class Sets:
@@ -179,7 +179,7 @@ def test_what_joins_while_one_works_is_used_by_the_next_one(
     does not go on before another one is at work. Nothing is asked for once none waits.
     """
 
-    class Growing(Place):
+    class Growing(ResourcePool):
         gpus, asked = 1.0, list[int]()
 
         def now(self) -> Room:

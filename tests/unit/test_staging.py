@@ -113,13 +113,13 @@ def test_an_entry_of_the_cache_goes_the_same_way(
     expected = as_computed(read_tensors(refs), torch.bfloat16)
     cache = BlockCache(tmp_path / "cache", None)
     staging = Staging(torch.device(device), torch.bfloat16, 1000)
-    assert_same(as_computed(cache.tensors(refs, (), staging.read), torch.bfloat16), expected)
-    assert_same(on_cpu(cache.tensors(refs, (), staging.read), device), expected)
+    assert_same(as_computed(cache.tensors(refs, read=staging.read), torch.bfloat16), expected)
+    assert_same(on_cpu(cache.tensors(refs, read=staging.read), device), expected)
     file = entry(cache, refs)
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    again = cache.tensors(refs, (), staging.read)
+    again = cache.tensors(refs, read=staging.read)
     assert "is damaged" in caplog.text
     assert_same(as_computed({name: t.cpu() for name, t in again.items()}, torch.bfloat16), expected)
 

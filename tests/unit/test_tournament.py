@@ -31,7 +31,7 @@ from fusegpt_ray.run.journal import Journal
 from fusegpt_ray.targets import Target
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 SETTINGS = Importance(windows=len(TRAINED), batch=4)
 HEAL = {"batch": 4, "held_out": 4, "looks": 2, "train": "all", "learning_rate": 1e-3, "warmup": 0.3}
@@ -132,7 +132,7 @@ def test_it_reads_what_was_planned(infirmary: Infirmary, streams: bool) -> None:
     cluster = Cluster(engine="local", weights="streamed" if streams else "resident")
     targets = [Target(sparsity=None, remove=2, folder="demo")]
     planned_cost = cost(asked, infirmary.dense, targets)
-    rows = traffic(asked, infirmary.dense, targets, planned_cost, Held(1, 1, 0), streams)
+    rows = traffic(asked, infirmary.dense, targets, planned_cost, Allocation(1, 1, 0), streams)
     (planned,) = [row.read for row in rows if row.stage == "search"]
     source = Source.find(str(infirmary.folder), None)
     texts = WINDOWS_WT, WINDOWS_WT, HELD.numpy()

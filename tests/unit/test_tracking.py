@@ -105,7 +105,7 @@ class Killed(Display):
                 os.kill(os.getpid(), signal.SIGKILL)
             time.sleep(0.01)
 
-lease.EVERY = 0.01  # seconds between two signs of life
+lease.EVERY = 0.01  # seconds between two heartbeats
 log = Path(sys.argv[2])
 compress(Recipe.load(sys.argv[1]), Killed())
 """

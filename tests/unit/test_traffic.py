@@ -20,7 +20,7 @@ from fusegpt_ray.pipeline import compress, open_workers
 from fusegpt_ray.planning.plan import plan
 from fusegpt_ray.store import writer
 from fusegpt_ray.store.writer import Entry
-from fusegpt_ray.workers.room import Held
+from fusegpt_ray.workers.room import Allocation
 
 
 @pytest.mark.parametrize("weights", ["streamed", "resident"])
@@ -57,7 +57,7 @@ def test_a_run_reads_no_more_than_was_planned(
     show = Watching()
     planned = plan(asked, show)
     with open_workers(planned.setup, show) as workers:
-        held = Held(workers.replicas, workers.training_workers, 0)
+        held = Allocation(workers.replicas, workers.training_workers, 0)
         rows = planned.traffic_of(planned.targets, held, workers.streams)
         Compression.begin(planned, workers, show).publish_all(False)
         assert workers.streams == (weights == "streamed")

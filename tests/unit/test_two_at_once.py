@@ -38,8 +38,8 @@ def owned(desk: Desk, **changes: Any) -> Owner:
     return owner
 
 
-def sign(desk: Desk, owner: Owner) -> None:
-    """Its sign of life."""
+def heartbeat(desk: Desk, owner: Owner) -> None:
+    """Its heartbeat."""
     told = {"owner": owner.id, "host": owner.host, "pid": owner.pid, "doing": "round 2/3: scoring"}
     new = run_folder(desk) / "heartbeat.new"
     new.write_text(json.dumps(told | {"time": time.time()}))
@@ -55,7 +55,7 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(restart: bool, desk: Desk
 
     def go_on() -> None:
         while not over.wait(0.2):
-            sign(desk, owner)
+            heartbeat(desk, owner)
 
     elsewhere = threading.Thread(target=go_on)
     elsewhere.start()
@@ -74,10 +74,10 @@ def test_a_run_that_is_at_work_elsewhere_is_left_alone(restart: bool, desk: Desk
 def test_a_run_that_died_elsewhere_is_waited_for_and_gone_on_with(
     desk: Desk, undisturbed: dict[str, Weights], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is waited for whatever time its sign tells: clocks of two machines differ."""
+    """It is waited for whatever time its heartbeat tells: clocks of two machines differ."""
     monkeypatch.setattr(lease, "EXPIRY", 0.5)
     stopped(desk)
-    sign(desk, owned(desk))
+    heartbeat(desk, owned(desk))
     show = Watching()
     compress(recipe(desk), show)
     assert any(f"{WAITED_FOR} elsewhere" in line for line in show.said)
@@ -89,7 +89,7 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(desk: Desk) ->
     dead = subprocess.Popen(["true"])
     dead.wait()
     here = Owner.this()
-    sign(desk, owned(desk, host=here.host, machine=here.machine, pid=dead.pid))
+    heartbeat(desk, owned(desk, host=here.host, machine=here.machine, pid=dead.pid))
     show = Watching()
     compress(recipe(desk), show)
     assert not any(WAITED_FOR in line for line in show.said)

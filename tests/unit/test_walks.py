@@ -13,6 +13,7 @@ import pytest
 import torch
 from cramped import tune
 from models import DEPTH, open_stack, token_windows
+from proving import _folder, opened, shortened  # noqa: F401 - a fixture
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from watching import Watch, size_of
@@ -21,6 +22,7 @@ from fusegpt_ray.errors import StorageError, UserError
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.scoring import score
+from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model import memory, placement, weights
 from fusegpt_ray.model import runner as runner_module
 from fusegpt_ray.model.perplexity import window_losses
@@ -29,7 +31,9 @@ from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.weights import stored_bytes
+from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.recipe.recipe import Recipe
+from fusegpt_ray.recipe.sections import Importance
 from fusegpt_ray.training.states import StatesSource
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
@@ -113,6 +117,30 @@ def test_what_scoring_and_states_read_is_counted(
     assert ranking.bytes_read == stored_bytes(dense.blocks)
     assert Ranking.from_record(ranking.to_record()).bytes_read == ranking.bytes_read
     assert trained.states_bytes_read == stored_bytes(dense.blocks[: job.source.stop])
+
+
+@pytest.mark.parametrize("kept", ["streamed", "resident"])
+@pytest.mark.parametrize("which", ["dense", "dropped", "published"])
+def test_an_evaluation_reads_each_block_once(
+    which: str,
+    kept: str,
+    checkpoint: Callable[[str], Path],
+    folder: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also of a published model, of which no replica keeps a block for its next task."""
+    source = Source.find(str(checkpoint("llama")), None)
+    dense = source.stack()
+    model = {"dense": dense, "dropped": shortened(dense), "published": dense}[which]
+    if which == "published":
+        model = opened(folder("llama"), dense)
+    cluster = Cluster.model_validate({"engine": "local", "weights": kept})
+    monkeypatch.setattr(weights, "read_tensors", watch := Watch())
+    with LocalWorkers(Setup(source, dense, cluster, importance=Importance(batch=4))) as engine:
+        found = evaluation.losses(engine, model, IDS.numpy())
+        assert engine.streams == (kept == "streamed")
+    assert sum(ref.end - ref.begin for ref in watch.asked) == stored_bytes(model.blocks)
+    assert found.mean_W.tolist() == window_losses(make_runner(model), model, IDS).tolist()
 
 
 # --- the same bits ---

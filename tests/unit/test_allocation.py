@@ -20,7 +20,7 @@ from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Held, Need, Way
+from fusegpt_ray.workers.room import Allocation, Need, Way
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ from fusegpt_ray.workers.room import Held, Need, Way
 def test_gpus_of_a_set(
     replicas: int, workers: int, each: float, trains: bool, way: Way, held: tuple[int, int, float]
 ) -> None:
-    assert Held.of(Cluster(replicas=replicas, workers=workers), each, trains, way) == Held(*held)
+    cluster = Cluster(replicas=replicas, workers=workers)
+    assert Allocation.of(cluster, each, trains, way) == Allocation(*held)
 
 
 def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> None:
