@@ -126,7 +126,11 @@ def test_a_run_stopped_in_its_tournament(desk: Desk) -> None:
     assert sum(bool(tried.held_out) for tried in told.search.tried) == 1
     noted = json.loads((run_folder(desk) / "search-000.json").read_text())["body"]["note"]
     assert 0 < noted["seconds"] == told.search.seconds
-    assert values(page, "stage", "seconds") == [("tournament", told.search.seconds)]
+    measured = told.stage_seconds["evaluation"]
+    assert values(page, "stage", "seconds") == [
+        ("tournament", told.search.seconds),
+        ("evaluation", measured),
+    ]
     assert len(drawn(page)) == 1 and "0 of 2 rounds done" in Page(page).text
     for tried in told.search.tried:
         assert ", ".join(map(str, tried.removed)) in page
