@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -53,10 +54,18 @@ class RayWorkers:
         self.replicas, self.training_workers = setup.cluster.replicas, setup.cluster.workers
         self._connection = Connection(False, False)
         self._job: Any = None
+        self._inside = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as opened:  # an error on the way closes what was opened until then
+            self._open(opened)
+            self._inside = opened.pop_all()
+        return self
+
+    def _open(self, opened: ExitStack) -> None:
         setup, cluster = self.setup, self.setup.cluster
         self._connection = Connection.open(cluster)
+        opened.callback(self._connection.close)
         self.gpus = gpus_of(cluster)
         least = Held.of(cluster, self.gpus, setup.trains, "turns")
         processes = max(least.replicas, least.workers)
@@ -75,11 +84,19 @@ class RayWorkers:
             gpus=REPLICA_GPU if self.way == "shared" else self.gpus,
             labels=cluster.labels,
         )
+        opened.push(self._end_processes)
         if self._fits_beside_reading:
             self._pool.start()  # while texts are read, they import what they need
-        return self
 
     def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside.__exit__(kind, error, trace)
+
+    def _end_processes(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
@@ -90,7 +107,6 @@ class RayWorkers:
             if self._job:
                 # A notice of preemption leaves seconds; Ray ends what is not waited for.
                 self._job.close(wait=not self._connection.own and kind is not Terminated)
-        self._connection.close()
 
     @property
     def description(self) -> str:
