@@ -240,6 +240,29 @@ def _fail(runner: Runner, number: int) -> float:
     return 1 / number
 
 
+class Sent:
+    """Counts how often it is pickled here; a replica gets a word in its place."""
+
+    times = 0
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        Sent.times += 1
+        return str, ("sent",)
+
+
+def test_what_all_tasks_share_is_sent_once(two, monkeypatch) -> None:
+    """A large model's stack is an argument of hundreds of tasks."""
+    monkeypatch.setattr(module, "SLOW_SECONDS", 120.0)  # no task is given out a second time
+    shared, mine = Sent(), [Sent(), Sent()]
+    found = dict(two.map(_given, [(n, shared, -n, mine[n % 2]) for n in range(6)], 2))
+    assert found == {n: (2, n, "sent", -n, "sent") for n in range(6)}
+    assert Sent.times == 1 + 6
+
+
+def _given(runner: Runner, *arguments: Any) -> tuple[Any, ...]:
+    return (runner.batch_size, *arguments)
+
+
 def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(two: Replicas) -> None:
     config = replace(TWO, weights="streamed")
     streamed = Replicas(two.dense, config, count=1, cpus=1, gpus=0)
