@@ -3,6 +3,7 @@
 - A task's result does not depend on who computes it, or how often. A lost replica is replaced and
   its task given to another; a task that takes much longer than others of its cost is given to an
   idle replica as well, and the first result counts. (Not one of infinite cost, which writes.)
+- A replica that does not make room for training in time counts as lost (see `silence.py`).
 - A GPU that fails leaves a process that no longer can use it: such a replica counts as lost.
 - Fewer tasks than replicas are spread over the nodes: a model's shards are written, and read back,
   by the networks and disks of all of them.
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -27,11 +29,13 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.distributed.silence import SilentError, unanswered
 from fusegpt_ray.model.device import hardware
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 
+_LOG = logging.getLogger(__name__)
 SLOW, SLOW_SECONDS = 2.0, 5.0
 """A task is given out a second time after so many times the seconds that the median of the finished
 ones suggests, but not before so many seconds."""
@@ -233,16 +237,22 @@ class Replicas:
             self._idle.append(self._start())
 
     def offload(self) -> None:
-        """Make room on all GPUs, once the replicas have done what they are at. Those that are lost
-        are replaced.
+        """Make room on all GPUs, once the replicas have done what they are at, which nobody waits
+        for. Those that are lost are replaced.
         """
         actors = [*self._idle, *(call.actor for call in self._calls.values())]
-        for actor, ref in [(actor, actor.offload.remote()) for actor in actors]:
+        asked = {actor.offload.remote(): actor for actor in actors}
+        silent = unanswered(list(asked))
+        for ref, actor in asked.items():
             try:
+                if ref in silent:
+                    raise self._silent(actor)
                 ray.get(ref)
             except Exception as error:
                 if not _is_loss(_cause(error)):
                     raise
+                if ref in silent:
+                    _LOG.warning("%s", error)
                 ray.kill(actor)
                 self._nodes.pop(actor, None)
                 self._idle = [one for one in self._idle if one != actor]
@@ -255,6 +265,11 @@ class Replicas:
         for actor in [*self._idle, *(call.actor for call in self._calls.values())]:
             ray.kill(actor)
         self._idle, self._calls, self._nodes = [], {}, {}
+
+    def _silent(self, actor: Any) -> SilentError:
+        where = f" on node {self._nodes[actor]}" if actor in self._nodes else ""
+        advice = "another takes its place; if this comes again, check the node's GPUs and folders"
+        return SilentError(f"a replica{where}", advice)
 
     def _take(self) -> Any:
         """An idle one of the node on which the fewest work; of these the one that was asked last.
@@ -305,7 +320,7 @@ def _is_loss(cause: Exception) -> bool:
     """
     if isinstance(cause, torch.AcceleratorError):
         return not is_out_of_memory(cause)
-    return isinstance(cause, RayActorError | OutOfMemoryError)
+    return isinstance(cause, RayActorError | OutOfMemoryError | SilentError)
 
 
 def _tell(runner: Runner) -> _Facts:

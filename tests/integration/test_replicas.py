@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from models import open_stack, token_windows
 from ray.exceptions import RayActorError
 
 from fusegpt_ray.distributed import replicas as module
+from fusegpt_ray.distributed import silence
 from fusegpt_ray.distributed.process import RunnerConfig
 from fusegpt_ray.distributed.replicas import MAX_LOST, Replicas
 from fusegpt_ray.importance.ranking import Ranking
@@ -187,6 +189,27 @@ def test_replicas_that_are_lost_before_training_are_replaced(two) -> None:
         two.offload()
     by = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
     assert len(by) == 2 and len(by & lost) == 1
+
+
+def test_a_replica_that_does_not_make_room_is_replaced(two, monkeypatch, caplog) -> None:
+    """SIGSTOP: Ray takes it for alive."""
+    two.offload()  # both are there
+    before = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    stopped = psutil.Process(min(before))
+    monkeypatch.setattr(silence, "TIMEOUT", 3.0)
+    stopped.suspend()
+    try:
+        two.offload()
+        stopped.wait(30)  # else its GPU would not be free
+    finally:
+        if stopped.is_running():
+            stopped.resume()
+    (said,) = [text for text in caplog.messages if "has not answered for 3 s" in text]
+    assert re.match("a replica on node [0-9a-f]{56} has not answered .*: another takes", said)
+    monkeypatch.undo()
+    two.offload()  # the new one is there
+    after = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    assert len(after) == 2 and after & before == before - {stopped.pid}
 
 
 @pytest.mark.parametrize(("device", "room"), [("cuda", 500), ("cpu", 250)])
