@@ -19,6 +19,7 @@ from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import (
     check_paths,
     free_gpus,
+    gpus_of_nodes,
     most_on_a_node,
     resources,
     wait_for_resources,
@@ -35,7 +36,7 @@ from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.workers.base import News, Setup
-from fusegpt_ray.workers.room import Held, Need, Way, way_alone
+from fusegpt_ray.workers.room import Held, Need, Way, begun, way_alone
 
 R = TypeVar("R")
 REPLICA_GPU, WORKER_GPU = 0.6, 0.4
@@ -71,7 +72,7 @@ class RayWorkers:
         processes = max(least.replicas, least.workers)
         wait_for_resources(least.gpus, processes, cluster, grows=not self._connection.own)
         check_paths(setup)
-        self.way = self.way_in(resources(cluster))
+        self.way = self.way_in(gpus_of_nodes(cluster.labels), resources(cluster).get("CPU", 0))
         self.replicas = Held.of(cluster, self.gpus, setup.trains, self.way).replicas
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
@@ -248,8 +249,10 @@ class RayWorkers:
             return 0
         return WORKER_GPU if self.way == "shared" else 1
 
-    def way_in(self, total: Mapping[str, float]) -> Way:
-        """Of a cluster that has so much in all. Each process takes a CPU, and Ray Data one."""
+    def way_in(self, nodes: Sequence[float], cpus: float) -> Way:
+        """Of a cluster whose nodes have so many GPUs, and so many CPUs in all. Each process takes a
+        CPU, and Ray Data one.
+        """
         setup = self.setup
         if setup.sets > 1:
             return "apart" if setup.roomy else "turns"
@@ -257,9 +260,11 @@ class RayWorkers:
             return "turns"
         way = way_alone(self.gpus)
         held = Held.of(setup.cluster, self.gpus, True, way)
-        cpus = held.replicas + held.workers + 1
-        there = Need(total.get("GPU", 0), total.get("CPU", 0))
-        return way if Need(held.gpus, cpus).within(there) else "turns"
+        gpus = held.gpus
+        if way == "apart" and self.gpus:
+            gpus = begun(nodes, held.replicas, self.gpus) + held.workers
+        need = Need(gpus, held.replicas + held.workers + 1)
+        return way if need.within(Need(sum(nodes), cpus)) else "turns"
 
     @property
     def _fits_beside_reading(self) -> bool:

@@ -119,6 +119,12 @@ def resources(cluster: Cluster) -> dict[str, float]:
     return dict(total)
 
 
+def gpus_of_nodes(labels: Mapping[str, str]) -> list[float]:
+    """How many GPUs each node with these labels has, of those that have any."""
+    found = [node["Resources"].get("GPU", 0.0) for node in _labelled(labels)]
+    return [gpus for gpus in found if gpus]
+
+
 def free_gpus(labels: Mapping[str, str]) -> list[float]:
     """How much of its GPUs nobody holds, of each node with these labels that has any. What was
     given out within the last second may still be counted.
