@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -18,6 +19,7 @@ from fusegpt_ray.distributed.connection import Connection, gpus_of
 from fusegpt_ray.distributed.nodes import (
     check_paths,
     free_gpus,
+    gpus_of_nodes,
     most_on_a_node,
     resources,
     wait_for_resources,
@@ -34,7 +36,7 @@ from fusegpt_ray.text.album import Album
 from fusegpt_ray.text.calibration import PACKED, Reading
 from fusegpt_ray.text.images import Processing
 from fusegpt_ray.workers.base import News, Setup
-from fusegpt_ray.workers.room import Allocation, Need, Way, way_alone
+from fusegpt_ray.workers.room import Allocation, Need, Way, begun, way_alone
 
 R = TypeVar("R")
 REPLICA_GPU, WORKER_GPU = 0.6, 0.4
@@ -53,16 +55,24 @@ class RayWorkers:
         self.replicas, self.training_workers = setup.cluster.replicas, setup.cluster.workers
         self._connection = Connection(False, False)
         self._job: Any = None
+        self._inside = ExitStack()
 
     def __enter__(self) -> Self:
+        with ExitStack() as opened:  # an error on the way closes what was opened until then
+            self._open(opened)
+            self._inside = opened.pop_all()
+        return self
+
+    def _open(self, opened: ExitStack) -> None:
         setup, cluster = self.setup, self.setup.cluster
         self._connection = Connection.open(cluster)
+        opened.callback(self._connection.close)
         self.gpus = gpus_of(cluster)
         least = Allocation.of(cluster, self.gpus, setup.trains, "turns")
         processes = max(least.replicas, least.workers)
         wait_for_resources(least.gpus, processes, cluster, grows=not self._connection.own)
         check_paths(setup)
-        self.way = self.way_in(resources(cluster))
+        self.way = self.way_in(gpus_of_nodes(cluster.labels), resources(cluster).get("CPU", 0))
         self.replicas = Allocation.of(cluster, self.gpus, setup.trains, self.way).replicas
         # Decided here, once, so that every process of the run computes alike.
         device = torch.device("cuda" if self.gpus else "cpu")
@@ -75,11 +85,19 @@ class RayWorkers:
             gpus=REPLICA_GPU if self.way == "shared" else self.gpus,
             labels=cluster.labels,
         )
+        opened.push(self._end_processes)
         if self._fits_beside_reading:
             self._pool.start()  # while texts are read, they import what they need
-        return self
 
     def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._inside.__exit__(kind, error, trace)
+
+    def _end_processes(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
@@ -90,7 +108,6 @@ class RayWorkers:
             if self._job:
                 # A notice of preemption leaves seconds; Ray ends what is not waited for.
                 self._job.close(wait=not self._connection.own and kind is not Terminated)
-        self._connection.close()
 
     @property
     def description(self) -> str:
@@ -232,8 +249,10 @@ class RayWorkers:
             return 0
         return WORKER_GPU if self.way == "shared" else 1
 
-    def way_in(self, total: Mapping[str, float]) -> Way:
-        """Of a cluster that has so much in all. Each process takes a CPU, and Ray Data one."""
+    def way_in(self, nodes: Sequence[float], cpus: float) -> Way:
+        """Of a cluster whose nodes have so many GPUs, and so many CPUs in all. Each process takes a
+        CPU, and Ray Data one.
+        """
         setup = self.setup
         if setup.sets > 1:
             return "apart" if setup.roomy else "turns"
@@ -241,9 +260,11 @@ class RayWorkers:
             return "turns"
         way = way_alone(self.gpus)
         held = Allocation.of(setup.cluster, self.gpus, True, way)
-        cpus = held.replicas + held.workers + 1
-        there = Need(total.get("GPU", 0), total.get("CPU", 0))
-        return way if Need(held.gpus, cpus).within(there) else "turns"
+        gpus = held.gpus
+        if way == "apart" and self.gpus:
+            gpus = begun(nodes, held.replicas, self.gpus) + held.workers
+        need = Need(gpus, held.replicas + held.workers + 1)
+        return way if need.within(Need(sum(nodes), cpus)) else "turns"
 
     @property
     def _fits_beside_reading(self) -> bool:

@@ -4,6 +4,7 @@ same files at the same paths.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from ray.exceptions import TaskUnschedulableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fusegpt_ray.distributed.autoscaler import asking, bundles
+from fusegpt_ray.distributed.silence import SilentError, answer
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
@@ -24,6 +26,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.room import Need
 
+_LOG = logging.getLogger(__name__)
 KNOWN_SECONDS = 30.0
 """In which all nodes know of one that joins. Until then Ray refuses tasks for it."""
 
@@ -112,6 +115,12 @@ def resources(cluster: Cluster) -> dict[str, float]:
     return dict(total)
 
 
+def gpus_of_nodes(labels: Mapping[str, str]) -> list[float]:
+    """How many GPUs each node with these labels has, of those that have any."""
+    found = [node["Resources"].get("GPU", 0.0) for node in _labelled(labels)]
+    return [gpus for gpus in found if gpus]
+
+
 def free_gpus(labels: Mapping[str, str]) -> list[float]:
     """How much of its GPUs nobody holds, of each node with these labels that has any. What was
     given out within the last second may still be counted.
@@ -173,8 +182,8 @@ def _labelled(labels: Mapping[str, str]) -> list[dict[str, Any]]:
 
 
 def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
-    """Addresses of the nodes that lack one of the files. The files of a hub model are downloaded
-    first.
+    """Addresses of the nodes that lack one of the files, or do not answer, as where a shared folder
+    hangs. The files of a hub model are downloaded first.
     """
 
     def look(node: str) -> ray.ObjectRef:
@@ -185,7 +194,11 @@ def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
         until = time.monotonic() + KNOWN_SECONDS
         while True:
             try:
-                return bool(ray.get(looking))
+                # A download may take long, and is told of by itself where nothing comes.
+                return bool(ray.get(looking) if hub else answer(looking, f"node {node}", advice))
+            except SilentError as error:
+                _LOG.warning("%s", error)
+                return False
             except TaskUnschedulableError:
                 if node not in alive_nodes():
                     return True  # it has left, and nothing will be looked for there
@@ -194,6 +207,7 @@ def nodes_without(files: list[str], hub: Source | None = None) -> list[str]:
             time.sleep(0.1)
             looking = look(node)
 
+    advice = f"see there whether `ls {files[0]}` comes to an end"
     nodes = [(node, look(node["NodeID"])) for node in _labelled({})]
     return [node["NodeManagerAddress"] for node, of in nodes if not sees(node["NodeID"], of)]
 

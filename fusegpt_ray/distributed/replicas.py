@@ -3,6 +3,7 @@
 - A task's result does not depend on who computes it, or how often. A lost replica is replaced and
   its task given to another; a task that takes much longer than others of its cost is given to an
   idle replica as well, and the first result counts. (Not one of infinite cost, which writes.)
+- A replica that does not make room for training in time counts as lost (see `silence.py`).
 - A GPU that fails leaves a process that no longer can use it: such a replica counts as lost.
 - Fewer tasks than replicas are spread over the nodes: a model's shards are written, and read back,
   by the networks and disks of all of them.
@@ -13,6 +14,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -27,16 +29,37 @@ import torch
 from ray.exceptions import OutOfMemoryError, RayActorError, RayTaskError
 
 from fusegpt_ray.distributed.process import RunnerConfig
+from fusegpt_ray.distributed.silence import SilentError, unanswered
 from fusegpt_ray.model.device import hardware
 from fusegpt_ray.model.memory import device_bytes, empty_cache, is_out_of_memory
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
 
+_LOG = logging.getLogger(__name__)
 SLOW, SLOW_SECONDS = 2.0, 5.0
 """A task is given out a second time after so many times the seconds that the median of the finished
 ones suggests, but not before so many seconds."""
 MAX_LOST = 3
 """After so many replicas were lost over one task, the task is taken for the cause."""
+
+
+_Arguments = dict[int, Any]
+"""Of a task, by their places."""
+
+
+class _Shared(NamedTuple):
+    """What all tasks of a call of `map` have in common. It travels to a node once, not with each
+    task: a stack of 80 blocks takes 100 KB.
+    """
+
+    function: Callable[..., Any]
+    batch_size: int
+    arguments: _Arguments
+    """Those that are the same object in all tasks."""
+
+    def own(self, task: tuple[Any, ...]) -> _Arguments:
+        """What a task has beside."""
+        return {at: argument for at, argument in enumerate(task) if at not in self.arguments}
 
 
 @ray.remote(max_restarts=0)
@@ -46,16 +69,17 @@ class _Replica:
         self.runner: Runner | None = None
         self.failed = False
 
-    def run(
-        self, function: Callable[..., Any], batch_size: int, *arguments: Any
-    ) -> tuple[str, Any]:
+    def run(self, shared: _Shared, own: _Arguments) -> tuple[str, Any]:
         """Returns the node's id, too."""
         if self.failed:  # only now nobody holds the frames in which memory ran out
             empty_cache()
         self.failed = True
         runner = self._runner()
         runner.reload()
-        result = function(runner.with_batch_size(batch_size), *arguments)
+        arguments = shared.arguments | own
+        result = shared.function(
+            runner.with_batch_size(shared.batch_size), *(arguments[at] for at in sorted(arguments))
+        )
         self.failed = False
         return ray.get_runtime_context().get_node_id(), result
 
@@ -156,6 +180,10 @@ class Replicas:
         paces: list[float] = []
         """Seconds by cost, of the tasks that are done."""
         lost: Counter[int] = Counter()
+        columns = enumerate(zip(*tasks, strict=True))
+        alike = {at: all_of[0] for at, all_of in columns if all(it is all_of[0] for it in all_of)}
+        shared = _Shared(function, batch_size, alike)
+        stored = ray.put(shared)
         # What is still running was given out twice, or belongs to an attempt that failed.
         for call in self._calls.values():
             call.task = None
@@ -163,7 +191,7 @@ class Replicas:
         while left:
             while self._idle and (number := self._next(waiting, costs, paces)) is not None:
                 actor = self._take()
-                ref = actor.run.remote(function, batch_size, *tasks[number])
+                ref = actor.run.remote(stored, shared.own(tasks[number]))
                 self._calls[ref] = _Call(actor, number, time.monotonic())
             for ref in ray.wait(list(self._calls), num_returns=1, timeout=1)[0]:
                 call = self._calls.pop(ref)
@@ -209,16 +237,22 @@ class Replicas:
             self._idle.append(self._start())
 
     def offload(self) -> None:
-        """Make room on all GPUs, once the replicas have done what they are at. Those that are lost
-        are replaced.
+        """Make room on all GPUs, once the replicas have done what they are at, which nobody waits
+        for. Those that are lost are replaced.
         """
         actors = [*self._idle, *(call.actor for call in self._calls.values())]
-        for actor, ref in [(actor, actor.offload.remote()) for actor in actors]:
+        asked = {actor.offload.remote(): actor for actor in actors}
+        silent = unanswered(list(asked))
+        for ref, actor in asked.items():
             try:
+                if ref in silent:
+                    raise self._silent(actor)
                 ray.get(ref)
             except Exception as error:
                 if not _is_loss(_cause(error)):
                     raise
+                if ref in silent:
+                    _LOG.warning("%s", error)
                 ray.kill(actor)
                 self._nodes.pop(actor, None)
                 self._idle = [one for one in self._idle if one != actor]
@@ -231,6 +265,11 @@ class Replicas:
         for actor in [*self._idle, *(call.actor for call in self._calls.values())]:
             ray.kill(actor)
         self._idle, self._calls, self._nodes = [], {}, {}
+
+    def _silent(self, actor: Any) -> SilentError:
+        where = f" on node {self._nodes[actor]}" if actor in self._nodes else ""
+        advice = "another takes its place; if this comes again, check the node's GPUs and folders"
+        return SilentError(f"a replica{where}", advice)
 
     def _take(self) -> Any:
         """An idle one of the node on which the fewest work; of these the one that was asked last.
@@ -281,7 +320,7 @@ def _is_loss(cause: Exception) -> bool:
     """
     if isinstance(cause, torch.AcceleratorError):
         return not is_out_of_memory(cause)
-    return isinstance(cause, RayActorError | OutOfMemoryError)
+    return isinstance(cause, RayActorError | OutOfMemoryError | SilentError)
 
 
 def _tell(runner: Runner) -> _Facts:

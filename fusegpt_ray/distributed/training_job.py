@@ -23,6 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from fusegpt_ray.distributed.mailbox import Mailbox, Outcome
 from fusegpt_ray.distributed.process import JobConfig
 from fusegpt_ray.distributed.serve import Job
+from fusegpt_ray.distributed.silence import answer
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.store import storage
 from fusegpt_ray.termination import came
@@ -62,11 +63,11 @@ class TrainingJob:
     ) -> list[Any]:
         """See `workers.base.Workers.spmd`."""
         task = ray.put((function, arguments))
-        ray.get(self._mailbox.post.remote([task]))
+        self._asked(self._mailbox.post.remote([task]))
         told = False
         while True:
             ended, _ = ray.wait([self._ended], timeout=0)
-            outcome: Outcome = ray.get(self._mailbox.outcome.remote(1.0))
+            outcome: Outcome = self._asked(self._mailbox.outcome.remote(1.0))
             for item in outcome.news:
                 news(item)
             if outcome.error:
@@ -83,10 +84,15 @@ class TrainingJob:
         """End the job; with `wait`, workers have time to end by themselves, and what they took of
         the cluster is free again.
         """
-        ray.get(self._mailbox.close.remote())
-        ray.wait([self._ended], timeout=END_SECONDS if wait else 0)
+        told, _ = ray.wait([self._mailbox.close.remote()], timeout=END_SECONDS)
+        ray.wait([self._ended], timeout=END_SECONDS if wait and told else 0)
         ray.kill(self._mailbox)
         storage.remove(self.config.folder, recursive=True)
+
+    def _asked(self, call: ray.ObjectRef) -> Any:
+        """The mailbox's answer."""
+        advice = "give the command again, which goes on from what is saved"
+        return answer(call, "the process that leads the training workers", advice)
 
     def _raise_end(self) -> None:
         """Raises RuntimeError, with what ended the job as its cause."""

@@ -56,6 +56,17 @@ def way_alone(each: float) -> Way:
     return "shared" if each == 1 else "apart"
 
 
+def begun(nodes: Sequence[float], replicas: int, each: float) -> float:
+    """GPUs that so many replicas take, or begin, at most, of nodes that have so many each. Ray
+    fills a GPU that is begun before it begins another of that node; but it may take any node.
+    """
+    if not each or each >= 1:
+        return each * replicas
+    on_a_gpu = int(1 / each + 1e-6)
+    first = min(replicas, len(nodes))  # one on each node, then a GPU more for each that is full
+    return min(sum(nodes), first + (replicas - first) // on_a_gpu)
+
+
 @dataclass(frozen=True)
 class Need:
     """What a set of workers takes."""
@@ -71,11 +82,14 @@ class Need:
         Args:
             trains: whether there are training workers.
             gpu: GPUs of a replica; a training worker has a whole one, or none if a replica has
-                none.
+                none. At once with the workers of several sets, each replica may begin a GPU: where
+                all GPUs were begun, no set could train.
         """
-        held = Allocation.of(cluster, gpu, trains, "apart" if at_once else "turns")
-        together = sum if at_once else max
-        return cls(held.gpus, together((held.replicas, held.workers)) + 1)
+        if at_once:
+            held = Allocation.of(cluster, math.ceil(gpu), trains, "apart")
+            return cls(held.gpus, held.replicas + held.workers + 1)
+        held = Allocation.of(cluster, gpu, trains, "turns")
+        return cls(held.gpus, max(held.replicas, held.workers) + 1)
 
     def within(self, other: Need) -> bool:
         return self.gpus <= other.gpus and self.cpus <= other.cpus

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -26,6 +27,7 @@ from models import open_stack, token_windows
 from ray.exceptions import RayActorError
 
 from fusegpt_ray.distributed import replicas as module
+from fusegpt_ray.distributed import silence
 from fusegpt_ray.distributed.process import RunnerConfig
 from fusegpt_ray.distributed.replicas import MAX_LOST, Replicas
 from fusegpt_ray.importance.ranking import Ranking
@@ -189,6 +191,27 @@ def test_replicas_that_are_lost_before_training_are_replaced(two) -> None:
     assert len(by) == 2 and len(by & lost) == 1
 
 
+def test_a_replica_that_does_not_make_room_is_replaced(two, monkeypatch, caplog) -> None:
+    """SIGSTOP: Ray takes it for alive."""
+    two.offload()  # both are there
+    before = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    stopped = psutil.Process(min(before))
+    monkeypatch.setattr(silence, "TIMEOUT", 3.0)
+    stopped.suspend()
+    try:
+        two.offload()
+        stopped.wait(30)  # else its GPU would not be free
+    finally:
+        if stopped.is_running():
+            stopped.resume()
+    (said,) = [text for text in caplog.messages if "has not answered for 3 s" in text]
+    assert re.match("a replica on node [0-9a-f]{56} has not answered .*: another takes", said)
+    monkeypatch.undo()
+    two.offload()  # the new one is there
+    after = set(dict(two.map(_pid, [(0.3,)] * 8, 2)).values())
+    assert len(after) == 2 and after & before == before - {stopped.pid}
+
+
 @pytest.mark.parametrize(("device", "room"), [("cuda", 500), ("cpu", 250)])
 def test_a_replica_has_its_part_of_a_device(monkeypatch, device: str, room: int) -> None:
     """With `gpus_per_replica: 0.5`, another one has the other half."""
@@ -238,6 +261,29 @@ def test_errors_come_through_and_the_replicas_go_on(two, tmp_path) -> None:
 
 def _fail(runner: Runner, number: int) -> float:
     return 1 / number
+
+
+class Sent:
+    """Counts how often it is pickled here; a replica gets a word in its place."""
+
+    times = 0
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        Sent.times += 1
+        return str, ("sent",)
+
+
+def test_what_all_tasks_share_is_sent_once(two, monkeypatch) -> None:
+    """A large model's stack is an argument of hundreds of tasks."""
+    monkeypatch.setattr(module, "SLOW_SECONDS", 120.0)  # no task is given out a second time
+    shared, mine = Sent(), [Sent(), Sent()]
+    found = dict(two.map(_given, [(n, shared, -n, mine[n % 2]) for n in range(6)], 2))
+    assert found == {n: (2, n, "sent", -n, "sent") for n in range(6)}
+    assert Sent.times == 1 + 6
+
+
+def _given(runner: Runner, *arguments: Any) -> tuple[Any, ...]:
+    return (runner.batch_size, *arguments)
 
 
 def test_scores_do_not_depend_on_replicas_nor_on_how_they_hold_weights(two: Replicas) -> None:

@@ -12,13 +12,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
 from groups import LENGTH, SMALL
 from models import open_stack, token_windows
 
+from fusegpt_ray.distributed import silence, training_job
 from fusegpt_ray.distributed.cluster import RayWorkers
+from fusegpt_ray.distributed.silence import SilentError
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.fusion.group_fusion import GroupFusion
 from fusegpt_ray.healing.whole_model import WholeModel
@@ -212,3 +215,19 @@ def die_once(worker: TrainingWorker, mark: str) -> int:
         os.kill(os.getpid(), signal.SIGKILL)
     worker.meet(0)
     return worker.rank
+
+
+def test_a_mailbox_that_hangs_is_told_and_ended(
+    workers: RayWorkers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP: Ray takes it for alive."""
+    workers._start_training()
+    look = workers._job._mailbox.__ray_call__.remote(lambda _: os.getpid())
+    mailbox = psutil.Process(ray.get(look))
+    monkeypatch.setattr(silence, "TIMEOUT", 3.0)
+    monkeypatch.setattr(training_job, "END_SECONDS", 2.0)
+    mailbox.suspend()
+    with pytest.raises(SilentError, match=r"for 3 s.*give the command again"):
+        workers.spmd(process, news=nothing)
+    workers._end_training()
+    mailbox.wait(30)

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from itertools import product
 
 import pytest
 from desk import Desk
@@ -20,7 +22,7 @@ from fusegpt_ray.distributed.serve import OneGpuError
 from fusegpt_ray.model.source import Source
 from fusegpt_ray.recipe.cluster_section import Cluster
 from fusegpt_ray.workers.base import Setup
-from fusegpt_ray.workers.room import Allocation, Need, Way
+from fusegpt_ray.workers.room import Allocation, Need, Room, Way
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_what_is_kept_free_for_a_set_is_what_it_is_counted_with(desk: Desk) -> N
     for changes, gpus in (({}, 3.0), ({"roomy": False}, 2.0), ({"sets": 1}, 2.0)):
         found = RayWorkers(replace(setup, **changes))  # type: ignore[arg-type]
         found.gpus = 1.0
-        found.way = found.way_in({"GPU": 2, "CPU": 4})
+        found.way = found.way_in([2], 4)
         assert found.gpus_held == gpus, changes
 
 
@@ -68,10 +70,61 @@ def test_workers_share_gpus_only_with_replicas_that_stay(
     cluster = Cluster(replicas=replicas, workers=workers, gpus_per_replica=each)
     found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
     found.gpus = each
-    found.way = found.way_in({"GPU": gpus, "CPU": cpus})
+    found.way = found.way_in([gpus], cpus)
     assert found.way == way
     parts = {"shared": 0.4, "apart": 1, "turns": 1}
     assert found._worker_gpu == (parts[way] if each else 0)
+
+
+LAYOUTS = [(1,), (2,), (4,), (1, 1), (1, 2), (4, 4), (1, 3), (1, 1, 1), (3, 2, 1), (1, 1, 1, 1)]
+
+
+@pytest.mark.parametrize("each", [0.5, 0.3, 0.25, 0.4, 0.7])
+def test_replicas_on_parts_of_gpus_leave_whole_ones_to_workers(each: float) -> None:
+    """Whichever nodes Ray takes, and in whichever order: held against all that it could do."""
+    for nodes, replicas, workers in product(LAYOUTS, range(1, 7), range(1, 4)):
+        cluster = Cluster(replicas=replicas, workers=workers, gpus_per_replica=each)
+        found = RayWorkers(Setup(None, None, cluster, trains=True))  # type: ignore[arg-type]
+        found.gpus = each
+        empty = tuple((1.0,) * gpus for gpus in nodes)
+        apart = all_find_room(empty, each, replicas, workers)
+        way = found.way_in(nodes, 100)
+        assert way == ("apart" if apart else "turns"), (nodes, replicas, workers)
+
+
+@cache
+def all_find_room(
+    nodes: tuple[tuple[float, ...], ...], each: float, replicas: int, workers: int
+) -> bool:
+    """Whether nobody is ever left without a GPU, or a part of one, however Ray goes on from what is
+    free of each GPU of each node. On a node it takes the fullest GPU that has room.
+    """
+    for size, left in ((each, (replicas - 1, workers)), (1.0, (replicas, workers - 1))):
+        if min(left) < 0:
+            continue
+        places = 0
+        for at, gpus in enumerate(nodes):
+            if fitting := [free for free in gpus if free > size - 1e-6]:
+                places += 1
+                rest = list(gpus)
+                rest.remove(min(fitting))
+                now = tuple(sorted([*rest, round(min(fitting) - size, 6)]))
+                then = tuple(sorted((*nodes[:at], now, *nodes[at + 1 :])))
+                if not all_find_room(then, each, *left):
+                    return False
+        if not places:
+            return False
+    return True
+
+
+def test_sets_beside_each_other_leave_whole_gpus_to_workers() -> None:
+    """Eight replicas of two sets may begin eight GPUs: then neither set could train."""
+    cluster = Cluster(replicas=4, workers=2, gpus_per_replica=0.5)
+    both = [Need.of(cluster, True, 0.5, at_once=True)] * 2
+    turns = [Need.of(cluster, True, 0.5)] * 2
+    for gpus, roomy in ((8, False), (11, False), (12, True)):
+        there = Need(gpus, 100)
+        assert Room.of(turns, both, turns, None, None, there, there).roomy == roomy
 
 
 def test_workers_that_meet_on_one_gpu_have_whole_ones_for_the_rest_of_a_run(

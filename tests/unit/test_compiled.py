@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,56 @@ def test_real_code_computes_the_same(workshop: Workshop) -> None:
     workshop.runner.compiled, workshop.runner.run_block = True, block_function(True)
     (found,) = sweep(workshop.runner, stack, [part])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def loaded(file: Path) -> Any:
+    spec = spec_from_file_location("module", file, loader=ExtensionFileLoader("module", str(file)))
+    assert spec is not None
+    return module_from_spec(spec)
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_a_module_that_a_killed_compiler_left_empty_is_made_anew(
+    workshop: Workshop, tmp_path: Path, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    """As the code generator, these compilers load a module that is there and else make it."""
+    file = tmp_path / "code.so"
+    file.touch()
+
+    def loads(graph: Any, _: Any) -> Any:
+        if file.exists():
+            loaded(file)
+        return make_boxed_func(graph.forward)
+
+    def plain(graph: Any, _: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    both = {"fw_compiler": plain, "bw_compiler": plain}
+    both["fw_compiler" if way == "there" else "bw_compiler"] = loads
+    job = workshop.job(2, preset="rounds", **FAST)
+    entering, _ = workshop.states(job)
+    span = workshop.student(job)
+    span._run = run = CompiledBlock(aot_autograd(**both))
+    with caplog.at_level(logging.WARNING, "fusegpt_ray"):
+        assert not span.rehearse(entering[:BATCH])
+    assert not file.exists() and not run.gave_up
+    (said,) = [text for text in caplog.messages if "made anew" in text]
+    assert str(file) in said
+
+
+def test_a_module_that_cannot_be_loaded_for_another_reason_stays(
+    workshop: Workshop, tmp_path: Path
+) -> None:
+    """It may be anybody's, a library's say."""
+    file = tmp_path / "library.so"
+    file.write_bytes(b"no library")
+
+    def fails(*_: Any) -> Any:
+        loaded(file)
+
+    workshop.runner.compiled, workshop.runner.run_block = True, (run := CompiledBlock(fails))
+    list(workshop.runner.walk(workshop.dense, IDS))
+    assert file.read_bytes() == b"no library" and "library.so" in run.gave_up
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from ray.exceptions import TaskUnschedulableError
 
 from fusegpt_ray.distributed import autoscaler, nodes
 from fusegpt_ray.distributed.nodes import Ours, wait_for_resources
+from fusegpt_ray.distributed.silence import SilentError
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.cluster_section import Cluster
 
@@ -247,12 +249,12 @@ def test_only_nodes_with_some_members_labels_count(some: Any) -> None:
 
 
 def test_a_node_that_joins_or_leaves_just_now_is_no_reason_to_fail(
-    some: Any, monkeypatch: pytest.MonkeyPatch
+    some: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """For a moment Ray refuses tasks for a node that has joined; for one that has left it goes on
-    to do so.
+    to do so. From one where a shared folder hangs, nothing comes.
     """
-    tries = {name * 56: 0 for name in "abc"}
+    tries = {name * 56: 0 for name in "abcd"}
     found = some(dict.fromkeys(tries, 1), {}).nodes()
     where = [one | {"NodeManagerAddress": f"at {one['NodeID'][0]}"} for one in found]
     monkeypatch.setattr(nodes.ray, "nodes", lambda: where)
@@ -267,8 +269,10 @@ def test_a_node_that_joins_or_leaves_just_now_is_no_reason_to_fail(
         def remote(self, files: list[str], hub: None) -> Task:
             return self
 
-    def get(task: Task) -> bool:
+    def answer(task: Task, who: str, advice: str) -> bool:
         tries[task.node] += 1
+        if task.node[0] == "d":
+            raise SilentError(who, advice)
         if task.node[0] == "b":
             where[:] = [one for one in where if one["NodeID"] != task.node]
         if task.node[0] == "b" or tries[task.node] < 3:
@@ -276,6 +280,7 @@ def test_a_node_that_joins_or_leaves_just_now_is_no_reason_to_fail(
         return task.node[0] == "a"
 
     monkeypatch.setattr(nodes, "_sees", Task())
-    monkeypatch.setattr(nodes.ray, "get", get)
-    assert nodes.nodes_without(["a file"]) == ["at c"]
-    assert [*tries.values()] == [3, 1, 3]
+    monkeypatch.setattr(nodes, "answer", answer)
+    assert nodes.nodes_without(["a file"]) == ["at c", "at d"]
+    assert [*tries.values()] == [3, 1, 3, 1]
+    assert re.match(r"node d+ has not answered for 600 s.*`ls a file`", caplog.messages[0])

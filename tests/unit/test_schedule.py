@@ -54,7 +54,7 @@ def test_workers_stay_for_the_next_one_that_can_use_them() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "trains", "turns", "both"), [(1, True, 4, 6), (1, False, 2, 2), (0.5, True, 4, 5)]
+    ("gpu", "trains", "turns", "both"), [(1, True, 4, 6), (1, False, 2, 2), (0.5, True, 4, 6)]
 )
 def test_what_a_set_takes(gpu: float, trains: bool, turns: float, both: float) -> None:
     cluster = Cluster(replicas=2, workers=4)
