@@ -88,6 +88,7 @@ OWN: dict[str, dict[str, Any]] = {
     "GPTJConfig": {"rotary_dim": 4},
     "DeepseekV2Config": {"first_k_dense_replace": 1},
     "DeepseekV3Config": {"first_k_dense_replace": 1, "n_group": 2},
+    "FalconConfig": {"ffn_hidden_size": None},
     "FalconH1Config": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     "Emu3TextConfig": {"pad_token_id": 0},
     "Glm4MoeConfig": {"first_k_dense_replace": 1},

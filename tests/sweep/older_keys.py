@@ -11,6 +11,7 @@ OLDER_KEYS: dict[str, dict[str, Any]] = {
     "AXK1ForCausalLM": _FIRST_DENSE,
     "AfmoeForCausalLM": {"score_func": "sigmoid"},
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "Glm4MoeForCausalLM": {"head_dim": 32},
     "Glm4MoeLiteForCausalLM": _FIRST_DENSE,
     "HYV3ForCausalLM": _FIRST_DENSE
     | {"expert_hidden_dim": 64, "route_norm": True}

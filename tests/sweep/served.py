@@ -1,5 +1,5 @@
 """Holds what vLLM makes of published models against transformers, for every class of text
-that both know, and writes docs/serving.md. `make served VLLM=…` runs this file.
+that both have, and writes docs/serving.md. `make served VLLM=…` runs this file.
 
     python tests/sweep/served.py --vllm PYTHON [--only NAME …] [--out docs/serving.md]
         [--work FOLDER] [--seconds 300]
