@@ -24,7 +24,7 @@ recipe_argument = click.argument(
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 quiet_option = click.option(
-    "--quiet", is_flag=True, help="Say nothing on the way: only errors and the result."
+    "--quiet", is_flag=True, help="Say nothing on the way: only errors, warnings and the result."
 )
 models_argument = click.argument(
     "models",
@@ -87,15 +87,11 @@ def display(quiet: bool) -> Display | None:
         from fusegpt_ray.terminal.log_lines import LogLines, asked
 
         return LogLines() if asked() else None
-    from rich.console import Console
-
-    from fusegpt_ray.terminal.display import Display
-
-    return Display(Console(stderr=True, quiet=True))
+    return silent()
 
 
 def silent() -> Display:
-    """One that shows nothing."""
-    shown = display(quiet=True)
-    assert shown is not None
-    return shown
+    """One that shows nothing but warnings, each once."""
+    from fusegpt_ray.terminal.display import WarningsAlone
+
+    return WarningsAlone()

@@ -60,9 +60,10 @@ def planned(
     quota, priorities = None, dict[str, int]()
     if isinstance(asked, Members):
         quota, priorities = asked.gpus, {one.name: one.priority for one in asked.members}
+    show = silent()
     runs = [
         forecast.PlannedRun(
-            run.recipe.output.name, plan_of(run, silent(), looks=True), priorities.get(run.model, 0)
+            run.recipe.output.name, plan_of(run, show, looks=True), priorities.get(run.model, 0)
         )
         for run in asked.runs
     ]

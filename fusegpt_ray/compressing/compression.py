@@ -241,8 +241,10 @@ class Compression:
                     partial(put_shards, workers),
                     beside,
                 )
-            publishing = published[target.folder].manifest["publishing"]
-            show.published(target.name, target.fewer, publishing)
+            manifest = published[target.folder].manifest
+            show.published(target.name, target.fewer, manifest["publishing"])
+            if wrong := manifest.get("wrong_in_vllm"):
+                show.warn(f"{target.name}: {wrong}")
         return published
 
     def _tell_shortages(self) -> None:

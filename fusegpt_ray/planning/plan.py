@@ -30,6 +30,7 @@ from fusegpt_ray.preparing.preflight import (
     with_start,
 )
 from fusegpt_ray.preparing.sample_prompts import named
+from fusegpt_ray.publishing.in_vllm import maybe_wrong_in_vllm
 from fusegpt_ray.publishing.rehearsal import rehearse, rehearse_deeper
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import Evaluation, Heal
@@ -262,6 +263,8 @@ def _planned(
         check(_check_search, recipe, removable)
     if check.found or leading is None or removable is None:
         return None
+    if not recipe.spec.narrows and (doubt := maybe_wrong_in_vllm(model.stack)):
+        show.warn(doubt)
     if not looks:
         model = fetched(model, show)
     return Plan(recipe, model, tuple(targets), leading, removable)

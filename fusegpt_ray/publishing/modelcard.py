@@ -11,6 +11,7 @@ from typing import Any
 
 from fusegpt_ray.model.config import is_causal
 from fusegpt_ray.publishing.cardheader import header
+from fusegpt_ray.publishing.in_vllm import INSTEAD
 from fusegpt_ray.recipe.specs import METHOD_SPECS, METRIC_SPECS
 from fusegpt_ray.store.public import public
 from fusegpt_ray.text.protocol import STAGES, described, stages, warnings
@@ -146,12 +147,7 @@ def _use(auto_class: str, manifest: Mapping[str, Any]) -> list[str]:
         "print(tokenizer.decode(tokens[0], skip_special_tokens=True))",
         "```",
         "",
-        "Serve it with [vLLM](https://docs.vllm.ai):",
-        "",
-        "```bash",
-        f'vllm serve "{FOLDER}"',
-        "```",
-        "",
+        *_serve(manifest.get("wrong_in_vllm", "")),
         "Quantise it next with [llm-compressor](https://docs.vllm.ai/projects/llm-compressor),"
         " after the lines above:",
         "",
@@ -166,6 +162,15 @@ def _use(auto_class: str, manifest: Mapping[str, Any]) -> list[str]:
         f'tokenizer.save_pretrained("{FOLDER}-FP8")',
         "```",
     ]
+
+
+def _serve(wrong: str) -> list[str]:
+    """The command that serves it, where there is one."""
+    if wrong and INSTEAD not in wrong:
+        return [f"Warning: {wrong}.", ""]
+    command = " ".join([f'vllm serve "{FOLDER}"', *([INSTEAD] if wrong else [])])
+    lines = ["Serve it with [vLLM](https://docs.vllm.ai):", "", "```bash", command, "```", ""]
+    return [f"Warning: {wrong}.", "", *lines] if wrong else lines
 
 
 def _licence(manifest: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ from fusegpt_ray.model.config import auto_class
 from fusegpt_ray.model.licence import licence_of
 from fusegpt_ray.model.source import MANIFEST, Source
 from fusegpt_ray.model.stack import Stack
+from fusegpt_ray.publishing.in_vllm import wrong_in_vllm
 from fusegpt_ray.publishing.modelcard import model_card
 from fusegpt_ray.publishing.proof import open_published, read_back
 from fusegpt_ray.publishing.shards import Put, Shards, put_shards, remove_unfinished
@@ -107,6 +108,8 @@ def publish(
         put(file, without_code(file, storage.read(storage.join(source.folder, file))))
     measured = measure(open_published(folder, {entry.name: entry for entry in entries}, stack))
     told = {**facts, **measured, "publishing": publishing}
+    if wrong := wrong_in_vllm(config):
+        told["wrong_in_vllm"] = wrong
     manifest: dict[str, Any] = {"format": 1, **told, **_about(stack, dense, source)}
     extras = illustrate(manifest)
     for extra in extras:

@@ -25,7 +25,12 @@ _BLOCK_NUMBERS = re.compile(r".*(layer|block|attn|attention).*")
 """What a list or a table of block numbers may be called, such as `full_attn_idxs` and
 `mlp_only_layers`."""
 
-_FIRST = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index")
+_NUMBERS = re.compile(r"\d+(,\d+)+")
+"""Such a list, written out (Step 3.7's `moe_layers_enum`)."""
+_LETTERS = re.compile(r".*pattern")
+"""What a text of one letter a block may be called (Nemotron-H's `hybrid_override_pattern`)."""
+
+_FIRST = re.compile(r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|dense_mlp_idx")
 """What a setting may be called that gives the first block with experts: those before it are
 dense."""
 _LAST = "moe_layer_end_index"
@@ -90,23 +95,54 @@ def _shrunk(key: str, value: Any, kept: Sequence[int], depth: int) -> Any:
     """The value for these blocks, by what they were in the dense model; None where it is not one of
     a block's.
     """
-    if type(value) is int and (_FIRST.fullmatch(key) or key == _LAST):
-        first = value + (key == _LAST)
-        return sum(number < first for number in kept) - (key == _LAST)
+    if _FIRST.fullmatch(key) or key == _LAST:
+        return _moved(value, key == _LAST, kept)
     numbered = bool(_BLOCK_NUMBERS.fullmatch(key)) and bool(value)
-    if isinstance(value, dict) and numbered and all(_is_number(name, depth) for name in value):
-        items = {str(name): item for name, item in value.items()}  # as JSON has them
-        return {str(new): items[str(old)] for new, old in enumerate(kept) if str(old) in items}
+    if isinstance(value, dict):
+        return _table(value, kept, depth) if numbered else None
+    if isinstance(value, str) and numbered and _NUMBERS.fullmatch(value):
+        numbers = _shrunk(key, [*map(int, value.split(","))], kept, depth)
+        return None if numbers is None else ",".join(map(str, numbers))
+    if isinstance(value, str) and _LETTERS.fullmatch(key) and len(value) == depth:
+        return "".join(value[number] for number in kept)
     if not isinstance(value, list | tuple):
         return None
-    numbers = numbered and all(type(item) is int and 0 <= item < depth for item in value)
-    if numbers and len({*value}) == len(value):
+    in_range = all(type(item) is int and 0 <= item < depth for item in value)
+    if numbered and in_range and len({*value}) == len(value):
         return [new for new, old in enumerate(kept) if old in value]
     if len(value) == depth:
         return [value[number] for number in kept]
     if (runs := list(_run_lengths(value))) and len(runs) == depth:
         return [[[runs[number]], 1] for number in kept]
     return None
+
+
+def _moved(value: Any, last: bool, kept: Sequence[int]) -> Any:
+    """The number of the first or the last block of a kind, or one for each of several kinds."""
+    if isinstance(value, list):
+        return [_moved(item, last, kept) for item in value]
+    if type(value) is not int:
+        return None
+    return sum(number < value + last for number in kept) - last
+
+
+def _table(value: dict[Any, Any], kept: Sequence[int], depth: int) -> dict[Any, Any] | None:
+    """A table by block number; or one of settings, of which some are lists of that kind, as in
+    MiniMax's `sparse_attention_config` and Kimi's `linear_attn_config`, which counts from one.
+    """
+    if all(_is_number(name, depth) for name in value):
+        items = {str(name): item for name, item in value.items()}  # as JSON has them
+        return {str(new): items[str(old)] for new, old in enumerate(kept) if str(old) in items}
+    lists = {name: item for name, item in value.items() if isinstance(item, list)}
+    listed = [number for item in lists.values() for number in item]
+    if {*map(type, listed)} == {int} and sorted(listed) == [*range(1, depth + 1)]:
+        return value | {
+            name: [new for new, old in enumerate(kept, 1) if old + 1 in item]
+            for name, item in lists.items()
+        }
+    found = {name: _shrunk(str(name), item, kept, depth) for name, item in value.items()}
+    changed = {name: item for name, item in found.items() if item is not None}
+    return value | changed if changed else None
 
 
 def _is_number(name: object, depth: int) -> bool:

@@ -55,6 +55,10 @@ class _Live:
         """One line that stays."""
         self.console.print(text, markup=False)
 
+    def warn(self, text: str) -> None:
+        """One that whoever has to act upon it will look for."""
+        self.say(f"WARNING: {text}")
+
 
 class Display(_Live):
     """Progress of one run. Everything it says is also true of a log file: no bar, no colour, one
@@ -254,6 +258,23 @@ class OneOfSeveral(Display):
 
     def say(self, text: str) -> None:
         self._whole.say(f"[{self._title}] {text}")
+
+    def warn(self, text: str) -> None:
+        self._whole.warn(f"[{self._title}] {text}")
+
+
+class WarningsAlone(Display):
+    """Of all that is said the warnings, each once: for a command that only looks, or is quiet."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(stderr=True, quiet=True))
+        self._loud = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._warned: set[str] = set()
+
+    def warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._loud.print(f"WARNING: {text}", markup=False)
+        self._warned.add(text)
 
 
 class Transfer(_Live):

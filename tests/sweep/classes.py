@@ -88,13 +88,14 @@ OWN: dict[str, dict[str, Any]] = {
     "GPTJConfig": {"rotary_dim": 4},
     "DeepseekV2Config": {"first_k_dense_replace": 1},
     "DeepseekV3Config": {"first_k_dense_replace": 1, "n_group": 2},
+    "FalconConfig": {"ffn_hidden_size": None},
     "FalconH1Config": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8},
     "Emu3TextConfig": {"pad_token_id": 0},
     "Glm4MoeConfig": {"first_k_dense_replace": 1},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], DEPTH // 2]], "window_size": 8},
     "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"] * 3},
-    "Mamba2Config": {"num_heads": 8, "head_dim": 8},
+    "Mamba2Config": {"num_heads": 8},
     "Dots1Config": {"first_k_dense_replace": 1},
     "ReformerConfig": {
         "axial_pos_shape": [8, 8],
@@ -102,7 +103,9 @@ OWN: dict[str, dict[str, Any]] = {
         "is_decoder": True,
         "attn_layers": ["local", "lsh"] * 3,
     },
+    "Lfm2Config": {"layer_types": ["conv", "full_attention"] * 3},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 3, "num_dense_layers": 1},
+    "Llama4TextConfig": {"num_experts_per_tok": 1, "interleave_moe_layer_step": 2},
     **dict.fromkeys(("Glm4vTextConfig", "Glm4vMoeTextConfig", "GlmOcrTextConfig"), _WITH_MROPE),
     **dict.fromkeys(("PaddleOCRTextConfig", "HunYuanVLTextConfig"), _WITH_MROPE),
     **dict.fromkeys(("Qwen2VLTextConfig", "Qwen2_5_VLTextConfig"), _WITH_MROPE),
@@ -146,6 +149,12 @@ OWN: dict[str, dict[str, Any]] = {
     "Mistral4Config": {"head_dim": 16},
     "Molmo2AdapterConfig": {"vision_feature_layer": [5, 3]},
     "MuseSparkAudioConfig": {"num_hidden_layers": 4, "hidden_sizes": [8, 8, 16, 32]},
+    "NemotronHConfig": {
+        "layers_block_type": [
+            *("linear_attention", "moe", "full_attention", "mlp"),
+            *("linear_attention", "full_attention"),
+        ]
+    },
     "MusicgenDecoderConfig": {"num_codebooks": 1},
     "MusicgenMelodyDecoderConfig": {"num_codebooks": 1},
     "Qwen4ExpTextConfig": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8}

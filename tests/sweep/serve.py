@@ -3,7 +3,8 @@ need not have anything of ours, and knows none of it; `served.py` starts it and 
 
     python serve.py FOLDER [--seconds 300] [--list]
 
-FOLDER holds a folder for each pair, and in it the models `dense` and `published`. Beside them comes
+FOLDER holds a folder for each pair, and in it the models `dense` and `published`, and maybe
+`by_transformers`, which runs in the class of transformers. Beside them comes
 `answers.json`: by model, the tokens that vLLM read and wrote, and their log-probabilities; or the
 problem that it had. Each pair has a process of its own, which is forked once vLLM is imported.
 
@@ -33,7 +34,8 @@ import torch
 import vllm
 from vllm.model_executor.models.registry import ModelRegistry
 
-MODELS = ("dense", "published")
+BY_TRANSFORMERS = "by_transformers"
+MODELS = ("dense", "published", BY_TRANSFORMERS)
 SPECIAL, PROMPT, NEW = 3, 24, 8
 """The first tokens are no text; the prompt is longer than any sliding window of the models."""
 LAST = 250
@@ -66,7 +68,7 @@ def _in_a_process(pair: Path, seconds: int) -> None:
         os._exit(0)  # nothing of the process that was forked is to be ended
     os.waitpid(child, 0)
     answers = json.loads(part.read_text()) if part.exists() else {}
-    for name in MODELS:
+    for name in _models(pair):
         answers.setdefault(name, {"problem": f"not done after {seconds} s, or its process died"})
     part.write_text(json.dumps(answers))
     part.rename(pair / "answers.json")
@@ -74,23 +76,32 @@ def _in_a_process(pair: Path, seconds: int) -> None:
 
 def _answer(pair: Path, out: Path) -> None:
     answers: dict[str, Any] = {}
-    for name in MODELS:
+    for name in _models(pair):
         try:
-            answers[name] = _read_and_write(pair / name)
+            impl = "transformers" if name == BY_TRANSFORMERS else "auto"
+            answers[name] = _read_and_write(pair / name, impl)
         except Exception as error:  # of whatever kind: the judge wants to know
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            answers = {each: {"problem": said} for each in MODELS} | answers
+            answers = {each: {"problem": said} for each in _models(pair)} | answers
             break
         finally:
             out.write_text(json.dumps(answers))
 
 
-def _read_and_write(folder: Path) -> dict[str, list[list[Any]]]:
+def _models(pair: Path) -> list[str]:
+    return [name for name in MODELS if (pair / name).exists()]
+
+
+def _read_and_write(folder: Path, impl: str) -> dict[str, list[list[Any]]]:
     """The tokens of two prompts, which are read whole and then continued one by one, and the
     log-probabilities of all but the first.
+
+    Args:
+        impl: whose class runs the model, as vLLM calls that.
     """
     llm = vllm.LLM(
         model=str(folder),
+        model_impl=impl,
         dtype="float32",
         max_model_len=64,
         max_num_seqs=2,

@@ -6,23 +6,16 @@ became of each into docs/models.md. `make sweep` runs this file.
 
 With `--kept`, outcomes are kept in a file, and a sweep that was stopped goes on from it. With
 `--shard`, that is all that is written: every fourth class, from the first on.
-
-Each class has a process of its own, so that one that hangs or crashes costs nothing but its row.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
@@ -30,10 +23,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
 
-import torch  # noqa: E402 - after the environment is set, which is read once
-import transformers as tf  # noqa: E402
+import transformers as tf  # noqa: E402 - after the environment is set, which is read once
+from apart import cell, each_apart, tried, warm_up  # noqa: E402
 from classes import all_classes  # noqa: E402
-from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome, try_class  # noqa: E402
+from trial import EXACT, FAILS, NOT_BUILT, REFUSED, Outcome  # noqa: E402
 
 HEAD = """# Models
 
@@ -75,15 +68,13 @@ def main() -> int:
     names = (arguments.only or all_classes())[which - 1 :: shards]
     outcomes = _read(arguments.kept)
     left = [name for name in names if name not in outcomes]
-    _warm_up()
-    attempt = partial(_in_a_process, seconds=arguments.seconds)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        for name, found in zip(left, pool.map(attempt, left), strict=True):
-            outcomes[name] = found
-            said = "; ".join(f"{key} {each.kind} {each.why}" for key, each in found.items())
-            print(f"{len(outcomes)}/{len(names)} {name}: {said}", flush=True)
-            if arguments.kept:
-                arguments.kept.write_text(json.dumps(outcomes, default=Outcome.to_json, indent=1))
+    warm_up()
+    for name, found in each_apart(tried, left, arguments.seconds, _lost, arguments.jobs):
+        outcomes[name] = found
+        said = "; ".join(f"{key} {each.kind} {each.why}" for key, each in found.items())
+        print(f"{len(outcomes)}/{len(names)} {name}: {said}", flush=True)
+        if arguments.kept:
+            arguments.kept.write_text(json.dumps(outcomes, default=Outcome.to_json, indent=1))
     outcomes = {name: outcomes[name] for name in names}
     if not arguments.only and shards == 1:
         arguments.out.write_text("\n".join(_table(outcomes)) + "\n")
@@ -99,43 +90,8 @@ def _read(kept: Path | None) -> dict[str, dict[str, Outcome]]:
     }
 
 
-def _warm_up() -> None:
-    """What the first class imports takes longer than the class itself: it is imported here, once,
-    for all processes that are forked.
-    """
-    _tried("LlamaForCausalLM")
-
-
-def _in_a_process(name: str, seconds: int) -> dict[str, Outcome]:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_try, args=(name, theirs))
-    process.start()
-    theirs.close()
-    began = time.monotonic()
-    try:
-        if ours.poll(seconds):
-            return ours.recv()
-        return {"mi": Outcome(FAILS, f"not done after {time.monotonic() - began:.0f} s")}
-    except EOFError:
-        process.join()
-        return {"mi": Outcome(FAILS, f"its process died (exit code {process.exitcode})")}
-    finally:
-        process.kill()
-        process.join()
-
-
-def _try(name: str, connection: multiprocessing.connection.Connection) -> None:
-    connection.send(_tried(name))
-
-
-def _tried(name: str) -> dict[str, Outcome]:
-    torch.set_num_threads(1)
-    tf.logging.set_verbosity_error()
-    tf.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["FUSEGPT_CACHE"] = f"{folder}/cache"
-        return try_class(name, Path(folder))
+def _lost(why: str) -> dict[str, Outcome]:
+    return {"mi": Outcome(FAILS, why)}
 
 
 def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
@@ -156,11 +112,7 @@ def _table(outcomes: dict[str, dict[str, Outcome]]) -> Iterator[str]:
         why = dropped.why
         if fusing:
             why = "fused" if fusing.kind == EXACT else f"fusegpt {fusing.kind}: {fusing.why}"
-        yield f"| {name} | {dropped.kind} | {_cell(why)} |"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+        yield f"| {name} | {dropped.kind} | {cell(why)} |"
 
 
 if __name__ == "__main__":
