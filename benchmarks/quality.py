@@ -217,8 +217,8 @@ def parsed(
     if "search" in chosen:
         recipe["search"] = chosen["search"]
     if "heal" in chosen:
-        tokens = (heal_windows or HEAL["batch"]) * arguments.length
-        recipe["heal"] = HEAL | chosen["heal"] | {"tokens": tokens}
+        heal = HEAL | chosen["heal"]
+        recipe["heal"] = heal | {"tokens": (heal_windows or heal["batch"]) * arguments.length}
     return Recipe.parse(recipe)
 
 
