@@ -9,7 +9,13 @@ from typing import Any
 _FIRST_DENSE = {"first_k_dense_replace": 1, "moe_layer_freq": 1}
 OLDER_KEYS: dict[str, dict[str, Any]] = {
     "AXK1ForCausalLM": _FIRST_DENSE,
-    "AfmoeForCausalLM": {"score_func": "sigmoid"},
+    "AfmoeForCausalLM": {
+        "score_func": "sigmoid",
+        "route_norm": True,
+        "n_group": 1,
+        "topk_group": 1,
+    },
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 32, "scoring_func": "sigmoid"},
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "Glm4MoeForCausalLM": {"head_dim": 32},
     "Glm4MoeLiteForCausalLM": _FIRST_DENSE,
