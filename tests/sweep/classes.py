@@ -204,6 +204,8 @@ def tiny_config(
             values[key] = tiny_config(type(part), sizes).to_dict()
     if "kv_lora_rank" in values:  # heads are made from one latent vector: none is shared
         values["num_key_value_heads"] = values["num_attention_heads"]
+    if {"head_dim", "qk_rope_head_dim"} <= values.keys():  # what is rotated, by another name
+        values["head_dim"] = values["qk_rope_head_dim"]
     values |= OWN.get(config_class.__name__, {})
     try:
         return config_class(**values)

@@ -83,7 +83,8 @@ and continues each by 8, in float32 on a CPU; transformers is given the same tok
   these gaps. `fusegpt plan` and the model's card say so; what the card says instead serves it. With
   other gaps it may be the same.
 - **FAILS**: so it is with the dense model, but not with the published one.
-- **not made**: there is no such pair; the table of models tells what is refused.
+- **not made**: there is no such pair. The model is refused, as the table of models tells, or none
+  could be made of the sizes that vLLM's kernels want.
 
 {counts}
 
