@@ -34,6 +34,8 @@ def data_keys(texts: Texts, key: str) -> list[str]:
 
 
 Part = WeightedText | GeneratedText
+FARTHEST = 1 << 40
+"""No text has so many tokens: places in a text of another number are farther away."""
 
 
 def opened(
@@ -141,6 +143,7 @@ def calibration_windows(
     counts = shares(text, text.windows, key, f"{key}.windows")
     text_W = interleaved(counts, seed_of(text.seed, "order"))
     tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
+    start_W = np.empty(text.windows, dtype=np.int64)
     samples: dict[int, Samples] = {}
     drawn: list[Drawn] = []
     begin = True
@@ -156,6 +159,7 @@ def calibration_windows(
             samples[number] = windows.tokens_WT
         else:
             tokens_WT[text_W == number] = windows.tokens_WT
+        start_W[text_W == number] = number * FARTHEST + windows.starts_W
         drawn += windows.texts
         begin &= windows.bos
-    return Windows(mixed(tokens_WT, text_W, samples), begin, tuple(drawn), text_W)
+    return Windows(mixed(tokens_WT, text_W, samples), begin, tuple(drawn), text_W, start_W)
