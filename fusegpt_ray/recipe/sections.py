@@ -164,7 +164,7 @@ class Importance(Section):
     memory of activations in scoring, evaluation and the states for fine-tuning."""
     tokens: Counting = "all"
     """Which tokens of samples with images count in the score: `all` of them, those of `text`, or
-    those of an `image` alone. Padding never counts."""
+    those of an `image` alone. Padding never counts, and of `loss` only tokens of answers do."""
     all: bool = False
     """Score every block on all windows, though the choice is the same: for tables of all scores
     (`fusegpt score` always does)."""
