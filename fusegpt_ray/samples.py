@@ -166,9 +166,14 @@ def cut(windows: Batch, ends: Iterable[int]) -> list[Batch]:
     return [windows[a:b] for a, b in pairwise([0, *ends, len(windows)])]
 
 
-def counting(windows: Batch, which: Counting = "all") -> np.ndarray | None:
-    """Which tokens count in a mean over tokens, bool [W, T]; None: all of them."""
+def counting(windows: Batch, which: Counting = "all", targets: bool = False) -> np.ndarray | None:
+    """Which tokens count in a mean over tokens, bool [W, T]; None: all of them.
+
+    `targets`: of samples, those alone that are to be predicted: no question, and no placeholder.
+    """
     counted_WT = tokens_of(windows) != PADDING
+    if targets and isinstance(windows, Samples):
+        counted_WT &= windows.targets_WT
     if which != "all":
         no_image_WT = np.zeros_like(counted_WT)
         image_WT = windows.images_WT if isinstance(windows, Samples) else no_image_WT
@@ -184,9 +189,11 @@ def predicted(windows: Batch) -> np.ndarray | None:
     return None if counted_WT is None else counted_WT[:, 1:]
 
 
-def lengths(windows: Batch, which: Counting = "all", skipped: int = 0) -> list[int]:
-    """Tokens of each window that count, but for the first `skipped` of its places."""
-    counted_WT = counting(windows, which)
+def lengths(
+    windows: Batch, which: Counting = "all", skipped: int = 0, targets: bool = False
+) -> list[int]:
+    """Tokens of each window that count (see `counting`), without the first `skipped` places."""
+    counted_WT = counting(windows, which, targets)
     if counted_WT is None:
         return [tokens_of(windows).shape[1] - skipped] * len(windows)
     return [int(number) for number in counted_WT[:, skipped:].sum(axis=1)]

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
-
 from fusegpt_ray.compressing.heal import Healer, sharing_of
 from fusegpt_ray.compressing.rounds import Rounds
 from fusegpt_ray.compressing.saving import put_shards
@@ -209,7 +207,7 @@ class Compression:
             workers,
             journal,
             model.stack,
-            windows_WT,
+            self.windows,
             show,
             order,
             self.plan.removable,
@@ -287,11 +285,10 @@ class Compression:
             self.show.stage("repairing the gaps alone, to compare with")
             removed = [done.record["removed"] for done in rounds]
             folder = storage.join(journal.blocks_folder, "repaired")
-            way, windows_WT = self.plan.recipe.fusion.start, self.windows.tokens_WT
+            way, windows = self.plan.recipe.fusion.start, self.windows
             assert way != "auto" and way != "none"
-            assert isinstance(windows_WT, np.ndarray), "`check_repair` refuses images"
             dense, fence = self.plan.model.stack, journal.fence
-            stack = repaired_only(self.workers, dense, removed, way, windows_WT, folder, fence)
+            stack = repaired_only(self.workers, dense, removed, way, windows, folder, fence)
             return {"repaired": stack, **stages}, time.monotonic() - began
         return stages, 0.0
 

@@ -22,9 +22,9 @@ from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.run.journal import Done, Journal
 from fusegpt_ray.run.shared import Shared
-from fusegpt_ray.samples import Batch
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.terminal.display import Display
+from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 
 KEEP_SECONDS = 10.0
@@ -39,7 +39,8 @@ class Rounds:
     workers: Workers
     journal: Journal
     dense: Stack
-    windows: Batch
+    text: Windows
+    """Of the calibration text."""
     show: Display
     order: Sequence[int] | None = None
     """Dense numbers of the blocks to remove, if they are chosen already (see `tournament.py`)."""
@@ -113,13 +114,14 @@ class Rounds:
                     self.dense,
                     removes,
                     total - len(before),
-                    self.windows,
+                    self.text.tokens_WT,
                     origin[:16],
                     self.journal.round_folder(number),
                     self.journal.checkpoints_folder(number),
                     self.journal.fence,
                     self.show,
                     self.journal.pause_training,
+                    self.text.place_WT,
                 )
             )
         record = _record(change, removes, ranking, score_seconds)
@@ -158,7 +160,8 @@ class Rounds:
 
         sums.changed = keep
         settings, seed = self.recipe.importance, self.recipe.seed
-        windows, candidates = self.windows[: settings.windows], self.removable.among(stack.kept)
+        windows = self.text.tokens_WT[: settings.windows]
+        candidates = self.removable.among(stack.kept)
         asked = Question(self.workers, stack, windows, settings, seed, left, last, sums, candidates)
 
         choose = METHODS[self.recipe.method].choose

@@ -11,15 +11,16 @@ from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fusegpt_ray.fusion.compensation import Way, features, last_linear
 from fusegpt_ray.fusion.least_squares import Moments
-from fusegpt_ray.model.rows import as_rows, as_tensor
+from fusegpt_ray.model.rows import as_rows
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Stack
-from fusegpt_ray.samples import Batch, counting
+from fusegpt_ray.samples import PADDING, Batch, tokens_of
 
 OFF = 0.05
 """By how much, relatively, an output may miss what was added to it: bfloat16 is off by 0.01, a norm
@@ -27,17 +28,27 @@ behind the layer by 1."""
 
 
 def gather(
-    runner: Runner, stack: Stack, donor: int, way: Way, windows: Batch, pieces: list[int]
+    runner: Runner,
+    stack: Stack,
+    donor: int,
+    way: Way,
+    windows: Batch,
+    pieces: list[int],
+    summed_WT: np.ndarray,
 ) -> tuple[str | None, list[Moments], int]:
     """The task: for each piece (so many windows, in order) the moments of what is fitted; first the
     name of the layer, or None if there is none, and last the bytes of blocks that were read.
 
-    `donor`: position of the block to remove. All windows walk together to the block before it; then
+    Args:
+        donor: position of the block to remove.
+        summed_WT: which tokens are fitted or held out, bool [W, T], if they are no padding.
+
+    All windows walk together to the block before it; then
     they pass both, a batch at a time. So a window's part depends on its batch alone.
     """
     before, rows = runner.weights.bytes_read, as_rows(windows)
     assert not runner.by_sample(rows), "refused before (see `preflight.check_repair`)"
-    counted_WT = as_tensor(counting(windows))
+    counted_WT = torch.from_numpy(summed_WT & (tokens_of(windows) != PADDING))
     (h_WTD,) = runner.empty_states(rows)
     for _ in runner.walk(stack, rows, donor - 1, h_WTD):
         pass
@@ -59,7 +70,7 @@ def gather(
         def batches(first: int, end: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
             for begin in range(first, end, runner.batch_size):
                 rows = slice(begin, min(begin + runner.batch_size, end))
-                counted_BT = None if counted_WT is None else counted_WT[rows].to(runner.device)
+                counted_BT = counted_WT[rows].to(runner.device)
                 yield _batch(layer, run, after, way, counted_BT, h_WTD[rows].to(runner.device))
 
         ends = [0, *accumulate(pieces)]
@@ -71,10 +82,10 @@ def _batch(
     run: Callable[[torch.Tensor], torch.Tensor],
     after: Callable[[torch.Tensor], torch.Tensor],
     way: Way,
-    counted_BT: torch.Tensor | None,
+    counted_BT: torch.Tensor,
     h_BTD: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is fitted to what, of the tokens of one batch that count (all, if not told). The
+    """What is fitted to what, of the tokens of one batch that count. The
     difference of the states is taken in float64.
     """
     seen: list[torch.Tensor] = []
@@ -88,9 +99,7 @@ def _batch(
     finally:
         hook.remove()
     delta_BTD = after(out_BTD).double() - out_BTD.double()
-    found = [value.flatten(0, -2) for value in (*seen, delta_BTD)]
-    if counted_BT is not None:
-        found = [value[counted_BT.flatten()] for value in found]
+    found = [value.flatten(0, -2)[counted_BT.flatten()] for value in (*seen, delta_BTD)]
     return features(way, *found)
 
 

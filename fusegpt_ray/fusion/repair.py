@@ -27,12 +27,13 @@ from fusegpt_ray.fusion.least_squares import Moments, best_fit
 from fusegpt_ray.model.memory import find_batch_size
 from fusegpt_ray.model.runner import Runner
 from fusegpt_ray.model.stack import Block, Refs, Stack, Terms
-from fusegpt_ray.samples import Batch, cut
+from fusegpt_ray.samples import Batch, cut, tokens_of
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.checkpoint import TensorRef
 from fusegpt_ray.store.fence import Fence, nobody_else
 from fusegpt_ray.store.records import FileRecord
 from fusegpt_ray.store.writer import Entry, write_safetensors
+from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Workers
 
 Changed = dict[str, np.ndarray]
@@ -96,30 +97,47 @@ class Repair:
         """The block before the gap."""
         return self.stack.blocks[self.stack.position(self.donor) - 1]
 
-    def on(self, workers: Workers, windows: Batch) -> Repaired:
+    def on(self, workers: Workers, windows: Batch, place_WT: np.ndarray | None = None) -> Repaired:
         """The repaired block, fitted to these windows but the last piece of them, on which λ is
-        chosen (see `compensation.split`).
+        chosen (see `compensation.split`). No token of that piece is fitted where it stands in other
+        windows, too.
+
+        Args:
+            place_WT: see `text.windows.Windows`; None: windows have no token in common.
 
         Raises:
             FloatingPointError: a sum is not finite.
             MemoryError: not even a single window fits.
         """
         began = time.monotonic()
-        found = self._on(workers, windows)
+        if place_WT is None:
+            place_WT = np.arange(tokens_of(windows).size).reshape(windows.shape)
+        found = self._on(workers, windows, place_WT)
         return replace(found, seconds=round(time.monotonic() - began, 3))
 
-    def _on(self, workers: Workers, windows: Batch) -> Repaired:
+    def _on(self, workers: Workers, windows: Batch, place_WT: np.ndarray) -> Repaired:
         nothing = Repaired(self.donor, self.way, 0.0)
         if not self.stack.position(self.donor):
             problem = f"no block is left before block {self.donor}"
             return replace(nothing, problem=problem)
         batch = workers.setup.importance.batch
-        attempt = partial(self._moments, workers, windows, split(len(windows), batch))
+        pieces = split(len(windows), batch)
+        summed_WT = apart(place_WT, pieces[-1])
+        attempt = partial(self._moments, workers, windows, summed_WT, pieces)
         what = "finding what the removed block adds"
         (layer, sums, read), size = find_batch_size(attempt, batch, batch, what)
         nothing = replace(nothing, batch_size=size, bytes_read=read)
         if layer is None:
             problem = f"block {self.last.dense} ends in no linear layer that is added to its states"
+            return replace(nothing, problem=problem)
+        fitted = slice(len(windows) - pieces[-1])
+        tokens = len(np.unique(place_WT[fitted][summed_WT[fitted] & (place_WT[fitted] >= 0)]))
+        bias = self.way == "linear" and f"{layer}.bias" in self.last.weights
+        if tokens < (unknowns := len(sums[0].x_F) + bias):
+            problem = (
+                f"{self.way} has {unknowns} unknowns for each output, and beside the windows that"
+                f" are held out the text has {tokens} different tokens; use a longer text"
+            )
             return replace(nothing, problem=problem)
         ((_, (facts, own, base)),) = workers.map(
             solve, [(self.way, *sums, self.last, layer)], batch
@@ -132,14 +150,23 @@ class Repair:
         return replace(nothing, block=block, files=files, layer=layer, ridge=ridge, left=left)
 
     def _moments(
-        self, workers: Workers, windows: Batch, pieces: list[int], batch_size: int
+        self,
+        workers: Workers,
+        windows: Batch,
+        summed_WT: np.ndarray,
+        pieces: list[int],
+        batch_size: int,
     ) -> tuple[str | None, list[Moments], int]:
         """The name of the layer, if there is one, with the sums to fit and those that are held out;
         and the bytes of blocks that were read.
         """
         dealt = dealt_out(workers, windows, pieces)
         position = self.stack.position(self.donor)
-        tasks = [(self.stack, position, self.way, *part) for part in dealt]
+        ends = np.cumsum([len(part) for part, _ in dealt])[:-1]
+        tasks = [
+            (self.stack, position, self.way, *part, summed)
+            for part, summed in zip(dealt, np.split(summed_WT, ends), strict=True)
+        ]
         costs = [float(len(part)) for part, _ in dealt]
         names, sums, read = set(), list[Moments](), 0
         for name, moments, more in in_order(workers.map(gather, tasks, batch_size, costs)):
@@ -177,7 +204,7 @@ def repaired_only(
     stack: Stack,
     removed: Sequence[int],
     way: Way,
-    windows_WT: np.ndarray,
+    windows: Windows,
     folder: str,
     fence: Fence = nobody_else,
 ) -> Stack:
@@ -185,11 +212,30 @@ def repaired_only(
     trained. Errors and arguments are those of `Repair`.
     """
     for donor in removed:
-        block = Repair(stack, donor, way, folder, fence).on(workers, windows_WT).block
+        block = (
+            Repair(stack, donor, way, folder, fence)
+            .on(workers, windows.tokens_WT, windows.place_WT)
+            .block
+        )
         stack = stack.drop(donor)
         if block:
             stack = stack.swap({block.dense: block})
     return stack
+
+
+def apart(place_WT: np.ndarray, held_out: int) -> np.ndarray:
+    """Which tokens are summed, bool [W, T]: all of the last `held_out` windows, and of the others
+    those that do not stand in these. Windows are drawn at random and overlap; a fit is judged by
+    what it has not seen. What stands in no text (see `Windows.place_WT`) is nobody's.
+
+    Args:
+        place_WT: where each token stands.
+    """
+    first = len(place_WT) - held_out
+    summed_WT = np.ones(place_WT.shape, dtype=bool)
+    judging = place_WT[first:]
+    summed_WT[:first] = ~np.isin(place_WT[:first], judging[judging >= 0])
+    return summed_WT
 
 
 def dealt_out(

@@ -56,7 +56,7 @@ def score(
     spec, known, bytes_read = settings.spec, sums or Sums(), 0
     dense = _dense_beside(workers, stack) if spec.against == "dense" else None
     beside = 0 if dense is None else len(dense)
-    counted = lengths(windows, settings.tokens, spec.skipped)
+    counted = lengths(windows, settings.tokens, spec.skipped, spec.predicts)
     if not sum(counted):
         problem = "the calibration has no such tokens"
         raise UserError("importance.tokens", settings.tokens, problem, "use all")
@@ -119,6 +119,7 @@ def sweep_batches(
     and the bytes of blocks that were read for them.
     """
     before = runner.weights.bytes_read
-    tensors = [Part(as_rows(w), c, as_tensor(counting(w, settings.tokens))) for w, c in parts]
+    which = settings.tokens, settings.spec.predicts
+    tensors = [Part(as_rows(w), c, as_tensor(counting(w, *which))) for w, c in parts]
     walked = sweep(runner, stack, tensors, METRICS[settings.metric], dense)
     return [sums_WC.numpy() for sums_WC in walked], runner.weights.bytes_read - before

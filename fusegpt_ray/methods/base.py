@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fusegpt_ray.importance.ranking import Ranking
 from fusegpt_ray.importance.sums import Sums
 from fusegpt_ray.model.stack import Stack
@@ -78,6 +80,8 @@ class Round:
     show: Display
     pause: Pause = lambda folder, part: None
     """See `train_span`."""
+    place_WT: np.ndarray | None = None
+    """Where their tokens stand in it: see `Repair.on`."""
 
     @property
     def donor(self) -> int:

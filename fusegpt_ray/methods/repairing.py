@@ -12,6 +12,6 @@ def repaired(round: Round) -> Repaired:
     assert way != "auto" and way != "none", "there is nothing to do"
     repair = Repair(round.stack, round.donor, way, round.folder, round.fence)
     round.show.stage(f"round {round.number}: repairing the gap of block {round.donor}")
-    found = repair.on(round.workers, round.windows)
+    found = repair.on(round.workers, round.windows, round.place_WT)
     round.show.say(f"  {found.in_words()}")
     return found

@@ -124,7 +124,7 @@ def check_repair(recipe: Recipe, structure: Structure) -> None:
     Raises:
         UserError: no block ends in a linear layer that could be changed, blocks are called with
             what depends on the sample, or the calibration windows have too few tokens for the
-            repair's least squares.
+            repair's least squares, even if all are different (see `Repair.on`).
     """
     way, text, batch = recipe.fusion.start, recipe.calibration, recipe.importance.batch
     assert way != "auto", "it is decided"

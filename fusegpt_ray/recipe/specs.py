@@ -197,6 +197,11 @@ class MetricSpec(NamedTuple):
     skipped: int = 0
     """Tokens of a window that have no number."""
 
+    @property
+    def predicts(self) -> bool:
+        """Whether only tokens that are to be predicted count."""
+        return self.against == "tokens"
+
 
 METRIC_SPECS: dict[str, MetricSpec] = {
     "mi": MetricSpec("macro_influence", "Macro Influence"),

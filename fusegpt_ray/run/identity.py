@@ -15,7 +15,7 @@ from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
 from fusegpt_ray.store.threads import at_once
 
-METHOD_VERSION = 4
+METHOD_VERSION = 5
 """Raised whenever the same recipe would give another model than before."""
 
 

@@ -21,7 +21,7 @@ from fusegpt_ray.recipe.sections import Calibration
 from fusegpt_ray.recipe.text_sections import GeneratedText, Texts, WeightedText
 from fusegpt_ray.samples import Samples, mixed
 from fusegpt_ray.text.calibration import Stream
-from fusegpt_ray.text.windows import Drawn, Opened, Windows, random_windows
+from fusegpt_ray.text.windows import FARTHEST, Drawn, Opened, Windows, random_windows
 
 
 def data_keys(texts: Texts, key: str) -> list[str]:
@@ -141,6 +141,7 @@ def calibration_windows(
     counts = shares(text, text.windows, key, f"{key}.windows")
     text_W = interleaved(counts, seed_of(text.seed, "order"))
     tokens_WT = np.empty((text.windows, text.length), dtype=np.int64)
+    start_W = np.empty(text.windows, dtype=np.int64)
     samples: dict[int, Samples] = {}
     drawn: list[Drawn] = []
     begin = True
@@ -156,6 +157,7 @@ def calibration_windows(
             samples[number] = windows.tokens_WT
         else:
             tokens_WT[text_W == number] = windows.tokens_WT
+        start_W[text_W == number] = number * FARTHEST + windows.starts_W
         drawn += windows.texts
         begin &= windows.bos
-    return Windows(mixed(tokens_WT, text_W, samples), begin, tuple(drawn), text_W)
+    return Windows(mixed(tokens_WT, text_W, samples), begin, tuple(drawn), text_W, start_W)

@@ -10,11 +10,18 @@ import numpy as np
 
 from fusegpt_ray.recipe.sections import Evaluation
 from fusegpt_ray.recipe.text_sections import GeneratedText, Text
-from fusegpt_ray.samples import Batch, lengths
+from fusegpt_ray.samples import PADDING, Batch, lengths, tokens_of
 from fusegpt_ray.text import documents
 from fusegpt_ray.text.album import Album
-from fusegpt_ray.text.calibration import Stream, consecutive_windows, sample_windows
+from fusegpt_ray.text.calibration import (
+    Stream,
+    consecutive_windows,
+    sample_windows,
+    window_starts,
+)
 
+FARTHEST = 1 << 40
+"""No text has so many tokens: places in a text of another number are farther away."""
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""
 
@@ -109,15 +116,47 @@ class Windows:
     """What they came from, in the recipe's order."""
     text_W: np.ndarray
     """int64 [windows]: the number of each one's text."""
+    start_W: np.ndarray | None = None
+    """int64 [windows]: the place of each one's first token among those of all texts (see
+    `FARTHEST`); None: no token is in two windows."""
 
     @classmethod
-    def of(cls, tokens_WT: Batch, bos: bool, text: Drawn) -> Self:
+    def of(
+        cls, tokens_WT: Batch, bos: bool, text: Drawn, start_W: np.ndarray | None = None
+    ) -> Self:
         """Windows of a single text."""
-        return cls(tokens_WT, bos, (text,), np.zeros(len(tokens_WT), dtype=np.int64))
+        return cls(tokens_WT, bos, (text,), np.zeros(len(tokens_WT), dtype=np.int64), start_W)
 
     def first(self, windows: int) -> Windows:
         """The first so many of them."""
-        return Windows(self.tokens_WT[:windows], self.bos, self.texts, self.text_W[:windows])
+        starts = None if self.start_W is None else self.start_W[:windows]
+        return Windows(
+            self.tokens_WT[:windows], self.bos, self.texts, self.text_W[:windows], starts
+        )
+
+    @property
+    def starts_W(self) -> np.ndarray:
+        """`start_W`, or such places for windows that have no token in common."""
+        if self.start_W is not None:
+            return self.start_W
+        return np.arange(len(self.tokens_WT)) * self.tokens_WT.shape[1]
+
+    def starts_of(self, number: int) -> np.ndarray:
+        """The places in that text at which its windows begin; of documents, their numbers times the
+        length."""
+        return self.starts_W[self.text_W == number] % FARTHEST
+
+    @property
+    def place_WT(self) -> np.ndarray:
+        """int64 [windows, length]: where each token stands in the texts, so that windows that
+        overlap have equal places; below 0 for what stands in none, padding and the
+        beginning-of-sequence token.
+        """
+        place_WT = self.starts_W[:, None] + np.arange(self.tokens_WT.shape[1]) - self.bos
+        place_WT[tokens_of(self.tokens_WT) == PADDING] = -1
+        if self.bos:
+            place_WT[:, 0] = -1
+        return place_WT
 
     @property
     def tokens(self) -> int:
@@ -176,10 +215,12 @@ def random_windows(
     if isinstance(opened, Album):
         return of_album(opened, text, windows, seed)
     if not pack:
-        found, there = documents.drawn(opened, windows, seed)
+        found, numbers, there = documents.drawn(opened, windows, seed)
         documents.enough(found, windows, key)
         tokens_WT, cut = documents.as_windows(found, length, bos)
-        return Windows.of(tokens_WT, bos is not None, Drawn(text.label, documents=there, cut=cut))
+        source = Drawn(text.label, documents=there, cut=cut)
+        start_W = np.array(numbers, dtype=np.int64) * length
+        return Windows.of(tokens_WT, bos is not None, source, start_W)
     n_tokens = 0
 
     def watched() -> Iterator[np.ndarray]:
@@ -191,7 +232,8 @@ def random_windows(
 
     tokens_WT = sample_windows(watched, windows, length, seed, key, bos)
     drawn = Drawn.of(text, n_tokens, text_tokens=n_tokens)
-    return Windows.of(tokens_WT, bos is not None, drawn)
+    start_W = np.array(window_starts(n_tokens, windows, length, seed), dtype=np.int64)
+    return Windows.of(tokens_WT, bos is not None, drawn, start_W)
 
 
 def of_album(

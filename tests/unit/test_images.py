@@ -26,6 +26,7 @@ from pictures import (
 )
 from runners import local_workers
 
+from fusegpt_ray.errors import UserError
 from fusegpt_ray.importance.scoring import score
 from fusegpt_ray.measuring import evaluation
 from fusegpt_ray.model.runner import Runner
@@ -127,6 +128,28 @@ def test_scores_are_those_of_whole_passes(name: str, tokens: Counting, seeing: F
     expected = by_hand(folder, given, tokens)
     first = ADDING.get(name, 0)
     assert list(found.scores.values())[first:] == pytest.approx(expected[first:], rel=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["all", "text"])
+def test_a_loss_without_a_block_is_that_of_the_answers(tokens: Counting, seeing: Folders) -> None:
+    """As their perplexity is; what the model guesses in place of an image is no prediction."""
+    folder, given = seeing("llava"), samples("llava")
+    model, expected = load_seeing(folder), []
+    for out in range(DEPTH):
+        short = without_blocks(model, "llava", [b for b in range(DEPTH) if b != out])
+        losses: list[float] = []
+        for row, (_, logits) in enumerate(passes(short, given)):
+            ids = torch.tensor(given.tokens_WT[row, : len(logits)])
+            loss = torch.nn.functional.cross_entropy(logits[:-1], ids[1:], reduction="none")
+            losses += loss[-ANSWER:].tolist()
+        expected.append(sum(losses) / len(losses))
+    settings = Importance(metric="loss", all=True, windows=len(given), batch=2, tokens=tokens)
+    with local_workers(folder, settings) as workers:
+        found = score(workers, open_stack(folder), given, settings)
+        assert list(found.scores.values()) == pytest.approx(expected, rel=1e-4)
+        images = settings.model_copy(update={"tokens": "image"})
+        with pytest.raises(UserError, match="no such tokens"):
+            score(workers, open_stack(folder), given, images)
 
 
 def test_which_tokens_count_is_not_all_the_same(seeing: Folders) -> None:

@@ -32,6 +32,7 @@ from fusegpt_ray.text.mixture import (
     shares,
 )
 from fusegpt_ray.text.protocol import described, warnings
+from fusegpt_ray.text.windows import FARTHEST
 
 KEY = "calibration"
 
@@ -134,10 +135,14 @@ def test_a_single_text_is_what_it_was(
 def test_each_text_gives_its_windows(bos: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     text = mixture(3, 1, windows=64, length=9, seed=2)
     drawn = calibration_windows([numbered(0), numbered(1)], text, bos, KEY)
+    place_WT, begin = drawn.place_WT, 0 if bos is None else 1
+    assert (place_WT[:, :begin] < 0).all()
+    stands_WT = drawn.tokens_WT % 10_000 + np.where(drawn.text_W, FARTHEST, 0)[:, None]
+    assert place_WT[:, begin:].tolist() == stands_WT[:, begin:].tolist()
+    assert drawn.first(5).place_WT.tolist() == place_WT[:5].tolist()
     source_W = drawn.tokens_WT[:, -1] // 10_000 - 1
     assert source_W.tolist() == drawn.text_W.tolist()
     assert Counter(source_W.tolist()) == {0: 48, 1: 16}
-    begin = 0 if bos is None else 1
     assert (np.diff(drawn.tokens_WT[:, begin:]) == 1).all()  # each a stretch of its text
     assert bos is None or (drawn.tokens_WT[:, 0] == bos).all()
     first = sample_windows(numbered(0), 48, 9, 2, KEY, bos)  # the first text by the recipe's seed

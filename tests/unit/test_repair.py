@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from backwards import Backwards
@@ -33,7 +34,9 @@ from fusegpt_ray.model.source import Source
 from fusegpt_ray.model.stack import Stack
 from fusegpt_ray.model.structure import observe
 from fusegpt_ray.recipe.cluster_section import Cluster
-from fusegpt_ray.recipe.sections import Importance
+from fusegpt_ray.recipe.sections import Calibration, Importance
+from fusegpt_ray.text.mixture import calibration_windows
+from fusegpt_ray.text.windows import Windows
 from fusegpt_ray.workers.base import Setup
 from fusegpt_ray.workers.local import LocalWorkers
 
@@ -51,6 +54,8 @@ def repair(
     donor: int = DONOR,
     kind: type[LocalWorkers] = LocalWorkers,
     stack: Stack | None = None,
+    ids: torch.Tensor = IDS,
+    place_WT: np.ndarray | None = None,
     **cluster: Any,
 ) -> Repaired:
     dense = open_stack(folder)
@@ -61,16 +66,18 @@ def repair(
         importance=Importance(batch=BATCH),
     )
     with kind(setup) as workers:
-        return Repair(stack or dense, donor, way, str(out)).on(workers, IDS.numpy())
+        return Repair(stack or dense, donor, way, str(out)).on(workers, ids.numpy(), place_WT)
 
 
-def seen(model: Any, name: str, layer: nn.Module) -> tuple[torch.Tensor, ...]:
+def seen(
+    model: Any, name: str, layer: nn.Module, ids: torch.Tensor = IDS
+) -> tuple[torch.Tensor, ...]:
     """Of the real model: what the layer is given and gives, [W, T, …], and the states."""
     kept: list[torch.Tensor] = []
     hook = layer.register_forward_hook(lambda _, given, out: kept.extend([given[0], out]))
-    states = hidden_states(model, name, IDS)
+    states = hidden_states(model, name, ids)
     hook.remove()
-    h, m = (value.reshape(WINDOWS, LENGTH, -1).double() for value in kept)
+    h, m = (value.reshape(*ids.shape, -1).double() for value in kept)
     return h, m, torch.stack(states).double()
 
 
@@ -132,6 +139,62 @@ def test_a_repair_is_what_the_formula_says(
     for part in (slice(FITTED), slice(FITTED, None)):
         left, dropped = ((h - states[DONOR + 1])[part].norm() for h in (after, states[DONOR]))
         assert left < dropped
+
+
+def overlapping(tokens: int) -> Windows:
+    """Windows at random places of a short text."""
+    text = token_windows(1, tokens)[0].numpy()
+    settings = Calibration(data="a.txt", windows=WINDOWS, length=LENGTH, seed=3)
+    return calibration_windows([lambda: [text]], settings, None, "calibration")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nothing_that_is_held_out_is_fitted(
+    name: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Windows of a text of 150 tokens overlap."""
+    drawn = overlapping(150)
+    ids, place_WT = torch.from_numpy(drawn.tokens_WT), drawn.place_WT
+    held = {place for row in place_WT[FITTED:].tolist() for place in row}
+    alone = torch.tensor([[place not in held for place in row] for row in place_WT.tolist()])
+    assert 20 < (~alone[:FITTED]).sum() < 100, "of 196 tokens"
+    found = repair(checkpoint(name), tmp_path / "one", "matrix", ids=ids, place_WT=place_WT)
+
+    model = load_model(checkpoint(name))
+    layer = model.get_submodule(MODELS[name].blocks)[DONOR - 1].get_submodule(LAYERS[name])
+    _, m, states = seen(model, name, layer, ids)
+    delta = states[DONOR + 1] - states[DONOR]
+
+    def left(ridge: float, fitted: torch.Tensor) -> float:
+        w = least_squares(m[:FITTED][fitted], delta[:FITTED][fitted], ridge, False)
+        return float((m @ w - delta)[FITTED:].square().sum() / delta[FITTED:].square().sum())
+
+    honest = {ridge: left(ridge, alone[:FITTED]) for ridge in GRID}
+    seen_too = min(left(ridge, torch.ones_like(alone[:FITTED])) for ridge in GRID)
+    best = min(honest, key=lambda ridge: honest[ridge])
+    assert honest[best] < 1 and found.ridge == best
+    assert found.left == pytest.approx(honest[best], rel=1e-4) and seen_too < 0.98 * honest[best]
+
+    where = tmp_path / "several"
+    given = {"ids": ids, "place_WT": place_WT, "kind": Backwards, "weights": "streamed"}
+    several = repair(checkpoint(name), where, "matrix", **given)
+    assert [*several.files.values()] == [*found.files.values()]
+    assert several.to_record() == found.to_record()
+
+
+def test_too_short_a_text_is_told(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """32 windows of 7 tokens are 224, but of a text of 60 fewer than the 48 inputs are left."""
+    drawn = overlapping(60)
+    given = {"ids": torch.from_numpy(drawn.tokens_WT), "place_WT": drawn.place_WT}
+    found = repair(checkpoint("llama"), tmp_path, **given)
+    place_WT = drawn.place_WT
+    left = len({*place_WT[:FITTED].flatten().tolist()} - {*place_WT[FITTED:].flatten().tolist()})
+    assert found.block is None and not found.files
+    assert (
+        f"linear has 48 unknowns for each output, and beside the windows that are held out the"
+        f" text has {left} different tokens" in found.in_words()
+    )
+    assert repair(checkpoint("llama"), tmp_path, "scale", **given).in_words()
 
 
 @pytest.mark.parametrize("weights", ["resident", "streamed"])
