@@ -7,11 +7,10 @@ it takes to be as good as the old model again, and how good it is in the end.
 Every row is a whole run of the same pipeline (float32, in one process) on the same windows: tli and
 dus by the same share, then all blocks trained on next tokens, or the new ones alone. *Dense* is the
 control: the model as it is, trained in the same way on the same windows. *At first*, *at best* and
-*in the end* are the cross-entropy on windows of the training text that are held out, in nats a token; tli's
-at first is the dense model's. *As before after* is how many tokens had been trained on at the first
-look at these windows that was no worse. *At best* is the lowest of the looks, whose state is kept,
-and *in the end* the last. Perplexities are those of another file, for which nothing
-was chosen.
+*in the end* are the cross-entropy on windows of the training text that are held out, in nats a
+token, at the first look, at the one with the lowest, whose state is kept, and at the last; tli's at
+first is the dense model's. *As before after* is how many tokens had been trained on at the first
+look that was no worse. Perplexities are those of another file, for which nothing was chosen.
 """
 
 from __future__ import annotations

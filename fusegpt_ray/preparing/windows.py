@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
+
 from fusegpt_ray.preparing.generation import generated_stream
 from fusegpt_ray.preparing.preflight import image_token
 from fusegpt_ray.recipe.recipe import Recipe
@@ -63,7 +65,7 @@ def all_windows(
     healed, kept_out = shared.once(
         "heal",
         drawing | {"heal": recipe.heal.model_dump(mode="json")},
-        partial(healing_windows, workers, recipe, leading["calibration"], show, shared),
+        partial(healing_windows, workers, recipe, leading["calibration"], show, shared, windows),
     )
     return windows, held_out, (licensed(healed, recipe.healing_texts[0].parts), kept_out)
 
@@ -112,9 +114,15 @@ def evaluation_windows(
 
 
 def healing_windows(
-    workers: Workers, recipe: Recipe, leading: int | None, show: Display, shared: Shared
+    workers: Workers,
+    recipe: Recipe,
+    leading: int | None,
+    show: Display,
+    shared: Shared,
+    calibrated: Windows | None = None,
 ) -> tuple[Windows, Windows]:
-    """To heal on, and held-out ones to choose the best state by.
+    """To heal on, and held-out ones to choose the best state by: of text that those before, of the
+    calibration, have not seen, where there is enough.
 
     Raises:
         UserError: a text cannot be used, or is too short.
@@ -136,7 +144,21 @@ def healing_windows(
         fewer=heal.batch if heal.tokens is None else None,
         pack=calibration.pack,
         tokens=heal.tokens,
+        seen=_seen(calibrated, calibration, texts) if calibrated else {},
     )
+
+
+def _seen(calibrated: Windows, calibration: Texts, texts: Texts) -> dict[int, np.ndarray]:
+    """Where windows of the calibration begin, by the number that their text has in `texts`."""
+    known, asked = (
+        [part.model_dump(exclude={"weight", "licence", "tokens"}) for part in each.parts]
+        for each in (calibration, texts)
+    )
+    return {
+        number: calibrated.starts_of(known.index(part))
+        for number, part in enumerate(asked)
+        if part in known
+    }
 
 
 def _reading(pack: bool) -> Reading:

@@ -262,7 +262,9 @@ class Heal(Texts):
     """Weight of a second term beside `kl`: the squared error between the RMS-normalised last hidden
     states of both models."""
     held_out: int = Field(16, ge=1, le=MOST)
-    """Windows, never trained on, by which the best state is chosen; a multiple of `batch`."""
+    """Windows by which the best state is chosen; a multiple of `batch`. Healing never trains on
+    them, and the rounds before have not seen their text either, if it is no conversation with
+    images and the text is long enough."""
     looks: int = Field(8, ge=1, le=MOST)
     """How often, evenly over the training, the held-out windows are evaluated."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

@@ -100,8 +100,10 @@ def first(stream: Stream, limit: int | None, key: str) -> list[np.ndarray]:
     return found
 
 
-def drawn(stream: Stream, count: int, seed: int) -> tuple[list[np.ndarray], int]:
-    """At most `count` documents, by the order of their random keys; and how many there are."""
+def drawn(stream: Stream, count: int, seed: int) -> tuple[list[np.ndarray], list[int], int]:
+    """At most `count` documents, by the order of their random keys; their numbers, from 0; and how
+    many there are.
+    """
     kept: list[tuple[float, int, np.ndarray]] = []
     there = 0
     for there, tokens in enumerate(telling(stream), 1):
@@ -111,7 +113,8 @@ def drawn(stream: Stream, count: int, seed: int) -> tuple[list[np.ndarray], int]
             heapq.heappush(kept, entry)
         elif kept and entry[0] > kept[0][0]:
             heapq.heapreplace(kept, entry)
-    return [tokens for _, _, tokens in sorted(kept, key=lambda entry: -entry[0])], there
+    kept.sort(key=lambda entry: -entry[0])
+    return [tokens for _, _, tokens in kept], [number - 1 for _, number, _ in kept], there
 
 
 def telling(stream: Stream) -> Iterator[np.ndarray]:

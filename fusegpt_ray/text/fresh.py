@@ -2,14 +2,15 @@
 
 Each text is cut into consecutive windows, documents or conversations, of which some are picked at
 random. What is held out does not depend on how many windows are trained on, so that its losses can
-be compared.
+be compared. It is text of which nothing was seen before, in the calibration, if there is enough:
+else its losses would favour the model of before.
 """
 
 from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import count
@@ -25,6 +26,9 @@ from fusegpt_ray.text.documents import put, telling
 from fusegpt_ray.text.mixture import Part, apportioned, data_keys, interleaved, seed_of, shares
 from fusegpt_ray.text.windows import Drawn, Opened, Windows, of_album
 
+NONE = np.array([], dtype=np.int64)
+NOTHING: Mapping[int, np.ndarray] = {}
+
 
 def fresh_windows(
     opened: Sequence[Opened],
@@ -39,6 +43,7 @@ def fresh_windows(
     fewer: int | None = None,
     pack: bool = True,
     tokens: int | None = None,
+    seen: Mapping[int, np.ndarray] = NOTHING,
 ) -> tuple[Windows, Windows]:
     """(To train on, held out): no token of a text is in two windows, unless `repeat`, which lets
     the windows to train on be cycled through, each time in another order. None that is held out is
@@ -55,6 +60,8 @@ def fresh_windows(
             refusing them.
         pack: whether a window is so many tokens; else it is a document.
         tokens: `heal.tokens`, as the recipe says it, for messages; None: what the windows have.
+        seen: by number of text, where windows of it begin (`Windows.starts_of`) whose tokens are
+            held out only where there is too little else.
 
     Raises:
         UserError: a text has fewer windows than its share, or gets none to train on.
@@ -77,7 +84,7 @@ def fresh_windows(
             raise _too_short(
                 texts, number, tokens or windows * length, length, roll.found, left, key, fewer
             )
-        roll.lay(number, train, held, seed_of(seed, number), name)
+        roll.lay(number, train, held, seed_of(seed, number), name, seen.get(number, NONE))
         drawn = roll.drawn(texts.parts[number])
         trained_on.append(replace(drawn, distinct=left))
         kept_back.append(drawn)
@@ -120,8 +127,10 @@ class _Roll(ABC):
     """Whether each begins with the beginning-of-sequence token."""
 
     @abstractmethod
-    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
-        """Fill in the windows of this text, whose number is given."""
+    def lay(
+        self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str, seen: np.ndarray
+    ) -> None:
+        """Fill in the windows of this text, whose number is given. `seen`: see `fresh_windows`."""
 
     @abstractmethod
     def drawn(self, part: Part) -> Drawn:
@@ -156,14 +165,20 @@ class _Tokens(_Roll):
     """One of tokens."""
 
     tokens: int
+    width: int
+    """Places from where a window begins to where the next one does."""
 
     @abstractmethod
     def fill(self, rows: Sequence[np.ndarray], numbers: Sequence[int], key: str) -> None:
         """Write the windows of these numbers into the rows."""
 
-    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
+    def lay(
+        self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str, seen: np.ndarray
+    ) -> None:
         rows, kept = train.rows(number), held.rows(number)
-        self.fill(rows + kept, _picked(self.windows, len(rows), len(kept), seed), key)
+        ends = (seen, seen + self.width - 1)  # a window that was seen lies in two of these at most
+        touched = {int(place) // self.width for end in ends for place in end}
+        self.fill(rows + kept, _picked(self.windows, len(rows), len(kept), seed, touched), key)
 
     def drawn(self, part: Part) -> Drawn:
         return Drawn.of(part, self.tokens)
@@ -188,7 +203,7 @@ class _Documents(_Tokens):
     """Documents, each a window."""
 
     def __init__(self, stream: Stream, length: int, bos: int | None) -> None:
-        self.bos, self.begin = bos, bos is not None
+        self.bos, self.begin, self.width = bos, bos is not None, length
         numbers = count()
         self.tokens, self.again = counted(
             lambda: (tokens for tokens, _ in zip(telling(stream), numbers, strict=False))
@@ -216,7 +231,9 @@ class _Conversations(_Roll):
         self.windows = len(self.samples)
         self.found = self.source.fitting(self.windows)
 
-    def lay(self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str) -> None:
+    def lay(
+        self, number: int, train: _Sheet, held: _Sheet, seed: int, key: str, seen: np.ndarray
+    ) -> None:
         share, kept = len(train.rows(number)), len(held.rows(number))
         held.samples[number] = self.samples[:kept]
         train.samples[number] = self.samples[kept + np.arange(share) % (self.windows - kept)]
@@ -236,12 +253,16 @@ def _most(texts: Texts, windows: int, free: Sequence[int], step: int) -> int:
     return step
 
 
-def _picked(there: int, wanted: int, kept: int, seed: int) -> list[int]:
-    """Numbers of consecutive windows: so many to train on, then those that are held out."""
+def _picked(there: int, wanted: int, kept: int, seed: int, seen: Collection[int]) -> list[int]:
+    """Numbers of consecutive windows: so many to train on, then those that are held out, which are
+    none of those `seen`, if there are enough others.
+    """
     draw = random.Random(seed)
     order = list(range(there))
     draw.shuffle(order)
-    held, rest = order[:kept], order[kept:]
+    held = sorted(order, key=seen.__contains__)[:kept]
+    out = set(held)
+    rest = [number for number in order if number not in out]
     chosen = rest[:wanted]
     while len(chosen) < wanted:
         draw.shuffle(rest)

@@ -21,7 +21,7 @@ from fusegpt_ray.recipe.sections import Calibration
 from fusegpt_ray.recipe.text_sections import GeneratedText, Texts, WeightedText
 from fusegpt_ray.samples import Samples, mixed
 from fusegpt_ray.text.calibration import Stream
-from fusegpt_ray.text.windows import Drawn, Opened, Windows, random_windows
+from fusegpt_ray.text.windows import FARTHEST, Drawn, Opened, Windows, random_windows
 
 
 def data_keys(texts: Texts, key: str) -> list[str]:
@@ -34,8 +34,6 @@ def data_keys(texts: Texts, key: str) -> list[str]:
 
 
 Part = WeightedText | GeneratedText
-FARTHEST = 1 << 40
-"""No text has so many tokens: places in a text of another number are farther away."""
 
 
 def opened(

@@ -20,6 +20,8 @@ from fusegpt_ray.text.calibration import (
     window_starts,
 )
 
+FARTHEST = 1 << 40
+"""No text has so many tokens: places in a text of another number are farther away."""
 OFTEN = 2.0
 """So often a token may be seen on average before a warning says that the text is short."""
 
@@ -116,7 +118,7 @@ class Windows:
     """int64 [windows]: the number of each one's text."""
     start_W: np.ndarray | None = None
     """int64 [windows]: the place of each one's first token among those of all texts (see
-    `mixture.FARTHEST`); None: no token is in two windows."""
+    `FARTHEST`); None: no token is in two windows."""
 
     @classmethod
     def of(
@@ -138,6 +140,11 @@ class Windows:
         if self.start_W is not None:
             return self.start_W
         return np.arange(len(self.tokens_WT)) * self.tokens_WT.shape[1]
+
+    def starts_of(self, number: int) -> np.ndarray:
+        """The places in that text at which its windows begin; of documents, their numbers times the
+        length."""
+        return self.starts_W[self.text_W == number] % FARTHEST
 
     @property
     def place_WT(self) -> np.ndarray:
@@ -208,10 +215,12 @@ def random_windows(
     if isinstance(opened, Album):
         return of_album(opened, text, windows, seed)
     if not pack:
-        found, there = documents.drawn(opened, windows, seed)
+        found, numbers, there = documents.drawn(opened, windows, seed)
         documents.enough(found, windows, key)
         tokens_WT, cut = documents.as_windows(found, length, bos)
-        return Windows.of(tokens_WT, bos is not None, Drawn(text.label, documents=there, cut=cut))
+        source = Drawn(text.label, documents=there, cut=cut)
+        start_W = np.array(numbers, dtype=np.int64) * length
+        return Windows.of(tokens_WT, bos is not None, source, start_W)
     n_tokens = 0
 
     def watched() -> Iterator[np.ndarray]:

@@ -127,12 +127,13 @@ def test_conversations_are_not_packed(desk: Desk, capsys: pytest.CaptureFixture[
 def test_fewer_are_the_first_of_more_and_all_are_as_likely() -> None:
     found = documents(60)
     long = [ids for ids in found if len(ids) > 1]
-    many, there = drawn(stream_of(found), 40, 7)
-    few, _ = drawn(stream_of(found), 9, 7)
+    many, numbers, there = drawn(stream_of(found), 40, 7)
+    few, *_ = drawn(stream_of(found), 9, 7)
     assert there == len(long) < 60
+    assert [x.tolist() for x in many] == [long[number] for number in numbers]
     assert [x.tolist() for x in few] == [x.tolist() for x in many][:9]
     assert [x.tolist() for x in drawn(stream_of(found), 9, 8)[0]] != [x.tolist() for x in few]
-    everything, _ = drawn(stream_of(found), 99, 7)
+    everything, *_ = drawn(stream_of(found), 99, 7)
     assert sorted(x.tolist() for x in everything) == sorted(long)
     with pytest.raises(UserError, match=f"{there} documents.*of 99 wanted"):
         enough(everything, 99, KEY)

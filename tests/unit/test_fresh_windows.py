@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
+from desk import LENGTH, Desk, random_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusegpt_ray.errors import UserError
+from fusegpt_ray.planning.plan import plan
+from fusegpt_ray.preparing.windows import all_windows
+from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.text_sections import Texts
+from fusegpt_ray.run.shared import Shared
+from fusegpt_ray.terminal.display import Display
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import Stream
 from fusegpt_ray.text.fresh import fresh_windows
 from fusegpt_ray.text.protocol import described
 from fusegpt_ray.text.windows import Windows
+from fusegpt_ray.workers.local import LocalWorkers
 
 FAR = 100_000
 
@@ -111,6 +119,50 @@ def test_the_seed_decides() -> None:
         return b"".join(each.tokens_WT.tobytes() for each in windows)
 
     assert drawn(1) == drawn(1) and drawn(1) != drawn(2)
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+@pytest.mark.parametrize(("seen", "shared"), [(30, False), (200, True)])
+def test_what_is_held_out_was_not_seen_before(bos: int | None, seen: int, shared: bool) -> None:
+    """Of a text of 500 tokens 200 windows leave nothing over: then it is held out all the same."""
+    text = Corpus(1, 500)
+    width = 10 - (bos is not None)
+    starts = np.array(calibration.window_starts(500, seen, 10, 3))
+    trained, held = fresh([Corpus(0, 500), text], (1, 1), bos=bos, seen={1: starts}, held_out=8)
+    known = {FAR * 2 + start + place for start in starts.tolist() for place in range(width)}
+    rows = held.tokens_WT[held.text_W == 1, -width:]
+    count = sum(token in known for token in rows.flatten().tolist())
+    assert (count > 0.8 * rows.size) if shared else (count == 0)
+    both = cells(trained, width) + cells(held, width)
+    assert len(set(both)) == len(both) == 20
+    # Nothing changes in a text that was not seen, nor where nothing was.
+    plain, out = fresh([Corpus(0, 500), text], (1, 1), bos=bos, held_out=8)
+    for one, other in ((trained, plain), (held, out)):
+        assert np.array_equal(one.tokens_WT[one.text_W == 0], other.tokens_WT[other.text_W == 0])
+    taken = sum(token in known for token in out.tokens_WT[out.text_W == 1, -width:].flatten())
+    assert taken > 0
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_run_holds_out_what_its_rounds_have_not_seen(pack: bool, named: bool, desk: Desk) -> None:
+    """`named`: `heal` names the calibration's text itself."""
+    text = random_text(600, seed=1)
+    file = desk.folder / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in text.splitlines()))
+    section = {"data": str(file), "windows": 12, "length": LENGTH, "pack": pack, "bos": "never"}
+    heal = {"batch": 4, "held_out": 16, "tokens": 16 * LENGTH}
+    heal |= {"data": str(file)} if named else {}
+    planned = plan(Recipe.parse(desk.recipe(calibration=section, heal=heal)), Display())
+    with LocalWorkers(planned.setup) as workers:
+        given = (workers, planned.recipe, planned.leading, Display(), Shared())
+        drawn, _, healing = all_windows(*given)
+    assert healing is not None
+    calibrated, healed, held = (
+        {tuple(row[at : at + 6]) for row in each.tokens_WT.tolist() for at in range(LENGTH - 5)}
+        for each in (drawn, *healing)
+    )  # no six random words in a row are twice in a text of 600
+    assert not held & calibrated and not held & healed and calibrated & healed
 
 
 def test_what_is_held_out_does_not_depend_on_how_much_is_trained() -> None:

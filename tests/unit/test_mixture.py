@@ -24,7 +24,6 @@ from fusegpt_ray.recipe.text_sections import WeightedText
 from fusegpt_ray.text import calibration
 from fusegpt_ray.text.calibration import Stream, sample_windows
 from fusegpt_ray.text.mixture import (
-    FARTHEST,
     apportioned,
     calibration_windows,
     data_keys,
@@ -33,6 +32,7 @@ from fusegpt_ray.text.mixture import (
     shares,
 )
 from fusegpt_ray.text.protocol import described, warnings
+from fusegpt_ray.text.windows import FARTHEST
 
 KEY = "calibration"
 
