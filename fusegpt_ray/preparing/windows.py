@@ -144,7 +144,7 @@ def healing_windows(
         fewer=heal.batch if heal.tokens is None else None,
         pack=calibration.pack,
         tokens=heal.tokens,
-        seen=_seen(calibrated, calibration, texts) if calibrated else None,
+        seen=_seen(calibrated, calibration, texts) if calibrated else {},
     )
 
 

@@ -26,6 +26,9 @@ from fusegpt_ray.text.documents import put, telling
 from fusegpt_ray.text.mixture import Part, apportioned, data_keys, interleaved, seed_of, shares
 from fusegpt_ray.text.windows import Drawn, Opened, Windows, of_album
 
+NONE = np.array([], dtype=np.int64)
+NOTHING: Mapping[int, np.ndarray] = {}
+
 
 def fresh_windows(
     opened: Sequence[Opened],
@@ -40,7 +43,7 @@ def fresh_windows(
     fewer: int | None = None,
     pack: bool = True,
     tokens: int | None = None,
-    seen: Mapping[int, np.ndarray] | None = None,
+    seen: Mapping[int, np.ndarray] = NOTHING,
 ) -> tuple[Windows, Windows]:
     """(To train on, held out): no token of a text is in two windows, unless `repeat`, which lets
     the windows to train on be cycled through, each time in another order. None that is held out is
@@ -57,9 +60,8 @@ def fresh_windows(
             refusing them.
         pack: whether a window is so many tokens; else it is a document.
         tokens: `heal.tokens`, as the recipe says it, for messages; None: what the windows have.
-        seen: by the number of a text, where the windows of it begin that were trained on before
-            (see `Windows.starts_of`). What these have is held out only where there is too little
-            else.
+        seen: by number of text, where windows of it begin (`Windows.starts_of`) whose tokens are
+            held out only where there is too little else.
 
     Raises:
         UserError: a text has fewer windows than its share, or gets none to train on.
@@ -82,8 +84,7 @@ def fresh_windows(
             raise _too_short(
                 texts, number, tokens or windows * length, length, roll.found, left, key, fewer
             )
-        before = (seen or {}).get(number, np.array([], dtype=np.int64))
-        roll.lay(number, train, held, seed_of(seed, number), name, before)
+        roll.lay(number, train, held, seed_of(seed, number), name, seen.get(number, NONE))
         drawn = roll.drawn(texts.parts[number])
         trained_on.append(replace(drawn, distinct=left))
         kept_back.append(drawn)
