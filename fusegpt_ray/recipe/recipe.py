@@ -56,8 +56,8 @@ class Recipe(Section):
     """Method `tli`: or a new block after every so many, as many as that gives."""
     preset: Preset = "best"
     """Fills in what the recipe leaves out of `fusion`, and with method `fusegpt` also `heal`.
-    `best`: short rounds, then healing, as measured best here. `rounds`: longer ones, and no
-    healing. `paper`: as published, and no healing."""
+    `best`: short rounds, then healing, the best for as many tokens of healing. `rounds`: longer
+    ones, and no healing. `paper`: as published, and no healing."""
     method: Method = "fusegpt"
     """`mi`: drop blocks only. `mi+linear`: drop, and repair the block before in closed form
     (`fusion.start`). `mi+ft`: drop and fine-tune the group. `fusegpt`: fuse and fine-tune. These
