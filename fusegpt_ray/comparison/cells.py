@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field
 
 from fusegpt_ray.errors import UserError
 from fusegpt_ray.recipe.specs import METHOD_SPECS
-from fusegpt_ray.recipe.yaml_text import read_recipe
 from fusegpt_ray.run.outputs import COMPARISONS
 from fusegpt_ray.scheduling.grid import (
     Base,
     Grid,
+    ManyRuns,
     Run,
     as_written,
     check_apart,
@@ -45,7 +44,7 @@ class Compare(Grid):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(ManyRuns):
     """All that is to be compared."""
 
     name: str
@@ -72,24 +71,7 @@ class Comparison:
         return [*dict.fromkeys(run.method for run in self.runs)]
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Read a YAML recipe with a section `compare`; see `Recipe.load`.
-
-        Raises:
-            UserError: a key or value is wrong, also in a single cell.
-        """
-        return cls.parse(read_recipe(path, overrides))
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Self:
-        """See `load`."""
-        found = cls.read(data, Mistakes())
-        assert found is not None, "the first mistake ends it"
-        return found
-
-    @classmethod
     def read(cls, data: Mapping[str, Any], mistakes: Mistakes) -> Self | None:
-        """As `parse`, without the cells that are wrong; None if none is left."""
         base = {key: value for key, value in data.items() if key != SECTION}
         fix = "add compare: {methods: [mi, fusegpt]}"
         if (asked := own_section(data, SECTION, Compare, fix, mistakes)) is None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, ValidationError
@@ -14,11 +13,11 @@ from fusegpt_ray.recipe.messages import explained
 from fusegpt_ray.recipe.recipe import Recipe
 from fusegpt_ray.recipe.sections import MOST
 from fusegpt_ray.recipe.text_sections import Section
-from fusegpt_ray.recipe.yaml_text import read_recipe
 from fusegpt_ray.run.outputs import FAMILIES
 from fusegpt_ray.scheduling.grid import (
     Base,
     Grid,
+    ManyRuns,
     Methods,
     Run,
     Sparsities,
@@ -70,7 +69,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Members:
+class Members(ManyRuns):
     """All that is to be done."""
 
     name: str
@@ -87,24 +86,7 @@ class Members:
         return storage.join(storage.absolute(self.uri), SECTION, self.name)
 
     @classmethod
-    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
-        """Read a YAML recipe with a section `family`; see `Recipe.load`.
-
-        Raises:
-            UserError: a key or value is wrong, also of a single member.
-        """
-        return cls.parse(read_recipe(path, overrides))
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> Self:
-        """See `load`."""
-        found = cls.read(data, Mistakes())
-        assert found is not None, "the first mistake ends it"
-        return found
-
-    @classmethod
     def read(cls, data: Mapping[str, Any], mistakes: Mistakes) -> Self | None:
-        """As `parse`, without the members that are wrong; None if none is left."""
         base = {key: value for key, value in data.items() if key != SECTION}
         fix = "add family: {members: [a/model, another/model]}"
         asked = own_section(data, SECTION, Family, fix, mistakes)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -20,6 +22,7 @@ from fusegpt_ray.recipe.recipe import Recipe, percent
 from fusegpt_ray.recipe.sections import MOST, one_or_many
 from fusegpt_ray.recipe.specs import METHOD_SPECS
 from fusegpt_ray.recipe.text_sections import Section
+from fusegpt_ray.recipe.yaml_text import read_recipe
 from fusegpt_ray.scheduling.mistakes import Mistakes
 from fusegpt_ray.store import storage
 from fusegpt_ray.store.records import checksum
@@ -183,6 +186,31 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
         nested = isinstance(old, dict) and isinstance(value, Mapping)
         both[key] = merged(old, value) if nested else value  # type: ignore[arg-type]
     return both
+
+
+class ManyRuns(ABC):
+    """What a recipe asks for in a section of a command's own."""
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> Self:
+        """Read a YAML recipe that has the section; see `Recipe.load`.
+
+        Raises:
+            UserError: a key or value is wrong, also in a single run.
+        """
+        return cls.parse(read_recipe(path, overrides))
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Self:
+        """See `load`."""
+        found = cls.read(data, Mistakes())
+        assert found is not None, "the first mistake ends it"
+        return found
+
+    @classmethod
+    @abstractmethod
+    def read(cls, data: Mapping[str, Any], mistakes: Mistakes) -> Self | None:
+        """As `parse`, without the runs that are wrong; None if none is left."""
 
 
 S = TypeVar("S", bound=Section)
