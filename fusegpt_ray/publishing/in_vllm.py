@@ -35,6 +35,8 @@ def _every_nth(text: PretrainedConfig) -> list[int]:
 class ByNumber:
     """What vLLM makes of the blocks' numbers."""
 
+    what: str
+    """In words, for messages."""
     key: str
     """The list of config.json that says it otherwise."""
     list_of: Callable[[PretrainedConfig], list[Any]]
@@ -44,8 +46,12 @@ class ByNumber:
 
 
 BY_NUMBER = {
-    "gpt_oss": ByNumber("layer_types", _alternating, f"serve it with {INSTEAD}"),
-    "llama4_text": ByNumber("moe_layers", _every_nth, "use transformers, vLLM does not load it"),
+    "gpt_oss": ByNumber(
+        "the kind of a block's attention", "layer_types", _alternating, f"serve it with {INSTEAD}"
+    ),
+    "llama4_text": ByNumber(
+        "whether a block has experts", "moe_layers", _every_nth, "use transformers instead"
+    ),
 }
 """By the text model's type."""
 
@@ -56,16 +62,20 @@ def wrong_in_vllm(config: Mapping[str, Any]) -> str:
     rule = BY_NUMBER.get(text.model_type)
     if rule is None or getattr(text, rule.key) == rule.list_of(text):
         return ""
-    told = f"vLLM {SEEN_IN} takes {rule.key} from the blocks' numbers, and config.json says"
-    return f"{told} something else here: {rule.instead}"
+    return f"{_told(rule)}. That is wrong for this model: {rule.instead}"
 
 
 def maybe_wrong_in_vllm(dense: Stack) -> str:
     """The same of models with other blocks than the dense one, before it is known which."""
-    if read_config(dense.config).get_text_config().model_type not in BY_NUMBER:
+    rule = BY_NUMBER.get(read_config(dense.config).get_text_config().model_type)
+    if rule is None:
         return ""  # other classes may not take a model without its first block
     # A block less at the beginning moves all others, and so changes every order that can change.
-    if not (wrong := wrong_in_vllm(shrink_config(dense.drop(dense.kept[0])))):
+    if not wrong_in_vllm(shrink_config(dense.drop(dense.kept[0]))):
         return ""
-    told = wrong.replace(" here:", " of a model with gaps that change their order:")
-    return f"{told} (README.md of each tells whether it is one)"
+    told = f"{_told(rule)}. That is wrong for a model with gaps that change their order"
+    return f"{told}: {rule.instead}. The README.md of each says whether it is one"
+
+
+def _told(rule: ByNumber) -> str:
+    return f"vLLM {SEEN_IN} takes {rule.what} from its number, not from {rule.key} in config.json"
