@@ -13,13 +13,13 @@ import pytest
 import torch
 import transformers as tf
 import yaml
-from desk import LENGTH, Desk
+from desk import LENGTH, Desk, text_of
 from experts import save_split
 from mistakes import Bad, check, table
 from models import COMMON, load_model
 from safetensors.torch import load_file
 from stopped_runs import Watching, contents, published, recipe, run_folder
-from words import add_tokenizer
+from words import SPECIAL, add_tokenizer
 
 from fusegpt_ray.cli import main
 from fusegpt_ray.comparison.cells import Comparison
@@ -44,7 +44,10 @@ DUS: dict[str, Any] = {"sparsity": [], "method": "dus", "depth": "+40%"}
 def changes(desk: Desk, method: dict[str, Any]) -> dict[str, Any]:
     cluster = {"engine": "local", "checkpoint_minutes": 0}
     held_out = {"heldout": {"data": str(desk.heldout)}}
-    return {"heal": HEAL, "evaluation": held_out, "cluster": cluster, **method}
+    pattern = desk.folder / "pattern.txt"  # of random text, what is held out could not be learned
+    pattern.write_text(text_of(len(SPECIAL) + torch.arange(20 * LENGTH) % 7))
+    heal = HEAL | {"data": str(pattern)}
+    return {"heal": heal, "evaluation": held_out, "cluster": cluster, **method}
 
 
 class Stopped(Watching):

@@ -179,7 +179,9 @@ def test_a_fit_leaves_padding_out(checkpoint: Callable[[str], Path]) -> None:
     moments = []
     for more in (0, 4):
         runner = Runner(stack, CPU, torch.float32, batch_size=2)
-        name, (found,), _ = gather(runner, stack, 2, "linear", padded(more), [len(LENGTHS)])
+        rows = padded(more)
+        all_WT = np.ones(rows.shape, dtype=bool)
+        name, (found,), _ = gather(runner, stack, 2, "linear", rows, [len(LENGTHS)], all_WT)
         assert name is not None
         moments.append(found)
     first, second = moments
