@@ -83,16 +83,14 @@ def test_blocks_that_depend_on_their_number_are_refused(
 
 
 HEALED = {"rank": 3, "batch": 4, "held_out": 4, "tokens": 8 * LENGTH, "looks": 1}
+# Without the two weak blocks alone there would be little to heal.
+DEEP = {"method": "mi", "sparsity": 0.6}
 LEARNING = {
     "mixtral": (save_split, {"method": "fusegpt"}),
     "deepseek_v3": (save_split, {"method": "fusegpt"}),
     "gpt_oss": (save_split, {"method": "mi", "heal": HEALED | {"train": "lora"}}),
-    "granitemoeshared": (
-        save_split,
-        # Without the two weak blocks alone there would be nothing to heal.
-        {"method": "mi", "sparsity": 0.6, "heal": HEALED | {"train": "all"}},
-    ),
-    "qwen2_moe": (save_merged, {"method": "mi", "heal": HEALED | {"train": "lora"}}),
+    "granitemoeshared": (save_split, DEEP | {"heal": HEALED | {"train": "all"}}),
+    "qwen2_moe": (save_merged, DEEP | {"heal": HEALED | {"train": "lora"}}),
 }
 
 
