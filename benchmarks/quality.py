@@ -38,6 +38,7 @@ SLOW = ONE | {"learning_rate": 2e-4}
 FILLED_IN = {"train": "lora", "batch": 8}  # as a recipe has it that leaves all of it out
 LOW, ALL = {"train": "lora", "learning_rate": 4e-3}, {"train": "all", "learning_rate": 1e-3}
 BEST: dict[str, Any] = {"preset": "best", "fusion": {"epochs": 1}}
+FOUR: dict[str, Any] = {"importance": {"windows": 4}}
 # The paper's recipe, ours, one step between them at a time; and what healing makes of them.
 SETTINGS: dict[str, dict[str, Any]] = {
     "mi": {"method": "mi"},
@@ -58,10 +59,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dropped, healed (all, 2 a step)": {"method": "mi", "heal": ALL | {"batch": 2}},
     "dropped, healed (all, 1 a step)": {"method": "mi", "heal": ALL | ONE},
     "best, healed (all, 1 a step)": BEST | {"heal": ALL | SLOW},
-    "scored on 4 windows, best, healed (all, 1 a step)": BEST
-    | {"importance": {"windows": 4}, "heal": ALL | SLOW},
-    "scored on 4 windows, best, healed (all, 1 a step at 5e-4)": BEST
-    | {"importance": {"windows": 4}, "heal": ALL | ONE},
+    "scored on 4 windows, best, healed (all, 1 a step)": BEST | FOUR | {"heal": ALL | SLOW},
+    "scored on 4 windows, best, healed (all, 1 a step at 5e-4)": BEST | FOUR | {"heal": ALL | ONE},
     "searched, dropped, healed (all)": {
         "method": "mi",
         "search": {"candidates": ["mi", "kl", "run", "spaced"], "tokens": 16384},
@@ -75,27 +74,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "importance": {"windows": 8},
         "heal": ALL | ONE,
     },
-    "scored on 4 windows, dropped, healed (all, 1 a step)": {
-        "method": "mi",
-        "importance": {"windows": 4},
-        "heal": ALL | ONE,
-    },
-    "scored on 4 windows, dropped, healed (all, 1 a step at 2e-4)": {
-        "method": "mi",
-        "importance": {"windows": 4},
-        "heal": ALL | SLOW,
-    },
-    "scored on 4 windows, repaired, healed (all, 1 a step at 2e-4)": {
-        "method": "mi+linear",
-        "importance": {"windows": 4},
-        "heal": ALL | SLOW,
-    },
-    "scored on 4 windows, best": BEST | {"importance": {"windows": 4}, "heal": FILLED_IN},
-    "scored on 4 windows, dropped, healed (LoRA as filled in)": {
-        "method": "mi",
-        "importance": {"windows": 4},
-        "heal": FILLED_IN,
-    },
+    "scored on 4 windows, dropped, healed (all, 1 a step)": FOUR
+    | {"method": "mi", "heal": ALL | ONE},
+    "scored on 4 windows, dropped, healed (all, 1 a step at 2e-4)": FOUR
+    | {"method": "mi", "heal": ALL | SLOW},
+    "scored on 4 windows, repaired, healed (all, 1 a step at 2e-4)": FOUR
+    | {"method": "mi+linear", "heal": ALL | SLOW},
+    "scored on 4 windows, best": BEST | FOUR | {"heal": FILLED_IN},
+    "scored on 4 windows, dropped, healed (LoRA as filled in)": FOUR
+    | {"method": "mi", "heal": FILLED_IN},
     "dropped by kl, healed (all, 1 a step)": {
         "method": "mi",
         "importance": {"metric": "kl"},
